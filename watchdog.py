@@ -1,0 +1,3144 @@
+"""fwatchdog: put any program behind HTTP, one process per request, nothing left behind.
+
+    fprocess="wc -c" python watchdog.py
+    curl --data-binary hello http://127.0.0.1:8080/
+
+A request's body becomes the process's standard input, its standard output the response.  The exit status decides:
+
+    exit 0                      200 and the output, with X-Duration-Seconds
+    exit N                      500, `exit status N`, then the output
+    ended by a signal           500, `signal: killed` (and so on), then the output
+    could not be started        500 and the reason
+    exec_timeout reached        408, `Killed process.`, at the deadline
+    too many at once            429 (max_inflight)
+    headers too large           431 (for the server, or for execve)
+    body above max_body         413
+
+The whole user interface is the table of settings below, read from environment variables once at the start; a value
+that makes no sense stops the start with exit code 2.  Names, codes and texts are those of the OpenFaaS classic
+watchdog.  What it refuses to do: run a shell, interpret bodies, keep state, serve anything but HTTP/1.x.
+
+The file stands alone (standard library, h11, uvloop, psutil, prometheus-client).  Each section uses only what stands
+above it: limits, errors, settings, HTTP policy, HTTP drivers, process rules, process driver, application, lifecycle.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import ctypes
+import dataclasses
+import difflib
+import email.utils
+import errno
+import fcntl
+import gc
+import http
+import io
+import itertools
+import json
+import math
+import os
+import re
+import secrets
+import select
+import shlex
+import shutil
+import signal
+import socket
+import ssl
+import sys
+import tempfile
+import time
+import traceback
+import urllib.parse
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import ExitStack, aclosing, suppress
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import lru_cache, partial
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
+
+import h11
+import prometheus_client
+import psutil
+import uvloop
+
+VERSION = "0.1.0"
+
+# ---------------------------------------------------------------------------------------------------------------
+# Limits, each with its reason.
+# ---------------------------------------------------------------------------------------------------------------
+
+MAX_HEAD_BYTES = 65536  # request line and fields; nginx allows 32 KiB, Go 1 MiB, one variable of execve 128 KiB
+BUFFERED_BYTES = 262144  # of a body that waits for its consumer before reading stops: four reads of the loop
+BACKLOG = 1024  # connections that the kernel keeps for us while the loop is busy (capped by net.core.somaxconn)
+LINGER_S = 2.0  # after an early answer: how long the client may go on sending before the connection is cut
+LINGER_BYTES = 1 << 24  # ... and how much
+CONNECT_TIMEOUT_S = 10.0  # curl waits 300 s, Go's default transport 30 s; behind us is a local network
+KEPT_S = 20.0  # an idle connection to an upstream; below the 30 s after which a watchdog closes its side
+KEPT_CONNECTIONS_COUNT = 64  # idle connections kept for each upstream
+PIPE_BYTES = 65536  # one read of a pipe: what a pipe holds by default (pipe(7))
+MAX_PIPE_BYTES = 1 << 20  # what a pipe may hold (/proc/sys/fs/pipe-max-size)
+SPILL_BYTES = 262144  # output kept in memory; the rest goes to an unlinked file in $TMPDIR
+FILE_CHUNK_BYTES = 262144  # one read or write of such a file
+SNIFF_BYTES = 512  # of an output, to tell text from binary, as in Go's net/http
+OUTPUT_GRACE_S = 0.1  # for a descendant that still holds the output of a process that has exited
+DEADLINE_WAIT_S = 0.05  # a 408 waits so long for the end of the tree; the sweep goes on by itself
+HANGUP_WAIT_S = 1.0  # an abandoned call holds its max_inflight slot so long at most while its tree ends
+SWEEP_LIMIT_S = 5.0  # after that, what SIGKILL does not end (uninterruptible sleep) is reported and left
+MAX_EXEC_STRING_BYTES = 131072  # one argument or variable (execve(2), MAX_ARG_STRLEN)
+MAX_LOG_LINE_BYTES = 8192  # a longer line of a function's stderr is cut into pieces
+LOG_BACKLOG_BYTES = 1 << 20  # log lines that wait for a slow reader; more are dropped and counted
+SECRET_FIELDS = frozenset((b"authorization", b"cookie", b"set-cookie", b"proxy-authorization", b"x-api-key"))
+
+# ---------------------------------------------------------------------------------------------------------------
+# Errors: one root; each kind carries the status to answer and a text that is safe to show to a client.
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class FaashoundError(Exception):
+    """Root of every error of ours: `status` is what a client is answered, the text is safe to show."""
+
+    status: ClassVar[int] = 500
+    headers: Sequence[tuple[bytes, bytes]] = ()
+
+
+class BadSettings(FaashoundError):
+    """The environment asks for something impossible.  `problems` names every bad variable, a line each."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("bad settings:\n" + "\n".join(f"  {problem}" for problem in self.problems))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Settings: a program declares a frozen dataclass whose every field is a `setting(...)`: the name as the operator
+# types it, the default as typed, the parser, one sentence.  Parsing, --help, the README's reference and the tests
+# all come from that one declaration.  An empty variable counts as unset, as it does in Go and in compose files.
+# Nothing is guessed: all bad values are reported together and the program does not start.
+# ---------------------------------------------------------------------------------------------------------------
+
+_DURATION_UNITS_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_DURATION_PART = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)(ns|us|µs|μs|ms|s|m|h)", re.ASCII)
+_DURATION = re.compile(rf"(?:{_DURATION_PART.pattern})+", re.ASCII)
+LONGEST_DURATION_S = float(2**63 // 10**9)  # Go's time.Duration is an int64 of nanoseconds: about 292 years
+DURATION_HELP = 'whole seconds ("30") or a Go duration ("500ms", "1m30s", "1h")'
+
+
+def parse_duration(text: str) -> float:
+    """Return seconds for `text`: a bare integer is seconds, else a Go duration (time.ParseDuration, unsigned).
+
+    Raises ValueError, whose text says what is allowed, for anything else; negative values are refused.
+    """
+    if re.fullmatch(r"[0-9]+", text, re.ASCII):
+        value_s = float(text)
+    elif _DURATION.fullmatch(text):
+        value_s = sum(float(number) * _DURATION_UNITS_S[unit] for number, unit in _DURATION_PART.findall(text))
+    else:
+        raise ValueError(f"allowed: {DURATION_HELP}")
+    if value_s > LONGEST_DURATION_S:
+        raise ValueError(f"longer than a Go duration can be; allowed: {DURATION_HELP}")
+    return value_s
+
+
+def parse_positive_duration(text: str) -> float:
+    """Return seconds, as `parse_duration`, of a duration that must not be zero."""
+    value_s = parse_duration(text)
+    if value_s == 0:
+        raise ValueError(f"must be longer than 0; allowed: {DURATION_HELP}")
+    return value_s
+
+
+def format_duration(value_s: float) -> str:
+    """Return the shortest text among ours that `parse_duration` reads back as `value_s` to the nanosecond."""
+    whole_ns = round(value_s * 1e9)
+    for unit, size_ns in (("h", 3600 * 10**9), ("m", 60 * 10**9), ("s", 10**9), ("ms", 10**6), ("us", 10**3)):
+        if whole_ns and whole_ns % size_ns == 0:
+            return f"{whole_ns // size_ns}{unit}"
+    return f"{whole_ns}ns" if whole_ns else "0s"
+
+
+def parse_bool(text: str) -> bool:
+    """Return the truth of `true`, `false`, `1` or `0` in any case; ValueError for anything else."""
+    try:
+        return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+    except KeyError:
+        raise ValueError("allowed: true, false, 1, 0") from None
+
+
+def parse_count(text: str) -> int:
+    """Return a whole number from 0 to 2**31-1."""
+    if not re.fullmatch(r"[0-9]{1,10}", text, re.ASCII) or int(text) >= 2**31:
+        raise ValueError("allowed: a whole number from 0 to 2147483647")
+    return int(text)
+
+
+def parse_positive_count(text: str) -> int:
+    """Return a whole number from 1 to 2**31-1."""
+    if not re.fullmatch(r"[0-9]{1,10}", text, re.ASCII) or not 1 <= int(text) < 2**31:
+        raise ValueError("allowed: a whole number from 1 to 2147483647")
+    return int(text)
+
+
+def parse_port(text: str) -> int:
+    """Return a TCP port, 0 to 65535."""
+    if not re.fullmatch(r"[0-9]{1,5}", text, re.ASCII) or int(text) > 65535:
+        raise ValueError("allowed: a port from 0 to 65535")
+    return int(text)
+
+
+_SIZE_UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def parse_size(text: str) -> int:
+    """Return bytes for `1048576`, `64KiB`, `512MiB`, `1GB` and the like."""
+    match = re.fullmatch(r"([0-9]{1,15})(B|KiB|MiB|GiB|KB|MB|GB)?", text, re.ASCII)
+    if not match:
+        raise ValueError('allowed: bytes, or a number with KiB, MiB, GiB, KB, MB or GB ("512MiB")')
+    return int(match[1]) * _SIZE_UNITS[match[2] or ""]
+
+
+def parse_text(text: str) -> str:
+    """Return `text` unless it has control characters, which no setting of ours can mean."""
+    if re.search(r"[\x00-\x1f\x7f]", text):
+        raise ValueError("allowed: text without control characters")
+    return text
+
+
+def parse_header_value(text: str) -> str:
+    """Return `text` if it can stand as an HTTP field value: visible ASCII with inner spaces (RFC 9110 5.5)."""
+    if not re.fullmatch(r"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?", text):
+        raise ValueError("allowed: a header value of visible ASCII characters")
+    return text
+
+
+def parse_command(text: str) -> tuple[str, ...]:
+    """Return the words of a command line split by the shell's quoting rules; no shell is run."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"{str(error).lower()}; allowed: a command line with balanced quotes") from None
+    if not words or not words[0]:
+        raise ValueError("allowed: a command line with at least the program's name")
+    if "\0" in text:
+        raise ValueError("allowed: a command line without NUL characters")
+    return tuple(words)
+
+
+def parse_choice(*choices: str) -> Callable[[str], str]:
+    """Return a parser that takes one of `choices` and nothing else."""
+
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"allowed: {', '.join(choices)}")
+        return text
+
+    return parse
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One row of a program's table of settings: everything there is to know about one variable.
+
+    `default` is written as an operator would type it; None means the variable is required, "" that it is unset.
+    """
+
+    name: str
+    default: str | None
+    parse: Callable[[str], Any]
+    help: str
+    alias: str | None = None
+    default_note: str | None = None
+
+
+def setting(
+    name: str,
+    default: str | None,
+    parse: Callable[[str], Any],
+    help: str,  # noqa: A002 - the field's own word, as in argparse
+    *,
+    alias: str | None = None,
+    default_note: str | None = None,
+) -> Any:
+    """Declare a field of a settings dataclass; see `Setting` for the meaning of each argument."""
+    return field(metadata={"setting": Setting(name, default, parse, help, alias, default_note)})
+
+
+def settings_table(kind: type) -> dict[str, Setting]:
+    """Return the rows that `kind`, a settings dataclass, declares: field name to `Setting`, in order."""
+    return {each.name: each.metadata["setting"] for each in dataclasses.fields(kind)}
+
+
+S = TypeVar("S")
+
+
+def parse_settings(kind: type[S], environ: Mapping[str, str]) -> S:
+    """Return `kind`, a settings dataclass, filled from `environ`.
+
+    If `kind` has a method `conflicts() -> Iterable[str]`, it tells what contradicts what.
+    Raises BadSettings with every bad variable, its value and what is allowed.
+    """
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    for attribute, row in settings_table(kind).items():
+        try:
+            values[attribute] = _parse_row(row, environ)
+        except ValueError as error:
+            problems.append(str(error))
+    if not problems:
+        settings = kind(**values)
+        problems = list(getattr(settings, "conflicts", tuple)())
+        if not problems:
+            return settings
+    raise BadSettings(problems)
+
+
+def _parse_row(row: Setting, environ: Mapping[str, str]) -> Any:
+    name, text = row.name, environ.get(row.name, "")
+    other = environ.get(row.alias, "") if row.alias else ""
+    if other and text and other != text:
+        raise ValueError(f"{name}={text!r} contradicts {row.alias}={other!r}; allowed: one of the two")
+    if other and not text:
+        name, text = row.alias or name, other
+    if not text:
+        if row.default is None:
+            raise ValueError(f"{name} is not set; it is required: {row.help}")
+        return row.parse(row.default) if row.default else None
+    try:
+        return row.parse(text)
+    except ValueError as error:
+        raise ValueError(f"{name}={text!r}: {error}") from None
+
+
+def lookalikes(kind: type, environ: Mapping[str, str]) -> list[str]:
+    """Return a warning for each variable of `environ` that is not ours but nearly spelled like one of ours."""
+    rows = settings_table(kind).values()
+    known = {name for row in rows for name in (row.name, row.alias) if name}
+    warnings = []
+    for name in sorted(set(environ) - known):
+        close = [name.lower()] if name.lower() in known else difflib.get_close_matches(name, known, 1, cutoff=0.85)
+        if close:
+            warnings.append(f"{name} is not a setting and is ignored; did you mean {close[0]}?")
+    return warnings
+
+
+def format_settings(kind: type) -> str:
+    """Return the table of `kind` for --help: one variable a line with its default and its sentence."""
+    lines = []
+    for row in settings_table(kind).values():
+        default = row.default_note or ("required" if row.default is None else row.default or "unset")
+        alias = f" (or {row.alias})" if row.alias else ""
+        lines.append(f"  {row.name + alias:<28} {default:<12} {row.help}")
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the operator asked of this watchdog; see `settings_table(Settings)`."""
+
+    fprocess: tuple[str, ...] = setting(
+        "fprocess", None, parse_command, "the command to run for each request", alias="function_process"
+    )
+    host: str | None = setting("host", "", parse_text, "address to listen on", default_note="all")
+    port: int = setting("port", "8080", parse_port, "port to listen on; 0 picks a free one and logs it")
+    metrics_port: int = setting("metrics_port", "8081", parse_port, "port of /metrics; 0 disables it")
+    read_timeout_s: float = setting(
+        "read_timeout", "30s", parse_positive_duration, "time to receive a whole request, from its first byte"
+    )
+    write_timeout_s: float = setting(
+        "write_timeout", "30s", parse_positive_duration, "time to send a whole response, from its first byte"
+    )
+    exec_timeout_s: float = setting(
+        "exec_timeout", "0", parse_duration, "life of the process and all that it started; 0 is no limit"
+    )
+    healthcheck_interval_s: float | None = setting(
+        "healthcheck_interval",
+        "",
+        parse_duration,
+        "after SIGTERM: time to stay up, unhealthy, before draining",
+        default_note="5s, or write_timeout if shorter",
+    )
+    term_grace_s: float = setting(
+        "term_grace", "0", parse_duration, "SIGTERM first and so long before SIGKILL; 0 is SIGKILL at once"
+    )
+    max_body_bytes: int = setting("max_body", "0", parse_size, "largest request body, above it 413; 0 is no limit")
+    max_inflight: int = setting("max_inflight", "0", parse_count, "requests at once; above it 429; 0 is no limit")
+    cgi_headers: bool = setting("cgi_headers", "true", parse_bool, "request facts as Http_* environment variables")
+    marshal_request: bool = setting("marshal_request", "false", parse_bool, "stdin is JSON of headers and base64 body")
+    content_type: str | None = setting("content_type", "", parse_header_value, "Content-Type of every response")
+    combine_output: bool = setting("combine_output", "true", parse_bool, "stderr joins the response; false: the log")
+    write_debug: bool = setting("write_debug", "false", parse_bool, "bodies in the log")
+    debug_headers: bool = setting("debug_headers", "false", parse_bool, "headers in the log")
+    suppress_lock: bool = setting("suppress_lock", "false", parse_bool, "no lock file at $TMPDIR/.lock")
+    prefix_logs: bool = setting("prefix_logs", "true", parse_bool, "time and origin before the function's stderr lines")
+    log_callid: bool = setting("log_callid", "false", parse_bool, "X-Call-Id before each log line of a request")
+    log_format: str = setting("log_format", "text", parse_choice("text", "json"), "how log lines look: text or json")
+
+    def conflicts(self) -> Iterable[str]:
+        """Yield a line for each pair of settings that cannot both be meant."""
+        if self.port and self.port == self.metrics_port:
+            yield f"metrics_port={self.metrics_port} contradicts port={self.port}; allowed: two different ports"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Log: lines to stderr, as Go's log package writes them or as JSON.  Whatever a line contains, it stays one line.
+# A reader that is slow or stopped never stops us: what the descriptor does not take waits in memory up to
+# LOG_BACKLOG_BYTES, and beyond that lines are dropped and counted.
+# ---------------------------------------------------------------------------------------------------------------
+
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def escape_line(text: str) -> str:
+    """Return `text` with control characters and the like as \\x escapes, so that it cannot pose as another line."""
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+class Log:
+    """A program's log.  `configure` once in `main`; safe from any coroutine, not from threads."""
+
+    def __init__(self) -> None:
+        self._json = False
+        self._origin = ""
+        self._waiting: deque[bytes] = deque()
+        self._waiting_bytes = 0
+        self._dropped_count = 0
+        self._scheduled: asyncio.AbstractEventLoop | None = None
+        self._second: tuple[int, str] = (0, "")
+
+    def configure(self, log_format: str, origin: str | None) -> None:
+        """Choose `text` or `json`, and the name that stands before each line when several programs share a stderr."""
+        self._json = log_format == "json"
+        self._origin = origin or ""
+
+    def info(self, text: str, **fields: object) -> None:
+        """Write a line; `fields` follow it as name=value, or are members of the JSON object."""
+        self._add("info", text, fields)
+
+    def warning(self, text: str, **fields: object) -> None:
+        """Write a line about something an operator should look at."""
+        self._add("warning", text, fields)
+
+    def error(self, text: str, **fields: object) -> None:
+        """Write a line about something that went wrong."""
+        self._add("error", text, fields)
+
+    def exception(self, text: str) -> None:
+        """Write a line with the traceback of the exception being handled."""
+        self._add("error", text, {"traceback": traceback.format_exc().strip()})
+
+    def raw(self, text: str) -> None:
+        """Write a line of somebody else's as it is, but one line."""
+        self._put(escape_line(text))
+
+    def _add(self, level: str, text: str, fields: dict[str, object]) -> None:
+        now_s = time.time()
+        if int(now_s) != self._second[0]:
+            self._second = (int(now_s), time.strftime("%Y/%m/%d %H:%M:%S ", time.localtime(now_s)))
+        if self._json:
+            record = {"time": now_s, "level": level, "msg": text, **fields}
+            if self._origin:
+                record["function"] = self._origin
+            self._put(json.dumps(record, default=str))
+            return
+        origin = f"{self._origin}: " if self._origin else ""
+        shown = "".join(f" {name}={_quoted(value)}" for name, value in fields.items())
+        self._put(escape_line(f"{self._second[1]}{origin}{'' if level == 'info' else level + ': '}{text}{shown}"))
+
+    def _put(self, line: str) -> None:
+        data = line.encode(errors="backslashreplace") + b"\n"
+        if self._waiting_bytes + len(data) > LOG_BACKLOG_BYTES:
+            self._dropped_count += 1
+            return
+        self._waiting.append(data)
+        self._waiting_bytes += len(data)
+        if self._scheduled is None:
+            try:
+                self._scheduled = asyncio.get_running_loop()
+            except RuntimeError:  # before the loop starts or after it ended
+                self.flush()
+            else:
+                self._scheduled.call_soon(self._write_some)
+
+    def _write_some(self) -> None:
+        """Write what stderr takes without blocking, once for all lines of a turn of the loop."""
+        while self._waiting and _takes_more(2):
+            data = self._waiting.popleft()
+            while self._waiting and len(data) + len(self._waiting[0]) <= select.PIPE_BUF:
+                data += self._waiting.popleft()
+            self._waiting_bytes -= len(data)
+            written = _write_all(data[: select.PIPE_BUF])
+            if written < len(data):
+                self._waiting.appendleft(data[written:])
+                self._waiting_bytes += len(data) - written
+        if self._waiting and self._scheduled is not None:
+            self._scheduled.call_later(0.02, self._write_some)
+            return
+        self._scheduled = None
+        if self._dropped_count:
+            count, self._dropped_count = self._dropped_count, 0
+            self.warning(f"{count} log lines were dropped: nobody read them fast enough")
+
+    def flush(self, limit_s: float = 1.0) -> None:
+        """Write what waits, at the end of the program; give up after `limit_s`."""
+        deadline_s = time.monotonic() + limit_s
+        while self._waiting and time.monotonic() < deadline_s:
+            data = self._waiting.popleft()
+            for start in range(0, len(data), select.PIPE_BUF):
+                if _takes_more(2, deadline_s - time.monotonic()):
+                    _write_all(data[start : start + select.PIPE_BUF])
+        self._waiting.clear()
+        self._waiting_bytes = 0
+
+
+def _takes_more(fd: int, wait_s: float = 0.0) -> bool:
+    """Tell whether a write of PIPE_BUF bytes would not block (pipe(7), poll(2)); an error will not block either."""
+    poller = select.poll()
+    poller.register(fd, select.POLLOUT)
+    return bool(poller.poll(max(wait_s, 0.0) * 1000))
+
+
+def _write_all(data: bytes) -> int:
+    try:
+        return os.write(2, data)
+    except BlockingIOError:
+        return 0
+    except OSError:  # nobody will ever read it: the log must not be the end of the program
+        return len(data)
+
+
+def _quoted(value: object) -> str:
+    text = str(value)
+    return json.dumps(text) if not text or not re.fullmatch(r"[^\s\"=]+", text) else text
+
+
+log = Log()
+
+# ---------------------------------------------------------------------------------------------------------------
+# HTTP policy (sans-I/O).  All framing is h11's; what stands here is what h11 leaves to its user, or lets through:
+#   * a grammar as strict as RFC 9112 wants it of a server that others stand in front of (smuggling needs two
+#     parsers that disagree, so nothing ambiguous may pass): no bare CR in chunk extensions, no control characters
+#     in field values, HTTP/1.0 and 1.1 only, targets in origin-form, absolute-form or `OPTIONS *`;
+#   * Transfer-Encoding never beside Content-Length, never in HTTP/1.0 (RFC 9112 6.1): 400 and close;
+#   * one leading empty line before a request is ignored (RFC 9112 2.2);
+#   * heads are limited in size whichever way they are cut into packets: 431.
+# Bytes in, events and bytes out; no socket, no clock, no log below this line until the drivers.
+# ---------------------------------------------------------------------------------------------------------------
+
+Header = tuple[bytes, bytes]
+Headers = Sequence[Header]
+
+_TEXT = r"[\x21-\x7e\x80-\xff]"
+_VALUE = rf"(?:{_TEXT}+(?:[ \t]+{_TEXT}+)*)?"
+_TARGET = r"(?:/[\x21-\x7e]*|[Hh][Tt][Tt][Pp][Ss]?://[\x21-\x7e]+|(?<=^OPTIONS )\*)"
+
+
+def _tighten_h11_grammar() -> None:
+    """Replace three patterns of h11 0.16, which setup.py pins, by the strict ones; h11 goes on doing all framing."""
+    for name in ("request_line_re", "header_field_re", "chunk_header_re"):
+        if not isinstance(getattr(h11._readers, name, None), re.Pattern):
+            raise ImportError(f"this h11 has no _readers.{name} to tighten; install h11 0.16")
+    token = h11._abnf.token
+    h11._readers.request_line_re = re.compile(
+        rf"(?P<method>{token}) (?P<target>{_TARGET}) HTTP/(?P<http_version>1\.[01])".encode()
+    )
+    h11._readers.header_field_re = re.compile(
+        rf"(?P<field_name>{token}):[ \t]*(?P<field_value>{_VALUE})[ \t]*".encode("latin-1")
+    )
+    h11._readers.chunk_header_re = re.compile(
+        rb"(?P<chunk_size>[0-9A-Fa-f]{1,16})(?P<chunk_ext>[ \t]*;[\t\x20-\x7e\x80-\xff]*)?[ \t]*\r\n"
+    )
+
+
+_tighten_h11_grammar()
+
+_HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~%!$&'()*+,;=-]*)(?::[0-9]*)?")
+_BAD_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
+
+
+class BadRequest(FaashoundError):
+    """The peer broke a rule of HTTP; the connection is closed after the answer."""
+
+    status = 400
+
+
+class UnknownCoding(BadRequest):
+    """A Transfer-Encoding that we do not know (RFC 9112 6.1)."""
+
+    status = 501
+
+
+class HeadTooLarge(BadRequest):
+    """The request line and the fields together are over MAX_HEAD_BYTES."""
+
+    status = 431
+
+    def __init__(self) -> None:
+        super().__init__(f"request line and headers too large; allowed: {MAX_HEAD_BYTES} bytes in all")
+
+
+class ExpectationFailed(BadRequest):
+    """An Expect that is not 100-continue (RFC 9110 10.1.1)."""
+
+    status = 417
+
+
+class ReadTimeout(FaashoundError):
+    """The request did not arrive whole within the read timeout."""
+
+    status = 408
+
+
+class BodyTooLarge(FaashoundError):
+    """The request's body is over the limit."""
+
+    status = 413
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(f"request body too large; allowed: {limit_bytes} bytes")
+
+
+class PeerGone(FaashoundError):
+    """The other side closed or broke the connection in the middle of a message."""
+
+    status = 502
+
+
+class Sign(Enum):
+    """What a wire says when it has no head and no chunk to give."""
+
+    NEED_DATA = "feed more bytes"
+    END = "the message is complete"
+    PAUSED = "the next message waits for the end of this exchange"
+    CLOSED = "the peer has closed"
+
+
+def field_value(headers: Headers, name: bytes) -> bytes | None:
+    """Return the first value of `name` (lower case) or None."""
+    for key, value in headers:
+        if key == name:
+            return value
+    return None
+
+
+class Body:
+    """The incoming body of one message: an async iterator of chunks, fed by a driver.
+
+    `length` is what Content-Length announced, None for a chunked or close-delimited body.  The consumer must either
+    iterate to the end or leave it; `on_drained` is called when the consumer has taken what was waiting, so that
+    the driver can read on.  Raises what the driver passed to `fail` (PeerGone, ReadTimeout, BodyTooLarge).
+    """
+
+    __slots__ = ("_chunks", "_error", "_on_drained", "_waiter", "buffered_bytes", "complete", "length", "taken_bytes")
+
+    def __init__(self, length: int | None, on_drained: Callable[[], None]) -> None:
+        self.length = length
+        self.buffered_bytes = 0
+        self.taken_bytes = 0
+        self.complete = False
+        self._chunks: deque[bytes] = deque()
+        self._error: BaseException | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._on_drained = on_drained
+
+    def feed(self, chunk: bytes) -> None:
+        """Driver: append a chunk."""
+        self._chunks.append(chunk)
+        self.buffered_bytes += len(chunk)
+        self._wake()
+
+    def finish(self) -> None:
+        """Driver: the body is complete."""
+        self.complete = True
+        self._wake()
+
+    def fail(self, error: BaseException) -> None:
+        """Driver: the body will never be complete; what was received is still delivered first."""
+        if not self.complete and self._error is None:
+            self._error = error
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def take(self) -> bytes | None:
+        """Return all that waits, joined, without waiting; None when there is nothing (yet, or any more)."""
+        if not self._chunks:
+            return None
+        data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
+        self._chunks.clear()
+        self.buffered_bytes = 0
+        self.taken_bytes += len(data)
+        if not self.complete:
+            self._on_drained()
+        return data
+
+    def __aiter__(self) -> Body:
+        return self
+
+    async def __anext__(self) -> bytes:
+        while True:
+            data = self.take()
+            if data is not None:
+                return data
+            if self.complete:
+                raise StopAsyncIteration
+            if self._error is not None:
+                raise self._error
+            self._on_drained()
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+
+    async def read(self, limit_bytes: int) -> bytes:
+        """Return the whole body; BodyTooLarge beyond `limit_bytes`."""
+        parts, total = [], 0
+        async for chunk in self:
+            total += len(chunk)
+            if total > limit_bytes:
+                raise BodyTooLarge(limit_bytes)
+            parts.append(chunk)
+        return b"".join(parts)
+
+
+@dataclass(slots=True)
+class Request:
+    """One request as a handler sees it: `method`, `target` as sent, `path` undecoded and `query` raw, `host`.
+
+    `headers` are (lower-case name, value) pairs as received; `peer` is the client's address as text, "" if unknown.
+    """
+
+    method: str
+    target: bytes
+    path: bytes
+    query: bytes
+    host: bytes
+    headers: Headers
+    body: Body
+    peer: str = ""
+
+    def header(self, name: bytes) -> bytes | None:
+        """Return the first value of `name`, given in lower case."""
+        return field_value(self.headers, name)
+
+    def decoded_path(self) -> bytes:
+        """Return the path with its percent escapes resolved, as Go's URL.Path (bytes: it need not be UTF-8)."""
+        return urllib.parse.unquote_to_bytes(self.path) if b"%" in self.path else self.path
+
+
+@dataclass(slots=True)
+class Response:
+    """One response as a handler gives it: `body` is bytes, or an async generator of bytes with an optional `length`.
+
+    Framing fields (Content-Length, Transfer-Encoding, Connection) are the wire's business and not given here, except
+    Content-Length in the answer to a HEAD.
+    """
+
+    status: int
+    headers: Sequence[Header] = ()
+    body: bytes | AsyncGenerator[bytes, None] = b""
+    length: int | None = None
+
+
+_REASONS = {status.value: status.phrase.encode() for status in http.HTTPStatus}
+
+
+class ServerWire:
+    """The server's side of one connection: feed bytes, take events, build responses.
+
+    After BadRequest was raised only `build_head` and `end` may follow, then the connection must be closed.
+    """
+
+    def __init__(self) -> None:
+        self._conn = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
+        self._lead = b""
+        self._lead_ignored = False
+        self.head_request = False
+
+    @property
+    def started(self) -> bool:
+        """True once the first byte of a request has come and until the exchange is over."""
+        return self._conn.their_state is not h11.IDLE or bool(self._conn.trailing_data[0])
+
+    def feed(self, data: bytes) -> None:
+        """Take bytes from the peer; b"" is its end of stream."""
+        if self._conn.their_state is h11.IDLE and not self._lead_ignored and data:
+            data = self._without_empty_line(self._lead + data)
+            if not data:
+                return
+        self._conn.receive_data(data)
+
+    def _without_empty_line(self, data: bytes) -> bytes:
+        """Drop one empty line before a request line, however it is cut into packets."""
+        if data == b"\r":
+            self._lead = data
+            return b""
+        self._lead, self._lead_ignored = b"", True
+        return data.removeprefix(b"\r\n")
+
+    def next_event(self) -> tuple[bytes, bytes, Headers] | bytes | Sign:
+        """Return a head (method, target, headers), a chunk of its body, or a `Sign`; raises BadRequest."""
+        try:
+            event = self._conn.next_event()
+        except h11.RemoteProtocolError as error:
+            if error.error_status_hint == 431:
+                raise HeadTooLarge from None
+            kind = UnknownCoding if error.error_status_hint == 501 else BadRequest
+            raise kind(f"bad request: {str(error)[:200]}") from None
+        if isinstance(event, h11.Data):
+            return bytes(event.data)
+        if event is h11.NEED_DATA:
+            return Sign.NEED_DATA
+        if isinstance(event, h11.Request):
+            return self._checked_head(event)
+        if isinstance(event, h11.EndOfMessage):
+            return Sign.END
+        return Sign.PAUSED if event is h11.PAUSED else Sign.CLOSED
+
+    def _checked_head(self, event: h11.Request) -> tuple[bytes, bytes, Headers]:
+        headers = list(event.headers)
+        size = len(event.method) + len(event.target) + sum(len(name) + len(value) + 4 for name, value in headers) + 14
+        if size > MAX_HEAD_BYTES:
+            raise HeadTooLarge
+        names = {name for name, _ in headers}
+        if b"transfer-encoding" in names:
+            if b"content-length" in names:
+                raise BadRequest("bad request: Content-Length together with Transfer-Encoding (RFC 9112 6.1)")
+            if event.http_version < b"1.1":
+                raise BadRequest("bad request: Transfer-Encoding in HTTP/1.0 (RFC 9112 6.1)")
+        if b"host" in names and not _HOST.fullmatch(field_value(headers, b"host") or b""):
+            raise BadRequest("bad request: invalid Host")
+        expect = field_value(headers, b"expect") if b"expect" in names else None
+        if expect is not None and expect.lower() != b"100-continue":
+            raise ExpectationFailed("unknown Expect; allowed: 100-continue")
+        self.head_request = event.method == b"HEAD"
+        return event.method, event.target, headers
+
+    @property
+    def awaits_continue(self) -> bool:
+        """True while the peer waits for a 100 before it sends its body."""
+        return self._conn.they_are_waiting_for_100_continue
+
+    def build_continue(self) -> bytes:
+        """Return the interim response that asks for the body."""
+        return self._sent(h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue"))
+
+    @property
+    def peer_done(self) -> bool:
+        """True when the request has been received whole."""
+        return self._conn.their_state in (h11.DONE, h11.MUST_CLOSE)
+
+    def build_head(self, status: int, headers: Sequence[Header], length: int | None, close: bool) -> bytes:
+        """Return the bytes of a response's head.  `length` None: chunked, or until close for HTTP/1.0."""
+        fields = list(headers)
+        if length is not None and status not in (204, 304) and status >= 200:
+            fields.append((b"Content-Length", b"%d" % length))
+        if close:
+            fields.append((b"Connection", b"close"))
+        return self._sent(h11.Response(status_code=status, headers=fields, reason=_REASONS.get(status, b"")))
+
+    def build_chunk(self, data: bytes) -> bytes:
+        """Return the bytes of one piece of the response's body; a HEAD's body is left out."""
+        return b"" if self.head_request else self._sent(h11.Data(data=data))
+
+    def end(self) -> bytes:
+        """Return the bytes that end the response."""
+        return self._sent(h11.EndOfMessage())
+
+    def _sent(self, event: h11.Event) -> bytes:
+        return self._conn.send(event) or b""
+
+    def next_cycle(self) -> bool:
+        """Make ready for the next request; False when this connection cannot carry one."""
+        if self._conn.our_state is not h11.DONE or self._conn.their_state is not h11.DONE:
+            return False
+        self._conn.start_next_cycle()
+        self._lead_ignored = False
+        waiting, closed = self._conn.trailing_data
+        if waiting[:1] == b"\r":
+            # h11 takes an empty line for a whole head, so it must not see it: begin anew with what waits.
+            self._conn = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
+            self.feed(waiting)
+            if closed:
+                self._conn.receive_data(b"")
+        return True
+
+
+def split_target(target: bytes, host: bytes) -> tuple[bytes, bytes, bytes]:
+    """Return (path, query, host) of a request target in origin-form, absolute-form or asterisk-form.
+
+    The authority of an absolute-form replaces Host (RFC 9112 3.2.2).  Raises BadRequest for a broken percent escape.
+    """
+    if not target.startswith((b"/", b"*")):
+        authority, slash, rest = target.partition(b"://")[2].partition(b"/")
+        if b"?" in authority:
+            authority, _, query = target.partition(b"://")[2].partition(b"?")
+            slash, rest = b"/", b"?" + query
+        if not _HOST.fullmatch(authority) or not authority:
+            raise BadRequest("bad request: invalid authority in the request target")
+        target, host = (slash or b"/") + rest, authority
+    path, _, query = target.partition(b"?")
+    if _BAD_ESCAPE.search(path):
+        raise BadRequest("bad request: invalid percent escape in the path")
+    return path.partition(b"#")[0], query.partition(b"#")[0], host
+
+
+class ClientWire:
+    """The client's side of one connection: build requests, feed bytes, take events."""
+
+    def __init__(self) -> None:
+        self._conn = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD_BYTES)
+
+    def build_head(self, method: bytes, target: bytes, headers: Sequence[Header]) -> bytes:
+        """Return the bytes of a request's head; `headers` has Host and the framing field."""
+        return self._conn.send(h11.Request(method=method, target=target, headers=list(headers))) or b""
+
+    def build_chunk(self, data: bytes) -> bytes:
+        """Return the bytes of one piece of the request's body."""
+        return self._conn.send(h11.Data(data=data)) or b""
+
+    def end(self) -> bytes:
+        """Return the bytes that end the request."""
+        return self._conn.send(h11.EndOfMessage()) or b""
+
+    def feed(self, data: bytes) -> None:
+        """Take bytes from the peer; b"" is its end of stream."""
+        self._conn.receive_data(data)
+
+    def next_event(self) -> tuple[int, Headers] | bytes | Sign:
+        """Return the final head (status, headers), a chunk of the body, or a `Sign`; raises PeerGone."""
+        try:
+            event = self._conn.next_event()
+            while isinstance(event, h11.InformationalResponse):
+                event = self._conn.next_event()
+        except h11.RemoteProtocolError as error:
+            raise PeerGone(f"bad response: {str(error)[:200]}") from None
+        if isinstance(event, h11.Data):
+            return bytes(event.data)
+        if event is h11.NEED_DATA:
+            return Sign.NEED_DATA
+        if isinstance(event, h11.Response):
+            return event.status_code, list(event.headers)
+        if isinstance(event, h11.EndOfMessage):
+            return Sign.END
+        return Sign.PAUSED if event is h11.PAUSED else Sign.CLOSED
+
+    def next_cycle(self) -> bool:
+        """Make ready for the next request; False when this connection cannot carry one."""
+        if self._conn.our_state is not h11.DONE or self._conn.their_state is not h11.DONE:
+            return False
+        if self._conn.trailing_data[0]:
+            return False  # bytes that nobody asked for: a peer out of step is not to be trusted with a request
+        self._conn.start_next_cycle()
+        return True
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# HTTP drivers: they read, feed, write and arm timers.  They know nothing of processes.
+#
+# Server: one connection carries one exchange at a time; what a client pipelines waits in the wire.  The handler
+# runs in a task of its own from the moment the head is there, while the body still arrives.  That task is cancelled
+# when its answer can reach nobody (the client hung up) or is already known (the rest of the request is broken or
+# late), so a handler needs no other sign.  An end of stream from the client counts as hanging up, as in Go: TCP
+# cannot tell a half-closed connection from a closed one.
+# Back-pressure: no reading while a body has BUFFERED_BYTES waiting, no writing while the transport has bytes unsent.
+# Deadlines: `read` runs from a request's first byte to its last, but stands still while we do not read; `write`
+# from a response's first byte until the kernel has the last; `idle` between requests.
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Alarm:
+    """One timer whose deadline moves often: moving it later costs an attribute, not a heap operation."""
+
+    __slots__ = ("_handle", "_loop", "_ring", "when_s")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, ring: Callable[[], None]) -> None:
+        self._loop = loop
+        self._ring = ring
+        self._handle: asyncio.TimerHandle | None = None
+        self.when_s: float | None = None
+
+    def set(self, when_s: float | None) -> None:
+        """Ring at `when_s` (loop time) instead of whatever was set; None: not at all."""
+        self.when_s = when_s
+        if when_s is not None and (self._handle is None or self._handle.when() > when_s):
+            self.stop_handle()
+            self._handle = self._loop.call_at(when_s, self._on_time)
+
+    def stop_handle(self) -> None:
+        """Cancel the loop's timer; `set` makes a new one."""
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None
+
+    def _on_time(self) -> None:
+        self._handle = None
+        if self.when_s is None:
+            return
+        if self._loop.time() < self.when_s - 0.001:  # uvloop's clock has milliseconds
+            self._handle = self._loop.call_at(self.when_s, self._on_time)
+            return
+        self.when_s = None
+        self._ring()
+
+
+Handler = Callable[[Request], Awaitable[Response]]
+TEXT_PLAIN: Header = (b"Content-Type", b"text/plain; charset=utf-8")
+
+
+def error_response(error: FaashoundError) -> Response:
+    """Return the one form in which an error of ours reaches a client."""
+    return Response(error.status, (TEXT_PLAIN, *error.headers), f"{error}\n".encode())
+
+
+@dataclass(frozen=True, slots=True)
+class ServerTimeouts:
+    """Seconds to receive a whole request, to send a whole response, and to wait between requests."""
+
+    read_s: float
+    write_s: float
+    idle_s: float
+
+
+class Server:
+    """Serves `handler` on any number of listening sockets.
+
+    Obligations: `listen` each socket, then at the end `stop_accepting`, `drained`, `abort`, in this order.
+    """
+
+    def __init__(self, handler: Handler, timeouts: ServerTimeouts) -> None:
+        self.handler = handler
+        self.timeouts = timeouts
+        self.draining = False
+        self.connections: set[ServerConnection] = set()
+        self._listeners: list[asyncio.AbstractServer] = []
+        self._date: tuple[int, bytes] = (0, b"")
+
+    async def listen(self, sock: socket.socket) -> None:
+        """Accept connections on `sock`, bound already, TCP or Unix; the server owns it from here."""
+        loop = asyncio.get_running_loop()
+        make = loop.create_unix_server if sock.family == socket.AF_UNIX else loop.create_server
+        self._listeners.append(await make(lambda: ServerConnection(self), sock=sock, backlog=BACKLOG))
+
+    def stop_accepting(self) -> None:
+        """Close the listening sockets and idle connections; what is in flight goes on and then closes."""
+        self.draining = True
+        for listener in self._listeners:
+            listener.close()
+        for connection in list(self.connections):
+            connection.close_if_idle()
+
+    async def drained(self, deadline_s: float) -> bool:
+        """Wait until no connection is left or `deadline_s` (loop time) has come; tell whether none is left."""
+        try:
+            async with asyncio.timeout_at(deadline_s):
+                while self.connections:
+                    await next(iter(self.connections)).closed.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def abort(self) -> None:
+        """Cut every connection; their handlers are cancelled."""
+        for connection in list(self.connections):
+            connection.abort()
+
+    def date(self) -> bytes:
+        """Return the Date field (RFC 9110 6.6.1), made once a second."""
+        second = int(time.time())
+        if second != self._date[0]:
+            self._date = (second, email.utils.formatdate(second, usegmt=True).encode())
+        return self._date[1]
+
+
+class ServerConnection(asyncio.Protocol):
+    """One accepted connection; see the theory above."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._loop = asyncio.get_running_loop()
+        self._wire = ServerWire()
+        self._alarm = Alarm(self._loop, self._on_alarm)
+        self._transport: asyncio.Transport
+        self._peer = ""
+        self._task: asyncio.Task[None] | None = None
+        self._body: Body | None = None
+        self._receiving = False
+        self._sending = False
+        self._refusal: FaashoundError | None = None
+        self._unread_bytes = 0
+        self._read_left_s: float | None = None
+        self._lingering_bytes: int | None = None
+        self._writable: asyncio.Future[None] | None = None
+        self._write_paused = False
+        self.closed = asyncio.Event()
+
+    # Callbacks of the transport.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=0)  # told as soon as the kernel takes no more
+        peername = transport.get_extra_info("peername")
+        self._peer = peername[0] if isinstance(peername, tuple) else ""
+        self._server.connections.add(self)
+        self._alarm.set(self._loop.time() + self._server.timeouts.idle_s)
+
+    def data_received(self, data: bytes) -> None:
+        if self._lingering_bytes is not None:
+            self._discard(len(data))
+            return
+        if not self._receiving and self._task is None:
+            self._receiving = True
+            self._alarm.set(self._loop.time() + self._server.timeouts.read_s)
+        self._wire.feed(data)
+        if self._task is not None and not self._receiving:
+            self._unread_bytes += len(data)
+        self._advance()
+
+    def eof_received(self) -> bool:
+        if self._sending:
+            return True  # the answer is on its way, and whoever half-closed may still read it
+        self._cancel()
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._alarm.stop_handle()
+        self._cancel()
+        self.resume_writing()
+        self._server.connections.discard(self)
+        self.closed.set()
+
+    def pause_writing(self) -> None:
+        self._write_paused = True
+
+    def resume_writing(self) -> None:
+        self._write_paused = False
+        if self._writable is not None and not self._writable.done():
+            self._writable.set_result(None)
+
+    # Receiving.
+
+    def _advance(self) -> None:
+        try:
+            while True:
+                event = self._wire.next_event()
+                if isinstance(event, bytes):
+                    cast(Body, self._body).feed(event)
+                elif event is Sign.END:
+                    self._receiving = False
+                    self._alarm.set(None)
+                    cast(Body, self._body).finish()
+                elif isinstance(event, Sign):
+                    break
+                else:
+                    self._begin(*event)
+        except BadRequest as error:
+            self._refuse(error)
+        self._throttle()
+
+    def _begin(self, method: bytes, target: bytes, headers: Headers) -> None:
+        path, query, host = split_target(target, field_value(headers, b"host") or b"")
+        length_text = field_value(headers, b"content-length")
+        chunked = field_value(headers, b"transfer-encoding") is not None
+        length = None if chunked else int(length_text or 0)
+        self._body = Body(length, self._on_drained)
+        request = Request(method.decode(), target, path, query, host, headers, self._body, self._peer)
+        self._task = self._loop.create_task(self._exchange(request))
+
+    def _throttle(self) -> None:
+        """Stop reading while enough waits; the read deadline stands still meanwhile."""
+        body = self._body
+        too_much = (body is not None and body.buffered_bytes >= BUFFERED_BYTES) or self._unread_bytes >= MAX_HEAD_BYTES
+        if too_much and self._transport.is_reading():
+            self._transport.pause_reading()
+            if self._receiving and self._alarm.when_s is not None:
+                self._read_left_s = self._alarm.when_s - self._loop.time()
+                self._alarm.set(None)
+
+    def _on_drained(self) -> None:
+        """The handler wants more of the body."""
+        if self._wire.awaits_continue and not self._sending:
+            self._transport.write(self._wire.build_continue())
+        self._resume_reading()
+
+    def _resume_reading(self) -> None:
+        if self._transport.is_reading() or self._transport.is_closing():
+            return
+        self._transport.resume_reading()
+        if self._read_left_s is not None and self._receiving:
+            self._alarm.set(self._loop.time() + self._read_left_s)
+        self._read_left_s = None
+
+    # Answering.
+
+    async def _exchange(self, request: Request) -> None:
+        try:
+            response = await self._handle(request)
+            await self._send(response)
+        except (PeerGone, ConnectionError) as error:
+            log.info(f"response cut short: {error}")
+            self.abort()
+            return
+        self._end_exchange()
+
+    async def _handle(self, request: Request) -> Response:
+        try:
+            return await self._server.handler(request)
+        except FaashoundError as error:
+            return error_response(error)
+        except asyncio.CancelledError:
+            if self._refusal is None:
+                raise
+            cast(asyncio.Task[None], asyncio.current_task()).uncancel()
+            return error_response(self._refusal)
+        except Exception:
+            log.exception("a handler failed")
+            return error_response(FaashoundError("internal error; see the log"))
+
+    async def _send(self, response: Response) -> None:
+        self._sending = True
+        self._alarm.set(self._loop.time() + self._server.timeouts.write_s)
+        close = self._server.draining or not self._wire.peer_done
+        headers = (*response.headers, (b"Date", self._server.date()))
+        if isinstance(response.body, bytes):
+            length = len(response.body) if response.length is None else response.length
+            head = self._wire.build_head(response.status, headers, length, close)
+            chunk = self._wire.build_chunk(response.body) if response.body else b""
+            await self._write(head + chunk + self._wire.end())
+            return
+        async with aclosing(response.body):
+            await self._write(self._wire.build_head(response.status, headers, response.length, close))
+            async for data in response.body:
+                await self._write(self._wire.build_chunk(data))
+            await self._write(self._wire.end())
+
+    async def _write(self, data: bytes) -> None:
+        self._transport.write(data)
+        while self._write_paused and not self._transport.is_closing():
+            self._writable = self._loop.create_future()
+            await self._writable
+        if self._transport.is_closing():
+            raise PeerGone("the client closed the connection or took too long to read")
+
+    def _end_exchange(self) -> None:
+        self._task = self._body = None
+        self._sending = False
+        self._unread_bytes = 0
+        if self._refusal is not None or self._server.draining or not self._wire.next_cycle():
+            self._linger()
+            return
+        self._alarm.set(self._loop.time() + self._server.timeouts.idle_s)
+        self._resume_reading()
+        if self._wire.started:
+            self._receiving = True
+            self._alarm.set(self._loop.time() + self._server.timeouts.read_s)
+            self._advance()
+
+    def _refuse(self, error: FaashoundError) -> None:
+        """Answer `error` instead of whatever the handler would have said, and close."""
+        self._refusal = error
+        self._receiving = False
+        self._alarm.set(None)
+        if self._task is None:
+            self._task = self._loop.create_task(self._answer_refusal(error))
+        elif self._sending:
+            self._transport.close()
+        else:
+            self._task.cancel()
+
+    async def _answer_refusal(self, error: FaashoundError) -> None:
+        with suppress(PeerGone):
+            await self._send(error_response(error))
+            self._end_exchange()
+
+    # Deadlines and the end.
+
+    def _on_alarm(self) -> None:
+        if self._sending or self._lingering_bytes is not None:
+            self.abort()
+        elif self._receiving:
+            timeout = format_duration(self._server.timeouts.read_s)
+            self._refuse(ReadTimeout(f"the request did not arrive within read_timeout ({timeout})"))
+        else:
+            self._transport.close()
+
+    def _linger(self) -> None:
+        """Close so that the client can read the answer: unread input would make the kernel reset the connection."""
+        if (self._wire.peer_done and self._refusal is None) or not self._transport.can_write_eof():
+            self._transport.close()
+            return
+        self._lingering_bytes = 0
+        self._transport.write_eof()
+        self._alarm.set(self._loop.time() + LINGER_S)
+        self._resume_reading()
+
+    def _discard(self, count: int) -> None:
+        self._lingering_bytes = cast(int, self._lingering_bytes) + count
+        if self._lingering_bytes > LINGER_BYTES:
+            self.abort()
+
+    def close_if_idle(self) -> None:
+        """Close unless an exchange is going on or beginning."""
+        if self._task is None and not self._receiving and self._lingering_bytes is None:
+            self._transport.close()
+
+    def abort(self) -> None:
+        """Cut the connection now; a running handler is cancelled."""
+        self._transport.abort()
+
+    def _cancel(self) -> None:
+        if self._task is not None and not self._task.done():
+            self._task.cancel()
+
+
+class Unreachable(FaashoundError):
+    """No connection to the upstream could be made."""
+
+    status = 502
+
+
+class UpstreamTimeout(FaashoundError):
+    """The upstream did not answer whole by the deadline."""
+
+    status = 504
+
+
+@dataclass(frozen=True, slots=True)
+class Url:
+    """An http or https address: `target` is path and query as they go on the request line."""
+
+    scheme: str
+    host: str
+    port: int
+    target: str
+
+    @property
+    def authority(self) -> str:
+        """Return the Host field: the port is left out when it is the scheme's own."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == (443 if self.scheme == "https" else 80) else f"{host}:{self.port}"
+
+
+def parse_url(text: str) -> Url:
+    """Return the parts of an absolute http(s) URL.
+
+    Raises ValueError, saying what is allowed, for another scheme, no host, user information, a bad port, or characters
+    that have no place in a URL (RFC 3986; spaces and control characters would end up in a request line).
+    """
+    if not re.fullmatch(r"[\x21-\x7e]+", text):
+        raise ValueError("allowed: a URL of visible ASCII characters")
+    parts = urllib.parse.urlsplit(text)
+    if parts.scheme not in ("http", "https"):
+        raise ValueError("allowed: http:// or https://")
+    if not parts.hostname:
+        raise ValueError("no host; allowed: http://host[:port]/path")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("user information is not allowed in a URL")
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    return Url(parts.scheme, parts.hostname, port, target)
+
+
+Address = tuple[socket.AddressFamily, str]
+Resolver = Callable[[Url], Awaitable[Sequence[Address]]]
+
+
+async def resolve_any(url: Url) -> Sequence[Address]:
+    """Return every address of `url`'s host by the system's resolver; raises Unreachable."""
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise Unreachable(f"cannot resolve {url.host}: {error}") from None
+    return [(family, str(sockaddr[0])) for family, _, _, _, sockaddr in found]
+
+
+class Client:
+    """HTTP/1.1 client with a pool of idle connections; bodies stream both ways.
+
+    `resolve` decides which addresses a URL may be reached at; connections go to just those (no second look-up).
+    Raises Unreachable, UpstreamTimeout or PeerGone.  Obligation: `close` at the end.
+    """
+
+    def __init__(self, resolve: Resolver = resolve_any, connect_timeout_s: float = CONNECT_TIMEOUT_S) -> None:
+        self._resolve = resolve
+        self._connect_timeout_s = connect_timeout_s
+        self._idle: dict[tuple[str, str, int], list[ClientConnection]] = {}
+        self._tls: ssl.SSLContext | None = None
+
+    async def request(
+        self,
+        method: str,
+        url: Url,
+        headers: Sequence[Header] = (),
+        body: bytes | AsyncIterator[bytes] = b"",
+        length: int | None = None,
+        deadline_s: float | None = None,
+    ) -> ClientResponse:
+        """Send one request and return its response as soon as the head is there.
+
+        `headers` without Host and framing; `length` of an iterated body if known, else it goes chunked;
+        `deadline_s` (loop time) bounds everything to the last byte of the response.
+        The response must be used as `async with`, which ends the exchange whatever happens.
+        """
+        while True:
+            connection, reused = await self._checkout(url, deadline_s)
+            try:
+                return await connection.exchange(method, url, headers, body, length, deadline_s)
+            except PeerGone:
+                # A kept connection may have been closed while the request was on its way (RFC 9112 9.3.1).
+                if not (reused and connection.silent and body == b"" and method in _IDEMPOTENT):
+                    raise
+
+    async def _checkout(self, url: Url, deadline_s: float | None) -> tuple[ClientConnection, bool]:
+        kept = self._idle.get((url.scheme, url.host, url.port))
+        while kept:
+            connection = kept.pop()
+            if connection.usable():
+                return connection, True
+        return await self._connect(url, deadline_s), False
+
+    async def _connect(self, url: Url, deadline_s: float | None) -> ClientConnection:
+        loop = asyncio.get_running_loop()
+        limit_s = loop.time() + self._connect_timeout_s
+        try:
+            async with asyncio.timeout_at(limit_s if deadline_s is None else min(limit_s, deadline_s)):
+                return await self._connect_any(loop, url)
+        except TimeoutError:
+            if deadline_s is not None and deadline_s <= limit_s:
+                raise UpstreamTimeout(f"no connection to {url.authority} before the deadline") from None
+            timeout = format_duration(self._connect_timeout_s)
+            raise Unreachable(f"no connection to {url.authority} within {timeout}") from None
+
+    async def _connect_any(self, loop: asyncio.AbstractEventLoop, url: Url) -> ClientConnection:
+        reasons = []
+        for family, address in await self._resolve(url):
+            try:
+                _, connection = await loop.create_connection(
+                    lambda: ClientConnection(self),
+                    address,
+                    url.port,
+                    family=family,
+                    ssl=self._tls_context() if url.scheme == "https" else None,
+                    server_hostname=url.host if url.scheme == "https" else None,
+                )
+                return connection
+            except (OSError, ssl.SSLError) as error:
+                reasons.append(error.strerror or str(error) if isinstance(error, OSError) else str(error))
+        raise Unreachable(f"cannot connect to {url.authority}: {'; '.join(reasons) or 'it has no address'}")
+
+    def _tls_context(self) -> ssl.SSLContext:
+        if self._tls is None:
+            self._tls = ssl.create_default_context()
+        return self._tls
+
+    def keep(self, connection: ClientConnection, url: Url) -> None:
+        """Connection: it is idle and may carry another request."""
+        kept = self._idle.setdefault((url.scheme, url.host, url.port), [])
+        if len(kept) >= KEPT_CONNECTIONS_COUNT:
+            connection.abort()
+            return
+        kept.append(connection)
+
+    def forget(self, connection: ClientConnection, url: Url) -> None:
+        """Connection: it is closed."""
+        kept = self._idle.get((url.scheme, url.host, url.port), [])
+        if connection in kept:
+            kept.remove(connection)
+        if not kept:
+            self._idle.pop((url.scheme, url.host, url.port), None)
+
+    async def close(self) -> None:
+        """Close all idle connections."""
+        for kept in list(self._idle.values()):
+            for connection in list(kept):
+                connection.abort()
+        self._idle.clear()
+
+
+_IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE", "TRACE"})  # RFC 9110 9.2.2
+
+
+class ClientResponse:
+    """A response whose head is there: `status`, `headers` (lower-case names), and `body`, to be iterated.
+
+    Leaving `async with` before the end of the body cuts the connection, which tells the server to stop.
+    """
+
+    def __init__(self, status: int, headers: Headers, body: Body, connection: ClientConnection) -> None:
+        self.status = status
+        self.headers = headers
+        self.body = body
+        self._connection = connection
+
+    def header(self, name: bytes) -> bytes | None:
+        """Return the first value of `name`, given in lower case."""
+        return field_value(self.headers, name)
+
+    async def __aenter__(self) -> ClientResponse:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the exchange: cut the connection unless the body came whole."""
+        if not self.body.complete:
+            self._connection.abort()
+
+
+class ClientConnection(asyncio.Protocol):
+    """One connection to an upstream, carrying one exchange at a time."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._loop = asyncio.get_running_loop()
+        self._alarm = Alarm(self._loop, self._on_alarm)
+        self._wire = ClientWire()
+        self._transport: asyncio.Transport
+        self._url: Url | None = None
+        self._head: asyncio.Future[tuple[int, Headers]] | None = None
+        self._body: Body | None = None
+        self._sender: asyncio.Task[None] | None = None
+        self._writable: asyncio.Future[None] | None = None
+        self._write_paused = False
+        self.silent = True
+
+    # Callbacks of the transport.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=0)
+
+    def data_received(self, data: bytes) -> None:
+        if self._head is None:  # nothing was asked
+            self._transport.abort()
+            return
+        self.silent = False
+        self._wire.feed(data)
+        self._advance()
+
+    def eof_received(self) -> bool:
+        if self._head is not None:
+            self._wire.feed(b"")
+            self._advance()
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._fail(PeerGone("the connection was closed before the response was complete"))
+        self.resume_writing()
+        if self._url is not None:
+            self._client.forget(self, self._url)
+
+    def pause_writing(self) -> None:
+        self._write_paused = True
+
+    def resume_writing(self) -> None:
+        self._write_paused = False
+        if self._writable is not None and not self._writable.done():
+            self._writable.set_result(None)
+
+    # One exchange.
+
+    async def exchange(
+        self,
+        method: str,
+        url: Url,
+        headers: Sequence[Header],
+        body: bytes | AsyncIterator[bytes],
+        length: int | None,
+        deadline_s: float | None,
+    ) -> ClientResponse:
+        """Send a request and wait for the response's head; see `Client.request`."""
+        self._url, self.silent = url, True
+        self._head = self._loop.create_future()
+        self._body = None
+        self._alarm.set(deadline_s)
+        try:
+            self._start(method, url, headers, body, length)
+            status, fields = await self._head
+        except BaseException:
+            self.abort()
+            raise
+        return ClientResponse(status, fields, cast(Body, self._body), self)
+
+    def _start(
+        self, method: str, url: Url, headers: Sequence[Header], body: bytes | AsyncIterator[bytes], length: int | None
+    ) -> None:
+        fields = [(b"Host", url.authority.encode()), *headers]
+        known = len(body) if isinstance(body, bytes) else length
+        if known is None:
+            fields.append((b"Transfer-Encoding", b"chunked"))
+        elif known or method not in ("GET", "HEAD", "DELETE", "OPTIONS"):
+            fields.append((b"Content-Length", b"%d" % known))
+        head = self._wire.build_head(method.encode(), url.target.encode(), fields)
+        if isinstance(body, bytes):
+            self._transport.write(head + (self._wire.build_chunk(body) if body else b"") + self._wire.end())
+        else:
+            self._transport.write(head)
+            self._sender = self._loop.create_task(self._send_body(body))
+
+    async def _send_body(self, body: AsyncIterator[bytes]) -> None:
+        try:
+            async for chunk in body:
+                await self._write(self._wire.build_chunk(chunk))
+            await self._write(self._wire.end())
+        except FaashoundError as error:
+            self._fail(error)
+            self.abort()
+        except h11.LocalProtocolError as error:
+            # The body is longer or shorter than announced: the upstream must not take it for whole.
+            self._fail(BadRequest(f"body does not match its announced length: {error}"))
+            self.abort()
+
+    async def _write(self, data: bytes) -> None:
+        self._transport.write(data)
+        while self._write_paused and not self._transport.is_closing():
+            self._writable = self._loop.create_future()
+            await self._writable
+        if self._transport.is_closing():
+            raise PeerGone("the connection was closed before the request was sent")
+
+    def _advance(self) -> None:
+        try:
+            while True:
+                event = self._wire.next_event()
+                if isinstance(event, bytes):
+                    cast(Body, self._body).feed(event)
+                elif event is Sign.END:
+                    self._complete()
+                    return
+                elif isinstance(event, Sign):
+                    break
+                else:
+                    self._on_head(*event)
+        except PeerGone as error:
+            self._fail(error)
+            self.abort()
+            return
+        if self._body is not None and self._body.buffered_bytes >= BUFFERED_BYTES and self._transport.is_reading():
+            self._transport.pause_reading()
+
+    def _on_head(self, status: int, headers: Headers) -> None:
+        length = field_value(headers, b"content-length")
+        self._body = Body(None if length is None else int(length), self._on_drained)
+        if self._head is not None and not self._head.done():
+            self._head.set_result((status, headers))
+
+    def _on_drained(self) -> None:
+        if not self._transport.is_reading() and not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    def _complete(self) -> None:
+        self._alarm.set(None)
+        if self._sender is not None and not self._sender.done():
+            self._sender.cancel()
+        self._sender = self._head = None
+        cast(Body, self._body).finish()
+        if self._wire.next_cycle() and not self._transport.is_closing():
+            self._alarm.set(self._loop.time() + KEPT_S)
+            self._client.keep(self, cast(Url, self._url))
+            self._on_drained()
+        else:
+            self._transport.close()
+
+    def _fail(self, error: FaashoundError) -> None:
+        if self._head is not None and not self._head.done():
+            self._head.set_exception(error)
+        elif self._body is not None:
+            self._body.fail(error)
+
+    def _on_alarm(self) -> None:
+        self._fail(UpstreamTimeout("no complete response before the deadline"))
+        self.abort()
+
+    # The end.
+
+    def usable(self) -> bool:
+        """Tell whether this idle connection can carry another request; it is no longer idle."""
+        self._alarm.set(None)
+        return not self._transport.is_closing()
+
+    def abort(self) -> None:
+        """Cut the connection now."""
+        self._alarm.stop_handle()
+        if self._sender is not None:
+            self._sender.cancel()
+        self._transport.abort()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Process rules (pure): the environment of a process, the words for its end, the states of a call.
+# ---------------------------------------------------------------------------------------------------------------
+
+MARK = b"FAASHOUND_CALL"  # in the environment of everything that a call starts; see "Process driver"
+
+# A request header must not pose as one of our own variables, nor reach what reads HTTP_PROXY (httpoxy): these are
+# never exported under their own names.  Compared without case: some programs fold the names of variables.
+_RESERVED_FIELDS = frozenset(
+    (b"method", b"path", b"query", b"host", b"contentlength", b"content-length", b"transfer-encoding", b"proxy")
+)
+
+
+@lru_cache(maxsize=1024)
+def cgi_name(name: bytes) -> bytes | None:
+    """Return `Http_<Name>` for a lower-case field name in Go's canonical case, None if it must not be exported."""
+    if name in _RESERVED_FIELDS or b"_" in name:  # an underscore would shadow the twin with a dash
+        return None
+    return b"Http_" + b"_".join(part[:1].upper() + part[1:] for part in name.split(b"-"))
+
+
+def cgi_environment(request: Request) -> dict[bytes, bytes]:
+    """Return the variables that tell a process about its request; BadRequest if one cannot be a variable."""
+    facts: dict[bytes, bytes] = {}
+    for name, value in request.headers:
+        variable = cgi_name(name)
+        if variable is not None and variable not in facts:
+            facts[variable] = value
+    length = b"%d" % (-1 if request.body.length is None else request.body.length)
+    facts[b"Http_Method"] = request.method.encode()
+    facts[b"Http_ContentLength"] = facts[b"Http_Content_Length"] = length
+    if request.body.length is None:
+        facts[b"Http_Transfer_Encoding"] = b"chunked"
+    if request.query:
+        facts[b"Http_Query"] = request.query
+    facts[b"Http_Path"] = request.decoded_path()
+    if b"\0" in facts[b"Http_Path"]:
+        raise BadRequest("bad request: NUL in the path")
+    if request.host:
+        facts[b"Http_Host"] = request.host
+    return facts
+
+
+async def limited(body: AsyncIterator[bytes], limit_bytes: int) -> AsyncIterator[bytes]:
+    """Yield `body`; BodyTooLarge beyond the limit."""
+    total = 0
+    async for chunk in body:
+        total += len(chunk)
+        if total > limit_bytes:
+            raise BodyTooLarge(limit_bytes)
+        yield chunk
+
+
+async def marshalled(headers: Headers, body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Yield `{"header":{"Name":["v"]},"body":{"raw":"<base64>"}}` of a request, in constant memory."""
+    header: dict[str, list[str]] = {}
+    for name, value in headers:
+        if name != b"host":
+            key = b"-".join(part[:1].upper() + part[1:] for part in name.split(b"-")).decode()
+            header.setdefault(key, []).append(value.decode("latin-1"))
+    yield f'{{"header":{json.dumps(header)},"body":{{"raw":"'.encode()
+    rest = b""
+    async for chunk in body:
+        data = rest + chunk
+        whole = len(data) - len(data) % 3  # base64 in pieces is base64 of the whole only at multiples of three
+        rest = data[whole:]
+        yield base64.b64encode(data[:whole])
+    yield base64.b64encode(rest) + b'"}}'
+
+
+# Go's words where they are not strsignal's in lower case.
+_SIGNAL_TEXTS = {
+    signal.SIGXCPU: "CPU time limit exceeded",
+    signal.SIGIO: "I/O possible",
+}
+
+
+def describe_exit(status: int) -> str:
+    """Return the end of a process in Go's words for a wait status: `exit status 3`, `signal: killed`."""
+    if os.WIFEXITED(status):
+        return f"exit status {os.WEXITSTATUS(status)}"
+    number = os.WTERMSIG(status)
+    text = _SIGNAL_TEXTS.get(number) or (signal.strsignal(number) or f"signal {number}").lower()  # type: ignore[call-overload]
+    return f"signal: {text}" + (" (core dumped)" if os.WCOREDUMP(status) else "")
+
+
+class State(Enum):
+    """Where a call stands.  Its answer is decided on reaching DONE or KILLED."""
+
+    RUNNING = "the process runs, its output is open"
+    CLOSED = "the process runs, its output is closed"
+    EXITED = "the process has exited, a descendant holds its output"
+    DONE = "the process has exited and its output is read"
+    KILLED = "deadline, hang-up or refusal: the tree is being killed"
+
+
+class Event(Enum):
+    """What happens to a call."""
+
+    EXIT = "the process has exited"
+    EOF = "its output is at its end"
+    GRACE = "a descendant has held the output for OUTPUT_GRACE_S"
+    DEADLINE = "exec_timeout or X-Timeout has come"
+    ABANDON = "nobody waits for the answer any more, or it is known already"
+
+
+# A process that has exited has done its work in time, so nothing that comes later takes its answer away.
+TRANSITIONS = {
+    (State.RUNNING, Event.EOF): State.CLOSED,
+    (State.RUNNING, Event.EXIT): State.EXITED,
+    (State.RUNNING, Event.DEADLINE): State.KILLED,
+    (State.RUNNING, Event.ABANDON): State.KILLED,
+    (State.CLOSED, Event.EXIT): State.DONE,
+    (State.CLOSED, Event.DEADLINE): State.KILLED,
+    (State.CLOSED, Event.ABANDON): State.KILLED,
+    (State.EXITED, Event.EOF): State.DONE,
+    (State.EXITED, Event.GRACE): State.DONE,
+    (State.EXITED, Event.DEADLINE): State.DONE,
+    (State.EXITED, Event.ABANDON): State.DONE,
+    (State.DONE, Event.ABANDON): State.DONE,
+    (State.KILLED, Event.EXIT): State.KILLED,
+    (State.KILLED, Event.EOF): State.KILLED,
+    (State.KILLED, Event.ABANDON): State.KILLED,
+}
+
+
+def next_state(state: State, event: Event) -> State:
+    """Return the state after `event`; AssertionError for a pair that cannot happen."""
+    try:
+        return TRANSITIONS[state, event]
+    except KeyError:
+        raise AssertionError(f"{event} cannot happen in {state}: the driver must not report it") from None
+
+
+class StartFailed(FaashoundError):
+    """The process could not be started; the text says why."""
+
+    status = 500
+
+
+class OutputLost(FaashoundError):
+    """The disk did not take what the process wrote."""
+
+    status = 500
+
+
+class FactsTooLarge(FaashoundError):
+    """The request's facts do not fit into a process's environment (execve's limit), but would be fine without."""
+
+    status = 431
+
+    def __init__(self) -> None:
+        super().__init__("request headers too large for the environment of a process; allowed: what execve takes")
+
+
+class DeadlineReached(FaashoundError):
+    """The process was still running at its deadline and has been killed (the text is OpenFaaS's)."""
+
+    status = 408
+
+    def __init__(self) -> None:
+        super().__init__("Killed process.")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Process driver: spawn, pump, signal the tree, reap.  It knows nothing of HTTP.
+#
+# Each process leads a session of its own, carries the call's mark in its environment, and is our child.  We are the
+# subreaper (prctl(2)) of all that descends from it: whatever loses its parent becomes our child, however it was
+# daemonised.  So everything a call started is either below its root or a direct child of ours, and killing
+# goes by levels: SIGKILL to the root's process group, then to every adopted orphan of that call, whose children are
+# thereby adopted and found in the next sweep, until two sweeps find nothing.
+# Whose an orphan is, its mark tells, or its session.  One that wiped its environment and left its session is
+# nobody's for certain only when every call that ran at its start has ended; then it is killed too.
+# All exits are seen and reaped in one place, on SIGCHLD, because orphans have to be reaped in any case.  A root is
+# reaped after its group was killed: until then its number cannot be anybody else's.
+# What survives SIGKILL of the watchdog itself is killed, by the mark, by the guard (see "Lifecycle").
+# ---------------------------------------------------------------------------------------------------------------
+
+_PR_SET_CHILD_SUBREAPER = 36
+_IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)  # a program expects them at their defaults
+
+
+def become_subreaper() -> None:
+    """Make every descendant that loses its parent a child of this process (prctl(2), Linux 3.4)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+
+
+def find_program(name: str, path: str | None) -> str:
+    """Return what execve is to be given for `name`; StartFailed in Go's words when PATH does not have it."""
+    if "/" in name:
+        return name
+    found = shutil.which(name, path=path)
+    if found is None:
+        raise StartFailed(f'exec: "{name}": executable file not found in $PATH')
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a call ended: `status` is the wait status of its process, `output` what it wrote (and `stderr` if joined)."""
+
+    pid: int
+    status: int
+    output: Output
+    duration_s: float
+
+
+class Output:
+    """What a process wrote: in memory up to SPILL_BYTES, then in an unlinked temporary file.
+
+    Obligation: `close`.
+    """
+
+    def __init__(self) -> None:
+        self.bytes_count = 0
+        self._parts: list[bytes] = []
+        self._file: io.FileIO | None = None
+
+    @property
+    def spilled(self) -> bool:
+        """True once the output is in a file."""
+        return self._file is not None
+
+    def append(self, data: bytes) -> None:
+        """Keep `data` in memory."""
+        self._parts.append(data)
+        self.bytes_count += len(data)
+
+    def spill(self) -> None:
+        """Move what is in memory to a file; blocks on the disk."""
+        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - closed by `close`
+        self._write(b"".join(self._parts))
+        self._parts.clear()
+
+    def _write(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[cast(io.FileIO, self._file).write(view) :]
+
+    def splice(self, pipe_fd: int, limit_bytes: int) -> int:
+        """Move up to `limit_bytes` from a non-blocking pipe to the file; 0 at its end, BlockingIOError if empty."""
+        data = os.read(pipe_fd, limit_bytes)
+        self._write(data)
+        self.bytes_count += len(data)
+        return len(data)
+
+    def head(self) -> bytes:
+        """Return the first SNIFF_BYTES."""
+        if self._file is not None:
+            return os.pread(self._file.fileno(), SNIFF_BYTES, 0)
+        return self.in_memory()[:SNIFF_BYTES]
+
+    def in_memory(self) -> bytes:
+        """Return the whole output; only when it has not spilled."""
+        if len(self._parts) > 1:
+            self._parts = [b"".join(self._parts)]
+        return self._parts[0] if self._parts else b""
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """Yield the whole output from its start and close it at the end."""
+        loop = asyncio.get_running_loop()
+        try:
+            if self._file is None:
+                yield self.in_memory()
+                return
+            offset = 0
+            while data := await loop.run_in_executor(None, os.pread, self._file.fileno(), FILE_CHUNK_BYTES, offset):
+                offset += len(data)
+                yield data
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Give the memory and the file back."""
+        self._parts.clear()
+        if self._file is not None:
+            self._file.close()
+
+
+class Reaper:
+    """The one place where children of this process are known, reaped and swept."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, spared: Iterable[int] = ()) -> None:
+        become_subreaper()
+        self.loop = loop
+        self._spared = frozenset(spared)
+        self._roots: dict[int, Process] = {}  # not reaped yet, by process number
+        self._calls: dict[bytes, Process] = {}  # not ended yet, by mark
+        self._sweepers: set[asyncio.Task[None]] = set()
+        self._children_fd = os.open(f"/proc/self/task/{os.getpid()}/children", os.O_RDONLY | os.O_CLOEXEC)
+        self._woken = False
+        signal.signal(signal.SIGCHLD, self._on_sigchld)  # uvloop keeps add_signal_handler(SIGCHLD) to itself
+
+    def add(self, process: Process) -> None:
+        """Watch a root: its `on_exiting` and `on_exit` are called just before and after it is reaped."""
+        self._roots[process.pid] = process
+        self._calls[process.mark] = process
+
+    def _on_sigchld(self, *_: object) -> None:
+        if not self._woken:
+            self._woken = True
+            self.loop.call_soon_threadsafe(self.reap)
+
+    def reap(self) -> None:
+        """Reap whatever has exited."""
+        self._woken = False
+        while True:
+            try:
+                found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if found is None:
+                return
+            process = self._roots.get(found.si_pid)
+            if process is not None:
+                process.on_exiting()
+            _, status = os.waitpid(found.si_pid, 0)
+            if process is not None:
+                del self._roots[process.pid]
+                process.on_exit(status)
+
+    def signal_group(self, process: Process, number: signal.Signals) -> None:
+        """Signal a root and its process group, while its number is still its own."""
+        if process.pid in self._roots:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, number)
+
+    def release(self, process: Process) -> None:
+        """The call has its answer: kill what its process has left behind."""
+        self._calls.pop(process.mark, None)
+        if self.sweep():
+            self._background(self._sweep_out(()))
+
+    def kill(self, process: Process, term_grace_s: float) -> asyncio.Task[None]:
+        """Kill a call's whole tree; the task is done when nothing of it is left."""
+        self._calls.pop(process.mark, None)
+        if not term_grace_s:
+            self.signal_group(process, signal.SIGKILL)
+        return self._background(self._end_tree(process, term_grace_s))
+
+    def _background(self, ending: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = self.loop.create_task(ending)
+        self._sweepers.add(task)
+        task.add_done_callback(self._sweepers.discard)
+        return task
+
+    async def _end_tree(self, process: Process, term_grace_s: float) -> None:
+        if term_grace_s:
+            self._calls[process.mark] = process  # its children may tidy up as well
+            self.signal_group(process, signal.SIGTERM)
+            await asyncio.wait((process.exited,), timeout=term_grace_s)
+            self._calls.pop(process.mark, None)
+            self.signal_group(process, signal.SIGKILL)
+        await self._sweep_out((process,))
+
+    async def _sweep_out(self, roots: Iterable[Process]) -> None:
+        """Sweep until two sweeps in a row found nothing and `roots` are reaped."""
+        pause_s, limit_s, empty_count = 0.001, time.monotonic() + SWEEP_LIMIT_S, 0
+        while empty_count < 2 or any(process.pid in self._roots for process in roots):
+            await asyncio.sleep(pause_s)
+            empty_count = 0 if self.sweep() else empty_count + 1
+            pause_s = min(pause_s * 2, 0.05)
+            if time.monotonic() > limit_s:
+                log.error("processes are left that SIGKILL does not end", pids=self.orphans())
+                return
+
+    def sweep(self) -> int:
+        """Kill every orphan that is nobody's; return how many there were."""
+        nobodys = [pid for pid in self.orphans() if not self._is_owned(pid)]
+        for pid in nobodys:
+            _kill_orphan(pid)
+        return len(nobodys)
+
+    def orphans(self) -> list[int]:
+        """Return the children that we have adopted (the `children` file of proc(5); sweeps are repeated)."""
+        known = self._roots.keys() | self._spared
+        return [pid for pid in map(int, os.pread(self._children_fd, 1 << 20, 0).split()) if pid not in known]
+
+    def _is_owned(self, pid: int) -> bool:
+        """Tell whether an orphan belongs to a call that has not ended, or may belong to one."""
+        mark = _read_mark(pid)
+        if mark is not None:
+            return mark in self._calls
+        try:
+            session, started_s = os.getsid(pid), _read_start(pid)
+        except (ProcessLookupError, FileNotFoundError):
+            return True  # it has gone; the next reaping takes it
+        return any(process.pid == session or process.started_s <= started_s for process in self._calls.values())
+
+    async def end_all(self) -> None:
+        """Kill every tree and wait until nothing is left."""
+        roots = list(self._roots.values())
+        for process in roots:
+            process.abandon()
+        self._calls.clear()
+        for process in roots:
+            self.signal_group(process, signal.SIGKILL)
+        await self._sweep_out(roots)
+
+    def close(self) -> None:
+        """Stop watching; no child may be left."""
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        os.close(self._children_fd)
+
+
+def _kill_orphan(pid: int) -> None:
+    """SIGKILL an adopted child, and its group if it leads one."""
+    with suppress(ProcessLookupError, PermissionError):
+        if os.getpgid(pid) == pid:
+            os.killpg(pid, signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
+
+
+def _read_mark(pid: int) -> bytes | None:
+    """Return the mark in the environment of `pid`; None if it has none or we may not look."""
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            variables = file.read().split(b"\0")
+    except OSError:
+        return None
+    return next((each[len(MARK) + 1 :] for each in variables if each.startswith(MARK + b"=")), None)
+
+
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+
+def _read_start(pid: int) -> float:
+    """Return when `pid` started, in seconds since boot, rounded down to the kernel's ticks (proc(5))."""
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        return int(file.read().rpartition(b")")[2].split()[19]) / _TICKS_PER_S
+
+
+class LineSplitter:
+    """Cuts a stream of bytes into lines; a line over MAX_LOG_LINE_BYTES is cut into pieces."""
+
+    def __init__(self, on_line: Callable[[str], None]) -> None:
+        self._on_line = on_line
+        self._rest = b""
+
+    def feed(self, data: bytes) -> None:
+        """Take bytes and hand on the lines that are complete."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            self._cut(line)
+        if len(self._rest) >= MAX_LOG_LINE_BYTES:
+            self.finish()
+
+    def finish(self) -> None:
+        """Hand on what is left of a line without an end."""
+        if self._rest:
+            self._cut(self._rest)
+            self._rest = b""
+
+    def _cut(self, line: bytes) -> None:
+        for start in range(0, max(len(line), 1), MAX_LOG_LINE_BYTES):
+            self._on_line(line[start : start + MAX_LOG_LINE_BYTES].decode(errors="backslashreplace"))
+
+
+class Process:
+    """One process of the function, and by its mark and its session everything that it starts.
+
+    Made by `Spawner.spawn`; then `run` exactly once, which closes whatever it holds.
+    """
+
+    def __init__(
+        self, reaper: Reaper, pid: int, mark: bytes, started_s: float, pipes: Pipes, term_grace_s: float
+    ) -> None:
+        self.pid = pid
+        self.mark = mark
+        self.state = State.RUNNING
+        self.started_s = started_s
+        self.stdin_bytes = 0
+        self.output = Output()
+        self.exited: asyncio.Future[None] = reaper.loop.create_future()
+        self._reaper = reaper
+        self._loop = reaper.loop
+        self._pipes = pipes
+        self._term_grace_s = term_grace_s
+        self._clock_s = time.perf_counter()
+        self._status = 0
+        self._at_eof = False
+        self._answerable: asyncio.Future[None] = self._loop.create_future()
+        self._error: FaashoundError | None = None
+        self._killing: asyncio.Task[None] | None = None
+        self._feeder: asyncio.Task[None] | None = None
+        self._spiller: asyncio.Task[None] | None = None
+        self._waits: dict[int, Wait] = {}
+        self._timers: list[asyncio.TimerHandle] = []
+        reaper.add(self)
+        self._loop.add_reader(pipes.stdout, self._on_stdout)
+        if pipes.stderr >= 0:
+            self._loop.add_reader(pipes.stderr, self._on_stderr)
+
+    async def run(self, body: AsyncIterator[bytes], deadline_s: float | None) -> Ending:
+        """Feed `body` to the process, collect its output, wait for its end and return it.
+
+        `deadline_s` is monotonic.  Raises DeadlineReached at the deadline, what `abandon` was given, or what reading
+        the body raises; in each case, and when cancelled, the tree is killed.  The caller closes the ending's output.
+        """
+        if deadline_s is not None:
+            self._timers.append(self._loop.call_at(deadline_s, self._on_deadline))
+        self._begin_feeding(body)
+        try:
+            await self._answerable
+            if self._spiller is not None:
+                await self._spiller
+        except asyncio.CancelledError:
+            self.abandon()
+            await self._killed(HANGUP_WAIT_S)
+            raise
+        finally:
+            self._close()
+        if self._error is not None:
+            await self._killed(DEADLINE_WAIT_S)
+            raise self._error
+        return Ending(self.pid, self._status, self.output, time.perf_counter() - self._clock_s)
+
+    def abandon(self, error: FaashoundError | None = None) -> None:
+        """Kill the tree unless the answer is decided already; `run` raises `error`."""
+        if self.state in (State.RUNNING, State.CLOSED):
+            self._error = error
+        self._happens(Event.ABANDON)
+
+    def _on_deadline(self) -> None:
+        self._reaper.reap()  # an exit that the loop has not seen yet came before the deadline
+        if self.state in (State.RUNNING, State.CLOSED):
+            self._error = DeadlineReached()
+        if not self._answerable.done():
+            self._happens(Event.DEADLINE)
+
+    def _happens(self, event: Event) -> None:
+        before, self.state = self.state, next_state(self.state, event)
+        if self.state is before:
+            return
+        if self.state is State.EXITED:
+            self._timers.append(self._loop.call_later(OUTPUT_GRACE_S, self._on_grace))
+        elif self.state is State.DONE:
+            self._reaper.release(self)
+            self._answer()
+        elif self.state is State.KILLED:
+            self._killing = self._reaper.kill(self, self._term_grace_s)
+            self._answer()
+
+    def _answer(self) -> None:
+        if not self._answerable.done():
+            self._answerable.set_result(None)
+        self._wake(self._pipes.stdout)  # a spiller that waits for more has to stop
+
+    async def _killed(self, limit_s: float) -> None:
+        """Wait for the end of the tree, but not longer than `limit_s`: the sweep goes on by itself."""
+        if self._killing is not None:
+            await asyncio.wait((self._killing,), timeout=limit_s)
+
+    # What the reaper tells.
+
+    def on_exiting(self) -> None:
+        """The process has exited and is not reaped yet: take what is in the pipe, then end its group."""
+        if self._spiller is None and not self._at_eof and self.state is not State.KILLED:
+            self._drain()
+        if self._at_eof:
+            self._reaper.signal_group(self, signal.SIGKILL)
+
+    def on_exit(self, status: int) -> None:
+        """The process has been reaped."""
+        self._status = status
+        self.exited.set_result(None)
+        self._happens(Event.EXIT)
+        if self.state is State.EXITED and self._at_eof:
+            self._happens(Event.EOF)
+
+    # Output.
+
+    def _on_stdout(self) -> None:
+        try:
+            data = os.read(self._pipes.stdout, PIPE_BYTES)
+        except BlockingIOError:
+            return
+        self._collect(data)
+        if not data and self._spiller is None:
+            self._happens(Event.EOF)
+
+    def _collect(self, data: bytes) -> None:
+        if not data:
+            self._at_eof = True
+            self._loop.remove_reader(self._pipes.stdout)
+            return
+        self.output.append(data)
+        if self.output.bytes_count > SPILL_BYTES:
+            self._loop.remove_reader(self._pipes.stdout)
+            self._spiller = self._loop.create_task(self._spill())
+
+    def _drain(self) -> None:
+        """Take what the pipe holds, and no more: a descendant may go on writing for ever."""
+        for _ in range(MAX_PIPE_BYTES // PIPE_BYTES + 1):
+            try:
+                self._collect(os.read(self._pipes.stdout, PIPE_BYTES))
+            except BlockingIOError:
+                return
+            if self._at_eof or self._spiller is not None:
+                return
+
+    async def _spill(self) -> None:
+        """Take over from memory: the rest goes to a file, in a thread, so that no disk stops the loop."""
+        try:
+            await self._loop.run_in_executor(None, self.output.spill)
+            while await self._spill_some():
+                pass
+        except OSError as error:
+            self.abandon()
+            self._error = OutputLost(f"the output could not be kept: {_strerror(error)}")
+
+    async def _spill_some(self) -> bool:
+        if self.state is State.KILLED:
+            return False
+        try:
+            moved = await self._loop.run_in_executor(None, self.output.splice, self._pipes.stdout, FILE_CHUNK_BYTES)
+        except BlockingIOError:
+            if self._answerable.done():
+                return False
+            await self._ready(self._pipes.stdout, self._loop.add_reader, self._loop.remove_reader)
+            return True
+        if moved == 0:
+            self._at_eof = True
+            if not self._answerable.done():
+                self._happens(Event.EOF)
+        return moved > 0
+
+    def _on_grace(self) -> None:
+        if self.state is not State.EXITED:
+            return
+        if self._spiller is None:
+            self._drain()
+        self._happens(Event.EOF if self._at_eof else Event.GRACE)
+
+    def _on_stderr(self) -> None:
+        try:
+            data = os.read(self._pipes.stderr, PIPE_BYTES)
+        except BlockingIOError:
+            return
+        self._pipes.stderr_lines.feed(data)
+        if not data:
+            self._loop.remove_reader(self._pipes.stderr)
+
+    # Input.
+
+    def _begin_feeding(self, body: AsyncIterator[bytes]) -> None:
+        """Write a body that is there already at once; else, or what the pipe does not take, in a task."""
+        first = b""
+        if isinstance(body, Body) and body.complete:
+            first = body.take() or b""
+            try:
+                first = first[self._write_some(first) :]
+            except BrokenPipeError:
+                first = b""
+            if not first:
+                self._pipes.close_stdin()
+                return
+        self._feeder = self._loop.create_task(self._feed(first, body))
+
+    async def _feed(self, first: bytes, body: AsyncIterator[bytes]) -> None:
+        try:
+            await self._write(first)
+            async for chunk in body:
+                await self._write(chunk)
+        except BrokenPipeError:
+            pass  # the function does not want the rest; its answer counts all the same
+        except FaashoundError as error:
+            self.abandon(error)
+        finally:
+            self._pipes.close_stdin()
+
+    async def _write(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            written = self._write_some(view)
+            view = view[written:]
+            if not written:
+                await self._ready(self._pipes.stdin, self._loop.add_writer, self._loop.remove_writer)
+
+    def _write_some(self, data: bytes | memoryview) -> int:
+        try:
+            written = os.write(self._pipes.stdin, data) if data else 0
+        except BlockingIOError:
+            return 0
+        self.stdin_bytes += written
+        return written
+
+    async def _ready(self, fd: int, watch: Callable[..., Any], unwatch: Callable[[int], Any]) -> None:
+        """Wait until `fd` is ready, or `_wake` is called for it."""
+        wait = self._waits[fd] = Wait(self._loop.create_future(), unwatch)
+        watch(fd, self._wake, fd)
+        try:
+            await wait.ready
+        finally:
+            if self._waits.get(fd) is wait:  # else closed meanwhile, and the number may be another call's
+                self._unwatch(fd)
+
+    def _wake(self, fd: int) -> None:
+        wait = self._waits.get(fd)
+        if wait is not None and not wait.ready.done():
+            wait.ready.set_result(None)
+
+    def _unwatch(self, fd: int) -> None:
+        wait = self._waits.pop(fd, None)
+        if wait is not None:
+            wait.unwatch(fd)
+
+    def _close(self) -> None:
+        for timer in self._timers:
+            timer.cancel()
+        if self._feeder is not None:
+            self._feeder.cancel()
+        self._unwatch(self._pipes.stdin)
+        self._pipes.close_stdin()
+        if self._pipes.stderr >= 0:
+            self._loop.remove_reader(self._pipes.stderr)
+            self._drain_stderr()
+        if self._spiller is None or self._spiller.done():
+            self._loop.remove_reader(self._pipes.stdout)
+            self._pipes.close()
+        else:
+            self._spiller.add_done_callback(lambda _: self._pipes.close())
+
+    def _drain_stderr(self) -> None:
+        with suppress(BlockingIOError):
+            for _ in range(MAX_PIPE_BYTES // PIPE_BYTES + 1):
+                self._pipes.stderr_lines.feed(os.read(self._pipes.stderr, PIPE_BYTES))
+        self._pipes.stderr_lines.finish()
+
+
+class Wait(NamedTuple):
+    """Somebody waits for a descriptor: `unwatch` undoes what the loop was asked."""
+
+    ready: asyncio.Future[None]
+    unwatch: Callable[[int], Any]
+
+
+class Pipes:
+    """Our ends of a process's pipes, and the child's ends until it has been spawned.  Obligation: `close`.
+
+    Ours do not block; the child's do, as programs expect.  `stderr` is -1 when it shares stdout's pipe.
+    """
+
+    def __init__(self, on_stderr: Callable[[str], None] | None) -> None:
+        self.stdin = self.stdout = self.stderr = -1
+        self._theirs: list[int] = []
+        try:
+            child_in, self.stdin = os.pipe2(os.O_CLOEXEC)
+            self._theirs.append(child_in)
+            self.stdout, child_out = os.pipe2(os.O_CLOEXEC)
+            self._theirs.append(child_out)
+            if on_stderr is not None:
+                self.stderr, child_err = os.pipe2(os.O_CLOEXEC)
+                self._theirs.append(child_err)
+            for fd in (self.stdin, self.stdout, self.stderr):
+                if fd >= 0:
+                    fcntl.fcntl(fd, fcntl.F_SETFL, os.O_NONBLOCK)
+        except OSError:
+            self.close()
+            raise
+        self.stderr_lines = LineSplitter(on_stderr or (lambda line: None))
+
+    def actions(self) -> list[tuple[int, int, int]]:
+        """Return what posix_spawn does in the child: its ends become 0, 1 and 2 (all others close on exec)."""
+        child_in, child_out = self._theirs[:2]
+        return [
+            (os.POSIX_SPAWN_DUP2, child_in, 0),
+            (os.POSIX_SPAWN_DUP2, child_out, 1),
+            (os.POSIX_SPAWN_DUP2, self._theirs[-1], 2),
+        ]
+
+    def close_theirs(self) -> None:
+        """Close the child's ends in this process."""
+        while self._theirs:
+            os.close(self._theirs.pop())
+
+    def close_stdin(self) -> None:
+        """Close the writing end: the process reads the end of its input."""
+        if self.stdin >= 0:
+            os.close(self.stdin)
+            self.stdin = -1
+
+    def close(self) -> None:
+        """Close everything that is open."""
+        self.close_theirs()
+        self.close_stdin()
+        for fd in (self.stdout, self.stderr):
+            if fd >= 0:
+                os.close(fd)
+        self.stdout = self.stderr = -1
+
+
+class Spawner:
+    """Starts the function's processes: path resolved and environment encoded once, only the request's part added."""
+
+    def __init__(
+        self,
+        reaper: Reaper,
+        instance: bytes,
+        words: Sequence[str],
+        environ: Mapping[bytes, bytes],
+        term_grace_s: float = 0.0,
+        on_stderr: Callable[[str], None] | None = None,
+    ) -> None:
+        self._instance = instance
+        self._reaper = reaper
+        self._words = tuple(words)
+        self._environ = dict(environ)
+        self._term_grace_s = term_grace_s
+        self._on_stderr = on_stderr
+        self._program: str | None = None
+        self._count = itertools.count(1)
+
+    def spawn(self, facts: Mapping[bytes, bytes]) -> Process:
+        """Start a process with `facts` added to its environment; raises StartFailed, or FactsTooLarge (431)."""
+        mark = b"%s.%d" % (self._instance, next(self._count))
+        environ = {**self._environ, **facts, MARK: mark}
+        started_s = math.floor(time.clock_gettime(time.CLOCK_BOOTTIME) * _TICKS_PER_S) / _TICKS_PER_S
+        try:
+            pipes = Pipes(self._on_stderr)
+        except OSError as error:
+            raise StartFailed(f"no pipe: {_strerror(error)}") from None
+        try:
+            pid = self._posix_spawn(environ, pipes.actions())
+        except OSError as error:
+            pipes.close()
+            raise self._explained(error, facts) from None
+        except FaashoundError:
+            pipes.close()
+            raise
+        pipes.close_theirs()
+        return Process(self._reaper, pid, mark, started_s, pipes, self._term_grace_s)
+
+    def _posix_spawn(self, environ: Mapping[bytes, bytes], actions: list[tuple[int, int, int]]) -> int:
+        remembered = self._program is not None
+        if self._program is None:
+            self._program = find_program(self._words[0], os.fsdecode(self._environ.get(b"PATH", b"")) or None)
+        try:
+            return os.posix_spawn(
+                self._program,
+                self._words,
+                environ,
+                file_actions=actions,
+                setsid=True,
+                setsigmask=(),
+                setsigdef=_IGNORED_BY_PYTHON,
+            )
+        except FileNotFoundError:
+            self._program = None  # it may have moved, or come, since PATH was searched
+            if not remembered:
+                raise
+        return self._posix_spawn(environ, actions)
+
+    def _explained(self, error: OSError, facts: Mapping[bytes, bytes]) -> FaashoundError:
+        if error.errno == errno.E2BIG and facts and self._fits_execve():
+            return FactsTooLarge()
+        return StartFailed(f"fork/exec {self._program or self._words[0]}: {_strerror(error)}")
+
+    def _fits_execve(self) -> bool:
+        """Tell whether words and environment would fit without a request's facts (execve(2), "Limits on size")."""
+        texts = [len(os.fsencode(word)) + 1 for word in self._words]
+        texts += [len(name) + len(value) + 2 for name, value in self._environ.items()]
+        return max(texts) < MAX_EXEC_STRING_BYTES and sum(texts) + 8 * len(texts) < os.sysconf("SC_ARG_MAX")
+
+
+def _strerror(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The application: a request becomes a process, its ending a response.
+# ---------------------------------------------------------------------------------------------------------------
+
+FUNCTION_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
+CLIENT_GONE_STATUS = 499  # nobody was there to read it; nginx's number, for the log and the metrics
+_CALL_ID = re.compile(rb"[A-Za-z0-9._~-]{1,128}")
+_BINARY = re.compile(rb"[\x00-\x08\x0b\x0e-\x1a\x1c-\x1f]")  # what Go's sniffer takes for "not text"
+
+
+class MethodNotAllowed(FaashoundError):
+    """The resource does not know the method (RFC 9110 15.5.6)."""
+
+    status = 405
+
+    def __init__(self, allowed: Sequence[str]) -> None:
+        text = ", ".join(allowed)
+        self.headers = ((b"Allow", text.encode()),)
+        super().__init__(f"method not allowed; allowed: {text}")
+
+
+class TooManyRequests(FaashoundError):
+    """max_inflight is reached (header and text are those of OpenFaaS's middleware)."""
+
+    status = 429
+    headers = ((b"X-OpenFaaS-Internal", b"faas-middleware"),)
+
+    def __init__(self, limit_count: int) -> None:
+        super().__init__(f"Concurrent request limit exceeded. Max concurrent requests: {limit_count}")
+
+
+class BadTimeout(FaashoundError):
+    """X-Timeout does not parse."""
+
+    status = 400
+
+
+class NotReady(FaashoundError):
+    """Draining, or the lock file has gone."""
+
+    status = 503
+
+
+def content_type_of(request_type: bytes | None, forced: str | None, start: bytes) -> Header:
+    """Return the Content-Type of an output that begins with `start`."""
+    if forced is not None:
+        return b"Content-Type", forced.encode()
+    if request_type:
+        return b"Content-Type", request_type
+    return (b"Content-Type", b"application/octet-stream") if _BINARY.search(start) else TEXT_PLAIN
+
+
+def call_id_of(request: Request) -> str | None:
+    """Return the request's X-Call-Id if it is a sane token, as it may stand in a log line."""
+    value = request.header(b"x-call-id")
+    return value.decode() if value is not None and _CALL_ID.fullmatch(value) else None
+
+
+class HttpMetrics:
+    """The three metrics of the OpenFaaS watchdogs, under the same names."""
+
+    def __init__(self) -> None:
+        self.registry = prometheus_client.CollectorRegistry()
+        self.in_flight_count = 0
+        self._totals = prometheus_client.Counter(
+            "http_requests", "total HTTP requests processed", ("code", "method"), registry=self.registry
+        )
+        self._durations = prometheus_client.Histogram(
+            "http_request_duration_seconds",
+            "Seconds spent serving HTTP requests.",
+            ("code", "method"),
+            registry=self.registry,
+        )
+        prometheus_client.Gauge(
+            "http_requests_in_flight", "total HTTP requests in-flight", registry=self.registry
+        ).set_function(lambda: self.in_flight_count)
+        self._label = lru_cache(maxsize=256)(self._make_label)
+
+    def _make_label(self, status: int, method: str) -> tuple[prometheus_client.Counter, prometheus_client.Histogram]:
+        known = method.lower() if method in (*FUNCTION_METHODS, "HEAD", "OPTIONS", "TRACE") else "unknown"
+        return self._totals.labels(str(status), known), self._durations.labels(str(status), known)
+
+    def observe(self, status: int, method: str, duration_s: float) -> None:
+        """Count one finished request; an unknown method is no label, or a stranger could fill the memory."""
+        total, duration = self._label(status, method)
+        total.inc()
+        duration.observe(duration_s)
+
+
+async def serve_metrics(registry: prometheus_client.CollectorRegistry, request: Request) -> Response:
+    """Answer GET /metrics with Prometheus text."""
+    if request.path != b"/metrics":
+        return Response(404, (TEXT_PLAIN,), b"only /metrics is here\n")
+    if request.method != "GET":
+        raise MethodNotAllowed(("GET",))
+    kind = prometheus_client.CONTENT_TYPE_LATEST.encode()
+    return Response(200, ((b"Content-Type", kind),), prometheus_client.generate_latest(registry))
+
+
+class Watchdog:
+    """Handler of a function's server: health, limits, and one process per request."""
+
+    def __init__(self, settings: Settings, spawner: Spawner, lock_path: str | None) -> None:
+        self.metrics = HttpMetrics()
+        self.accepting = True
+        self._settings = settings
+        self._spawner = spawner
+        self._lock_path = lock_path
+
+    async def __call__(self, request: Request) -> Response:
+        """Answer one request; cancelled when the client has gone."""
+        if request.path == b"/_/health":
+            return self._health(request)
+        if request.path == b"/_/ready":
+            return self._ready(request)
+        started_s, status = time.perf_counter(), CLIENT_GONE_STATUS
+        self.metrics.in_flight_count += 1
+        try:
+            response = await self._run(request)
+            status = response.status
+            return response
+        except FaashoundError as error:
+            status = error.status
+            raise
+        finally:
+            self.metrics.in_flight_count -= 1
+            self.metrics.observe(status, request.method, time.perf_counter() - started_s)
+
+    def _health(self, request: Request) -> Response:
+        if request.method != "GET":
+            raise MethodNotAllowed(("GET",))
+        if not self.accepting:
+            raise NotReady("draining")
+        if self._lock_path is not None and not os.path.exists(self._lock_path):
+            raise NotReady(f"the lock file {self._lock_path} has gone")
+        return Response(200, (TEXT_PLAIN,), b"OK")
+
+    def _ready(self, request: Request) -> Response:
+        if self._settings.max_inflight and self.metrics.in_flight_count >= self._settings.max_inflight:
+            raise TooManyRequests(self._settings.max_inflight)
+        return self._health(request)
+
+    async def _run(self, request: Request) -> Response:
+        settings = self._settings
+        if request.method not in FUNCTION_METHODS:
+            raise MethodNotAllowed(FUNCTION_METHODS)
+        if settings.max_inflight and self.metrics.in_flight_count > settings.max_inflight:
+            raise TooManyRequests(settings.max_inflight)
+        timeout_s = self._timeout(request)
+        body = self._limited(request)
+        facts = cgi_environment(request) if settings.cgi_headers else {}
+        call = CallLog(request, settings)
+        call.begins()
+        if settings.marshal_request:
+            body = marshalled(request.headers, body)
+        try:
+            process = self._spawner.spawn(facts)
+        except FaashoundError as error:
+            call.failed(error, None)
+            raise
+        try:
+            ending = await process.run(call.watched(body), None if timeout_s is None else time.monotonic() + timeout_s)
+        except FaashoundError as error:
+            call.failed(error, process)
+            raise
+        except asyncio.CancelledError:
+            call.abandoned(process)
+            raise
+        response = self._answer(request, ending)
+        call.ended(response, process, ending)
+        return response
+
+    def _limited(self, request: Request) -> AsyncIterator[bytes]:
+        limit_bytes, body = self._settings.max_body_bytes, request.body
+        if not limit_bytes:
+            return body
+        if body.length is not None and body.length > limit_bytes:
+            raise BodyTooLarge(limit_bytes)
+        return body if body.length is not None else limited(body, limit_bytes)
+
+    def _timeout(self, request: Request) -> float | None:
+        """Return the call's limit in seconds: the caller may shorten ours, never lengthen it."""
+        ours_s = self._settings.exec_timeout_s or None
+        text = request.header(b"x-timeout")
+        if text is None:
+            return ours_s
+        try:
+            theirs_s = parse_positive_duration(text.decode("latin-1"))
+        except ValueError as error:
+            raise BadTimeout(f"X-Timeout: {error}") from None
+        return theirs_s if ours_s is None else min(ours_s, theirs_s)
+
+    def _answer(self, request: Request, ending: Ending) -> Response:
+        output, forced = ending.output, self._settings.content_type
+        if ending.status == 0:
+            kind = content_type_of(request.header(b"content-type"), forced, output.head())
+            duration = (b"X-Duration-Seconds", b"%f" % ending.duration_s)
+            return output_response(200, (kind, duration), b"", output)
+        reason = describe_exit(ending.status).encode() + b"\n"
+        kind = content_type_of(None, forced, reason + output.head())
+        return output_response(500, (kind,), reason, output)
+
+
+def output_response(status: int, headers: Sequence[Header], prefix: bytes, output: Output) -> Response:
+    """Return a response of `prefix` and a process's output, from memory or from its file."""
+    if not output.spilled:
+        return Response(status, headers, prefix + output.in_memory() if prefix else output.in_memory())
+
+    async def chunks() -> AsyncGenerator[bytes, None]:
+        try:
+            if prefix:
+                yield prefix
+            async for chunk in output.chunks():
+                yield chunk
+        finally:
+            output.close()
+
+    return Response(status, headers, chunks(), len(prefix) + output.bytes_count)
+
+
+class CallLog:
+    """What the log says of one call: a line at its start, one at its end whatever the outcome."""
+
+    def __init__(self, request: Request, settings: Settings) -> None:
+        self._request = request
+        self._settings = settings
+        self._call_id = call_id_of(request)
+        self._prefix = f"[{self._call_id or 'none'}] " if settings.log_callid else ""
+        self._started_s = time.perf_counter()
+
+    def begins(self) -> None:
+        """A process is about to be started."""
+        if self._settings.debug_headers:
+            self._headers("in", self._request.headers)
+        log.info(self._prefix + "Forking fprocess.")
+
+    def ended(self, response: Response, process: Process, ending: Ending) -> None:
+        """The process ended by itself."""
+        if self._settings.write_debug:
+            log.info(self._prefix + "Out=" + ending.output.head().decode(errors="backslashreplace"))
+        if self._settings.debug_headers:
+            self._headers("out", response.headers)
+        text = f"Wrote {ending.output.bytes_count} Bytes - Duration: {ending.duration_s:f}s"
+        self._line(text, response.status, process, exit=describe_exit(ending.status))
+
+    def failed(self, error: FaashoundError, process: Process | None) -> None:
+        """The call was cut short by a deadline or a broken request, or could not begin."""
+        if isinstance(error, DeadlineReached):
+            text = f"Killed process: {shlex.join(self._settings.fprocess)}"
+        else:
+            text = str(error)
+        self._line(f"{text} - Duration: {time.perf_counter() - self._started_s:f}s", error.status, process)
+
+    def abandoned(self, process: Process) -> None:
+        """The client went away, or its request turned out to be broken or late."""
+        text = f"Killed process: the client has gone - Duration: {time.perf_counter() - self._started_s:f}s"
+        self._line(text, CLIENT_GONE_STATUS, process)
+
+    def watched(self, body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """Return `body`, or with write_debug one that logs what passes."""
+        return self._echoed(body) if self._settings.write_debug else body
+
+    async def _echoed(self, body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        async for chunk in body:
+            log.info(self._prefix + "In=" + chunk[:SNIFF_BYTES].decode(errors="backslashreplace"))
+            yield chunk
+
+    def _line(self, text: str, status: int, process: Process | None, **more: object) -> None:
+        fields: dict[str, object] = {"status": status, "method": self._request.method}
+        if process is not None:
+            fields |= {"pid": process.pid, "in": process.stdin_bytes, "out": process.output.bytes_count}
+        if self._call_id is not None:
+            fields["call_id"] = self._call_id
+        log.info(self._prefix + text, **fields, **more)
+
+    def _headers(self, direction: str, headers: Sequence[Header]) -> None:
+        for name, value in headers:
+            shown = "(hidden)" if name.lower() in SECRET_FIELDS else value.decode("latin-1")
+            log.info(f"{self._prefix}[{direction}] {name.decode()}={shown}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Lifecycle: sockets, guard, signals, drain, exit status.
+#
+# SIGTERM (or SIGINT): unhealthy at once and the lock file removed, so that whoever routes to us looks elsewhere;
+# after healthcheck_interval no more connections are accepted and what is in flight may finish, bounded by the larger
+# of exec_timeout and write_timeout.  Another signal ends everything at once.  SIGINT, which a person sends, does not
+# wait for health checks.  The exit status is 0 when every call had its answer, 1 when some were cut.
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class CannotStart(FaashoundError):
+    """Something that the operator asked for cannot be had: an address, the lock file."""
+
+
+def open_sockets(host: str | None, port: int, environ: Mapping[str, str]) -> list[socket.socket]:
+    """Return the sockets to listen on: those of socket activation (sd_listen_fds(3)) if given, else new ones.
+
+    LISTEN_PID, if set, must be our own number; a parent that cannot know it leaves it out.  Raises CannotStart.
+    """
+    count = int(environ.get("LISTEN_FDS", "0") or 0)
+    if count and environ.get("LISTEN_PID", str(os.getpid())) == str(os.getpid()):
+        for fd in range(3, 3 + count):
+            os.set_inheritable(fd, False)  # or each function would hold our port
+        return [socket.socket(fileno=fd) for fd in range(3, 3 + count)]
+    try:
+        if host is None:
+            return [_listen_everywhere(port)]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        return [_listen(family, sockaddr) for family, _, _, _, sockaddr in found]
+    except (OSError, UnicodeError) as error:
+        raise CannotStart(f"cannot listen on {host or 'all interfaces'} port {port}: {error}") from None
+
+
+def _listen_everywhere(port: int) -> socket.socket:
+    """Return a socket for IPv6 and IPv4, or for IPv4 alone where the kernel has no IPv6."""
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=BACKLOG)
+    return socket.create_server(("0.0.0.0", port), backlog=BACKLOG)  # noqa: S104 - what "all interfaces" means
+
+
+def _listen(family: socket.AddressFamily, sockaddr: Any) -> socket.socket:
+    return socket.create_server(sockaddr[:2], family=family, backlog=BACKLOG)
+
+
+def describe_socket(sock: socket.socket) -> str:
+    """Return the port of a TCP socket, or the path of a Unix one."""
+    name = sock.getsockname()
+    return str(name[1]) if isinstance(name, tuple) else os.fsdecode(name)
+
+
+def start_guard(instance: bytes) -> tuple[int, int]:
+    """Fork a process that waits for our end, however it comes, and then kills what carries our mark.
+
+    Returns its number and the descriptor to hold: it closes when we end.  To be called before there are threads.
+    """
+    watched, held = os.pipe2(os.O_CLOEXEC)
+    pid = os.fork()
+    if pid:
+        os.close(watched)
+        return pid, held
+    try:
+        os.setsid()  # a Ctrl-C is for the watchdog
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        os.closerange(0, watched)
+        os.closerange(watched + 1, os.sysconf("SC_OPEN_MAX"))
+        os.read(watched, 1)
+        _kill_marked(instance + b".")
+    finally:
+        os._exit(0)
+
+
+def _kill_marked(prefix: bytes) -> None:
+    """Kill every process whose mark begins with `prefix` until two looks in a row find none."""
+    empty_count, limit_s = 0, time.monotonic() + SWEEP_LIMIT_S
+    while empty_count < 2 and time.monotonic() < limit_s:
+        found = [pid for pid in psutil.pids() if (_read_mark(pid) or b"").startswith(prefix)]
+        for pid in found:
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        empty_count = 0 if found else empty_count + 1
+        time.sleep(0.005)
+
+
+class Signals:
+    """Counts the requests to stop: the first asks for a drain, the second for an end at once."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.first = asyncio.Event()
+        self.second = asyncio.Event()
+        self.by_hand = False
+        loop.add_signal_handler(signal.SIGTERM, self._on_signal, signal.SIGTERM)
+        loop.add_signal_handler(signal.SIGINT, self._on_signal, signal.SIGINT)
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if self.first.is_set():
+            self.second.set()
+            return
+        self.by_hand = number == signal.SIGINT
+        log.info(f"{number.name}: draining; once more to stop at once")
+        self.first.set()
+
+    def stop_now(self) -> None:
+        """Stop as if both signals had come: whoever started us has gone."""
+        self.first.set()
+        self.second.set()
+
+    async def wait(self, seconds: float) -> bool:
+        """Wait `seconds`; True if the second signal came meanwhile."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self.second.wait()
+        except TimeoutError:
+            return False
+        return True
+
+
+def watch_lifeline(loop: asyncio.AbstractEventLoop, environ: Mapping[str, str], on_end: Callable[[], None]) -> None:
+    """Call `on_end` when the process that started us has gone, if it gave us a pipe to know by."""
+    if "FAASHOUND_LIFELINE_FD" not in environ:
+        return
+    fd = int(environ["FAASHOUND_LIFELINE_FD"])
+    os.set_inheritable(fd, False)
+
+    def on_readable() -> None:
+        loop.remove_reader(fd)
+        on_end()
+
+    loop.add_reader(fd, on_readable)
+
+
+def function_environment(environ: Mapping[str, str]) -> dict[bytes, bytes]:
+    """Return the environment that functions start from: ours without what was meant for us alone."""
+    return {
+        os.fsencode(name): os.fsencode(value)
+        for name, value in environ.items()
+        if not name.startswith(("LISTEN_", "FAASHOUND_"))
+    }
+
+
+async def serve(settings: Settings, environ: Mapping[str, str], sockets: list[socket.socket], guard: Guard) -> int:
+    """Serve until told to stop; return the exit status."""
+    loop = asyncio.get_running_loop()
+    signals = Signals(loop)
+    watch_lifeline(loop, environ, signals.stop_now)
+    reaper = Reaper(loop, spared=(guard.pid,))
+    on_stderr = None if settings.combine_output else stderr_logger(settings.prefix_logs)
+    spawner = Spawner(
+        reaper, guard.instance, settings.fprocess, function_environment(environ), settings.term_grace_s, on_stderr
+    )
+    with ExitStack() as cleanup:
+        cleanup.callback(reaper.close)
+        lock_path = None
+        if not settings.suppress_lock:
+            lock_path = create_lock_file(environ)
+            cleanup.callback(remove_lock_file, lock_path)
+        watchdog = Watchdog(settings, spawner, lock_path)
+        timeouts = ServerTimeouts(settings.read_timeout_s, settings.write_timeout_s, settings.read_timeout_s)
+        server = Server(watchdog, timeouts)
+        metrics_server = await start_metrics(settings.host, settings.metrics_port, watchdog.metrics.registry)
+        for sock in sockets:
+            await server.listen(sock)
+            log.info(f"Listening on port: {describe_socket(sock)}")
+        await signals.first.wait()
+        watchdog.accepting = False
+        if lock_path is not None:
+            remove_lock_file(lock_path)
+        status = await drain(settings, signals, server)
+        await reaper.end_all()
+        metrics_server.abort()
+    return status
+
+
+async def drain(settings: Settings, signals: Signals, server: Server) -> int:
+    """Go from unhealthy to ended; return 0 if nothing was cut."""
+    interval_s = settings.healthcheck_interval_s
+    if interval_s is None:
+        interval_s = min(5.0, settings.write_timeout_s)
+    stop_now = signals.second.is_set() or (not signals.by_hand and await signals.wait(interval_s))
+    server.stop_accepting()
+    log.info(f"No new connections allowed, draining: {len(server.connections)} requests")
+    limit_s = max(settings.exec_timeout_s, settings.write_timeout_s)
+    if not stop_now and await finished_first(server.drained(time.monotonic() + limit_s), signals.second.wait()):
+        log.info("Exiting. Active connections: 0")
+        return 0
+    cut_count = len(server.connections)
+    server.abort()
+    log.warning(f"Exiting. Active connections: {cut_count}, cut")
+    return 1 if cut_count else 0
+
+
+async def finished_first(wanted: Coroutine[Any, Any, bool], other: Coroutine[Any, Any, object]) -> bool:
+    """Return what `wanted` returns, or False if `other` ends before it; the loser is cancelled."""
+    tasks = asyncio.ensure_future(wanted), asyncio.ensure_future(other)
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
+    return tasks[0].done() and not tasks[0].cancelled() and bool(tasks[0].result())
+
+
+async def start_metrics(host: str | None, port: int, registry: prometheus_client.CollectorRegistry) -> Server:
+    """Serve /metrics on a port of its own; port 0: nowhere."""
+    server = Server(partial(serve_metrics, registry), ServerTimeouts(10.0, 10.0, 60.0))
+    for sock in open_sockets(host, port, {}) if port else ():
+        await server.listen(sock)
+        log.info(f"Metrics on port: {describe_socket(sock)}")
+    return server
+
+
+def lock_file_path(environ: Mapping[str, str]) -> str:
+    """Return the path of the lock file, whose existence is what --run-healthcheck looks at."""
+    return os.path.join(environ.get("TMPDIR") or "/tmp", ".lock")  # noqa: S108 - the name is OpenFaaS's
+
+
+def create_lock_file(environ: Mapping[str, str]) -> str:
+    """Create the lock file and return its path; raises CannotStart."""
+    path = lock_file_path(environ)
+    log.info(f"Writing lock-file to: {path}")
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o660))
+    except OSError as error:
+        raise CannotStart(f"cannot write {path}: {error.strerror}; suppress_lock=true does without it") from None
+    return path
+
+
+def remove_lock_file(path: str) -> None:
+    """Remove the lock file if it is still there."""
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+        log.info(f"Removing lock-file: {path}")
+
+
+def stderr_logger(prefixed: bool) -> Callable[[str], None]:
+    """Return what a function's lines on stderr go to when they do not join the response."""
+    return (lambda line: log.info(f"stderr: {line}")) if prefixed else log.raw
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """The process that outlives us, the instance it looks for, and the descriptor that tells it of our end."""
+
+    instance: bytes
+    pid: int
+    held_fd: int
+
+
+HELP = """usage: {program} [--run-healthcheck | --version | --help]
+
+Puts the program named by `fprocess` behind HTTP, one process per request.  Environment variables:
+
+{table}
+
+--run-healthcheck exits with 0 if the lock file is there, else with 1.
+"""
+
+
+def flag_answer(argv: Sequence[str], help_text: str) -> int | None:
+    """Do what a flag common to our programs asks and return the exit status; None if none was given."""
+    if argv == ["--version"]:
+        print(f"faashound {VERSION}")
+        return 0
+    if argv == ["--help"]:
+        print(help_text, end="")
+        return 0
+    if argv:
+        print(f"unknown arguments: {' '.join(argv)}; see --help", file=sys.stderr)
+        return 2
+    return None
+
+
+def run_healthcheck(environ: Mapping[str, str]) -> int:
+    """Return 0 if the lock file is there, else 1 (the texts are OpenFaaS's)."""
+    if os.path.exists(lock_file_path(environ)):
+        return 0
+    print("unable to find lock file.", file=sys.stderr)
+    return 1
+
+
+def load_settings(kind: type[S], environ: Mapping[str, str]) -> S | None:
+    """Return the settings, with a warning for each look-alike; None, and a message, if they cannot be."""
+    try:
+        settings = parse_settings(kind, environ)
+    except BadSettings as error:
+        print(error, file=sys.stderr)
+        return None
+    for warning in lookalikes(kind, environ):
+        log.warning(warning)
+    return settings
+
+
+def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = None) -> int:
+    """Run the watchdog and return its exit status: 0 stopped, 1 failed or cut calls, 2 bad settings."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    environ = os.environ if environ is None else environ
+    if argv == ["--run-healthcheck"]:
+        return run_healthcheck(environ)
+    answer = flag_answer(argv, HELP.format(program="fwatchdog", table=format_settings(Settings)))
+    if answer is not None:
+        return answer
+    settings = load_settings(Settings, environ)
+    if settings is None:
+        return 2
+    log.configure(settings.log_format, environ.get("OPENFAAS_NAME"))
+    try:
+        sockets = open_sockets(settings.host, settings.port, environ)
+        instance = secrets.token_hex(8).encode()
+        guard = Guard(instance, *start_guard(instance))
+        gc.freeze()
+        return uvloop.run(serve(settings, environ, sockets, guard))
+    except CannotStart as error:
+        log.error(str(error))
+        return 1
+    finally:
+        log.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
