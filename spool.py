@@ -1,0 +1,2492 @@
+"""The durable queue of one machine: a directory that gateways and workers share, with no broker between them.
+
+Use:
+
+    spool = await Spool.open(Path("spool"))
+    call = await spool.put(NewCall(...))                  # on disk when this returns
+    owner = await spool.enlist()                          # a worker's name, good for as long as it lives
+    for lease in await spool.claim(["faas-request"], owner, lease_s=60, limit=16):
+        await spool.finish(lease, attempt=..., ...)       # or retry, release, finish_cancelled
+    await spool.close()
+
+Contract:
+- What `put`, `finish` and the other writes have returned for is on disk (WAL, `synchronous=FULL`), and so is every
+  body file they name.
+- Delivery is at least once. A lease is an owner and a fence; whoever holds an older fence gets `LeaseLost` and must
+  drop its result. A lease ends with its owner's life (at once, by a file lock) or with its deadline.
+- Within a function calls run in the order (due_s, id); between functions they take turns.
+- A write either happens whole or raises: `QueueFull` (no room), `QueueUnavailable` (any other trouble with the disk),
+  `QueueDamaged`. After the first two the queue goes on by itself as soon as the disk lets it.
+
+It refuses to: start on a file that is damaged, foreign or newer than this program (`set_aside` is the operator's
+remedy, never ours); empty or overwrite such a file; drop a dead letter or an undelivered callback unasked.
+
+In the directory (0700): `spool.sqlite3` and its `-wal` and `-shm`; `bodies/`, what is longer than `INLINE_BYTES`;
+`owners/`, one locked file per live worker; `bells/`, one datagram socket per open Spool; `writer.lock`; `token`.
+
+A Spool belongs to the event loop it was opened on, and does not survive a fork: locks and connections would be shared.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import itertools
+import json
+import logging
+import os
+import pwd
+import queue
+import re
+import secrets
+import socket
+import sqlite3
+import stat
+import threading
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from enum import Enum, IntFlag
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, Protocol, TypeVar
+
+from .watchdog import FaashoundError
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+# --------------------------------------------------------------------------------------------------------------------
+# Limits
+# --------------------------------------------------------------------------------------------------------------------
+
+INLINE_BYTES = 64 * 1024  # up to here a row is cheaper than a file (sqlite.org/intern-v-extern-blob.html)
+EXCERPT_BYTES = 4 * 1024  # of the last response, kept as long as the call for whoever asks why it failed
+HISTORY_COUNT = 50  # attempts remembered per call
+GROUP_COUNT = 512  # writes in one commit; bounds how long one process keeps the others waiting
+STEP_COUNT = 500  # rows or pages that housekeeping touches in one commit, for the same reason
+SPARE_PAGE_COUNT = 256  # free pages left in the file for the next calls (1 MiB)
+BUSY_S = 5.0  # only strangers (a backup, a shell) can hold SQLite's lock: ours take turns by `writer.lock`
+IDLE_S = 30.0  # longest sleep without a look at the queue: bounds the harm of a wall clock that is set
+RECLAIM_S = 1.0  # shortest time between two looks for dead owners
+ORPHAN_S = 3600.0  # a stored body that no row names after this time is a crash's leftover
+FILE_CHUNK_BYTES = 256 * 1024  # bodies go to and from files in pieces of this size, one thread hop each
+
+# --------------------------------------------------------------------------------------------------------------------
+# Errors
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class QueueUnavailable(FaashoundError):
+    """The queue cannot be used now: no access, read-only, an I/O error, closed. Nothing was accepted."""
+
+    status = 503
+
+
+class QueueFull(FaashoundError):
+    """The disk is full. Nothing was accepted; room is noticed without a restart."""
+
+    status = 507
+
+
+class QueueDamaged(FaashoundError):
+    """The queue's file is damaged, foreign, or newer than this program. It has been left as it is."""
+
+    status = 503
+
+
+class BodyTooLarge(FaashoundError):
+    """A body went over the limit given; what had arrived of it has been removed."""
+
+    status = 413
+
+
+class CallExists(FaashoundError):
+    """The call id is in use."""
+
+    status = 409
+
+
+class CallUnknown(FaashoundError):
+    """No call has this id (any more)."""
+
+    status = 404
+
+
+class CallFinished(FaashoundError):
+    """The call has ended: there is nothing left to cancel."""
+
+    status = 409
+
+
+class CallNotDead(FaashoundError):
+    """Only a dead letter, or a dead callback, can be queued again."""
+
+    status = 409
+
+
+class LeaseLost(FaashoundError):
+    """Someone else has the call by now: drop the result, write nothing more."""
+
+    status = 409
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Records
+# --------------------------------------------------------------------------------------------------------------------
+
+Headers = tuple[tuple[str, str], ...]
+Kind = Literal["call", "callback"]
+
+
+class State(Enum):
+    """Where a call stands. The last four are final."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    DONE = "done"
+    DEAD = "dead"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+
+FINAL = frozenset({State.DONE, State.DEAD, State.CANCELLED, State.EXPIRED})
+
+
+class CallbackState(Enum):
+    """Where the delivery of a call's outcome stands."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    DELIVERED = "delivered"
+    DEAD = "dead"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBody:
+    """A body that is already safe: `inline` bytes, or the name of a `file` below `bodies/`; never both."""
+
+    bytes_count: int
+    inline: bytes | None
+    file: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One run of a function, or one delivery: wall-clock seconds, HTTP status or None, what went wrong or None."""
+
+    started_s: float
+    finished_s: float
+    status: int | None
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Callback:
+    """The delivery of a call's outcome to its `callback_url`; `attempts` counts those begun."""
+
+    state: CallbackState
+    attempts: int
+    due_s: float
+    status: int | None
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class NewCall:
+    """A call as it was accepted. Times are seconds since the epoch; `headers` are latin-1 text, as received."""
+
+    id: str
+    function: str
+    queue: str
+    method: str
+    path: str
+    query: str
+    headers: Headers
+    body: StoredBody
+    callback_url: str | None
+    due_s: float
+    expires_s: float | None
+    idempotency_key: str | None
+    accepted_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Call(NewCall):
+    """Everything known of a call.
+
+    `attempts` counts runs begun, also those whose worker died. `status`, `error` and `excerpt` (the beginning of the
+    response) are of the last attempt; `result` is None again once `sweep` has dropped it; `history` holds the last
+    `HISTORY_COUNT` attempts, oldest first.
+    """
+
+    state: State = State.QUEUED
+    attempts: int = 0
+    started_s: float | None = None
+    finished_s: float | None = None
+    status: int | None = None
+    error: str | None = None
+    duration_s: float | None = None
+    cancel_requested: bool = False
+    result: StoredBody | None = None
+    result_headers: Headers = ()
+    excerpt: bytes | None = None
+    callback: Callback | None = None
+    history: tuple[Attempt, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to run a call, or to deliver its callback, until it is renewed no more. `fence` only ever grows."""
+
+    call: Call
+    kind: Kind
+    owner: str
+    fence: int
+
+
+@dataclass(frozen=True, slots=True)
+class Renewal:
+    """What a worker learns by renewing: ids whose lease is gone, and ids that someone wants cancelled."""
+
+    lost: frozenset[str]
+    cancelled: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """What one `sweep` removed."""
+
+    expired_count: int
+    result_count: int
+    call_count: int
+    file_count: int
+    freed_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """The queue in figures. Pending callbacks include those on their way; `commit_count` is of this Spool alone."""
+
+    by_state: Mapping[State, int]
+    by_function: Mapping[tuple[str, State], int]
+    oldest_due_age_s: float | None
+    callback_pending_count: int
+    callback_dead_count: int
+    commit_count: int
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# States
+#
+# A call and its callback are two small machines; this is their law, and nothing below changes a state except through
+# it. The callback's machine starts when the call ends (done or dead), in the same commit. Who holds a lease is not a
+# state: a RUNNING row has exactly one row in `leases`, and losing that row is the event HAND_BACK.
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Event(Enum):
+    """What can happen to a call or to a callback."""
+
+    CLAIM = "claim"
+    SUCCEED = "succeed"
+    RETRY = "retry"
+    HAND_BACK = "hand back"
+    GIVE_UP = "give up"
+    CANCEL = "cancel"
+    STOP = "stop"
+    EXPIRE = "expire"
+    REQUEUE = "requeue"
+
+
+TRANSITIONS: Mapping[tuple[State, Event], State] = {
+    (State.QUEUED, Event.CLAIM): State.RUNNING,
+    (State.QUEUED, Event.CANCEL): State.CANCELLED,
+    (State.QUEUED, Event.EXPIRE): State.EXPIRED,
+    (State.RUNNING, Event.CANCEL): State.RUNNING,  # a request: the worker ends it with STOP, or the function ends first
+    (State.RUNNING, Event.SUCCEED): State.DONE,
+    (State.RUNNING, Event.GIVE_UP): State.DEAD,
+    (State.RUNNING, Event.STOP): State.CANCELLED,
+    (State.RUNNING, Event.RETRY): State.QUEUED,
+    (State.RUNNING, Event.HAND_BACK): State.QUEUED,
+    (State.DEAD, Event.REQUEUE): State.QUEUED,
+}
+
+CALLBACK_TRANSITIONS: Mapping[tuple[CallbackState, Event], CallbackState] = {
+    (CallbackState.PENDING, Event.CLAIM): CallbackState.RUNNING,
+    (CallbackState.RUNNING, Event.SUCCEED): CallbackState.DELIVERED,
+    (CallbackState.RUNNING, Event.RETRY): CallbackState.PENDING,
+    (CallbackState.RUNNING, Event.HAND_BACK): CallbackState.PENDING,
+    (CallbackState.RUNNING, Event.GIVE_UP): CallbackState.DEAD,
+    (CallbackState.DEAD, Event.REQUEUE): CallbackState.PENDING,
+}
+
+
+_ENDS: Mapping[State, Event] = {State.DONE: Event.SUCCEED, State.DEAD: Event.GIVE_UP}  # how a run ends by itself
+
+
+def next_state(state: State, event: Event) -> State:
+    """Where `event` takes a call; AssertionError for a pair that is not in `TRANSITIONS`."""
+    try:
+        return TRANSITIONS[state, event]
+    except KeyError:
+        raise AssertionError(f"a call that is {state.value} cannot {event.value}") from None
+
+
+def next_callback_state(state: CallbackState, event: Event) -> CallbackState:
+    """Where `event` takes a callback; AssertionError for a pair that is not in `CALLBACK_TRANSITIONS`."""
+    try:
+        return CALLBACK_TRANSITIONS[state, event]
+    except KeyError:
+        raise AssertionError(f"a callback that is {state.value} cannot {event.value}") from None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Names: of queues, and of the queue that a program is to use
+# --------------------------------------------------------------------------------------------------------------------
+
+_QUEUE_NAME = re.compile(r"[a-zA-Z0-9](?:[-_.a-zA-Z0-9]{0,61}[a-zA-Z0-9])?", re.ASCII)
+QUEUE_NAME_HELP = "1 to 63 of a-z, A-Z, 0-9, '-', '_' and '.', with a letter or digit at both ends"
+
+
+def parse_queue_name(text: str) -> str:
+    """The name of a queue, such as `faas-request`; ValueError, saying what is allowed, for anything else."""
+    if not _QUEUE_NAME.fullmatch(text):
+        raise ValueError(f"{text!r} is not a queue's name; allowed: {QUEUE_NAME_HELP}")
+    return text
+
+
+def parse_queue_names(text: str) -> tuple[str, ...]:
+    """The names in `text`, separated by commas, each once; ValueError for a bad one."""
+    return tuple(dict.fromkeys(parse_queue_name(word.strip()) for word in text.split(",")))
+
+
+def parse_queue_url(text: str) -> Path:
+    """The directory that `spool:DIRECTORY` names; ValueError for any other kind of queue."""
+    scheme, _, rest = text.partition(":")
+    if scheme != "spool" or not rest or "\0" in rest:
+        raise ValueError("allowed: spool:DIRECTORY")
+    return Path(rest)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Call ids
+#
+# UUIDv7, RFC 9562 section 5.7, kept monotonic by section 6.2 method 2: within one millisecond the 74 random bits grow
+# by a random step, and when they overflow, or the clock is set back, the time stamp runs ahead of the clock instead.
+# --------------------------------------------------------------------------------------------------------------------
+
+_RANDOM_BITS = 74
+_id_lock = threading.Lock()
+_last_id: tuple[int, int] = (0, 0)
+
+
+def new_call_id() -> str:
+    """A UUIDv7 greater than every one this process has made before; safe to call from any thread."""
+    global _last_id
+    with _id_lock:
+        _last_id = stamp_ms, tail = _next_id(_last_id, time.time_ns() // 1_000_000)
+    high = stamp_ms << 16 | 0x7000 | tail >> 62
+    low = 0b10 << 62 | tail & (1 << 62) - 1
+    return str(uuid.UUID(int=high << 64 | low))
+
+
+def _next_id(last: tuple[int, int], now_ms: int) -> tuple[int, int]:
+    stamp_ms, tail = last
+    if now_ms <= stamp_ms:
+        tail += 1 + secrets.randbits(32)
+        if tail < 1 << _RANDOM_BITS:
+            return stamp_ms, tail
+        now_ms = stamp_ms + 1
+    return now_ms, secrets.randbits(_RANDOM_BITS - 1)  # the top bit stays free: room to grow within the millisecond
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Schema
+#
+# `calls` holds what changes and what is searched for, in rows short enough that changing a state does not copy a body;
+# `requests`, `results` and `attempts` hang on its integer key. Every partial index exists for one question:
+#
+#   calls_queued      which functions have work due, and which call is the first of each? Delayed calls sort behind the
+#                     due ones of their function, so they cost nothing; a million rows cost as much as ten.
+#   calls_expiring    which queued calls are past their `expires_s`?
+#   calls_idempotent  has this key been seen for this function?
+#   calls_state       lists and counts by state and function
+#   calls_finished    which rows may retention drop? (never dead letters: they are not in it)
+#
+# A lease's primary key is its fence: AUTOINCREMENT never gives a number twice, so an old fence matches nothing.
+# --------------------------------------------------------------------------------------------------------------------
+
+APPLICATION_ID = 0x66616173  # "faas", in the file's header
+SQLITE_VERSION = (3, 38, 0)  # STRICT tables, and json_each always there
+
+MIGRATIONS: tuple[str, ...] = (
+    """
+    CREATE TABLE calls (
+        seq INTEGER PRIMARY KEY,
+        id TEXT NOT NULL UNIQUE,
+        function TEXT NOT NULL,
+        queue TEXT NOT NULL,
+        state TEXT NOT NULL,
+        due_s REAL NOT NULL,
+        expires_s REAL,
+        idempotency_key TEXT,
+        accepted_s REAL NOT NULL,
+        attempts INTEGER NOT NULL DEFAULT 0,
+        started_s REAL,
+        finished_s REAL,
+        status INTEGER,
+        error TEXT,
+        duration_s REAL,
+        cancel_requested INTEGER NOT NULL DEFAULT 0
+    ) STRICT;
+    CREATE INDEX calls_queued ON calls (queue, function, due_s, id) WHERE state = 'queued';
+    CREATE INDEX calls_expiring ON calls (expires_s) WHERE state = 'queued' AND expires_s IS NOT NULL;
+    CREATE UNIQUE INDEX calls_idempotent ON calls (function, idempotency_key) WHERE idempotency_key IS NOT NULL;
+    CREATE INDEX calls_state ON calls (state, function);
+    CREATE INDEX calls_finished ON calls (finished_s) WHERE state IN ('done', 'cancelled', 'expired');
+
+    CREATE TABLE requests (
+        seq INTEGER PRIMARY KEY REFERENCES calls ON DELETE CASCADE,
+        method TEXT NOT NULL,
+        path TEXT NOT NULL,
+        query TEXT NOT NULL,
+        callback_url TEXT,
+        headers TEXT NOT NULL,
+        bytes_count INTEGER NOT NULL,
+        file TEXT,
+        inline BLOB
+    ) STRICT;
+    CREATE INDEX requests_file ON requests (file) WHERE file IS NOT NULL;
+
+    CREATE TABLE results (
+        seq INTEGER PRIMARY KEY REFERENCES calls ON DELETE CASCADE,
+        stored_s REAL NOT NULL,
+        headers TEXT NOT NULL,
+        excerpt BLOB,
+        bytes_count INTEGER,
+        file TEXT,
+        inline BLOB
+    ) STRICT;
+    CREATE INDEX results_file ON results (file) WHERE file IS NOT NULL;
+    CREATE INDEX results_stored ON results (stored_s) WHERE bytes_count IS NOT NULL;
+
+    CREATE TABLE attempts (
+        seq INTEGER NOT NULL REFERENCES calls ON DELETE CASCADE,
+        number INTEGER NOT NULL,
+        started_s REAL NOT NULL,
+        finished_s REAL NOT NULL,
+        status INTEGER,
+        error TEXT,
+        PRIMARY KEY (seq, number)
+    ) STRICT, WITHOUT ROWID;
+
+    CREATE TABLE callbacks (
+        seq INTEGER PRIMARY KEY REFERENCES calls ON DELETE CASCADE,
+        state TEXT NOT NULL,
+        attempts INTEGER NOT NULL DEFAULT 0,
+        due_s REAL NOT NULL,
+        status INTEGER,
+        error TEXT
+    ) STRICT;
+    CREATE INDEX callbacks_pending ON callbacks (due_s) WHERE state = 'pending';
+    CREATE INDEX callbacks_state ON callbacks (state);
+
+    CREATE TABLE leases (
+        fence INTEGER PRIMARY KEY AUTOINCREMENT,
+        seq INTEGER NOT NULL UNIQUE REFERENCES calls ON DELETE CASCADE,
+        kind TEXT NOT NULL,
+        owner TEXT NOT NULL,
+        boot TEXT NOT NULL,
+        until_s REAL NOT NULL
+    ) STRICT;
+    """,
+)
+
+# --------------------------------------------------------------------------------------------------------------------
+# Statements
+#
+# The loose index scans: `min(function)` beyond the last one is one descent of the b-tree, where DISTINCT would read
+# every row. INDEXED BY, since without statistics the planner takes `calls_state` for as good; if an index is ever
+# missing, it is an error rather than a slow queue.
+# --------------------------------------------------------------------------------------------------------------------
+
+SQL_LANES = """
+    WITH RECURSIVE lane (function) AS (
+        SELECT min(function) FROM calls INDEXED BY calls_queued
+        WHERE state = 'queued' AND queue = :queue AND function > :after
+        UNION ALL
+        SELECT (SELECT min(function) FROM calls INDEXED BY calls_queued
+            WHERE state = 'queued' AND queue = :queue AND function > lane.function)
+        FROM lane WHERE lane.function IS NOT NULL
+    )
+    SELECT function FROM lane WHERE function IS NOT NULL AND EXISTS (
+        SELECT 1 FROM calls INDEXED BY calls_queued
+        WHERE state = 'queued' AND queue = :queue AND calls.function = lane.function AND due_s <= :now_s)
+"""
+
+SQL_DUE = """
+    SELECT seq FROM calls INDEXED BY calls_queued
+    WHERE state = 'queued' AND queue = ? AND function = ? AND due_s <= ? AND (expires_s IS NULL OR expires_s > ?)
+    ORDER BY due_s, id LIMIT ?
+"""
+
+SQL_NEXT_DUE = """
+    WITH RECURSIVE line (queue) AS (
+        SELECT min(queue) FROM calls INDEXED BY calls_queued WHERE state = 'queued'
+        UNION ALL
+        SELECT (SELECT min(queue) FROM calls INDEXED BY calls_queued WHERE state = 'queued' AND queue > line.queue)
+        FROM line WHERE line.queue IS NOT NULL
+    ), lane (queue, function) AS (
+        SELECT queue, (SELECT min(function) FROM calls INDEXED BY calls_queued
+            WHERE state = 'queued' AND calls.queue = line.queue)
+        FROM line WHERE line.queue IS NOT NULL
+        UNION ALL
+        SELECT queue, (SELECT min(function) FROM calls INDEXED BY calls_queued
+            WHERE state = 'queued' AND calls.queue = lane.queue AND calls.function > lane.function)
+        FROM lane WHERE lane.function IS NOT NULL
+    )
+    SELECT min((SELECT min(due_s) FROM calls INDEXED BY calls_queued
+        WHERE state = 'queued' AND calls.queue = lane.queue AND calls.function = lane.function AND due_s > :after_s))
+    FROM lane WHERE lane.function IS NOT NULL
+"""
+
+SQL_EXPIRE = """
+    UPDATE calls SET state = :state, finished_s = :now_s WHERE seq IN (
+        SELECT seq FROM calls INDEXED BY calls_expiring
+        WHERE state = 'queued' AND expires_s IS NOT NULL AND expires_s <= :now_s ORDER BY expires_s LIMIT :limit)
+"""
+
+SQL_DUE_CALLBACKS = """
+    SELECT seq FROM callbacks INDEXED BY callbacks_pending WHERE state = 'pending' AND due_s <= ?
+    ORDER BY due_s, seq LIMIT ?
+"""
+
+SQL_NEXT_CALLBACK = """
+    SELECT min(due_s) FROM callbacks INDEXED BY callbacks_pending WHERE state = 'pending' AND due_s > :after_s
+"""
+
+_SQL_CALL = """
+    SELECT calls.*, requests.method, requests.path, requests.query, requests.callback_url, requests.headers,
+        requests.bytes_count, requests.file, {inline} AS inline,
+        results.headers AS result_headers, results.bytes_count AS result_bytes_count, results.file AS result_file,
+        {result_inline} AS result_inline,
+        coalesce(results.excerpt, substr(results.inline, 1, {excerpt_bytes})) AS excerpt,
+        callbacks.state AS callback_state, callbacks.attempts AS callback_attempts, callbacks.due_s AS callback_due_s,
+        callbacks.status AS callback_status, callbacks.error AS callback_error
+    FROM calls JOIN requests USING (seq) LEFT JOIN results USING (seq) LEFT JOIN callbacks USING (seq)
+"""
+SQL_CALL = _SQL_CALL.format(inline="requests.inline", result_inline="results.inline", excerpt_bytes=EXCERPT_BYTES)
+SQL_CALL_LISTED = _SQL_CALL.format(inline="NULL", result_inline="NULL", excerpt_bytes=EXCERPT_BYTES)
+
+SQL_ENDED = """
+    SELECT value FROM json_each(?)
+    WHERE NOT EXISTS (SELECT 1 FROM calls WHERE id = value AND state IN ('queued', 'running'))
+"""
+
+SQL_FILES = """
+    SELECT file FROM requests WHERE seq = :seq AND file IS NOT NULL
+    UNION ALL SELECT file FROM results WHERE seq = :seq AND file IS NOT NULL
+"""
+
+SQL_OLD_RESULTS = """
+    SELECT seq, stored_s, file FROM results WHERE bytes_count IS NOT NULL AND stored_s < :before_s
+    AND (stored_s, seq) > (:after_s, :after_seq)
+    AND NOT EXISTS (SELECT 1 FROM callbacks WHERE callbacks.seq = results.seq AND callbacks.state <> 'delivered')
+    ORDER BY stored_s, seq LIMIT :limit
+"""
+
+SQL_OLD_CALLS = """
+    SELECT seq, finished_s FROM calls INDEXED BY calls_finished
+    WHERE state IN ('done', 'cancelled', 'expired') AND finished_s < :before_s
+    AND (finished_s, seq) > (:after_s, :after_seq)
+    AND NOT EXISTS (SELECT 1 FROM callbacks WHERE callbacks.seq = calls.seq AND callbacks.state <> 'delivered')
+    ORDER BY finished_s, seq LIMIT :limit
+"""
+
+
+class Ring(IntFlag):
+    """What a bell says: why someone may want to look at the queue."""
+
+    NOTHING = 0
+    WORK = 1
+    FINISHED = 2
+    CANCEL = 4
+    ALL = 7
+
+
+@dataclass(slots=True)
+class _Transaction:
+    """What an operation works with: the connection, inside a transaction, and whom to ring once that is on disk."""
+
+    db: sqlite3.Connection
+    ring: Ring = Ring.NOTHING
+
+
+def _headers_text(headers: Headers) -> str:
+    return json.dumps(headers, separators=(",", ":")) if headers else "[]"
+
+
+def _parse_headers(text: str | None) -> Headers:
+    return tuple((name, value) for name, value in json.loads(text)) if text and text != "[]" else ()
+
+
+def _parse_call(row: sqlite3.Row, history: tuple[Attempt, ...]) -> Call:
+    return Call(
+        id=row["id"],
+        function=row["function"],
+        queue=row["queue"],
+        method=row["method"],
+        path=row["path"],
+        query=row["query"],
+        headers=_parse_headers(row["headers"]),
+        body=StoredBody(row["bytes_count"], row["inline"], row["file"]),
+        callback_url=row["callback_url"],
+        due_s=row["due_s"],
+        expires_s=row["expires_s"],
+        idempotency_key=row["idempotency_key"],
+        accepted_s=row["accepted_s"],
+        state=State(row["state"]),
+        attempts=row["attempts"],
+        started_s=row["started_s"],
+        finished_s=row["finished_s"],
+        status=row["status"],
+        error=row["error"],
+        duration_s=row["duration_s"],
+        cancel_requested=bool(row["cancel_requested"]),
+        result=_parse_result(row),
+        result_headers=_parse_headers(row["result_headers"]),
+        excerpt=row["excerpt"],
+        callback=_parse_callback(row),
+        history=history,
+    )
+
+
+def _parse_result(row: sqlite3.Row) -> StoredBody | None:
+    if row["result_bytes_count"] is None:
+        return None
+    return StoredBody(row["result_bytes_count"], row["result_inline"], row["result_file"])
+
+
+def _parse_callback(row: sqlite3.Row) -> Callback | None:
+    if row["callback_state"] is None:
+        return None
+    return Callback(
+        CallbackState(row["callback_state"]),
+        row["callback_attempts"],
+        row["callback_due_s"],
+        row["callback_status"],
+        row["callback_error"],
+    )
+
+
+_ACCEPTED_FIELDS = tuple(field.name for field in fields(NewCall))
+
+
+def _accepted(call: NewCall) -> Call:
+    """The Call that a NewCall has just become."""
+    return Call(**{name: getattr(call, name) for name in _ACCEPTED_FIELDS})
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Operations
+#
+# Plain functions on a transaction (`tx`) or, for reads, on a connection. They look before they write: a FaashoundError
+# leaves nothing half done. They touch no file and keep nothing in memory, so that the writer may run one again.
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _rows(db: sqlite3.Connection, sql: str, values: Sequence[object]) -> list[sqlite3.Row]:
+    cursor = db.cursor()
+    cursor.row_factory = sqlite3.Row
+    return cursor.execute(sql, values).fetchall()
+
+
+def _load(db: sqlite3.Connection, seq: int) -> Call:
+    (row,) = _rows(db, SQL_CALL + "WHERE calls.seq = ?", (seq,))
+    return _parse_call(row, _history(db, seq))
+
+
+def _history(db: sqlite3.Connection, seq: int) -> tuple[Attempt, ...]:
+    rows = db.execute("SELECT started_s, finished_s, status, error FROM attempts WHERE seq = ? ORDER BY number", (seq,))
+    return tuple(itertools.starmap(Attempt, rows))
+
+
+def _find(db: sqlite3.Connection, call_id: str) -> tuple[int, State]:
+    row = db.execute("SELECT seq, state FROM calls WHERE id = ?", (call_id,)).fetchone()
+    if row is None:
+        raise CallUnknown(f"no call has the id {call_id}")
+    return row[0], State(row[1])
+
+
+def _get(db: sqlite3.Connection, call_id: str) -> Call | None:
+    for row in _rows(db, SQL_CALL + "WHERE calls.id = ?", (call_id,)):
+        return _parse_call(row, _history(db, row["seq"]))
+    return None
+
+
+def _put(tx: _Transaction, call: NewCall, headers: str) -> Call | None:
+    """None: the call is in the queue. A Call: this is the one that its idempotency key stands for."""
+    if call.idempotency_key is not None:
+        row = tx.db.execute(
+            "SELECT seq FROM calls WHERE function = ? AND idempotency_key = ?", (call.function, call.idempotency_key)
+        ).fetchone()
+        if row is not None:
+            return _load(tx.db, row[0])
+    cursor = tx.db.execute(
+        "INSERT INTO calls (id, function, queue, state, due_s, expires_s, idempotency_key, accepted_s)"
+        " VALUES (?, ?, ?, 'queued', ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
+        (call.id, call.function, call.queue, call.due_s, call.expires_s, call.idempotency_key, call.accepted_s),
+    )
+    if cursor.rowcount == 0:
+        raise CallExists(f"the call id {call.id} is in use")
+    body = call.body
+    tx.db.execute(
+        "INSERT INTO requests (seq, method, path, query, callback_url, headers, bytes_count, file, inline)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            cursor.lastrowid,
+            call.method,
+            call.path,
+            call.query,
+            call.callback_url,
+            headers,
+            body.bytes_count,
+            body.file,
+            body.inline,
+        ),
+    )
+    tx.ring |= Ring.WORK
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Claimant:
+    """Who claims, when, and until when: the wall clock decides what is due, the boot clock when the lease ends."""
+
+    owner: str
+    now_s: float
+    boot: str
+    until_s: float
+
+
+def _lease(tx: _Transaction, seq: int, kind: Kind, claimant: _Claimant) -> Lease:
+    cursor = tx.db.execute(
+        "INSERT INTO leases (seq, kind, owner, boot, until_s) VALUES (?, ?, ?, ?, ?)",
+        (seq, kind, claimant.owner, claimant.boot, claimant.until_s),
+    )
+    if cursor.lastrowid is None:
+        raise AssertionError("an INSERT that succeeded has a row id")
+    return Lease(_load(tx.db, seq), kind, claimant.owner, cursor.lastrowid)
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """How much a claim may take: from which queues, how many in all, and how many of each function named in `room`."""
+
+    queues: tuple[str, ...]
+    limit: int
+    room: Mapping[str, int]
+
+
+_Lane = tuple[str, str]  # queue, function
+
+
+def _claim(tx: _Transaction, wanted: _Wanted, last: _Lane, claimant: _Claimant) -> tuple[list[Lease], _Lane]:
+    """Takes calls in turns, beginning behind the lane that was served `last`; returns that lane for the next claim."""
+    if _expire(tx, claimant.now_s) == STEP_COUNT:
+        tx.ring |= Ring.WORK  # more are waiting to be expired, and may hide live ones: come again
+    picked = _pick(tx.db, wanted, last, claimant.now_s)
+    state = next_state(State.QUEUED, Event.CLAIM).value
+    tx.db.executemany(
+        "UPDATE calls SET state = ?, attempts = attempts + 1, started_s = ? WHERE seq = ?",
+        [(state, claimant.now_s, seq) for seq, _ in picked],
+    )
+    leases = [_lease(tx, seq, "call", claimant) for seq, _ in picked]
+    return leases, picked[-1][1] if picked else last
+
+
+def _pick(db: sqlite3.Connection, wanted: _Wanted, last: _Lane, now_s: float) -> list[tuple[int, _Lane]]:
+    """The rows to claim, one from each lane in turn, round after round, until the limit or the work is reached."""
+    lanes = list(itertools.islice(_walk_lanes(db, wanted, last, now_s), wanted.limit))
+    if not lanes:
+        return []
+
+    def due(lane: _Lane, count: int) -> list[tuple[int, _Lane]]:
+        count = min(count, wanted.room.get(lane[1], count))
+        return [(seq, lane) for (seq,) in db.execute(SQL_DUE, (*lane, now_s, now_s, count))]
+
+    share = -(-wanted.limit // len(lanes))
+    heads = {lane: due(lane, share) for lane in lanes}
+    if sum(map(len, heads.values())) < wanted.limit:  # some lanes are short: the others get their part
+        heads = {lane: due(lane, wanted.limit) if len(head) == share else head for lane, head in heads.items()}
+    left = dict(wanted.room)
+    picked: list[tuple[int, _Lane]] = []
+    for entry in filter(None, itertools.chain.from_iterable(itertools.zip_longest(*heads.values()))):
+        function = entry[1][1]
+        if left.setdefault(function, wanted.limit) > 0 and len(picked) < wanted.limit:
+            left[function] -= 1  # one function in two queues shares one room
+            picked.append(entry)
+    return picked
+
+
+def _walk_lanes(db: sqlite3.Connection, wanted: _Wanted, last: _Lane, now_s: float) -> Iterator[_Lane]:
+    """Lanes with work due, in a ring that begins behind `last` and ends with it."""
+    queues = sorted(set(wanted.queues))
+    later = [(name, "", None) for name in queues if name > last[0]]
+    earlier = [(name, "", None) for name in queues if name < last[0]]
+    own = last[0] in queues
+    segments = [(last[0], last[1], None)] * own + later + earlier + [(last[0], "", last[1])] * own
+    for queue_name, after, upto in segments:
+        rows = db.execute(SQL_LANES, {"queue": queue_name, "after": after, "now_s": now_s})
+        for (function,) in rows:
+            if upto is not None and function > upto:
+                break
+            if wanted.room.get(function, 1) > 0:
+                yield queue_name, function
+
+
+def _expire(tx: _Transaction, now_s: float) -> int:
+    state = next_state(State.QUEUED, Event.EXPIRE).value
+    values = {"state": state, "now_s": now_s, "limit": STEP_COUNT}
+    count = tx.db.execute(SQL_EXPIRE, values).rowcount
+    if count:
+        tx.ring |= Ring.FINISHED
+    return count
+
+
+def _claim_callbacks(tx: _Transaction, limit: int, claimant: _Claimant) -> list[Lease]:
+    rows = tx.db.execute(SQL_DUE_CALLBACKS, (claimant.now_s, limit)).fetchall()
+    state = next_callback_state(CallbackState.PENDING, Event.CLAIM).value
+    tx.db.executemany(
+        "UPDATE callbacks SET state = ?, attempts = attempts + 1 WHERE seq = ?", [(state, seq) for (seq,) in rows]
+    )
+    return [_lease(tx, seq, "callback", claimant) for (seq,) in rows]
+
+
+def _held(tx: _Transaction, lease: Lease, kind: Kind) -> int:
+    """The row that `lease` is for; LeaseLost unless owner and fence still match."""
+    if lease.kind != kind:
+        raise AssertionError(f"this step is for a {kind}, the lease is for a {lease.kind}")
+    row = tx.db.execute("SELECT seq FROM leases WHERE fence = ? AND owner = ?", (lease.fence, lease.owner)).fetchone()
+    if row is None:
+        raise LeaseLost(f"the lease on call {lease.call.id} has passed to someone else")
+    seq: int = row[0]
+    return seq
+
+
+def _unlease(tx: _Transaction, fence: int) -> None:
+    tx.db.execute("DELETE FROM leases WHERE fence = ?", (fence,))
+
+
+def _add_attempt(tx: _Transaction, seq: int, attempt: Attempt) -> None:
+    (number,) = tx.db.execute("SELECT coalesce(max(number), 0) + 1 FROM attempts WHERE seq = ?", (seq,)).fetchone()
+    tx.db.execute(
+        "INSERT INTO attempts (seq, number, started_s, finished_s, status, error) VALUES (?, ?, ?, ?, ?, ?)",
+        (seq, number, attempt.started_s, attempt.finished_s, attempt.status, attempt.error),
+    )
+    if number > HISTORY_COUNT:
+        tx.db.execute("DELETE FROM attempts WHERE seq = ? AND number <= ?", (seq, number - HISTORY_COUNT))
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """How a run ended, ready to be written."""
+
+    event: Event
+    attempt: Attempt
+    status: int | None
+    duration_s: float
+    result: StoredBody | None
+    result_headers: Headers
+    excerpt: bytes | None
+    callback_due_s: float
+
+
+def _finish(tx: _Transaction, lease: Lease, outcome: _Outcome) -> None:
+    seq = _held(tx, lease, "call")
+    attempt = outcome.attempt
+    _add_attempt(tx, seq, attempt)
+    tx.db.execute(
+        "UPDATE calls SET state = ?, finished_s = ?, status = ?, error = ?, duration_s = ? WHERE seq = ?",
+        (
+            next_state(State.RUNNING, outcome.event).value,
+            attempt.finished_s,
+            outcome.status,
+            attempt.error,
+            outcome.duration_s,
+            seq,
+        ),
+    )
+    _store_result(tx, seq, outcome)
+    tx.ring |= Ring.FINISHED
+    (url,) = tx.db.execute("SELECT callback_url FROM requests WHERE seq = ?", (seq,)).fetchone()
+    if url is not None:
+        tx.db.execute(
+            "INSERT INTO callbacks (seq, state, due_s) VALUES (?, 'pending', ?)", (seq, outcome.callback_due_s)
+        )
+        tx.ring |= Ring.WORK
+    _unlease(tx, lease.fence)
+
+
+def _store_result(tx: _Transaction, seq: int, outcome: _Outcome) -> None:
+    body = outcome.result
+    if body is None and outcome.excerpt is None and not outcome.result_headers:
+        tx.db.execute("DELETE FROM results WHERE seq = ?", (seq,))  # an earlier attempt's excerpt
+        return
+    tx.db.execute(
+        "INSERT OR REPLACE INTO results (seq, stored_s, headers, excerpt, bytes_count, file, inline)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (
+            seq,
+            outcome.attempt.finished_s,
+            _headers_text(outcome.result_headers),
+            outcome.excerpt,
+            None if body is None else body.bytes_count,
+            None if body is None else body.file,
+            None if body is None else body.inline,
+        ),
+    )
+
+
+def _retry(tx: _Transaction, lease: Lease, attempt: Attempt, due_s: float, excerpt: bytes | None) -> State:
+    seq = _held(tx, lease, "call")
+    _add_attempt(tx, seq, attempt)
+    tx.db.execute("UPDATE calls SET status = ?, error = ? WHERE seq = ?", (attempt.status, attempt.error, seq))
+    tx.db.execute("DELETE FROM results WHERE seq = ?", (seq,))
+    if excerpt is not None:
+        tx.db.execute(
+            "INSERT INTO results (seq, stored_s, headers, excerpt) VALUES (?, ?, '[]', ?)",
+            (seq, attempt.finished_s, excerpt),
+        )
+    _unlease(tx, lease.fence)
+    return _queue_again(tx, seq, Event.RETRY, due_s, attempt.finished_s)
+
+
+def _queue_again(tx: _Transaction, seq: int, event: Event, due_s: float, now_s: float) -> State:
+    """Back into the queue, unless someone has asked meanwhile for an end: then this is it."""
+    (cancel,) = tx.db.execute("SELECT cancel_requested FROM calls WHERE seq = ?", (seq,)).fetchone()
+    if cancel:
+        _end_cancelled(tx, seq, State.RUNNING, Event.STOP, now_s)
+        return State.CANCELLED
+    state = next_state(State.RUNNING, event)
+    tx.db.execute("UPDATE calls SET state = ?, due_s = ? WHERE seq = ?", (state.value, due_s, seq))
+    tx.ring |= Ring.WORK
+    return state
+
+
+def _end_cancelled(tx: _Transaction, seq: int, state: State, event: Event, now_s: float) -> None:
+    tx.db.execute(
+        "UPDATE calls SET state = ?, finished_s = ?, cancel_requested = 1 WHERE seq = ?",
+        (next_state(state, event).value, now_s, seq),
+    )
+    tx.ring |= Ring.FINISHED
+
+
+def _finish_cancelled(tx: _Transaction, lease: Lease, attempt: Attempt) -> None:
+    seq = _held(tx, lease, "call")
+    _add_attempt(tx, seq, attempt)
+    tx.db.execute("UPDATE calls SET status = ?, error = ? WHERE seq = ?", (attempt.status, attempt.error, seq))
+    _end_cancelled(tx, seq, State.RUNNING, Event.STOP, attempt.finished_s)
+    _unlease(tx, lease.fence)
+
+
+def _release(tx: _Transaction, lease: Lease, now_s: float) -> None:
+    """Hands back what was not tried: the attempt is not counted and the place in the order is kept."""
+    seq = _held(tx, lease, lease.kind)
+    _unlease(tx, lease.fence)
+    if lease.kind == "callback":
+        tx.db.execute("UPDATE callbacks SET attempts = attempts - 1 WHERE seq = ?", (seq,))
+        _callback_again(tx, seq, Event.HAND_BACK, lease.call.callback.due_s if lease.call.callback else now_s)
+        return
+    tx.db.execute("UPDATE calls SET attempts = attempts - 1 WHERE seq = ?", (seq,))
+    _queue_again(tx, seq, Event.HAND_BACK, lease.call.due_s, now_s)
+
+
+def _callback_again(tx: _Transaction, seq: int, event: Event, due_s: float) -> None:
+    state = next_callback_state(CallbackState.RUNNING, event).value
+    tx.db.execute("UPDATE callbacks SET state = ?, due_s = ? WHERE seq = ?", (state, due_s, seq))
+    tx.ring |= Ring.WORK
+
+
+def _end_callback(tx: _Transaction, lease: Lease, attempt: Attempt, event: Event, due_s: float | None = None) -> None:
+    seq = _held(tx, lease, "callback")
+    tx.db.execute("UPDATE callbacks SET status = ?, error = ? WHERE seq = ?", (attempt.status, attempt.error, seq))
+    if due_s is not None:
+        _callback_again(tx, seq, event, due_s)
+    else:
+        state = next_callback_state(CallbackState.RUNNING, event).value
+        tx.db.execute("UPDATE callbacks SET state = ? WHERE seq = ?", (state, seq))
+    _unlease(tx, lease.fence)
+
+
+LOST_ERROR = "the worker that ran it is gone"
+
+
+def _take_back(tx: _Transaction, dead: Collection[str], boot: str, boot_s: float, now_s: float) -> int:
+    """Ends every lease whose owner is in `dead`, whose deadline has passed, or which is of an earlier boot."""
+    rows = tx.db.execute(
+        "SELECT leases.fence, leases.seq, leases.kind, leases.owner, leases.boot, leases.until_s,"
+        " calls.started_s, calls.due_s FROM leases JOIN calls USING (seq)"
+    ).fetchall()
+    lapsed = [row for row in rows if row[3] in dead or row[4] != boot or row[5] <= boot_s]
+    for fence, seq, kind, _, _, _, started_s, due_s in lapsed:
+        _unlease(tx, fence)
+        if kind == "callback":
+            tx.db.execute("UPDATE callbacks SET error = ? WHERE seq = ?", (LOST_ERROR, seq))
+            _callback_again(tx, seq, Event.HAND_BACK, now_s)
+        else:
+            _add_attempt(tx, seq, Attempt(started_s, now_s, None, LOST_ERROR))
+            tx.db.execute("UPDATE calls SET status = NULL, error = ? WHERE seq = ?", (LOST_ERROR, seq))
+            _queue_again(tx, seq, Event.HAND_BACK, due_s, now_s)
+    return len(lapsed)
+
+
+def _renew(tx: _Transaction, leases: Sequence[Lease], boot: str, until_s: float) -> Renewal:
+    lost, cancelled = set(), set()
+    for lease in leases:
+        cursor = tx.db.execute(
+            "UPDATE leases SET boot = ?, until_s = ? WHERE fence = ? AND owner = ?",
+            (boot, until_s, lease.fence, lease.owner),
+        )
+        if cursor.rowcount == 0:
+            lost.add(lease.call.id)
+        elif lease.kind == "call":
+            row = tx.db.execute("SELECT cancel_requested FROM calls WHERE id = ?", (lease.call.id,)).fetchone()
+            cancelled |= {lease.call.id} if row[0] else set()
+    return Renewal(frozenset(lost), frozenset(cancelled))
+
+
+def _cancel(tx: _Transaction, call_id: str, now_s: float) -> State:
+    seq, state = _find(tx.db, call_id)
+    if (state, Event.CANCEL) not in TRANSITIONS:
+        raise CallFinished(f"the call is {state.value}: there is nothing left to cancel")
+    if state is State.QUEUED:
+        _end_cancelled(tx, seq, state, Event.CANCEL, now_s)
+    else:
+        tx.db.execute("UPDATE calls SET cancel_requested = 1 WHERE seq = ?", (seq,))
+        tx.ring |= Ring.CANCEL
+    return next_state(state, Event.CANCEL)
+
+
+def _cancelled_ids(db: sqlite3.Connection, owner: str) -> frozenset[str]:
+    rows = db.execute(
+        "SELECT calls.id FROM leases JOIN calls USING (seq)"
+        " WHERE leases.owner = ? AND leases.kind = 'call' AND calls.cancel_requested",
+        (owner,),
+    )
+    return frozenset(row[0] for row in rows)
+
+
+def _requeue_dead(tx: _Transaction, call_id: str, now_s: float) -> tuple[Call, list[str]]:
+    """The dead letter starts afresh: no expiry, no attempts, no result, no callback. Also returns files to drop."""
+    seq, state = _find(tx.db, call_id)
+    if (state, Event.REQUEUE) not in TRANSITIONS:
+        raise CallNotDead(f"only a dead letter can be queued again; the call is {state.value}")
+    files = [row[0] for row in tx.db.execute("SELECT file FROM results WHERE seq = ? AND file IS NOT NULL", (seq,))]
+    tx.db.execute(
+        "UPDATE calls SET state = ?, due_s = ?, expires_s = NULL, attempts = 0, started_s = NULL, finished_s = NULL,"
+        " duration_s = NULL, cancel_requested = 0 WHERE seq = ?",
+        (next_state(state, Event.REQUEUE).value, now_s, seq),
+    )
+    tx.db.execute("DELETE FROM leases WHERE seq = ?", (seq,))  # a delivery under way loses it
+    tx.db.execute("DELETE FROM callbacks WHERE seq = ?", (seq,))
+    tx.db.execute("DELETE FROM results WHERE seq = ?", (seq,))
+    tx.ring |= Ring.WORK
+    return _load(tx.db, seq), files
+
+
+def _requeue_callback(tx: _Transaction, call_id: str, now_s: float) -> Call:
+    seq, _ = _find(tx.db, call_id)
+    row = tx.db.execute("SELECT state FROM callbacks WHERE seq = ?", (seq,)).fetchone()
+    if row is None or (CallbackState(row[0]), Event.REQUEUE) not in CALLBACK_TRANSITIONS:
+        raise CallNotDead(f"only a dead callback can be queued again; this one is {row[0] if row else 'not there'}")
+    state = next_callback_state(CallbackState(row[0]), Event.REQUEUE).value
+    tx.db.execute("UPDATE callbacks SET state = ?, attempts = 0, due_s = ? WHERE seq = ?", (state, now_s, seq))
+    tx.ring |= Ring.WORK
+    return _load(tx.db, seq)
+
+
+@dataclass(frozen=True, slots=True)
+class _Filter:
+    """Which calls to list: all conditions that are not None hold; newest first."""
+
+    state: State | None
+    function: str | None
+    limit: int
+    before: str | None
+
+
+def _list(db: sqlite3.Connection, wanted: _Filter) -> list[Call]:
+    states = State if wanted.state is None else [wanted.state]
+    terms: list[tuple[str, object]] = []
+    if wanted.function is not None:
+        terms.append(("function = ?", wanted.function))
+    if wanted.before is not None:
+        terms.append(("seq < ?", _find(db, wanted.before)[0]))
+    if terms or wanted.state is not None:  # with the states, an index has all that the search needs
+        terms = [(f"state IN ({', '.join(repr(state.value) for state in states)})", None), *terms]
+    where = "WHERE " + " AND ".join(term for term, _ in terms) if terms else ""
+    values = [value for _, value in terms if value is not None]
+    page = f"SELECT seq FROM calls {where} ORDER BY seq DESC LIMIT ?"
+    rows = _rows(db, f"{SQL_CALL_LISTED} WHERE calls.seq IN ({page}) ORDER BY calls.seq DESC", (*values, wanted.limit))
+    return [_parse_call(row, ()) for row in rows]
+
+
+def _ended(db: sqlite3.Connection, call_ids: Sequence[str]) -> frozenset[str]:
+    """Those of `call_ids` that have reached a final state, or are gone."""
+    rows = db.execute(SQL_ENDED, (json.dumps(call_ids),))
+    return frozenset(call_id for (call_id,) in rows)
+
+
+@dataclass(frozen=True, slots=True)
+class _Outlook:
+    """When work falls due next, and whether other owners hold leases that may need taking back."""
+
+    call_due_s: float | None
+    callback_due_s: float | None
+    others_lease: bool
+
+
+def _look_ahead(db: sqlite3.Connection, call_after_s: float, callback_after_s: float, mine: Sequence[str]) -> _Outlook:
+    (call_due_s,) = db.execute(SQL_NEXT_DUE, {"after_s": call_after_s}).fetchone()
+    (callback_due_s,) = db.execute(SQL_NEXT_CALLBACK, {"after_s": callback_after_s}).fetchone()
+    owners = db.execute("SELECT owner FROM leases")
+    return _Outlook(call_due_s, callback_due_s, any(owner not in mine for (owner,) in owners))
+
+
+def _count(db: sqlite3.Connection, now_s: float, commit_count: int) -> Stats:
+    by_function: dict[tuple[str, State], int] = {}
+    by_state = dict.fromkeys(State, 0)
+    for state, function, count in db.execute("SELECT state, function, count(*) FROM calls GROUP BY state, function"):
+        by_function[function, State(state)] = count
+        by_state[State(state)] += count
+    callbacks = dict(db.execute("SELECT state, count(*) FROM callbacks GROUP BY state").fetchall())
+    (oldest_s,) = db.execute(SQL_NEXT_DUE, {"after_s": -1e300}).fetchone()
+    return Stats(
+        by_state=by_state,
+        by_function=by_function,
+        oldest_due_age_s=None if oldest_s is None or oldest_s > now_s else now_s - oldest_s,
+        callback_pending_count=callbacks.get("pending", 0) + callbacks.get("running", 0),
+        callback_dead_count=callbacks.get("dead", 0),
+        commit_count=commit_count,
+    )
+
+
+# Housekeeping goes through old rows in steps, each a commit of its own, so that no writer waits long. A step begins
+# where the one before it ended: rows that must stay (callbacks not delivered) are passed once, not once per step.
+
+_Position = tuple[float, int]
+_START: _Position = (-1e300, -1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Dropped:
+    """What one step removed: rows, files that nothing names now, and where to go on (None: the end is reached)."""
+
+    count: int
+    files: tuple[str, ...]
+    next: _Position | None
+
+
+class _Step(Protocol):
+    """One step of dropping what is older than `before_s`."""
+
+    def __call__(self, tx: _Transaction, before_s: float, after: _Position) -> _Dropped: ...
+
+
+def _step(db: sqlite3.Connection, sql: str, before_s: float, after: _Position) -> list[tuple[Any, ...]]:
+    values = {"before_s": before_s, "after_s": after[0], "after_seq": after[1], "limit": STEP_COUNT}
+    return db.execute(sql, values).fetchall()
+
+
+def _drop_results(tx: _Transaction, before_s: float, after: _Position) -> _Dropped:
+    rows = _step(tx.db, SQL_OLD_RESULTS, before_s, after)
+    tx.db.executemany(
+        "UPDATE results SET excerpt = coalesce(excerpt, substr(inline, 1, ?)), headers = '[]',"
+        " bytes_count = NULL, file = NULL, inline = NULL WHERE seq = ?",
+        [(EXCERPT_BYTES, seq) for seq, _, _ in rows],
+    )
+    files = tuple(file for _, _, file in rows if file is not None)
+    return _Dropped(len(rows), files, (rows[-1][1], rows[-1][0]) if len(rows) == STEP_COUNT else None)
+
+
+def _drop_calls(tx: _Transaction, before_s: float, after: _Position) -> _Dropped:
+    rows = _step(tx.db, SQL_OLD_CALLS, before_s, after)
+    files = _delete(tx, [seq for seq, _ in rows])
+    return _Dropped(len(rows), files, (rows[-1][1], rows[-1][0]) if len(rows) == STEP_COUNT else None)
+
+
+def _delete(tx: _Transaction, rows: Sequence[int]) -> tuple[str, ...]:
+    """Deletes calls and all that hangs on them; returns the body files they named."""
+    files: list[str] = []
+    for seq in rows:
+        files.extend(file for (file,) in tx.db.execute(SQL_FILES, {"seq": seq}))
+        tx.db.execute("DELETE FROM calls WHERE seq = ?", (seq,))
+    return tuple(files)
+
+
+def _purge(tx: _Transaction, state: State, function: str | None, call_id: str | None, after_seq: int) -> _Dropped:
+    rows = tx.db.execute(
+        "SELECT seq FROM calls WHERE state = :state AND seq > :after AND (:function IS NULL OR function = :function)"
+        " AND (:id IS NULL OR id = :id) AND NOT EXISTS (SELECT 1 FROM callbacks"
+        " WHERE callbacks.seq = calls.seq AND callbacks.state IN ('pending', 'running')) ORDER BY seq LIMIT :limit",
+        {"state": state.value, "after": after_seq, "function": function, "id": call_id, "limit": STEP_COUNT},
+    ).fetchall()
+    files = _delete(tx, [seq for (seq,) in rows])
+    return _Dropped(len(rows), files, (0.0, rows[-1][0]) if len(rows) == STEP_COUNT else None)
+
+
+def _unnamed(db: sqlite3.Connection, files: Sequence[str]) -> list[str]:
+    sql = (
+        "SELECT EXISTS (SELECT 1 FROM requests WHERE file = :file) OR EXISTS (SELECT 1 FROM results WHERE file = :file)"
+    )
+    return [file for file in files if not db.execute(sql, {"file": file}).fetchone()[0]]
+
+
+def _vacuum(tx: _Transaction) -> int:
+    """Gives some free pages back to the disk; returns how many, 0 when only the spare ones are left."""
+    (free,) = tx.db.execute("PRAGMA freelist_count").fetchone()
+    count: int = max(0, min(free - SPARE_PAGE_COUNT, STEP_COUNT))
+    if count:
+        tx.db.execute(f"PRAGMA incremental_vacuum({count})").fetchall()
+    return count
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The directory
+#
+# Descriptors of its sub-directories are kept open: names below them stay short (a socket's address has 108 bytes, a
+# directory's path may have more) and stay right if the path above is renamed.
+#
+# `writer.lock` is what makes many processes share one SQLite file well. SQLite waits for its lock by sleeping and
+# asking again, so some waiters starve (p99 760 ms with two writers); flock wakes them (113 ms). It also means that no
+# two processes ever checkpoint at once. SQLite's own locking stays on: the flock is for turns, not for safety.
+# --------------------------------------------------------------------------------------------------------------------
+
+DATABASE = "spool.sqlite3"
+
+
+@dataclass(frozen=True, slots=True)
+class _Tree:
+    """The open directory of a queue."""
+
+    path: Path
+    lock_fd: int
+    bodies_fd: int
+    owners_fd: int
+    bells_fd: int
+
+    @property
+    def database(self) -> Path:
+        return self.path / DATABASE
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Holds `writer.lock`: every write, checkpoint and owner look-up happens inside."""
+        fcntl.flock(self.lock_fd, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(self.lock_fd, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        for fd in (self.lock_fd, self.bodies_fd, self.owners_fd, self.bells_fd):
+            os.close(fd)
+
+
+def _open_tree(path: Path) -> _Tree:
+    missing = [place for place in (path, *path.parents) if not place.exists()]
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for place in missing:  # else a power cut may take the directory, and every call in it
+        _sync_directory(place.parent)
+    fds: list[int] = []
+    with contextlib.ExitStack() as stack:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        fds.append(os.open(path / "writer.lock", flags, 0o600))
+        stack.callback(os.close, fds[-1])
+        for name in ("bodies", "owners", "bells"):
+            (path / name).mkdir(mode=0o700, exist_ok=True)
+            fds.append(os.open(path / name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+            stack.callback(os.close, fds[-1])
+        stack.pop_all()
+    return _Tree(path, *fds)
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _read_token(tree: _Tree) -> str:
+    """The queue's secret, made by whoever opens the queue first; renamed into place, so never half written."""
+    path = tree.path / "token"
+    if not path.exists():
+        draft = tree.path / "token.new"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        with os.fdopen(os.open(draft, flags, 0o600), "w", encoding="ascii") as file:
+            file.write(secrets.token_urlsafe(32))
+            file.flush()
+            os.fsync(file.fileno())
+        draft.rename(path)
+        _sync_directory(tree.path)
+    return path.read_text("ascii")
+
+
+def _disk_error(error: OSError) -> FaashoundError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return QueueFull("the queue's disk is full")
+    return QueueUnavailable(f"the queue cannot use its disk: {error.strerror or type(error).__name__}")
+
+
+def _sqlite_error(error: sqlite3.Error) -> FaashoundError:
+    # Python hands on extended codes; the primary code is the low byte. Errors of Python's own have none.
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
+    if code & 0xFF == sqlite3.SQLITE_FULL or code == sqlite3.SQLITE_IOERR_SHMSIZE:
+        return QueueFull("the queue's disk is full")
+    if code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        return QueueDamaged(f"the queue's file {DATABASE} is damaged ({error}): stop what uses it, then set it aside")
+    return QueueUnavailable(f"the queue cannot be used: {error}")
+
+
+def _open_error(path: Path, error: OSError) -> FaashoundError:
+    """Says what an operator needs: which path, whose it is, and who we are."""
+    if error.errno not in (errno.EACCES, errno.EPERM):
+        return type(_disk_error(error))(f"cannot use the queue in {path}: {error.strerror}")
+    place = Path(error.filename) if isinstance(error.filename, str) else path
+    while True:  # the nearest that can be looked at; the root directory always can
+        try:
+            info = place.stat()
+            break
+        except (PermissionError, FileNotFoundError):
+            place = place.parent
+    return QueueUnavailable(
+        f"cannot use the queue in {path}: {error.strerror}: {place} belongs to {_user_name(info.st_uid)}"
+        f" (mode {stat.S_IMODE(info.st_mode):04o}), this process runs as {_user_name(os.geteuid())}"
+    )
+
+
+def _user_name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"user {uid}"
+
+
+def _damaged(path: Path, why: str) -> QueueDamaged:
+    return QueueDamaged(
+        f"{path} {why}. It has been left as it is. Restore a backup, or start with an empty queue after"
+        f" python -c 'from faashound.spool import set_aside; set_aside({str(path.parent)!r})'"
+    )
+
+
+def set_aside(directory: Path | str) -> Path:
+    """Moves a queue's file, its journal and its bodies out of the way, whole, under names ending in `.damaged-<time>`.
+
+    For a person to call once everything that uses the queue is stopped. The next `Spool.open` begins an empty queue.
+    Returns the new path of the file. Raises QueueUnavailable when there is nothing to set aside, or no access.
+    """
+    path = Path(directory) / DATABASE
+    suffix = time.strftime(".damaged-%Y%m%dT%H%M%SZ", time.gmtime())
+    try:
+        tree = _open_tree(Path(directory))
+        with contextlib.closing(tree), tree.turn():
+            target = path.with_name(path.name + suffix)
+            if target.exists():
+                raise QueueUnavailable(f"{target} exists already")
+            if not any(path.with_name(path.name + tail).exists() for tail in ("", "-wal")):
+                raise QueueUnavailable(f"there is no {path} to set aside")
+            moves = {f"{path.name}{tail}": f"{target.name}{tail}" for tail in ("-wal", "-shm", "")}
+            for name, new_name in {"bodies": f"bodies{suffix}", **moves}.items():
+                with contextlib.suppress(FileNotFoundError):
+                    (path.parent / name).rename(path.parent / new_name)
+            _sync_directory(path.parent)
+    except OSError as error:
+        raise _open_error(Path(directory), error) from error
+    return target
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The file
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    """A connection in autocommit mode (we say BEGIN ourselves), to be used by one thread at a time."""
+    db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False, cached_statements=256)
+    with contextlib.ExitStack() as stack:
+        stack.callback(db.close)
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute("PRAGMA foreign_keys = ON")
+        stack.pop_all()
+    return db
+
+
+def _open_database(tree: _Tree) -> sqlite3.Connection:
+    """The writer's connection to a file that has been looked at; call inside `tree.turn()`."""
+    path = tree.database
+    if not path.exists():
+        journal = path.with_name(f"{DATABASE}-wal")
+        if journal.exists() and journal.stat().st_size:
+            raise _damaged(path, "is missing, though its journal is there")
+        _create_database(path)
+    with path.open("rb") as file:
+        if file.read(16) != b"SQLite format 3\0":
+            raise _damaged(path, "is empty or not a queue's file")
+    with contextlib.ExitStack() as stack:
+        try:
+            db = stack.enter_context(contextlib.closing(_connect(path)))
+            _check(db, path)
+            _migrate(db)
+        except sqlite3.Error as error:
+            problem = _sqlite_error(error)
+            raise _damaged(path, f"is damaged ({error})") if isinstance(problem, QueueDamaged) else problem from error
+        stack.pop_all()
+    return db
+
+
+def _create_database(path: Path) -> None:
+    """Makes the file under another name first: a `spool.sqlite3` that is empty is always a damaged one."""
+    draft = path.with_name(f"{DATABASE}.new")
+    for tail in ("", "-wal", "-shm"):
+        draft.with_name(draft.name + tail).unlink(missing_ok=True)
+    os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))  # -wal and -shm take their mode from it
+    try:
+        with contextlib.closing(_connect(draft)) as db:
+            db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # only possible before the first page
+            db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            db.execute("PRAGMA journal_mode = WAL")
+            _migrate(db)
+    except sqlite3.Error as error:
+        raise _sqlite_error(error) from error
+    draft.rename(path)
+    _sync_directory(path.parent)
+
+
+def _check(db: sqlite3.Connection, path: Path) -> None:
+    """Refuses what is not ours or not whole, as far as can be told without reading all of it."""
+    if db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
+        raise _damaged(path, "is some other program's file")
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    if not 1 <= version <= len(MIGRATIONS):
+        raise _damaged(path, f"is of version {version}, this program knows 1 to {len(MIGRATIONS)}")
+    if not _write_back(db):
+        return
+    (pages,), (page_bytes,) = (db.execute(f"PRAGMA {name}").fetchone() for name in ("page_count", "page_size"))
+    if path.stat().st_size < pages * page_bytes:
+        raise _damaged(path, "is cut short")
+
+
+def _write_back(db: sqlite3.Connection) -> bool:
+    """Writes the journal into the file, which then holds every page it counts; False if a reader is in the way."""
+    try:
+        busy, logged, done = db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+    except sqlite3.OperationalError as error:
+        if isinstance(_sqlite_error(error), QueueFull):
+            return False  # no room for it now; what is in the journal can be read there
+        raise
+    return not busy and logged == done
+
+
+def _migrate(db: sqlite3.Connection) -> None:
+    """Brings an older file to the newest version, one version per transaction."""
+    (version,) = db.execute("PRAGMA user_version").fetchone()
+    for number, script in enumerate(MIGRATIONS[version:], version + 1):
+        db.executescript(f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {number}; COMMIT;")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Bells
+#
+# A bell is a datagram socket with a file; ringing it sends one byte, a Ring. Each sender keeps one connected socket per
+# bell, as the kernel charges unread datagrams to their sender: through a shared socket, one process that has stopped
+# reading would silence the rest. A bell whose buffer is full loses the byte; it has at least two unread then, and who
+# reads two or more at once takes it that anything may have happened.
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class _Bells:
+    """Our own bell and the way to all others. `ring` belongs to the writer thread, `hear` to the event loop."""
+
+    def __init__(self, bells_fd: int) -> None:
+        self._bells_fd = bells_fd
+        self._others: dict[str, socket.socket] = {}
+        self.name = f"{os.getpid()}-{secrets.token_hex(4)}.sock"
+        with contextlib.ExitStack() as stack:
+            self._own = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK))
+            self._own.bind(self._address(self.name))
+            stack.pop_all()
+
+    def _address(self, name: str) -> str:
+        return f"/proc/self/fd/{self._bells_fd}/{name}"
+
+    def fileno(self) -> int:
+        return self._own.fileno()
+
+    def hear(self) -> Ring:
+        """All that was rung since the last time; never blocks."""
+        heard: list[int] = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                heard.extend(self._own.recv(1))
+        return Ring.ALL if len(heard) > 1 else Ring(sum(heard) & Ring.ALL)
+
+    def ring(self, ring: Ring) -> None:
+        """Rings every bell but ours. One that cannot be rung is logged: it must not keep the queue from its work."""
+        try:
+            names = set(os.listdir(self._bells_fd)) - {self.name}
+        except OSError as error:
+            log.warning("cannot ring any bell: %s", error)
+            return
+        for name in self._others.keys() - names:
+            self._drop(name)
+        for name in names:
+            try:
+                self._reach(name).send(bytes([ring]))
+            except BlockingIOError:
+                pass  # full: it is ringing already
+            except (ConnectionRefusedError, FileNotFoundError):  # nobody holds it any more
+                self._drop(name)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(name, dir_fd=self._bells_fd)
+            except OSError as error:
+                log.warning("cannot ring the bell %s: %s", name, error)
+                self._drop(name)
+
+    def _reach(self, name: str) -> socket.socket:
+        if name not in self._others:
+            self._others[name] = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+            self._others[name].connect(self._address(name))
+        return self._others[name]
+
+    def _drop(self, name: str) -> None:
+        if name in self._others:
+            self._others.pop(name).close()
+
+    def close(self) -> None:
+        self._own.close()
+        for other in self._others.values():
+            other.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.name, dir_fd=self._bells_fd)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Owners
+#
+# A worker's life is an flock on `owners/<owner>`: the kernel lets go of it however the worker dies, so whoever can lock
+# the file knows that the worker is dead. All of this happens inside `tree.turn()`: a look-up takes the lock
+# for a moment, and would otherwise be taken for a living owner by another look-up.
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _lock_owner(tree: _Tree, owner: str) -> int:
+    fd = os.open(owner, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=tree.owners_fd)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise QueueUnavailable(f"the owner {owner} is at work already") from None
+    return fd
+
+
+def _is_dead(tree: _Tree, owner: str) -> bool:
+    try:
+        fd = os.open(owner, os.O_RDWR | os.O_CLOEXEC, dir_fd=tree.owners_fd)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def _remove_dead_owners(tree: _Tree) -> None:
+    for owner in os.listdir(tree.owners_fd):
+        if _is_dead(tree, owner):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(owner, dir_fd=tree.owners_fd)
+
+
+def _read_boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+
+
+def _boot_s() -> float:
+    """Seconds since boot, time asleep included: a lease must run out in a machine that was suspended."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Bodies
+#
+# A body's file is written under its final name, which is random and means nothing until a row names it; the row is
+# submitted after file and directory are on disk. Whatever dies in between leaves a file that no row names. While a file
+# grows it is locked, so that `sweep` tells a slow body from an orphan.
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class _BodyFile:
+    """A body on its way to disk. Its methods block, so run in a thread, one at a time; `keep` or `discard` ends it."""
+
+    def __init__(self, bodies_fd: int) -> None:
+        self._bodies_fd = bodies_fd
+        self._fd = -1
+        self.name = uuid.uuid4().hex
+
+    def create(self) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        self._fd = os.open(self.name, flags, 0o600, dir_fd=self._bodies_fd)
+        fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def write(self, pieces: Sequence[bytes]) -> None:
+        view = memoryview(b"".join(pieces))
+        while view:
+            view = view[os.write(self._fd, view) :]
+
+    def keep(self) -> None:
+        os.utime(self._fd)  # the last bytes may be hours old; the time to name the file begins now
+        os.fsync(self._fd)
+        os.fsync(self._bodies_fd)
+        self._close()
+
+    def discard(self) -> None:
+        self._close()
+        _unlink_bodies(self._bodies_fd, [self.name])
+
+    def _close(self) -> None:
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+
+
+def _unlink_bodies(bodies_fd: int, files: Iterable[str]) -> int:
+    count = 0
+    for name in files:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=bodies_fd)
+            count += 1
+    return count
+
+
+def _list_old_bodies(bodies_fd: int, before_s: float) -> list[str]:
+    """Body files not written to since `before_s`, of the file system's own clock."""
+    old = []
+    for entry in os.scandir(bodies_fd):
+        with contextlib.suppress(FileNotFoundError):
+            if entry.stat(follow_symlinks=False).st_mtime < before_s:
+                old.append(entry.name)
+    return old
+
+
+def _unlink_orphans(bodies_fd: int, files: Iterable[str]) -> int:
+    count = 0
+    for name in files:
+        try:
+            fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=bodies_fd)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            count += _unlink_bodies(bodies_fd, [name])
+        except BlockingIOError:
+            pass  # someone is still writing it
+        finally:
+            os.close(fd)
+    return count
+
+
+def _open_body(bodies_fd: int, name: str) -> BinaryIO:
+    return os.fdopen(os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=bodies_fd), "rb")
+
+
+def _read_excerpt(bodies_fd: int, name: str) -> bytes:
+    with _open_body(bodies_fd, name) as file:
+        return file.read(EXCERPT_BYTES)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The writer
+#
+# One thread commits for everyone in this process. It takes all operations that wait, runs them in one transaction and
+# answers them together; while that commit is on its way to the disk, the next group gathers. An operation that fails
+# without having written anything fails alone. One that fails half-way is left out and the others are run again from the
+# start, so a savepoint for each is not needed. When the disk fails, the whole group fails with the same error.
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, eq=False)
+class _Operation:
+    """Something to write. `alone`: runs inside the turn but outside any transaction."""
+
+    run: Callable[[_Transaction], Any]
+    future: asyncio.Future[Any]
+    alone: bool
+    answer: Any = None
+    error: BaseException | None = None
+
+    def settle(self) -> None:
+        """Answers the one who waits; on the event loop, as it is a future of asyncio."""
+        if self.future.done():
+            return  # cancelled meanwhile
+        if self.error is not None:
+            self.future.set_exception(self.error)
+        else:
+            self.future.set_result(self.answer)
+
+
+class _Writer:
+    """The thread that writes. `on_ring` is called on the event loop with what each commit has to tell."""
+
+    def __init__(self, tree: _Tree, db: sqlite3.Connection, bells: _Bells, on_ring: Callable[[Ring], None]) -> None:
+        self._tree = tree
+        self._db = db
+        self._bells = bells
+        self._on_ring = on_ring
+        self._loop = asyncio.get_running_loop()
+        self._file = tree.database.stat()
+        self._waiting: queue.SimpleQueue[_Operation | None] = queue.SimpleQueue()
+        self.commit_count = 0
+        self._thread = threading.Thread(target=self._work, name="spool-writer", daemon=True)
+        self._thread.start()
+
+    def submit(self, run: Callable[[_Transaction], T], *, alone: bool = False) -> asyncio.Future[T]:
+        """The future of what `run` returns, done once that is on disk."""
+        future: asyncio.Future[T] = self._loop.create_future()
+        self._waiting.put(_Operation(run, future, alone))
+        return future
+
+    def stop(self) -> None:
+        """Ends the thread after all that was submitted, and closes the connection; blocks until then."""
+        self._waiting.put(None)
+        self._thread.join()
+        with self._tree.turn():  # the last one to close writes the journal back
+            self._db.close()
+
+    def _work(self) -> None:
+        going = True
+        while going:
+            group: list[_Operation] = []
+            for operation in self._next_group():
+                if operation is None:
+                    going = False
+                else:
+                    group.append(operation)
+            ring = self._serve(group)
+            self._answer(group, ring)
+
+    def _next_group(self) -> list[_Operation | None]:
+        group = [self._waiting.get()]
+        with contextlib.suppress(queue.Empty):
+            while len(group) < GROUP_COUNT:
+                group.append(self._waiting.get_nowait())
+        return group
+
+    def _answer(self, group: Sequence[_Operation], ring: Ring) -> None:
+        def settle() -> None:
+            for operation in group:
+                operation.settle()
+            if ring:
+                self._on_ring(ring)
+
+        with contextlib.suppress(RuntimeError):  # the loop was closed without closing the Spool: nobody waits
+            self._loop.call_soon_threadsafe(settle)
+        if ring:
+            self._bells.ring(ring)
+
+    def _serve(self, group: Sequence[_Operation]) -> Ring:
+        """Runs the group; afterwards each operation has its answer or its error. Returns whom to ring."""
+        group = [operation for operation in group if not operation.future.cancelled()]
+        for operation in group:
+            if operation.alone:
+                self._guard([operation], partial(self._run, operation, _Transaction(self._db)))
+        together = [operation for operation in group if not operation.alone]
+        ring = self._guard(together, partial(self._commit, together)) if together else None
+        return ring or Ring.NOTHING
+
+    def _guard(self, operations: Sequence[_Operation], work: Callable[[], T]) -> T | None:
+        """What `work` returns from inside a turn; None if the disk fails, which fails all of `operations`."""
+        try:
+            with self._tree.turn():
+                self._check_place()
+                return work()
+        except sqlite3.Error as error:
+            log.error("the queue in %s cannot be written: %s", self._tree.path, error)
+            problem: Exception = _sqlite_error(error)
+        except OSError as error:
+            problem = _disk_error(error)
+        except QueueUnavailable as error:
+            problem = error
+        except Exception:  # a task's boundary: a writer that died here would keep everyone waiting for ever
+            log.exception("the queue in %s cannot be written", self._tree.path)
+            problem = QueueUnavailable("the queue cannot be used: see the log")
+        for operation in operations:
+            operation.error = problem
+        return None
+
+    def _check_place(self) -> None:
+        """A file that was moved or removed under us would take every write, and lose it."""
+        try:
+            if os.path.samestat(self._tree.database.stat(), self._file):
+                return
+        except FileNotFoundError:
+            pass
+        raise QueueUnavailable("the queue's file was moved or removed: restart what uses it")
+
+    def _commit(self, group: Sequence[_Operation]) -> Ring:
+        while True:
+            tx = _Transaction(self._db)
+            before = self._db.total_changes
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                if self._run_all(group, tx):
+                    self._db.execute("COMMIT")
+                    self.commit_count += self._db.total_changes != before
+                    return tx.ring
+            finally:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+
+    def _run_all(self, group: Sequence[_Operation], tx: _Transaction) -> bool:
+        """False when an operation has failed half-way, and the transaction must not be committed."""
+        for operation in group:
+            if operation.error is None:
+                before = self._db.total_changes
+                self._run(operation, tx)
+                if operation.error is not None and self._db.total_changes != before:
+                    return False
+        return True
+
+    def _run(self, operation: _Operation, tx: _Transaction) -> None:
+        try:
+            operation.answer = operation.run(tx)
+        except sqlite3.Error as error:
+            if type(error) in (sqlite3.OperationalError, sqlite3.InternalError, sqlite3.DatabaseError):
+                raise  # the disk or the file, not this operation
+            operation.error = error
+        except OSError as error:
+            operation.error = _disk_error(error)
+        except Exception as error:  # noqa: BLE001 - a task's boundary: its caller gets it
+            operation.error = error
+
+
+class _Readers:
+    """A few threads with a connection each: in WAL mode reading waits for no commit."""
+
+    THREAD_COUNT = 2
+
+    def __init__(self, path: Path) -> None:
+        self._idle: queue.SimpleQueue[sqlite3.Connection] = queue.SimpleQueue()
+        for _ in range(self.THREAD_COUNT):
+            db = _connect(path)
+            db.execute("PRAGMA query_only = ON")
+            self._idle.put(db)
+        self._threads = ThreadPoolExecutor(self.THREAD_COUNT, thread_name_prefix="spool-reader")
+
+    async def run(self, read: Callable[[sqlite3.Connection], T]) -> T:
+        """What `read` returns, from one consistent view of the queue."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._read, read)
+
+    def _read(self, read: Callable[[sqlite3.Connection], T]) -> T:
+        db = self._idle.get()
+        try:
+            db.execute("BEGIN")
+            try:
+                return read(db)
+            finally:
+                db.execute("ROLLBACK")
+        except sqlite3.Error as error:
+            raise _sqlite_error(error) from error
+        finally:
+            self._idle.put(db)
+
+    def close(self) -> None:
+        self._threads.shutdown()
+        for _ in range(self.THREAD_COUNT):
+            self._idle.get().close()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The Spool
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What opening a queue yields, before there is a thread or a socket."""
+
+    tree: _Tree
+    token: str
+    db: sqlite3.Connection
+    readers: _Readers
+    bells: _Bells
+
+
+def _open_parts(path: Path) -> _Parts:
+    path = path.absolute()
+    if sqlite3.sqlite_version_info < SQLITE_VERSION:
+        raise QueueUnavailable(
+            f"the queue needs SQLite {'.'.join(map(str, SQLITE_VERSION))}, this Python has {sqlite3.sqlite_version}"
+        )
+    try:
+        with contextlib.ExitStack() as stack:
+            tree = stack.enter_context(contextlib.closing(_open_tree(path)))
+            with tree.turn():
+                db = stack.enter_context(contextlib.closing(_open_database(tree)))
+                token = _read_token(tree)
+            readers = stack.enter_context(contextlib.closing(_Readers(tree.database)))
+            bells = _Bells(tree.bells_fd)
+            stack.pop_all()
+    except OSError as error:
+        raise _open_error(path, error) from error
+    except sqlite3.Error as error:
+        raise _sqlite_error(error) from error
+    return _Parts(tree, token, db, readers, bells)
+
+
+class Spool:
+    """A queue, open in this process. Every method may raise QueueUnavailable, QueueFull or QueueDamaged.
+
+    Writes are durable when they return. A write whose caller is cancelled may still happen.
+    """
+
+    def __init__(self, parts: _Parts, now: Callable[[], float]) -> None:
+        """Not for callers: use `Spool.open`."""
+        self.token = parts.token  # known only to those who can open the queue: how gateway and worker trust each other
+        self._tree = parts.tree
+        self._readers = parts.readers
+        self._now = now
+        self._boot = _read_boot_id()
+        self._loop = asyncio.get_running_loop()
+        self._bells = parts.bells
+        self._writer = _Writer(parts.tree, parts.db, self._bells, self._on_ring)
+        self._files = ThreadPoolExecutor(4, thread_name_prefix="spool-files")
+        self._owners: dict[str, int] = {}
+        self._last_lane: _Lane = ("", "")
+        self._reclaimed_s = -RECLAIM_S
+        self._call_seen_s = self._callback_seen_s = -1e300  # what was due by then has been claimed or reported
+        self._work = asyncio.Event()
+        self._cancel = asyncio.Event()
+        self._waiters: dict[str, set[asyncio.Future[None]]] = {}
+        self._waiters_changed = False
+        self._waiters_task: asyncio.Task[None] | None = None
+        self._closed = False
+        self._loop.add_reader(self._bells.fileno(), self._on_bell)
+
+    # -- opening and closing
+
+    @classmethod
+    async def open(cls, directory: Path, *, now: Callable[[], float] = time.time) -> Spool:
+        """Opens the queue in `directory`, or creates it (0700); `now` is the wall clock, in seconds since the epoch.
+
+        Brings an older file to the newest version. Raises QueueDamaged, naming file and remedy, for a file that is
+        damaged, foreign or newer; QueueUnavailable, naming path and owner, when it may not be used.
+        """
+        spool = cls(await asyncio.to_thread(_open_parts, Path(directory)), now)
+        try:
+            await spool.reclaim()
+        except QueueFull:
+            log.warning("the disk of the queue in %s is full", directory)  # it can be read, and room may come
+        except BaseException:
+            await spool.close()
+            raise
+        return spool
+
+    async def close(self) -> None:
+        """Finishes the writes under way and lets go of everything; leases still held become void. May be repeated."""
+        if self._closed:
+            return
+        self._closed = True
+        self._loop.remove_reader(self._bells.fileno())
+        if self._waiters_task is not None:
+            self._waiters_task.cancel()
+        await asyncio.to_thread(self._close)
+
+    def _close(self) -> None:
+        self._files.shutdown()
+        self._readers.close()
+        self._writer.stop()
+        self._bells.close()
+        with self._tree.turn():
+            for owner, fd in self._owners.items():
+                os.unlink(owner, dir_fd=self._tree.owners_fd)  # an owner without a file is dead
+                os.close(fd)
+        self._tree.close()
+
+    def _write(self, run: Callable[[_Transaction], T], *, alone: bool = False) -> asyncio.Future[T]:
+        if self._closed:
+            raise QueueUnavailable("the queue is closed")
+        return self._writer.submit(run, alone=alone)
+
+    async def _read(self, read: Callable[[sqlite3.Connection], T]) -> T:
+        if self._closed:
+            raise QueueUnavailable("the queue is closed")
+        return await self._readers.run(read)
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        """Disk work that is not SQLite's, off the event loop; a cancelled caller still waits for its end."""
+        if self._closed:
+            raise QueueUnavailable("the queue is closed")
+        future = self._loop.run_in_executor(self._files, work)
+        try:
+            return await asyncio.shield(future)
+        except OSError as error:
+            raise _disk_error(error) from error
+        except asyncio.CancelledError:
+            while not future.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([future])
+            raise
+
+    # -- bodies
+
+    async def store_body(self, chunks: AsyncIterator[bytes] | bytes, limit_bytes: int | None = None) -> StoredBody:
+        """Makes a body safe before the call that names it is put, or the result finished.
+
+        Up to INLINE_BYTES it stays in memory and goes into the row; beyond that into a file, on disk when this returns.
+        The body must be named within ORPHAN_S, else `sweep` takes it for a crash's leftover. Raises BodyTooLarge above
+        `limit_bytes`. On any error, also when cancelled, nothing is left of the body.
+        """
+        source = _once(chunks) if isinstance(chunks, bytes) else chunks
+        pieces: list[bytes] = []
+        total = held = 0
+        async with contextlib.AsyncExitStack() as stack:
+            file: _BodyFile | None = None
+            async for piece in source:
+                pieces.append(piece)
+                total += len(piece)
+                held += len(piece)
+                if limit_bytes is not None and total > limit_bytes:
+                    raise BodyTooLarge(f"the body is longer than {limit_bytes} bytes")
+                if held > (INLINE_BYTES if file is None else FILE_CHUNK_BYTES):
+                    file = file or await self._begin_body(stack)
+                    await self._in_thread(partial(file.write, pieces))
+                    pieces, held = [], 0
+            if file is None:
+                return StoredBody(total, b"".join(pieces), None)
+            await self._in_thread(partial(file.write, pieces))
+            await self._in_thread(file.keep)
+            stack.pop_all()
+        return StoredBody(total, None, file.name)
+
+    async def _begin_body(self, stack: contextlib.AsyncExitStack) -> _BodyFile:
+        file = _BodyFile(self._tree.bodies_fd)
+        stack.push_async_callback(self._in_thread, file.discard)
+        await self._in_thread(file.create)
+        return file
+
+    async def open_body(self, body: StoredBody, chunk_bytes: int = FILE_CHUNK_BYTES) -> AsyncGenerator[bytes, None]:
+        """The bytes of a stored body, in pieces of at most `chunk_bytes`; `aclose` it if you stop early.
+
+        Raises QueueDamaged if the file is gone, or shorter than it was.
+        """
+        if body.file is None:
+            inline = body.inline or b""
+            for start in range(0, len(inline), chunk_bytes):
+                yield inline[start : start + chunk_bytes]
+            return
+        left = body.bytes_count
+        try:
+            file = await self._in_thread(partial(_open_body, self._tree.bodies_fd, body.file))
+        except QueueUnavailable as error:
+            raise QueueDamaged("the file of a stored body cannot be read") from error
+        with contextlib.closing(file):
+            while piece := await self._in_thread(partial(file.read, chunk_bytes)):
+                left -= len(piece)
+                yield piece
+        if left:
+            raise QueueDamaged(f"the file of a stored body is {left} bytes too short")
+
+    async def drop_body(self, body: StoredBody) -> None:
+        """Removes the file of a body that no call names."""
+        if body.file is not None:
+            await self._drop_files([body.file])
+
+    async def _drop_files(self, files: Collection[str]) -> int:
+        return await self._in_thread(partial(_unlink_bodies, self._tree.bodies_fd, files)) if files else 0
+
+    # -- submitting and following calls
+
+    async def put(self, call: NewCall) -> Call:
+        """Queues a call; it is on disk when this returns.
+
+        The same idempotency key for the same function, while that call is remembered: the earlier Call is returned
+        and the new body dropped. Raises CallExists, the body dropped, when the id is in use.
+        """
+        try:
+            earlier = await self._write(partial(_put, call=call, headers=_headers_text(call.headers)))
+        except CallExists:
+            await self.drop_body(call.body)
+            raise
+        if earlier is None:
+            return _accepted(call)
+        if earlier.body.file != call.body.file:
+            await self.drop_body(call.body)
+        return earlier
+
+    async def get(self, call_id: str) -> Call | None:
+        """The call, or None."""
+        return await self._read(partial(_get, call_id=call_id))
+
+    async def wait(self, call_id: str, timeout_s: float) -> Call:
+        """The call once it is final, or as it is after `timeout_s`; CallUnknown if there is none (any more)."""
+        ended = self._loop.create_future()
+        self._waiters.setdefault(call_id, set()).add(ended)
+        try:
+            call = await self.get(call_id)
+            if call is not None and call.state not in FINAL:
+                await asyncio.wait([ended], timeout=timeout_s)
+                call = await self.get(call_id)
+        finally:
+            waiting = self._waiters.get(call_id, set())
+            waiting.discard(ended)
+            if not waiting:
+                self._waiters.pop(call_id, None)
+        if call is None:
+            raise CallUnknown(f"no call has the id {call_id}")
+        return call
+
+    async def cancel(self, call_id: str) -> State:
+        """CANCELLED: it was queued and will not run. RUNNING: its worker is told. Raises CallFinished, CallUnknown."""
+        return await self._write(partial(_cancel, call_id=call_id, now_s=self._now()))
+
+    # -- owners and leases
+
+    async def enlist(self, owner: str | None = None) -> str:
+        """Makes this process an owner of leases, for as long as it lives, and returns the owner's name.
+
+        What an earlier life of the same name still held is taken back. QueueUnavailable if the name is at work.
+        """
+        name = owner or f"{os.getpid()}-{secrets.token_hex(4)}"
+        if "/" in name or "\0" in name or name.startswith("."):
+            raise AssertionError(f"an owner's name is the name of a file: {name!r}")
+
+        def lock(_: _Transaction) -> None:
+            self._owners[name] = _lock_owner(self._tree, name)
+
+        await self.reclaim()  # before the lock: afterwards what an earlier life left would seem alive
+        await self._write(lock, alone=True)
+        return name
+
+    async def claim(
+        self, queues: Sequence[str], owner: str, lease_s: float, limit: int, room: Mapping[str, int] | None = None
+    ) -> list[Lease]:
+        """Leases up to `limit` due calls from `queues`, and no more of a function than `room` says where it names it.
+
+        A function with no room is passed over. `owner` must be enlisted here. Taking leases costs one commit; finding
+        nothing costs none. If the caller is cancelled, what was claimed for it is released.
+        """
+        if owner not in self._owners:
+            raise AssertionError(f"{owner} has not been enlisted: its leases would be void at once")
+        wanted = _Wanted(tuple(queues), limit, dict(room or {}))
+
+        def work(tx: _Transaction) -> list[Lease]:
+            claimant = self._claimant(owner, lease_s)
+            self._reclaim_sometimes(tx)
+            leases, self._last_lane = _claim(tx, wanted, self._last_lane, claimant)
+            self._call_seen_s = claimant.now_s
+            return leases
+
+        return await self._claimed(self._write(work)) if limit > 0 else []
+
+    async def claim_callbacks(self, owner: str, lease_s: float, limit: int) -> list[Lease]:
+        """Leases up to `limit` due callbacks, the longest due first; otherwise as `claim`."""
+        if owner not in self._owners:
+            raise AssertionError(f"{owner} has not been enlisted: its leases would be void at once")
+
+        def work(tx: _Transaction) -> list[Lease]:
+            claimant = self._claimant(owner, lease_s)
+            self._reclaim_sometimes(tx)
+            self._callback_seen_s = claimant.now_s
+            return _claim_callbacks(tx, limit, claimant)
+
+        return await self._claimed(self._write(work)) if limit > 0 else []
+
+    def _claimant(self, owner: str, lease_s: float) -> _Claimant:
+        return _Claimant(owner, self._now(), self._boot, _boot_s() + lease_s)
+
+    async def _claimed(self, future: asyncio.Future[list[Lease]]) -> list[Lease]:
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            future.add_done_callback(self._on_unwanted)
+            raise
+
+    def _on_unwanted(self, future: asyncio.Future[list[Lease]]) -> None:
+        if future.cancelled() or future.exception() is not None or self._closed:
+            return
+        for lease in future.result():
+            self._write(partial(_release, lease=lease, now_s=self._now()))
+
+    async def renew(self, leases: Sequence[Lease], lease_s: float) -> Renewal:
+        """Lets the leases last `lease_s` seconds from now; tells which are lost and which calls to cancel."""
+        until_s = _boot_s() + lease_s
+        return await self._write(partial(_renew, leases=tuple(leases), boot=self._boot, until_s=until_s))
+
+    async def cancelled_ids(self, owner: str) -> frozenset[str]:
+        """The calls that `owner` runs and someone wants cancelled; ask when `wait_for_cancel` returns."""
+        return await self._read(partial(_cancelled_ids, owner=owner))
+
+    async def reclaim(self) -> int:
+        """Takes back what dead owners hold and what was not renewed in time; returns how many. `claim` does it too."""
+        return await self._write(self._take_back)
+
+    def _reclaim_sometimes(self, tx: _Transaction) -> None:
+        if _boot_s() - self._reclaimed_s >= RECLAIM_S:
+            self._take_back(tx)
+
+    def _take_back(self, tx: _Transaction) -> int:
+        self._reclaimed_s = _boot_s()
+        owners = tx.db.execute("SELECT DISTINCT owner FROM leases").fetchall()
+        dead = {owner for (owner,) in owners if _is_dead(self._tree, owner)}
+        return _take_back(tx, dead, self._boot, self._reclaimed_s, self._now())
+
+    # -- ending a lease on a call: LeaseLost if someone else has it by now
+
+    async def finish(
+        self,
+        lease: Lease,
+        *,
+        attempt: Attempt,
+        result: StoredBody | None,
+        result_headers: Headers,
+        status: int | None,
+        duration_s: float,
+        state: State,
+        callback_due_s: float | None,
+    ) -> None:
+        """The call has ended, DONE or DEAD, also when a cancel came too late.
+
+        If it has a callback URL, its callback is due from `callback_due_s` on; None means at once. On LeaseLost the
+        result's file is dropped.
+        """
+        if state not in _ENDS:
+            raise AssertionError(f"a run ends done or dead, not {state.value}")
+        due_s = self._now() if callback_due_s is None else callback_due_s
+        excerpt = None  # an inline body is its own excerpt, as long as it is kept
+        if result is not None and result.file is not None:
+            excerpt = await self._in_thread(partial(_read_excerpt, self._tree.bodies_fd, result.file))
+        outcome = _Outcome(_ENDS[state], attempt, status, duration_s, result, result_headers, excerpt, due_s)
+        try:
+            await self._write(partial(_finish, lease=lease, outcome=outcome))
+        except LeaseLost:
+            if result is not None:
+                await self.drop_body(result)
+            raise
+
+    async def retry(self, lease: Lease, *, attempt: Attempt, due_s: float, excerpt: bytes | None = None) -> State:
+        """Back into the queue until `due_s`; or CANCELLED, if asked for. `excerpt`: how the failed response begins."""
+        kept = None if excerpt is None else excerpt[:EXCERPT_BYTES]
+        return await self._write(partial(_retry, lease=lease, attempt=attempt, due_s=due_s, excerpt=kept))
+
+    async def release(self, lease: Lease) -> None:
+        """Hands back a call or a callback that was not tried: at once, in its old place, the attempt not counted."""
+        await self._write(partial(_release, lease=lease, now_s=self._now()))
+
+    async def finish_cancelled(self, lease: Lease, attempt: Attempt) -> None:
+        """The run was stopped because someone cancelled the call."""
+        await self._write(partial(_finish_cancelled, lease=lease, attempt=attempt))
+
+    # -- ending a lease on a callback
+
+    async def callback_done(self, lease: Lease, attempt: Attempt) -> None:
+        """The outcome was delivered."""
+        await self._write(partial(_end_callback, lease=lease, attempt=attempt, event=Event.SUCCEED))
+
+    async def callback_retry(self, lease: Lease, attempt: Attempt, due_s: float) -> None:
+        """The delivery failed and is to be tried again at `due_s`."""
+        await self._write(partial(_end_callback, lease=lease, attempt=attempt, event=Event.RETRY, due_s=due_s))
+
+    async def callback_dead(self, lease: Lease, attempt: Attempt) -> None:
+        """The delivery has failed for good; kept until someone requeues or purges it."""
+        await self._write(partial(_end_callback, lease=lease, attempt=attempt, event=Event.GIVE_UP))
+
+    # -- waiting
+
+    async def wait_for_work(self, timeout_s: float) -> bool:
+        """True when there may be something to claim: a bell was rung, or a time has come. False after `timeout_s`.
+
+        Each reason is given once: claim until nothing comes, or until there is no room, before waiting again. Sleeps
+        at most IDLE_S; while idle it looks for dead owners once a second if others hold leases, else not at all.
+        """
+        deadline_s = self._loop.time() + min(timeout_s, IDLE_S)
+        while not self._work.is_set():
+            outlook = await self._read(
+                partial(
+                    _look_ahead,
+                    call_after_s=self._call_seen_s,
+                    callback_after_s=self._callback_seen_s,
+                    mine=tuple(self._owners),
+                )
+            )
+            left_s = max(0.0, deadline_s - self._loop.time())
+            due_in_s = self._due_in_s(outlook)
+            pause_s = min(left_s, due_in_s, RECLAIM_S if outlook.others_lease else IDLE_S)
+            if await self._heard(self._work, pause_s):
+                return True
+            if due_in_s <= pause_s:
+                self._mark_seen(outlook)
+                return True
+            if left_s <= pause_s:
+                return False
+            await self.reclaim()
+        self._work.clear()
+        return True
+
+    def _due_in_s(self, outlook: _Outlook) -> float:
+        due = [due_s for due_s in (outlook.call_due_s, outlook.callback_due_s) if due_s is not None]
+        return max(0.0, min(due) - self._now()) if due else float("inf")
+
+    def _mark_seen(self, outlook: _Outlook) -> None:
+        """What has just been reported is not reported again, even if there is no room to claim it."""
+        now_s = self._now()
+        if outlook.call_due_s is not None and outlook.call_due_s <= now_s:
+            self._call_seen_s = max(self._call_seen_s, outlook.call_due_s)
+        if outlook.callback_due_s is not None and outlook.callback_due_s <= now_s:
+            self._callback_seen_s = max(self._callback_seen_s, outlook.callback_due_s)
+
+    async def wait_for_cancel(self, timeout_s: float) -> bool:
+        """True when someone has asked for the end of a running call, here or elsewhere; see `cancelled_ids`."""
+        return await self._heard(self._cancel, timeout_s)
+
+    async def _heard(self, event: asyncio.Event, timeout_s: float) -> bool:
+        try:
+            async with asyncio.timeout(timeout_s):
+                await event.wait()
+        except TimeoutError:
+            return False
+        event.clear()
+        return True
+
+    def _on_bell(self) -> None:
+        self._on_ring(self._bells.hear())
+
+    def _on_ring(self, ring: Ring) -> None:
+        if ring & Ring.WORK:
+            self._work.set()
+        if ring & Ring.CANCEL:
+            self._cancel.set()
+        if ring & Ring.FINISHED and self._waiters:
+            self._waiters_changed = True
+            if self._waiters_task is None or self._waiters_task.done():
+                self._waiters_task = self._loop.create_task(self._settle_waiters())
+
+    async def _settle_waiters(self) -> None:
+        """One look for all who wait, however many bells rang meanwhile."""
+        while self._waiters_changed and self._waiters and not self._closed:
+            self._waiters_changed = False
+            try:
+                ended = await self._read(partial(_ended, call_ids=tuple(self._waiters)))
+            except FaashoundError as error:
+                log.error("cannot look for finished calls: %s", error)
+                return
+            for call_id in ended:
+                for future in self._waiters.pop(call_id, ()):
+                    if not future.done():
+                        future.set_result(None)
+
+    # -- for people
+
+    async def calls(
+        self, *, state: State | None = None, function: str | None = None, limit: int = 100, before: str | None = None
+    ) -> list[Call]:
+        """Calls, newest first, without inline bodies and history (`get` has them), from before the id `before`."""
+        return await self._read(partial(_list, wanted=_Filter(state, function, limit, before)))
+
+    async def requeue_dead(self, call_id: str) -> Call:
+        """A dead letter is queued as if new: due now, no expiry, attempts from 0. Or CallNotDead, CallUnknown."""
+        call, files = await self._write(partial(_requeue_dead, call_id=call_id, now_s=self._now()))
+        await self._drop_files(files)
+        return call
+
+    async def requeue_callback(self, call_id: str) -> Call:
+        """A dead callback is due now, attempts from 0. Raises CallNotDead, CallUnknown."""
+        return await self._write(partial(_requeue_callback, call_id=call_id, now_s=self._now()))
+
+    async def purge(self, *, state: State, function: str | None = None, call_id: str | None = None) -> int:
+        """Deletes calls in a final state, except those with a callback under way; returns how many."""
+        if state not in FINAL:
+            raise AssertionError(f"calls that are {state.value} are not for purging: cancel them")
+        total, position = 0, (0.0, -1)
+        while True:
+            step = partial(_purge, state=state, function=function, call_id=call_id, after_seq=position[1])
+            dropped = await self._write(step)
+            await self._drop_files(dropped.files)
+            total += dropped.count
+            if dropped.next is None:
+                return total
+            position = dropped.next
+
+    async def stats(self) -> Stats:
+        """The queue in figures; reads an index from end to end, so not for every request."""
+        return await self._read(partial(_count, now_s=self._now(), commit_count=self._writer.commit_count))
+
+    # -- housekeeping
+
+    async def sweep(self, keep_results_s: float, retention_s: float) -> Swept:
+        """Drops results and calls that have been final for longer, leftovers of crashes, and gives their room back.
+
+        Never touches dead letters or calls whose callback is not delivered, except for a dead letter's result. Works
+        in small steps: writers are never kept waiting for more than one.
+        """
+        now_s = self._now()
+        expired = count = await self._write(partial(_expire, now_s=now_s))
+        while count == STEP_COUNT:
+            count = await self._write(partial(_expire, now_s=now_s))
+            expired += count
+        results, files = await self._drop_old(_drop_results, now_s - keep_results_s)
+        calls, more_files = await self._drop_old(_drop_calls, now_s - retention_s)
+        files += more_files + await self._drop_orphans()
+        await self._write(lambda _: _remove_dead_owners(self._tree), alone=True)
+        return Swept(expired, results, calls, files, await self._shrink())
+
+    async def _drop_old(self, step: _Step, before_s: float) -> tuple[int, int]:
+        """Repeats a step to its end; returns how many rows and files it has dropped."""
+        position: _Position | None = _START
+        rows = files = 0
+        while position is not None:
+            dropped = await self._write(partial(step, before_s=before_s, after=position))
+            files += await self._drop_files(dropped.files)
+            rows += dropped.count
+            position = dropped.next
+        return rows, files
+
+    async def _drop_orphans(self) -> int:
+        old = await self._in_thread(partial(_list_old_bodies, self._tree.bodies_fd, time.time() - ORPHAN_S))
+        unnamed = await self._read(partial(_unnamed, files=old)) if old else []
+        return await self._in_thread(partial(_unlink_orphans, self._tree.bodies_fd, unnamed)) if unnamed else 0
+
+    async def _shrink(self) -> int:
+        """Returns bytes given back: free pages at the end of the file, and the journal."""
+        before = self._size_bytes()
+        while await self._write(_vacuum):
+            pass
+        await self._write(_truncate_journal, alone=True)
+        return max(0, before - self._size_bytes())
+
+    def _size_bytes(self) -> int:
+        journal = self._tree.path / f"{DATABASE}-wal"
+        return sum(path.stat().st_size for path in (self._tree.database, journal) if path.exists())
+
+
+def _truncate_journal(tx: _Transaction) -> None:
+    """Writes the journal back and cuts it to nothing, unless someone reads from it just now: then the next time."""
+    tx.db.execute("PRAGMA busy_timeout = 0")  # else it would wait for readers, and all writers with it
+    try:
+        tx.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    finally:
+        tx.db.execute(f"PRAGMA busy_timeout = {int(BUSY_S * 1000)}")
+
+
+async def _once(body: bytes) -> AsyncIterator[bytes]:
+    yield body

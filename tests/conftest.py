@@ -1,0 +1,37 @@
+"""Programs that many tests share: each is started once per test process, and leaves nothing behind at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from tests.harness import Program
+
+# The examples are real requests to real processes: a busy machine is no failure of the program.
+settings.register_profile(
+    "processes", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("processes")
+
+
+@pytest.fixture(scope="session")
+def shell() -> Iterator[Program]:
+    """A watchdog whose function runs the request's body as a shell script."""
+    with Program("watchdog", {"fprocess": "/bin/sh"}) as program:
+        yield program
+
+
+@pytest.fixture(scope="session")
+def cat() -> Iterator[Program]:
+    """A watchdog whose function answers the request's body."""
+    with Program("watchdog", {"fprocess": "cat"}) as program:
+        yield program
+
+
+@pytest.fixture(scope="session")
+def printenv() -> Iterator[Program]:
+    """A watchdog whose function answers its environment, each variable ended by NUL."""
+    with Program("watchdog", {"fprocess": "env -0"}) as program:
+        yield program

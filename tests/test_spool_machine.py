@@ -1,0 +1,374 @@
+"""The queue against a plain model, in a process that is killed by SIGKILL between any two steps and inside any step.
+
+The other process does one write at a time. It is killed either between steps, or at some moment after it was told to
+write and before its answer was read. Reopened, the queue must hold every write that was answered, and the last one
+wholly or not at all. Taking over what the dead one held is part of the model.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
+
+from faashound.spool import CALLBACK_TRANSITIONS as CALLBACK_MOVES
+from faashound.spool import TRANSITIONS as MOVES
+from faashound.spool import (
+    Attempt,
+    CallbackState,
+    CallFinished,
+    CallNotDead,
+    Event,
+    Lease,
+    LeaseLost,
+    State,
+    new_call_id,
+)
+from tests.test_spool_kit import LEASE_S, QUEUE, START_S, Remote, inline, new_call
+
+ATTEMPT = Attempt(START_S, START_S, 500, "failed")
+FUNCTIONS = ("f", "g", "h")
+
+
+@dataclass
+class Row:
+    """What the model knows of a call."""
+
+    function: str
+    due_s: float
+    has_callback: bool
+    key: str | None
+    state: State = State.QUEUED
+    attempts: int = 0
+    runs: int = 0  # entries of the history
+    cancel: bool = False
+    callback: CallbackState | None = None
+    callback_attempts: int = 0
+    fence: int | None = None
+
+    def seen(self) -> tuple[object, ...]:
+        return (
+            self.function,
+            self.due_s,
+            self.state,
+            self.attempts,
+            self.runs,
+            self.cancel,
+            self.callback,
+            self.callback_attempts,
+        )
+
+
+@dataclass
+class Model:
+    """The queue as a dict."""
+
+    rows: dict[str, Row] = field(default_factory=dict)
+
+    def put(self, call_id: str, row: Row) -> str:
+        """Returns the id that the caller is told."""
+        for known_id, known in self.rows.items():
+            if row.key is not None and (known.function, known.key) == (row.function, row.key):
+                return known_id
+        self.rows[call_id] = row
+        return call_id
+
+    def due(self, now_s: float) -> dict[str, list[str]]:
+        """Per function, the calls that may be claimed, in their order."""
+        queued = sorted((row.due_s, call_id) for call_id, row in self.rows.items() if row.state is State.QUEUED)
+        lanes: dict[str, list[str]] = {}
+        for due_s, call_id in queued:
+            if due_s <= now_s:
+                lanes.setdefault(self.rows[call_id].function, []).append(call_id)
+        return lanes
+
+    def claim(self, call_id: str, fence: int) -> None:
+        row = self.rows[call_id]
+        row.state, row.attempts, row.fence = MOVES[row.state, Event.CLAIM], row.attempts + 1, fence
+
+    def end(self, lease: Lease, event: Event) -> bool:
+        """A run ends; False if the lease is worth nothing any more."""
+        row = self.rows.get(lease.call.id)
+        if row is None or row.fence != lease.fence:
+            return False
+        row.fence = None
+        if event is Event.HAND_BACK:
+            row.attempts -= 1
+        else:
+            row.runs += 1
+        if event in (Event.RETRY, Event.HAND_BACK) and row.cancel:
+            event = Event.STOP
+        row.state = MOVES[State.RUNNING, event]
+        row.cancel |= event is Event.STOP
+        if row.has_callback and event in (Event.SUCCEED, Event.GIVE_UP):
+            row.callback, row.callback_attempts = CallbackState.PENDING, 0
+        return True
+
+    def end_callback(self, lease: Lease, event: Event) -> bool:
+        row = self.rows.get(lease.call.id)
+        if row is None or row.fence != lease.fence:
+            return False
+        row.fence = None
+        row.callback = CALLBACK_MOVES[CallbackState.RUNNING, event]
+        return True
+
+    def cancel(self, call_id: str) -> bool:
+        row = self.rows[call_id]
+        if (row.state, Event.CANCEL) not in MOVES:
+            return False
+        row.state, row.cancel = MOVES[row.state, Event.CANCEL], True
+        return True
+
+    def requeue(self, call_id: str) -> bool:
+        row = self.rows[call_id]
+        if (row.state, Event.REQUEUE) not in MOVES:
+            return False
+        row.state, row.attempts, row.due_s, row.cancel = State.QUEUED, 0, START_S, False
+        row.callback, row.callback_attempts, row.fence = None, 0, None
+        return True
+
+    def purge(self, state: State) -> int:
+        under_way = (CallbackState.PENDING, CallbackState.RUNNING)
+        gone = [key for key, row in self.rows.items() if row.state is state and row.callback not in under_way]
+        for call_id in gone:
+            del self.rows[call_id]
+        return len(gone)
+
+    def lose_owner(self) -> None:
+        """The only owner has died: the next one takes back all it held."""
+        for row in self.rows.values():
+            row.fence = None
+            if row.callback is CallbackState.RUNNING:
+                row.callback = CallbackState.PENDING
+            if row.state is State.RUNNING:
+                row.runs += 1
+                row.state = State.CANCELLED if row.cancel else State.QUEUED
+
+    def seen(self) -> dict[str, tuple[object, ...]]:
+        return {call_id: row.seen() for call_id, row in self.rows.items()}
+
+
+class SpoolMachine(RuleBasedStateMachine):
+    ids = Bundle("ids")
+    leases = Bundle("leases")
+    deliveries = Bundle("deliveries")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.directory = Path(tempfile.mkdtemp(prefix="spool-machine-"))
+        self.remote = Remote(self.directory / "spool")
+        self.model = Model()
+
+    def teardown(self) -> None:
+        self.remote.kill()
+        shutil.rmtree(self.directory)
+
+    def look(self) -> dict[str, tuple[object, ...]]:
+        seen = {}
+        for listed in self.remote.call("calls", limit=1000):
+            call = self.remote.call("get", listed.id)
+            seen[call.id] = (
+                call.function,
+                call.due_s,
+                call.state,
+                call.attempts,
+                len(call.history),
+                call.cancel_requested,
+                call.callback and call.callback.state,
+                call.callback.attempts if call.callback else 0,
+            )
+        return seen
+
+    def reopen(self) -> None:
+        self.remote.kill()
+        self.remote = Remote(self.directory / "spool")
+
+    # -- what gateways do
+
+    @rule(
+        target=ids,
+        function=st.sampled_from(FUNCTIONS),
+        delay_s=st.sampled_from([-1.0, 0.0, 60.0]),
+        callback=st.booleans(),
+        key=st.sampled_from([None, None, "k1", "k2"]),
+    )
+    def put(self, function: str, delay_s: float, callback: bool, key: str | None) -> str:
+        call, row = self.make(function, delay_s, callback, key)
+        told = self.model.put(call.id, row)
+        assert self.remote.call("put", call).id == told
+        return told
+
+    def make(self, function: str, delay_s: float, callback: bool, key: str | None) -> tuple[Any, Row]:
+        call = new_call(
+            function,
+            id=new_call_id(),
+            due_s=START_S + delay_s,
+            callback_url="http://caller/" if callback else None,
+            idempotency_key=key,
+        )
+        return call, Row(function, call.due_s, callback, key)
+
+    @rule(call_id=ids)
+    def cancel(self, call_id: str) -> None:
+        if call_id not in self.model.rows:
+            return
+        may = self.model.cancel(call_id)
+        self.expect(may, CallFinished, "cancel", call_id)
+
+    def expect(self, may: bool, error: type[Exception], method: str, *args: Any, **kwargs: Any) -> None:
+        """The method succeeds if it may, and raises `error` otherwise."""
+        try:
+            self.remote.call(method, *args, **kwargs)
+        except error:
+            assert not may
+        else:
+            assert may
+
+    # -- what workers do
+
+    @rule(target=leases, limit=st.integers(1, 6))
+    def claim(self, limit: int) -> Any:
+        lanes = self.model.due(START_S)
+        taken: list[Lease] = self.remote.call("claim", [QUEUE], self.remote.owner, LEASE_S, limit)
+        assert len(taken) == min(limit, sum(map(len, lanes.values())))
+        per_function = {function: [x.call.id for x in taken if x.call.function == function] for function in lanes}
+        for function, call_ids in per_function.items():
+            assert call_ids == lanes[function][: len(call_ids)]
+        most = max(map(len, per_function.values()), default=0)
+        assert all(len(got) >= min(most - 1, len(lanes[function])) for function, got in per_function.items())
+        for lease in taken:
+            self.model.claim(lease.call.id, lease.fence)
+        return multiple(*taken)
+
+    @rule(lease=leases, event=st.sampled_from([Event.SUCCEED, Event.GIVE_UP, Event.RETRY, Event.HAND_BACK, Event.STOP]))
+    def end(self, lease: Lease, event: Event) -> None:
+        method, args, kwargs = ending(lease, event)
+        self.expect(self.model.end(lease, event), LeaseLost, method, *args, **kwargs)
+
+    @rule(target=deliveries, limit=st.integers(1, 3))
+    def claim_callbacks(self, limit: int) -> Any:
+        pending = [row for row in self.model.rows.values() if row.callback is CallbackState.PENDING]
+        taken: list[Lease] = self.remote.call("claim_callbacks", self.remote.owner, LEASE_S, limit)
+        assert len(taken) == min(limit, len(pending))
+        for lease in taken:
+            row = self.model.rows[lease.call.id]
+            row.callback, row.fence = CALLBACK_MOVES[CallbackState.PENDING, Event.CLAIM], lease.fence
+            row.callback_attempts += 1
+        return multiple(*taken)
+
+    @rule(lease=consumes(deliveries), event=st.sampled_from([Event.SUCCEED, Event.GIVE_UP, Event.RETRY]))
+    def end_callback(self, lease: Lease, event: Event) -> None:
+        method = {Event.SUCCEED: "callback_done", Event.GIVE_UP: "callback_dead", Event.RETRY: "callback_retry"}[event]
+        due = (START_S,) if event is Event.RETRY else ()
+        self.expect(self.model.end_callback(lease, event), LeaseLost, method, lease, ATTEMPT, *due)
+
+    @rule(lease=leases)
+    def renew(self, lease: Lease) -> None:
+        row = self.model.rows.get(lease.call.id)
+        alive = row is not None and row.fence == lease.fence
+        renewal = self.remote.call("renew", [lease], LEASE_S)
+        assert renewal.lost == (frozenset() if alive else {lease.call.id})
+        assert renewal.cancelled == ({lease.call.id} if alive and row is not None and row.cancel else frozenset())
+
+    # -- what people do
+
+    @rule(call_id=ids)
+    def requeue(self, call_id: str) -> None:
+        if call_id in self.model.rows:
+            self.expect(self.model.requeue(call_id), CallNotDead, "requeue_dead", call_id)
+
+    @rule(state=st.sampled_from([State.DONE, State.DEAD, State.CANCELLED]))
+    def purge(self, state: State) -> None:
+        assert self.remote.call("purge", state=state) == self.model.purge(state)
+
+    # -- what fate does
+
+    @rule()
+    def kill_between_steps(self) -> None:
+        self.reopen()
+        self.model.lose_owner()
+
+    @rule(target=ids, function=st.sampled_from(FUNCTIONS), callback=st.booleans(), delay_s=st.floats(0, 0.002))
+    def kill_while_putting(self, function: str, callback: bool, delay_s: float) -> Any:
+        call, row = self.make(function, 0.0, callback, None)
+        after = copy.deepcopy(self.model)
+        after.put(call.id, row)
+        self.kill_inside(after, delay_s, "put", call)
+        return multiple(call.id) if call.id in self.model.rows else multiple()
+
+    @rule(
+        lease=leases,
+        event=st.sampled_from([Event.SUCCEED, Event.GIVE_UP, Event.RETRY, Event.HAND_BACK, Event.STOP]),
+        delay_s=st.floats(0, 0.002),
+    )
+    def kill_while_ending(self, lease: Lease, event: Event, delay_s: float) -> None:
+        after = copy.deepcopy(self.model)
+        after.end(lease, event)
+        method, args, kwargs = ending(lease, event)
+        self.kill_inside(after, delay_s, method, *args, **kwargs)
+
+    @rule(call_id=ids, delay_s=st.floats(0, 0.002))
+    def kill_while_requeueing(self, call_id: str, delay_s: float) -> None:
+        if call_id in self.model.rows:
+            after = copy.deepcopy(self.model)
+            after.requeue(call_id)
+            self.kill_inside(after, delay_s, "requeue_dead", call_id)
+
+    @rule(delay_s=st.floats(0, 0.002))
+    def kill_while_claiming(self, delay_s: float) -> None:
+        """Whatever was claimed is given back; only the attempts tell."""
+        lanes = self.model.due(START_S)
+        due = [call_id for lane in lanes.values() for call_id in lane]
+        after = copy.deepcopy(self.model)
+        for fence, call_id in enumerate(due, 1_000_000):
+            after.claim(call_id, fence)
+        self.kill_inside(after, delay_s, "claim", [QUEUE], self.remote.owner, LEASE_S, 1000)
+
+    def kill_inside(self, after: Model, delay_s: float, method: str, *args: Any, **kwargs: Any) -> None:
+        """Afterwards the model is whichever the queue turned out to be; only the later one if an answer had come."""
+        self.remote.send(method, *args, **kwargs)
+        answered = self.remote.answers_within(delay_s)
+        self.reopen()
+        self.model.lose_owner()
+        after.lose_owner()
+        seen = self.look()
+        assert seen == after.seen() or (not answered and seen == self.model.seen())
+        if seen == after.seen():
+            self.model = after
+
+    @invariant()
+    def agree(self) -> None:
+        assert self.look() == self.model.seen()
+
+
+def ending(lease: Lease, event: Event) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
+    """The call to a Spool that ends a run by `event`."""
+    if event is Event.HAND_BACK:
+        return "release", (lease,), {}
+    if event is Event.STOP:
+        return "finish_cancelled", (lease, ATTEMPT), {}
+    if event is Event.RETRY:
+        return "retry", (lease,), {"attempt": ATTEMPT, "due_s": lease.call.due_s}
+    outcome = {
+        "attempt": ATTEMPT,
+        "result": inline(b"out"),
+        "result_headers": (),
+        "status": 200,
+        "duration_s": 0.1,
+        "state": State.DONE if event is Event.SUCCEED else State.DEAD,
+        "callback_due_s": None,
+    }
+    return "finish", (lease,), outcome
+
+
+TestSpoolMachine = SpoolMachine.TestCase
+TestSpoolMachine.settings = settings(
+    max_examples=12, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+)

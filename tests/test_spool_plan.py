@@ -1,0 +1,133 @@
+"""What a claim costs: every statement of the hot path uses its index, and its work does not grow with the backlog."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from faashound import spool
+from faashound.spool import MIGRATIONS
+
+NOW_S = 1000.0
+
+
+@pytest.fixture
+def db() -> Iterator[sqlite3.Connection]:
+    db = sqlite3.connect(":memory:", isolation_level=None)
+    for script in MIGRATIONS:
+        db.executescript(script)
+    yield db
+    db.close()
+
+
+def add_calls(db: sqlite3.Connection, function: str, count: int, due_s: float, state: str = "queued") -> None:
+    db.execute(
+        "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < :count)"
+        " INSERT INTO calls (id, function, queue, state, due_s, accepted_s)"
+        " SELECT :function || printf('%09d', i) || :due_s || :state, :function, 'q', :state, :due_s, :due_s FROM n",
+        {"count": count, "function": function, "due_s": due_s, "state": state},
+    )
+
+
+def plan(db: sqlite3.Connection, sql: str, values: object) -> list[str]:
+    steps = [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {sql}", values)]  # type: ignore[arg-type]
+    return [step for step in steps if "calls" in step or "callbacks" in step or "results" in step or "TEMP" in step]
+
+
+def steps(db: sqlite3.Connection, work: Callable[[], object]) -> int:
+    """How many instructions of SQLite's virtual machine `work` takes: a cost without a clock."""
+    count = 0
+
+    def tick() -> int:
+        nonlocal count
+        count += 1
+        return 0
+
+    db.set_progress_handler(tick, 1)
+    work()
+    db.set_progress_handler(None, 1)
+    return count
+
+
+OLD = {"before_s": 1, "after_s": 0, "after_seq": 0, "limit": 9}
+
+
+@pytest.mark.parametrize(
+    ("sql", "values", "index"),
+    [
+        pytest.param(spool.SQL_LANES, {"queue": "q", "after": "", "now_s": 1}, "calls_queued", id="lanes"),
+        pytest.param(spool.SQL_DUE, ("q", "f", 1, 1, 1), "calls_queued", id="due"),
+        pytest.param(spool.SQL_NEXT_DUE, {"after_s": 1}, "calls_queued", id="next-due"),
+        pytest.param(spool.SQL_NEXT_CALLBACK, {"after_s": 1}, "callbacks_pending", id="next-callback"),
+        pytest.param(spool.SQL_DUE_CALLBACKS, (1, 1), "callbacks_pending", id="due-callbacks"),
+        pytest.param(spool.SQL_OLD_RESULTS, OLD, "results_stored", id="old-results"),
+        pytest.param(spool.SQL_OLD_CALLS, OLD, "calls_finished", id="old-calls"),
+    ],
+)
+def test_statement_searches_by_its_index(db: sqlite3.Connection, sql: str, values: object, index: str) -> None:
+    found = [step for step in plan(db, sql, values) if "PRIMARY KEY" not in step]
+    assert found
+    assert all(f"INDEX {index}" in step for step in found)
+
+
+def test_expiry_searches_by_its_index(db: sqlite3.Connection) -> None:
+    found = plan(db, spool.SQL_EXPIRE, {"state": "expired", "now_s": 1, "limit": 1})
+    assert any("SEARCH calls USING" in step and "INDEX calls_expiring (" in step for step in found)
+    assert not any("SCAN" in step or "TEMP" in step for step in found)
+
+
+def claim_cost(backlog: Callable[[sqlite3.Connection], None]) -> int:
+    """What it takes to pick eight calls of three functions, with a backlog beside them."""
+    db = sqlite3.connect(":memory:", isolation_level=None)
+    for script in MIGRATIONS:
+        db.executescript(script)
+    for function in "abc":
+        add_calls(db, function, 20, 10.0)
+    backlog(db)
+    wanted = spool._Wanted(("q",), 8, {})
+    picked: list[object] = []
+    cost = steps(db, lambda: picked.extend(spool._pick(db, wanted, ("", ""), NOW_S)))
+    assert len(picked) == 8
+    db.close()
+    return cost
+
+
+@pytest.mark.parametrize(
+    ("function", "due_s", "state"),
+    [
+        pytest.param("b", 20.0, "queued", id="due"),
+        pytest.param("b", NOW_S + 1, "queued", id="delayed"),
+        pytest.param("b", 20.0, "done", id="done"),
+        pytest.param("z", NOW_S + 1, "queued", id="delayed-of-another-function"),
+    ],
+)
+def test_claim_costs_the_same_with_a_backlog_a_hundred_times_as_long(function: str, due_s: float, state: str) -> None:
+    short = claim_cost(lambda db: add_calls(db, function, 500, due_s, state))
+    long = claim_cost(lambda db: add_calls(db, function, 50_000, due_s, state))
+    assert long == short
+
+
+def test_sleep_until_the_next_call_costs_the_same_with_a_long_backlog(db: sqlite3.Connection) -> None:
+    def cost() -> int:
+        return steps(db, lambda: db.execute(spool.SQL_NEXT_DUE, {"after_s": NOW_S}).fetchone())
+
+    add_calls(db, "f", 500, NOW_S + 1)
+    before = cost()
+    add_calls(db, "f", 50_000, NOW_S + 2)
+    assert cost() == before
+
+
+def test_next_due_is_the_earliest_of_all_queues_and_functions(db: sqlite3.Connection) -> None:
+    for number, (queue, function) in enumerate([("q1", "f"), ("q1", "g"), ("q2", "f"), ("q2", "h")]):
+        db.execute(
+            "INSERT INTO calls (id, function, queue, state, due_s, accepted_s) VALUES (?, ?, ?, 'queued', ?, 0)",
+            (str(number), function, queue, 40.0 - number),
+        )
+
+    def next_due(after_s: float) -> float | None:
+        found: float | None = db.execute(spool.SQL_NEXT_DUE, {"after_s": after_s}).fetchone()[0]
+        return found
+
+    assert [next_due(after_s) for after_s in (0, 37, 38, 39, 40)] == [37, 38, 39, 40, None]

@@ -1,0 +1,696 @@
+"""fworker: makes the calls that wait in the queue, retries them, and posts results to their callbacks.
+
+    fworker                                   # or: python -m faashound.worker
+    queue_url=spool:/var/lib/faashound gateway_url=http://gateway:8080 max_inflight=32 fworker
+
+For each call that is due: lease it, send it to the function through the gateway, and record what follows from the
+answer (`retries.next_step`): done, again at some time, or a dead letter.  A result that somebody asked for is
+delivered as a step of its own: a failing callback never runs the function again.
+
+What it promises: delivery is at least once, and once without faults; a lease is renewed while the function runs, so
+calls may take as long as they like; what a worker held when it died is taken over.  On SIGTERM it claims nothing
+more, finishes what runs within drain_timeout, and hands back the rest.  What it refuses to do: decide (the rules are
+in retries.py), judge addresses (callbacks.py), or know how the queue is kept (spool.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import os
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import prometheus_client
+import uvloop
+
+from .callbacks import (
+    MAX_REDIRECTS_COUNT,
+    CallbackAllow,
+    CallbackPolicy,
+    CallbackRefused,
+    CallFacts,
+    Signer,
+    build_callback_headers,
+    build_policy,
+    parse_callback_allow,
+    parse_secrets,
+)
+from .retries import (
+    CALLBACK_POLICY,
+    Cancelled,
+    Concurrency,
+    Dead,
+    Done,
+    End,
+    Outcome,
+    Progress,
+    RetryAt,
+    RetryPolicy,
+    next_callback_step,
+    next_step,
+    parse_annotations,
+    parse_retry_codes,
+    policy_for,
+)
+from .spool import (
+    EXCERPT_BYTES,
+    Attempt,
+    Call,
+    Lease,
+    LeaseLost,
+    Spool,
+    State,
+    StoredBody,
+    parse_queue_names,
+    parse_queue_url,
+)
+from .watchdog import (
+    TEXT_PLAIN,
+    CannotStart,
+    Client,
+    ClientResponse,
+    FaashoundError,
+    Header,
+    MethodNotAllowed,
+    PeerGone,
+    Request,
+    Response,
+    Signals,
+    Unreachable,
+    UpstreamTimeout,
+    Url,
+    end_to_end,
+    finished_first,
+    flag_answer,
+    help_text,
+    load_settings,
+    log,
+    parse_choice,
+    parse_count,
+    parse_duration,
+    parse_port,
+    parse_positive_count,
+    parse_positive_duration,
+    parse_text,
+    parse_url,
+    read_file,
+    resolve_any,
+    serve_metrics,
+    setting,
+    start_metrics,
+    watch_lifeline,
+)
+
+ANNOTATIONS_KEPT_S = 30.0  # how long a function's annotations are believed before the gateway is asked again
+ANNOTATIONS_TIMEOUT_S = 5.0
+RENEWALS_COUNT = 3  # in the time of one lease: two may fail before it runs out
+PAUSE_S = 1.0  # before the queue is asked again after it failed
+WORKER_TOKEN = b"X-Worker-Token"
+
+
+def parse_gateway_url(text: str) -> str:
+    """Return the gateway's base URL without a trailing slash; ValueError for what is none."""
+    url = parse_url(text)
+    if "?" in url.target:
+        raise ValueError("allowed: http://host[:port][/path]")
+    return text.rstrip("/")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the operator asked of this worker; see `watchdog.settings_table`."""
+
+    gateway_url: str = setting("gateway_url", "http://127.0.0.1:8080", parse_gateway_url, "where functions are called")
+    queue_url: Path = setting("queue_url", "spool:./spool", parse_queue_url, "the queue: spool:DIRECTORY")
+    queues: tuple[str, ...] = setting("queues", "faas-request", parse_queue_names, "which queues to drain, by commas")
+    max_inflight: int = setting("max_inflight", "16", parse_positive_count, "calls at once, and as many callbacks")
+    ack_wait_s: float = setting(
+        "ack_wait", "60s", parse_positive_duration, "the lease: a worker that is silent for so long loses its calls"
+    )
+    call_timeout_s: float = setting("call_timeout", "0", parse_duration, "time for one attempt; 0 is no limit")
+    max_retry_attempts: int = setting("max_retry_attempts", "10", parse_count, "attempts in all, the first included")
+    initial_retry_wait_s: float = setting("initial_retry_wait", "10s", parse_duration, "wait before the first retry")
+    max_retry_wait_s: float = setting("max_retry_wait", "120s", parse_duration, "longest wait between two attempts")
+    http_retry_codes: frozenset[int] = setting(
+        "http_retry_codes", "429,502,500,504,408", parse_retry_codes, "answers after which a call is tried again"
+    )
+    backoff: str = setting(
+        "backoff",
+        "exponential",
+        parse_choice("exponential", "full", "equal"),
+        "how waits grow: exponential, or with full or equal jitter",
+    )
+    callback_timeout_s: float = setting("callback_timeout", "30s", parse_positive_duration, "time for one callback")
+    callback_retry_attempts: int = setting("callback_retry_attempts", "8", parse_count, "attempts of a callback in all")
+    callback_secret_file: str | None = setting(
+        "callback_secret_file", "", parse_text, "file of the secrets that sign callbacks (Standard Webhooks)"
+    )
+    callback_allow: CallbackAllow | None = setting(
+        "callback_allow", "", parse_callback_allow, "hosts and networks that callbacks may go to besides public ones"
+    )
+    metrics_port: int = setting("metrics_port", "8083", parse_port, "port of /metrics and /healthz; 0 disables it")
+    drain_timeout_s: float = setting("drain_timeout", "30s", parse_duration, "after SIGTERM: time for what runs")
+    log_format: str = setting("log_format", "text", parse_choice("text", "json"), "how log lines look: text or json")
+
+    def conflicts(self) -> Iterable[str]:
+        """Yield a line for each pair of settings that cannot both be meant."""
+        if self.initial_retry_wait_s > self.max_retry_wait_s:
+            yield "initial_retry_wait is longer than max_retry_wait; allowed: up to max_retry_wait"
+
+    def retry_policy(self) -> RetryPolicy:
+        """Return the policy for functions that ask for nothing else."""
+        return RetryPolicy(
+            self.max_retry_attempts,
+            self.initial_retry_wait_s,
+            self.max_retry_wait_s,
+            self.http_retry_codes,
+            self.backoff,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What one attempt brought: the outcome that the rules judge, and the response as far as there is one."""
+
+    outcome: Outcome
+    body: StoredBody | None = None
+    headers: tuple[tuple[str, str], ...] = ()
+    duration_s: float = 0.0
+
+
+def build_call_headers(call: Call, token: str) -> list[Header]:
+    """Return the fields of a call as it was submitted, and the token by which the gateway knows a worker."""
+    fields = [(name.encode(), value.encode("latin-1")) for name, value in call.headers]
+    return [*fields, (WORKER_TOKEN, token.encode())]
+
+
+def function_url(gateway: Url, call: Call) -> Url:
+    """Return where the gateway answers for a call's function."""
+    base = gateway.target.rstrip("/")
+    target = f"{base}/function/{call.function}{call.path}" + (f"?{call.query}" if call.query else "")
+    return Url(gateway.scheme, gateway.host, gateway.port, target)
+
+
+def callback_facts(call: Call, policy: RetryPolicy) -> CallFacts:
+    """Return what a callback tells of its call."""
+    return CallFacts(
+        call_id=call.id,
+        function=call.function,
+        status=call.status or 503,
+        duration_s=call.duration_s or 0.0,
+        retries_count=max(call.attempts - 1, 0),
+        max_retries_count=policy.max_retries_count,
+    )
+
+
+class Annotations:
+    """The retry policies of functions, asked of the gateway and remembered for a while."""
+
+    def __init__(self, client: Client, gateway: Url, token: str, base: RetryPolicy) -> None:
+        self._client = client
+        self._gateway = gateway
+        self._token = token
+        self._base = base
+        self._known: dict[str, tuple[float, RetryPolicy]] = {}
+
+    async def policy(self, function: str) -> RetryPolicy:
+        """Return the policy of `function`: the last one known, or the worker's own, when the gateway cannot tell."""
+        now_s = time.monotonic()
+        asked_s, policy = self._known.get(function, (float("-inf"), self._base))
+        if now_s - asked_s < ANNOTATIONS_KEPT_S:
+            return policy
+        try:
+            policy = policy_for(self._base, parse_annotations(function, await self._ask(function)))
+        except (FaashoundError, ValueError) as error:
+            log.warning(f"the annotations of {function} are not to be had: {error}")
+        else:
+            self._known[function] = (now_s, policy)
+        return policy
+
+    async def _ask(self, function: str) -> Mapping[str, str]:
+        target = f"{self._gateway.target.rstrip('/')}/system/function/{function}"
+        url = dataclasses.replace(self._gateway, target=target)
+        deadline_s = time.monotonic() + ANNOTATIONS_TIMEOUT_S
+        headers = [(WORKER_TOKEN, self._token.encode())]
+        async with await self._client.request("GET", url, headers, deadline_s=deadline_s) as response:
+            body = await response.body.read(1 << 20)
+        if response.status == 404:
+            return {}
+        if response.status != 200:
+            raise FaashoundError(f"the gateway answers {response.status}")
+        found = json.loads(body)["annotations"]
+        return {str(name): str(value) for name, value in found.items()}
+
+
+@dataclass(slots=True)
+class Running:
+    """A lease at work.  `ended_by` says why its task was cancelled: "cancel", "lost" or "drain"."""
+
+    lease: Lease
+    task: asyncio.Task[None] | None = None
+    ended_by: str = ""
+
+    def end(self, why: str) -> None:
+        """Cancel the task for a reason; the first one counts."""
+        if not self.ended_by and self.task is not None:
+            self.ended_by = why
+            self.task.cancel()
+
+
+class WorkerMetrics:
+    """What a worker counts."""
+
+    def __init__(self) -> None:
+        self.registry = prometheus_client.CollectorRegistry()
+        self.attempts = prometheus_client.Counter(
+            "worker_attempts", "Attempts at calls, by outcome", ("function_name", "outcome"), registry=self.registry
+        )
+        self.callbacks = prometheus_client.Counter(
+            "worker_callbacks", "Attempts at callbacks, by outcome", ("outcome",), registry=self.registry
+        )
+        self.in_flight = prometheus_client.Gauge(
+            "worker_in_flight", "Calls and callbacks at work", ("kind",), registry=self.registry
+        )
+
+
+class Worker:
+    """Claims what is due and sees each lease to its end.
+
+    Obligation: `run` until it returns, which it does some time after `stop`.
+    """
+
+    def __init__(self, settings: Settings, queue: Spool, owner: str, policy: CallbackPolicy, signer: Signer | None):
+        self.metrics = WorkerMetrics()
+        self._settings = settings
+        self._queue = queue
+        self._owner = owner
+        self._client = Client()
+        self._callback_client = Client(policy.guard(resolve_any))
+        self._policy = policy
+        self._signer = signer
+        self._gateway = parse_url(settings.gateway_url)
+        self._annotations = Annotations(self._client, self._gateway, queue.token, settings.retry_policy())
+        self._callback_policy = dataclasses.replace(CALLBACK_POLICY, max_attempts=settings.callback_retry_attempts)
+        self._running: dict[tuple[str, str], Running] = {}
+        self._limits: dict[str, Concurrency] = {}
+        self._room = asyncio.Event()
+        self._stopping = asyncio.Event()
+
+    # The story.
+
+    async def run(self) -> None:
+        """Work until `stop`, then drain."""
+        helpers = [asyncio.create_task(self._renew_leases()), asyncio.create_task(self._watch_cancels())]
+        try:
+            while not self._stopping.is_set():
+                claimed = await self._claim()
+                if not claimed:
+                    await self._wait()
+            await self._drain()
+        finally:
+            for helper in helpers:
+                helper.cancel()
+            await self._client.close()
+            await self._callback_client.close()
+
+    def stop(self) -> None:
+        """Claim nothing more and drain."""
+        self._stopping.set()
+
+    def abandon(self) -> None:
+        """Hand back at once what still runs."""
+        for running in list(self._running.values()):
+            running.end("drain")
+
+    async def _claim(self) -> bool:
+        """Start as much as there is and as there is room for; tell whether that was anything."""
+        lease_s, limit = self._settings.ack_wait_s, self._settings.max_inflight
+        counts = Counter(kind for kind, _ in self._running)
+        try:
+            leases: list[Lease] = []
+            if counts["call"] < limit:
+                room = self._rooms()
+                leases = await self._queue.claim(
+                    self._settings.queues, self._owner, lease_s, limit - counts["call"], room
+                )
+            if counts["callback"] < limit:
+                leases += await self._queue.claim_callbacks(self._owner, lease_s, limit - counts["callback"])
+        except FaashoundError as error:
+            log.error(f"the queue cannot be asked for work: {error}")
+            await asyncio.wait((asyncio.ensure_future(self._stopping.wait()),), timeout=PAUSE_S)
+            return False
+        for lease in leases:
+            self._start(lease)
+        return bool(leases)
+
+    def _rooms(self) -> dict[str, int]:
+        """Return how many more calls each function may get whose limit is known to be below ours."""
+        running = Counter(each.lease.call.function for (kind, _), each in self._running.items() if kind == "call")
+        return {name: limit.room(running[name]) for name, limit in self._limits.items()}
+
+    async def _wait(self) -> None:
+        """Wait for work, for room if there was none, or for the end."""
+        self._room.clear()
+        waits = [self._queue.wait_for_work(self._settings.ack_wait_s), self._stopping.wait()]
+        if self._running:
+            waits.append(self._room.wait())
+        await finished_first(*waits)
+
+    def _start(self, lease: Lease) -> None:
+        running = Running(lease)
+        key = (lease.kind, lease.call.id)
+        self._running[key] = running
+        work = self._make_call if lease.kind == "call" else self._make_callback
+        running.task = asyncio.create_task(self._see_to_end(running, work(lease)))
+        running.task.add_done_callback(partial(self._on_end, key))
+        self.metrics.in_flight.labels(lease.kind).inc()
+
+    def _on_end(self, key: tuple[str, str], task: asyncio.Task[None]) -> None:
+        del self._running[key]
+        self.metrics.in_flight.labels(key[0]).dec()
+        self._room.set()
+        if not task.cancelled() and task.exception() is not None:
+            log.error(f"call {key[1]}: {task.exception()!r}; its lease runs out and it is tried again")
+
+    async def _see_to_end(self, running: Running, work: Coroutine[Any, Any, None]) -> None:
+        """Run one lease's work; what it could not record is told in the log and left to the lease's end."""
+        lease = running.lease
+        started_s = time.time()
+        try:
+            await work
+        except asyncio.CancelledError:
+            await self._end_early(running, started_s)
+        except LeaseLost:
+            log.warning("the lease was lost; somebody else has the call", call_id=lease.call.id)
+        except FaashoundError as error:
+            log.error(f"the outcome could not be recorded: {error}", call_id=lease.call.id)
+
+    async def _end_early(self, running: Running, started_s: float) -> None:
+        lease = running.lease
+        with suppress(LeaseLost):
+            if running.ended_by == "cancel":
+                await self._queue.finish_cancelled(lease, Attempt(started_s, time.time(), None, "cancelled"))
+                log.info("cancelled", call_id=lease.call.id, function=lease.call.function)
+            elif running.ended_by == "drain":
+                await self._queue.release(lease)
+
+    async def _drain(self) -> None:
+        """Let what runs finish within drain_timeout, and hand back the rest."""
+        tasks = [running.task for running in self._running.values() if running.task is not None]
+        if tasks:
+            log.info(f"draining: {len(tasks)} at work")
+            await asyncio.wait(tasks, timeout=self._settings.drain_timeout_s)
+            self.abandon()
+            await asyncio.wait(tasks)
+
+    # Leases.
+
+    async def _renew_leases(self) -> None:
+        """Renew what runs, long before its lease ends; end what is lost or cancelled."""
+        while True:
+            await asyncio.sleep(self._settings.ack_wait_s / RENEWALS_COUNT)
+            leases = [running.lease for running in self._running.values()]
+            if not leases:
+                continue
+            try:
+                renewal = await self._queue.renew(leases, self._settings.ack_wait_s)
+            except FaashoundError as error:
+                log.error(f"leases could not be renewed: {error}")
+                continue
+            for running in list(self._running.values()):
+                if running.lease.call.id in renewal.lost and running.lease in leases:
+                    running.end("lost")
+            self._cancel(renewal.cancelled)
+
+    async def _watch_cancels(self) -> None:
+        """End a run as soon as somebody asks for it."""
+        while True:
+            await self._queue.wait_for_cancel(self._settings.ack_wait_s)
+            try:
+                self._cancel(await self._queue.cancelled_ids(self._owner))
+            except FaashoundError as error:
+                log.error(f"cancellations could not be read: {error}")
+
+    def _cancel(self, ids: Iterable[str]) -> None:
+        for call_id in ids:
+            running = self._running.get(("call", call_id))
+            if running is not None:
+                running.end("cancel")
+
+    # A call.
+
+    async def _make_call(self, lease: Lease) -> None:
+        call, started_s, started = lease.call, time.time(), time.monotonic()
+        policy = await self._annotations.policy(call.function)
+        answer = await self._attempt(call)
+        outcome, now_s = answer.outcome, time.time()
+        self._learn(call.function, outcome, started)
+        progress = Progress(call.attempts, call.expires_s)
+        step = next_step(progress, policy, outcome, now_s, random.random)
+        status = outcome.status or None
+        error = None if isinstance(step, Done) else str(getattr(step, "reason", outcome))
+        attempt = Attempt(started_s, now_s, status, error)
+        self.metrics.attempts.labels(call.function, str(status or outcome.end.value)).inc()
+        self._log_step(call, step, answer)
+        await self._record(lease, step, attempt, answer)
+
+    async def _record(
+        self, lease: Lease, step: Done | RetryAt | Dead | Cancelled, attempt: Attempt, answer: Answer
+    ) -> None:
+        match step:
+            case RetryAt(due_s):
+                excerpt = await self._excerpt(answer)
+                await self._queue.retry(lease, attempt=attempt, due_s=due_s, excerpt=excerpt)
+            case Done(status):
+                await self._finish(lease, State.DONE, status, attempt, answer)
+            case Dead(_, status, with_answer):
+                kept = answer if with_answer else Answer(answer.outcome, duration_s=answer.duration_s)
+                if not with_answer and answer.body is not None:
+                    await self._queue.drop_body(answer.body)
+                await self._finish(lease, State.DEAD, status, attempt, kept)
+            case Cancelled():
+                await self._queue.finish_cancelled(lease, attempt)
+
+    async def _finish(self, lease: Lease, state: State, status: int, attempt: Attempt, answer: Answer) -> None:
+        await self._queue.finish(
+            lease,
+            attempt=attempt,
+            result=answer.body,
+            result_headers=answer.headers,
+            status=status,
+            duration_s=answer.duration_s,
+            state=state,
+            callback_due_s=None,
+        )
+
+    async def _excerpt(self, answer: Answer) -> bytes | None:
+        """Return the beginning of a failed response, and drop the rest."""
+        if answer.body is None:
+            return None
+        try:
+            async for chunk in self._queue.open_body(answer.body, EXCERPT_BYTES):
+                return chunk
+            return b""
+        finally:
+            await self._queue.drop_body(answer.body)
+
+    async def _attempt(self, call: Call) -> Answer:
+        """Send a call to its function and store what it answers."""
+        started = time.monotonic()
+        timeout_s = self._settings.call_timeout_s
+        body = call.body.inline if call.body.file is None else self._queue.open_body(call.body)
+        try:
+            response = await self._client.request(
+                call.method,
+                function_url(self._gateway, call),
+                build_call_headers(call, self._queue.token),
+                body or b"",
+                call.body.bytes_count,
+                started + timeout_s if timeout_s else None,
+            )
+            async with response:
+                stored = await self._queue.store_body(response.body)
+        except UpstreamTimeout as error:
+            return Answer(Outcome(End.TIMED_OUT, error=str(error)), duration_s=time.monotonic() - started)
+        except (PeerGone, Unreachable) as error:
+            return Answer(Outcome(End.UNREACHABLE, error=str(error)), duration_s=time.monotonic() - started)
+        outcome = Outcome(
+            End.ANSWERED,
+            response.status,
+            _text(response.header(b"retry-after")),
+            response.header(b"x-openfaas-internal") is not None,
+        )
+        headers = tuple((name.decode(), value.decode("latin-1")) for name, value in end_to_end(response.headers))
+        return Answer(outcome, stored, headers, time.monotonic() - started)
+
+    def _learn(self, function: str, outcome: Outcome, started: float) -> None:
+        """Adapt how many calls of a function run at once to how it answers."""
+        limit = self._limits.get(function) or Concurrency.start(self._settings.max_inflight)
+        limit = limit.after(outcome.status, started, time.monotonic())
+        if limit.limit >= limit.ceiling:
+            self._limits.pop(function, None)
+        else:
+            self._limits[function] = limit
+
+    def _log_step(self, call: Call, step: object, answer: Answer) -> None:
+        text = {Done: "done", RetryAt: "to be tried again", Dead: "dead letter", Cancelled: "cancelled"}[type(step)]
+        fields: dict[str, object] = {"call_id": call.id, "function": call.function, "attempt": call.attempts}
+        if isinstance(step, RetryAt):
+            fields["in"] = f"{max(step.due_s - time.time(), 0.0):.3f}s"
+        log.info(f"{text} - Duration: {answer.duration_s:f}s", **fields, outcome=answer.outcome)
+
+    # A callback.
+
+    async def _make_callback(self, lease: Lease) -> None:
+        call, callback, started_s = lease.call, lease.call.callback, time.time()
+        if callback is None or call.callback_url is None:
+            raise AssertionError("a lease on a callback is of a call that has one")
+        outcome = await self._post(call)
+        now_s = time.time()
+        step = next_callback_step(callback.attempts, self._callback_policy, outcome, now_s, random.random)
+        error = None if isinstance(step, Done) else str(getattr(step, "reason", outcome))
+        attempt = Attempt(started_s, now_s, outcome.status or None, error)
+        self.metrics.callbacks.labels(str(outcome.status or outcome.end.value)).inc()
+        match step:
+            case Done():
+                await self._queue.callback_done(lease, attempt)
+            case RetryAt(due_s):
+                await self._queue.callback_retry(lease, attempt, due_s)
+            case Dead():
+                await self._queue.callback_dead(lease, attempt)
+        text = {Done: "delivered", RetryAt: "to be tried again", Dead: "given up"}[type(step)]
+        log.info(
+            f"callback {text}", call_id=call.id, function=call.function, attempt=callback.attempts, outcome=outcome
+        )
+
+    async def _post(self, call: Call) -> Outcome:
+        """Post a result to its callback, following the redirects that keep method and body."""
+        deadline_s = time.monotonic() + self._settings.callback_timeout_s
+        try:
+            url: Url | None = self._policy.check_url(call.callback_url or "")
+            status, retry_after = 0, None
+            for _ in range(MAX_REDIRECTS_COUNT + 1):
+                if url is None:
+                    break
+                here = url
+                async with await self._send_callback(call, here, deadline_s) as response:
+                    status, retry_after = response.status, _text(response.header(b"retry-after"))
+                    url = self._policy.check_redirect(here, status, _text(response.header(b"location")))
+            return Outcome(End.ANSWERED, status, retry_after)
+        except CallbackRefused as error:
+            return Outcome(End.REFUSED, error=str(error))
+        except UpstreamTimeout as error:
+            return Outcome(End.TIMED_OUT, error=str(error))
+        except (PeerGone, Unreachable) as error:
+            return Outcome(End.UNREACHABLE, error=str(error))
+
+    async def _send_callback(self, call: Call, url: Url, deadline_s: float) -> ClientResponse:
+        policy = await self._annotations.policy(call.function)
+        headers = build_callback_headers(callback_facts(call, policy), call.result_headers)
+        if self._signer is not None:
+            headers += await self._sign(self._signer, call)
+        fields = [(name.encode(), value.encode("latin-1")) for name, value in headers]
+        if (url.host, url.port) == (self._gateway.host, self._gateway.port):
+            fields.append((WORKER_TOKEN, self._queue.token.encode()))  # so that it may submit the next link of a chain
+        body: bytes | AsyncIterator[bytes] = b""
+        if call.result is not None:
+            body = self._queue.open_body(call.result) if call.result.file else call.result.inline or b""
+        length = 0 if call.result is None else call.result.bytes_count
+        return await self._callback_client.request("POST", url, fields, body, length, deadline_s)
+
+    async def _sign(self, signer: Signer, call: Call) -> tuple[tuple[str, str], ...]:
+        signature = signer.start(call.id, time.time())
+        if call.result is not None:
+            async for chunk in self._queue.open_body(call.result):
+                signature.update(chunk)
+        return signature.finish()
+
+
+def _text(value: bytes | None) -> str | None:
+    return None if value is None else value.decode("latin-1")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Lifecycle.
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def load_signer(settings: Settings) -> Signer | None:
+    """Return what signs callbacks, None if nothing does.  Raises CannotStart, without a word of the secret."""
+    if settings.callback_secret_file is None:
+        return None
+    text = read_file(settings.callback_secret_file, "callback_secret_file")
+    try:
+        return Signer(parse_secrets(text))
+    except ValueError as error:
+        raise CannotStart(f"callback_secret_file {settings.callback_secret_file} {error}") from None
+
+
+async def serve_status(worker: Worker, request: Request) -> Response:
+    """Answer GET /metrics and GET /healthz."""
+    if request.path != b"/healthz":
+        return await serve_metrics(worker.metrics.registry, request)
+    if request.method != "GET":
+        raise MethodNotAllowed(("GET",))
+    return Response(200, (TEXT_PLAIN,), b"OK")
+
+
+async def serve(settings: Settings, environ: Mapping[str, str]) -> int:
+    """Work until told to stop; return the exit status."""
+    loop = asyncio.get_running_loop()
+    signals = Signals(loop)
+    watch_lifeline(loop, environ, signals.stop_now)
+    signer = load_signer(settings)
+    policy = build_policy([settings.gateway_url], settings.callback_allow)
+    async with AsyncExitStack() as stack:
+        queue = await Spool.open(settings.queue_url)
+        stack.push_async_callback(queue.close)
+        worker = Worker(settings, queue, await queue.enlist(), policy, signer)
+        status_server = await start_metrics(None, settings.metrics_port, partial(serve_status, worker))
+        stack.callback(status_server.abort)
+        log.info(f"Draining {','.join(settings.queues)} of {settings.queue_url} through {settings.gateway_url}")
+        work = asyncio.create_task(worker.run())
+        await finished_first(signals.first.wait(), asyncio.shield(work))
+        worker.stop()
+        await finished_first(signals.second.wait(), asyncio.shield(work))
+        worker.abandon()
+        await work
+        log.info("Exiting")
+    return 0
+
+
+PURPOSE = "Makes the calls that wait in the queue, retries them, and posts results to their callbacks."
+
+
+def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = None) -> int:
+    """Run the worker and return its exit status: 0 stopped, 1 failed, 2 bad settings."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    environ = os.environ if environ is None else environ
+    answer = flag_answer(argv, help_text("fworker", PURPOSE, Settings))
+    if answer is not None:
+        return answer
+    settings = load_settings(Settings, environ)
+    if settings is None:
+        return 2
+    log.configure(settings.log_format, environ.get("OPENFAAS_NAME"))
+    try:
+        return uvloop.run(serve(settings, environ))
+    except FaashoundError as error:
+        log.error(str(error))
+        return 1
+    finally:
+        log.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
