@@ -419,6 +419,17 @@ def build_policy(gateway_urls: Iterable[str], allow: CallbackAllow | None = None
 # What a callback carries.
 # ---------------------------------------------------------------------------------------------------------------
 
+# In a callback that goes to a gateway's /async-function it proves that a worker of the same queue sent it, about this
+# very call; so the next call of a chain is submitted once, however often its callback is repeated.  It may go to
+# anybody: it is good for nothing else.
+CALLBACK_PROOF = b"X-Callback-Proof"
+
+
+def build_proof(token: str, call_id: str) -> str:
+    """Return the proof for a call, made with the token that only gateway and worker know."""
+    return hmac.new(token.encode(), call_id.encode(), hashlib.sha256).hexdigest()
+
+
 # Hop by hop (RFC 9110 7.6.1; with `proxy-*` and what Connection names), and framing, which the client sets itself.
 _HOP_BY_HOP = {"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "content-length"}
 # They mean nothing in a response, but would steer the request that the callback is.
@@ -431,7 +442,7 @@ _CREDENTIALS = {
 # Ours: the function cannot override them, nor pretend to a signature where there is none.
 _OURS = {
     *("x-call-id", "x-duration-seconds", "x-function-status", "x-function-name", "x-retry", "x-retry-max"),
-    *("user-agent", "webhook-id", "webhook-timestamp", "webhook-signature"),
+    *("user-agent", "webhook-id", "webhook-timestamp", "webhook-signature", CALLBACK_PROOF.decode().lower()),
 }
 _NOT_PASSED_ON = frozenset(_HOP_BY_HOP | _REQUEST_ONLY | _CREDENTIALS | _OURS)
 

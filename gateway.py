@@ -12,6 +12,8 @@ Routes, with the names, codes and headers of the OpenFaaS gateway:
     GET    /async-function/ID/result       the response of the function
     DELETE /async-function/ID              cancels, queued or running
     GET    /system/functions               the functions of the table; /system/function/NAME for one
+    GET    /system/calls                   calls by ?state= ?function= ?callback= ?limit= ?before=; DELETE deletes
+    GET    /system/calls/ID                payload, headers, attempts; POST .../retry for dead letters; DELETE
     GET    /healthz                        200 while it serves
 
 What it promises: a 202 is never given for a call that a crash could lose.  Beside itself it runs a watchdog for each
@@ -33,17 +35,34 @@ import socket
 import sys
 import time
 import urllib.parse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import lru_cache
+from ipaddress import ip_address
 from pathlib import Path
 
 import prometheus_client
 import uvloop
 
-from .callbacks import CallbackAllow, CallbackPolicy, build_policy, parse_callback_allow
+from .callbacks import (
+    CALLBACK_PROOF,
+    CallbackAllow,
+    CallbackPolicy,
+    build_policy,
+    build_proof,
+    parse_callback_allow,
+)
+from .calls import (
+    Choice,
+    describe_call,
+    describe_call_whole,
+    find_call,
+    list_calls,
+    parse_choice_query,
+    purge_call,
+    retry_letter,
+)
 from .functions import (
     BadFunctions,
     Function,
@@ -57,41 +76,48 @@ from .retries import BadAnnotations, parse_annotations
 from .spool import (
     FINAL,
     Call,
-    CallUnknown,
     NewCall,
     Spool,
     State,
+    Stats,
     StoredBody,
     new_call_id,
     parse_queue_name,
     parse_queue_url,
 )
 from .watchdog import (
+    CLIENT_GONE_STATUS,
     LONGEST_DURATION_S,
     TEXT_PLAIN,
     BadSettings,
     BodyTooLarge,
     CannotStart,
     Client,
+    ClientResponse,
     FaashoundError,
     Header,
     MethodNotAllowed,
     NotReady,
+    PeerGone,
     Request,
     Response,
     Server,
     ServerTimeouts,
     Signals,
+    Unreachable,
+    UpstreamTimeout,
     Url,
     call_id_of,
     describe_socket,
     drain_server,
     end_to_end,
+    error_response,
     finished_first,
     flag_answer,
+    format_duration,
     help_text,
-    load_settings,
     log,
+    lookalikes,
     open_sockets,
     parse_bool,
     parse_choice,
@@ -109,14 +135,17 @@ from .watchdog import (
     start_metrics,
     watch_lifeline,
 )
+from .worker import WORKER_TOKEN
 from .worker import Settings as WorkerSettings
 
 MAX_WAIT_S = 600.0  # of ?wait: longer than proxies keep a silent connection
 MAX_KEY_CHARS = 255  # of an Idempotency-Key, as the drafts and peers have it
 SWEEP_EVERY_S = 60.0  # between two rounds of housekeeping in the queue
+WORKER_METRICS_PORT = 8083
+MAX_TOLD_COUNT = 20  # functions listed in the log at the start, a line each
 DEFAULT_QUEUE = "faas-request"
 QUEUE_ANNOTATION = "com.openfaas.queue"
-WORKER_TOKEN = b"x-worker-token"  # who has it can open the queue, so it is a worker of ours
+MAX_LABELS_COUNT = 1000  # functions that function_url finds and that have metrics of their own
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +176,13 @@ class Settings:
     max_body_bytes: int = setting(
         "max_body", "512MiB", parse_size, "largest body of an asynchronous call, above it 413"
     )
+    worker_metrics_port: int | None = setting(
+        "worker_metrics_port",
+        "",
+        parse_port,
+        "port of the local worker's /metrics; 0 disables it",
+        default_note="8083, or 0 if metrics_port is 0",
+    )
     keep_results_s: float = setting("keep_results", "1h", parse_duration, "how long a result can be fetched")
     retention_s: float = setting("retention", "24h", parse_duration, "how long a finished call is remembered")
     callback_allow: CallbackAllow | None = setting(
@@ -164,8 +200,18 @@ class Settings:
         """Yield a line for each pair of settings that cannot both be meant."""
         if self.port and self.port == self.metrics_port:
             yield f"metrics_port={self.metrics_port} contradicts port={self.port}; allowed: two different ports"
+        port = self.local_worker_metrics_port
+        if self.worker == "local" and port and port in (self.port, self.metrics_port):
+            yield f"worker_metrics_port={port} contradicts port or metrics_port; allowed: one of its own"
         if self.keep_results_s > self.retention_s:
             yield "keep_results is longer than retention; allowed: up to retention, which forgets the call"
+
+    @property
+    def local_worker_metrics_port(self) -> int:
+        """The port of the local worker's /metrics; 0: it has none."""
+        if self.worker_metrics_port is not None:
+            return self.worker_metrics_port
+        return WORKER_METRICS_PORT if self.metrics_port else 0
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -221,19 +267,25 @@ class Unauthorized(FaashoundError):
 _UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", re.ASCII)
 _KEY = re.compile(rf"[\x21-\x7e](?:[\x20-\x7e]{{0,{MAX_KEY_CHARS - 2}}}[\x21-\x7e])?", re.ASCII)
 
+_DOTS = re.compile(rb"/(?:\.|%2e){1,2}(?:/|$)", re.IGNORECASE)
+
 # Ours, or meant for the queue: not the function's business when the call is made.
-_SUBMISSION_FIELDS = (b"x-callback-url", b"x-delay", b"x-expires", b"idempotency-key", WORKER_TOKEN, b"expect", b"host")
+_SUBMISSION_FIELDS = (b"x-delay", b"x-expires", b"idempotency-key")
+_FORWARDED = (b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto")
+_TRACED = (b"x-call-id", b"x-start-time")
+_NEVER_PASSED_ON = (b"host", b"expect", WORKER_TOKEN.lower(), CALLBACK_PROOF.lower())
 
 
-def parse_span(request: Request, name: str) -> float | None:
+def parse_span(request: Request, name: str, parse: Callable[[str], float]) -> float | None:
     """Return the seconds that a header field such as X-Delay asks for; BadField names it and what is allowed."""
     value = request.header(name.lower().encode())
     if value is None:
         return None
+    text = value.decode("latin-1")
     try:
-        return parse_duration(value.decode("latin-1"))
+        return parse(text)
     except ValueError as error:
-        raise BadField(f"{name}: {value.decode('latin-1')!r}: {error}") from None
+        raise BadField(f"{name}: {text[:100]!r}: {error}") from None
 
 
 def parse_key(request: Request) -> str | None:
@@ -264,50 +316,12 @@ def parse_wait(query: bytes) -> float:
 
 def forwarded(request: Request) -> list[Header]:
     """Return the fields that tell the function who asked: X-Forwarded-For, -Host and -Proto."""
-    before = request.header(b"x-forwarded-for")
-    chain = b", ".join(part for part in (before, request.peer.encode()) if part)
+    before = [value for name, value in request.headers if name == b"x-forwarded-for"]
+    chain = b", ".join(part for part in (*before, request.peer.encode()) if part)
     fields = [(b"X-Forwarded-For", chain)] if chain else []
     fields.append((b"X-Forwarded-Host", request.header(b"x-forwarded-host") or request.host))
     fields.append((b"X-Forwarded-Proto", request.header(b"x-forwarded-proto") or b"http"))
     return [field for field in fields if field[1]]
-
-
-_FORWARDED = (b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto")
-
-
-def format_time(epoch_s: float | None) -> str | None:
-    """Return RFC 3339 in UTC, to the millisecond."""
-    if epoch_s is None:
-        return None
-    return datetime.fromtimestamp(epoch_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def describe_call(call: Call) -> dict[str, object]:
-    """Return what a caller may know of a call, as JSON members."""
-    facts: dict[str, object] = {
-        "id": call.id,
-        "function": call.function,
-        "state": call.state.value,
-        "attempts": call.attempts,
-        "accepted": format_time(call.accepted_s),
-        "due": format_time(call.due_s) if call.state is State.QUEUED else None,
-        "expires": format_time(call.expires_s),
-        "started": format_time(call.started_s),
-        "finished": format_time(call.finished_s),
-        "status": call.status,
-        "duration_seconds": call.duration_s,
-        "error": call.error,
-        "cancel_requested": call.cancel_requested or None,
-        "result_bytes": None if call.result is None else call.result.bytes_count,
-    }
-    if call.callback is not None:
-        facts["callback"] = {
-            "state": call.callback.state.value,
-            "attempts": call.callback.attempts,
-            "status": call.callback.status,
-            "error": call.callback.error,
-        }
-    return {name: value for name, value in facts.items() if value is not None}
 
 
 def describe_function(function: Function) -> dict[str, object]:
@@ -341,9 +355,24 @@ def function_target(function: Function, request: Request, rest: bytes) -> Url:
     return Url(base.scheme, base.host, base.port, target)
 
 
+def check_path(path: bytes) -> None:
+    """Raise BadField for a path with dot segments: whatever resolves them further on would leave the function's own.
+
+    Clients resolve them before they ask (RFC 3986 5.2.4), so nobody but a trespasser is turned away.
+    """
+    if _DOTS.search(path):
+        raise BadField("the path has dot segments; allowed: a path without . and .. (RFC 3986 3.3)")
+
+
+def via(request: Request) -> Header:
+    """Return the Via field of the request as passed on: each gateway adds itself (RFC 9110 7.6.3)."""
+    before = [value for name, value in request.headers if name == b"via"]
+    return b"Via", b", ".join([*before, b"1.1 faashound"])
+
+
 def split_path(path: bytes) -> tuple[str, str, bytes]:
     """Return (area, name, rest) of `/area/name/rest`; rest keeps its slash."""
-    _, area, *more = path.split(b"/", 3)
+    area, *more = path.removeprefix(b"/").split(b"/", 2)
     name = more[0].decode("latin-1") if more else ""
     return area.decode("latin-1"), name, b"/" + more[1] if len(more) > 1 else b""
 
@@ -354,10 +383,15 @@ def split_path(path: bytes) -> tuple[str, str, bytes]:
 
 
 class GatewayMetrics:
-    """The metrics of the OpenFaaS gateway, under the same names, and the queue's depth."""
+    """The metrics of the OpenFaaS gateway, under the same names, and the queue's depth.
+
+    Where `function_url` finds functions, strangers can make up names: such a name is counted as its own only once a
+    function has answered to it, and as "other" until then.
+    """
 
     def __init__(self) -> None:
         self.registry = prometheus_client.CollectorRegistry()
+        self._answered: set[str] = set()
         self._total = prometheus_client.Counter(
             "gateway_function_invocation",
             "Function invocations, by outcome",
@@ -373,24 +407,45 @@ class GatewayMetrics:
         self._seconds = prometheus_client.Histogram(
             "gateway_functions_seconds", "Function time taken", ("function_name",), registry=self.registry
         )
+        self._submitted = prometheus_client.Counter(
+            "gateway_async_submissions", "Asynchronous calls submitted, by outcome", ("code",), registry=self.registry
+        )
         self._queue = prometheus_client.Gauge(
             "gateway_queue_calls", "Asynchronous calls, by state", ("state",), registry=self.registry
         )
+        self._dead_callbacks = prometheus_client.Gauge(
+            "gateway_queue_dead_callbacks", "Results that could not be delivered", registry=self.registry
+        )
+        self._oldest = prometheus_client.Gauge(
+            "gateway_queue_oldest_due_seconds", "How long the oldest due call has waited", registry=self.registry
+        )
 
-    def begin(self, function: str) -> float:
-        """Count the start of an invocation; return when it was, for `end`."""
-        self._started.labels(function).inc()
-        return time.perf_counter()
+    def begin(self, function: Function | None, *, listed: bool) -> str:
+        """Count the start of an invocation; return the label that `end` is to be given."""
+        label = function.name if function and (listed or function.name in self._answered) else "other"
+        self._started.labels(label).inc()
+        return label
 
-    def end(self, function: str, status: int, started_s: float) -> None:
+    def end(self, label: str, status: int, duration_s: float) -> None:
         """Count the end of an invocation."""
-        self._total.labels(function, str(status)).inc()
-        self._seconds.labels(function).observe(time.perf_counter() - started_s)
+        self._total.labels(label, str(status)).inc()
+        self._seconds.labels(label).observe(duration_s)
 
-    def show_queue(self, by_state: Mapping[State, int]) -> None:
-        """Set the depth of the queue."""
+    def answered(self, name: str) -> None:
+        """There is a function of this name."""
+        if len(self._answered) < MAX_LABELS_COUNT:
+            self._answered.add(name)
+
+    def submitted(self, status: int) -> None:
+        """Count a submission."""
+        self._submitted.labels(str(status)).inc()
+
+    def show_queue(self, stats: Stats) -> None:
+        """Set the figures of the queue."""
         for state in State:
-            self._queue.labels(state.value).set(by_state.get(state, 0))
+            self._queue.labels(state.value).set(stats.by_state.get(state, 0))
+        self._dead_callbacks.set(stats.callback_dead_count)
+        self._oldest.set(stats.oldest_due_age_s or 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -402,8 +457,23 @@ class Credentials:
 
     def match(self, request: Request) -> bool:
         """Tell whether a request carries them (RFC 7617), in constant time."""
-        expected = b"Basic " + base64.b64encode(f"{self.user}:{self.password}".encode())
-        return hmac.compare_digest(request.header(b"authorization") or b"", expected)
+        scheme, _, given = (request.header(b"authorization") or b"").partition(b" ")
+        expected = base64.b64encode(f"{self.user}:{self.password}".encode())
+        return scheme.lower() == b"basic" and hmac.compare_digest(given.strip(), expected)
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What ties the records of one call together: its id, its start (ns since the epoch), whether a worker asks."""
+
+    call_id: str
+    start_time: bytes
+    by_worker: bool
+
+    @property
+    def fields(self) -> tuple[Header, Header]:
+        """The header fields that carry it, in requests and responses."""
+        return (b"X-Call-Id", self.call_id.encode()), (b"X-Start-Time", self.start_time)
 
 
 class Gateway:
@@ -418,10 +488,12 @@ class Gateway:
         credentials: Credentials | None,
     ) -> None:
         self.metrics = GatewayMetrics()
-        self.accepting = True
         self.client = Client()
+        self.draining = False
+        self._waits: set[asyncio.Timeout] = set()
         self._settings = settings
         self._functions = functions
+        self._listed = frozenset(function.name for function in functions)
         self._queue = queue
         self._policy = policy
         self._credentials = credentials
@@ -435,119 +507,161 @@ class Gateway:
         if area == "async-function":
             if _UUID.fullmatch(name):
                 return await self._on_call(request, name.lower(), rest)
-            return await self._submit(request, name, rest)
+            return await self._on_submission(request, name, rest)
         if area == "system":
-            return self._system(request, name, rest)
+            return await self._system(request, name, rest.decode("latin-1"))
         if request.path == b"/healthz":
             return self._health(request)
         raise NotFound("not found; allowed: /function/NAME, /async-function/NAME, /async-function/CALL-ID, /healthz")
 
     def _health(self, request: Request) -> Response:
-        if request.method != "GET":
-            raise MethodNotAllowed(("GET",))
-        if not self.accepting:
+        allow(request, "GET")
+        if self.draining:
             raise NotReady("draining")
         return Response(200, (TEXT_PLAIN,), b"OK")
 
+    def drain(self) -> None:
+        """Be unhealthy, and let nobody wait any longer for a call to end; everything else goes on."""
+        self.draining = True
+        for limit in self._waits:
+            limit.reschedule(asyncio.get_running_loop().time())
+
     async def serve_metrics(self, request: Request) -> Response:
         """Answer GET /metrics, on a port of its own."""
-        self.metrics.show_queue((await self._queue.stats()).by_state)
+        self.metrics.show_queue(await self._queue.stats())
         return await serve_metrics(self.metrics.registry, request)
 
     def _is_worker(self, request: Request) -> bool:
-        return hmac.compare_digest(request.header(WORKER_TOKEN) or b"", self._token)
+        return hmac.compare_digest(request.header(WORKER_TOKEN.lower()) or b"", self._token)
 
     def _authorize(self, request: Request) -> None:
         if self._credentials is None or self._credentials.match(request) or self._is_worker(request):
             return
         raise Unauthorized("credentials are needed: basic-auth-user and basic-auth-password")
 
-    def _lookup(self, name: str) -> Function:
-        function = self._functions.lookup(name)
-        if function is None:
-            raise OurFailure(404, f"no function is named {name[:100]!r}")
-        return function
-
     # Now.
 
     async def _invoke(self, request: Request, name: str, rest: bytes) -> Response:
-        function = self._lookup(name)
-        started_s, status = self.metrics.begin(function.name), 499
+        """Pass a request on to its function; whatever comes of it is counted, logged, and carries the call's id."""
+        trace = self._trace(request)
+        function = self._functions.lookup(name)
+        label = self.metrics.begin(function, listed=function is not None and function.name in self._listed)
+        started_s, status = time.perf_counter(), CLIENT_GONE_STATUS
+        reason: dict[str, object] = {}
         try:
-            response = await self._proxy(request, function, rest)
+            response = await self._answer(request, function, rest, trace)
             status = response.status
-            return response
         except FaashoundError as error:
-            status = error.status
-            raise
+            response = error_response(error)
+            response.headers = (*response.headers, *trace.fields)
+            status, reason = error.status, {"error": error.__cause__ or error}
         finally:
-            self.metrics.end(function.name, status, started_s)
-
-    async def _proxy(self, request: Request, function: Function, rest: bytes) -> Response:
-        call_id = call_id_of(request) or new_call_id()
-        worker = self._is_worker(request)
-        if worker:
-            headers = end_to_end(request.headers, b"host", b"expect", WORKER_TOKEN)
-            start_time = request.header(b"x-start-time") or b""
-        else:
-            start_time = str(time.time_ns()).encode()
-            headers = end_to_end(
-                request.headers, b"host", b"expect", WORKER_TOKEN, b"x-call-id", b"x-start-time", *_FORWARDED
+            duration_s = time.perf_counter() - started_s
+            self.metrics.end(label, status, duration_s)
+            log.info(
+                f"Forwarded [{request.method}] to /function/{name[:100]} - [{status}] - {duration_s:f}s",
+                call_id=trace.call_id,
+                **reason,
             )
-            headers += [(b"X-Call-Id", call_id.encode()), (b"X-Start-Time", start_time), *forwarded(request)]
-        deadline_s = None if worker else time.monotonic() + self._settings.upstream_timeout_s
+        return response
+
+    def _trace(self, request: Request) -> Trace:
+        by_worker = self._is_worker(request)
+        start_time = (by_worker and request.header(b"x-start-time")) or b"%d" % time.time_ns()
+        return Trace(call_id_of(request) or new_call_id(), start_time, by_worker)
+
+    async def _answer(self, request: Request, function: Function | None, rest: bytes, trace: Trace) -> Response:
+        if function is None:
+            raise OurFailure(404, "no function has this name")
+        check_path(rest)
+        response = await self._ask(request, function, rest, trace)
+        self.metrics.answered(function.name)
+        headers = [*end_to_end(response.headers, *_TRACED, b"date"), *trace.fields]
+        write_timeout_s = math.inf if trace.by_worker else None
+        return Response(response.status, headers, response.body, response.body.length, write_timeout_s)
+
+    async def _ask(self, request: Request, function: Function, rest: bytes, trace: Trace) -> ClientResponse:
+        """Send the request to the function; a worker's carries the fields already that were made at submission."""
+        limit_s = self._settings.upstream_timeout_s
+        if trace.by_worker:
+            deadline_s, headers = None, end_to_end(request.headers, *_NEVER_PASSED_ON, *_TRACED, b"via")
+        else:
+            deadline_s = time.monotonic() + limit_s
+            headers = end_to_end(request.headers, *_NEVER_PASSED_ON, *_TRACED, *_FORWARDED, b"via")
+            headers += forwarded(request)
+        headers += [*trace.fields, via(request)]
         target = function_target(function, request, rest)
         try:
-            response = await self.client.request(
+            return await self.client.request(
                 request.method, target, headers, request.body, request.body.length, deadline_s
             )
-        except FaashoundError as error:
-            raise OurFailure(error.status, f"{function.name}: {error}") from None
-        fields = end_to_end(response.headers, b"x-call-id", b"x-start-time", b"date")
-        fields += [(b"X-Call-Id", call_id.encode()), (b"X-Start-Time", start_time)]
-        return Response(response.status, fields, response.body, response.body.length, math.inf if worker else None)
+        except UpstreamTimeout as error:
+            text = f"{function.name} did not answer within upstream_timeout ({format_duration(limit_s)})"
+            raise OurFailure(504, text) from error
+        except (Unreachable, PeerGone) as error:  # whose text names addresses: for the log, and for our worker
+            raise OurFailure(502, f"{function.name}: {error if trace.by_worker else 'no answer'}") from error
 
     # Later.
 
-    async def _submit(self, request: Request, name: str, rest: bytes) -> Response:
-        if request.method != "POST":
-            raise MethodNotAllowed(("POST",))
-        function = self._lookup(name)
+    async def _on_submission(self, request: Request, name: str, rest: bytes) -> Response:
+        """Queue a call; whatever comes of it is counted and logged, and carries the id that the caller gave."""
+        status, call_id = CLIENT_GONE_STATUS, call_id_of(request)
+        reason: dict[str, object] = {}
+        try:
+            call = await self._submit(request, name, rest)
+            call_id, status = call.id, 202
+            fields = ((b"X-Call-Id", call.id.encode()), (b"X-Start-Time", _start_time(call.accepted_s)))
+            return Response(202, (*fields, (b"Location", b"/async-function/" + call.id.encode())))
+        except FaashoundError as error:
+            status, reason = error.status, {"error": error}
+            response = error_response(error)
+            if call_id is not None:
+                response.headers = (*response.headers, (b"X-Call-Id", call_id.encode()))
+            return response
+        finally:
+            self.metrics.submitted(status)
+            log.info(
+                f"Queued [{request.method}] for /async-function/{name[:100]} - [{status}]",
+                call_id=call_id or "none",
+                **reason,
+            )
+
+    async def _submit(self, request: Request, name: str, rest: bytes) -> Call:
+        allow(request, "POST")
+        function = self._functions.lookup(name)
+        if function is None:
+            raise NotFound("no function has this name")
+        check_path(rest)
         limit_bytes = self._settings.max_body_bytes
         if request.body.length is not None and request.body.length > limit_bytes:
             raise BodyTooLarge(limit_bytes)
         call = self._parse_submission(request, function, rest)
         body = await self._queue.store_body(request.body, limit_bytes)
-        accepted = await self._queue.put(dataclasses.replace(call, body=body))
-        headers = (
-            (b"X-Call-Id", accepted.id.encode()),
-            (b"X-Start-Time", _start_time(accepted.accepted_s)),
-            (b"Location", b"/async-function/" + accepted.id.encode()),
-        )
-        return Response(202, headers)
+        return await self._queue.put(dataclasses.replace(call, body=body))
 
     def _parse_submission(self, request: Request, function: Function, rest: bytes) -> NewCall:
         """Return the call that a request asks for, its body still to come; everything in it has been checked."""
         now_s = time.time()
-        delay_s, expires_s = parse_span(request, "X-Delay"), parse_span(request, "X-Expires")
+        delay_s = parse_span(request, "X-Delay", parse_duration)
+        expires_s = parse_span(request, "X-Expires", parse_positive_duration)
         if delay_s is not None and expires_s is not None and expires_s <= delay_s:
             raise BadField("X-Expires is not longer than X-Delay: the call could never run")
         call_id, key = self._identify(request)
-        callback = request.header(b"x-callback-url")
-        if callback is not None:
-            self._policy.check_url(callback.decode("latin-1"))
-        fields = end_to_end(request.headers, *_SUBMISSION_FIELDS, b"x-call-id", b"x-start-time", *_FORWARDED)
+        callback_url = (request.header(b"x-callback-url") or b"").decode("latin-1") or None
+        if callback_url is not None:
+            self._policy.check_url(callback_url)
+        fields = end_to_end(request.headers, *_NEVER_PASSED_ON, *_SUBMISSION_FIELDS, *_TRACED, *_FORWARDED)
         fields += [(b"X-Call-Id", call_id.encode()), (b"X-Start-Time", _start_time(now_s)), *forwarded(request)]
         return NewCall(
             id=call_id,
             function=function.name,
-            queue=function.annotations.get(QUEUE_ANNOTATION, DEFAULT_QUEUE),
+            queue=queue_of(function),
             method=request.method,
             path=rest.decode(),
             query=request.query.decode(),
             headers=tuple((name.decode(), value.decode("latin-1")) for name, value in fields),
             body=StoredBody(0, b"", None),
-            callback_url=None if callback is None else callback.decode("latin-1"),
+            callback_url=callback_url,
             due_s=now_s + (delay_s or 0.0),
             expires_s=None if expires_s is None else now_s + expires_s,
             idempotency_key=key,
@@ -558,42 +672,50 @@ class Gateway:
         """Return a call's id and its idempotency key.
 
         A callback of ours that submits the next call of a chain carries the id of the call it reports on: that id is
-        in use, and it is what makes a repeated callback the same submission.
+        in use, and it is what makes a repeated callback the same submission.  No caller's key begins with a space.
         """
-        given = request.header(b"x-call-id")
-        text = given.decode("latin-1").lower() if given is not None else ""
-        if not _UUID.fullmatch(text):
+        given = (request.header(b"x-call-id") or b"").decode("latin-1").lower()
+        if not _UUID.fullmatch(given):
             return new_call_id(), parse_key(request)
-        if self._is_worker(request):
-            return new_call_id(), f"callback of {text}"
-        return text, parse_key(request)
+        proof = request.header(CALLBACK_PROOF.lower()) or b""
+        if hmac.compare_digest(proof, build_proof(self._queue.token, given).encode()):
+            return new_call_id(), f" callback of {given}"
+        return given, parse_key(request)
 
     async def _on_call(self, request: Request, call_id: str, rest: bytes) -> Response:
         """GET status or result, DELETE: of one call."""
         if rest not in (b"", b"/result"):
             raise NotFound("not found; allowed: /async-function/CALL-ID and /async-function/CALL-ID/result")
-        allowed = ("GET",) if rest else ("GET", "DELETE")
-        if request.method not in allowed:
-            raise MethodNotAllowed(allowed)
+        allow(request, *(("GET",) if rest else ("GET", "DELETE")))
         self._authorize(request)
         if request.method == "DELETE":
             state = await self._queue.cancel(call_id)
             return json_response(202, {"id": call_id, "state": state.value, "cancel_requested": True})
-        call = await self._find(call_id, parse_wait(request.query))
+        call = await self._wait(call_id, parse_wait(request.query))
         return await self._result(call) if rest else json_response(200, describe_call(call))
 
-    async def _find(self, call_id: str, wait_s: float) -> Call:
-        call = await (self._queue.wait(call_id, wait_s) if wait_s else self._queue.get(call_id))
-        if call is None:
-            raise CallUnknown(f"no call has the id {call_id}")
-        return call
+    async def _wait(self, call_id: str, wait_s: float) -> Call:
+        """Return the call when it has ended, or as it is after `wait_s` or when we begin to drain."""
+        call = await find_call(self._queue, call_id)
+        if not wait_s or self.draining or call.state in FINAL:
+            return call
+        limit = asyncio.timeout(wait_s)
+        self._waits.add(limit)
+        try:
+            async with limit:
+                return await self._queue.wait(call_id, wait_s)
+        except TimeoutError:
+            return await find_call(self._queue, call_id)
+        finally:
+            self._waits.discard(limit)
 
     async def _result(self, call: Call) -> Response:
         """Return what the function answered, as it answered."""
         if call.state not in FINAL:
             raise Conflict(f"the call is {call.state.value}; ?wait=30s waits for its end")
         if call.result is None or call.status is None:
-            if call.status is not None and call.state is State.DONE:
+            dropped = call.state is State.DONE or (call.state is State.DEAD and call.excerpt is not None)
+            if dropped:
                 raise Gone("the result is no longer kept (keep_results)")
             raise NotFound(f"the call is {call.state.value} and has no result: {call.error or 'it never ran'}")
         fields = [(name.encode(), value.encode("latin-1")) for name, value in call.result_headers]
@@ -602,15 +724,64 @@ class Gateway:
 
     # For operators and workers.
 
-    def _system(self, request: Request, name: str, rest: bytes) -> Response:
-        if request.method != "GET":
-            raise MethodNotAllowed(("GET",))
+    async def _system(self, request: Request, name: str, rest: str) -> Response:
         self._authorize(request)
         if name == "functions" and not rest:
+            allow(request, "GET")
             return json_response(200, [describe_function(function) for function in self._functions])
         if name == "function" and rest:
-            return json_response(200, describe_function(self._lookup(rest[1:].decode("latin-1"))))
-        raise NotFound("not found; allowed: /system/functions and /system/function/NAME")
+            allow(request, "GET")
+            function = self._functions.lookup(rest[1:])
+            if function is None:
+                raise NotFound("no function has this name")
+            return json_response(200, describe_function(function))
+        if name == "calls":
+            return await self._system_calls(request, rest)
+        raise NotFound(
+            "not found; allowed: /system/functions, /system/function/NAME, /system/calls, /system/calls/CALL-ID"
+        )
+
+    async def _system_calls(self, request: Request, rest: str) -> Response:
+        """See and act on calls: all that a query chooses, or one."""
+        if not rest:
+            allow(request, "GET", "DELETE")
+            choice = parse_choice_query(request.query)
+            return await (self._purge(choice) if request.method == "DELETE" else self._list(choice))
+        call_id, _, verb = rest[1:].partition("/")
+        call_id = call_id.lower()
+        if verb == "retry":
+            allow(request, "POST")
+            return json_response(202, describe_call(await retry_letter(self._queue, call_id)))
+        if verb:
+            raise NotFound("not found; allowed: /system/calls/CALL-ID and /system/calls/CALL-ID/retry")
+        allow(request, "GET", "DELETE")
+        if request.method == "DELETE":
+            await purge_call(self._queue, call_id)
+            return Response(204)
+        return json_response(200, await describe_call_whole(self._queue, await find_call(self._queue, call_id)))
+
+    async def _list(self, choice: Choice) -> Response:
+        calls = await list_calls(self._queue, choice)
+        before = calls[-1].id if len(calls) == choice.limit_count else None
+        return json_response(200, {"calls": [describe_call(call) for call in calls], "before": before})
+
+    async def _purge(self, choice: Choice) -> Response:
+        if choice.state not in FINAL or choice != Choice(choice.state, choice.function):
+            states = ", ".join(sorted(state.value for state in FINAL))
+            raise BadField(f"allowed: ?state= and, if need be, &function=; state must be one of {states}")
+        count = await self._queue.purge(state=choice.state, function=choice.function)
+        return json_response(200, {"deleted": count})
+
+
+def allow(request: Request, *methods: str) -> None:
+    """Raise MethodNotAllowed unless the request's method is one of `methods`."""
+    if request.method not in methods:
+        raise MethodNotAllowed(methods)
+
+
+def queue_of(function: Function) -> str:
+    """Return the queue that a function's calls wait in."""
+    return function.annotations.get(QUEUE_ANNOTATION, DEFAULT_QUEUE)
 
 
 def _start_time(epoch_s: float) -> bytes:
@@ -618,29 +789,75 @@ def _start_time(epoch_s: float) -> bytes:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Lifecycle.  SIGTERM: unhealthy; the local worker drains while we still serve, since its calls come through us;
-# then no more connections, what is in flight finishes within upstream_timeout, and the local functions end.
+# What is to be run: settings of ours and of the worker beside us, the functions, the credentials.  All that is wrong
+# with them is told at once.
 # ---------------------------------------------------------------------------------------------------------------
 
-FUNCTIONS_GRACE_S = 10.0  # for watchdogs whose requests are over already
-WORKER_COMMAND = (sys.executable, "-m", "faashound.worker")
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A gateway to be started.  `worker` is the environment of the worker beside it, but for its gateway_url."""
+
+    settings: Settings
+    functions: Mapping[str, Function]
+    worker: Mapping[str, str] | None
 
 
-def load_functions(settings: Settings, environ: Mapping[str, str]) -> dict[str, Function]:
-    """Return the functions of the file, their annotations checked; raises BadFunctions."""
-    table = read_functions(Path(settings.functions), missing_ok=not environ.get("functions"))
+def load_plan(environ: Mapping[str, str]) -> Plan:
+    """Return what `environ` asks for; raises BadSettings with every problem in it, and in what it points to."""
+    problems: list[str] = []
+    settings: Settings | None = None
+    functions: dict[str, Function] = {}
+    try:
+        settings = parse_settings(Settings, environ)
+    except BadSettings as error:
+        problems += error.problems
+    try:
+        functions = load_functions(environ)
+    except BadFunctions as error:
+        problems += error.problems
+    worker = None if environ.get("worker") == "none" else worker_environment(environ, settings, functions)
+    try:
+        parse_settings(WorkerSettings, worker or {})
+    except BadSettings as error:
+        problems += error.problems
+    if problems or settings is None:
+        raise BadSettings(dict.fromkeys(problems))  # what both programs read is told once
+    return Plan(settings, functions, worker)
+
+
+def load_functions(environ: Mapping[str, str]) -> dict[str, Function]:
+    """Return the functions of the file that `functions` names, their annotations checked; raises BadFunctions."""
+    path = Path(environ.get("functions") or settings_table(Settings)["functions"].default or "")
+    table = read_functions(path, missing_ok=not environ.get("functions"))
     problems = []
     for function in table.values():
         try:
             parse_annotations(function.name, function.annotations)
-            parse_queue_name(function.annotations.get(QUEUE_ANNOTATION, DEFAULT_QUEUE))
+            parse_queue_name(queue_of(function))
         except BadAnnotations as error:
             problems += str(error).splitlines()
         except ValueError as error:
             problems.append(f"function {function.name}: annotation {QUEUE_ANNOTATION}: {error}")
     if problems:
-        raise BadFunctions(f"{settings.functions}: {problem}" for problem in problems)
+        raise BadFunctions(f"{path}: {problem}" for problem in problems)
     return table
+
+
+def worker_environment(
+    environ: Mapping[str, str], settings: Settings | None, functions: Mapping[str, Function]
+) -> dict[str, str]:
+    """Return the environment of the worker beside us: its own settings as they stand, the rest as ours are.
+
+    Unless told otherwise it drains every queue that a function of the file has, or their calls would wait for ever.
+    """
+    ours = {row.name for row in settings_table(Settings).values()} - {"queue_url", "callback_allow", "log_format"}
+    base = {name: value for name, value in environ.items() if name not in ours and not name.startswith("LISTEN_")}
+    base |= {"OPENFAAS_NAME": "worker"}
+    base.setdefault("queues", ",".join(sorted({DEFAULT_QUEUE, *map(queue_of, functions.values())})))
+    if settings is not None:
+        base["metrics_port"] = str(settings.local_worker_metrics_port)
+    return base
 
 
 def load_credentials(settings: Settings) -> Credentials | None:
@@ -657,68 +874,112 @@ def load_credentials(settings: Settings) -> Credentials | None:
     return Credentials(*texts)
 
 
-def worker_environment(settings: Settings, environ: Mapping[str, str], port: str) -> dict[str, str]:
-    """Return the environment of the worker beside this gateway: its own settings as they stand, the rest from ours.
-
-    Raises BadSettings for what the worker would refuse.
-    """
-    shared = {"queue_url", "callback_allow", "log_format"}
-    ours = {row.name for row in settings_table(Settings).values()} - shared
-    base = {name: value for name, value in environ.items() if name not in ours and not name.startswith("LISTEN_")}
-    base |= {"gateway_url": f"http://127.0.0.1:{port}", "OPENFAAS_NAME": "worker"}
-    if not settings.metrics_port:
-        base["metrics_port"] = "0"
-    parse_settings(WorkerSettings, base)
-    return base
+def local_url(sockets: Iterable[socket.socket]) -> str | None:
+    """Return the URL at which this machine reaches one of `sockets`; None if none of them is TCP."""
+    for sock in sockets:
+        name = sock.getsockname()
+        if isinstance(name, tuple):
+            address, port = ip_address(name[0].partition("%")[0]), name[1]
+            if address.is_unspecified:
+                address = ip_address("127.0.0.1" if address.version == 4 else "::1")
+            return f"http://{address}:{port}" if address.version == 4 else f"http://[{address}]:{port}"
+    return None
 
 
-async def keep_house(queue: Spool, settings: Settings) -> None:
-    """Drop what is past its time from the queue, for ever."""
-    while True:
-        await asyncio.sleep(SWEEP_EVERY_S)
-        try:
-            await queue.sweep(settings.keep_results_s, settings.retention_s)
-        except FaashoundError as error:
-            log.warning(f"housekeeping in the queue failed: {error}")
-
-
-async def serve(settings: Settings, environ: Mapping[str, str], sockets: Sequence[socket.socket]) -> int:
-    """Serve until told to stop; return the exit status."""
-    loop = asyncio.get_running_loop()
-    signals = Signals(loop)
-    watch_lifeline(loop, environ, signals.stop_now)
-    port = describe_socket(sockets[0])
-    async with AsyncExitStack() as stack:
-        credentials = load_credentials(settings)
-        queue = await Spool.open(settings.queue_url)
-        stack.push_async_callback(queue.close)
-        local = LocalFunctions(load_functions(settings, environ), environ=environ, hidden=hidden_names())
-        local.start()
-        stack.push_async_callback(local.stop, FUNCTIONS_GRACE_S)
-        policy = build_policy([f"http://127.0.0.1:{port}"], settings.callback_allow)
-        gateway = Gateway(settings, Functions(local.table, settings.function_url), queue, policy, credentials)
-        stack.push_async_callback(gateway.client.close)
-        metrics_server = await start_metrics(settings.host, settings.metrics_port, gateway.serve_metrics)
-        stack.callback(metrics_server.abort)
-        timeouts = ServerTimeouts(settings.read_timeout_s, settings.write_timeout_s, settings.read_timeout_s)
-        server = Server(gateway, timeouts)
-        for sock in sockets:
-            await server.listen(sock)
-            log.info(f"Listening on port: {describe_socket(sock)}")
-        stack.callback(asyncio.create_task(keep_house(queue, settings)).cancel)
-        keeper = Keeper()
-        if settings.worker == "local":
-            keeper.start("the worker", WORKER_COMMAND, worker_environment(settings, environ, port))
-        await signals.first.wait()
-        gateway.accepting = False
-        await finished_first(keeper.stop(LONGEST_DURATION_S), signals.second.wait())
-        await keeper.stop(0.0)
-        return await drain_server(server, signals, settings.upstream_timeout_s)
+def is_open_to_others(sockets: Iterable[socket.socket]) -> bool:
+    """Tell whether other machines may reach one of `sockets`."""
+    names = [sock.getsockname() for sock in sockets]
+    return any(isinstance(name, tuple) and not ip_address(name[0].partition("%")[0]).is_loopback for name in names)
 
 
 def hidden_names() -> set[str]:
     """Return the names of the settings that are no business of a function."""
     return {row.name for kind in (Settings, WorkerSettings) for row in settings_table(kind).values()}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Lifecycle.  SIGTERM: unhealthy; the local worker drains while we still serve, since its calls come through us;
+# then no more connections, what is in flight finishes within upstream_timeout, and the local functions end.
+# ---------------------------------------------------------------------------------------------------------------
+
+FUNCTIONS_GRACE_S = 10.0  # for watchdogs whose requests are over already
+WORKER_COMMAND = (sys.executable, "-m", "faashound.worker")
+
+
+async def keep_house(queue: Spool, settings: Settings) -> None:
+    """Drop what is past its time from the queue, for ever."""
+    shortest_s = min(settings.keep_results_s, settings.retention_s)
+    while True:
+        try:
+            await queue.sweep(settings.keep_results_s, settings.retention_s)
+        except FaashoundError as error:
+            log.warning(f"housekeeping in the queue failed: {error}")
+        await asyncio.sleep(min(SWEEP_EVERY_S, max(shortest_s, 1.0)))
+
+
+def tell_what_is_served(plan: Plan, url: str | None, sockets: Sequence[socket.socket]) -> None:
+    """Log what one can do now, and whether others can."""
+    names = list(plan.functions)
+    for name in names[:MAX_TOLD_COUNT]:
+        log.info(f"Serving {url or ''}/function/{name}")
+    if len(names) > MAX_TOLD_COUNT:
+        log.info(f"... and {len(names) - MAX_TOLD_COUNT} functions more, see {url or ''}/system/functions")
+    if not names and plan.settings.function_url is None:
+        log.warning(f"no functions: {plan.settings.functions} lists none, and function_url is not set")
+    if is_open_to_others(sockets) and not plan.settings.basic_auth:
+        log.warning(
+            "other machines reach this port, and basic_auth=false: whoever does can call functions, and see and cancel"
+            " the calls of others"
+        )
+
+
+async def serve(plan: Plan, environ: Mapping[str, str], sockets: Sequence[socket.socket]) -> int:
+    """Serve until told to stop; return the exit status."""
+    settings, loop = plan.settings, asyncio.get_running_loop()
+    signals = Signals(loop)
+    watch_lifeline(loop, environ, signals.stop_now)
+    url = local_url(sockets)
+    if plan.worker is not None and url is None:
+        raise CannotStart("the local worker calls functions over TCP and was given a Unix socket; worker=none")
+    async with AsyncExitStack() as stack:
+        gateway = await assemble(stack, plan, environ, url)
+        server = Server(
+            gateway, ServerTimeouts(settings.read_timeout_s, settings.write_timeout_s, settings.read_timeout_s)
+        )
+        for sock in sockets:
+            await server.listen(sock)
+            log.info(f"Listening on port: {describe_socket(sock)}")
+        tell_what_is_served(plan, url, sockets)
+        keeper = Keeper()
+        stack.push_async_callback(keeper.stop, 0.0)
+        if plan.worker is not None:
+            keeper.start("the worker", WORKER_COMMAND, {**plan.worker, "gateway_url": url or ""})
+        await signals.first.wait()
+        gateway.drain()
+        await finished_first(keeper.stop(LONGEST_DURATION_S), signals.second.wait())
+        await keeper.stop(0.0)
+        return await drain_server(server, signals, settings.upstream_timeout_s)
+
+
+async def assemble(stack: AsyncExitStack, plan: Plan, environ: Mapping[str, str], url: str | None) -> Gateway:
+    """Return the gateway with all that is behind it at work: queue, local functions, metrics, housekeeping.
+
+    `stack` ends it all.  Raises CannotStart and the queue's errors.
+    """
+    settings = plan.settings
+    credentials = load_credentials(settings)
+    queue = await Spool.open(settings.queue_url)
+    stack.push_async_callback(queue.close)
+    policy = build_policy([url] if url else [], settings.callback_allow)
+    local = LocalFunctions(plan.functions, environ=environ, hidden=hidden_names())
+    local.start()
+    stack.push_async_callback(local.stop, FUNCTIONS_GRACE_S)
+    gateway = Gateway(settings, Functions(local.table, settings.function_url), queue, policy, credentials)
+    stack.push_async_callback(gateway.client.close)
+    metrics_server = await start_metrics(settings.host, settings.metrics_port, gateway.serve_metrics)
+    stack.callback(metrics_server.abort)
+    stack.callback(asyncio.create_task(keep_house(queue, settings)).cancel)
+    return gateway
 
 
 PURPOSE = "Serves every function under one address, now (/function/NAME) or later (/async-function/NAME)."
@@ -731,16 +992,17 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     answer = flag_answer(argv, help_text("fgateway", PURPOSE, Settings))
     if answer is not None:
         return answer
-    settings = load_settings(Settings, environ)
-    if settings is None:
-        return 2
-    log.configure(settings.log_format, environ.get("OPENFAAS_NAME"))
     try:
-        sockets = open_sockets(settings.host, settings.port, environ)
-        return uvloop.run(serve(settings, environ, sockets))
-    except (BadFunctions, BadSettings) as error:
+        plan = load_plan(environ)
+    except BadSettings as error:
         print(error, file=sys.stderr)
         return 2
+    log.configure(plan.settings.log_format, environ.get("OPENFAAS_NAME"))
+    try:
+        for warning in lookalikes(Settings, environ):
+            log.warning(warning)
+        sockets = open_sockets(plan.settings.host, plan.settings.port, environ)
+        return uvloop.run(serve(plan, environ, sockets))
     except FaashoundError as error:
         log.error(str(error))
         return 1

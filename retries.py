@@ -10,6 +10,7 @@ a message to a function before discarding it", OpenFaaS's documentation), so 0 a
     answered otherwise                 done, be it 200 or 404: the function has spoken
     unreachable                        retry; in the end dead, reported as 503 with an empty body
     over call_timeout                  retry if 504 is to be; in the end dead, reported as 504 with an empty body
+    unreadable                         dead at once, reported as 500: no further attempt would find the body again
     cancelled                          cancelled: no retry, no callback (who cancelled knows)
 
 Expiry: a call whose next attempt could only come after `X-Expires` is dead at once, with what there is, instead of
@@ -36,6 +37,7 @@ class End(Enum):
     UNREACHABLE = "unreachable"  # no connection, or none that lasted until the end of the answer
     TIMED_OUT = "timed out"  # by the worker's own limit
     CANCELLED = "cancelled"
+    UNREADABLE = "unreadable"  # the queue has lost the body that was to be sent
     REFUSED = "refused"  # only callbacks: the address is not permitted
 
 
@@ -57,6 +59,8 @@ class Outcome:
         """The status that stands for this outcome towards the caller (X-Function-Status)."""
         if self.end is End.TIMED_OUT:
             return 504
+        if self.end is End.UNREADABLE:
+            return 500
         if self.end is End.UNREACHABLE or (self.internal and self.status in (502, 503)):
             return 503
         return self.status
@@ -162,6 +166,8 @@ def _calls_for_retry(policy: RetryPolicy, outcome: Outcome) -> bool:
             return outcome.reported_status in policy.codes
         case End.UNREACHABLE:
             return True
+        case End.UNREADABLE:
+            return False
         case _:
             raise AssertionError(f"the call of a function cannot end as {outcome.end}")
 

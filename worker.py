@@ -2,6 +2,7 @@
 
     fworker                                   # or: python -m faashound.worker
     queue_url=spool:/var/lib/faashound gateway_url=http://gateway:8080 max_inflight=32 fworker
+    fworker dead list|show|retry|purge        # what was given up; see calls.py
 
 For each call that is due: lease it, send it to the function through the gateway, and record what follows from the
 answer (`retries.next_step`): done, again at some time, or a dead letter.  A result that somebody asked for is
@@ -10,7 +11,8 @@ delivered as a step of its own: a failing callback never runs the function again
 What it promises: delivery is at least once, and once without faults; a lease is renewed while the function runs, so
 calls may take as long as they like; what a worker held when it died is taken over.  On SIGTERM it claims nothing
 more, finishes what runs within drain_timeout, and hands back the rest.  What it refuses to do: decide (the rules are
-in retries.py), judge addresses (callbacks.py), or know how the queue is kept (spool.py).
+in retries.py), judge addresses (callbacks.py), know how the queue is kept (spool.py), or forget an outcome because
+the queue's disk is full for a while.
 """
 
 from __future__ import annotations
@@ -22,18 +24,18 @@ import os
 import random
 import sys
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import prometheus_client
 import uvloop
 
 from .callbacks import (
+    CALLBACK_PROOF,
     MAX_REDIRECTS_COUNT,
     CallbackAllow,
     CallbackPolicy,
@@ -42,9 +44,11 @@ from .callbacks import (
     Signer,
     build_callback_headers,
     build_policy,
+    build_proof,
     parse_callback_allow,
     parse_secrets,
 )
+from .calls import dead_letters
 from .retries import (
     CALLBACK_POLICY,
     Cancelled,
@@ -68,6 +72,9 @@ from .spool import (
     Call,
     Lease,
     LeaseLost,
+    QueueDamaged,
+    QueueFull,
+    QueueUnavailable,
     Spool,
     State,
     StoredBody,
@@ -115,7 +122,9 @@ ANNOTATIONS_KEPT_S = 30.0  # how long a function's annotations are believed befo
 ANNOTATIONS_TIMEOUT_S = 5.0
 RENEWALS_COUNT = 3  # in the time of one lease: two may fail before it runs out
 PAUSE_S = 1.0  # before the queue is asked again after it failed
-WORKER_TOKEN = b"X-Worker-Token"
+MAX_KNOWN_COUNT = 1000  # functions whose annotations and metrics are kept apart: callers can make up names
+ANSWER_READ_BYTES = 1 << 20  # of the answer to a callback, which nobody wants but whose sender wants to be rid of it
+WORKER_TOKEN = b"X-Worker-Token"  # who has it can open the queue, so it is a worker of ours
 
 
 def parse_gateway_url(text: str) -> str:
@@ -221,7 +230,7 @@ class Annotations:
         self._gateway = gateway
         self._token = token
         self._base = base
-        self._known: dict[str, tuple[float, RetryPolicy]] = {}
+        self._known: OrderedDict[str, tuple[float, RetryPolicy]] = OrderedDict()
 
     async def policy(self, function: str) -> RetryPolicy:
         """Return the policy of `function`: the last one known, or the worker's own, when the gateway cannot tell."""
@@ -235,6 +244,9 @@ class Annotations:
             log.warning(f"the annotations of {function} are not to be had: {error}")
         else:
             self._known[function] = (now_s, policy)
+            self._known.move_to_end(function)
+            if len(self._known) > MAX_KNOWN_COUNT:
+                self._known.popitem(last=False)
         return policy
 
     async def _ask(self, function: str) -> Mapping[str, str]:
@@ -248,8 +260,9 @@ class Annotations:
             return {}
         if response.status != 200:
             raise FaashoundError(f"the gateway answers {response.status}")
-        found = json.loads(body)["annotations"]
-        return {str(name): str(value) for name, value in found.items()}
+        answer = json.loads(body)
+        found = answer.get("annotations") if isinstance(answer, dict) else None
+        return {str(name): str(value) for name, value in found.items()} if isinstance(found, dict) else {}
 
 
 @dataclass(slots=True)
@@ -268,19 +281,45 @@ class Running:
 
 
 class WorkerMetrics:
-    """What a worker counts."""
+    """What a worker counts.  Functions beyond MAX_KNOWN_COUNT are counted together, as "other"."""
 
     def __init__(self) -> None:
         self.registry = prometheus_client.CollectorRegistry()
-        self.attempts = prometheus_client.Counter(
+        self._known: set[str] = set()
+        self._attempts = prometheus_client.Counter(
             "worker_attempts", "Attempts at calls, by outcome", ("function_name", "outcome"), registry=self.registry
         )
-        self.callbacks = prometheus_client.Counter(
+        self._limits = prometheus_client.Gauge(
+            "worker_function_limit",
+            "Calls of a function that may run at once, where it has refused some",
+            ("function_name",),
+            registry=self.registry,
+        )
+        self._callbacks = prometheus_client.Counter(
             "worker_callbacks", "Attempts at callbacks, by outcome", ("outcome",), registry=self.registry
         )
         self.in_flight = prometheus_client.Gauge(
             "worker_in_flight", "Calls and callbacks at work", ("kind",), registry=self.registry
         )
+
+    def attempt(self, function: str, outcome: Outcome) -> None:
+        """Count an attempt at a call."""
+        self._attempts.labels(self._label(function), str(outcome.status or outcome.end.value)).inc()
+
+    def callback(self, outcome: Outcome) -> None:
+        """Count an attempt at a callback."""
+        self._callbacks.labels(str(outcome.status or outcome.end.value)).inc()
+
+    def show_limits(self, limits: Mapping[str, Concurrency]) -> None:
+        """Set the limits of those functions that are held below the worker's own."""
+        self._limits.clear()
+        for function, limit in limits.items():
+            self._limits.labels(self._label(function)).set(int(limit.limit))
+
+    def _label(self, function: str) -> str:
+        if len(self._known) < MAX_KNOWN_COUNT:
+            self._known.add(function)
+        return function if function in self._known else "other"
 
 
 class Worker:
@@ -301,22 +340,28 @@ class Worker:
         self._gateway = parse_url(settings.gateway_url)
         self._annotations = Annotations(self._client, self._gateway, queue.token, settings.retry_policy())
         self._callback_policy = dataclasses.replace(CALLBACK_POLICY, max_attempts=settings.callback_retry_attempts)
-        self._running: dict[tuple[str, str], Running] = {}
+        self._running: dict[int, Running] = {}  # by the lease's fence
         self._limits: dict[str, Concurrency] = {}
         self._room = asyncio.Event()
         self._stopping = asyncio.Event()
+        self._complaint = ""
 
     # The story.
 
     async def run(self) -> None:
         """Work until `stop`, then drain."""
         helpers = [asyncio.create_task(self._renew_leases()), asyncio.create_task(self._watch_cancels())]
+        for helper in helpers:
+            helper.add_done_callback(lambda _: self.stop())
         try:
             while not self._stopping.is_set():
-                claimed = await self._claim()
-                if not claimed:
-                    await self._wait()
+                self._room.clear()  # before the claim: what ends during it makes room that it did not see
+                if not await self._claim():
+                    await finished_first(self._hear_of_work(), self._room.wait(), self._stopping.wait())
             await self._drain()
+            for helper in helpers:
+                if helper.done():
+                    helper.result()  # neither ever ends but by a fault of ours
         finally:
             for helper in helpers:
                 helper.cancel()
@@ -335,69 +380,75 @@ class Worker:
     async def _claim(self) -> bool:
         """Start as much as there is and as there is room for; tell whether that was anything."""
         lease_s, limit = self._settings.ack_wait_s, self._settings.max_inflight
-        counts = Counter(kind for kind, _ in self._running)
+        counts = Counter(running.lease.kind for running in self._running.values())
+        leases: list[Lease] = []
         try:
-            leases: list[Lease] = []
             if counts["call"] < limit:
-                room = self._rooms()
-                leases = await self._queue.claim(
-                    self._settings.queues, self._owner, lease_s, limit - counts["call"], room
+                leases += await self._queue.claim(
+                    self._settings.queues, self._owner, lease_s, limit - counts["call"], self._rooms()
                 )
             if counts["callback"] < limit:
                 leases += await self._queue.claim_callbacks(self._owner, lease_s, limit - counts["callback"])
         except FaashoundError as error:
-            log.error(f"the queue cannot be asked for work: {error}")
-            await asyncio.wait((asyncio.ensure_future(self._stopping.wait()),), timeout=PAUSE_S)
-            return False
+            self._complain(error)
+        else:
+            self._complaint = ""
         for lease in leases:
             self._start(lease)
         return bool(leases)
 
     def _rooms(self) -> dict[str, int]:
         """Return how many more calls each function may get whose limit is known to be below ours."""
-        running = Counter(each.lease.call.function for (kind, _), each in self._running.items() if kind == "call")
-        return {name: limit.room(running[name]) for name, limit in self._limits.items()}
+        calls = [running.lease for running in self._running.values() if running.lease.kind == "call"]
+        counts = Counter(lease.call.function for lease in calls)
+        return {name: limit.room(counts[name]) for name, limit in self._limits.items()}
 
-    async def _wait(self) -> None:
-        """Wait for work, for room if there was none, or for the end."""
-        self._room.clear()
-        waits = [self._queue.wait_for_work(self._settings.ack_wait_s), self._stopping.wait()]
-        if self._running:
-            waits.append(self._room.wait())
-        await finished_first(*waits)
+    async def _hear_of_work(self) -> None:
+        """Wait for work, or if the queue is in trouble for a moment."""
+        if not self._complaint:
+            try:
+                await self._queue.wait_for_work(self._settings.ack_wait_s)
+                return
+            except FaashoundError as error:
+                self._complain(error)
+        await asyncio.sleep(PAUSE_S)
+
+    def _complain(self, error: FaashoundError) -> None:
+        """Log that the queue is in trouble, once for each kind of it."""
+        if str(error) != self._complaint:
+            log.error(f"the queue cannot be asked for work: {error}")
+        self._complaint = str(error)
 
     def _start(self, lease: Lease) -> None:
+        for earlier in list(self._running.values()):
+            if (earlier.lease.kind, earlier.lease.call.id) == (lease.kind, lease.call.id):
+                earlier.end("lost")  # we slept past our own lease
         running = Running(lease)
-        key = (lease.kind, lease.call.id)
-        self._running[key] = running
-        work = self._make_call if lease.kind == "call" else self._make_callback
-        running.task = asyncio.create_task(self._see_to_end(running, work(lease)))
-        running.task.add_done_callback(partial(self._on_end, key))
+        self._running[lease.fence] = running
+        running.task = asyncio.create_task(self._see_to_end(running))
+        running.task.add_done_callback(partial(self._on_end, lease))
         self.metrics.in_flight.labels(lease.kind).inc()
 
-    def _on_end(self, key: tuple[str, str], task: asyncio.Task[None]) -> None:
-        del self._running[key]
-        self.metrics.in_flight.labels(key[0]).dec()
+    def _on_end(self, lease: Lease, task: asyncio.Task[None]) -> None:
+        del self._running[lease.fence]
+        self.metrics.in_flight.labels(lease.kind).dec()
         self._room.set()
         if not task.cancelled() and task.exception() is not None:
-            log.error(f"call {key[1]}: {task.exception()!r}; its lease runs out and it is tried again")
+            log.error(f"{task.exception()!r}; the lease runs out and it is tried again", call_id=lease.call.id)
 
-    async def _see_to_end(self, running: Running, work: Coroutine[Any, Any, None]) -> None:
+    async def _see_to_end(self, running: Running) -> None:
         """Run one lease's work; what it could not record is told in the log and left to the lease's end."""
-        lease = running.lease
-        started_s = time.time()
+        lease, started_s = running.lease, time.time()
         try:
-            await work
+            await (self._make_call(lease) if lease.kind == "call" else self._make_callback(lease))
         except asyncio.CancelledError:
             await self._end_early(running, started_s)
         except LeaseLost:
             log.warning("the lease was lost; somebody else has the call", call_id=lease.call.id)
-        except FaashoundError as error:
-            log.error(f"the outcome could not be recorded: {error}", call_id=lease.call.id)
 
     async def _end_early(self, running: Running, started_s: float) -> None:
         lease = running.lease
-        with suppress(LeaseLost):
+        with suppress(LeaseLost):  # it was recorded already, or somebody else has it
             if running.ended_by == "cancel":
                 await self._queue.finish_cancelled(lease, Attempt(started_s, time.time(), None, "cancelled"))
                 log.info("cancelled", call_id=lease.call.id, function=lease.call.function)
@@ -427,9 +478,10 @@ class Worker:
             except FaashoundError as error:
                 log.error(f"leases could not be renewed: {error}")
                 continue
-            for running in list(self._running.values()):
-                if running.lease.call.id in renewal.lost and running.lease in leases:
-                    running.end("lost")
+            for lease in leases:
+                if lease.call.id in renewal.lost and lease.fence in self._running:
+                    log.warning("the lease was lost; somebody else has the call", call_id=lease.call.id)
+                    self._running[lease.fence].end("lost")
             self._cancel(renewal.cancelled)
 
     async def _watch_cancels(self) -> None:
@@ -442,9 +494,9 @@ class Worker:
                 log.error(f"cancellations could not be read: {error}")
 
     def _cancel(self, ids: Iterable[str]) -> None:
-        for call_id in ids:
-            running = self._running.get(("call", call_id))
-            if running is not None:
+        wanted = frozenset(ids)
+        for running in list(self._running.values()):
+            if running.lease.kind == "call" and running.lease.call.id in wanted:
                 running.end("cancel")
 
     # A call.
@@ -460,7 +512,7 @@ class Worker:
         status = outcome.status or None
         error = None if isinstance(step, Done) else str(getattr(step, "reason", outcome))
         attempt = Attempt(started_s, now_s, status, error)
-        self.metrics.attempts.labels(call.function, str(status or outcome.end.value)).inc()
+        self.metrics.attempt(call.function, outcome)
         self._log_step(call, step, answer)
         await self._record(lease, step, attempt, answer)
 
@@ -470,7 +522,8 @@ class Worker:
         match step:
             case RetryAt(due_s):
                 excerpt = await self._excerpt(answer)
-                await self._queue.retry(lease, attempt=attempt, due_s=due_s, excerpt=excerpt)
+                again = partial(self._queue.retry, lease, attempt=attempt, due_s=due_s, excerpt=excerpt)
+                await self._insist(lease, again)
             case Done(status):
                 await self._finish(lease, State.DONE, status, attempt, answer)
             case Dead(_, status, with_answer):
@@ -481,8 +534,22 @@ class Worker:
             case Cancelled():
                 await self._queue.finish_cancelled(lease, attempt)
 
+    async def _insist(self, lease: Lease, record: Callable[[], Awaitable[object]]) -> None:
+        """Record what has happened, if need be again and again: what is not recorded would happen once more."""
+        complaint = ""
+        while True:
+            try:
+                await record()
+                return
+            except (QueueUnavailable, QueueFull) as error:
+                if str(error) != complaint:
+                    log.error(f"the outcome cannot be recorded yet: {error}", call_id=lease.call.id)
+                complaint = str(error)
+                await asyncio.sleep(PAUSE_S)
+
     async def _finish(self, lease: Lease, state: State, status: int, attempt: Attempt, answer: Answer) -> None:
-        await self._queue.finish(
+        finish = partial(
+            self._queue.finish,
             lease,
             attempt=attempt,
             result=answer.body,
@@ -492,6 +559,7 @@ class Worker:
             state=state,
             callback_due_s=None,
         )
+        await self._insist(lease, finish)
 
     async def _excerpt(self, answer: Answer) -> bytes | None:
         """Return the beginning of a failed response, and drop the rest."""
@@ -506,41 +574,47 @@ class Worker:
 
     async def _attempt(self, call: Call) -> Answer:
         """Send a call to its function and store what it answers."""
-        started = time.monotonic()
-        timeout_s = self._settings.call_timeout_s
-        body = call.body.inline if call.body.file is None else self._queue.open_body(call.body)
+        started, timeout_s = time.monotonic(), self._settings.call_timeout_s
+
+        def failed(end: End, error: FaashoundError) -> Answer:
+            return Answer(Outcome(end, error=str(error)), duration_s=time.monotonic() - started)
+
         try:
             response = await self._client.request(
                 call.method,
                 function_url(self._gateway, call),
                 build_call_headers(call, self._queue.token),
-                body or b"",
+                self._sendable(call.body),
                 call.body.bytes_count,
                 started + timeout_s if timeout_s else None,
             )
             async with response:
                 stored = await self._queue.store_body(response.body)
         except UpstreamTimeout as error:
-            return Answer(Outcome(End.TIMED_OUT, error=str(error)), duration_s=time.monotonic() - started)
-        except (PeerGone, Unreachable) as error:
-            return Answer(Outcome(End.UNREACHABLE, error=str(error)), duration_s=time.monotonic() - started)
-        outcome = Outcome(
-            End.ANSWERED,
-            response.status,
-            _text(response.header(b"retry-after")),
-            response.header(b"x-openfaas-internal") is not None,
-        )
-        headers = tuple((name.decode(), value.decode("latin-1")) for name, value in end_to_end(response.headers))
-        return Answer(outcome, stored, headers, time.monotonic() - started)
+            return failed(End.TIMED_OUT, error)
+        except QueueDamaged as error:
+            return failed(End.UNREADABLE, error)
+        except (PeerGone, Unreachable, QueueUnavailable, QueueFull) as error:  # of the queue: there is no room for it
+            return failed(End.UNREACHABLE, error)
+        return Answer(outcome_of(response), stored, kept_headers(response), time.monotonic() - started)
+
+    def _sendable(self, body: StoredBody) -> bytes | AsyncIterator[bytes]:
+        return self._queue.open_body(body) if body.file is not None else body.inline or b""
 
     def _learn(self, function: str, outcome: Outcome, started: float) -> None:
         """Adapt how many calls of a function run at once to how it answers."""
-        limit = self._limits.get(function) or Concurrency.start(self._settings.max_inflight)
-        limit = limit.after(outcome.status, started, time.monotonic())
-        if limit.limit >= limit.ceiling:
+        before = self._limits.get(function) or Concurrency.start(self._settings.max_inflight)
+        after = before.after(outcome.status, started, time.monotonic())
+        if after.limit >= after.ceiling:
             self._limits.pop(function, None)
         else:
-            self._limits[function] = limit
+            self._limits[function] = after
+        if after.limit < before.limit:
+            log.info(f"{function} refuses calls: at most {int(after.limit)} at once")
+
+    def show_limits(self) -> None:
+        """Bring the metrics of the functions' limits up to date."""
+        self.metrics.show_limits(self._limits)
 
     def _log_step(self, call: Call, step: object, answer: Answer) -> None:
         text = {Done: "done", RetryAt: "to be tried again", Dead: "dead letter", Cancelled: "cancelled"}[type(step)]
@@ -560,14 +634,15 @@ class Worker:
         step = next_callback_step(callback.attempts, self._callback_policy, outcome, now_s, random.random)
         error = None if isinstance(step, Done) else str(getattr(step, "reason", outcome))
         attempt = Attempt(started_s, now_s, outcome.status or None, error)
-        self.metrics.callbacks.labels(str(outcome.status or outcome.end.value)).inc()
+        self.metrics.callback(outcome)
         match step:
             case Done():
-                await self._queue.callback_done(lease, attempt)
+                record = partial(self._queue.callback_done, lease, attempt)
             case RetryAt(due_s):
-                await self._queue.callback_retry(lease, attempt, due_s)
+                record = partial(self._queue.callback_retry, lease, attempt, due_s)
             case Dead():
-                await self._queue.callback_dead(lease, attempt)
+                record = partial(self._queue.callback_dead, lease, attempt)
+        await self._insist(lease, record)
         text = {Done: "delivered", RetryAt: "to be tried again", Dead: "given up"}[type(step)]
         log.info(
             f"callback {text}", call_id=call.id, function=call.function, attempt=callback.attempts, outcome=outcome
@@ -585,6 +660,8 @@ class Worker:
                 here = url
                 async with await self._send_callback(call, here, deadline_s) as response:
                     status, retry_after = response.status, _text(response.header(b"retry-after"))
+                    with suppress(FaashoundError):  # a receiver that is cut off might think that it was not heard
+                        await response.body.read(ANSWER_READ_BYTES)
                     url = self._policy.check_redirect(here, status, _text(response.header(b"location")))
             return Outcome(End.ANSWERED, status, retry_after)
         except CallbackRefused as error:
@@ -600,11 +677,8 @@ class Worker:
         if self._signer is not None:
             headers += await self._sign(self._signer, call)
         fields = [(name.encode(), value.encode("latin-1")) for name, value in headers]
-        if (url.host, url.port) == (self._gateway.host, self._gateway.port):
-            fields.append((WORKER_TOKEN, self._queue.token.encode()))  # so that it may submit the next link of a chain
-        body: bytes | AsyncIterator[bytes] = b""
-        if call.result is not None:
-            body = self._queue.open_body(call.result) if call.result.file else call.result.inline or b""
+        fields.append((CALLBACK_PROOF, build_proof(self._queue.token, call.id).encode()))
+        body = b"" if call.result is None else self._sendable(call.result)
         length = 0 if call.result is None else call.result.bytes_count
         return await self._callback_client.request("POST", url, fields, body, length, deadline_s)
 
@@ -614,6 +688,21 @@ class Worker:
             async for chunk in self._queue.open_body(call.result):
                 signature.update(chunk)
         return signature.finish()
+
+
+def outcome_of(response: ClientResponse) -> Outcome:
+    """Return what the rules need to know of an answer."""
+    return Outcome(
+        End.ANSWERED,
+        response.status,
+        _text(response.header(b"retry-after")),
+        response.header(b"x-openfaas-internal") is not None,
+    )
+
+
+def kept_headers(response: ClientResponse) -> tuple[tuple[str, str], ...]:
+    """Return the fields of an answer that are stored with it."""
+    return tuple((name.decode(), value.decode("latin-1")) for name, value in end_to_end(response.headers))
 
 
 def _text(value: bytes | None) -> str | None:
@@ -639,6 +728,7 @@ def load_signer(settings: Settings) -> Signer | None:
 async def serve_status(worker: Worker, request: Request) -> Response:
     """Answer GET /metrics and GET /healthz."""
     if request.path != b"/healthz":
+        worker.show_limits()
         return await serve_metrics(worker.metrics.registry, request)
     if request.method != "GET":
         raise MethodNotAllowed(("GET",))
@@ -676,13 +766,14 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     """Run the worker and return its exit status: 0 stopped, 1 failed, 2 bad settings."""
     argv = list(sys.argv[1:] if argv is None else argv)
     environ = os.environ if environ is None else environ
-    answer = flag_answer(argv, help_text("fworker", PURPOSE, Settings))
+    if argv[:1] == ["dead"]:
+        return dead_letters(argv[1:], environ)
+    answer = flag_answer(argv, help_text("fworker [dead list|show|retry|purge]", PURPOSE, Settings))
     if answer is not None:
         return answer
     settings = load_settings(Settings, environ)
     if settings is None:
         return 2
-    log.configure(settings.log_format, environ.get("OPENFAAS_NAME"))
     try:
         return uvloop.run(serve(settings, environ))
     except FaashoundError as error:

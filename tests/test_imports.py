@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # Of ours, what each module may import.  Imports run one way: watchdog <- parts <- programs.
-_PARTS = {"watchdog", "spool", "keeper", "functions", "callbacks", "retries"}
+_PARTS = {"watchdog", "spool", "keeper", "functions", "callbacks", "retries", "calls"}
 OURS: dict[str, set[str]] = {
     "__init__": set(),
     "watchdog": set(),
@@ -21,6 +21,7 @@ OURS: dict[str, set[str]] = {
     "functions": {"watchdog", "keeper"},
     "callbacks": {"watchdog"},
     "retries": {"watchdog"},
+    "calls": {"watchdog", "spool"},
     "jetstream": {"watchdog", "spool"},
     "worker": _PARTS | {"jetstream"},
     "gateway": _PARTS | {"jetstream", "worker"},  # it may start a worker beside itself, and knows its settings
