@@ -38,6 +38,7 @@ import io
 import itertools
 import json
 import math
+import mmap
 import os
 import re
 import secrets
@@ -52,13 +53,13 @@ import tempfile
 import time
 import traceback
 import urllib.parse
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import ExitStack, aclosing, suppress
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import lru_cache, partial
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, cast
+from functools import cached_property, lru_cache, partial
+from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar, cast
 
 import h11
 import prometheus_client
@@ -87,9 +88,13 @@ SNIFF_BYTES = 512  # of an output, to tell text from binary, as in Go's net/http
 OUTPUT_GRACE_S = 0.1  # for a descendant that still holds the output of a process that has exited
 DEADLINE_WAIT_S = 0.05  # a 408 waits so long for the end of the tree; the sweep goes on by itself
 HANGUP_WAIT_S = 1.0  # an abandoned call holds its max_inflight slot so long at most while its tree ends
+ROOTS_COUNT = 16384  # processes of functions at once that the guard can know of
+SESSIONS_COUNT = 4096  # ended calls whose session numbers are remembered, for orphans that wiped their environment
 SWEEP_LIMIT_S = 5.0  # after that, what SIGKILL does not end (uninterruptible sleep) is reported and left
 MAX_EXEC_STRING_BYTES = 131072  # one argument or variable (execve(2), MAX_ARG_STRLEN)
 MAX_LOG_LINE_BYTES = 8192  # a longer line of a function's stderr is cut into pieces
+LINES_AT_ONCE_COUNT = 64  # lines of a function's stderr in one turn of the loop
+LAST_LINES_COUNT = 2000  # lines of it at the end of the call
 LOG_BACKLOG_BYTES = 1 << 20  # log lines that wait for a slow reader; more are dropped and counted
 SECRET_FIELDS = frozenset((b"authorization", b"cookie", b"set-cookie", b"proxy-authorization", b"x-api-key"))
 
@@ -121,7 +126,7 @@ class BadSettings(FaashoundError):
 # ---------------------------------------------------------------------------------------------------------------
 
 _DURATION_UNITS_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-_DURATION_PART = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)(ns|us|µs|μs|ms|s|m|h)", re.ASCII)
+_DURATION_PART = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(ns|us|µs|μs|ms|s|m|h)", re.ASCII)
 _DURATION = re.compile(rf"(?:{_DURATION_PART.pattern})+", re.ASCII)
 LONGEST_DURATION_S = float(2**63 // 10**9)  # Go's time.Duration is an int64 of nanoseconds: about 292 years
 DURATION_HELP = 'whole seconds ("30") or a Go duration ("500ms", "1m30s", "1h")'
@@ -282,17 +287,21 @@ def parse_settings(kind: type[S], environ: Mapping[str, str]) -> S:
     """
     values: dict[str, Any] = {}
     problems: list[str] = []
+    bad_names: list[str] = []
     for attribute, row in settings_table(kind).items():
         try:
             values[attribute] = _parse_row(row, environ)
         except ValueError as error:
             problems.append(str(error))
-    if not problems:
-        settings = kind(**values)
-        problems = list(getattr(settings, "conflicts", tuple)())
-        if not problems:
-            return settings
-    raise BadSettings(problems)
+            bad_names.append(row.name)
+            values[attribute] = row.parse(row.default) if row.default else None
+    settings = kind(**values)
+    for conflict in getattr(settings, "conflicts", tuple)():
+        if not any(re.search(rf"\b{name}\b", conflict) for name in bad_names):
+            problems.append(conflict)
+    if problems:
+        raise BadSettings(problems)
+    return settings
 
 
 def _parse_row(row: Setting, environ: Mapping[str, str]) -> Any:
@@ -388,12 +397,13 @@ class Settings:
 # LOG_BACKLOG_BYTES, and beyond that lines are dropped and counted.
 # ---------------------------------------------------------------------------------------------------------------
 
-_UNPRINTABLE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_UNPRINTABLE = [*range(0x09), *range(0x0A, 0x20), *range(0x7F, 0xA0), 0x2028, 0x2029, *range(0xD800, 0xE000)]
+_ESCAPES = {code: chr(code).encode("unicode_escape").decode() for code in _UNPRINTABLE}
 
 
 def escape_line(text: str) -> str:
     """Return `text` with control characters and the like as \\x escapes, so that it cannot pose as another line."""
-    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+    return text if text.isprintable() else text.translate(_ESCAPES)
 
 
 class Log:
@@ -555,7 +565,7 @@ def _tighten_h11_grammar() -> None:
 _tighten_h11_grammar()
 
 _HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~%!$&'()*+,;=-]*)(?::[0-9]*)?")
-_BAD_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
+_BAD_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})|%00")  # NUL can stand in no path and no variable
 
 
 class BadRequest(FaashoundError):
@@ -743,6 +753,7 @@ class Request:
     """One request as a handler sees it: `method`, `target` as sent, `path` undecoded and `query` raw, `host`.
 
     `headers` are (lower-case name, value) pairs as received; `peer` is the client's address as text, "" if unknown.
+    A handler that is cancelled finds in `refusal` what its client is answered, None if the client has gone.
     """
 
     method: str
@@ -753,6 +764,7 @@ class Request:
     headers: Headers
     body: Body
     peer: str = ""
+    refusal: FaashoundError | None = None
 
     def header(self, name: bytes) -> bytes | None:
         """Return the first value of `name`, given in lower case."""
@@ -814,7 +826,8 @@ class ServerWire:
             data = self._without_empty_line(self._lead + data)
             if not data:
                 return
-        self._conn.receive_data(data)
+        if self._conn.their_state is not h11.MUST_CLOSE:  # else it asked to close, and what follows is void
+            self._conn.receive_data(data)
 
     def _without_empty_line(self, data: bytes) -> bytes:
         """Drop one empty line before a request line, however it is cut into packets."""
@@ -826,6 +839,8 @@ class ServerWire:
 
     def next_event(self) -> tuple[bytes, bytes, Headers] | bytes | Sign:
         """Return a head (method, target, headers), a chunk of its body, or a `Sign`; raises BadRequest."""
+        if self._conn.their_state is h11.MUST_CLOSE:
+            return Sign.CLOSED
         try:
             event = self._conn.next_event()
         except h11.RemoteProtocolError as error:
@@ -874,7 +889,8 @@ class ServerWire:
     @property
     def peer_done(self) -> bool:
         """True when the request has been received whole."""
-        return self._conn.their_state in (h11.DONE, h11.MUST_CLOSE)
+        # not in (DONE, MUST_CLOSE): after a request with Upgrade h11 waits for our answer in a state of its own
+        return self._conn.their_state not in (h11.IDLE, h11.SEND_BODY, h11.ERROR)
 
     def build_head(self, status: int, headers: Sequence[Header], length: int | None, close: bool) -> bytes:
         """Return the bytes of a response's head.  `length` None: chunked, or until close for HTTP/1.0."""
@@ -901,11 +917,12 @@ class ServerWire:
         if self._conn.our_state is not h11.DONE or self._conn.their_state is not h11.DONE:
             return False
         self._conn.start_next_cycle()
-        self._lead_ignored = False
         waiting, closed = self._conn.trailing_data
+        self._lead_ignored = bool(waiting)  # an empty line can only lead, not stand in what has begun to arrive
         if waiting[:1] == b"\r":
             # h11 takes an empty line for a whole head, so it must not see it: begin anew with what waits.
             self._conn = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
+            self._lead_ignored = False
             self.feed(waiting)
             if closed:
                 self._conn.receive_data(b"")
@@ -1048,15 +1065,50 @@ class ServerTimeouts:
     idle_s: float
 
 
+class HangupWatch:
+    """Notices that a client has gone while its connection is not read from, which takes it out of the loop's poll.
+
+    EPOLLRDHUP (epoll_ctl(2)) needs no reading; a set of our own hangs on the loop by its one descriptor.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._epoll = select.epoll()
+        self._watched: dict[int, Callable[[], None]] = {}
+        loop.add_reader(self._epoll.fileno(), self._on_ready)
+
+    def add(self, fd: int, on_hangup: Callable[[], None]) -> None:
+        """Call `on_hangup` once when the peer of socket `fd` shuts down or resets."""
+        self._watched[fd] = on_hangup
+        self._epoll.register(fd, select.EPOLLRDHUP)
+
+    def remove(self, fd: int) -> None:
+        """Watch `fd` no more; to be called before it is closed."""
+        if self._watched.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+
+    def _on_ready(self) -> None:
+        for fd, _ in self._epoll.poll(0):
+            on_hangup = self._watched[fd]
+            self.remove(fd)
+            on_hangup()
+
+
 class Server:
     """Serves `handler` on any number of listening sockets.
 
+    `on_refused` is told of each request that was answered without a handler: method ("" if unknown) and error.
     Obligations: `listen` each socket, then at the end `stop_accepting`, `drained`, `abort`, in this order.
     """
 
-    def __init__(self, handler: Handler, timeouts: ServerTimeouts) -> None:
+    def __init__(
+        self,
+        handler: Handler,
+        timeouts: ServerTimeouts,
+        on_refused: Callable[[str, FaashoundError], None] = lambda method, error: None,
+    ) -> None:
         self.handler = handler
         self.timeouts = timeouts
+        self.on_refused = on_refused
         self.draining = False
         self.connections: set[ServerConnection] = set()
         self._listeners: list[asyncio.AbstractServer] = []
@@ -1091,6 +1143,11 @@ class Server:
         for connection in list(self.connections):
             connection.abort()
 
+    @cached_property
+    def hangups(self) -> HangupWatch:
+        """What watches the connections that are not read from."""
+        return HangupWatch(asyncio.get_running_loop())
+
     def date(self) -> bytes:
         """Return the Date field (RFC 9110 6.6.1), made once a second."""
         second = int(time.time())
@@ -1110,7 +1167,8 @@ class ServerConnection(asyncio.Protocol):
         self._transport: asyncio.Transport
         self._peer = ""
         self._task: asyncio.Task[None] | None = None
-        self._body: Body | None = None
+        self._request: Request | None = None
+        self._handled = False
         self._receiving = False
         self._sending = False
         self._refusal: FaashoundError | None = None
@@ -1119,6 +1177,7 @@ class ServerConnection(asyncio.Protocol):
         self._lingering_bytes: int | None = None
         self._writable: asyncio.Future[None] | None = None
         self._write_paused = False
+        self._hangup_watched = False
         self.closed = asyncio.Event()
 
     # Callbacks of the transport.
@@ -1151,6 +1210,7 @@ class ServerConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._alarm.stop_handle()
+        self._watch_hangup(False)
         self._cancel()
         self.resume_writing()
         self._server.connections.discard(self)
@@ -1171,11 +1231,11 @@ class ServerConnection(asyncio.Protocol):
             while True:
                 event = self._wire.next_event()
                 if isinstance(event, bytes):
-                    cast(Body, self._body).feed(event)
+                    cast(Request, self._request).body.feed(event)
                 elif event is Sign.END:
                     self._receiving = False
                     self._alarm.set(None)
-                    cast(Body, self._body).finish()
+                    cast(Request, self._request).body.finish()
                 elif isinstance(event, Sign):
                     break
                 else:
@@ -1188,20 +1248,22 @@ class ServerConnection(asyncio.Protocol):
         path, query, host = split_target(target, field_value(headers, b"host") or b"")
         length_text = field_value(headers, b"content-length")
         chunked = field_value(headers, b"transfer-encoding") is not None
-        length = None if chunked else int(length_text or 0)
-        self._body = Body(length, self._on_drained)
-        request = Request(method.decode(), target, path, query, host, headers, self._body, self._peer)
-        self._task = self._loop.create_task(self._exchange(request))
+        body = Body(None if chunked else int(length_text or 0), self._on_drained)
+        self._request = Request(method.decode(), target, path, query, host, headers, body, self._peer)
+        self._handled = False
+        self._task = self._loop.create_task(self._exchange(self._request))
 
     def _throttle(self) -> None:
         """Stop reading while enough waits; the read deadline stands still meanwhile."""
-        body = self._body
-        too_much = (body is not None and body.buffered_bytes >= BUFFERED_BYTES) or self._unread_bytes >= MAX_HEAD_BYTES
-        if too_much and self._transport.is_reading():
-            self._transport.pause_reading()
-            if self._receiving and self._alarm.when_s is not None:
-                self._read_left_s = self._alarm.when_s - self._loop.time()
-                self._alarm.set(None)
+        body_bytes = 0 if self._request is None else self._request.body.buffered_bytes
+        too_much = body_bytes >= BUFFERED_BYTES or self._unread_bytes >= MAX_HEAD_BYTES
+        if not too_much or not self._transport.is_reading() or self._transport.is_closing():
+            return
+        self._transport.pause_reading()
+        self._watch_hangup(True)
+        if self._receiving and self._alarm.when_s is not None:
+            self._read_left_s = self._alarm.when_s - self._loop.time()
+            self._alarm.set(None)
 
     def _on_drained(self) -> None:
         """The handler wants more of the body."""
@@ -1212,33 +1274,51 @@ class ServerConnection(asyncio.Protocol):
     def _resume_reading(self) -> None:
         if self._transport.is_reading() or self._transport.is_closing():
             return
+        self._watch_hangup(False)
         self._transport.resume_reading()
         if self._read_left_s is not None and self._receiving:
             self._alarm.set(self._loop.time() + self._read_left_s)
         self._read_left_s = None
 
+    def _watch_hangup(self, wanted: bool) -> None:
+        if wanted == self._hangup_watched:
+            return
+        self._hangup_watched = wanted
+        fd = self._transport.get_extra_info("socket").fileno()
+        if wanted:
+            self._server.hangups.add(fd, self._on_hangup)
+        else:
+            self._server.hangups.remove(fd)
+
+    def _on_hangup(self) -> None:
+        self._hangup_watched = False
+        self._cancel()
+        if not self._sending:
+            self._transport.abort()
+
     # Answering.
 
     async def _exchange(self, request: Request) -> None:
+        self._handled = True
+        await self._answer(await self._handle(request))
+
+    async def _answer(self, response: Response) -> None:
         try:
-            response = await self._handle(request)
             await self._send(response)
-        except (PeerGone, ConnectionError) as error:
+        except (FaashoundError, ConnectionError) as error:
             log.info(f"response cut short: {error}")
             self.abort()
-            return
-        self._end_exchange()
+        except Exception:
+            log.exception("a response could not be sent")
+            self.abort()
+        else:
+            self._end_exchange()
 
     async def _handle(self, request: Request) -> Response:
         try:
             return await self._server.handler(request)
         except FaashoundError as error:
             return error_response(error)
-        except asyncio.CancelledError:
-            if self._refusal is None:
-                raise
-            cast(asyncio.Task[None], asyncio.current_task()).uncancel()
-            return error_response(self._refusal)
         except Exception:
             log.exception("a handler failed")
             return error_response(FaashoundError("internal error; see the log"))
@@ -1270,7 +1350,7 @@ class ServerConnection(asyncio.Protocol):
             raise PeerGone("the client closed the connection or took too long to read")
 
     def _end_exchange(self) -> None:
-        self._task = self._body = None
+        self._task = self._request = None
         self._sending = False
         self._unread_bytes = 0
         if self._refusal is not None or self._server.draining or not self._wire.next_cycle():
@@ -1288,17 +1368,21 @@ class ServerConnection(asyncio.Protocol):
         self._refusal = error
         self._receiving = False
         self._alarm.set(None)
-        if self._task is None:
-            self._task = self._loop.create_task(self._answer_refusal(error))
-        elif self._sending:
+        if self._sending:
             self._transport.close()
+        elif self._task is None:
+            self._answer_refusal(None)
         else:
+            cast(Request, self._request).refusal = error
+            self._task.add_done_callback(self._answer_refusal)
             self._task.cancel()
 
-    async def _answer_refusal(self, error: FaashoundError) -> None:
-        with suppress(PeerGone):
-            await self._send(error_response(error))
-            self._end_exchange()
+    def _answer_refusal(self, task: asyncio.Task[None] | None) -> None:
+        error = cast(FaashoundError, self._refusal)
+        if task is None or not self._handled:
+            self._server.on_refused("" if self._request is None else self._request.method, error)
+        if not self._transport.is_closing():
+            self._task = self._loop.create_task(self._answer(error_response(error)))
 
     # Deadlines and the end.
 
@@ -1737,7 +1821,7 @@ def cgi_name(name: bytes) -> bytes | None:
 
 
 def cgi_environment(request: Request) -> dict[bytes, bytes]:
-    """Return the variables that tell a process about its request; BadRequest if one cannot be a variable."""
+    """Return the variables that tell a process about its request."""
     facts: dict[bytes, bytes] = {}
     for name, value in request.headers:
         variable = cgi_name(name)
@@ -1751,8 +1835,6 @@ def cgi_environment(request: Request) -> dict[bytes, bytes]:
     if request.query:
         facts[b"Http_Query"] = request.query
     facts[b"Http_Path"] = request.decoded_path()
-    if b"\0" in facts[b"Http_Path"]:
-        raise BadRequest("bad request: NUL in the path")
     if request.host:
         facts[b"Http_Host"] = request.host
     return facts
@@ -1888,7 +1970,8 @@ class DeadlineReached(FaashoundError):
 # goes by levels: SIGKILL to the root's process group, then to every adopted orphan of that call, whose children are
 # thereby adopted and found in the next sweep, until two sweeps find nothing.
 # Whose an orphan is, its mark tells, or its session.  One that wiped its environment and left its session is
-# nobody's for certain only when every call that ran at its start has ended; then it is killed too.
+# nobody's for certain only when every call that ran at its start has ended; then it is killed too.  One that started
+# while no call ran is a stranger (an entrypoint's sidecar, a `docker exec`): it is reaped, but left in peace.
 # All exits are seen and reaped in one place, on SIGCHLD, because orphans have to be reaped in any case.  A root is
 # reaped after its group was killed: until then its number cannot be anybody else's.
 # What survives SIGKILL of the watchdog itself is killed, by the mark, by the guard (see "Lifecycle").
@@ -1988,24 +2071,65 @@ class Output:
             self._file.close()
 
 
+class RootTable:
+    """The numbers of the roots that have not been reaped, in memory shared with processes forked from this one.
+
+    For whoever survives us and cannot be told any more; writing to it costs no system call.
+    """
+
+    def __init__(self) -> None:
+        self._numbers = memoryview(mmap.mmap(-1, 4 * ROOTS_COUNT)).cast("i")
+        self._free = list(range(ROOTS_COUNT - 1, -1, -1))
+        self._slots: dict[int, int] = {}
+
+    def add(self, pid: int) -> None:
+        """Note a root; more than ROOTS_COUNT at once are not noted."""
+        if self._free:
+            self._slots[pid] = self._free.pop()
+            self._numbers[self._slots[pid]] = pid
+
+    def remove(self, pid: int) -> None:
+        """The root is about to be reaped."""
+        slot = self._slots.pop(pid, None)
+        if slot is not None:
+            self._numbers[slot] = 0
+            self._free.append(slot)
+
+    def pids(self) -> frozenset[int]:
+        """Return what is noted."""
+        return frozenset(self._numbers) - {0}
+
+
 class Reaper:
     """The one place where children of this process are known, reaped and swept."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, spared: Iterable[int] = ()) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, table: RootTable) -> None:
         become_subreaper()
         self.loop = loop
-        self._spared = frozenset(spared)
+        self._table = table
         self._roots: dict[int, Process] = {}  # not reaped yet, by process number
         self._calls: dict[bytes, Process] = {}  # not ended yet, by mark
+        self._sessions: OrderedDict[int, None] = OrderedDict()  # of calls that have ended
+        self._busy_since_s = math.inf  # since boot: when the first of the present calls began
+        self._spared: dict[int, Callable[[], None] | None] = {}  # children that no call has started
         self._sweepers: set[asyncio.Task[None]] = set()
         self._children_fd = os.open(f"/proc/self/task/{os.getpid()}/children", os.O_RDONLY | os.O_CLOEXEC)
+        self._spared.update(dict.fromkeys(self.orphans()))  # whoever was before us, an entrypoint's sidecar
         self._woken = False
         signal.signal(signal.SIGCHLD, self._on_sigchld)  # uvloop keeps add_signal_handler(SIGCHLD) to itself
 
     def add(self, process: Process) -> None:
         """Watch a root: its `on_exiting` and `on_exit` are called just before and after it is reaped."""
+        if not self._calls:
+            self._busy_since_s = process.started_s
         self._roots[process.pid] = process
+        self._table.add(process.pid)
         self._calls[process.mark] = process
+        self._sessions.pop(process.pid, None)
+
+    def spare(self, pid: int, on_exit: Callable[[], None]) -> None:
+        """Leave a child of ours in peace that is no call's; `on_exit` is called when it has been reaped."""
+        self._spared[pid] = on_exit
 
     def _on_sigchld(self, *_: object) -> None:
         if not self._woken:
@@ -2025,10 +2149,13 @@ class Reaper:
             process = self._roots.get(found.si_pid)
             if process is not None:
                 process.on_exiting()
+                self._table.remove(process.pid)
             _, status = os.waitpid(found.si_pid, 0)
             if process is not None:
                 del self._roots[process.pid]
                 process.on_exit(status)
+            elif on_exit := self._spared.pop(found.si_pid, None):
+                on_exit()
 
     def signal_group(self, process: Process, number: signal.Signals) -> None:
         """Signal a root and its process group, while its number is still its own."""
@@ -2038,14 +2165,20 @@ class Reaper:
 
     def release(self, process: Process) -> None:
         """The call has its answer: kill what its process has left behind."""
-        self._calls.pop(process.mark, None)
+        self._forget(process)
         if self.sweep():
             self._background(self._sweep_out(()))
 
+    def _forget(self, process: Process) -> None:
+        self._calls.pop(process.mark, None)
+        self._sessions[process.pid] = None
+        if len(self._sessions) > SESSIONS_COUNT:
+            self._sessions.popitem(last=False)
+
     def kill(self, process: Process, term_grace_s: float) -> asyncio.Task[None]:
         """Kill a call's whole tree; the task is done when nothing of it is left."""
-        self._calls.pop(process.mark, None)
         if not term_grace_s:
+            self._forget(process)
             self.signal_group(process, signal.SIGKILL)
         return self._background(self._end_tree(process, term_grace_s))
 
@@ -2057,10 +2190,9 @@ class Reaper:
 
     async def _end_tree(self, process: Process, term_grace_s: float) -> None:
         if term_grace_s:
-            self._calls[process.mark] = process  # its children may tidy up as well
             self.signal_group(process, signal.SIGTERM)
             await asyncio.wait((process.exited,), timeout=term_grace_s)
-            self._calls.pop(process.mark, None)
+            self._forget(process)
             self.signal_group(process, signal.SIGKILL)
         await self._sweep_out((process,))
 
@@ -2069,8 +2201,10 @@ class Reaper:
         pause_s, limit_s, empty_count = 0.001, time.monotonic() + SWEEP_LIMIT_S, 0
         while empty_count < 2 or any(process.pid in self._roots for process in roots):
             await asyncio.sleep(pause_s)
-            empty_count = 0 if self.sweep() else empty_count + 1
-            pause_s = min(pause_s * 2, 0.05)
+            if self.sweep():
+                empty_count, pause_s = 0, 0.001  # each level that dies uncovers the next
+            else:
+                empty_count, pause_s = empty_count + 1, min(pause_s * 2, 0.05)
             if time.monotonic() > limit_s:
                 log.error("processes are left that SIGKILL does not end", pids=self.orphans())
                 return
@@ -2084,11 +2218,11 @@ class Reaper:
 
     def orphans(self) -> list[int]:
         """Return the children that we have adopted (the `children` file of proc(5); sweeps are repeated)."""
-        known = self._roots.keys() | self._spared
+        known = self._roots.keys() | self._spared.keys()
         return [pid for pid in map(int, os.pread(self._children_fd, 1 << 20, 0).split()) if pid not in known]
 
     def _is_owned(self, pid: int) -> bool:
-        """Tell whether an orphan belongs to a call that has not ended, or may belong to one."""
+        """Tell whether an orphan is a running call's, may be one's, or is no call's at all."""
         mark = _read_mark(pid)
         if mark is not None:
             return mark in self._calls
@@ -2096,6 +2230,11 @@ class Reaper:
             session, started_s = os.getsid(pid), _read_start(pid)
         except (ProcessLookupError, FileNotFoundError):
             return True  # it has gone; the next reaping takes it
+        if session in self._sessions:  # which nobody else can have while a member lives
+            return False
+        if started_s < self._busy_since_s:
+            self._spared[pid] = None  # from when no call ran: a stranger that only became our child (docker exec)
+            return True
         return any(process.pid == session or process.started_s <= started_s for process in self._calls.values())
 
     async def end_all(self) -> None:
@@ -2103,7 +2242,8 @@ class Reaper:
         roots = list(self._roots.values())
         for process in roots:
             process.abandon()
-        self._calls.clear()
+        for process in list(self._calls.values()):
+            self._forget(process)
         for process in roots:
             self.signal_group(process, signal.SIGKILL)
         await self._sweep_out(roots)
@@ -2135,36 +2275,54 @@ def _read_mark(pid: int) -> bytes | None:
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
-def _read_start(pid: int) -> float:
-    """Return when `pid` started, in seconds since boot, rounded down to the kernel's ticks (proc(5))."""
+def _read_stat(pid: int) -> list[bytes]:
+    """Return the fields of /proc/PID/stat (proc(5)) after the name, from the state on."""
     with open(f"/proc/{pid}/stat", "rb") as file:
-        return int(file.read().rpartition(b")")[2].split()[19]) / _TICKS_PER_S
+        return file.read().rpartition(b")")[2].split()
+
+
+def _read_start(pid: int) -> float:
+    """Return when `pid` started, in seconds since boot, rounded down to the kernel's ticks."""
+    return int(_read_stat(pid)[19]) / _TICKS_PER_S
 
 
 class LineSplitter:
-    """Cuts a stream of bytes into lines; a line over MAX_LOG_LINE_BYTES is cut into pieces."""
+    """Cuts a stream of bytes into lines; a line over MAX_LOG_LINE_BYTES is cut into pieces.
+
+    Lines come out by `emit`, a few at a time, since a flood of short ones would keep the loop from everything else.
+    """
 
     def __init__(self, on_line: Callable[[str], None]) -> None:
         self._on_line = on_line
-        self._rest = b""
+        self._buffer = b""
 
     def feed(self, data: bytes) -> None:
-        """Take bytes and hand on the lines that are complete."""
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        for line in lines:
-            self._cut(line)
-        if len(self._rest) >= MAX_LOG_LINE_BYTES:
-            self.finish()
+        """Take bytes."""
+        self._buffer += data
+
+    def emit(self, limit_count: int) -> bool:
+        """Hand on up to `limit_count` lines; tell whether there are more."""
+        start = 0
+        for _ in range(limit_count):
+            end = self._buffer.find(b"\n", start, start + MAX_LOG_LINE_BYTES + 1)
+            if end < 0 and len(self._buffer) - start <= MAX_LOG_LINE_BYTES:
+                break
+            stop = start + MAX_LOG_LINE_BYTES if end < 0 else end
+            self._on_line(self._buffer[start:stop].decode(errors="backslashreplace"))
+            start = stop if end < 0 else end + 1
+        else:
+            self._buffer = self._buffer[start:]
+            return True
+        self._buffer = self._buffer[start:]
+        return False
 
     def finish(self) -> None:
-        """Hand on what is left of a line without an end."""
-        if self._rest:
-            self._cut(self._rest)
-            self._rest = b""
-
-    def _cut(self, line: bytes) -> None:
-        for start in range(0, max(len(line), 1), MAX_LOG_LINE_BYTES):
-            self._on_line(line[start : start + MAX_LOG_LINE_BYTES].decode(errors="backslashreplace"))
+        """Hand on what is left, the line without an end too; of a flood only its beginning."""
+        if self.emit(LAST_LINES_COUNT):
+            self._on_line(f"({len(self._buffer)} more bytes are left out)")
+        elif self._buffer:
+            self._on_line(self._buffer.decode(errors="backslashreplace"))
+        self._buffer = b""
 
 
 class Process:
@@ -2231,6 +2389,10 @@ class Process:
         if self.state in (State.RUNNING, State.CLOSED):
             self._error = error
         self._happens(Event.ABANDON)
+
+    def describe(self) -> str:
+        """Return how the process ended, or that it has not yet."""
+        return describe_exit(self._status) if self.exited.done() else "not ended yet"
 
     def _on_deadline(self) -> None:
         self._reaper.reap()  # an exit that the loop has not seen yet came before the deadline
@@ -2351,6 +2513,18 @@ class Process:
         self._pipes.stderr_lines.feed(data)
         if not data:
             self._loop.remove_reader(self._pipes.stderr)
+        elif self._pipes.stderr_lines.emit(LINES_AT_ONCE_COUNT):
+            self._loop.remove_reader(self._pipes.stderr)
+            self._loop.call_soon(self._emit_stderr)
+
+    def _emit_stderr(self) -> None:
+        """Go on with the lines of one read, and read on when they are out."""
+        if self._pipes.stderr < 0:
+            return  # closed meanwhile
+        if self._pipes.stderr_lines.emit(LINES_AT_ONCE_COUNT):
+            self._loop.call_soon(self._emit_stderr)
+        else:
+            self._loop.add_reader(self._pipes.stderr, self._on_stderr)
 
     # Input.
 
@@ -2434,7 +2608,7 @@ class Process:
 
     def _drain_stderr(self) -> None:
         with suppress(BlockingIOError):
-            for _ in range(MAX_PIPE_BYTES // PIPE_BYTES + 1):
+            for _ in range(MAX_PIPE_BYTES // PIPE_BYTES):
                 self._pipes.stderr_lines.feed(os.read(self._pipes.stderr, PIPE_BYTES))
         self._pipes.stderr_lines.finish()
 
@@ -2511,24 +2685,25 @@ class Spawner:
         words: Sequence[str],
         environ: Mapping[bytes, bytes],
         term_grace_s: float = 0.0,
-        on_stderr: Callable[[str], None] | None = None,
     ) -> None:
         self._instance = instance
         self._reaper = reaper
         self._words = tuple(words)
         self._environ = dict(environ)
         self._term_grace_s = term_grace_s
-        self._on_stderr = on_stderr
         self._program: str | None = None
         self._count = itertools.count(1)
 
-    def spawn(self, facts: Mapping[bytes, bytes]) -> Process:
-        """Start a process with `facts` added to its environment; raises StartFailed, or FactsTooLarge (431)."""
+    def spawn(self, facts: Mapping[bytes, bytes], on_stderr: Callable[[str], None] | None) -> Process:
+        """Start a process with `facts` added to its environment; raises StartFailed, or FactsTooLarge (431).
+
+        `on_stderr` gets the lines that it writes on stderr; None: stderr joins its output.
+        """
         mark = b"%s.%d" % (self._instance, next(self._count))
         environ = {**self._environ, **facts, MARK: mark}
         started_s = math.floor(time.clock_gettime(time.CLOCK_BOOTTIME) * _TICKS_PER_S) / _TICKS_PER_S
         try:
-            pipes = Pipes(self._on_stderr)
+            pipes = Pipes(on_stderr)
         except OSError as error:
             raise StartFailed(f"no pipe: {_strerror(error)}") from None
         try:
@@ -2586,6 +2761,15 @@ FUNCTION_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 CLIENT_GONE_STATUS = 499  # nobody was there to read it; nginx's number, for the log and the metrics
 _CALL_ID = re.compile(rb"[A-Za-z0-9._~-]{1,128}")
 _BINARY = re.compile(rb"[\x00-\x08\x0b\x0e-\x1a\x1c-\x1f]")  # what Go's sniffer takes for "not text"
+
+
+class ClientGone(FaashoundError):
+    """Nobody waits for the answer any more."""
+
+    status = CLIENT_GONE_STATUS
+
+    def __init__(self) -> None:
+        super().__init__("the client has gone")
 
 
 class MethodNotAllowed(FaashoundError):
@@ -2693,18 +2877,29 @@ class Watchdog:
             return self._health(request)
         if request.path == b"/_/ready":
             return self._ready(request)
-        started_s, status = time.perf_counter(), CLIENT_GONE_STATUS
+        call, status = CallLog(request, self._settings), CLIENT_GONE_STATUS
         self.metrics.in_flight_count += 1
         try:
-            response = await self._run(request)
+            response = await self._run(request, call)
             status = response.status
             return response
         except FaashoundError as error:
             status = error.status
+            call.failed(error)
+            raise
+        except asyncio.CancelledError:
+            if request.refusal is not None:
+                status = request.refusal.status
+            call.failed(request.refusal or ClientGone())
             raise
         finally:
             self.metrics.in_flight_count -= 1
-            self.metrics.observe(status, request.method, time.perf_counter() - started_s)
+            self.metrics.observe(status, request.method, call.elapsed_s())
+
+    def on_refused(self, method: str, error: FaashoundError) -> None:
+        """Log and count a request that HTTP's rules did not let through to us."""
+        log.info(str(error), status=error.status, method=method or "unknown")
+        self.metrics.observe(error.status, method, 0.0)
 
     def _health(self, request: Request) -> Response:
         if request.method != "GET":
@@ -2720,7 +2915,7 @@ class Watchdog:
             raise TooManyRequests(self._settings.max_inflight)
         return self._health(request)
 
-    async def _run(self, request: Request) -> Response:
+    async def _run(self, request: Request, call: CallLog) -> Response:
         settings = self._settings
         if request.method not in FUNCTION_METHODS:
             raise MethodNotAllowed(FUNCTION_METHODS)
@@ -2729,25 +2924,14 @@ class Watchdog:
         timeout_s = self._timeout(request)
         body = self._limited(request)
         facts = cgi_environment(request) if settings.cgi_headers else {}
-        call = CallLog(request, settings)
         call.begins()
         if settings.marshal_request:
             body = marshalled(request.headers, body)
-        try:
-            process = self._spawner.spawn(facts)
-        except FaashoundError as error:
-            call.failed(error, None)
-            raise
-        try:
-            ending = await process.run(call.watched(body), None if timeout_s is None else time.monotonic() + timeout_s)
-        except FaashoundError as error:
-            call.failed(error, process)
-            raise
-        except asyncio.CancelledError:
-            call.abandoned(process)
-            raise
+        on_stderr = None if settings.combine_output else call.on_stderr
+        call.process = process = self._spawner.spawn(facts, on_stderr)
+        ending = await process.run(call.watched(body), None if timeout_s is None else time.monotonic() + timeout_s)
         response = self._answer(request, ending)
-        call.ended(response, process, ending)
+        call.ended(response, ending)
         return response
 
     def _limited(self, request: Request) -> AsyncIterator[bytes]:
@@ -2812,11 +2996,16 @@ class CallLog:
     """What the log says of one call: a line at its start, one at its end whatever the outcome."""
 
     def __init__(self, request: Request, settings: Settings) -> None:
+        self.process: Process | None = None
         self._request = request
         self._settings = settings
         self._call_id = call_id_of(request)
         self._prefix = f"[{self._call_id or 'none'}] " if settings.log_callid else ""
         self._started_s = time.perf_counter()
+
+    def elapsed_s(self) -> float:
+        """Return the seconds since the request came."""
+        return time.perf_counter() - self._started_s
 
     def begins(self) -> None:
         """A process is about to be started."""
@@ -2824,27 +3013,26 @@ class CallLog:
             self._headers("in", self._request.headers)
         log.info(self._prefix + "Forking fprocess.")
 
-    def ended(self, response: Response, process: Process, ending: Ending) -> None:
+    def on_stderr(self, line: str) -> None:
+        """The process wrote a line on stderr, which does not join the response."""
+        if self._settings.prefix_logs:
+            log.info(f"{self._prefix}stderr: {line}")
+        else:
+            log.raw(self._prefix + line)
+
+    def ended(self, response: Response, ending: Ending) -> None:
         """The process ended by itself."""
         if self._settings.write_debug:
             log.info(self._prefix + "Out=" + ending.output.head().decode(errors="backslashreplace"))
         if self._settings.debug_headers:
             self._headers("out", response.headers)
-        text = f"Wrote {ending.output.bytes_count} Bytes - Duration: {ending.duration_s:f}s"
-        self._line(text, response.status, process, exit=describe_exit(ending.status))
+        self._line(f"Wrote {ending.output.bytes_count} Bytes - Duration: {ending.duration_s:f}s", response.status)
 
-    def failed(self, error: FaashoundError, process: Process | None) -> None:
-        """The call was cut short by a deadline or a broken request, or could not begin."""
-        if isinstance(error, DeadlineReached):
-            text = f"Killed process: {shlex.join(self._settings.fprocess)}"
-        else:
-            text = str(error)
-        self._line(f"{text} - Duration: {time.perf_counter() - self._started_s:f}s", error.status, process)
-
-    def abandoned(self, process: Process) -> None:
-        """The client went away, or its request turned out to be broken or late."""
-        text = f"Killed process: the client has gone - Duration: {time.perf_counter() - self._started_s:f}s"
-        self._line(text, CLIENT_GONE_STATUS, process)
+    def failed(self, error: FaashoundError) -> None:
+        """The request was refused, or its process could not begin or was killed."""
+        killed = f"Killed process: {shlex.join(self._settings.fprocess)}: " if self.process is not None else ""
+        text = "deadline" if isinstance(error, DeadlineReached) else str(error)
+        self._line(f"{killed}{text} - Duration: {self.elapsed_s():f}s", error.status)
 
     def watched(self, body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         """Return `body`, or with write_debug one that logs what passes."""
@@ -2855,13 +3043,14 @@ class CallLog:
             log.info(self._prefix + "In=" + chunk[:SNIFF_BYTES].decode(errors="backslashreplace"))
             yield chunk
 
-    def _line(self, text: str, status: int, process: Process | None, **more: object) -> None:
+    def _line(self, text: str, status: int) -> None:
         fields: dict[str, object] = {"status": status, "method": self._request.method}
-        if process is not None:
-            fields |= {"pid": process.pid, "in": process.stdin_bytes, "out": process.output.bytes_count}
+        if self.process is not None:
+            fields |= {"pid": self.process.pid, "exit": self.process.describe()}
+            fields |= {"in": self.process.stdin_bytes, "out": self.process.output.bytes_count}
         if self._call_id is not None:
             fields["call_id"] = self._call_id
-        log.info(self._prefix + text, **fields, **more)
+        log.info(self._prefix + text, **fields)
 
     def _headers(self, direction: str, headers: Sequence[Header]) -> None:
         for name, value in headers:
@@ -2919,38 +3108,71 @@ def describe_socket(sock: socket.socket) -> str:
     return str(name[1]) if isinstance(name, tuple) else os.fsdecode(name)
 
 
-def start_guard(instance: bytes) -> tuple[int, int]:
-    """Fork a process that waits for our end, however it comes, and then kills what carries our mark.
+class Guard:
+    """A forked process that waits for our end, however it comes, and then kills what our calls have left.
 
-    Returns its number and the descriptor to hold: it closes when we end.  To be called before there are threads.
+    It knows of it by a pipe whose other end only we hold.  The first is forked before there is any thread; one that has
+    been killed is replaced (its own code calls nothing that a thread could have locked).
     """
-    watched, held = os.pipe2(os.O_CLOEXEC)
-    pid = os.fork()
-    if pid:
+
+    def __init__(self) -> None:
+        self.instance = secrets.token_hex(8).encode()
+        self.roots = RootTable()
+        self._held_fd = -1
+        self.pid = self._fork()
+
+    def _fork(self) -> int:
+        watched, held = os.pipe2(os.O_CLOEXEC)
+        pid = os.fork()
+        if pid == 0:
+            self._watch(watched)
         os.close(watched)
-        return pid, held
-    try:
-        os.setsid()  # a Ctrl-C is for the watchdog
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
-        os.closerange(0, watched)
-        os.closerange(watched + 1, os.sysconf("SC_OPEN_MAX"))
-        os.read(watched, 1)
-        _kill_marked(instance + b".")
-    finally:
-        os._exit(0)
+        if self._held_fd >= 0:
+            os.close(self._held_fd)
+        self._held_fd = held
+        return pid
+
+    def _watch(self, watched: int) -> NoReturn:
+        try:
+            os.setsid()  # a Ctrl-C is for the watchdog
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)
+            os.closerange(0, watched)
+            os.closerange(watched + 1, os.sysconf("SC_OPEN_MAX"))
+            os.read(watched, 1)
+            _kill_left(self.instance + b".", self.roots.pids())
+        finally:
+            os._exit(0)
+
+    def keep(self, reaper: Reaper) -> None:
+        """Have the reaper tell of its end, and replace it then."""
+        reaper.spare(self.pid, partial(self._replace, reaper))
+
+    def _replace(self, reaper: Reaper) -> None:
+        log.error("the guard was killed; a new one is started", pid=self.pid)
+        self.pid = self._fork()
+        self.keep(reaper)
 
 
-def _kill_marked(prefix: bytes) -> None:
-    """Kill every process whose mark begins with `prefix` until two looks in a row find none."""
+def _kill_left(mark_prefix: bytes, sessions: frozenset[int]) -> None:
+    """Kill every process that has one of our marks or belongs to one of `sessions`, until two looks find none."""
     empty_count, limit_s = 0, time.monotonic() + SWEEP_LIMIT_S
     while empty_count < 2 and time.monotonic() < limit_s:
-        found = [pid for pid in psutil.pids() if (_read_mark(pid) or b"").startswith(prefix)]
+        found = [pid for pid in psutil.pids() if _is_left(pid, mark_prefix, sessions)]
         for pid in found:
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         empty_count = 0 if found else empty_count + 1
         time.sleep(0.005)
+
+
+def _is_left(pid: int, mark_prefix: bytes, sessions: frozenset[int]) -> bool:
+    try:
+        if os.getsid(pid) not in sessions:
+            return (_read_mark(pid) or b"").startswith(mark_prefix)
+        return _read_stat(pid)[0] != b"Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
 
 
 class Signals:
@@ -3001,11 +3223,16 @@ def watch_lifeline(loop: asyncio.AbstractEventLoop, environ: Mapping[str, str], 
 
 
 def function_environment(environ: Mapping[str, str]) -> dict[bytes, bytes]:
-    """Return the environment that functions start from: ours without what was meant for us alone."""
+    """Return the environment that functions start from: ours without what was meant for us alone.
+
+    LC_CTYPE is left out if it came with our interpreter, which sets it in a bare environment (PEP 538).
+    """
+    with open("/proc/self/environ", "rb") as file:
+        coerced = "LC_CTYPE" in os.environ and not re.search(rb"(?:^|\0)LC_CTYPE=", file.read())
     return {
         os.fsencode(name): os.fsencode(value)
         for name, value in environ.items()
-        if not name.startswith(("LISTEN_", "FAASHOUND_"))
+        if not name.startswith(("LISTEN_", "FAASHOUND_")) and not (coerced and name == "LC_CTYPE")
     }
 
 
@@ -3014,11 +3241,9 @@ async def serve(settings: Settings, environ: Mapping[str, str], sockets: list[so
     loop = asyncio.get_running_loop()
     signals = Signals(loop)
     watch_lifeline(loop, environ, signals.stop_now)
-    reaper = Reaper(loop, spared=(guard.pid,))
-    on_stderr = None if settings.combine_output else stderr_logger(settings.prefix_logs)
-    spawner = Spawner(
-        reaper, guard.instance, settings.fprocess, function_environment(environ), settings.term_grace_s, on_stderr
-    )
+    reaper = Reaper(loop, guard.roots)
+    guard.keep(reaper)
+    spawner = Spawner(reaper, guard.instance, settings.fprocess, function_environment(environ), settings.term_grace_s)
     with ExitStack() as cleanup:
         cleanup.callback(reaper.close)
         lock_path = None
@@ -3027,7 +3252,7 @@ async def serve(settings: Settings, environ: Mapping[str, str], sockets: list[so
             cleanup.callback(remove_lock_file, lock_path)
         watchdog = Watchdog(settings, spawner, lock_path)
         timeouts = ServerTimeouts(settings.read_timeout_s, settings.write_timeout_s, settings.read_timeout_s)
-        server = Server(watchdog, timeouts)
+        server = Server(watchdog, timeouts, watchdog.on_refused)
         metrics_handler = partial(serve_metrics, watchdog.metrics.registry)
         metrics_server = await start_metrics(settings.host, settings.metrics_port, metrics_handler)
         for sock in sockets:
@@ -3069,11 +3294,15 @@ async def drain_server(server: Server, signals: Signals, limit_s: float) -> int:
 
 
 async def finished_first(*waits: Awaitable[object]) -> None:
-    """Return when one of `waits` has finished; the others are cancelled."""
+    """Return when one of `waits` has finished, or raise what it raised; the others are cancelled."""
     tasks = [asyncio.ensure_future(wait) for wait in waits]
-    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    for task in tasks:
-        task.cancel()
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+    for task in done:
+        task.result()
 
 
 async def start_metrics(host: str | None, port: int, handler: Handler) -> Server:
@@ -3083,6 +3312,17 @@ async def start_metrics(host: str | None, port: int, handler: Handler) -> Server
         await server.listen(sock)
         log.info(f"Metrics on port: {describe_socket(sock)}")
     return server
+
+
+def settle_descriptors() -> None:
+    """Make sure that 0, 1 and 2 are open, and that functions inherit nothing else from whoever started us."""
+    while (fd := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) > 2:
+            with suppress(OSError):  # the listing's own
+                os.set_inheritable(int(name), False)
 
 
 def lock_file_path(environ: Mapping[str, str]) -> str:
@@ -3106,20 +3346,6 @@ def remove_lock_file(path: str) -> None:
     with suppress(FileNotFoundError):
         os.unlink(path)
         log.info(f"Removing lock-file: {path}")
-
-
-def stderr_logger(prefixed: bool) -> Callable[[str], None]:
-    """Return what a function's lines on stderr go to when they do not join the response."""
-    return (lambda line: log.info(f"stderr: {line}")) if prefixed else log.raw
-
-
-@dataclass(frozen=True, slots=True)
-class Guard:
-    """The process that outlives us, the instance it looks for, and the descriptor that tells it of our end."""
-
-    instance: bytes
-    pid: int
-    held_fd: int
 
 
 def help_text(usage: str, purpose: str, kind: type) -> str:
@@ -3164,12 +3390,13 @@ def run_healthcheck(environ: Mapping[str, str]) -> int:
 
 
 def load_settings(kind: type[S], environ: Mapping[str, str]) -> S | None:
-    """Return the settings, with a warning for each look-alike; None, and a message, if they cannot be."""
+    """Return the settings, with the log set up and a warning for each look-alike; None, and a message, if bad."""
     try:
         settings = parse_settings(kind, environ)
     except BadSettings as error:
         print(error, file=sys.stderr)
         return None
+    log.configure(getattr(settings, "log_format", "text"), environ.get("OPENFAAS_NAME"))
     for warning in lookalikes(kind, environ):
         log.warning(warning)
     return settings
@@ -3187,11 +3414,10 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     settings = load_settings(Settings, environ)
     if settings is None:
         return 2
-    log.configure(settings.log_format, environ.get("OPENFAAS_NAME"))
     try:
+        settle_descriptors()
         sockets = open_sockets(settings.host, settings.port, environ)
-        instance = secrets.token_hex(8).encode()
-        guard = Guard(instance, *start_guard(instance))
+        guard = Guard()
         gc.freeze()
         return uvloop.run(serve(settings, environ, sockets, guard))
     except CannotStart as error:

@@ -17,6 +17,7 @@ from tests.harness import (
     http_request,
     parse,
     raw,
+    read_all,
     read_until,
     wait_until,
 )
@@ -202,6 +203,25 @@ def test_request_is_answered_the_same_when_sent_byte_by_byte(cat: Program, reque
 def test_request_is_refused_the_same_when_sent_byte_by_byte(cat: Program, name: str) -> None:
     request_bytes = REFUSED[name]
     assert ask(cat, [request_bytes[index : index + 1] for index in range(len(request_bytes))]).status == 400
+
+
+@pytest.mark.parametrize("name", ["plain", "trailers"])
+def test_next_request_is_answered_the_same_when_its_beginning_came_with_the_last(cat: Program, name: str) -> None:
+    request_bytes, body = TAKEN[name]
+    first, second = posted(b"first"), last(request_bytes)
+    for cut in range(len(second)):
+        with connect(cat.port) as client:
+            client.sendall(first + second[:cut])
+            read_until(client, b"first")
+            client.sendall(second[cut:])
+            (answer,) = parse(read_all(client, 5.0))
+        assert (answer.status, answer.body) == (200, body), f"cut at {cut}"
+
+
+@pytest.mark.parametrize("rest", [b"\r\n", b"\r\n\r\n", SMUGGLED, b"\x00"], ids=["crlf", "crlfs", "request", "noise"])
+def test_last_request_is_answered_when_bytes_follow_it(cat: Program, rest: bytes) -> None:
+    answer = ask(cat, last(posted(b"hello")) + rest)
+    assert (answer.status, answer.body) == (200, b"hello")
 
 
 @given(st.data())

@@ -44,6 +44,8 @@ GOOD_AND_BAD: dict[str, tuple[str, list[str]]] = {
     "write_timeout": ("500ms", ["0", "-1s", "1s ", "inf"]),
     "exec_timeout": ("0", ["-1", "banana", "1h30", "nan", "s", "1 s", "1e3s", "1s,2s"]),
     "healthcheck_interval": ("0", ["-5s", "5 seconds"]),
+    "term_grace": ("2s", ["-1", "soon"]),
+    "max_body": ("512MiB", ["-1", "1.5MiB", "512 MiB", "1TiB", "big"]),
     "max_inflight": ("2147483647", ["2147483648", "-1", "1.5", "ten", "99999999999999999999"]),
     "cgi_headers": ("false", ["yes", "2", "on", "tru"]),
     "marshal_request": ("1", ["enabled"]),
