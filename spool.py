@@ -35,7 +35,6 @@ import errno
 import fcntl
 import itertools
 import json
-import logging
 import os
 import pwd
 import queue
@@ -55,9 +54,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol, TypeVar
 
-from .watchdog import FaashoundError
+from .watchdog import BodyTooLarge, FaashoundError, log
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -97,12 +95,6 @@ class QueueDamaged(FaashoundError):
     """The queue's file is damaged, foreign, or newer than this program. It has been left as it is."""
 
     status = 503
-
-
-class BodyTooLarge(FaashoundError):
-    """A body went over the limit given; what had arrived of it has been removed."""
-
-    status = 413
 
 
 class CallExists(FaashoundError):
@@ -1477,22 +1469,28 @@ def _check(db: sqlite3.Connection, path: Path) -> None:
     version = db.execute("PRAGMA user_version").fetchone()[0]
     if not 1 <= version <= len(MIGRATIONS):
         raise _damaged(path, f"is of version {version}, this program knows 1 to {len(MIGRATIONS)}")
-    if not _write_back(db):
-        return
     (pages,), (page_bytes,) = (db.execute(f"PRAGMA {name}").fetchone() for name in ("page_count", "page_size"))
-    if path.stat().st_size < pages * page_bytes:
+    if _missing_pages(path, pages, page_bytes):
         raise _damaged(path, "is cut short")
 
 
-def _write_back(db: sqlite3.Connection) -> bool:
-    """Writes the journal into the file, which then holds every page it counts; False if a reader is in the way."""
-    try:
-        busy, logged, done = db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-    except sqlite3.OperationalError as error:
-        if isinstance(_sqlite_error(error), QueueFull):
-            return False  # no room for it now; what is in the journal can be read there
-        raise
-    return not busy and logged == done
+def _missing_pages(path: Path, page_count: int, page_bytes: int) -> set[int]:
+    """Pages that neither the file nor its journal holds; SQLite would take them for zeros when there is a journal.
+
+    A file shorter than its count is no damage in itself: it grows when the journal is written back. The journal is a
+    header of 32 bytes and frames of 24 + `page_bytes`, each beginning with the page's number (sqlite.org/fileformat2
+    section 4.1). The page at 1 GiB is never written: SQLite's locks live there (section 1.3).
+    """
+    held = path.stat().st_size // page_bytes
+    missing = set(range(held + 1, page_count + 1)) - {(1 << 30) // page_bytes + 1}
+    journal = path.with_name(f"{DATABASE}-wal")
+    if missing and journal.exists():
+        with journal.open("rb") as file:
+            file.seek(32)
+            while len(header := file.read(24)) == 24:
+                missing.discard(int.from_bytes(header[:4], "big"))
+                file.seek(page_bytes, os.SEEK_CUR)
+    return missing
 
 
 def _migrate(db: sqlite3.Connection) -> None:
@@ -1543,7 +1541,7 @@ class _Bells:
         try:
             names = set(os.listdir(self._bells_fd)) - {self.name}
         except OSError as error:
-            log.warning("cannot ring any bell: %s", error)
+            log.warning(f"cannot ring any bell: {error}")
             return
         for name in self._others.keys() - names:
             self._drop(name)
@@ -1557,7 +1555,7 @@ class _Bells:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(name, dir_fd=self._bells_fd)
             except OSError as error:
-                log.warning("cannot ring the bell %s: %s", name, error)
+                log.warning(f"cannot ring the bell {name}: {error}")
                 self._drop(name)
 
     def _reach(self, name: str) -> socket.socket:
@@ -1821,14 +1819,14 @@ class _Writer:
                 self._check_place()
                 return work()
         except sqlite3.Error as error:
-            log.error("the queue in %s cannot be written: %s", self._tree.path, error)
+            log.error(f"the queue in {self._tree.path} cannot be written: {error}")
             problem: Exception = _sqlite_error(error)
         except OSError as error:
             problem = _disk_error(error)
         except QueueUnavailable as error:
             problem = error
-        except Exception:  # a task's boundary: a writer that died here would keep everyone waiting for ever
-            log.exception("the queue in %s cannot be written", self._tree.path)
+        except Exception:  # noqa: BLE001 - a thread's boundary: a writer that died here would keep everyone waiting for ever
+            log.exception(f"the queue in {self._tree.path} cannot be written")
             problem = QueueUnavailable("the queue cannot be used: see the log")
         for operation in operations:
             operation.error = problem
@@ -1996,7 +1994,7 @@ class Spool:
         try:
             await spool.reclaim()
         except QueueFull:
-            log.warning("the disk of the queue in %s is full", directory)  # it can be read, and room may come
+            log.warning(f"the disk of the queue in {directory} is full")  # it can be read, and room may come
         except BaseException:
             await spool.close()
             raise
@@ -2067,7 +2065,7 @@ class Spool:
                 total += len(piece)
                 held += len(piece)
                 if limit_bytes is not None and total > limit_bytes:
-                    raise BodyTooLarge(f"the body is longer than {limit_bytes} bytes")
+                    raise BodyTooLarge(limit_bytes)
                 if held > (INLINE_BYTES if file is None else FILE_CHUNK_BYTES):
                     file = file or await self._begin_body(stack)
                     await self._in_thread(partial(file.write, pieces))
@@ -2186,33 +2184,37 @@ class Spool:
         A function with no room is passed over. `owner` must be enlisted here. Taking leases costs one commit; finding
         nothing costs none. If the caller is cancelled, what was claimed for it is released.
         """
-        if owner not in self._owners:
-            raise AssertionError(f"{owner} has not been enlisted: its leases would be void at once")
         wanted = _Wanted(tuple(queues), limit, dict(room or {}))
+        claimant = self._claimant(owner, lease_s)
 
         def work(tx: _Transaction) -> list[Lease]:
-            claimant = self._claimant(owner, lease_s)
             self._reclaim_sometimes(tx)
             leases, self._last_lane = _claim(tx, wanted, self._last_lane, claimant)
-            self._call_seen_s = claimant.now_s
             return leases
 
-        return await self._claimed(self._write(work)) if limit > 0 else []
+        if limit <= 0:
+            return []
+        leases = await self._claimed(self._write(work))
+        self._call_seen_s = claimant.now_s
+        return leases
 
     async def claim_callbacks(self, owner: str, lease_s: float, limit: int) -> list[Lease]:
         """Leases up to `limit` due callbacks, the longest due first; otherwise as `claim`."""
-        if owner not in self._owners:
-            raise AssertionError(f"{owner} has not been enlisted: its leases would be void at once")
+        claimant = self._claimant(owner, lease_s)
 
         def work(tx: _Transaction) -> list[Lease]:
-            claimant = self._claimant(owner, lease_s)
             self._reclaim_sometimes(tx)
-            self._callback_seen_s = claimant.now_s
             return _claim_callbacks(tx, limit, claimant)
 
-        return await self._claimed(self._write(work)) if limit > 0 else []
+        if limit <= 0:
+            return []
+        leases = await self._claimed(self._write(work))
+        self._callback_seen_s = claimant.now_s
+        return leases
 
     def _claimant(self, owner: str, lease_s: float) -> _Claimant:
+        if owner not in self._owners:
+            raise AssertionError(f"{owner} has not been enlisted: its leases would be void at once")
         return _Claimant(owner, self._now(), self._boot, _boot_s() + lease_s)
 
     async def _claimed(self, future: asyncio.Future[list[Lease]]) -> list[Lease]:
@@ -2388,7 +2390,7 @@ class Spool:
             try:
                 ended = await self._read(partial(_ended, call_ids=tuple(self._waiters)))
             except FaashoundError as error:
-                log.error("cannot look for finished calls: %s", error)
+                log.error(f"cannot look for finished calls: {error}")
                 return
             for call_id in ended:
                 for future in self._waiters.pop(call_id, ()):
@@ -2400,7 +2402,10 @@ class Spool:
     async def calls(
         self, *, state: State | None = None, function: str | None = None, limit: int = 100, before: str | None = None
     ) -> list[Call]:
-        """Calls, newest first, without inline bodies and history (`get` has them), from before the id `before`."""
+        """Calls, newest first, without inline bodies and history (`get` has them).
+
+        A page begins behind the call `before`, the last one of the page in front; CallUnknown if it is gone by now.
+        """
         return await self._read(partial(_list, wanted=_Filter(state, function, limit, before)))
 
     async def requeue_dead(self, call_id: str) -> Call:

@@ -95,6 +95,7 @@ MAX_EXEC_STRING_BYTES = 131072  # one argument or variable (execve(2), MAX_ARG_S
 MAX_LOG_LINE_BYTES = 8192  # a longer line of a function's stderr is cut into pieces
 LINES_AT_ONCE_COUNT = 64  # lines of a function's stderr in one turn of the loop
 LAST_LINES_COUNT = 2000  # lines of it at the end of the call
+LOG_RETRY_S = 0.02  # between two tries of a log that nobody reads
 LOG_BACKLOG_BYTES = 1 << 20  # log lines that wait for a slow reader; more are dropped and counted
 SECRET_FIELDS = frozenset((b"authorization", b"cookie", b"set-cookie", b"proxy-authorization", b"x-api-key"))
 
@@ -407,7 +408,7 @@ def escape_line(text: str) -> str:
 
 
 class Log:
-    """A program's log.  `configure` once in `main`; safe from any coroutine, not from threads."""
+    """A program's log.  `configure` once in `main`; may be used from any thread."""
 
     def __init__(self) -> None:
         self._json = False
@@ -415,7 +416,8 @@ class Log:
         self._waiting: deque[bytes] = deque()
         self._waiting_bytes = 0
         self._dropped_count = 0
-        self._scheduled: asyncio.AbstractEventLoop | None = None
+        self._scheduled = False
+        self._home: asyncio.AbstractEventLoop | None = None
         self._second: tuple[int, str] = (0, "")
 
     def configure(self, log_format: str, origin: str | None) -> None:
@@ -458,21 +460,25 @@ class Log:
         self._put(escape_line(f"{self._second[1]}{origin}{'' if level == 'info' else level + ': '}{text}{shown}"))
 
     def _put(self, line: str) -> None:
+        loop = asyncio._get_running_loop()
+        if loop is not None:
+            self._home = loop
+        elif self._home is not None and self._home.is_running():  # a thread's line
+            self._home.call_soon_threadsafe(self._put, line)
+            return
         data = line.encode(errors="backslashreplace") + b"\n"
         if self._waiting_bytes + len(data) > LOG_BACKLOG_BYTES:
             self._dropped_count += 1
             return
         self._waiting.append(data)
         self._waiting_bytes += len(data)
-        if self._scheduled is None:
-            try:
-                self._scheduled = asyncio.get_running_loop()
-            except RuntimeError:  # before the loop starts or after it ended
-                self.flush()
-            else:
-                self._scheduled.call_soon(self._write_some)
+        if loop is None:  # before the loop starts or after it ended
+            self.flush()
+        elif not self._scheduled:
+            self._scheduled = True
+            loop.call_soon(self._write_some, loop)
 
-    def _write_some(self) -> None:
+    def _write_some(self, loop: asyncio.AbstractEventLoop) -> None:
         """Write what stderr takes without blocking, once for all lines of a turn of the loop."""
         while self._waiting and _takes_more(2):
             data = self._waiting.popleft()
@@ -483,10 +489,10 @@ class Log:
             if written < len(data):
                 self._waiting.appendleft(data[written:])
                 self._waiting_bytes += len(data) - written
-        if self._waiting and self._scheduled is not None:
-            self._scheduled.call_later(0.02, self._write_some)
+        if self._waiting:
+            loop.call_later(LOG_RETRY_S, self._write_some, loop)
             return
-        self._scheduled = None
+        self._scheduled = False
         if self._dropped_count:
             count, self._dropped_count = self._dropped_count, 0
             self.warning(f"{count} log lines were dropped: nobody read them fast enough")

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import pickle
-import select
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Coroutine
@@ -158,8 +159,17 @@ class Remote:
         self.send(method, *args, **kwargs)
         return self.receive()
 
-    def answers_within(self, timeout_s: float) -> bool:
-        return bool(select.select([self._answers], [], [], timeout_s)[0])
+    def crash(self, statement: int, method: str, *args: Any, **kwargs: Any) -> bool:
+        """Kills the process just before its writer's `statement`-th statement; whether the answer came before that."""
+        self.call("crash_at", statement)
+        self.send(method, *args, **kwargs)
+        try:
+            self.receive()
+        except EOFError:
+            return False
+        except FaashoundError:
+            return True  # refused
+        return True
 
     def kill(self) -> None:
         self._process.kill()
@@ -170,22 +180,31 @@ class Remote:
 
 
 async def obey(directory: Path, commands: IO[bytes], answers: IO[bytes]) -> None:
-    """Does what a Remote asks, one thing after another, until killed. `clock` sets the clock."""
-    clock = Clock()
-    spool = await Spool.open(directory, now=clock)
+    """Does what a Remote asks, one thing after another, until killed."""
+    spool = await Spool.open(directory, now=Clock())
     answer: Any = await spool.enlist()
     while True:
         pickle.dump(answer, answers)
         answers.flush()
         method, args, kwargs = pickle.load(commands)
         try:
-            if method == "clock":
-                (clock.now_s,) = args
+            if method == "crash_at":
+                crash_at(spool, *args)
                 answer = None
             else:
                 answer = await getattr(spool, method)(*args, **kwargs)
         except FaashoundError as error:
             answer = error
+
+
+def crash_at(spool: Spool, statement: int) -> None:
+    count = itertools.count(1)
+
+    def trace(_: str) -> None:
+        if next(count) == statement:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    spool._writer._db.set_trace_callback(trace)
 
 
 if __name__ == "__main__":

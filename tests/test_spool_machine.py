@@ -1,8 +1,8 @@
 """The queue against a plain model, in a process that is killed by SIGKILL between any two steps and inside any step.
 
-The other process does one write at a time. It is killed either between steps, or at some moment after it was told to
-write and before its answer was read. Reopened, the queue must hold every write that was answered, and the last one
-wholly or not at all. Taking over what the dead one held is part of the model.
+The other process does one write at a time. It is killed between steps, or before some statement of the transaction that
+a step is. Reopened, the queue must hold every write that was answered, and the last one wholly or not at all. Taking
+over what the dead one held is part of the model.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ class SpoolMachine(RuleBasedStateMachine):
         shutil.rmtree(self.directory)
 
     def look(self) -> dict[str, tuple[object, ...]]:
-        seen = {}
+        seen: dict[str, tuple[object, ...]] = {}
         for listed in self.remote.call("calls", limit=1000):
             call = self.remote.call("get", listed.id)
             seen[call.id] = (
@@ -295,46 +295,45 @@ class SpoolMachine(RuleBasedStateMachine):
         self.reopen()
         self.model.lose_owner()
 
-    @rule(target=ids, function=st.sampled_from(FUNCTIONS), callback=st.booleans(), delay_s=st.floats(0, 0.002))
-    def kill_while_putting(self, function: str, callback: bool, delay_s: float) -> Any:
+    @rule(target=ids, function=st.sampled_from(FUNCTIONS), callback=st.booleans(), statement=st.integers(1, 12))
+    def kill_while_putting(self, function: str, callback: bool, statement: int) -> Any:
         call, row = self.make(function, 0.0, callback, None)
         after = copy.deepcopy(self.model)
         after.put(call.id, row)
-        self.kill_inside(after, delay_s, "put", call)
+        self.kill_inside(after, statement, "put", call)
         return multiple(call.id) if call.id in self.model.rows else multiple()
 
     @rule(
         lease=leases,
         event=st.sampled_from([Event.SUCCEED, Event.GIVE_UP, Event.RETRY, Event.HAND_BACK, Event.STOP]),
-        delay_s=st.floats(0, 0.002),
+        statement=st.integers(1, 12),
     )
-    def kill_while_ending(self, lease: Lease, event: Event, delay_s: float) -> None:
+    def kill_while_ending(self, lease: Lease, event: Event, statement: int) -> None:
         after = copy.deepcopy(self.model)
         after.end(lease, event)
         method, args, kwargs = ending(lease, event)
-        self.kill_inside(after, delay_s, method, *args, **kwargs)
+        self.kill_inside(after, statement, method, *args, **kwargs)
 
-    @rule(call_id=ids, delay_s=st.floats(0, 0.002))
-    def kill_while_requeueing(self, call_id: str, delay_s: float) -> None:
+    @rule(call_id=ids, statement=st.integers(1, 12))
+    def kill_while_requeueing(self, call_id: str, statement: int) -> None:
         if call_id in self.model.rows:
             after = copy.deepcopy(self.model)
             after.requeue(call_id)
-            self.kill_inside(after, delay_s, "requeue_dead", call_id)
+            self.kill_inside(after, statement, "requeue_dead", call_id)
 
-    @rule(delay_s=st.floats(0, 0.002))
-    def kill_while_claiming(self, delay_s: float) -> None:
+    @rule(statement=st.integers(1, 12))
+    def kill_while_claiming(self, statement: int) -> None:
         """Whatever was claimed is given back; only the attempts tell."""
         lanes = self.model.due(START_S)
         due = [call_id for lane in lanes.values() for call_id in lane]
         after = copy.deepcopy(self.model)
         for fence, call_id in enumerate(due, 1_000_000):
             after.claim(call_id, fence)
-        self.kill_inside(after, delay_s, "claim", [QUEUE], self.remote.owner, LEASE_S, 1000)
+        self.kill_inside(after, statement, "claim", [QUEUE], self.remote.owner, LEASE_S, 1000)
 
-    def kill_inside(self, after: Model, delay_s: float, method: str, *args: Any, **kwargs: Any) -> None:
+    def kill_inside(self, after: Model, statement: int, method: str, *args: Any, **kwargs: Any) -> None:
         """Afterwards the model is whichever the queue turned out to be; only the later one if an answer had come."""
-        self.remote.send(method, *args, **kwargs)
-        answered = self.remote.answers_within(delay_s)
+        answered = self.remote.crash(statement, method, *args, **kwargs)
         self.reopen()
         self.model.lose_owner()
         after.lose_owner()
@@ -370,5 +369,5 @@ def ending(lease: Lease, event: Event) -> tuple[str, tuple[Any, ...], dict[str, 
 
 TestSpoolMachine = SpoolMachine.TestCase
 TestSpoolMachine.settings = settings(
-    max_examples=12, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=10, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Iterator
@@ -9,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from faashound.spool import INLINE_BYTES, ORPHAN_S, LeaseLost, State
-from tests.test_spool_kit import LEASE_S, QUEUE, START_S, Desk, Remote, new_call
+from faashound.spool import INLINE_BYTES, ORPHAN_S, Attempt, Call, LeaseLost, State, _accepted
+from tests.test_spool_kit import LEASE_S, QUEUE, START_S, Desk, Remote, inline, new_call
 
 LONG_S = 20.0
 BIG = os.urandom(INLINE_BYTES + 1)
@@ -103,6 +104,58 @@ def test_body_stored_by_a_process_killed_before_its_put_is_swept_later(desk: Des
         os.utime(desk.directory / "bodies" / name, (time.time() - ORPHAN_S - 1,) * 2)
     assert desk.do(desk.spool.sweep(60, 60)).file_count == 1
     assert desk.body_files() == {kept.body.file} != {orphan.file}
+
+
+@pytest.mark.parametrize("method", ["put", "finish", "retry", "requeue_dead"])
+def test_write_killed_before_any_of_its_statements_happened_not_at_all(tmp_path: Path, method: str) -> None:
+    """Every statement but the first comes after a change that must not stay."""
+    statements = 0
+    for statement in itertools.count(1):
+        directory = tmp_path / str(statement)
+        remote = Remote(directory)
+        before, args, kwargs = prepare(remote, method)
+        answered = remote.crash(statement, method, *args, **kwargs)
+        remote.kill()
+        if answered:
+            break
+        statements += 1
+        desk = Desk(directory)
+        desk.do(desk.spool.reclaim())
+        found = desk.do(desk.spool.get(before.id))
+        if method == "put":
+            assert found is None
+            assert desk.do(desk.spool.stats()).by_state[State.QUEUED] == 0
+        else:
+            assert found is not None
+            assert (found.attempts, found.result, found.callback) == (before.attempts, before.result, before.callback)
+            assert len(found.history) == len(before.history) + (found.state is State.QUEUED)  # the attempt that died
+        desk.close()
+    assert statements >= 4
+
+
+def prepare(remote: Remote, method: str) -> tuple[Call, tuple[object, ...], dict[str, object]]:
+    """A call in the state that `method` needs, as it is then, and what to pass to the method."""
+    new = new_call(callback_url="http://caller/")
+    if method == "put":
+        return _accepted(new), (new,), {}
+    call: Call = remote.call("put", new)
+    (lease,) = remote.call("claim", [QUEUE], remote.owner, LEASE_S, 1)
+    attempt = Attempt(START_S, START_S, 500, "failed")
+    if method == "retry":
+        return lease.call, (lease,), {"attempt": attempt, "due_s": START_S, "excerpt": b"why"}
+    ending = {
+        "attempt": attempt,
+        "result": inline(b"out"),
+        "result_headers": (),
+        "status": 500,
+        "duration_s": 0.1,
+        "state": State.DEAD,
+        "callback_due_s": None,
+    }
+    if method == "finish":
+        return lease.call, (lease,), ending
+    remote.call("finish", lease, **ending)
+    return remote.call("get", call.id), (call.id,), {}
 
 
 def test_what_was_acknowledged_survives_a_kill(desk: Desk, remote: Remote) -> None:
