@@ -380,14 +380,15 @@ def test_function_has_default_signals_when_started(shell: Program) -> None:
     assert {name: int(mask, 16) & 0x7FFFFFFF for name, mask in masks.items()} == {"Blk": 0, "Ign": 0}
 
 
-def test_watchdog_keeps_no_descriptor_when_requests_are_done() -> None:
+def test_watchdog_keeps_no_descriptor_and_no_zombie_when_requests_are_done() -> None:
     with Program("watchdog", {"fprocess": "/bin/sh"}) as program:
         scripts = [b"true", b"exit 1", b"kill -9 $$", b"head -c 300000 /dev/zero", b"exec <&-; exec >&-; exec 2>&-"]
         for script in scripts:
             post(program, script)
-        before = program.descriptors()
+        before, children = program.descriptors(), program.children()
         for script in scripts * 4:
             post(program, script)
+        wait_until(lambda: program.children() == children, 5.0, f"no children but {children}")
         wait_until(lambda: program.descriptors() <= before, 5.0, f"no more than {before} descriptors")
 
 
