@@ -75,6 +75,7 @@ VERSION = "0.1.0"
 MAX_HEAD_BYTES = 65536  # request line and fields; nginx allows 32 KiB, Go 1 MiB, one variable of execve 128 KiB
 BUFFERED_BYTES = 262144  # of a body that waits for its consumer before reading stops: four reads of the loop
 BACKLOG = 1024  # connections that the kernel keeps for us while the loop is busy (capped by net.core.somaxconn)
+MAX_LISTEN_FDS_COUNT = 64  # of socket activation
 LINGER_S = 2.0  # after an early answer: how long the client may go on sending before the connection is cut
 LINGER_BYTES = 1 << 24  # ... and how much
 CONNECT_TIMEOUT_S = 10.0  # curl waits 300 s, Go's default transport 30 s; behind us is a local network
@@ -1162,6 +1163,27 @@ class Server:
         return self._date[1]
 
 
+class Phase(Enum):
+    """Where an accepted connection stands in its present exchange."""
+
+    IDLE = "no byte of a request has come"
+    HEAD = "a request has begun to arrive"
+    BODY = "the handler runs, the body still arrives"
+    HANDLING = "the handler runs, or is ending because the request was refused"
+    SENDING = "the response is on its way"
+    LINGERING = "the response is out, the rest of the request is discarded"
+
+
+NEXT_PHASES = {
+    Phase.IDLE: {Phase.HEAD},
+    Phase.HEAD: {Phase.BODY, Phase.HANDLING},
+    Phase.BODY: {Phase.HANDLING, Phase.SENDING},
+    Phase.HANDLING: {Phase.SENDING},
+    Phase.SENDING: {Phase.IDLE, Phase.LINGERING},
+    Phase.LINGERING: set(),
+}
+
+
 class ServerConnection(asyncio.Protocol):
     """One accepted connection; see the theory above."""
 
@@ -1175,12 +1197,11 @@ class ServerConnection(asyncio.Protocol):
         self._task: asyncio.Task[None] | None = None
         self._request: Request | None = None
         self._handled = False
-        self._receiving = False
-        self._sending = False
+        self._phase = Phase.IDLE
         self._refusal: FaashoundError | None = None
         self._unread_bytes = 0
         self._read_left_s: float | None = None
-        self._lingering_bytes: int | None = None
+        self._discarded_bytes = 0
         self._writable: asyncio.Future[None] | None = None
         self._write_paused = False
         self._hangup_watched = False
@@ -1197,19 +1218,18 @@ class ServerConnection(asyncio.Protocol):
         self._alarm.set(self._loop.time() + self._server.timeouts.idle_s)
 
     def data_received(self, data: bytes) -> None:
-        if self._lingering_bytes is not None:
+        if self._refusal is not None or self._phase is Phase.LINGERING:
             self._discard(len(data))
             return
-        if not self._receiving and self._task is None:
-            self._receiving = True
-            self._alarm.set(self._loop.time() + self._server.timeouts.read_s)
-        self._wire.feed(data)
-        if self._task is not None and not self._receiving:
+        if self._phase is Phase.IDLE:
+            self._begin_receiving()
+        elif self._phase is Phase.HANDLING:
             self._unread_bytes += len(data)
+        self._wire.feed(data)
         self._advance()
 
     def eof_received(self) -> bool:
-        if self._sending:
+        if self._phase is Phase.SENDING:
             return True  # the answer is on its way, and whoever half-closed may still read it
         self._cancel()
         return False
@@ -1230,7 +1250,16 @@ class ServerConnection(asyncio.Protocol):
         if self._writable is not None and not self._writable.done():
             self._writable.set_result(None)
 
+    def _enter(self, phase: Phase) -> None:
+        if phase not in NEXT_PHASES[self._phase]:
+            raise AssertionError(f"{phase} cannot follow {self._phase}")
+        self._phase = phase
+
     # Receiving.
+
+    def _begin_receiving(self) -> None:
+        self._enter(Phase.HEAD)
+        self._alarm.set(self._loop.time() + self._server.timeouts.read_s)
 
     def _advance(self) -> None:
         try:
@@ -1239,9 +1268,7 @@ class ServerConnection(asyncio.Protocol):
                 if isinstance(event, bytes):
                     cast(Request, self._request).body.feed(event)
                 elif event is Sign.END:
-                    self._receiving = False
-                    self._alarm.set(None)
-                    cast(Request, self._request).body.finish()
+                    self._received_whole()
                 elif isinstance(event, Sign):
                     break
                 else:
@@ -1257,7 +1284,14 @@ class ServerConnection(asyncio.Protocol):
         body = Body(None if chunked else int(length_text or 0), self._on_drained)
         self._request = Request(method.decode(), target, path, query, host, headers, body, self._peer)
         self._handled = False
+        self._enter(Phase.BODY)
         self._task = self._loop.create_task(self._exchange(self._request))
+
+    def _received_whole(self) -> None:
+        if self._phase is Phase.BODY:
+            self._enter(Phase.HANDLING)
+            self._alarm.set(None)
+        cast(Request, self._request).body.finish()
 
     def _throttle(self) -> None:
         """Stop reading while enough waits; the read deadline stands still meanwhile."""
@@ -1267,13 +1301,13 @@ class ServerConnection(asyncio.Protocol):
             return
         self._transport.pause_reading()
         self._watch_hangup(True)
-        if self._receiving and self._alarm.when_s is not None:
+        if self._phase is Phase.BODY and self._alarm.when_s is not None:
             self._read_left_s = self._alarm.when_s - self._loop.time()
             self._alarm.set(None)
 
     def _on_drained(self) -> None:
         """The handler wants more of the body."""
-        if self._wire.awaits_continue and not self._sending:
+        if self._wire.awaits_continue and self._phase is Phase.BODY:
             self._transport.write(self._wire.build_continue())
         self._resume_reading()
 
@@ -1282,7 +1316,7 @@ class ServerConnection(asyncio.Protocol):
             return
         self._watch_hangup(False)
         self._transport.resume_reading()
-        if self._read_left_s is not None and self._receiving:
+        if self._read_left_s is not None and self._phase is Phase.BODY:
             self._alarm.set(self._loop.time() + self._read_left_s)
         self._read_left_s = None
 
@@ -1298,9 +1332,8 @@ class ServerConnection(asyncio.Protocol):
 
     def _on_hangup(self) -> None:
         self._hangup_watched = False
-        self._cancel()
-        if not self._sending:
-            self._transport.abort()
+        if self._phase is not Phase.SENDING:
+            self.abort()
 
     # Answering.
 
@@ -1330,7 +1363,7 @@ class ServerConnection(asyncio.Protocol):
             return error_response(FaashoundError("internal error; see the log"))
 
     async def _send(self, response: Response) -> None:
-        self._sending = True
+        self._enter(Phase.SENDING)
         limit_s = self._server.timeouts.write_s if response.write_timeout_s is None else response.write_timeout_s
         self._alarm.set(None if limit_s == math.inf else self._loop.time() + limit_s)
         close = self._server.draining or not self._wire.peer_done
@@ -1357,26 +1390,26 @@ class ServerConnection(asyncio.Protocol):
 
     def _end_exchange(self) -> None:
         self._task = self._request = None
-        self._sending = False
         self._unread_bytes = 0
         if self._refusal is not None or self._server.draining or not self._wire.next_cycle():
             self._linger()
             return
+        self._enter(Phase.IDLE)
         self._alarm.set(self._loop.time() + self._server.timeouts.idle_s)
         self._resume_reading()
         if self._wire.started:
-            self._receiving = True
-            self._alarm.set(self._loop.time() + self._server.timeouts.read_s)
+            self._begin_receiving()
             self._advance()
 
     def _refuse(self, error: FaashoundError) -> None:
         """Answer `error` instead of whatever the handler would have said, and close."""
         self._refusal = error
-        self._receiving = False
         self._alarm.set(None)
-        if self._sending:
+        if self._phase is Phase.SENDING:
             self._transport.close()
-        elif self._task is None:
+            return
+        self._enter(Phase.HANDLING)
+        if self._task is None:
             self._answer_refusal(None)
         else:
             cast(Request, self._request).refusal = error
@@ -1393,9 +1426,9 @@ class ServerConnection(asyncio.Protocol):
     # Deadlines and the end.
 
     def _on_alarm(self) -> None:
-        if self._sending or self._lingering_bytes is not None:
+        if self._phase in (Phase.SENDING, Phase.LINGERING):
             self.abort()
-        elif self._receiving:
+        elif self._phase in (Phase.HEAD, Phase.BODY):
             timeout = format_duration(self._server.timeouts.read_s)
             self._refuse(ReadTimeout(f"the request did not arrive within read_timeout ({timeout})"))
         else:
@@ -1406,19 +1439,19 @@ class ServerConnection(asyncio.Protocol):
         if (self._wire.peer_done and self._refusal is None) or not self._transport.can_write_eof():
             self._transport.close()
             return
-        self._lingering_bytes = 0
+        self._enter(Phase.LINGERING)
         self._transport.write_eof()
         self._alarm.set(self._loop.time() + LINGER_S)
         self._resume_reading()
 
     def _discard(self, count: int) -> None:
-        self._lingering_bytes = cast(int, self._lingering_bytes) + count
-        if self._lingering_bytes > LINGER_BYTES:
+        self._discarded_bytes += count
+        if self._discarded_bytes > LINGER_BYTES:
             self.abort()
 
     def close_if_idle(self) -> None:
         """Close unless an exchange is going on or beginning."""
-        if self._task is None and not self._receiving and self._lingering_bytes is None:
+        if self._phase is Phase.IDLE:
             self._transport.close()
 
     def abort(self) -> None:
@@ -3083,11 +3116,8 @@ def open_sockets(host: str | None, port: int, environ: Mapping[str, str]) -> lis
 
     LISTEN_PID, if set, must be our own number; a parent that cannot know it leaves it out.  Raises CannotStart.
     """
-    count = int(environ.get("LISTEN_FDS", "0") or 0)
-    if count and environ.get("LISTEN_PID", str(os.getpid())) == str(os.getpid()):
-        for fd in range(3, 3 + count):
-            os.set_inheritable(fd, False)  # or each function would hold our port
-        return [socket.socket(fileno=fd) for fd in range(3, 3 + count)]
+    if environ.get("LISTEN_FDS") and environ.get("LISTEN_PID", str(os.getpid())) == str(os.getpid()):
+        return _inherited_sockets(environ["LISTEN_FDS"])
     try:
         if host is None:
             return [_listen_everywhere(port)]
@@ -3095,6 +3125,24 @@ def open_sockets(host: str | None, port: int, environ: Mapping[str, str]) -> lis
         return [_listen(family, sockaddr) for family, _, _, _, sockaddr in found]
     except (OSError, UnicodeError) as error:
         raise CannotStart(f"cannot listen on {host or 'all interfaces'} port {port}: {error}") from None
+
+
+def _inherited_sockets(count_text: str) -> list[socket.socket]:
+    try:
+        fds = range(3, 3 + parse_positive_count(count_text))  # SD_LISTEN_FDS_START
+        if len(fds) > MAX_LISTEN_FDS_COUNT:
+            raise ValueError(f"allowed: up to {MAX_LISTEN_FDS_COUNT}")
+        sockets = [socket.socket(fileno=fd) for fd in fds]
+        if not all(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) for sock in sockets):
+            raise ValueError("they do not listen")
+    except (ValueError, OSError) as error:
+        reason = _strerror(error) if isinstance(error, OSError) else str(error)
+        raise CannotStart(
+            f"LISTEN_FDS={count_text!r}: the sockets from descriptor 3 on cannot be used: {reason}"
+        ) from None
+    for fd in fds:
+        os.set_inheritable(fd, False)  # or each function would hold our port
+    return sockets
 
 
 def _listen_everywhere(port: int) -> socket.socket:
