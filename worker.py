@@ -271,12 +271,18 @@ class Running:
 
     lease: Lease
     task: asyncio.Task[None] | None = None
+    begun: bool = False
     ended_by: str = ""
 
     def end(self, why: str) -> None:
-        """Cancel the task for a reason; the first one counts."""
-        if not self.ended_by and self.task is not None:
-            self.ended_by = why
+        """Cancel the work for a reason; the first one counts.
+
+        A task that has not made its first step is not cancelled, since then it could record nothing: it looks itself.
+        """
+        if self.ended_by:
+            return
+        self.ended_by = why
+        if self.begun and self.task is not None:
             self.task.cancel()
 
 
@@ -341,6 +347,7 @@ class Worker:
         self._annotations = Annotations(self._client, self._gateway, queue.token, settings.retry_policy())
         self._callback_policy = dataclasses.replace(CALLBACK_POLICY, max_attempts=settings.callback_retry_attempts)
         self._running: dict[int, Running] = {}  # by the lease's fence
+        self._cancelled_early: frozenset[str] = frozenset()  # calls that are ours but have not reached us yet
         self._limits: dict[str, Concurrency] = {}
         self._room = asyncio.Event()
         self._stopping = asyncio.Event()
@@ -381,21 +388,23 @@ class Worker:
         """Start as much as there is and as there is room for; tell whether that was anything."""
         lease_s, limit = self._settings.ack_wait_s, self._settings.max_inflight
         counts = Counter(running.lease.kind for running in self._running.values())
-        leases: list[Lease] = []
+        claimed_count = 0
         try:
             if counts["call"] < limit:
-                leases += await self._queue.claim(
-                    self._settings.queues, self._owner, lease_s, limit - counts["call"], self._rooms()
+                claimed_count += self._start_all(
+                    await self._queue.claim(
+                        self._settings.queues, self._owner, lease_s, limit - counts["call"], self._rooms()
+                    )
                 )
             if counts["callback"] < limit:
-                leases += await self._queue.claim_callbacks(self._owner, lease_s, limit - counts["callback"])
+                claimed_count += self._start_all(
+                    await self._queue.claim_callbacks(self._owner, lease_s, limit - counts["callback"])
+                )
         except FaashoundError as error:
             self._complain(error)
         else:
             self._complaint = ""
-        for lease in leases:
-            self._start(lease)
-        return bool(leases)
+        return claimed_count > 0
 
     def _rooms(self) -> dict[str, int]:
         """Return how many more calls each function may get whose limit is known to be below ours."""
@@ -419,6 +428,11 @@ class Worker:
             log.error(f"the queue cannot be asked for work: {error}")
         self._complaint = str(error)
 
+    def _start_all(self, leases: Sequence[Lease]) -> int:
+        for lease in leases:
+            self._start(lease)
+        return len(leases)
+
     def _start(self, lease: Lease) -> None:
         for earlier in list(self._running.values()):
             if (earlier.lease.kind, earlier.lease.call.id) == (lease.kind, lease.call.id):
@@ -427,6 +441,8 @@ class Worker:
         self._running[lease.fence] = running
         running.task = asyncio.create_task(self._see_to_end(running))
         running.task.add_done_callback(partial(self._on_end, lease))
+        if lease.kind == "call" and lease.call.id in self._cancelled_early:
+            running.end("cancel")
         self.metrics.in_flight.labels(lease.kind).inc()
 
     def _on_end(self, lease: Lease, task: asyncio.Task[None]) -> None:
@@ -439,7 +455,10 @@ class Worker:
     async def _see_to_end(self, running: Running) -> None:
         """Run one lease's work; what it could not record is told in the log and left to the lease's end."""
         lease, started_s = running.lease, time.time()
+        running.begun = True
         try:
+            if running.ended_by:
+                raise asyncio.CancelledError
             await (self._make_call(lease) if lease.kind == "call" else self._make_callback(lease))
         except asyncio.CancelledError:
             await self._end_early(running, started_s)
@@ -482,21 +501,24 @@ class Worker:
                 if lease.call.id in renewal.lost and lease.fence in self._running:
                     log.warning("the lease was lost; somebody else has the call", call_id=lease.call.id)
                     self._running[lease.fence].end("lost")
-            self._cancel(renewal.cancelled)
+            self._end_cancelled(renewal.cancelled)
 
     async def _watch_cancels(self) -> None:
         """End a run as soon as somebody asks for it."""
         while True:
             await self._queue.wait_for_cancel(self._settings.ack_wait_s)
             try:
-                self._cancel(await self._queue.cancelled_ids(self._owner))
+                cancelled = await self._queue.cancelled_ids(self._owner)
             except FaashoundError as error:
                 log.error(f"cancellations could not be read: {error}")
+                continue
+            self._end_cancelled(cancelled)
+            at_work = {running.lease.call.id for running in self._running.values()}
+            self._cancelled_early = cancelled - at_work  # claimed, but the claim has not returned yet
 
-    def _cancel(self, ids: Iterable[str]) -> None:
-        wanted = frozenset(ids)
+    def _end_cancelled(self, ids: frozenset[str]) -> None:
         for running in list(self._running.values()):
-            if running.lease.kind == "call" and running.lease.call.id in wanted:
+            if running.lease.kind == "call" and running.lease.call.id in ids:
                 running.end("cancel")
 
     # A call.
