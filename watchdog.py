@@ -442,6 +442,14 @@ class Log:
         """Write a line with the traceback of the exception being handled."""
         self._add("error", text, {"traceback": traceback.format_exc().strip()})
 
+    def is_full(self) -> bool:
+        """Tell whether lines would be dropped now, because nobody reads them."""
+        return self._waiting_bytes >= LOG_BACKLOG_BYTES - MAX_LOG_LINE_BYTES
+
+    def drop(self, count: int) -> None:
+        """Count lines that were not even made because the log is full."""
+        self._dropped_count += count
+
     def raw(self, text: str) -> None:
         """Write a line of somebody else's as it is, but one line."""
         self._put(escape_line(text))
@@ -1103,7 +1111,8 @@ class HangupWatch:
 class Server:
     """Serves `handler` on any number of listening sockets.
 
-    `on_refused` is told of each request that was answered without a handler: method ("" if unknown) and error.
+    `on_refused` is told of each request that was answered without a handler: the request, None if it had no valid head,
+    and the error.
     Obligations: `listen` each socket, then at the end `stop_accepting`, `drained`, `abort`, in this order.
     """
 
@@ -1111,7 +1120,7 @@ class Server:
         self,
         handler: Handler,
         timeouts: ServerTimeouts,
-        on_refused: Callable[[str, FaashoundError], None] = lambda method, error: None,
+        on_refused: Callable[[Request | None, FaashoundError], None] = lambda request, error: None,
     ) -> None:
         self.handler = handler
         self.timeouts = timeouts
@@ -1419,7 +1428,7 @@ class ServerConnection(asyncio.Protocol):
     def _answer_refusal(self, task: asyncio.Task[None] | None) -> None:
         error = cast(FaashoundError, self._refusal)
         if task is None or not self._handled:
-            self._server.on_refused("" if self._request is None else self._request.method, error)
+            self._server.on_refused(self._request, error)
         if not self._transport.is_closing():
             self._task = self._loop.create_task(self._answer(error_response(error)))
 
@@ -1459,7 +1468,8 @@ class ServerConnection(asyncio.Protocol):
         self._transport.abort()
 
     def _cancel(self) -> None:
-        if self._task is not None and not self._task.done():
+        """Cancel the exchange, once: a second time would cut short how its handler ends."""
+        if self._task is not None and not self._task.done() and not self._task.cancelling():
             self._task.cancel()
 
 
@@ -1668,7 +1678,7 @@ class ClientConnection(asyncio.Protocol):
         self._wire = ClientWire()
         self._transport: asyncio.Transport
         self._url: Url | None = None
-        self._head: asyncio.Future[tuple[int, Headers]] | None = None
+        self._head: asyncio.Future[ClientResponse] | None = None
         self._body: Body | None = None
         self._sender: asyncio.Task[None] | None = None
         self._writable: asyncio.Future[None] | None = None
@@ -1722,16 +1732,17 @@ class ClientConnection(asyncio.Protocol):
     ) -> ClientResponse:
         """Send a request and wait for the response's head; see `Client.request`."""
         self._url, self.silent = url, True
-        self._head = self._loop.create_future()
+        head: asyncio.Future[ClientResponse] = self._loop.create_future()
+        self._head = head
         self._body = None
         self._alarm.set(deadline_s)
         try:
             self._start(method, url, headers, body, length)
-            status, fields = await self._head
+            return await head
         except BaseException:
-            self.abort()
+            if self._head is head:  # else it is over, and the connection may carry somebody else's
+                self.abort()
             raise
-        return ClientResponse(status, fields, cast(Body, self._body), self)
 
     def _start(
         self, method: str, url: Url, headers: Sequence[Header], body: bytes | AsyncIterator[bytes], length: int | None
@@ -1794,7 +1805,7 @@ class ClientConnection(asyncio.Protocol):
         length = field_value(headers, b"content-length")
         self._body = Body(None if length is None else int(length), self._on_drained, self.abort)
         if self._head is not None and not self._head.done():
-            self._head.set_result((status, headers))
+            self._head.set_result(ClientResponse(status, headers, self._body, self))
 
     def _on_drained(self) -> None:
         if not self._transport.is_reading() and not self._transport.is_closing():
@@ -2549,10 +2560,14 @@ class Process:
             data = os.read(self._pipes.stderr, PIPE_BYTES)
         except BlockingIOError:
             return
-        self._pipes.stderr_lines.feed(data)
         if not data:
             self._loop.remove_reader(self._pipes.stderr)
-        elif self._pipes.stderr_lines.emit(LINES_AT_ONCE_COUNT):
+            return
+        if log.is_full():
+            log.drop(data.count(b"\n"))
+            return
+        self._pipes.stderr_lines.feed(data)
+        if self._pipes.stderr_lines.emit(LINES_AT_ONCE_COUNT):
             self._loop.remove_reader(self._pipes.stderr)
             self._loop.call_soon(self._emit_stderr)
 
@@ -2935,10 +2950,13 @@ class Watchdog:
             self.metrics.in_flight_count -= 1
             self.metrics.observe(status, request.method, call.elapsed_s())
 
-    def on_refused(self, method: str, error: FaashoundError) -> None:
+    def on_refused(self, request: Request | None, error: FaashoundError) -> None:
         """Log and count a request that HTTP's rules did not let through to us."""
-        log.info(str(error), status=error.status, method=method or "unknown")
-        self.metrics.observe(error.status, method, 0.0)
+        if request is not None:
+            CallLog(request, self._settings).failed(error)
+        else:
+            log.info(str(error), status=error.status)
+        self.metrics.observe(error.status, "" if request is None else request.method, 0.0)
 
     def _health(self, request: Request) -> Response:
         if request.method != "GET":
