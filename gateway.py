@@ -398,14 +398,14 @@ class GatewayMetrics:
             ("function_name", "code"),
             registry=self.registry,
         )
-        self._started = prometheus_client.Counter(
+        self._started = prometheus_client.Gauge(  # OpenFaaS's counter has no _total, which a Counter would append
             "gateway_function_invocation_started",
             "Function invocations begun",
             ("function_name",),
             registry=self.registry,
         )
         self._seconds = prometheus_client.Histogram(
-            "gateway_functions_seconds", "Function time taken", ("function_name",), registry=self.registry
+            "gateway_functions_seconds", "Function time taken", ("function_name", "code"), registry=self.registry
         )
         self._submitted = prometheus_client.Counter(
             "gateway_async_submissions", "Asynchronous calls submitted, by outcome", ("code",), registry=self.registry
@@ -429,7 +429,7 @@ class GatewayMetrics:
     def end(self, label: str, status: int, duration_s: float) -> None:
         """Count the end of an invocation."""
         self._total.labels(label, str(status)).inc()
-        self._seconds.labels(label).observe(duration_s)
+        self._seconds.labels(label, str(status)).observe(duration_s)
 
     def answered(self, name: str) -> None:
         """There is a function of this name."""
@@ -856,7 +856,7 @@ def worker_environment(
     base |= {"OPENFAAS_NAME": "worker"}
     base.setdefault("queues", ",".join(sorted({DEFAULT_QUEUE, *map(queue_of, functions.values())})))
     if settings is not None:
-        base["metrics_port"] = str(settings.local_worker_metrics_port)
+        base |= {"host": settings.host or "", "metrics_port": str(settings.local_worker_metrics_port)}
     return base
 
 

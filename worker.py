@@ -167,6 +167,7 @@ class Settings:
     callback_allow: CallbackAllow | None = setting(
         "callback_allow", "", parse_callback_allow, "hosts and networks that callbacks may go to besides public ones"
     )
+    host: str | None = setting("host", "127.0.0.1", parse_text, "address of /metrics and /healthz")
     metrics_port: int = setting("metrics_port", "8083", parse_port, "port of /metrics and /healthz; 0 disables it")
     drain_timeout_s: float = setting("drain_timeout", "30s", parse_duration, "after SIGTERM: time for what runs")
     log_format: str = setting("log_format", "text", parse_choice("text", "json"), "how log lines look: text or json")
@@ -768,7 +769,7 @@ async def serve(settings: Settings, environ: Mapping[str, str]) -> int:
         queue = await Spool.open(settings.queue_url)
         stack.push_async_callback(queue.close)
         worker = Worker(settings, queue, await queue.enlist(), policy, signer)
-        status_server = await start_metrics(None, settings.metrics_port, partial(serve_status, worker))
+        status_server = await start_metrics(settings.host, settings.metrics_port, partial(serve_status, worker))
         stack.callback(status_server.abort)
         log.info(f"Draining {','.join(settings.queues)} of {settings.queue_url} through {settings.gateway_url}")
         work = asyncio.create_task(worker.run())
