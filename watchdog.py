@@ -89,6 +89,8 @@ SNIFF_BYTES = 512  # of an output, to tell text from binary, as in Go's net/http
 OUTPUT_GRACE_S = 0.1  # for a descendant that still holds the output of a process that has exited
 DEADLINE_WAIT_S = 0.05  # a 408 waits so long for the end of the tree; the sweep goes on by itself
 HANGUP_WAIT_S = 1.0  # an abandoned call holds its max_inflight slot so long at most while its tree ends
+REFILL_S = 0.05  # a taken process is replaced so late at the latest
+LONGEST_REFILL_PAUSE_S = 30.0  # between two starts of a function that ends before it has a request
 ROOTS_COUNT = 16384  # processes of functions at once that the guard can know of
 SESSIONS_COUNT = 4096  # ended calls whose session numbers are remembered, for orphans that wiped their environment
 SWEEP_LIMIT_S = 5.0  # after that, what SIGKILL does not end (uninterruptible sleep) is reported and left
@@ -376,6 +378,7 @@ class Settings:
     )
     max_body_bytes: int = setting("max_body", "0", parse_size, "largest request body, above it 413; 0 is no limit")
     max_inflight: int = setting("max_inflight", "0", parse_count, "requests at once; above it 429; 0 is no limit")
+    prewarm: int = setting("prewarm", "0", parse_count, "processes that wait, started, for their request; 0 is none")
     cgi_headers: bool = setting("cgi_headers", "true", parse_bool, "request facts as Http_* environment variables")
     marshal_request: bool = setting("marshal_request", "false", parse_bool, "stdin is JSON of headers and base64 body")
     content_type: str | None = setting("content_type", "", parse_header_value, "Content-Type of every response")
@@ -391,6 +394,11 @@ class Settings:
         """Yield a line for each pair of settings that cannot both be meant."""
         if self.port and self.port == self.metrics_port:
             yield f"metrics_port={self.metrics_port} contradicts port={self.port}; allowed: two different ports"
+        if self.prewarm and self.cgi_headers:
+            yield (
+                f"prewarm={self.prewarm} contradicts cgi_headers=true: a process that is started already cannot get"
+                " the request's facts in its environment; allowed: prewarm with cgi_headers=false"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -2160,7 +2168,8 @@ class Reaper:
         self._roots: dict[int, Process] = {}  # not reaped yet, by process number
         self._calls: dict[bytes, Process] = {}  # not ended yet, by mark
         self._sessions: OrderedDict[int, None] = OrderedDict()  # of calls that have ended
-        self._busy_since_s = math.inf  # since boot: when the first of the present calls began
+        self._begun_count = 0
+        self._busy_since_s = math.inf  # since boot: when the first of the present calls was started
         self._spared: dict[int, Callable[[], None] | None] = {}  # children that no call has started
         self._sweepers: set[asyncio.Task[None]] = set()
         self._children_fd = os.open(f"/proc/self/task/{os.getpid()}/children", os.O_RDONLY | os.O_CLOEXEC)
@@ -2170,12 +2179,16 @@ class Reaper:
 
     def add(self, process: Process) -> None:
         """Watch a root: its `on_exiting` and `on_exit` are called just before and after it is reaped."""
-        if not self._calls:
-            self._busy_since_s = process.started_s
         self._roots[process.pid] = process
         self._table.add(process.pid)
         self._calls[process.mark] = process
         self._sessions.pop(process.pid, None)
+
+    def begin(self, process: Process) -> None:
+        """A root has got its request: from now on what it starts is a call's."""
+        if not self._begun_count:
+            self._busy_since_s = process.started_s
+        self._begun_count += 1
 
     def spare(self, pid: int, on_exit: Callable[[], None]) -> None:
         """Leave a child of ours in peace that is no call's; `on_exit` is called when it has been reaped."""
@@ -2220,7 +2233,9 @@ class Reaper:
             self._background(self._sweep_out(()))
 
     def _forget(self, process: Process) -> None:
-        self._calls.pop(process.mark, None)
+        if self._calls.pop(process.mark, None) is None:
+            return
+        self._begun_count -= process.begun
         self._sessions[process.pid] = None
         if len(self._sessions) > SESSIONS_COUNT:
             self._sessions.popitem(last=False)
@@ -2285,7 +2300,10 @@ class Reaper:
         if started_s < self._busy_since_s:
             self._spared[pid] = None  # from when no call ran: a stranger that only became our child (docker exec)
             return True
-        return any(process.pid == session or process.started_s <= started_s for process in self._calls.values())
+        return any(
+            process.pid == session or (process.begun and process.started_s <= started_s)
+            for process in self._calls.values()
+        )
 
     async def end_all(self) -> None:
         """Kill every tree and wait until nothing is left."""
@@ -2297,6 +2315,8 @@ class Reaper:
         for process in roots:
             self.signal_group(process, signal.SIGKILL)
         await self._sweep_out(roots)
+        if self._sweepers:
+            await asyncio.wait(self._sweepers)
 
     def close(self) -> None:
         """Stop watching; no child may be left."""
@@ -2343,7 +2363,7 @@ class LineSplitter:
     """
 
     def __init__(self, on_line: Callable[[str], None]) -> None:
-        self._on_line = on_line
+        self.on_line = on_line
         self._buffer = b""
 
     def feed(self, data: bytes) -> None:
@@ -2358,7 +2378,7 @@ class LineSplitter:
             if end < 0 and len(self._buffer) - start <= MAX_LOG_LINE_BYTES:
                 break
             stop = start + MAX_LOG_LINE_BYTES if end < 0 else end
-            self._on_line(self._buffer[start:stop].decode(errors="backslashreplace"))
+            self.on_line(self._buffer[start:stop].decode(errors="backslashreplace"))
             start = stop if end < 0 else end + 1
         else:
             self._buffer = self._buffer[start:]
@@ -2369,9 +2389,9 @@ class LineSplitter:
     def finish(self) -> None:
         """Hand on what is left, the line without an end too; of a flood only its beginning."""
         if self.emit(LAST_LINES_COUNT):
-            self._on_line(f"({len(self._buffer)} more bytes are left out)")
+            self.on_line(f"({len(self._buffer)} more bytes are left out)")
         elif self._buffer:
-            self._on_line(self._buffer.decode(errors="backslashreplace"))
+            self.on_line(self._buffer.decode(errors="backslashreplace"))
         self._buffer = b""
 
 
@@ -2387,6 +2407,7 @@ class Process:
         self.pid = pid
         self.mark = mark
         self.state = State.RUNNING
+        self.begun = False
         self.started_s = started_s
         self.stdin_bytes = 0
         self.output = Output()
@@ -2416,6 +2437,9 @@ class Process:
         `deadline_s` is monotonic.  Raises DeadlineReached at the deadline, what `abandon` was given, or what reading
         the body raises; in each case, and when cancelled, the tree is killed.  The caller closes the ending's output.
         """
+        self.begun = True
+        self._clock_s = time.perf_counter()
+        self._reaper.begin(self)
         if deadline_s is not None:
             self._timers.append(self._loop.call_at(deadline_s, self._on_deadline))
         self._begin_feeding(body)
@@ -2443,6 +2467,16 @@ class Process:
     def describe(self) -> str:
         """Return how the process ended, or that it has not yet."""
         return describe_exit(self._status) if self.exited.done() else "not ended yet"
+
+    def discard(self) -> None:
+        """End a process that serves no request, instead of `run`."""
+        self.abandon()
+        self._close()
+        self.output.close()
+
+    def stderr_to(self, on_line: Callable[[str], None]) -> None:
+        """Hand the lines of stderr on to `on_line` from now on."""
+        self._pipes.stderr_lines.on_line = on_line
 
     def _on_deadline(self) -> None:
         self._reaper.reap()  # an exit that the loop has not seen yet came before the deadline
@@ -2803,6 +2837,88 @@ class Spawner:
         return max(texts) < MAX_EXEC_STRING_BYTES and sum(texts) + 8 * len(texts) < os.sysconf("SC_ARG_MAX")
 
 
+class Pool:
+    """Processes started before their request, so that the start of the function's runtime costs no caller time.
+
+    Each serves exactly one request, like the others, and its deadline runs from there.  One that is taken is replaced
+    when its call has ended, or soon: not at once, when it would take a core from the call that it makes room for.  One
+    that ends unasked is of no use to anybody, and makes the next start wait, longer each time.
+    """
+
+    def __init__(self, reaper: Reaper, spawner: Spawner, size: int, on_stderr: Callable[[str], None] | None) -> None:
+        self._reaper = reaper
+        self._spawner = spawner
+        self._size = size
+        self._on_stderr = on_stderr
+        self._waiting: deque[Process] = deque()
+        self._loop = asyncio.get_running_loop()
+        self._filling: asyncio.TimerHandle | None = None
+        self._pause_s = REFILL_S
+        self._not_before_s = -math.inf
+        self._closed = False
+        self._fill()
+
+    def take(self, facts: Mapping[bytes, bytes], on_stderr: Callable[[str], None] | None) -> Process:
+        """Return a process for a request: one that waits if there is any, else a new one; raises as `spawn`."""
+        if not self._size:
+            return self._spawner.spawn(facts, on_stderr)
+        self._fill_in(REFILL_S)
+        self._reaper.reap()  # or the request could go to one that has just died
+        if not self._waiting:
+            return self._spawner.spawn(facts, on_stderr)
+        process = self._waiting.popleft()
+        if on_stderr is not None:
+            process.stderr_to(on_stderr)
+        self._pause_s = REFILL_S
+        return process
+
+    def _fill_in(self, seconds: float, sooner: bool = False) -> None:
+        """Fill after `seconds`, but not while starts have to wait; `sooner` overrules what was planned."""
+        if self._filling is not None and sooner:
+            self._filling.cancel()
+            self._filling = None
+        if self._filling is None and not self._closed:
+            self._filling = self._loop.call_at(max(self._loop.time() + seconds, self._not_before_s), self._fill)
+
+    def _fill(self) -> None:
+        """Start one process if one is missing, and come back for the next."""
+        self._filling = None
+        if self._closed or len(self._waiting) >= self._size:
+            return
+        try:
+            process = self._spawner.spawn({}, self._on_stderr)
+        except FaashoundError as error:
+            log.error(f"prewarm: {error}")
+            self._give_up_for_now()
+            return
+        self._waiting.append(process)
+        process.exited.add_done_callback(partial(self._on_exit, process))
+        self._fill_in(0.0)
+
+    def _on_exit(self, process: Process, _: asyncio.Future[None]) -> None:
+        if process not in self._waiting:  # its call has ended
+            self._fill_in(0.0, sooner=True)
+            return
+        self._waiting.remove(process)
+        process.discard()
+        if not self._closed:
+            log.error("prewarm: a process ended before it had a request", pid=process.pid, exit=process.describe())
+            self._give_up_for_now()
+
+    def _give_up_for_now(self) -> None:
+        self._pause_s = min(self._pause_s * 2, LONGEST_REFILL_PAUSE_S)
+        self._not_before_s = self._loop.time() + self._pause_s
+        self._fill_in(0.0, sooner=True)
+
+    def close(self) -> None:
+        """End the processes that wait."""
+        self._closed = True
+        if self._filling is not None:
+            self._filling.cancel()
+        while self._waiting:
+            self._waiting.popleft().discard()
+
+
 def _strerror(error: OSError) -> str:
     return (error.strerror or str(error)).lower()
 
@@ -2918,11 +3034,11 @@ async def serve_metrics(registry: prometheus_client.CollectorRegistry, request: 
 class Watchdog:
     """Handler of a function's server: health, limits, and one process per request."""
 
-    def __init__(self, settings: Settings, spawner: Spawner, lock_path: str | None) -> None:
+    def __init__(self, settings: Settings, pool: Pool, lock_path: str | None) -> None:
         self.metrics = HttpMetrics()
         self.accepting = True
         self._settings = settings
-        self._spawner = spawner
+        self._pool = pool
         self._lock_path = lock_path
 
     async def __call__(self, request: Request) -> Response:
@@ -2985,7 +3101,7 @@ class Watchdog:
         if settings.marshal_request:
             body = marshalled(request.headers, body)
         on_stderr = None if settings.combine_output else call.on_stderr
-        call.process = process = self._spawner.spawn(facts, on_stderr)
+        call.process = process = self._pool.take(facts, on_stderr)
         ending = await process.run(call.watched(body), None if timeout_s is None else time.monotonic() + timeout_s)
         response = self._answer(request, ending)
         call.ended(response, ending)
@@ -3322,7 +3438,9 @@ async def serve(settings: Settings, environ: Mapping[str, str], sockets: list[so
         if not settings.suppress_lock:
             lock_path = create_lock_file(environ)
             cleanup.callback(remove_lock_file, lock_path)
-        watchdog = Watchdog(settings, spawner, lock_path)
+        pool = Pool(reaper, spawner, settings.prewarm, None if settings.combine_output else log.raw)
+        cleanup.callback(pool.close)
+        watchdog = Watchdog(settings, pool, lock_path)
         timeouts = ServerTimeouts(settings.read_timeout_s, settings.write_timeout_s, settings.read_timeout_s)
         server = Server(watchdog, timeouts, watchdog.on_refused)
         metrics_handler = partial(serve_metrics, watchdog.metrics.registry)
@@ -3335,6 +3453,7 @@ async def serve(settings: Settings, environ: Mapping[str, str], sockets: list[so
         if lock_path is not None:
             remove_lock_file(lock_path)
         status = await drain(settings, signals, server)
+        pool.close()
         await reaper.end_all()
         metrics_server.abort()
     return status
