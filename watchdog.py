@@ -2864,9 +2864,10 @@ class Pool:
             return self._spawner.spawn(facts, on_stderr)
         self._fill_in(REFILL_S)
         self._reaper.reap()  # or the request could go to one that has just died
-        if not self._waiting:
+        process = next((each for each in self._waiting if not each.exited.done()), None)
+        if process is None:
             return self._spawner.spawn(facts, on_stderr)
-        process = self._waiting.popleft()
+        self._waiting.remove(process)
         if on_stderr is not None:
             process.stderr_to(on_stderr)
         self._pause_s = REFILL_S

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 
 from tests.harness import Program
 
-# The examples are real requests to real processes: a busy machine is no failure of the program.
-settings.register_profile(
-    "processes", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+# Many examples are real requests to real processes: a busy machine is no failure of the program.
+settings.register_profile("processes", deadline=None)
 settings.load_profile("processes")
 
 

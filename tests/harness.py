@@ -34,7 +34,6 @@ from typing import IO, Generic, Self, TypeVar
 
 T = TypeVar("T")
 
-ROOT = Path(__file__).resolve().parent.parent
 START_DEADLINE_S = 20.0
 STOP_DEADLINE_S = 15.0
 REPLY_DEADLINE_S = 15.0
@@ -42,8 +41,6 @@ NOISE_S = 0.6  # what a busy machine of two cores may add to any measured time
 TCP_ESTABLISHED = 1
 MARK_NAME = "HARNESS_MARK"  # not FAASHOUND_...: what is named so is not passed on to functions
 
-# How each program is started: the watchdog as the single file it promises to be, the others as modules.
-_ARGV: dict[str, list[str]] = {"watchdog": [sys.executable, str(ROOT / "watchdog.py")]}
 _PASSED_ON = re.compile(r"PATH|PYTHONPATH|COVERAGE_.*|COV_CORE_.*")
 
 
@@ -62,7 +59,7 @@ def wait_until(condition: Callable[[], T | None], deadline_s: float, what: str) 
 
 def command_of(name: str) -> list[str]:
     """Return the argument vector that starts our program `name`."""
-    return _ARGV.get(name, [sys.executable, "-m", f"faashound.{name}"])
+    return [sys.executable, "-m", f"faashound.{name}"]
 
 
 def clean_environment(settings: Mapping[str, str]) -> dict[str, str]:

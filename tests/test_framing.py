@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.harness import (
@@ -24,6 +24,7 @@ from tests.harness import (
 
 HEAD = b"POST / HTTP/1.1\r\nHost: h\r\n"
 CLOSE = b"Connection: close\r\n"
+PROCESSES = settings(max_examples=25)  # each example is a process or a few
 SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: h\r\n\r\n"
 
 
@@ -224,6 +225,7 @@ def test_last_request_is_answered_when_bytes_follow_it(cat: Program, rest: bytes
     assert (answer.status, answer.body) == (200, b"hello")
 
 
+@PROCESSES
 @given(st.data())
 def test_pipelined_requests_are_answered_the_same_when_cut_anywhere(cat: Program, data: st.DataObject) -> None:
     taken = data.draw(st.lists(st.sampled_from(sorted(TAKEN.values())), max_size=3))
@@ -234,6 +236,7 @@ def test_pipelined_requests_are_answered_the_same_when_cut_anywhere(cat: Program
     assert [answer.body for answer in answers] == [*(body for _, body in taken), b"end"]
 
 
+@PROCESSES
 @given(body=st.binary(max_size=2000), data=st.data())
 def test_chunked_body_is_whole_when_chunked_in_any_way(cat: Program, body: bytes, data: st.DataObject) -> None:
     cuts = sorted(data.draw(st.sets(st.integers(1, max(len(body) - 1, 1)), max_size=8)))
@@ -243,6 +246,7 @@ def test_chunked_body_is_whole_when_chunked_in_any_way(cat: Program, body: bytes
     assert (answer.status, answer.body) == (200, body)
 
 
+@PROCESSES
 @given(st.binary(min_size=1, max_size=200))
 def test_watchdog_lives_on_and_closes_when_it_is_sent_noise(cat: Program, noise: bytes) -> None:
     answers = parse(raw(cat.port, noise + b"\r\n\r\n\r\n"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
@@ -201,6 +202,32 @@ def test_watchdog_ends_or_serves_on_but_leaves_no_process_when_signalled(which: 
         program.process.send_signal(which)
         if which in (signal.SIGPIPE, signal.SIGCHLD, signal.SIGWINCH):
             assert http_request(program.port, "POST", body=b"on").body == b"on"
+
+
+def started_with(code: str) -> list[str]:
+    """Return a command prefix that runs Python `code` and becomes the command behind it."""
+    return [sys.executable, "-c", f"import os, signal, sys; {code}; os.execv(sys.argv[1], sys.argv[1:])"]
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        started_with("signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())"),
+        started_with("signal.signal(signal.SIGCHLD, signal.SIG_IGN)"),
+        started_with("signal.signal(signal.SIGTERM, signal.SIG_IGN)"),
+        started_with("os.close(0)"),
+        started_with("os.dup2(0, 57)"),
+        ["/bin/sh", "-c", 'sleep 0.1 & exec "$@"', "sh"],
+    ],
+    ids=["signals-blocked", "children-ignored", "term-ignored", "no-stdin", "one-descriptor-more", "with-a-child"],
+)
+def test_watchdog_serves_and_stops_when_its_parent_left_it_a_mess(prefix: list[str]) -> None:
+    settings_ = {"fprocess": "ls /proc/self/fd", "healthcheck_interval": "0"}
+    with Program("watchdog", settings_, prefix=prefix) as program:
+        answer = http_request(program.port, timeout_s=5)
+        assert (answer.status, answer.text) == (200, "0\n1\n2\n3\n")
+        program.terminate()
+        assert program.wait_exit(3) == 0
 
 
 def test_log_tells_the_stages_when_told_to_stop() -> None:

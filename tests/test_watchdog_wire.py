@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from tests.harness import (
@@ -205,6 +206,7 @@ def test_nothing_is_left_on_disk_when_an_output_was_spilled() -> None:
         assert {path.name for path in program.temporary.iterdir()} <= {".lock"}
 
 
+@hypothesis_settings(max_examples=25)
 @given(st.binary(max_size=3000))
 def test_body_comes_back_unchanged_when_any_bytes(cat: Program, body: bytes) -> None:
     answer = post(cat, body)
