@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -200,6 +201,23 @@ def test_failing_callback_is_repeated_and_the_function_is_not(system: System) ->
         status = system.until(call_id, lambda status: status["callback"]["state"] == "delivered")
         assert (status["attempts"], status["callback"]["attempts"]) == (1, 2)
     assert runs(system).count(call_id) == 1
+
+
+def test_callback_that_is_not_answered_in_time_or_at_all_is_tried_again() -> None:
+    waits = threading.Event()
+
+    def stalls(_: Received) -> Reply:
+        waits.wait(10)
+        return 200, {}, b""
+
+    with Receiver(stalls) as receiver, System(settings={"callback_timeout": "200ms"}) as system:
+        late = system.submit("cat", b"", {"X-Callback-Url": receiver.url()})
+        lost = system.submit("cat", b"", {"X-Callback-Url": f"http://127.0.0.1:{free_port()}/"})
+        for call_id, error in ((late, "before the deadline"), (lost, "cannot connect")):
+            status = system.until(call_id, lambda status: status.get("callback", {}).get("error"))
+            assert error in status["callback"]["error"]
+            assert (status["state"], status["callback"]["state"]) == ("done", "pending")
+        waits.set()
 
 
 @pytest.mark.parametrize("status", [307, 308])
@@ -453,6 +471,20 @@ def test_worker_waits_for_a_gateway_that_is_not_there_yet() -> None:
             successor = System(settings={"worker": "none", "port": str(port)}, spool=system.spool)
             with successor:
                 assert successor.ended(call_id)["state"] == "done"
+
+
+def test_outcome_is_recorded_when_the_queue_comes_back_and_the_call_does_not_run_again() -> None:
+    with System() as system:
+        call_id = system.submit("shell", RUNS + b'until [ -e "$TMPDIR/go" ]; do sleep 0.05; done; echo done')
+        system.until(call_id, lambda status: status["state"] == "running")
+        wait_until(lambda: runs(system), 5, "it runs")
+        path = system.spool / "spool.sqlite3"
+        path.rename(system.spool / "away")
+        (system.temporary / "go").touch()
+        system.wait_log("the outcome cannot be recorded yet")
+        (system.spool / "away").rename(path)
+        status = system.ended(call_id)
+        assert (status["state"], status["attempts"], runs(system)) == ("done", 1, [call_id])
 
 
 def fill(path: Path) -> None:
