@@ -54,7 +54,7 @@ import time
 import traceback
 import urllib.parse
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, aclosing, suppress
 from dataclasses import dataclass, field
 from enum import Enum
@@ -93,6 +93,8 @@ REFILL_S = 0.05  # a taken process is replaced so late at the latest
 LONGEST_REFILL_PAUSE_S = 30.0  # between two starts of a function that ends before it has a request
 ROOTS_COUNT = 16384  # processes of functions at once that the guard can know of
 SESSIONS_COUNT = 4096  # ended calls whose session numbers are remembered, for orphans that wiped their environment
+SWEEP_PAUSE_S = 0.001  # between two sweeps while trees die: each level that dies uncovers the next
+LONGEST_SWEEP_PAUSE_S = 0.05
 SWEEP_LIMIT_S = 5.0  # after that, what SIGKILL does not end (uninterruptible sleep) is reported and left
 MAX_EXEC_STRING_BYTES = 131072  # one argument or variable (execve(2), MAX_ARG_STRLEN)
 MAX_LOG_LINE_BYTES = 8192  # a longer line of a function's stderr is cut into pieces
@@ -2168,10 +2170,14 @@ class Reaper:
         self._roots: dict[int, Process] = {}  # not reaped yet, by process number
         self._calls: dict[bytes, Process] = {}  # not ended yet, by mark
         self._sessions: OrderedDict[int, None] = OrderedDict()  # of calls that have ended
+        self._adopted: dict[int, Orphan] = {}  # what is known of orphans not reaped yet
         self._begun_count = 0
         self._busy_since_s = math.inf  # since boot: when the first of the present calls was started
         self._spared: dict[int, Callable[[], None] | None] = {}  # children that no call has started
-        self._sweepers: set[asyncio.Task[None]] = set()
+        self._dying: list[Dying] = []
+        self._asking: set[asyncio.Task[None]] = set()
+        self._sweeper: asyncio.Task[None] | None = None
+        self._clean_count = 0
         self._children_fd = os.open(f"/proc/self/task/{os.getpid()}/children", os.O_RDONLY | os.O_CLOEXEC)
         self._spared.update(dict.fromkeys(self.orphans()))  # whoever was before us, an entrypoint's sidecar
         self._woken = False
@@ -2186,7 +2192,7 @@ class Reaper:
 
     def begin(self, process: Process) -> None:
         """A root has got its request: from now on what it starts is a call's."""
-        if not self._begun_count:
+        if not self._begun_count and self._sweeper is None:
             self._busy_since_s = process.started_s
         self._begun_count += 1
 
@@ -2217,7 +2223,9 @@ class Reaper:
             if process is not None:
                 del self._roots[process.pid]
                 process.on_exit(status)
-            elif on_exit := self._spared.pop(found.si_pid, None):
+                continue
+            self._adopted.pop(found.si_pid, None)
+            if on_exit := self._spared.pop(found.si_pid, None):
                 on_exit()
 
     def signal_group(self, process: Process, number: signal.Signals) -> None:
@@ -2229,8 +2237,8 @@ class Reaper:
     def release(self, process: Process) -> None:
         """The call has its answer: kill what its process has left behind."""
         self._forget(process)
-        if self.sweep():
-            self._background(self._sweep_out(()))
+        if self._sweep():
+            self._start_sweeping()
 
     def _forget(self, process: Process) -> None:
         if self._calls.pop(process.mark, None) is None:
@@ -2240,55 +2248,80 @@ class Reaper:
         if len(self._sessions) > SESSIONS_COUNT:
             self._sessions.popitem(last=False)
 
-    def kill(self, process: Process, term_grace_s: float) -> asyncio.Task[None]:
-        """Kill a call's whole tree; the task is done when nothing of it is left."""
-        if not term_grace_s:
-            self._forget(process)
-            self.signal_group(process, signal.SIGKILL)
-        return self._background(self._end_tree(process, term_grace_s))
-
-    def _background(self, ending: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = self.loop.create_task(ending)
-        self._sweepers.add(task)
-        task.add_done_callback(self._sweepers.discard)
-        return task
-
-    async def _end_tree(self, process: Process, term_grace_s: float) -> None:
+    def kill(self, process: Process, term_grace_s: float) -> asyncio.Future[None]:
+        """Kill a call's whole tree; the future is done when nothing of it is left."""
+        dying = Dying(process, self.loop.create_future())
         if term_grace_s:
-            self.signal_group(process, signal.SIGTERM)
-            await asyncio.wait((process.exited,), timeout=term_grace_s)
-            self._forget(process)
-            self.signal_group(process, signal.SIGKILL)
-        await self._sweep_out((process,))
+            task = self.loop.create_task(self._ask_first(dying, term_grace_s))
+            self._asking.add(task)
+            task.add_done_callback(self._asking.discard)
+        else:
+            self._kill_now(dying)
+        return dying.gone
 
-    async def _sweep_out(self, roots: Iterable[Process]) -> None:
-        """Sweep until two sweeps in a row found nothing and `roots` are reaped."""
-        pause_s, limit_s, empty_count = 0.001, time.monotonic() + SWEEP_LIMIT_S, 0
-        while empty_count < 2 or any(process.pid in self._roots for process in roots):
+    async def _ask_first(self, dying: Dying, term_grace_s: float) -> None:
+        self.signal_group(dying.process, signal.SIGTERM)
+        await asyncio.wait((dying.process.exited,), timeout=term_grace_s)
+        self._kill_now(dying)
+
+    def _kill_now(self, dying: Dying) -> None:
+        self._forget(dying.process)
+        self.signal_group(dying.process, signal.SIGKILL)
+        dying.limit_s = time.monotonic() + SWEEP_LIMIT_S
+        self._dying.append(dying)
+        self._start_sweeping()
+
+    def _start_sweeping(self) -> None:
+        self._clean_count = 0
+        if self._sweeper is None:
+            self._sweeper = self.loop.create_task(self._sweep_out())
+
+    async def _sweep_out(self) -> None:
+        """Sweep until two sweeps in a row were clean and nobody is dying any more: one sweeper for all calls."""
+        pause_s = SWEEP_PAUSE_S
+        while self._dying or self._clean_count < 2:
             await asyncio.sleep(pause_s)
-            if self.sweep():
-                empty_count, pause_s = 0, 0.001  # each level that dies uncovers the next
-            else:
-                empty_count, pause_s = empty_count + 1, min(pause_s * 2, 0.05)
-            if time.monotonic() > limit_s:
-                log.error("processes are left that SIGKILL does not end", pids=self.orphans())
-                return
+            present = self._sweep()
+            for dying in self._dying:
+                self._look_after(dying, present)
+            self._dying = [dying for dying in self._dying if not dying.gone.done()]
+            self._clean_count = 0 if present else self._clean_count + 1
+            pause_s = SWEEP_PAUSE_S if present else min(pause_s * 2, LONGEST_SWEEP_PAUSE_S)
+        self._sweeper = None
 
-    def sweep(self) -> int:
-        """Kill every orphan that is nobody's; return how many there were."""
-        nobodys = [pid for pid in self.orphans() if not self._is_owned(pid)]
-        for pid in nobodys:
-            _kill_orphan(pid)
-        return len(nobodys)
+    def _look_after(self, dying: Dying, present: set[bytes | None]) -> None:
+        """Note whether anything is left of a dying call: twice in a row nothing is nothing."""
+        if dying.process.pid in self._roots or None in present or dying.process.mark in present:
+            dying.clean_count = 0
+        else:
+            dying.clean_count += 1
+        if dying.clean_count == 2:
+            dying.gone.set_result(None)
+        elif time.monotonic() > dying.limit_s:
+            log.error("processes are left that SIGKILL does not end", pid=dying.process.pid, adopted=self.orphans())
+            dying.gone.set_result(None)
+
+    def _sweep(self) -> set[bytes | None]:
+        """Kill every orphan that is nobody's; return the marks of those that were there, None for one without."""
+        present = set()
+        for pid in self.orphans():
+            orphan = self._adopted.setdefault(pid, Orphan())
+            if not orphan.killed:
+                orphan.mark = orphan.mark or _read_mark(pid)
+                if self._is_owned(pid, orphan.mark):
+                    continue
+                _kill_orphan(pid)
+                orphan.killed = True
+            present.add(orphan.mark)
+        return present
 
     def orphans(self) -> list[int]:
         """Return the children that we have adopted (the `children` file of proc(5); sweeps are repeated)."""
         known = self._roots.keys() | self._spared.keys()
         return [pid for pid in map(int, os.pread(self._children_fd, 1 << 20, 0).split()) if pid not in known]
 
-    def _is_owned(self, pid: int) -> bool:
+    def _is_owned(self, pid: int, mark: bytes | None) -> bool:
         """Tell whether an orphan is a running call's, may be one's, or is no call's at all."""
-        mark = _read_mark(pid)
         if mark is not None:
             return mark in self._calls
         try:
@@ -2307,21 +2340,36 @@ class Reaper:
 
     async def end_all(self) -> None:
         """Kill every tree and wait until nothing is left."""
-        roots = list(self._roots.values())
-        for process in roots:
+        for process in list(self._roots.values()):
             process.abandon()
-        for process in list(self._calls.values()):
-            self._forget(process)
-        for process in roots:
-            self.signal_group(process, signal.SIGKILL)
-        await self._sweep_out(roots)
-        if self._sweepers:
-            await asyncio.wait(self._sweepers)
+        for task in self._asking:
+            task.cancel()
+        gone = [self.kill(process, 0.0) for process in list(self._roots.values())]
+        self._start_sweeping()
+        await asyncio.wait([*gone, cast(asyncio.Task[None], self._sweeper)])
 
     def close(self) -> None:
         """Stop watching; no child may be left."""
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.close(self._children_fd)
+
+
+@dataclass(slots=True)
+class Orphan:
+    """What is known of an adopted child until it is reaped; its number is its own for so long."""
+
+    mark: bytes | None = None
+    killed: bool = False
+
+
+@dataclass(slots=True)
+class Dying:
+    """A call whose tree is being killed."""
+
+    process: Process
+    gone: asyncio.Future[None]
+    limit_s: float = math.inf
+    clean_count: int = 0
 
 
 def _kill_orphan(pid: int) -> None:
@@ -2421,7 +2469,7 @@ class Process:
         self._at_eof = False
         self._answerable: asyncio.Future[None] = self._loop.create_future()
         self._error: FaashoundError | None = None
-        self._killing: asyncio.Task[None] | None = None
+        self._killing: asyncio.Future[None] | None = None
         self._feeder: asyncio.Task[None] | None = None
         self._spiller: asyncio.Task[None] | None = None
         self._waits: dict[int, Wait] = {}
@@ -3608,6 +3656,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
         return 2
     try:
         settle_descriptors()
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whoever started us may have blocked SIGCHLD or SIGTERM
         sockets = open_sockets(settings.host, settings.port, environ)
         guard = Guard()
         gc.freeze()
