@@ -76,7 +76,7 @@ MAX_HEAD_BYTES = 65536  # request line and fields; nginx allows 32 KiB, Go 1 MiB
 BUFFERED_BYTES = 262144  # of a body that waits for its consumer before reading stops: four reads of the loop
 BACKLOG = 1024  # connections that the kernel keeps for us while the loop is busy (capped by net.core.somaxconn)
 MAX_LISTEN_FDS_COUNT = 64  # of socket activation
-LINGER_S = 2.0  # after an early answer: how long the client may go on sending before the connection is cut
+LINGER_S = 2.0  # after a refusal: how long the client may go on sending before the connection is cut
 LINGER_BYTES = 1 << 24  # ... and how much
 CONNECT_TIMEOUT_S = 10.0  # curl waits 300 s, Go's default transport 30 s; behind us is a local network
 KEPT_S = 20.0  # an idle connection to an upstream; below the 30 s after which a watchdog closes its side
@@ -93,6 +93,7 @@ REFILL_S = 0.05  # a taken process is replaced so late at the latest
 LONGEST_REFILL_PAUSE_S = 30.0  # between two starts of a function that ends before it has a request
 ROOTS_COUNT = 16384  # processes of functions at once that the guard can know of
 SESSIONS_COUNT = 4096  # ended calls whose session numbers are remembered, for orphans that wiped their environment
+CHILDREN_BYTES = 4096  # of a list of our children, at the first reading: some hundred of them
 SWEEP_PAUSE_S = 0.001  # between two sweeps while trees die: each level that dies uncovers the next
 LONGEST_SWEEP_PAUSE_S = 0.05
 SWEEP_LIMIT_S = 5.0  # after that, what SIGKILL does not end (uninterruptible sleep) is reported and left
@@ -544,9 +545,12 @@ def _write_all(data: bytes) -> int:
         return len(data)
 
 
+_PLAIN = re.compile(r"[^\s\"=]+")
+
+
 def _quoted(value: object) -> str:
     text = str(value)
-    return json.dumps(text) if not text or not re.fullmatch(r"[^\s\"=]+", text) else text
+    return text if isinstance(value, int) or _PLAIN.fullmatch(text) else json.dumps(text)
 
 
 log = Log()
@@ -639,6 +643,12 @@ class PeerGone(FaashoundError):
     """The other side closed or broke the connection in the middle of a message."""
 
     status = 502
+
+
+class Table(Enum):
+    """Root of the enumerations that tables are indexed by: hashed by identity, as members are singletons."""
+
+    __hash__ = object.__hash__
 
 
 class Sign(Enum):
@@ -1182,7 +1192,7 @@ class Server:
         return self._date[1]
 
 
-class Phase(Enum):
+class Phase(Table):
     """Where an accepted connection stands in its present exchange."""
 
     IDLE = "no byte of a request has come"
@@ -1460,12 +1470,14 @@ class ServerConnection(asyncio.Protocol):
             return
         self._enter(Phase.LINGERING)
         self._transport.write_eof()
-        self._alarm.set(self._loop.time() + LINGER_S)
+        # A client that has broken a rule gets a moment; one whose answer came early may send all that it has to.
+        limit_s = LINGER_S if self._refusal is not None else self._server.timeouts.read_s
+        self._alarm.set(self._loop.time() + limit_s)
         self._resume_reading()
 
     def _discard(self, count: int) -> None:
         self._discarded_bytes += count
-        if self._discarded_bytes > LINGER_BYTES:
+        if self._refusal is not None and self._discarded_bytes > LINGER_BYTES:
             self.abort()
 
     def close_if_idle(self) -> None:
@@ -1873,11 +1885,17 @@ _RESERVED_FIELDS = frozenset(
 
 
 @lru_cache(maxsize=1024)
+def canonical_name(name: bytes) -> bytes:
+    """Return a field's name in Go's canonical case: `x-3abc-id` is `X-3abc-Id`."""
+    return b"-".join(part[:1].upper() + part[1:].lower() for part in name.split(b"-"))
+
+
+@lru_cache(maxsize=1024)
 def cgi_name(name: bytes) -> bytes | None:
     """Return `Http_<Name>` for a lower-case field name in Go's canonical case, None if it must not be exported."""
     if name in _RESERVED_FIELDS or b"_" in name:  # an underscore would shadow the twin with a dash
         return None
-    return b"Http_" + b"_".join(part[:1].upper() + part[1:] for part in name.split(b"-"))
+    return b"Http_" + canonical_name(name).replace(b"-", b"_")
 
 
 def cgi_environment(request: Request) -> dict[bytes, bytes]:
@@ -1915,8 +1933,7 @@ async def marshalled(headers: Headers, body: AsyncIterator[bytes]) -> AsyncItera
     header: dict[str, list[str]] = {}
     for name, value in headers:
         if name != b"host":
-            key = b"-".join(part[:1].upper() + part[1:] for part in name.split(b"-")).decode()
-            header.setdefault(key, []).append(value.decode("latin-1"))
+            header.setdefault(canonical_name(name).decode(), []).append(value.decode("latin-1"))
     yield f'{{"header":{json.dumps(header)},"body":{{"raw":"'.encode()
     rest = b""
     async for chunk in body:
@@ -1943,7 +1960,7 @@ def describe_exit(status: int) -> str:
     return f"signal: {text}" + (" (core dumped)" if os.WCOREDUMP(status) else "")
 
 
-class State(Enum):
+class State(Table):
     """Where a call stands.  Its answer is decided on reaching DONE or KILLED."""
 
     RUNNING = "the process runs, its output is open"
@@ -1953,7 +1970,7 @@ class State(Enum):
     KILLED = "deadline, hang-up or refusal: the tree is being killed"
 
 
-class Event(Enum):
+class Event(Table):
     """What happens to a call."""
 
     EXIT = "the process has exited"
@@ -2317,8 +2334,11 @@ class Reaper:
 
     def orphans(self) -> list[int]:
         """Return the children that we have adopted (the `children` file of proc(5); sweeps are repeated)."""
+        size = CHILDREN_BYTES
+        while len(children := os.pread(self._children_fd, size, 0)) == size:
+            size *= 16
         known = self._roots.keys() | self._spared.keys()
-        return [pid for pid in map(int, os.pread(self._children_fd, 1 << 20, 0).split()) if pid not in known]
+        return [pid for pid in map(int, children.split()) if pid not in known]
 
     def _is_owned(self, pid: int, mark: bytes | None) -> bool:
         """Tell whether an orphan is a running call's, may be one's, or is no call's at all."""
@@ -3277,7 +3297,7 @@ class CallLog:
     def _headers(self, direction: str, headers: Sequence[Header]) -> None:
         for name, value in headers:
             shown = "(hidden)" if name.lower() in SECRET_FIELDS else value.decode("latin-1")
-            log.info(f"{self._prefix}[{direction}] {name.decode()}={shown}")
+            log.info(f"{self._prefix}[{direction}] {canonical_name(name).decode()}={shown}")
 
 
 # ---------------------------------------------------------------------------------------------------------------

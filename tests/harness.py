@@ -34,6 +34,7 @@ from typing import IO, Generic, Self, TypeVar
 
 T = TypeVar("T")
 
+ROOT = Path(__file__).resolve().parent.parent
 START_DEADLINE_S = 20.0
 STOP_DEADLINE_S = 15.0
 REPLY_DEADLINE_S = 15.0

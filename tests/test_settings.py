@@ -47,6 +47,7 @@ GOOD_AND_BAD: dict[str, tuple[str, list[str]]] = {
     "term_grace": ("2s", ["-1", "soon"]),
     "max_body": ("512MiB", ["-1", "1.5MiB", "512 MiB", "1TiB", "big"]),
     "max_inflight": ("2147483647", ["2147483648", "-1", "1.5", "ten", "99999999999999999999"]),
+    "prewarm": ("0", ["-1", "some"]),
     "cgi_headers": ("false", ["yes", "2", "on", "tru"]),
     "marshal_request": ("1", ["enabled"]),
     "content_type": ("text/html; charset=utf-8", ["text/html\r\nSet-Cookie: a=b", " text/html", "tëxt/html"]),
@@ -220,6 +221,13 @@ def test_ports_are_refused_when_equal(ports: dict[str, str]) -> None:
     (problem,) = problems_of(**ports)
     assert "metrics_port" in problem
     assert "allowed" in problem
+
+
+def test_prewarm_is_refused_when_the_environment_would_have_to_wait_for_the_request() -> None:
+    (problem,) = problems_of(prewarm="2")
+    assert "prewarm=2" in problem
+    assert "cgi_headers" in problem
+    assert parse(prewarm="2", cgi_headers="false").prewarm == 2
 
 
 @pytest.mark.parametrize("ports", [{"port": "0", "metrics_port": "0"}, {"port": "8081", "metrics_port": "0"}])

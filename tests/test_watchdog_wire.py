@@ -186,6 +186,14 @@ def test_answer_is_200_when_function_does_not_read_its_body() -> None:
         connection.close()
 
 
+def test_answer_is_200_when_function_reads_nothing_of_a_body_that_outlasts_it() -> None:
+    with Program("watchdog", {"fprocess": "echo done"}) as program:
+        answer = http_request(
+            program.port, "POST", body=bytes(40 << 20)
+        )  # well above what is discarded of a refused one
+        assert (answer.status, answer.text) == (200, "done\n")
+
+
 def test_answer_is_whole_when_output_and_input_are_large(cat: Program) -> None:
     body = os.urandom(1 << 20) * 8
     assert post(cat, body).body == body
