@@ -528,7 +528,10 @@ class Gateway:
 
     async def serve_metrics(self, request: Request) -> Response:
         """Answer GET /metrics, on a port of its own."""
-        self.metrics.show_queue(await self._queue.stats())
+        try:
+            self.metrics.show_queue(await self._queue.stats())
+        except FaashoundError as error:  # the other figures matter most when the queue is in trouble
+            log.warning(f"no figures of the queue: {error}")
         return await serve_metrics(self.metrics.registry, request)
 
     def _is_worker(self, request: Request) -> bool:
