@@ -77,6 +77,7 @@ from .spool import (
     FINAL,
     Call,
     NewCall,
+    QueueUnavailable,
     Spool,
     State,
     Stats,
@@ -138,6 +139,7 @@ from .watchdog import (
 from .worker import WORKER_TOKEN
 from .worker import Settings as WorkerSettings
 
+MAX_PUT_S = 10.0  # for a queue to take a call; a disk, or whoever holds the queue's lock, may be stuck
 MAX_WAIT_S = 600.0  # of ?wait: longer than proxies keep a silent connection
 MAX_KEY_CHARS = 255  # of an Idempotency-Key, as the drafts and peers have it
 SWEEP_EVERY_S = 60.0  # between two rounds of housekeeping in the queue
@@ -640,7 +642,11 @@ class Gateway:
             raise BodyTooLarge(limit_bytes)
         call = self._parse_submission(request, function, rest)
         body = await self._queue.store_body(request.body, limit_bytes)
-        return await self._queue.put(dataclasses.replace(call, body=body))
+        try:
+            async with asyncio.timeout(MAX_PUT_S):
+                return await self._queue.put(dataclasses.replace(call, body=body))
+        except TimeoutError:  # it may still get in; whoever asks again with the same id learns so by a 409
+            raise QueueUnavailable(f"the queue has not taken the call within {MAX_PUT_S:g}s") from None
 
     def _parse_submission(self, request: Request, function: Function, rest: bytes) -> NewCall:
         """Return the call that a request asks for, its body still to come; everything in it has been checked."""

@@ -158,6 +158,22 @@ def next_step(
     return RetryAt(due_s)
 
 
+LOST_RUNS_COUNT = 3  # a worker may die for reasons of its own, but not each time that it runs the same call
+
+
+def is_poison(attempts_made: int, policy: RetryPolicy) -> bool:
+    """Tell whether a call about to be made (that attempt included) has been begun too often without an outcome.
+
+    Runs whose worker died were not followed by `next_step`; a call that kills its workers would go on for ever.
+    """
+    return attempts_made > max(policy.max_attempts, 1) + LOST_RUNS_COUNT
+
+
+def poison_step(attempts_made: int) -> Dead:
+    """Return what becomes of such a call."""
+    return Dead(f"begun {_count(attempts_made - 1)} without an outcome: the workers that ran it died", 503, False)
+
+
 def _calls_for_retry(policy: RetryPolicy, outcome: Outcome) -> bool:
     match outcome.end:
         case End.ANSWERED:

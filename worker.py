@@ -60,10 +60,12 @@ from .retries import (
     Progress,
     RetryAt,
     RetryPolicy,
+    is_poison,
     next_callback_step,
     next_step,
     parse_annotations,
     parse_retry_codes,
+    poison_step,
     policy_for,
 )
 from .spool import (
@@ -527,6 +529,9 @@ class Worker:
     async def _make_call(self, lease: Lease) -> None:
         call, started_s, started = lease.call, time.time(), time.monotonic()
         policy = await self._annotations.policy(call.function)
+        if is_poison(call.attempts, policy):
+            await self._bury(lease, poison_step(call.attempts))
+            return
         answer = await self._attempt(call)
         outcome, now_s = answer.outcome, time.time()
         self._learn(call.function, outcome, started)
@@ -538,6 +543,12 @@ class Worker:
         self.metrics.attempt(call.function, outcome)
         self._log_step(call, step, answer)
         await self._record(lease, step, attempt, answer)
+
+    async def _bury(self, lease: Lease, step: Dead) -> None:
+        """End a call that is not made any more."""
+        log.error(f"dead letter: {step.reason}", call_id=lease.call.id, function=lease.call.function)
+        now_s = time.time()
+        await self._record(lease, step, Attempt(now_s, now_s, None, step.reason), Answer(Outcome(End.UNREACHABLE)))
 
     async def _record(
         self, lease: Lease, step: Done | RetryAt | Dead | Cancelled, attempt: Attempt, answer: Answer

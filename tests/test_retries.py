@@ -25,6 +25,7 @@ from faashound.retries import (
     RetryAnnotations,
     RetryAt,
     RetryPolicy,
+    is_poison,
     next_callback_step,
     next_step,
     parse_annotations,
@@ -424,3 +425,13 @@ def test_concurrency_settles_near_what_the_function_bears(ceiling: int, capacity
     settled = sizes[100:]
     assert max(settled) <= min(capacity + 1, ceiling)
     assert sum(settled) / len(settled) >= min(capacity, ceiling) / 2
+
+
+@pytest.mark.parametrize(
+    ("attempts_made", "max_attempts", "expected"),
+    [(1, 1, False), (4, 1, False), (5, 1, True), (4, 0, False), (5, 0, True), (13, 10, False), (14, 10, True)],
+)
+def test_call_is_poison_when_it_was_begun_more_often_than_attempts_and_unlucky_workers_explain(
+    attempts_made: int, max_attempts: int, expected: bool
+) -> None:
+    assert is_poison(attempts_made, RetryPolicy(max_attempts)) is expected
