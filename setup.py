@@ -16,7 +16,7 @@ def read_version() -> str:
     return found[1]
 
 
-NATS = ["nats-py>=2.6"]
+NATS = ["nats-py[nkeys]>=2.9"]
 
 setup(
     name="faashound",

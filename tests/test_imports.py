@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # Of ours, what each module may import.  Imports run one way: watchdog <- parts <- programs.
-_PARTS = {"watchdog", "spool", "keeper", "functions", "callbacks", "retries", "calls"}
+_PARTS = {"watchdog", "spool", "queues", "keeper", "functions", "callbacks", "retries", "calls"}
 OURS: dict[str, set[str]] = {
     "__init__": set(),
     "watchdog": set(),
@@ -21,10 +21,11 @@ OURS: dict[str, set[str]] = {
     "functions": {"watchdog", "keeper"},
     "callbacks": {"watchdog"},
     "retries": {"watchdog"},
-    "calls": {"watchdog", "spool"},
     "jetstream": {"watchdog", "spool"},
-    "worker": _PARTS | {"jetstream"},
-    "gateway": _PARTS | {"jetstream", "worker"},  # it may start a worker beside itself, and knows its settings
+    "queues": {"watchdog", "spool", "jetstream"},  # which of the two a URL names
+    "calls": {"watchdog", "spool", "queues"},
+    "worker": _PARTS,
+    "gateway": _PARTS | {"worker"},  # it may start a worker beside itself, and knows its settings
 }
 
 # Of others, what each may import besides the standard library.  HTTP is spoken in one place: only watchdog has h11.
