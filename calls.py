@@ -28,6 +28,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from .queues import NatsSettings, Queue, QueueUrl, open_queue, parse_queue_url
 from .spool import (
     FINAL,
     Attempt,
@@ -35,12 +36,10 @@ from .spool import (
     CallbackState,
     CallUnknown,
     Headers,
-    Spool,
     State,
     StoredBody,
-    parse_queue_url,
 )
-from .watchdog import SECRET_FIELDS, FaashoundError, parse_positive_count
+from .watchdog import SECRET_FIELDS, BadSettings, FaashoundError, parse_positive_count, parse_settings, setting
 
 SHOWN_BODY_BYTES = 65536  # of a payload or a result, in what `show` prints
 LISTED_COUNT = 100  # calls in one answer, unless asked otherwise
@@ -100,7 +99,7 @@ def describe_call(call: Call) -> Json:
     )
 
 
-async def describe_call_whole(queue: Spool, call: Call) -> Json:
+async def describe_call_whole(queue: Queue, call: Call) -> Json:
     """Return all that an operator may know of a call: the above, and payload, headers, attempts and response."""
     more = {
         "queue": call.queue,
@@ -151,7 +150,7 @@ def _without_none(facts: Mapping[str, Any]) -> Json:
     return {name: value for name, value in facts.items() if value is not None}
 
 
-async def _read_start(queue: Spool, body: StoredBody) -> bytes:
+async def _read_start(queue: Queue, body: StoredBody) -> bytes:
     async for piece in queue.open_body(body, SHOWN_BODY_BYTES):
         return piece
     return b""
@@ -215,7 +214,7 @@ def _parse_limit(text: str) -> int:
     return count
 
 
-async def walk_calls(queue: Spool, choice: Choice) -> AsyncIterator[Call]:
+async def walk_calls(queue: Queue, choice: Choice) -> AsyncIterator[Call]:
     """Yield the calls of `choice`, newest first, whatever its limit; CallUnknown if there is none called `before`."""
     before = choice.before
     while True:
@@ -228,7 +227,7 @@ async def walk_calls(queue: Spool, choice: Choice) -> AsyncIterator[Call]:
         before = page[-1].id
 
 
-async def list_calls(queue: Spool, choice: Choice) -> list[Call]:
+async def list_calls(queue: Queue, choice: Choice) -> list[Call]:
     """Return the calls of `choice`, newest first, at most as many as its limit."""
     if choice.callback is None:
         return await queue.calls(
@@ -242,7 +241,7 @@ async def list_calls(queue: Spool, choice: Choice) -> list[Call]:
     return found
 
 
-async def find_call(queue: Spool, call_id: str) -> Call:
+async def find_call(queue: Queue, call_id: str) -> Call:
     """Return the call with this id; raises CallUnknown."""
     call = await queue.get(call_id)
     if call is None:
@@ -250,7 +249,7 @@ async def find_call(queue: Spool, call_id: str) -> Call:
     return call
 
 
-async def retry_letter(queue: Spool, call_id: str) -> Call:
+async def retry_letter(queue: Queue, call_id: str) -> Call:
     """Queue a dead letter again, or if only its callback is dead that one; return the call as it is now.
 
     Raises CallUnknown, CallNotDead.
@@ -267,7 +266,7 @@ class NotEnded(FaashoundError):
     status = 409
 
 
-async def purge_call(queue: Spool, call_id: str) -> None:
+async def purge_call(queue: Queue, call_id: str) -> None:
     """Delete one call that has ended.  Raises CallUnknown, NotEnded."""
     call = await find_call(queue, call_id)
     if call.state not in FINAL:
@@ -281,7 +280,7 @@ async def purge_call(queue: Spool, call_id: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-async def walk_letters(queue: Spool, function: str | None) -> AsyncIterator[Call]:
+async def walk_letters(queue: Queue, function: str | None) -> AsyncIterator[Call]:
     """Yield every dead letter and every call whose callback is dead, newest first within each kind."""
     async for call in walk_calls(queue, Choice(State.DEAD, function)):
         yield call
@@ -324,7 +323,7 @@ class SomeFailed(FaashoundError):
     """Not everything that was asked for could be done."""
 
 
-async def show_list(queue: Spool, options: argparse.Namespace) -> None:
+async def show_list(queue: Queue, options: argparse.Namespace) -> None:
     """Print every letter: a table, or a JSON object a line."""
     letters = [call async for call in walk_letters(queue, options.function)]
     if options.json:
@@ -336,13 +335,13 @@ async def show_list(queue: Spool, options: argparse.Namespace) -> None:
         print("no dead letters", file=sys.stderr)
 
 
-async def show_letters(queue: Spool, options: argparse.Namespace) -> None:
+async def show_letters(queue: Queue, options: argparse.Namespace) -> None:
     """Print all that is known of the calls named."""
     for call_id in options.ids:
         print(json.dumps(await describe_call_whole(queue, await find_call(queue, call_id)), indent=2))
 
 
-async def retry_letters(queue: Spool, options: argparse.Namespace) -> None:
+async def retry_letters(queue: Queue, options: argparse.Namespace) -> None:
     """Queue the chosen letters again."""
 
     async def retry(call_id: str) -> str:
@@ -352,7 +351,7 @@ async def retry_letters(queue: Spool, options: argparse.Namespace) -> None:
     await _for_each(await _chosen(queue, options), retry)
 
 
-async def purge_letters(queue: Spool, options: argparse.Namespace) -> None:
+async def purge_letters(queue: Queue, options: argparse.Namespace) -> None:
     """Delete the chosen letters."""
 
     async def purge(call_id: str) -> str:
@@ -375,7 +374,7 @@ async def _for_each(call_ids: Sequence[str], act: Callable[[str], Awaitable[str]
         raise SomeFailed(f"{failed_count} of {len(call_ids)} failed")
 
 
-async def _chosen(queue: Spool, options: argparse.Namespace) -> list[str]:
+async def _chosen(queue: Queue, options: argparse.Namespace) -> list[str]:
     if bool(options.ids) == options.all:
         raise BadArguments("name the calls, or give --all (for one function: --all --function NAME)")
     if options.ids:
@@ -406,28 +405,34 @@ def _build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@dataclass(frozen=True, slots=True)
+class Target(NatsSettings):
+    """The queue that a command is to work on, told as to a worker."""
+
+    queue_url: QueueUrl = setting("queue_url", "spool:./spool", parse_queue_url, "the queue")
+
+
 def dead_letters(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Carry out `fworker dead ...`; return its exit status: 0 done, 1 failed, 2 not understood."""
     try:
         options = _build_parser().parse_args(argv)
     except SystemExit as end:  # argparse has printed what there is to say
         return int(end.code or 0)
-    text = environ.get("queue_url") or "spool:./spool"
     try:
-        directory = parse_queue_url(text)
-    except ValueError as error:
-        print(f"queue_url={text!r}: {error}", file=sys.stderr)
+        target = parse_settings(Target, environ)
+    except BadSettings as error:
+        print(error, file=sys.stderr)
         return 2
-    if not directory.is_dir():  # opening would create it
-        print(f"queue_url={text!r}: there is no such directory", file=sys.stderr)
+    if isinstance(target.queue_url, Path) and not target.queue_url.is_dir():  # opening would create it
+        print(f"queue_url=spool:{target.queue_url}: there is no such directory", file=sys.stderr)
         return 1
-    return asyncio.run(_carry_out(directory, options))
+    return asyncio.run(_carry_out(target, options))
 
 
-async def _carry_out(directory: Path, options: argparse.Namespace) -> int:
+async def _carry_out(target: Target, options: argparse.Namespace) -> int:
     try:
         async with contextlib.AsyncExitStack() as stack:
-            queue = await Spool.open(directory)
+            queue = await open_queue(target.queue_url, target)
             stack.push_async_callback(queue.close)
             await options.work(queue, options)
     except BadArguments as error:

@@ -72,19 +72,18 @@ from .functions import (
     read_functions,
 )
 from .keeper import Keeper
+from .queues import NatsSettings, Queue, QueueUrl, is_healthy, open_queue, parse_queue_url
 from .retries import BadAnnotations, parse_annotations
 from .spool import (
     FINAL,
     Call,
     NewCall,
     QueueUnavailable,
-    Spool,
     State,
     Stats,
     StoredBody,
     new_call_id,
     parse_queue_name,
-    parse_queue_url,
 )
 from .watchdog import (
     CLIENT_GONE_STATUS,
@@ -151,7 +150,7 @@ MAX_LABELS_COUNT = 1000  # functions that function_url finds and that have metri
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class Settings(NatsSettings):
     """What the operator asked of this gateway; see `watchdog.settings_table`."""
 
     host: str | None = setting("host", "127.0.0.1", parse_text, "address to listen on; 0.0.0.0 serves others")
@@ -173,8 +172,16 @@ class Settings:
     function_url: str | None = setting(
         "function_url", "", parse_function_url, "where functions answer that the file does not list: http://{name}:8080"
     )
-    queue_url: Path = setting("queue_url", "spool:./spool", parse_queue_url, "the queue: spool:DIRECTORY")
-    worker: str = setting("worker", "local", parse_choice("local", "none"), "local: run a worker beside the gateway")
+    queue_url: QueueUrl = setting(
+        "queue_url", "spool:./spool", parse_queue_url, "the queue: spool:DIRECTORY, or nats://HOST[:PORT][,HOST...]"
+    )
+    worker: str | None = setting(
+        "worker",
+        "",
+        parse_choice("local", "none"),
+        "local: run a worker beside the gateway",
+        default_note="local with a spool, else none",
+    )
     max_body_bytes: int = setting(
         "max_body", "512MiB", parse_size, "largest body of an asynchronous call, above it 413"
     )
@@ -202,11 +209,17 @@ class Settings:
         """Yield a line for each pair of settings that cannot both be meant."""
         if self.port and self.port == self.metrics_port:
             yield f"metrics_port={self.metrics_port} contradicts port={self.port}; allowed: two different ports"
+        yield from NatsSettings.conflicts(self)
         port = self.local_worker_metrics_port
-        if self.worker == "local" and port and port in (self.port, self.metrics_port):
+        if self.runs_worker and port and port in (self.port, self.metrics_port):
             yield f"worker_metrics_port={port} contradicts port or metrics_port; allowed: one of its own"
         if self.keep_results_s > self.retention_s:
             yield "keep_results is longer than retention; allowed: up to retention, which forgets the call"
+
+    @property
+    def runs_worker(self) -> bool:
+        """Whether a worker is to run beside the gateway."""
+        return isinstance(self.queue_url, Path) if self.worker is None else self.worker == "local"
 
     @property
     def local_worker_metrics_port(self) -> int:
@@ -485,7 +498,7 @@ class Gateway:
         self,
         settings: Settings,
         functions: Functions,
-        queue: Spool,
+        queue: Queue,
         policy: CallbackPolicy,
         credentials: Credentials | None,
     ) -> None:
@@ -520,6 +533,8 @@ class Gateway:
         allow(request, "GET")
         if self.draining:
             raise NotReady("draining")
+        if not is_healthy(self._queue):
+            raise NotReady("the queue cannot be reached")
         return Response(200, (TEXT_PLAIN,), b"OK")
 
     def drain(self) -> None:
@@ -825,7 +840,8 @@ def load_plan(environ: Mapping[str, str]) -> Plan:
         functions = load_functions(environ)
     except BadFunctions as error:
         problems += error.problems
-    worker = None if environ.get("worker") == "none" else worker_environment(environ, settings, functions)
+    runs_worker = environ.get("worker") != "none" if settings is None else settings.runs_worker
+    worker = worker_environment(environ, settings, functions) if runs_worker else None
     try:
         parse_settings(WorkerSettings, worker or {})
     except BadSettings as error:
@@ -860,7 +876,8 @@ def worker_environment(
 
     Unless told otherwise it drains every queue that a function of the file has, or their calls would wait for ever.
     """
-    ours = {row.name for row in settings_table(Settings).values()} - {"queue_url", "callback_allow", "log_format"}
+    shared = {row.name for row in settings_table(WorkerSettings).values()} - {"host", "metrics_port"}
+    ours = {row.name for row in settings_table(Settings).values()} - shared
     base = {name: value for name, value in environ.items() if name not in ours and not name.startswith("LISTEN_")}
     base |= {"OPENFAAS_NAME": "worker"}
     base.setdefault("queues", ",".join(sorted({DEFAULT_QUEUE, *map(queue_of, functions.values())})))
@@ -915,7 +932,7 @@ FUNCTIONS_GRACE_S = 10.0  # for watchdogs whose requests are over already
 WORKER_COMMAND = (sys.executable, "-m", "faashound.worker")
 
 
-async def keep_house(queue: Spool, settings: Settings) -> None:
+async def keep_house(queue: Queue, settings: Settings) -> None:
     """Drop what is past its time from the queue, for ever."""
     shortest_s = min(settings.keep_results_s, settings.retention_s)
     while True:
@@ -977,7 +994,7 @@ async def assemble(stack: AsyncExitStack, plan: Plan, environ: Mapping[str, str]
     """
     settings = plan.settings
     credentials = load_credentials(settings)
-    queue = await Spool.open(settings.queue_url)
+    queue = await open_queue(settings.queue_url, settings)
     stack.push_async_callback(queue.close)
     policy = build_policy([url] if url else [], settings.callback_allow)
     local = LocalFunctions(plan.functions, environ=environ, hidden=hidden_names())

@@ -357,14 +357,6 @@ def parse_queue_names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(parse_queue_name(word.strip()) for word in text.split(",")))
 
 
-def parse_queue_url(text: str) -> Path:
-    """The directory that `spool:DIRECTORY` names; ValueError for any other kind of queue."""
-    scheme, _, rest = text.partition(":")
-    if scheme != "spool" or not rest or "\0" in rest:
-        raise ValueError("allowed: spool:DIRECTORY")
-    return Path(rest)
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Call ids
 #

@@ -279,8 +279,10 @@ def setting(
 
 
 def settings_table(kind: type) -> dict[str, Setting]:
-    """Return the rows that `kind`, a settings dataclass, declares: field name to `Setting`, in order."""
-    return {each.name: each.metadata["setting"] for each in dataclasses.fields(kind)}
+    """Return the rows that `kind`, a settings dataclass, declares: field name to `Setting`, inherited ones last."""
+    rows = {each.name: each.metadata["setting"] for each in dataclasses.fields(kind)}
+    own = [name for name in rows if name in vars(kind)["__annotations__"]]
+    return {name: rows[name] for name in (*own, *(name for name in rows if name not in own))}
 
 
 S = TypeVar("S")

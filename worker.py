@@ -29,7 +29,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import prometheus_client
 import uvloop
@@ -49,6 +48,7 @@ from .callbacks import (
     parse_secrets,
 )
 from .calls import dead_letters
+from .queues import NatsSettings, Queue, QueueUrl, is_healthy, open_queue, parse_queue_url
 from .retries import (
     CALLBACK_POLICY,
     Cancelled,
@@ -77,11 +77,9 @@ from .spool import (
     QueueDamaged,
     QueueFull,
     QueueUnavailable,
-    Spool,
     State,
     StoredBody,
     parse_queue_names,
-    parse_queue_url,
 )
 from .watchdog import (
     TEXT_PLAIN,
@@ -91,6 +89,7 @@ from .watchdog import (
     FaashoundError,
     Header,
     MethodNotAllowed,
+    NotReady,
     PeerGone,
     Request,
     Response,
@@ -138,11 +137,13 @@ def parse_gateway_url(text: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class Settings(NatsSettings):
     """What the operator asked of this worker; see `watchdog.settings_table`."""
 
     gateway_url: str = setting("gateway_url", "http://127.0.0.1:8080", parse_gateway_url, "where functions are called")
-    queue_url: Path = setting("queue_url", "spool:./spool", parse_queue_url, "the queue: spool:DIRECTORY")
+    queue_url: QueueUrl = setting(
+        "queue_url", "spool:./spool", parse_queue_url, "the queue: spool:DIRECTORY, or nats://HOST[:PORT][,HOST...]"
+    )
     queues: tuple[str, ...] = setting("queues", "faas-request", parse_queue_names, "which queues to drain, by commas")
     max_inflight: int = setting("max_inflight", "16", parse_positive_count, "calls at once, and as many callbacks")
     ack_wait_s: float = setting(
@@ -178,6 +179,7 @@ class Settings:
         """Yield a line for each pair of settings that cannot both be meant."""
         if self.initial_retry_wait_s > self.max_retry_wait_s:
             yield "initial_retry_wait is longer than max_retry_wait; allowed: up to max_retry_wait"
+        yield from NatsSettings.conflicts(self)
 
     def retry_policy(self) -> RetryPolicy:
         """Return the policy for functions that ask for nothing else."""
@@ -337,10 +339,10 @@ class Worker:
     Obligation: `run` until it returns, which it does some time after `stop`.
     """
 
-    def __init__(self, settings: Settings, queue: Spool, owner: str, policy: CallbackPolicy, signer: Signer | None):
+    def __init__(self, settings: Settings, queue: Queue, owner: str, policy: CallbackPolicy, signer: Signer | None):
         self.metrics = WorkerMetrics()
+        self.queue = queue
         self._settings = settings
-        self._queue = queue
         self._owner = owner
         self._client = Client()
         self._callback_client = Client(policy.guard(resolve_any))
@@ -395,13 +397,13 @@ class Worker:
         try:
             if counts["call"] < limit:
                 claimed_count += self._start_all(
-                    await self._queue.claim(
+                    await self.queue.claim(
                         self._settings.queues, self._owner, lease_s, limit - counts["call"], self._rooms()
                     )
                 )
             if counts["callback"] < limit:
                 claimed_count += self._start_all(
-                    await self._queue.claim_callbacks(self._owner, lease_s, limit - counts["callback"])
+                    await self.queue.claim_callbacks(self._owner, lease_s, limit - counts["callback"])
                 )
         except FaashoundError as error:
             self._complain(error)
@@ -419,7 +421,7 @@ class Worker:
         """Wait for work, or if the queue is in trouble for a moment."""
         if not self._complaint:
             try:
-                await self._queue.wait_for_work(self._settings.ack_wait_s)
+                await self.queue.wait_for_work(self._settings.ack_wait_s)
                 return
             except FaashoundError as error:
                 self._complain(error)
@@ -472,10 +474,10 @@ class Worker:
         lease = running.lease
         with suppress(LeaseLost):  # it was recorded already, or somebody else has it
             if running.ended_by == "cancel":
-                await self._queue.finish_cancelled(lease, Attempt(started_s, time.time(), None, "cancelled"))
+                await self.queue.finish_cancelled(lease, Attempt(started_s, time.time(), None, "cancelled"))
                 log.info("cancelled", call_id=lease.call.id, function=lease.call.function)
             elif running.ended_by == "drain":
-                await self._queue.release(lease)
+                await self.queue.release(lease)
 
     async def _drain(self) -> None:
         """Let what runs finish within drain_timeout, and hand back the rest."""
@@ -496,7 +498,7 @@ class Worker:
             if not leases:
                 continue
             try:
-                renewal = await self._queue.renew(leases, self._settings.ack_wait_s)
+                renewal = await self.queue.renew(leases, self._settings.ack_wait_s)
             except FaashoundError as error:
                 log.error(f"leases could not be renewed: {error}")
                 continue
@@ -509,9 +511,9 @@ class Worker:
     async def _watch_cancels(self) -> None:
         """End a run as soon as somebody asks for it."""
         while True:
-            await self._queue.wait_for_cancel(self._settings.ack_wait_s)
+            await self.queue.wait_for_cancel(self._settings.ack_wait_s)
             try:
-                cancelled = await self._queue.cancelled_ids(self._owner)
+                cancelled = await self.queue.cancelled_ids(self._owner)
             except FaashoundError as error:
                 log.error(f"cancellations could not be read: {error}")
                 continue
@@ -556,17 +558,17 @@ class Worker:
         match step:
             case RetryAt(due_s):
                 excerpt = await self._excerpt(answer)
-                again = partial(self._queue.retry, lease, attempt=attempt, due_s=due_s, excerpt=excerpt)
+                again = partial(self.queue.retry, lease, attempt=attempt, due_s=due_s, excerpt=excerpt)
                 await self._insist(lease, again)
             case Done(status):
                 await self._finish(lease, State.DONE, status, attempt, answer)
             case Dead(_, status, with_answer):
                 kept = answer if with_answer else Answer(answer.outcome, duration_s=answer.duration_s)
                 if not with_answer and answer.body is not None:
-                    await self._queue.drop_body(answer.body)
+                    await self.queue.drop_body(answer.body)
                 await self._finish(lease, State.DEAD, status, attempt, kept)
             case Cancelled():
-                await self._queue.finish_cancelled(lease, attempt)
+                await self.queue.finish_cancelled(lease, attempt)
 
     async def _insist(self, lease: Lease, record: Callable[[], Awaitable[object]]) -> None:
         """Record what has happened, if need be again and again: what is not recorded would happen once more."""
@@ -583,7 +585,7 @@ class Worker:
 
     async def _finish(self, lease: Lease, state: State, status: int, attempt: Attempt, answer: Answer) -> None:
         finish = partial(
-            self._queue.finish,
+            self.queue.finish,
             lease,
             attempt=attempt,
             result=answer.body,
@@ -600,11 +602,11 @@ class Worker:
         if answer.body is None:
             return None
         try:
-            async for chunk in self._queue.open_body(answer.body, EXCERPT_BYTES):
+            async for chunk in self.queue.open_body(answer.body, EXCERPT_BYTES):
                 return chunk
             return b""
         finally:
-            await self._queue.drop_body(answer.body)
+            await self.queue.drop_body(answer.body)
 
     async def _attempt(self, call: Call) -> Answer:
         """Send a call to its function and store what it answers."""
@@ -617,13 +619,13 @@ class Worker:
             response = await self._client.request(
                 call.method,
                 function_url(self._gateway, call),
-                build_call_headers(call, self._queue.token),
+                build_call_headers(call, self.queue.token),
                 self._sendable(call.body),
                 call.body.bytes_count,
                 started + timeout_s if timeout_s else None,
             )
             async with response:
-                stored = await self._queue.store_body(response.body)
+                stored = await self.queue.store_body(response.body)
         except UpstreamTimeout as error:
             return failed(End.TIMED_OUT, error)
         except QueueDamaged as error:
@@ -633,7 +635,7 @@ class Worker:
         return Answer(outcome_of(response), stored, kept_headers(response), time.monotonic() - started)
 
     def _sendable(self, body: StoredBody) -> bytes | AsyncIterator[bytes]:
-        return self._queue.open_body(body) if body.file is not None else body.inline or b""
+        return self.queue.open_body(body) if body.file is not None else body.inline or b""
 
     def _learn(self, function: str, outcome: Outcome, started: float) -> None:
         """Adapt how many calls of a function run at once to how it answers."""
@@ -671,11 +673,11 @@ class Worker:
         self.metrics.callback(outcome)
         match step:
             case Done():
-                record = partial(self._queue.callback_done, lease, attempt)
+                record = partial(self.queue.callback_done, lease, attempt)
             case RetryAt(due_s):
-                record = partial(self._queue.callback_retry, lease, attempt, due_s)
+                record = partial(self.queue.callback_retry, lease, attempt, due_s)
             case Dead():
-                record = partial(self._queue.callback_dead, lease, attempt)
+                record = partial(self.queue.callback_dead, lease, attempt)
         await self._insist(lease, record)
         text = {Done: "delivered", RetryAt: "to be tried again", Dead: "given up"}[type(step)]
         log.info(
@@ -711,7 +713,7 @@ class Worker:
         if self._signer is not None:
             headers += await self._sign(self._signer, call)
         fields = [(name.encode(), value.encode("latin-1")) for name, value in headers]
-        fields.append((CALLBACK_PROOF, build_proof(self._queue.token, call.id).encode()))
+        fields.append((CALLBACK_PROOF, build_proof(self.queue.token, call.id).encode()))
         body = b"" if call.result is None else self._sendable(call.result)
         length = 0 if call.result is None else call.result.bytes_count
         return await self._callback_client.request("POST", url, fields, body, length, deadline_s)
@@ -719,7 +721,7 @@ class Worker:
     async def _sign(self, signer: Signer, call: Call) -> tuple[tuple[str, str], ...]:
         signature = signer.start(call.id, time.time())
         if call.result is not None:
-            async for chunk in self._queue.open_body(call.result):
+            async for chunk in self.queue.open_body(call.result):
                 signature.update(chunk)
         return signature.finish()
 
@@ -766,6 +768,8 @@ async def serve_status(worker: Worker, request: Request) -> Response:
         return await serve_metrics(worker.metrics.registry, request)
     if request.method != "GET":
         raise MethodNotAllowed(("GET",))
+    if not is_healthy(worker.queue):
+        raise NotReady("the queue cannot be reached")
     return Response(200, (TEXT_PLAIN,), b"OK")
 
 
@@ -777,7 +781,7 @@ async def serve(settings: Settings, environ: Mapping[str, str]) -> int:
     signer = load_signer(settings)
     policy = build_policy([settings.gateway_url], settings.callback_allow)
     async with AsyncExitStack() as stack:
-        queue = await Spool.open(settings.queue_url)
+        queue = await open_queue(settings.queue_url, settings)
         stack.push_async_callback(queue.close)
         worker = Worker(settings, queue, await queue.enlist(), policy, signer)
         status_server = await start_metrics(settings.host, settings.metrics_port, partial(serve_status, worker))
