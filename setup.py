@@ -47,6 +47,7 @@ setup(
             "pytest-xdist",
             "ruff",
             "standardwebhooks",
+            "trustme",
             "types-psutil",
             "types-setuptools",
         ],

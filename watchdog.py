@@ -662,6 +662,11 @@ class Sign(Enum):
     CLOSED = "the peer has closed"
 
 
+def fields_bytes(headers: Headers) -> int:
+    """Return what the fields take on the wire, since h11 limits only a head that comes in pieces."""
+    return sum(len(name) + len(value) + 4 for name, value in headers)
+
+
 def field_value(headers: Headers, name: bytes) -> bytes | None:
     """Return the first value of `name` (lower case) or None."""
     for key, value in headers:
@@ -897,8 +902,7 @@ class ServerWire:
 
     def _checked_head(self, event: h11.Request) -> tuple[bytes, bytes, Headers]:
         headers = list(event.headers)
-        size = len(event.method) + len(event.target) + sum(len(name) + len(value) + 4 for name, value in headers) + 14
-        if size > MAX_HEAD_BYTES:
+        if len(event.method) + len(event.target) + 14 + fields_bytes(headers) > MAX_HEAD_BYTES:
             raise HeadTooLarge
         names = {name for name, _ in headers}
         if b"transfer-encoding" in names:
@@ -1020,7 +1024,9 @@ class ClientWire:
         if event is h11.NEED_DATA:
             return Sign.NEED_DATA
         if isinstance(event, h11.Response):
-            return event.status_code, list(event.headers)
+            if fields_bytes(headers := list(event.headers)) > MAX_HEAD_BYTES:
+                raise PeerGone(f"bad response: head too large; allowed: {MAX_HEAD_BYTES} bytes")
+            return event.status_code, headers
         if isinstance(event, h11.EndOfMessage):
             return Sign.END
         return Sign.PAUSED if event is h11.PAUSED else Sign.CLOSED

@@ -215,3 +215,15 @@ def test_body_whose_file_is_damaged_is_not_passed_off_as_whole(desk: Desk, damag
         os.truncate(path, 100)
     with pytest.raises(QueueDamaged):
         desk.do(read_all(desk.spool, body))
+
+
+def test_first_call_of_a_function_waits_for_one_turn_only_when_another_has_ten_thousand(desk: Desk) -> None:
+    async def fill() -> None:
+        await asyncio.gather(*(desk.spool.put(new_call("greedy")) for _ in range(10_000)))
+
+    desk.do(fill())
+    for _ in range(3):
+        assert {lease.call.function for lease in desk.claim(16)} == {"greedy"}
+    desk.put("modest")
+    claimed = [lease.call.function for lease in desk.claim(2)]
+    assert sorted(claimed) == ["greedy", "modest"]
