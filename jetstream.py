@@ -104,10 +104,10 @@ INLINE_BYTES = 16 * 1024  # up to here a body is part of its record, and written
 CHUNK_BYTES = 128 * 1024  # longer bodies are cut into messages of this size (max_payload is 1 MiB, seldom less)
 CHUNKS_IN_FLIGHT_COUNT = 4  # of one body: bounds its memory
 CONNECT_S = 10.0
-WRITE_S = 5.0  # longest wait for an acknowledgement; an election takes the servers about 2 s
+WRITE_S = 10.0  # longest wait for an acknowledgement; a leader that dies is replaced within 4 to 9 s
 TRY_S = 2.0  # of one try within it
 RETRY_PAUSE_S = 0.1
-ASK_S = 10.0  # longest wait for a foreman's answer, its election included
+ASK_S = 15.0  # longest wait for a foreman's answer, its election included
 PARK_S = 5.0  # longest wait for work in one request: bounds the harm of a word that was lost
 SILENCE_S = 1.0  # a foreman that cannot be reached for so long is replaced
 RESERVED_S = 5.0  # a call that was dealt is not dealt again for so long: until its taking is heard of
@@ -120,6 +120,7 @@ FEED_PAUSE_S = 0.5
 STEP_COUNT = 64  # records that housekeeping writes at the same time
 SCAN_COUNT = 5000  # entries looked at before others get their turn on the event loop
 TOMBSTONE_S = 600  # that a deleted call can be told from one that never was: for those who follow the stream
+RECORD_BYTES = 1024  # of a record without bodies, about
 KEPT_ROOM = 0.1  # part of nats_max_bytes that `put` leaves free, for the steps of what is in already
 ROOM_KNOWN_S = 1.0  # how long the streams' size is believed
 
@@ -1468,7 +1469,7 @@ class Options:
     login: Mapping[str, Any] = field(default_factory=dict, repr=False)
     prefix: str = "faashound"
     replicas: int = 1
-    max_bytes: int | None = None
+    max_bytes: int = 4 << 30
 
 
 def build_streams(names: Names, options: Options) -> tuple[api.StreamConfig, api.StreamConfig]:
@@ -1479,7 +1480,7 @@ def build_streams(names: Names, options: Options) -> tuple[api.StreamConfig, api
         storage=api.StorageType.FILE,
         discard=api.DiscardPolicy.NEW,  # full means full: a call that was accepted is never pushed out
         max_msgs_per_subject=1,
-        max_bytes=-1 if options.max_bytes is None else options.max_bytes,
+        max_bytes=options.max_bytes,
         num_replicas=options.replicas,
         allow_direct=True,
     )
@@ -1591,7 +1592,7 @@ async def read_token(link: Link) -> str:
 class JetStream:
     """A queue on NATS, open in this process; every method is described at `spool.Spool`."""
 
-    def __init__(self, link: Link, token: str, max_bytes: int | None, now: Callable[[], float]) -> None:
+    def __init__(self, link: Link, token: str, max_bytes: int, now: Callable[[], float]) -> None:
         """Not for callers: use `JetStream.open`."""
         self.token = token
         self._link = link
@@ -1610,7 +1611,7 @@ class JetStream:
         self._cancelled: set[str] = set()
         self._cancel = asyncio.Event()
         self._chores: set[asyncio.Task[Any]] = set()
-        self._room: tuple[float, bool] = (float("-inf"), True)
+        self._room_s, self._room_bytes = float("-inf"), 0  # when it was asked for, and what is left since
         self._closed = False
 
     @classmethod
@@ -1793,7 +1794,7 @@ class JetStream:
     async def put(self, call: NewCall) -> Call:
         """Queue a call; the stream has acknowledged it when this returns."""
         self._check_open()
-        await self._check_room()
+        await self._take_room(call)
         record = accept(call)
         try:
             if call.idempotency_key is None:
@@ -1837,16 +1838,15 @@ class JetStream:
             with contextlib.suppress(_Conflict):
                 return call_id, await self._link.save(subject, call_id.encode(), {}, 0)
 
-    async def _check_room(self) -> None:
+    async def _take_room(self, call: NewCall) -> None:
         """Raise QueueFull if the stream is so full that the steps of the calls in it may soon have no room."""
-        limit = self._max_bytes
-        if limit is None:
-            return
-        if self._loop.time() - self._room[0] > ROOM_KNOWN_S:
+        if self._loop.time() - self._room_s > ROOM_KNOWN_S:
             info = await self._link.info(self._names.calls)
-            self._room = self._loop.time(), info.state.bytes <= limit * (1 - KEPT_ROOM)
-        if not self._room[1]:
-            raise QueueFull(f"the queue's stream is full: nats_max_bytes is {limit}")
+            self._room_s = self._loop.time()
+            self._room_bytes = int(self._max_bytes * (1 - KEPT_ROOM)) - info.state.bytes
+        self._room_bytes -= RECORD_BYTES + len(call.body.inline or b"")
+        if self._room_bytes < 0:
+            raise QueueFull(f"the queue's stream is full: nats_max_bytes is {self._max_bytes}")
 
     async def get(self, call_id: str) -> Call | None:
         """The call, or None."""

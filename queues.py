@@ -171,8 +171,8 @@ class NatsSettings:
         "nats_prefix", "faashound", parse_prefix, "begins the names of the queue's streams and subjects"
     )
     nats_replicas: int = setting("nats_replicas", "1", parse_replicas, "servers that keep each call; 3 for a cluster")
-    nats_max_bytes: int | None = setting(
-        "nats_max_bytes", "", parse_size, "room for calls, and as much for bodies", default_note="what the server has"
+    nats_max_bytes: int = setting(
+        "nats_max_bytes", "4GiB", parse_size, "room that is set aside for calls, and as much for long bodies"
     )
     nats_user: str | None = setting("nats_user", "", parse_text, "user name, with nats_password_file")
     nats_password_file: str | None = setting("nats_password_file", "", parse_text, "file of the user's password")
@@ -203,7 +203,7 @@ class NatsSettings:
 
 def default_nats_settings() -> NatsSettings:
     """Return what an empty environment means."""
-    return NatsSettings("faashound", 1, None, None, None, None, None, None, None, None, None)
+    return NatsSettings("faashound", 1, 4 << 30, None, None, None, None, None, None, None, None)
 
 
 def build_tls(settings: NatsSettings) -> ssl.SSLContext:

@@ -28,11 +28,6 @@ def guard_of(program: Program) -> int:
     return guard
 
 
-def processor_time_s(pid: int) -> float:
-    """Return the seconds that processors have spent on `pid`, to which a busy machine adds nothing."""
-    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
 
 def serves(port: int) -> bool:
     """Tell whether a healthy watchdog listens on `port`."""
