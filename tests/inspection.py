@@ -1,8 +1,7 @@
-"""What can be seen of a running watchdog from outside: its children, its guard, its metrics, its time."""
+"""What can be seen of a running watchdog from outside: its children, its guard, its metrics."""
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
