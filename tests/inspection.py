@@ -27,7 +27,6 @@ def guard_of(program: Program) -> int:
     return guard
 
 
-
 def serves(port: int) -> bool:
     """Tell whether a healthy watchdog listens on `port`."""
     try:

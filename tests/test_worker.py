@@ -13,7 +13,9 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import standardwebhooks
@@ -444,6 +446,11 @@ def test_call_of_a_killed_worker_is_taken_over_and_told_of() -> None:
         assert (status["state"], status["attempts"]) == ("done", 2)
         whole = json.loads(system.request("GET", f"/system/calls/{call_id}").body)
         assert [attempt.get("error") for attempt in whole["history"]] == ["the worker that ran it is gone", None]
+
+
+def has_begun(count: int, status: dict[str, Any]) -> bool:
+    """Tell whether a call's run number `count` is under way."""
+    return (status["state"], status["attempts"]) == ("running", count)
 
 
 def worker_of(system: System) -> int:
