@@ -416,9 +416,7 @@ def test_call_that_kills_each_worker_ends_as_a_dead_letter_and_blocks_nobody() -
     with System(settings={"max_retry_attempts": "1"}) as system:
         poison = system.submit("shell", b"exec sleep 60")
         for begun in range(1, 5):
-            system.until(
-                poison, lambda status, begun=begun: (status["state"], status["attempts"]) == ("running", begun)
-            )
+            system.until(poison, partial(has_begun, begun))
             os.kill(worker_of(system), signal.SIGKILL)
         assert system.ended(system.submit("cat", b"hello"))["state"] == "done"
         ended = system.ended(poison)
