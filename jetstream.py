@@ -1533,7 +1533,11 @@ async def ensure_stream(link: Link, wanted: api.StreamConfig) -> None:
                         raise
                     return (await link.js.stream_info(name)).config
 
-    found = await link.insist(find)
+    try:
+        found = await link.insist(find)
+    except (QueueUnavailable, QueueFull) as error:
+        room = f"nats_max_bytes={wanted.max_bytes} on nats_replicas={wanted.num_replicas}"
+        raise type(error)(f"{error}; the stream {name} wants {room}") from error
     bad, odd = compare_streams(wanted, found)
     if bad:
         raise QueueUnavailable("; ".join([*bad, "it has been left as it is: mend or remove it, or set nats_prefix"]))
