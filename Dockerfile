@@ -1,0 +1,33 @@
+# The gateway and the worker, from one build:
+#
+#     docker build --target gateway -t faashound-gateway .
+#     docker build --target worker -t faashound-worker .
+#
+# BASE is any image with Python 3.11 or newer.  Without network: wheels in ./wheels and --build-arg PIP_NO_INDEX=1.
+
+ARG BASE=python:3.13-slim-bookworm
+FROM ${BASE} AS build
+ARG PIP_NO_INDEX=0
+WORKDIR /src
+COPY pyproject.toml *.py py.typed wheel[s] ./
+RUN python3 -m venv /opt/faashound && /opt/faashound/bin/pip install --no-cache-dir --find-links . '.[nats]'
+
+FROM ${BASE} AS runtime
+COPY --from=build /opt/faashound /opt/faashound
+RUN install -d -o 65532 -g 65532 /var/lib/faashound
+# An image is there to serve others; a spool must outlive the container, so mount a volume at its place.
+ENV PATH=/opt/faashound/bin:$PATH host=0.0.0.0 queue_url=spool:/var/lib/faashound/spool
+WORKDIR /var/lib/faashound
+USER 65532:65532
+
+FROM runtime AS worker
+EXPOSE 8083
+HEALTHCHECK --interval=10s --timeout=5s --start-period=20s \
+    CMD ["python3", "-c", "from os import environ; from urllib.request import urlopen; urlopen(f'http://127.0.0.1:{environ.get(\"metrics_port\", 8083)}/healthz', timeout=2)"]
+ENTRYPOINT ["fworker"]
+
+FROM runtime AS gateway
+EXPOSE 8080 8082
+HEALTHCHECK --interval=10s --timeout=5s --start-period=20s \
+    CMD ["python3", "-c", "from os import environ; from urllib.request import urlopen; urlopen(f'http://127.0.0.1:{environ.get(\"port\", 8080)}/healthz', timeout=2)"]
+ENTRYPOINT ["fgateway"]
