@@ -119,6 +119,7 @@ HEARTBEAT_S = 1.0  # of the servers, to those who follow a stream
 FEED_PAUSE_S = 0.5
 STEP_COUNT = 64  # records that housekeeping writes at the same time
 SCAN_COUNT = 5000  # entries looked at before others get their turn on the event loop
+HELD_S = 1e12  # the due time of a call that is held back: no clock will show it
 TOMBSTONE_S = 600  # that a deleted call can be told from one that never was: for those who follow the stream
 RECORD_BYTES = 1024  # of a record without bodies, about
 KEPT_ROOM = 0.1  # part of nats_max_bytes that `put` leaves free, for the steps of what is in already
@@ -236,7 +237,7 @@ def build_payload(record: Record) -> bytes:
     """Return the rest of a record: the length of a JSON text in four bytes, the text, the bytes that it counts."""
     call, callback = record.call, record.call.callback
     inline = (call.body.inline or b"", (call.result and call.result.inline) or b"")
-    excerpt = call.excerpt if call.excerpt is not None and call.excerpt != inline[1][:EXCERPT_BYTES] else None
+    excerpt = None if call.excerpt == _build_excerpt(call.result) else call.excerpt
     facts: Json = {name: getattr(call, name) for name in _JSON_FIELDS}
     facts["body"] = _build_body(call.body)
     facts["result"] = call.result and _build_body(call.result)
@@ -276,7 +277,7 @@ def parse_record(call_id: str, revision: int, headers: Mapping[str, str], payloa
             cancel_requested=entry.cancel,
             result=result,
             result_headers=tuple((name, value) for name, value in facts["result_headers"]),
-            excerpt=_parse_excerpt(facts["excerpt"], result, rest),
+            excerpt=_build_excerpt(result) if facts["excerpt"] is None else bytes(rest[: facts["excerpt"]]),
             callback=_parse_callback(entry, facts["callback"]),
             history=tuple(itertools.starmap(Attempt, facts["history"])),
         )
@@ -292,9 +293,8 @@ def _parse_body(facts: Sequence[Any], rest: memoryview) -> tuple[StoredBody | No
     return StoredBody(bytes_count, bytes(rest[:bytes_count]), None), rest[bytes_count:]
 
 
-def _parse_excerpt(bytes_count: int | None, result: StoredBody | None, rest: memoryview) -> bytes | None:
-    if bytes_count is not None:
-        return bytes(rest[:bytes_count])
+def _build_excerpt(result: StoredBody | None) -> bytes | None:
+    """An inline result is its own excerpt."""
     return result.inline[:EXCERPT_BYTES] if result is not None and result.inline is not None else None
 
 
@@ -2195,6 +2195,32 @@ class JetStream:
     async def stats(self) -> Stats:
         """The queue in figures."""
         return (await self._index()).stats(self._now(), self._link.commit_count)
+
+    # -- for migrations
+
+    async def put_held(self, call: NewCall) -> Call:
+        """Queue a call that does not run before `let_go`; as `put` otherwise."""
+        return await self.put(dataclasses.replace(call, due_s=HELD_S))
+
+    async def held_ids(self) -> list[str]:
+        """The calls that were put held and not let go."""
+        return await self._scan(lambda entry: entry.state is State.QUEUED and entry.due_s == HELD_S)
+
+    async def is_held(self, call_id: str) -> bool:
+        """Whether the call was put held and not let go."""
+        call = await self.get(call_id)
+        return call is not None and (call.state, call.due_s) == (State.QUEUED, HELD_S)
+
+    async def let_go(self, call_id: str, due_s: float, expires_s: float | None) -> None:
+        """Let a held call run; nothing happens to one that is not held."""
+
+        def step(record: Record) -> Record:
+            if (record.call.state, record.call.due_s) != (State.QUEUED, HELD_S):
+                raise _Passed
+            return _with_call(record, due_s=due_s, expires_s=expires_s)
+
+        with contextlib.suppress(_Passed):
+            await self._records.change(call_id, step)
 
     # -- housekeeping
 

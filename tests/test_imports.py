@@ -24,7 +24,8 @@ OURS: dict[str, set[str]] = {
     "jetstream": {"watchdog", "spool"},
     "queues": {"watchdog", "spool", "jetstream"},  # which of the two a URL names
     "calls": {"watchdog", "spool", "queues"},
-    "worker": _PARTS,
+    "migrate": {"watchdog", "spool", "queues"},
+    "worker": _PARTS | {"migrate"},
     "gateway": _PARTS | {"worker"},  # it may start a worker beside itself, and knows its settings
 }
 

@@ -1,0 +1,140 @@
+"""Moves the calls that wait in a spool to a queue on NATS, none lost and none doubled, however often it is killed.
+
+Use: `await migrate(Path("spool"), target, print)`, with what used the spool stopped; again if it was killed.
+
+A call is in both queues for a moment, and may run in neither then: it is put into the new one *held*, due in a future
+that does not come; it is cancelled in the old one; and then the new one gets its own due time.  Whatever dies in
+between leaves a pair that tells how far it came: held there and queued here is the first step, held there and
+cancelled here the second.
+
+It refuses to work on a spool that a worker still drains.  What has ended stays where it is, dead letters and
+undelivered callbacks among it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import os
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Protocol
+
+from .queues import Queue
+from .spool import Call, CallExists, CallFinished, CallUnknown, NewCall, QueueUnavailable, Spool, State
+
+PAGE_COUNT = 500
+REPORT_COUNT = 100  # calls between two words about how far it is
+
+
+class Target(Queue, Protocol):
+    """A queue that can keep a call without letting it run; see `jetstream.JetStream`."""
+
+    async def put_held(self, call: NewCall) -> Call: ...
+    async def held_ids(self) -> list[str]: ...
+    async def is_held(self, call_id: str) -> bool: ...
+    async def let_go(self, call_id: str, due_s: float, expires_s: float | None) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Migrated:
+    """What was moved; what the target knew already by its idempotency key; dead letters that stay in the spool."""
+
+    moved_count: int
+    known_count: int
+    left_count: int
+
+
+async def migrate(source: Path, target: Target, report: Callable[[str], None]) -> Migrated:
+    """Move every queued call, and finish what an earlier run has begun; `report` is told how far it is.
+
+    Raises QueueUnavailable while a worker is at work on the spool, and the errors of both queues; run it again then.
+    """
+    _check_idle(source)
+    spool = await Spool.open(source)
+    try:
+        stats = await spool.stats()
+        if stats.by_state[State.RUNNING]:
+            raise QueueUnavailable(f"calls of {source} are running: stop its gateway and workers first")
+        return await _Move(spool, target, report).run()
+    finally:
+        await spool.close()
+
+
+def _check_idle(source: Path) -> None:
+    """Raise QueueUnavailable if a worker lives on the spool: each holds a lock on a file in `owners/` (spool.py)."""
+    owners = source / "owners"
+    for path in owners.iterdir() if owners.is_dir() else ():
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise QueueUnavailable(f"a worker is at work on {source}: stop its gateway and workers first") from None
+        finally:
+            os.close(fd)
+
+
+class _Move:
+    """One run of a migration."""
+
+    def __init__(self, spool: Spool, target: Target, report: Callable[[str], None]) -> None:
+        self._spool = spool
+        self._target = target
+        self._report = report
+        self._moved_count = self._known_count = 0
+
+    async def run(self) -> Migrated:
+        for call_id in await self._target.held_ids():
+            call = await self._spool.get(call_id)
+            if call is not None:
+                await self._go_on(call)
+        async for call in self._queued():
+            await self._move(call)
+        stats = await self._spool.stats()
+        left = stats.by_state[State.DEAD] + stats.callback_dead_count + stats.callback_pending_count
+        self._report(f"moved {self._moved_count} calls, {self._known_count} were known, {left} letters stay")
+        return Migrated(self._moved_count, self._known_count, left)
+
+    async def _queued(self) -> AsyncIterator[Call]:
+        """Every queued call, newest first; a page begins behind the last call of the one in front, which is gone."""
+        while page := await self._spool.calls(state=State.QUEUED, limit=PAGE_COUNT):
+            for listed in page:
+                call = await self._spool.get(listed.id)
+                if call is not None and call.state is State.QUEUED:
+                    yield call
+
+    async def _move(self, call: Call) -> None:
+        """First step: the call is in the target, held."""
+        body = await self._target.store_body(self._spool.open_body(call.body))
+        new = NewCall(**{each.name: getattr(call, each.name) for each in fields(NewCall)})
+        try:
+            held = await self._target.put_held(dataclasses.replace(new, body=body, expires_s=None))
+        except CallExists:
+            if not await self._target.is_held(call.id):
+                raise QueueUnavailable(f"the call id {call.id} is in use at the target by another call") from None
+        else:
+            if held.id != call.id:  # the same idempotency key: the target's call is this one
+                await self._drop(call)
+                self._known_count += 1
+                return
+        await self._go_on(call)
+
+    async def _go_on(self, call: Call) -> None:
+        """Second and third step: the call is gone from the spool, and may run at the target."""
+        if call.state is State.QUEUED:
+            try:
+                state = await self._spool.cancel(call.id)
+            except (CallFinished, CallUnknown):
+                state = State.DONE
+            if state is not State.CANCELLED:
+                raise QueueUnavailable(f"the call {call.id} has just been run from the spool: stop its workers first")
+        await self._target.let_go(call.id, call.due_s, call.expires_s)
+        await self._spool.purge(state=State.CANCELLED, call_id=call.id)
+        self._moved_count += 1
+        if self._moved_count % REPORT_COUNT == 0:
+            self._report(f"moved {self._moved_count} calls")
+
+    async def _drop(self, call: Call) -> None:
+        if await self._spool.cancel(call.id) is State.CANCELLED:
+            await self._spool.purge(state=State.CANCELLED, call_id=call.id)
