@@ -1,0 +1,284 @@
+"""An engine, base images and wheels, so that every image of ours is built and run for real, with nothing pulled.
+
+No registry of images is asked: the two bases are made from Debian's packages, `debian` as small as Debian gets and
+without Python, `tools` with what building and the examples need.  Builds have no network: wheels are fetched before.
+The engine is a `dockerd` of our own, with its data in a temporary directory and without rules in the machine's
+firewall; or the one that DOCKER_HOST names, where bases and layers stay for the next run.  All that takes root; what
+is missing fails the tests and says so, since a test that is skipped where it matters tests nothing.
+`pytest -m 'not images'` leaves them out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.harness import ROOT, http_request, wait_until
+
+ENGINE_DEADLINE_S = 30.0
+BUILD_DEADLINE_S = 300.0
+IMAGE_TEST_S = 900  # of pytest-timeout: the first test waits for bases, wheels and builds
+DEBIAN, DEBIAN_PYTHON = "bookworm", "3.11"
+NEEDED = {"mmdebstrap": "mmdebstrap", "dockerd": "docker.io", "docker": "docker.io", "runc": "runc"}
+TOOLS = "binutils gcc imagemagick libc6-dev libpython3.11 nodejs python3 python3-venv"
+NO_WHEELS = ["nkeys"]  # published as source only; all are pure Python, so any Python makes the wheel
+PREFIX = "faashound-"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "images: builds and runs images; needs root, Debian's docker.io and mmdebstrap")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is in this folder, and keep it in one process (`--dist loadgroup`), which makes the images once."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.images)
+            item.add_marker(pytest.mark.xdist_group("images"))
+            item.add_marker(pytest.mark.timeout(IMAGE_TEST_S))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an image is built; `arguments` name images of ours by their short names."""
+
+    file: str
+    context: str = "."
+    target: str | None = None
+    arguments: Mapping[str, str] = field(default_factory=dict)
+
+
+RECIPES = {
+    "watchdog": Recipe("Dockerfile.watchdog", arguments={"BASE": "tools"}),
+    "gateway": Recipe("Dockerfile", target="gateway", arguments={"BASE": "tools"}),
+    "worker": Recipe("Dockerfile", target="worker", arguments={"BASE": "tools"}),
+    "example-shell": Recipe("examples/shell/Dockerfile", "examples", arguments={"BASE": "debian"}),
+    "example-chain": Recipe("examples/chain/Dockerfile", "examples", arguments={"BASE": "debian"}),
+    "example-python": Recipe("examples/python/Dockerfile", "examples", arguments={"BASE": "tools"}),
+    "example-node": Recipe("examples/node/Dockerfile", "examples", arguments={"BASE": "tools"}),
+    "example-c": Recipe("examples/c/Dockerfile", "examples", arguments={"BASE": "debian", "BUILD": "tools"}),
+    "example-picture": Recipe("examples/picture/Dockerfile", "examples", arguments={"BASE": "tools"}),
+}
+
+
+class Engine:
+    """A Docker engine, by its address."""
+
+    def __init__(self, host: str, directory: Path) -> None:
+        """`directory` is one for files that do not matter any more when the tests are over."""
+        self.host = host
+        self.directory = directory
+        self.command = ["docker", "-H", host]
+
+    def docker(self, *arguments: str, stdin: bytes | None = None, deadline_s: float = 60.0) -> str:
+        """Run the docker client and return what it prints; AssertionError with its complaint if it fails."""
+        return said([*self.command, *arguments], stdin=stdin, deadline_s=deadline_s)
+
+    def has(self, tag: str) -> bool:
+        """Tell whether it has an image."""
+        return bool(self.docker("image", "ls", "--quiet", tag).strip())
+
+
+class OwnEngine(Engine):
+    """A Docker engine of our own, with all that it keeps in `directory`; use as a context manager."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(f"unix://{directory}/engine.sock", directory)
+        self._log = directory / "engine.log"
+
+    def __enter__(self) -> Engine:
+        options = ["--bridge=none", "--iptables=false", "--ip6tables=false", "--ip-forward=false", "-H", self.host]
+        places = [f"--data-root={self.directory}/data", f"--exec-root={self.directory}/exec"]
+        places += [f"--pidfile={self.directory}/engine.pid"]
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(["dockerd", *options, *places], stdout=log, stderr=log)
+        wait_until(self._is_up, ENGINE_DEADLINE_S, f"dockerd answers; its log is {self._log}")
+        return self
+
+    def _is_up(self) -> bool:
+        if self._process.poll() is not None:
+            pytest.fail(f"dockerd cannot run here:\n{self._log.read_text(errors='replace')[-2000:]}")
+        return subprocess.run([*self.command, "version"], capture_output=True, check=False).returncode == 0
+
+    def __exit__(self, *_: object) -> None:
+        for container in self.docker("ps", "--all", "--quiet").split():
+            self.docker("rm", "--force", "--volumes", container)
+        self._process.terminate()
+        self._process.wait(ENGINE_DEADLINE_S)
+
+
+def said(
+    command: Sequence[str],
+    *,
+    stdin: bytes | None = None,
+    deadline_s: float = 60.0,
+    environment: Mapping[str, str] = os.environ,
+) -> str:
+    """Run a command and return what it prints; AssertionError with its complaint if it fails."""
+    done = subprocess.run(
+        command,
+        input=stdin,
+        stdin=None if stdin is not None else subprocess.DEVNULL,
+        capture_output=True,
+        timeout=deadline_s,
+        env={**environment, "DOCKER_BUILDKIT": "0"},  # BuildKit would take a plugin of the client
+        check=False,
+    )
+    assert done.returncode == 0, f"{command}: {done.stderr.decode(errors='replace')[-3000:]}"
+    return done.stdout.decode(errors="replace")
+
+
+class Images:
+    """Images by short names, each built when it is first asked for."""
+
+    def __init__(self, engine: Engine, directory: Path, tell: Callable[[str], None]) -> None:
+        self.engine = engine
+        self.tell = tell
+        self._source = directory / "source"
+        self._have: dict[str, str] = {}
+
+    def tag(self, name: str) -> str:
+        """Return the tag of the image `name`, built by now."""
+        if name not in self._have:
+            begin_s = time.monotonic()
+            self._have[name] = self._make(name)  # and before it, in its time, what it is made from
+            base = RECIPES[name].arguments["BASE"] if name in RECIPES and name != "watchdog" else None
+            beyond = f", {self.size_mb(name) - self.size_mb(base):.1f} MB beyond its base" if base else ""
+            took_s = time.monotonic() - begin_s
+            self.tell(f"image {name}: {self.size_mb(name):.1f} MB{beyond}, made in {took_s:.1f} s")
+        return self._have[name]
+
+    def size_mb(self, name: str) -> float:
+        """Return the size of an image with all its layers."""
+        return int(self.engine.docker("image", "inspect", "--format", "{{.Size}}", self.tag(name))) / 1e6
+
+    def _make(self, name: str) -> str:
+        tag = f"{PREFIX}{name}:latest"
+        if name in ("debian", "tools") and self.engine.has(tag):  # an engine that was there before
+            return tag
+        if name == "debian":
+            self._import_debian(tag)
+        elif name == "tools":
+            install = f"apt-get update -qq && apt-get install -qq -y --no-install-recommends {TOOLS} >/dev/null"
+            self._build(tag, f"FROM {self.tag('debian')}\nRUN {install}\n")
+        elif name == "nats":
+            self._build_nats(tag)
+        else:
+            self._build_recipe(tag, RECIPES[name])
+        return tag
+
+    def _import_debian(self, tag: str) -> None:
+        """Make the smallest Debian; mmdebstrap is debootstrap in half the time."""
+        archive = self.engine.directory / "debian.tar"
+        said(["mmdebstrap", "--quiet", "--variant=minbase", DEBIAN, str(archive)], deadline_s=BUILD_DEADLINE_S)
+        self.engine.docker("import", str(archive), tag)
+        archive.unlink()
+
+    def _build(self, tag: str, dockerfile: str) -> None:
+        """Build from a Dockerfile's text alone, with network."""
+        words = ["build", "--network", "host", "-t", tag, "-"]
+        self.engine.docker(*words, stdin=dockerfile.encode(), deadline_s=BUILD_DEADLINE_S)
+
+    def _build_nats(self, tag: str) -> None:
+        """Stand in for the image `nats`, with the same server and the same way to start it."""
+        context = self.engine.directory / "nats"
+        context.mkdir()
+        shutil.copy(tool("nats-server"), context / "nats-server")
+        entry = 'ENTRYPOINT ["/nats-server"]\nCMD ["--config", "/etc/nats/nats-server.conf"]'
+        (context / "Dockerfile").write_text(f"FROM {self.tag('debian')}\nCOPY nats-server /\n{entry}\n")
+        self.engine.docker("build", "-t", tag, str(context))
+
+    def _build_recipe(self, tag: str, recipe: Recipe) -> None:
+        """Build without network, from a copy of the sources that has wheels beside it."""
+        if not self._source.exists():
+            copy_sources(self._source)
+        arguments = {name: self.tag(value) for name, value in recipe.arguments.items()}
+        arguments |= {"PIP_NO_INDEX": "1"} if (self._source / recipe.file).read_text().count("PIP_NO_INDEX") else {}
+        if recipe.context != ".":
+            arguments["WATCHDOG"] = self.tag("watchdog")
+        words = [word for name, value in arguments.items() for word in ("--build-arg", f"{name}={value}")]
+        words += ["--target", recipe.target] if recipe.target else []
+        file, context = self._source / recipe.file, self._source / recipe.context
+        self.engine.docker(
+            "build", "--network", "none", *words, "-t", tag, "-f", str(file), str(context), deadline_s=BUILD_DEADLINE_S
+        )
+
+
+def copy_sources(target: Path) -> None:
+    """Copy what the Dockerfiles take, and put wheels for the Python of `tools` beside it."""
+    target.mkdir()
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("Dockerfile*"), ROOT / "py.typed", ROOT / "pyproject.toml"]:
+        shutil.copy(path, target)
+    shutil.copytree(ROOT / "examples", target / "examples", ignore=shutil.ignore_patterns("__pycache__"))
+    machine = platform.machine()
+    for_base = ["--only-binary=:all:", "--python-version", DEBIAN_PYTHON]
+    for_base += [f"--platform=manylinux{version}_{machine}" for version in ("2014", "_2_28", "_2_34")]
+    wheels = str(target / "wheels")
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    said([*pip, "wheel", "--no-deps", "--wheel-dir", wheels, *NO_WHEELS])
+    wanted = [f"{target}[nats]", "pyinstaller", "setuptools"]
+    said([*pip, "download", "--find-links", wheels, "--dest", wheels, *for_base, *wanted], deadline_s=BUILD_DEADLINE_S)
+    shutil.copytree(wheels, target / "examples" / "wheels")
+
+
+def call_later(port: int) -> str:
+    """Make an asynchronous call to a gateway and return its result."""
+    accepted = http_request(port, "POST", "/async-function/wordcount", body=b"two words")
+    assert accepted.status == 202, accepted
+    location = accepted.headers["location"]
+    assert json.loads(http_request(port, "GET", f"{location}?wait=10s").body)["state"] == "done"
+    return http_request(port, "GET", f"{location}/result").text
+
+
+@cache
+def tool(name: str) -> str:
+    """Return the path of a program of the test environment or the machine; the test fails without it."""
+    found = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if found is None:
+        pytest.fail(f"no program {name}: it is in the extra `test` of setup.py, or in NEEDED of {__file__}")
+    return found
+
+
+@pytest.fixture(scope="session")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """A Docker engine; the tests that want it fail where there is none to be had."""
+    if os.geteuid() != 0:
+        pytest.fail("these tests start a Docker engine, which takes root; without them: pytest -m 'not images'")
+    missing = {package for program, package in NEEDED.items() if shutil.which(program) is None}
+    if missing:
+        pytest.fail(f"these tests need more: apt-get install {' '.join(sorted(missing))}")
+    directory = tmp_path_factory.mktemp("engine")
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, directory, ignore_errors=True)
+        host = os.environ.get("DOCKER_HOST")
+        yield Engine(host, directory) if host else stack.enter_context(OwnEngine(directory))
+
+
+@pytest.fixture(scope="session")
+def tell(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Print a line into the log of the whole run, past the capturing of output."""
+    manager = request.config.pluginmanager.getplugin("capturemanager")
+
+    def past_capture(line: str) -> None:
+        with manager.global_and_fixture_disabled():
+            print(f"\n{line}", file=sys.stderr, flush=True)
+
+    return past_capture
+
+
+@pytest.fixture(scope="session")
+def images(engine: Engine, tmp_path_factory: pytest.TempPathFactory, tell: Callable[[str], None]) -> Images:
+    """The images of this project, built when asked for."""
+    return Images(engine, tmp_path_factory.mktemp("images"), tell)
