@@ -87,9 +87,7 @@ def measure_sync(plan: Plan, report: Report) -> None:
 
 def measure_enqueue(plan: Plan, report: Report) -> None:
     """Durable 202s: beside other gateways, and with an empty spool beside one that holds many calls."""
-    full = plan.directory / "queue-full"
-    took_s = asyncio.run(fill(full, plan.queued_count, LATER_S))
-    report.remark(f"the full spool holds {plan.queued_count} queued calls; putting them took {took_s:.0f} s")
+    full = full_queue(plan, report)
     loads: dict[tuple[str, int], list[Load]] = defaultdict(list)
     with trivial(plan) as function, ExitStack() as stack:
         urls = dict.fromkeys(plan.peer_gateways, "")
@@ -152,6 +150,15 @@ def new_call(delay_s: float) -> NewCall:
     )
 
 
+def full_queue(plan: Plan, report: Report) -> Path:
+    """Return the spool that many calls wait in, filled when first asked for."""
+    queue = plan.directory / "queue-full"
+    if not queue.exists():
+        took_s = asyncio.run(fill(queue, plan.queued_count, 0.0))
+        report.remark(f"the full spool holds {plan.queued_count} queued calls; putting them took {took_s:.0f} s")
+    return queue
+
+
 async def fill(directory: Path, count: int, delay_s: float) -> float:
     """Queue `count` calls as fast as the spool takes them, all due after `delay_s`; return the seconds it took."""
     began_s = time.monotonic()
@@ -199,30 +206,31 @@ async def watch_drain(queue: Path, count: int) -> float:
 
 
 def measure_claim(plan: Plan, report: Report) -> None:
-    """The cost of claiming sixteen calls, with few and with many in the queue."""
-    costs: dict[str, list[float]] = {}
-    for name, count in (("few", CLAIMS_COUNT * CLAIM_COUNT * plan.rounds_count), ("many", plan.queued_count)):
-        queue = plan.directory / f"queue-claim-{name}"
-        asyncio.run(fill(queue, count, 0.0))
-        costs[name] = asyncio.run(claim_often(queue, plan.rounds_count))
-        report.add("6 claim", f"{CLAIM_COUNT} calls of {count} queued", "ms", costs[name])
-    report.add("6 claim", "many to few", "x", ratios(costs["many"], costs["few"]), at_most(1.15))
+    """The cost of claiming sixteen calls, with few and with many in the queue, in turns."""
+    few_count = CLAIMS_COUNT * CLAIM_COUNT * plan.rounds_count
+    queues = {few_count: plan.directory / "queue-few", plan.queued_count: full_queue(plan, report)}
+    asyncio.run(fill(queues[few_count], few_count, 0.0))
+    costs_ms: dict[int, list[float]] = defaultdict(list)
+    for _ in range(plan.rounds_count):
+        for count, queue in queues.items():
+            costs_ms[count].append(asyncio.run(claim_often(queue)) * 1e3)
+    for count, rounds in costs_ms.items():
+        report.add("6 claim", f"{CLAIM_COUNT} calls of {count} queued", "ms", rounds)
+    many_to_few = ratios(costs_ms[plan.queued_count], costs_ms[few_count])
+    report.add("6 claim", "many to few", "x", many_to_few, at_most(1.15))
 
 
-async def claim_often(queue: Path, rounds_count: int) -> list[float]:
-    """Return the median milliseconds of a claim, for each round of claims."""
-    medians = []
+async def claim_often(queue: Path) -> float:
+    """Return the median seconds of a claim."""
+    costs_s = []
     async with opened(queue) as spool:
         owner = await spool.enlist()
-        for _ in range(rounds_count):
-            costs_s = []
-            for _ in range(CLAIMS_COUNT):
-                began_s = time.perf_counter()
-                leases = await spool.claim((QUEUE,), owner, 60.0, CLAIM_COUNT)
-                costs_s.append(time.perf_counter() - began_s)
-                assert len(leases) == CLAIM_COUNT, "the queue ran out of calls"
-            medians.append(median(costs_s) * 1e3)
-    return medians
+        for _ in range(CLAIMS_COUNT):
+            began_s = time.perf_counter()
+            leases = await spool.claim((QUEUE,), owner, LATER_S, CLAIM_COUNT)
+            costs_s.append(time.perf_counter() - began_s)
+            assert len(leases) == CLAIM_COUNT, "the queue ran out of calls"
+    return median(costs_s)
 
 
 # Idle.
