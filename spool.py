@@ -68,8 +68,11 @@ HISTORY_COUNT = 50  # attempts remembered per call
 GROUP_COUNT = 512  # writes in one commit; bounds how long one process keeps the others waiting
 STEP_COUNT = 500  # rows or pages that housekeeping touches in one commit, for the same reason
 SPARE_PAGE_COUNT = 256  # free pages left in the file for the next calls (1 MiB)
+TURN_S = 8.0  # for the lock that processes take turns by
+TURN_PAUSE_S = 0.0002  # between two tries
 BUSY_S = 5.0  # only strangers (a backup, a shell) can hold SQLite's lock: ours take turns by `writer.lock`
 IDLE_S = 30.0  # longest sleep without a look at the queue: bounds the harm of a wall clock that is set
+SET_BACK_S = 60.0  # a wall clock that is set back by less only delays what is due
 RECLAIM_S = 1.0  # shortest time between two looks for dead owners
 ORPHAN_S = 3600.0  # a stored body that no row names after this time is a crash's leftover
 FILE_CHUNK_BYTES = 256 * 1024  # bodies go to and from files in pieces of this size, one thread hop each
@@ -488,6 +491,9 @@ MIGRATIONS: tuple[str, ...] = (
         boot TEXT NOT NULL,
         until_s REAL NOT NULL
     ) STRICT;
+    """,
+    """
+    CREATE TABLE clock (boot TEXT NOT NULL, offset_s REAL NOT NULL) STRICT;
     """,
 )
 
@@ -1030,6 +1036,28 @@ def _take_back(tx: _Transaction, dead: Collection[str], boot: str, boot_s: float
     return len(lapsed)
 
 
+def _follow_clock(tx: _Transaction, boot: str, offset_s: float) -> None:
+    """Has a wall clock that was set back take with it what was due by then, which would wait for it to catch up.
+
+    `offset_s` is the wall clock less the clock of this boot, which nobody sets; the greatest seen is remembered.
+    A clock set forward only lets things come early, and nothing is shifted for it.
+    """
+    row = tx.db.execute("SELECT boot, offset_s FROM clock").fetchone()
+    back_s = row[1] - offset_s if row is not None and row[0] == boot else 0.0
+    if back_s > SET_BACK_S:
+        log.warning(f"the wall clock was set back by {back_s:.0f} s: due times of what waits are set back as well")
+        tx.db.execute(
+            "UPDATE calls SET due_s = due_s - :back_s, expires_s = expires_s - :back_s WHERE state = 'queued'",
+            {"back_s": back_s},
+        )
+        tx.db.execute("UPDATE callbacks SET due_s = due_s - ? WHERE state = 'pending'", (back_s,))
+        tx.ring |= Ring.WORK
+    if row is None:
+        tx.db.execute("INSERT INTO clock VALUES (?, ?)", (boot, offset_s))
+    elif row[0] != boot or back_s > SET_BACK_S or offset_s > row[1] + SET_BACK_S:
+        tx.db.execute("UPDATE clock SET boot = ?, offset_s = ?", (boot, offset_s))
+
+
 def _renew(tx: _Transaction, leases: Sequence[Lease], boot: str, until_s: float) -> Renewal:
     lost, cancelled = set(), set()
     for lease in leases:
@@ -1271,8 +1299,11 @@ class _Tree:
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
-        """Holds `writer.lock`: every write, checkpoint and owner look-up happens inside."""
-        fcntl.flock(self.lock_fd, fcntl.LOCK_EX)
+        """Holds `writer.lock`: every write, checkpoint and owner look-up happens inside.
+
+        QueueUnavailable if it cannot be had: whoever holds it may be suspended, or stuck on a disk.
+        """
+        _take_turn(self.lock_fd)
         try:
             yield
         finally:
@@ -1281,6 +1312,34 @@ class _Tree:
     def close(self) -> None:
         for fd in (self.lock_fd, self.bodies_fd, self.owners_fd, self.bells_fd):
             os.close(fd)
+
+
+def _take_turn(lock_fd: int) -> None:
+    """Lock `writer.lock`, within TURN_S.
+
+    flock(2) has no time limit, so it is asked again and again; a commit holds it for a millisecond or so, and its next
+    group needs longer to gather than we sleep, so that processes really take turns.
+    """
+    started_s = time.monotonic()
+    while True:
+        try:
+            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            waited_s = time.monotonic() - started_s
+        if waited_s > TURN_S:
+            raise QueueUnavailable(f"the queue's lock has been held for {TURN_S:g} s by {_lock_holder(lock_fd)}")
+        time.sleep(max(TURN_PAUSE_S, min(waited_s / 50, 0.02)))
+
+
+def _lock_holder(lock_fd: int) -> str:
+    """Who holds a flock, as /proc/locks has it (proc(5))."""
+    inode = str(os.fstat(lock_fd).st_ino)
+    with open("/proc/locks", encoding="ascii") as file:
+        for fields in map(str.split, file):
+            if fields[1] == "FLOCK" and fields[5].rpartition(":")[2] == inode:
+                return f"process {fields[4]}"
+    return "somebody"
 
 
 def _open_tree(path: Path) -> _Tree:
@@ -1760,8 +1819,9 @@ class _Writer:
         """Ends the thread after all that was submitted, and closes the connection; blocks until then."""
         self._waiting.put(None)
         self._thread.join()
-        with self._tree.turn():  # the last one to close writes the journal back
+        with contextlib.suppress(QueueUnavailable), self._tree.turn():  # the last one to close writes the journal back
             self._db.close()
+        self._db.close()
 
     def _work(self) -> None:
         going = True
@@ -1964,6 +2024,7 @@ class Spool:
         self._owners: dict[str, int] = {}
         self._last_lane: _Lane = ("", "")
         self._reclaimed_s = -RECLAIM_S
+        self._greatest_offset_s = self._offset_s()
         self._call_seen_s = self._callback_seen_s = -1e300  # what was due by then has been claimed or reported
         self._work = asyncio.Event()
         self._cancel = asyncio.Event()
@@ -2007,10 +2068,11 @@ class Spool:
         self._readers.close()
         self._writer.stop()
         self._bells.close()
-        with self._tree.turn():
-            for owner, fd in self._owners.items():
+        with contextlib.suppress(QueueUnavailable), self._tree.turn():
+            for owner in self._owners:
                 os.unlink(owner, dir_fd=self._tree.owners_fd)  # an owner without a file is dead
-                os.close(fd)
+        for fd in self._owners.values():
+            os.close(fd)
         self._tree.close()
 
     def _write(self, run: Callable[[_Transaction], T], *, alone: bool = False) -> asyncio.Future[T]:
@@ -2236,11 +2298,16 @@ class Spool:
         return await self._write(self._take_back)
 
     def _reclaim_sometimes(self, tx: _Transaction) -> None:
-        if _boot_s() - self._reclaimed_s >= RECLAIM_S:
+        if _boot_s() - self._reclaimed_s >= RECLAIM_S or self._offset_s() < self._greatest_offset_s - SET_BACK_S:
             self._take_back(tx)
+
+    def _offset_s(self) -> float:
+        return self._now() - _boot_s()
 
     def _take_back(self, tx: _Transaction) -> int:
         self._reclaimed_s = _boot_s()
+        self._greatest_offset_s = self._offset_s()
+        _follow_clock(tx, self._boot, self._greatest_offset_s)
         owners = tx.db.execute("SELECT DISTINCT owner FROM leases").fetchall()
         dead = {owner for (owner,) in owners if _is_dead(self._tree, owner)}
         return _take_back(tx, dead, self._boot, self._reclaimed_s, self._now())

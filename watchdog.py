@@ -989,11 +989,15 @@ def split_target(target: bytes, host: bytes) -> tuple[bytes, bytes, bytes]:
     return path.partition(b"#")[0], query.partition(b"#")[0], host
 
 
+CUT_SHORT = "the connection was closed before the response was complete"
+
+
 class ClientWire:
     """The client's side of one connection: build requests, feed bytes, take events."""
 
     def __init__(self) -> None:
         self._conn = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD_BYTES)
+        self._ended = False
 
     def build_head(self, method: bytes, target: bytes, headers: Sequence[Header]) -> bytes:
         """Return the bytes of a request's head; `headers` has Host and the framing field."""
@@ -1009,6 +1013,7 @@ class ClientWire:
 
     def feed(self, data: bytes) -> None:
         """Take bytes from the peer; b"" is its end of stream."""
+        self._ended = self._ended or not data
         self._conn.receive_data(data)
 
     def next_event(self) -> tuple[int, Headers] | bytes | Sign:
@@ -1018,7 +1023,7 @@ class ClientWire:
             while isinstance(event, h11.InformationalResponse):
                 event = self._conn.next_event()
         except h11.RemoteProtocolError as error:
-            raise PeerGone(f"bad response: {str(error)[:200]}") from None
+            raise PeerGone(CUT_SHORT if self._ended else f"bad response: {str(error)[:200]}") from None
         if isinstance(event, h11.Data):
             return bytes(event.data)
         if event is h11.NEED_DATA:
@@ -1736,7 +1741,7 @@ class ClientConnection(asyncio.Protocol):
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._fail(PeerGone("the connection was closed before the response was complete"))
+        self._fail(PeerGone(CUT_SHORT))
         self.resume_writing()
         if self._url is not None:
             self._client.forget(self, self._url)
