@@ -35,7 +35,7 @@ import socket
 import sys
 import time
 import urllib.parse
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import lru_cache
@@ -945,6 +945,8 @@ async def keep_house(queue: Queue, settings: Settings) -> None:
 
 def tell_what_is_served(plan: Plan, url: str | None, sockets: Sequence[socket.socket]) -> None:
     """Log what one can do now, and whether others can."""
+    for warning in timeout_warnings(plan):
+        log.warning(warning)
     names = list(plan.functions)
     for name in names[:MAX_TOLD_COUNT]:
         log.info(f"Serving {url or ''}/function/{name}")
@@ -957,6 +959,23 @@ def tell_what_is_served(plan: Plan, url: str | None, sockets: Sequence[socket.so
             "other machines reach this port, and basic_auth=false: whoever does can call functions, and see and cancel"
             " the calls of others"
         )
+
+
+def timeout_warnings(plan: Plan) -> Iterator[str]:
+    """Yield a line for each pair of timeouts that we can see and that do not agree; see the README's table."""
+    worker = None if plan.worker is None else parse_settings(WorkerSettings, plan.worker)
+    waits_s = {
+        "upstream_timeout": plan.settings.upstream_timeout_s,
+        "call_timeout": worker.call_timeout_s if worker else 0,
+    }
+    for name, function in plan.functions.items():
+        limit_s = parse_duration((function.settings or {}).get("exec_timeout") or "0")
+        for waiting, wait_s in waits_s.items():
+            if wait_s and limit_s > wait_s:
+                yield (
+                    f"{waiting} ({format_duration(wait_s)}) is shorter than exec_timeout of {name}"
+                    f" ({format_duration(limit_s)}), which is cut from outside before it can end by itself"
+                )
 
 
 async def serve(plan: Plan, environ: Mapping[str, str], sockets: Sequence[socket.socket]) -> int:

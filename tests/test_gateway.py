@@ -749,3 +749,24 @@ def test_status_code_of_an_answer_that_the_function_marks_as_internal_is_kept() 
     with Receiver(internal) as receiver, System(f'[up]\nurl = "{receiver.url()}"') as system:
         status = system.ended(system.submit("up"))
         assert (status["state"], status["status"], status["attempts"]) == ("dead", 404, 3)
+
+
+def test_gateway_warns_at_start_when_timeouts_do_not_agree() -> None:
+    functions = """
+[patient]
+fprocess = "cat"
+exec_timeout = "2m"
+
+[quick]
+fprocess = "cat"
+exec_timeout = "5s"
+
+[endless]
+fprocess = "cat"
+"""
+    with System(functions, {"upstream_timeout": "30s", "call_timeout": "1m"}) as system:
+        system.wait_log("Serving")
+        warnings = [line for line in system.log_lines() if "is shorter than exec_timeout of" in line]
+    assert len(warnings) == 2
+    assert "upstream_timeout (30s) is shorter than exec_timeout of patient (2m)" in warnings[0]
+    assert "call_timeout (1m) is shorter than exec_timeout of patient (2m)" in warnings[1]
