@@ -108,6 +108,7 @@ WRITE_S = 10.0  # longest wait for an acknowledgement; a leader that dies is rep
 TRY_S = 2.0  # of one try within it
 RETRY_PAUSE_S = 0.1
 ASK_S = 15.0  # longest wait for a foreman's answer, its election included
+OWNER_TRY_COUNT = 4  # questions within TRY_S to an owner
 PARK_S = 5.0  # longest wait for work in one request: bounds the harm of a word that was lost
 SILENCE_S = 1.0  # a foreman that cannot be reached for so long is replaced
 RESERVED_S = 5.0  # a call that was dealt is not dealt again for so long: until its taking is heard of
@@ -977,6 +978,15 @@ class Link:
         return await self.insist(work)
 
 
+async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancel tasks until they have ended: asyncio.wait_for, which nats-py uses, can lose a cancellation (bpo-37658)."""
+    left = set(tasks)
+    while left:
+        for task in left:
+            task.cancel()
+        _, left = await asyncio.wait(left, timeout=RETRY_PAUSE_S)
+
+
 class Records:
     """The records of calls, read and written through a link."""
 
@@ -1118,18 +1128,18 @@ class Mirror:
         await asyncio.wait([future], timeout=TRY_S)
 
     async def hear(self) -> bool:
-        """Wait for a sign of life if there was none a moment ago; tell whether the index is current."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(2 * HEARTBEAT_S):
-                while not self.current:
-                    self._news.clear()
-                    await self._news.wait()
+        """Tell whether the index is current; wait for a sign of life if there was none a moment ago."""
+        if self._synced.is_set() and not self.current:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1.5 * HEARTBEAT_S):
+                    while not self.current:
+                        self._news.clear()
+                        await self._news.wait()
         return self.current
 
     async def stop(self) -> None:
         """Follow no longer."""
-        self._task.cancel()
-        await asyncio.wait([self._task])
+        await end_tasks([self._task])
 
     async def _follow(self) -> None:
         complaint = ""
@@ -1279,11 +1289,7 @@ class Foreman:
         """Let someone else do it."""
         self.in_office = False
         self._mirror.watcher = None
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        await end_tasks(self._tasks)
         with contextlib.suppress(NatsError):
             if self._subscription is not None:
                 await self._subscription.unsubscribe()
@@ -1369,7 +1375,7 @@ class Foreman:
 
     async def answer(self, op: str, request: Json) -> Json:
         """Answer one request of a worker, here or elsewhere."""
-        if not self._mirror.current and not await self._mirror.hear():
+        if not await self._mirror.hear():
             return {"wait": True}
         await self._mirror.reach(max(request.get("seen", 0), self._link.last_revision))
         match op:
@@ -1606,6 +1612,7 @@ class JetStream:
         self._records = Records(link)
         self._loop = asyncio.get_running_loop()
         self._mirror: Mirror | None = None
+        self._keeps_index = False  # somebody has asked for it, beside our foreman
         self._foreman: Foreman | None = None
         self._election = asyncio.Lock()
         self._office: tuple[str, int] = ("", 0)  # the foreman's term, as far as we know, and its revision
@@ -1647,8 +1654,7 @@ class JetStream:
                 if self._link.client.is_connected:
                     await self._ask("bye", owner=owner, now=mine)
         self._closed = True
-        for task in list(self._chores):
-            task.cancel()
+        await end_tasks(self._chores)
         if self._foreman is not None and self._foreman.in_office:
             await self._foreman.hand_over()
         if self._mirror is not None:
@@ -1669,6 +1675,7 @@ class JetStream:
     async def _index(self) -> Index:
         """The index of all calls, read when it is first asked for."""
         self._check_open()
+        self._keeps_index = True
         if self._mirror is None:
             self._mirror = Mirror(self._link)
         return await self._mirror.ready()
@@ -1681,17 +1688,15 @@ class JetStream:
         deadline_s, silent_s = self._loop.time() + ASK_S + request.get("timeout_s", 0.0), self._loop.time()
         request["seen"] = self._link.last_revision
         while self._loop.time() < deadline_s:
-            if self._foreman is not None and self._foreman.in_office:
-                answer = await self._foreman.answer(op, request)
-                if "wait" not in answer:
-                    return answer
+            answer = await self._ask_once(op, request)
+            if answer is not None and "wait" not in answer:
+                return answer
+            if answer is not None:
+                silent_s = self._loop.time()  # it is there, and reads the queue
                 await asyncio.sleep(RETRY_PAUSE_S)
                 continue
-            reply = await self._ask_other(op, request) if self._office[0] else None
-            if reply is not None:
-                return reply
-            if not self._office[0] or self._loop.time() - silent_s >= SILENCE_S:
-                await self._look_for_foreman()
+            patient = self._loop.time() - silent_s < SILENCE_S
+            if await self._look_for_foreman(patient):
                 silent_s = self._loop.time()
             else:
                 await asyncio.sleep(RETRY_PAUSE_S)
@@ -1699,8 +1704,12 @@ class JetStream:
             "no worker deals the calls: NATS cannot be used, or the queue's index is still being read"
         )
 
-    async def _ask_other(self, op: str, request: Json) -> Json | None:
-        """The answer of the foreman we know, None if it does not give one now."""
+    async def _ask_once(self, op: str, request: Json) -> Json | None:
+        """The answer of the foreman we know, which may be to wait; None if it gives none, or there is none."""
+        if self._foreman is not None and self._foreman.in_office:
+            return await self._foreman.answer(op, request)
+        if not self._office[0]:
+            return None
         subject = self._names.subject("foreman", self._office[0])
         try:
             payload = json.dumps({"op": op, **request}).encode()
@@ -1710,30 +1719,51 @@ class JetStream:
         answer: Json = json.loads(message.data)
         if "error" in answer:
             raise (QueueFull if answer["full"] else QueueUnavailable)(answer["error"])
-        return None if "wait" in answer else answer
+        return answer
 
-    async def _look_for_foreman(self) -> None:
-        """Learn who is foreman now; if it still is the one that does not answer, or nobody, take office."""
+    async def _look_for_foreman(self, patient: bool = False) -> bool:
+        """Learn who is foreman now, and take office if nobody is or, unless `patient`, the one we know is silent.
+
+        False: it still is the one we know.
+        """
         async with self._election:
             if self._foreman is not None and self._foreman.in_office:
-                return
+                return True
+            if self._foreman is not None:
+                self._resign()
             subject = self._names.subject("meta", "foreman")
             message = await self._link.load(subject)
             found = ((message.data or b"").decode(), message.seq or 0) if message is not None else ("", 0)
+            if found[0] and found == self._office and patient:
+                return False
             if found[0] and found != self._office:
                 self._office = found
-                return
+                return True
             term = secrets.token_hex(6)
             try:
                 revision = await self._link.save(subject, term.encode(), {}, found[1])
             except _Conflict:
-                self._office = ("", 0)
-                return
-            await self._index()
-            if self._mirror is None:
-                raise AssertionError("whoever has an index has a mirror")
-            self._foreman, self._office = Foreman(self._link, self._mirror, term, revision, self._now), (term, revision)
+                return True
+            await self._take_office(term, revision)
+            return True
+
+    async def _take_office(self, term: str, revision: int) -> None:
+        """Be there at once, so that nobody else stands; calls are dealt as soon as the queue has been read."""
+        if self._mirror is None:
+            self._mirror = Mirror(self._link)
+        self._foreman, self._office = Foreman(self._link, self._mirror, term, revision, self._now), (term, revision)
+        try:
             await self._foreman.start()
+        except NatsError as error:
+            self._foreman.in_office = False
+            raise queue_error(error) from error
+
+    def _resign(self) -> None:
+        """Another one deals the calls: what we have read of the queue is of no use any more."""
+        if self._mirror is not None and not self._keeps_index:
+            self._do(self._mirror.stop())
+            self._mirror = None
+        self._foreman = None
 
     # -- bodies
 
@@ -1908,17 +1938,25 @@ class JetStream:
         if "/" in name or "\0" in name or name.startswith("."):
             raise AssertionError(f"an owner's name is the name of a file: {name!r}")
         subject = self._names.subject("owner", build_token(name))
-        try:
-            await self._link.client.request(subject, b"", TRY_S)
-        except NoRespondersError:
-            pass
-        except (NatsError, TimeoutError) as error:
-            raise queue_error(error) from error
-        else:
+        if await self._is_at_work(subject):
             raise QueueUnavailable(f"the owner {name} is at work already")
         await self._ask("bye", owner=name, now=True)
         self._owners[name] = await self._subscribe(subject, self._on_word)
         return name
+
+    async def _is_at_work(self, subject: str) -> bool:
+        """Whether an owner answers; one that has just hung up may take a question with it, so ask again."""
+        for _ in range(OWNER_TRY_COUNT):
+            try:
+                await self._link.client.request(subject, b"", TRY_S / OWNER_TRY_COUNT)
+                return True
+            except NoRespondersError:
+                return False
+            except TimeoutError:
+                continue
+            except NatsError as error:
+                raise queue_error(error) from error
+        raise QueueUnavailable("the owner of that name is there but does not answer, or NATS does not")
 
     async def _on_word(self, message: Msg) -> None:
         """Somebody asks whether we live, or wants a call of ours cancelled."""
@@ -2352,9 +2390,6 @@ class _BodyWriter:
 
     async def discard(self) -> None:
         """Remove what was written; what cannot be removed now is an orphan that `sweep` finds."""
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        await end_tasks(self._tasks)
         with contextlib.suppress(QueueUnavailable, QueueFull):
             await self._link.purge(self._link.names.bodies, self._link.names.subject("body", self.name, "*"))

@@ -44,7 +44,7 @@ def free_ports(count: int) -> list[int]:
 class NatsServer:
     """One server; `config` is added to its configuration file."""
 
-    def __init__(self, name: str, directory: Path, ports: tuple[int, int], config: str = "") -> None:
+    def __init__(self, name: str, directory: Path, ports: tuple[int, int], config: str, sync_interval: str) -> None:
         self.name = name
         self.port, self.monitor_port = ports
         self.process: subprocess.Popen[bytes] | None = None
@@ -52,7 +52,8 @@ class NatsServer:
         self._config = directory / f"{name}.conf"
         self._config.write_text(
             f"server_name: {name}\nlisten: 127.0.0.1:{self.port}\nhttp: 127.0.0.1:{self.monitor_port}\n"
-            f"jetstream {{ store_dir: {json.dumps(str(directory / name))}, max_file_store: 8TB }}\n{config}\n"
+            f"jetstream {{ store_dir: {json.dumps(str(directory / name))}, max_file_store: 8TB,"
+            f" sync_interval: {sync_interval} }}\n{config}\n"
         )
 
     @property
@@ -92,7 +93,7 @@ class NatsServer:
 class Cluster:
     """Servers that form a cluster; a single one is none.  Leaving kills them and removes what they stored."""
 
-    def __init__(self, count: int = 1, config: str = "") -> None:
+    def __init__(self, count: int = 1, config: str = "", sync_interval: str = "2m") -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="nats-"))
         ports = free_ports(3 * count)
         routes = ", ".join(f"nats://127.0.0.1:{port}" for port in ports[2::3])
@@ -100,9 +101,8 @@ class Cluster:
         for number in range(count):
             port, monitor, route = ports[3 * number : 3 * number + 3]
             join = f"cluster {{ name: c, listen: 127.0.0.1:{route}, routes: [{routes}], no_advertise: true }}"
-            self.servers.append(
-                NatsServer(f"n{number}", self.directory, (port, monitor), f"{join if count > 1 else ''}\n{config}")
-            )
+            text = f"{join if count > 1 else ''}\n{config}"
+            self.servers.append(NatsServer(f"n{number}", self.directory, (port, monitor), text, sync_interval))
 
     def __enter__(self) -> Self:
         for server in self.servers:
