@@ -109,7 +109,7 @@ TRY_S = 2.0  # of one try within it
 RETRY_PAUSE_S = 0.1
 ASK_S = 15.0  # longest wait for a foreman's answer, its election included
 OWNER_TRY_COUNT = 4  # questions within TRY_S to an owner
-PARK_S = 5.0  # longest wait for work in one request: bounds the harm of a word that was lost
+PARK_S = 2.0  # longest wait for work in one request: bounds the harm of a word that was lost, or of a foreman
 SILENCE_S = 1.0  # a foreman that cannot be reached for so long is replaced
 RESERVED_S = 5.0  # a call that was dealt is not dealt again for so long: until its taking is heard of
 LAPSE_GRACE_S = 1.0  # a lease that has run out is left alone for so long, unless someone asks
@@ -857,7 +857,7 @@ class Link:
         self.last_revision = 0  # of the records that we have written
         self.js = client.jetstream(timeout=TRY_S)
         self._troubled_s = float("-inf")  # when something could last not be done
-        self._writer = secrets.token_hex(6)
+        self.name = secrets.token_hex(6)  # tells our writes and requests from those of others
         self._numbers = itertools.count()
         self._loop = asyncio.get_running_loop()
 
@@ -901,7 +901,7 @@ class Link:
 
         Raises _Conflict when it does not, QueueUnavailable, QueueFull.
         """
-        number = f"{self._writer}.{next(self._numbers)}"
+        number = f"{self.name}.{next(self._numbers)}"
         fields = {**headers, "Faashound-Write": number}
         if expected is not None:
             fields[EXPECTED_HEADER] = str(expected)
@@ -1270,7 +1270,7 @@ class Foreman:
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
         self._alarm_s: float | None = None
-        self._parked: deque[asyncio.Future[None]] = deque()
+        self._parked: dict[str, asyncio.Future[None]] = {}  # in the order of their coming
         self._woken = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._subscription: Subscription | None = None
@@ -1331,7 +1331,7 @@ class Foreman:
         count = self.schedule.generation - self._woken
         self._woken = self.schedule.generation
         while self._parked and count > 0:
-            future = self._parked.popleft()
+            future = self._parked.pop(next(iter(self._parked)))
             if not future.done():
                 future.set_result(None)
                 count -= 1
@@ -1366,23 +1366,25 @@ class Foreman:
 
     async def _reply(self, message: Msg) -> None:
         request = json.loads(message.data)
+        answer: Json = {"wait": True}  # if we retire meanwhile
         try:
             answer = await self.answer(request.pop("op"), request)
         except (QueueUnavailable, QueueFull) as error:
             answer = {"error": str(error), "full": isinstance(error, QueueFull)}
-        with contextlib.suppress(NatsError):
-            await message.respond(json.dumps(answer).encode())
+        finally:
+            with contextlib.suppress(NatsError):
+                await message.respond(json.dumps(answer).encode())
 
     async def answer(self, op: str, request: Json) -> Json:
         """Answer one request of a worker, here or elsewhere."""
         if not await self._mirror.hear():
             return {"wait": True}
-        await self._mirror.reach(max(request.get("seen", 0), self._link.last_revision))
+        await self._mirror.reach(max(request["seen"], self._link.last_revision))
         match op:
             case "claim":
                 return await self._deal(request)
             case "park":
-                return await self._park(request["generation"], request["timeout_s"])
+                return await self._park(request["who"], request["generation"], request["timeout_s"])
             case "renew":
                 return self._renew(request)
             case "reclaim":
@@ -1394,6 +1396,7 @@ class Foreman:
 
     async def _deal(self, request: Json) -> Json:
         now_s, clock_s = self._now(), self._loop.time()
+        self._parked.pop(request["who"], None)  # whatever it waited for, it is awake
         self.schedule.advance(now_s, clock_s)
         expired = self.schedule.take_expired(now_s, STEP_COUNT)
         if expired:
@@ -1415,16 +1418,22 @@ class Foreman:
             self.schedule.apply(entry, now_s, self._loop.time())
             raise
 
-    async def _park(self, generation: str, timeout_s: float) -> Json:
+    async def _park(self, who: str, generation: str, timeout_s: float) -> Json:
+        """Answer when there is work that nobody else was told of.
+
+        Somebody is parked once: who asks again has given up the earlier request, and must not be told through that.
+        """
         self.schedule.advance(self._now(), self._loop.time())
         self._wake()
         if not generation.startswith(self.term) and not self.schedule.has_ready():
             generation = f"{self.term}.{self.schedule.generation}"  # a newcomer, with nothing to do yet
         if generation == f"{self.term}.{self.schedule.generation}":
-            future = self._loop.create_future()
-            self._parked.append(future)
-            await asyncio.wait([future], timeout=timeout_s)
-            future.cancel()
+            future = self._parked[who] = self._loop.create_future()
+            try:
+                await asyncio.wait([future], timeout=timeout_s)
+            finally:
+                if self._parked.get(who) is future:
+                    del self._parked[who]
         known, generation = generation, f"{self.term}.{self.schedule.generation}"
         return {"work": known != generation, "generation": generation}
 
@@ -1686,7 +1695,7 @@ class JetStream:
         """Return the foreman's answer; become the foreman if there is none.  Raises QueueUnavailable, QueueFull."""
         self._check_open()
         deadline_s, silent_s = self._loop.time() + ASK_S + request.get("timeout_s", 0.0), self._loop.time()
-        request["seen"] = self._link.last_revision
+        request |= {"who": self._link.name, "seen": self._link.last_revision}
         while self._loop.time() < deadline_s:
             answer = await self._ask_once(op, request)
             if answer is not None and "wait" not in answer:

@@ -318,6 +318,31 @@ def test_two_workers_share_what_there_is_and_run_nothing_twice(options: Options)
     with_queues(options, 3, scenario)
 
 
+def test_worker_that_gave_up_waiting_takes_nobodys_call(options: Options) -> None:
+    """A worker that finishes something leaves its place in the line, and comes back: it must stand there once."""
+
+    async def scenario(foreman: JetStream, worker: JetStream, gateway: JetStream) -> None:
+        await foreman.enlist()
+        for queue in (foreman, worker):
+            owner = await queue.enlist()
+            for _ in range(3):
+                waiting = asyncio.create_task(queue.wait_for_work(LONG_S))
+                while not foreman._foreman or not foreman._foreman._parked:  # noqa: ASYNC110
+                    await asyncio.sleep(0.001)
+                waiting.cancel()
+                await asyncio.wait([waiting])
+                await queue.claim([QUEUE], owner, LEASE_S, 1)
+            began_s = time.monotonic()
+            waiting = asyncio.create_task(queue.wait_for_work(LONG_S))
+            await asyncio.sleep(0.05)  # it stands in the line, most likely
+            await gateway.put(new_call(due_s=0.0))
+            assert await waiting
+            assert time.monotonic() - began_s < 1.0
+            await finish(queue, await claim_one(queue, owner), State.DONE, None)
+
+    with_queues(options, 3, scenario)
+
+
 def test_lease_of_a_worker_that_died_lapses_by_the_foremans_clock(options: Options) -> None:
     async def scenario(foreman: JetStream, worker: JetStream) -> None:
         owner, dead = await foreman.enlist(), await worker.enlist()
