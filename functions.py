@@ -413,7 +413,7 @@ class LocalFunctions:
         *,
         environ: Mapping[str, str],
         hidden: Collection[str] = (),
-        watchdog: Sequence[str] = (sys.executable, str(Path(__file__).with_name("watchdog.py"))),
+        watchdog: Sequence[str] = (sys.executable, "-m", "faashound.watchdog"),  # a module is compiled only once
     ) -> None:
         self.table: Mapping[str, Function] = table
         self._command = tuple(watchdog)

@@ -790,6 +790,14 @@ class Body:
         return b"".join(parts)
 
 
+B = TypeVar("B")
+
+
+def whole(body: B) -> B | bytes:
+    """Return a body that has come whole already as its bytes: they go out with the head, in one write."""
+    return (body.take() or b"") if isinstance(body, Body) and body.complete else body
+
+
 @dataclass(slots=True)
 class Request:
     """One request as a handler sees it: `method`, `target` as sent, `path` undecoded and `query` raw, `host`.
@@ -1410,15 +1418,15 @@ class ServerConnection(asyncio.Protocol):
         self._alarm.set(None if limit_s == math.inf else self._loop.time() + limit_s)
         close = self._server.draining or not self._wire.peer_done
         headers = (*response.headers, (b"Date", self._server.date()))
-        if isinstance(response.body, bytes):
-            length = len(response.body) if response.length is None else response.length
+        body = whole(response.body)
+        if isinstance(body, bytes):
+            length = len(body) if response.length is None else response.length
             head = self._wire.build_head(response.status, headers, length, close)
-            chunk = self._wire.build_chunk(response.body) if response.body else b""
-            await self._write(head + chunk + self._wire.end())
+            await self._write(head + (self._wire.build_chunk(body) if body else b"") + self._wire.end())
             return
-        async with aclosing(response.body):
+        async with aclosing(body):
             await self._write(self._wire.build_head(response.status, headers, response.length, close))
-            async for data in response.body:
+            async for data in body:
                 await self._write(self._wire.build_chunk(data))
             await self._write(self._wire.end())
 
@@ -1789,6 +1797,7 @@ class ClientConnection(asyncio.Protocol):
         elif known or method not in ("GET", "HEAD", "DELETE", "OPTIONS"):
             fields.append((b"Content-Length", b"%d" % known))
         head = self._wire.build_head(method.encode(), url.target.encode(), fields)
+        body = whole(body)
         if isinstance(body, bytes):
             self._transport.write(head + (self._wire.build_chunk(body) if body else b"") + self._wire.end())
         else:

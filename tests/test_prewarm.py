@@ -92,8 +92,10 @@ def test_request_is_answered_when_processes_end_unasked() -> None:
 def test_request_is_answered_when_a_process_that_waits_is_killed(tmp_path: Path) -> None:
     with Prewarmed(tmp_path) as program:
         wait_until(lambda: len(program.waiting()) == 2, 10, "two that wait")
-        for pid in program.waiting():
+        killed = program.waiting()
+        for pid in killed:
             os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not killed & program.survivors(), 1.0, "their end")
         assert http_request(program.port, "POST", body=b"x").status == 200
         wait_until(lambda: len(program.waiting()) == 2, 10, "the pool full again")
 
