@@ -13,16 +13,20 @@ undelivered callbacks among it.
 
 from __future__ import annotations
 
+import argparse
+import asyncio
 import dataclasses
 import fcntl
 import os
-from collections.abc import AsyncIterator, Callable
+import sys
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
-from .queues import Queue
+from .queues import NatsSettings, NatsUrl, Queue, open_queue, parse_queue_url
 from .spool import Call, CallExists, CallFinished, CallUnknown, NewCall, QueueUnavailable, Spool, State
+from .watchdog import BadSettings, FaashoundError, parse_settings
 
 PAGE_COUNT = 500
 REPORT_COUNT = 100  # calls between two words about how far it is
@@ -138,3 +142,49 @@ class _Move:
     async def _drop(self, call: Call) -> None:
         if await self._spool.cancel(call.id) is State.CANCELLED:
             await self._spool.purge(state=State.CANCELLED, call_id=call.id)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The command.
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def migrate_queue(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Carry out `fworker migrate --from spool:DIR --to nats://HOST`; return its exit status.
+
+    0 done, 1 failed (to be run again), 2 not understood.
+
+    The settings for NATS are those of gateway and worker.
+    """
+    parser = argparse.ArgumentParser("fworker migrate", description="Moves queued calls from a spool to NATS.")
+    parser.add_argument("--from", dest="source", required=True, metavar="spool:DIRECTORY")
+    parser.add_argument("--to", dest="target", required=True, metavar="nats://HOST[:PORT]")
+    try:
+        options = parser.parse_args(argv)
+        source, target = parse_queue_url(options.source), parse_queue_url(options.target)
+        settings = parse_settings(NatsSettings, environ)
+    except SystemExit as end:  # argparse has printed what there is to say
+        return int(end.code or 0)
+    except (ValueError, BadSettings) as error:
+        print(error, file=sys.stderr)
+        return 2
+    if not isinstance(source, Path) or not isinstance(target, NatsUrl):
+        print("allowed: --from spool:DIRECTORY --to nats://HOST[:PORT]", file=sys.stderr)
+        return 2
+    if not source.is_dir():  # opening would create it
+        print(f"--from spool:{source}: there is no such directory", file=sys.stderr)
+        return 1
+    return asyncio.run(_carry_out(source, target, settings))
+
+
+async def _carry_out(source: Path, url: NatsUrl, settings: NatsSettings) -> int:
+    try:
+        target = await open_queue(url, settings)
+        try:
+            await migrate(source, cast(Target, target), print)
+        finally:
+            await target.close()
+    except FaashoundError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0

@@ -48,6 +48,7 @@ from .callbacks import (
     parse_secrets,
 )
 from .calls import dead_letters
+from .migrate import migrate_queue
 from .queues import NatsSettings, Queue, QueueUrl, is_healthy, open_queue, parse_queue_url
 from .retries import (
     CALLBACK_POLICY,
@@ -806,7 +807,9 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     environ = os.environ if environ is None else environ
     if argv[:1] == ["dead"]:
         return dead_letters(argv[1:], environ)
-    answer = flag_answer(argv, help_text("fworker [dead list|show|retry|purge]", PURPOSE, Settings))
+    if argv[:1] == ["migrate"]:
+        return migrate_queue(argv[1:], environ)
+    answer = flag_answer(argv, help_text("fworker [dead ... | migrate ...]", PURPOSE, Settings))
     if answer is not None:
         return answer
     settings = load_settings(Settings, environ)
