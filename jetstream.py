@@ -115,6 +115,7 @@ RESERVED_S = 5.0  # a call that was dealt is not dealt again for so long: until 
 LAPSE_GRACE_S = 1.0  # a lease that has run out is left alone for so long, unless someone asks
 TICK_S = 1.0
 POLL_S = 5.0  # between two looks of someone who waits for a call's end: bounds the harm of a lost event
+GOODBYE_S = 3.0  # for what is said when a queue is closed
 SYNC_S = 60.0  # longest wait for an index to be read
 HEARTBEAT_S = 1.0  # of the servers, to those who follow a stream
 FEED_PAUSE_S = 0.5
@@ -138,6 +139,10 @@ _WRONG_SEQUENCE = (10071, 10164)  # the second: somebody's write to the subject 
 
 class _Conflict(Exception):
     """Someone else has written the subject since it was read."""
+
+
+class _Passed(Exception):
+    """The step does not apply to the call any more, and nobody minds."""
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -470,7 +475,7 @@ def expire(record: Record, now_s: float) -> Record:
     """The call has waited too long."""
     call = record.call
     if call.state is not State.QUEUED or call.expires_s is None or call.expires_s > now_s:
-        raise _Conflict
+        raise _Passed
     return _with_call(record, state=next_state(call.state, Event.EXPIRE), finished_s=now_s)
 
 
@@ -1033,10 +1038,10 @@ class Records:
                 if record.origin and existing.origin == record.origin:
                     return existing  # our own, whose acknowledgement was lost
                 raise CallExists(f"the call id {record.call.id} is in use")
-            if message is None:  # somebody's write is on its way, or has failed
+            if message is None:  # somebody's write is on its way, or has failed, or a tombstone has just gone
                 await asyncio.sleep(RETRY_PAUSE_S)
-            else:  # a call of this id was deleted a while ago
-                record = dataclasses.replace(record, revision=message.seq or 0)
+            revision = 0 if message is None else message.seq or 0  # behind the tombstone of a call that was deleted
+            record = dataclasses.replace(record, revision=revision)
 
     async def change(self, call_id: str, step: Callable[[Record], Record], known: Record | None = None) -> Record:
         """Take a step from what the call is now; `known` is what it was when last seen.
@@ -1194,7 +1199,7 @@ class Mirror:
 
     async def _on_message(self, message: Msg) -> None:
         if message.headers and "Status" in message.headers:
-            self._on_status(message)
+            await self._on_status(message)
             return
         tokens = message.reply.split(".")
         stream_seq, consumer_seq, _, pending = map(int, tokens[5:9] if len(tokens) == 9 else tokens[7:11])
@@ -1210,11 +1215,12 @@ class Mirror:
             if not future.done():
                 future.set_result(None)
 
-    def _on_status(self, message: Msg) -> None:
+    async def _on_status(self, message: Msg) -> None:
         headers = message.headers or {}
         stalled = headers.get("Nats-Consumer-Stalled") or message.reply
         if stalled:
-            asyncio.ensure_future(self._link.client.publish(stalled))  # noqa: RUF006 - flow control: it never blocks
+            with contextlib.suppress(NatsError):
+                await self._link.client.publish(stalled)  # flow control: we have come so far
         last = headers.get("Nats-Last-Consumer")
         if last is not None and int(last) != self._delivered:
             self._broken.set()
@@ -1236,7 +1242,11 @@ class Mirror:
             if header is None:
                 self.forget(call_id)
                 return
-            entry = parse_summary(call_id, revision, header)
+            try:
+                entry = parse_summary(call_id, revision, header)
+            except (KeyError, ValueError, TypeError) as error:
+                log.error(f"the record of call {call_id} (revision {revision}) cannot be read: {error!r}")
+                return
             self.index.apply(entry)
             if self.watcher is not None:
                 self.watcher.on_entry(entry)
@@ -1412,7 +1422,7 @@ class Foreman:
     async def _expire(self, entry: Entry, now_s: float) -> None:
         try:
             await self._records.change(entry.id, partial(expire, now_s=now_s))
-        except (_Conflict, CallUnknown):
+        except (_Passed, CallUnknown):
             pass  # something else has become of it
         except (QueueUnavailable, QueueFull):
             self.schedule.apply(entry, now_s, self._loop.time())
@@ -1465,10 +1475,6 @@ class Foreman:
                 count += 1
         await self._mirror.reach(self._link.last_revision)
         return count
-
-
-class _Passed(Exception):
-    """The lease is over already."""
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1657,18 +1663,26 @@ class JetStream:
         """Let go of everything; leases still held become void.  May be repeated."""
         if self._closed:
             return
-        for owner in self._owners:
-            with contextlib.suppress(QueueUnavailable, QueueFull):
-                mine = self._foreman is not None and self._foreman.in_office
-                if self._link.client.is_connected:
-                    await self._ask("bye", owner=owner, now=mine)
+        with contextlib.suppress(QueueUnavailable, QueueFull, TimeoutError):
+            async with asyncio.timeout(GOODBYE_S):
+                await self._say_goodbye()
         self._closed = True
         await end_tasks(self._chores)
-        if self._foreman is not None and self._foreman.in_office:
-            await self._foreman.hand_over()
+        if self._foreman is not None:
+            await self._foreman.retire()
         if self._mirror is not None:
             await self._mirror.stop()
         await self._link.close()
+
+    async def _say_goodbye(self) -> None:
+        """Void our leases, and let another one deal the calls."""
+        if not self._link.client.is_connected:
+            return
+        mine = self._foreman is not None and self._foreman.in_office
+        for owner in self._owners:
+            await self._ask("bye", owner=owner, now=mine)
+        if self._foreman is not None and self._foreman.in_office:
+            await self._foreman.hand_over()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -2213,7 +2227,11 @@ class JetStream:
         """Delete a call if it may be; tell whether it was."""
         while True:
             record = await self._records.load(call_id)
-            if record is None or not may(parse_summary(call_id, record.revision, build_summary(record))):
+            if record is None:
+                if self._mirror is not None:
+                    self._mirror.forget(call_id)  # whose end it has missed
+                return False
+            if not may(parse_summary(call_id, record.revision, build_summary(record))):
                 return False
             try:
                 await self._records.forget(record)
