@@ -22,7 +22,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 from .queues import NatsSettings, NatsUrl, Queue, open_queue, parse_queue_url
 from .spool import Call, CallExists, CallFinished, CallUnknown, NewCall, QueueUnavailable, Spool, State
@@ -32,6 +32,7 @@ PAGE_COUNT = 500
 REPORT_COUNT = 100  # calls between two words about how far it is
 
 
+@runtime_checkable
 class Target(Queue, Protocol):
     """A queue that can keep a call without letting it run; see `jetstream.JetStream`."""
 

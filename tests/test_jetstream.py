@@ -7,6 +7,7 @@ import dataclasses
 import shutil
 import subprocess
 import time
+import tracemalloc
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -373,6 +374,53 @@ def test_sweep_removes_bodies_that_no_call_names(options: Options, monkeypatch: 
             await read_all(queue, lost)
 
     with_queues(options, 1, scenario)
+
+
+def test_call_that_is_taken_just_before_it_expires_runs(options: Options) -> None:
+    async def scenario(queue: JetStream) -> None:
+        owner = await queue.enlist()
+        call = await queue.put(new_call(due_s=0.0, expires_s=time.time() + 3600))
+        assert queue._foreman is not None
+        (lease,) = await queue.claim([QUEUE], owner, LEASE_S, 1)
+        entry = parse_summary(call.id, 1, build_summary(accept(call)))  # what the foreman knew a moment ago
+        await queue._foreman._expire(entry, time.time() + 7200)
+        await finish(queue, lease, State.DONE, None)
+
+    with_queues(options, 1, scenario)
+
+
+def test_record_that_nobody_can_read_keeps_no_other_from_its_run(options: Options) -> None:
+    async def scenario(queue: JetStream) -> None:
+        owner = await queue.enlist()
+        await queue._link.save(queue._names.call("odd"), b"", {HEADER: "{}"}, 0)
+        await queue.put(new_call(due_s=0.0))
+        assert (await claim_one(queue, owner)).call.attempts == 1
+        with pytest.raises(QueueDamaged, match="odd"):
+            await queue.get("odd")
+
+    with_queues(options, 1, scenario)
+
+
+def test_long_body_passes_in_constant_memory(options: Options) -> None:
+    piece = bytes(64 * 1024)
+
+    async def source() -> AsyncIterator[bytes]:
+        for _ in range(512):
+            yield piece
+
+    async def scenario(queue: JetStream) -> tuple[int, int, int]:
+        tracemalloc.start()
+        body = await queue.store_body(source())
+        count = 0
+        async for part in queue.open_body(body):
+            count += len(part)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return body.bytes_count, count, peak
+
+    stored, read, peak = with_queues(options, 1, scenario)
+    assert stored == read == 32 << 20
+    assert peak < 8 << 20
 
 
 def test_queue_remembers_nothing_of_what_was_swept(options: Options) -> None:
