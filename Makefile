@@ -27,7 +27,7 @@ demo: .venv/installed
 	@$(BIN)/python examples/demo.py
 
 test: lint
-	@$(BIN)/python -m pytest -q -n 2 --timeout 120 --cov --cov-report term
+	@$(BIN)/python -m pytest -q -n 2 --timeout 300 --cov --cov-report term
 
 lint: .venv/installed-test .venv/package/faashound
 	@$(BIN)/ruff check -q --output-format concise . || { echo "make: ruff found faults; '$(BIN)/ruff check --fix .' mends some of them" >&2; exit 1; }
