@@ -10,6 +10,7 @@ is missing fails the tests and says so, since a test that is skipped where it ma
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -32,8 +33,10 @@ BUILD_DEADLINE_S = 300.0
 IMAGE_TEST_S = 900  # of pytest-timeout: the first test waits for bases, wheels and builds
 DEBIAN, DEBIAN_PYTHON = "bookworm", "3.11"
 NEEDED = {"mmdebstrap": "mmdebstrap", "dockerd": "docker.io", "docker": "docker.io", "runc": "runc"}
+FOUND_IN = NEEDED | {"systemd-analyze": "systemd"}
 TOOLS = "binutils gcc imagemagick libc6-dev libpython3.11 nodejs python3 python3-venv"
 NO_WHEELS = ["nkeys"]  # published as source only; all are pure Python, so any Python makes the wheel
+BASES = ("debian", "tools")
 PREFIX = "faashound-"
 
 
@@ -41,13 +44,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "images: builds and runs images; needs root, Debian's docker.io and mmdebstrap")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is in this folder, and keep it in one process (`--dist loadgroup`), which makes the images once."""
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.images)
-            item.add_marker(pytest.mark.xdist_group("images"))
-            item.add_marker(pytest.mark.timeout(IMAGE_TEST_S))
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark what is in this folder."""
+    item.add_marker(pytest.mark.images)
+    item.add_marker(pytest.mark.timeout(IMAGE_TEST_S))
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,9 @@ RECIPES = {
 
 
 class Engine:
-    """A Docker engine, by its address."""
+    """A Docker engine, by its address.  What it has is of this run alone if it is `ours`, else maybe of another."""
+
+    ours = False
 
     def __init__(self, host: str, directory: Path) -> None:
         """`directory` is one for files that do not matter any more when the tests are over."""
@@ -92,27 +94,31 @@ class Engine:
 
 
 class OwnEngine(Engine):
-    """A Docker engine of our own, with all that it keeps in `directory`; use as a context manager."""
+    """A Docker engine of our own, with all that it keeps in `directory`; runs from `start` to `stop`."""
+
+    ours = True
 
     def __init__(self, directory: Path) -> None:
         super().__init__(f"unix://{directory}/engine.sock", directory)
         self._log = directory / "engine.log"
 
-    def __enter__(self) -> Engine:
+    def start(self) -> None:
+        """Start it and wait until it answers; the test fails if it cannot run here."""
         options = ["--bridge=none", "--iptables=false", "--ip6tables=false", "--ip-forward=false", "-H", self.host]
         places = [f"--data-root={self.directory}/data", f"--exec-root={self.directory}/exec"]
         places += [f"--pidfile={self.directory}/engine.pid"]
         with self._log.open("wb") as log:
-            self._process = subprocess.Popen(["dockerd", *options, *places], stdout=log, stderr=log)
+            command = ["setpriv", "--pdeathsig", "TERM", "dockerd", *options, *places]  # not to outlive a killed test
+            self._process = subprocess.Popen(command, stdout=log, stderr=log)
         wait_until(self._is_up, ENGINE_DEADLINE_S, f"dockerd answers; its log is {self._log}")
-        return self
 
     def _is_up(self) -> bool:
         if self._process.poll() is not None:
             pytest.fail(f"dockerd cannot run here:\n{self._log.read_text(errors='replace')[-2000:]}")
         return subprocess.run([*self.command, "version"], capture_output=True, check=False).returncode == 0
 
-    def __exit__(self, *_: object) -> None:
+    def stop(self) -> None:
+        """End it and all its containers."""
         for container in self.docker("ps", "--all", "--quiet").split():
             self.docker("rm", "--force", "--volumes", container)
         self._process.terminate()
@@ -143,46 +149,52 @@ def said(
 class Images:
     """Images by short names, each built when it is first asked for."""
 
-    def __init__(self, engine: Engine, directory: Path, tell: Callable[[str], None]) -> None:
+    def __init__(self, engine: Engine, tell: Callable[[str], None]) -> None:
         self.engine = engine
         self.tell = tell
-        self._source = directory / "source"
+        self._source = engine.directory / "source"
         self._have: dict[str, str] = {}
 
     def tag(self, name: str) -> str:
-        """Return the tag of the image `name`, built by now."""
+        """Return the tag of the image `name`, built by now; another process may be at it, so one at a time."""
         if name not in self._have:
-            begin_s = time.monotonic()
-            self._have[name] = self._make(name)  # and before it, in its time, what it is made from
-            base = RECIPES[name].arguments["BASE"] if name in RECIPES and name != "watchdog" else None
-            beyond = f", {self.size_mb(name) - self.size_mb(base):.1f} MB beyond its base" if base else ""
-            took_s = time.monotonic() - begin_s
-            self.tell(f"image {name}: {self.size_mb(name):.1f} MB{beyond}, made in {took_s:.1f} s")
+            with locked(self.engine.directory / "building"):
+                self._need(name)
         return self._have[name]
 
-    def size_mb(self, name: str) -> float:
-        """Return the size of an image with all its layers."""
-        return int(self.engine.docker("image", "inspect", "--format", "{{.Size}}", self.tag(name))) / 1e6
+    def _need(self, name: str) -> str:
+        if name not in self._have:
+            begin_s, tag = time.monotonic(), f"{PREFIX}{name}:latest"
+            if not (self.engine.has(tag) and (self.engine.ours or name in BASES)):
+                self._make(name, tag)  # and before it, in its time, what it is made from
+                self.tell(f"image {name}: {self._size(name, tag)}, made in {time.monotonic() - begin_s:.1f} s")
+            self._have[name] = tag
+        return self._have[name]
 
-    def _make(self, name: str) -> str:
-        tag = f"{PREFIX}{name}:latest"
-        if name in ("debian", "tools") and self.engine.has(tag):  # an engine that was there before
-            return tag
+    def _size(self, name: str, tag: str) -> str:
+        base = RECIPES[name].arguments["BASE"] if name in RECIPES and name != "watchdog" else None
+        beyond = f", {self._size_mb(tag) - self._size_mb(self._need(base)):.1f} MB beyond its base" if base else ""
+        return f"{self._size_mb(tag):.1f} MB{beyond}"
+
+    def _size_mb(self, tag: str) -> float:
+        return int(self.engine.docker("image", "inspect", "--format", "{{.Size}}", tag)) / 1e6
+
+    def _make(self, name: str, tag: str) -> None:
         if name == "debian":
             self._import_debian(tag)
         elif name == "tools":
             install = f"apt-get update -qq && apt-get install -qq -y --no-install-recommends {TOOLS} >/dev/null"
-            self._build(tag, f"FROM {self.tag('debian')}\nRUN {install}\n")
+            self._build(tag, f"FROM {self._need('debian')}\nRUN {install}\n")
         elif name == "nats":
             self._build_nats(tag)
         else:
             self._build_recipe(tag, RECIPES[name])
-        return tag
 
     def _import_debian(self, tag: str) -> None:
         """Make the smallest Debian; mmdebstrap is debootstrap in half the time."""
         archive = self.engine.directory / "debian.tar"
-        said(["mmdebstrap", "--quiet", "--variant=minbase", DEBIAN, str(archive)], deadline_s=BUILD_DEADLINE_S)
+        options = ["--quiet", "--variant=minbase", "--dpkgopt=force-unsafe-io"]  # it need not survive a power failure
+        said(["mmdebstrap", *options, DEBIAN, str(archive)], deadline_s=BUILD_DEADLINE_S)
         self.engine.docker("import", str(archive), tag)
         archive.unlink()
 
@@ -197,17 +209,17 @@ class Images:
         context.mkdir()
         shutil.copy(tool("nats-server"), context / "nats-server")
         entry = 'ENTRYPOINT ["/nats-server"]\nCMD ["--config", "/etc/nats/nats-server.conf"]'
-        (context / "Dockerfile").write_text(f"FROM {self.tag('debian')}\nCOPY nats-server /\n{entry}\n")
+        (context / "Dockerfile").write_text(f"FROM {self._need('debian')}\nCOPY nats-server /\n{entry}\n")
         self.engine.docker("build", "-t", tag, str(context))
 
     def _build_recipe(self, tag: str, recipe: Recipe) -> None:
         """Build without network, from a copy of the sources that has wheels beside it."""
         if not self._source.exists():
             copy_sources(self._source)
-        arguments = {name: self.tag(value) for name, value in recipe.arguments.items()}
+        arguments = {name: self._need(value) for name, value in recipe.arguments.items()}
         arguments |= {"PIP_NO_INDEX": "1"} if (self._source / recipe.file).read_text().count("PIP_NO_INDEX") else {}
         if recipe.context != ".":
-            arguments["WATCHDOG"] = self.tag("watchdog")
+            arguments["WATCHDOG"] = self._need("watchdog")
         words = [word for name, value in arguments.items() for word in ("--build-arg", f"{name}={value}")]
         words += ["--target", recipe.target] if recipe.target else []
         file, context = self._source / recipe.file, self._source / recipe.context
@@ -247,7 +259,8 @@ def tool(name: str) -> str:
     """Return the path of a program of the test environment or the machine; the test fails without it."""
     found = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if found is None:
-        pytest.fail(f"no program {name}: it is in the extra `test` of setup.py, or in NEEDED of {__file__}")
+        origin = f"apt-get install {FOUND_IN[name]}" if name in FOUND_IN else "the extra `test` of setup.py has it"
+        pytest.fail(f"no program {name}: {origin}")
     return found
 
 
@@ -259,11 +272,44 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     missing = {package for program, package in NEEDED.items() if shutil.which(program) is None}
     if missing:
         pytest.fail(f"these tests need more: apt-get install {' '.join(sorted(missing))}")
-    directory = tmp_path_factory.mktemp("engine")
-    with ExitStack() as stack:
-        stack.callback(shutil.rmtree, directory, ignore_errors=True)
-        host = os.environ.get("DOCKER_HOST")
-        yield Engine(host, directory) if host else stack.enter_context(OwnEngine(directory))
+    host = os.environ.get("DOCKER_HOST")
+    if host:
+        yield Engine(host, tmp_path_factory.mktemp("engine"))
+        return
+    base = tmp_path_factory.getbasetemp()
+    with shared_engine((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "engine") as ours:
+        yield ours
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Be the only process, and the only caller in it, that is past this point with `path`."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def shared_engine(directory: Path) -> Iterator[Engine]:
+    """Run one engine for all processes of pytest-xdist: the first starts it, and ends it when the others are done."""
+    directory.mkdir(exist_ok=True)
+    engine = OwnEngine(directory)
+    with (directory / "using").open("w") as using:
+        with locked(directory / "starting"):
+            first = not (directory / "running").exists()
+            if first:
+                engine.start()
+                (directory / "running").touch()
+            fcntl.flock(using, fcntl.LOCK_SH)
+        try:
+            yield engine
+        finally:
+            if first:
+                with locked(directory / "starting"):
+                    fcntl.flock(using, fcntl.LOCK_EX)  # the others have let go
+                    engine.stop()
+                    (directory / "running").unlink()
+                    shutil.rmtree(directory / "data", ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
@@ -279,6 +325,6 @@ def tell(request: pytest.FixtureRequest) -> Callable[[str], None]:
 
 
 @pytest.fixture(scope="session")
-def images(engine: Engine, tmp_path_factory: pytest.TempPathFactory, tell: Callable[[str], None]) -> Images:
+def images(engine: Engine, tell: Callable[[str], None]) -> Images:
     """The images of this project, built when asked for."""
-    return Images(engine, tmp_path_factory.mktemp("images"), tell)
+    return Images(engine, tell)

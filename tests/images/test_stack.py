@@ -52,7 +52,7 @@ def stack(images: Images, *files: str) -> Iterator[Stack]:
         running.compose("up", "--detach", "--no-build", "--wait", "--wait-timeout", str(int(UP_DEADLINE_S)))
         yield running
     finally:
-        running.compose("down", "--volumes", "--timeout", "10")
+        running.compose("down", "--volumes", "--timeout", "1")
 
 
 @pytest.mark.parametrize("files", [[], ["compose.spool.yml"]], ids=["nats", "spool"])
@@ -88,7 +88,8 @@ def swarm(engine: Engine) -> Iterator[None]:
         yield
     finally:
         engine.docker("swarm", "leave", "--force")
-        wait_until(lambda: not engine.docker("ps", "--quiet"), UP_DEADLINE_S, "all containers of the swarm gone")
+        ours = ["ps", "--quiet", "--filter", "label=com.docker.swarm.service.name"]
+        wait_until(lambda: not engine.docker(*ours), UP_DEADLINE_S, "all containers of the swarm gone")
         engine.docker("network", "rm", "docker_gwbridge")
 
 
