@@ -1538,8 +1538,8 @@ def _shown(value: object) -> str:
     return str(getattr(value, "value", value))
 
 
-async def ensure_stream(link: Link, wanted: api.StreamConfig) -> None:
-    """Create a stream unless it is there.  One that differs is left as it is: told in the log, or QueueUnavailable."""
+async def ensure_stream(link: Link, wanted: api.StreamConfig) -> api.StreamConfig:
+    """Create a stream unless it is there; return it as it is.  One that differs is told, or raises QueueUnavailable."""
     name = wanted.name or ""
 
     async def find(timeout_s: float) -> api.StreamConfig:
@@ -1564,6 +1564,7 @@ async def ensure_stream(link: Link, wanted: api.StreamConfig) -> None:
         raise QueueUnavailable("; ".join([*bad, "it has been left as it is: mend or remove it, or set nats_prefix"]))
     for line in odd:
         log.warning(f"{line}; it has been left as it is")
+    return found
 
 
 async def connect(options: Options, reporter: _Reporter) -> NatsClient:
@@ -1648,9 +1649,8 @@ class JetStream:
         async with contextlib.AsyncExitStack() as stack:
             link = Link(client, Names(options.prefix), reporter)
             stack.push_async_callback(link.close)
-            for stream in build_streams(link.names, options):
-                await ensure_stream(link, stream)
-            queue = cls(link, await read_token(link), options.max_bytes, now)
+            calls, _ = [await ensure_stream(link, stream) for stream in build_streams(link.names, options)]
+            queue = cls(link, await read_token(link), calls.max_bytes or -1, now)
             stack.pop_all()
         return queue
 
@@ -1897,6 +1897,8 @@ class JetStream:
 
     async def _take_room(self, call: NewCall) -> None:
         """Raise QueueFull if the stream is so full that the steps of the calls in it may soon have no room."""
+        if self._max_bytes < 0:  # a stream that somebody else has made: as much as the servers have
+            return
         if self._loop.time() - self._room_s > ROOM_KNOWN_S:
             info = await self._link.info(self._names.calls)
             self._room_s = self._loop.time()

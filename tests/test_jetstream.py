@@ -319,6 +319,15 @@ def test_two_workers_share_what_there_is_and_run_nothing_twice(options: Options)
     with_queues(options, 3, scenario)
 
 
+async def wait_in_line(queue: JetStream, foreman: JetStream) -> asyncio.Task[bool]:
+    """A task that waits for work, and that the foreman knows of."""
+    waiting = asyncio.create_task(queue.wait_for_work(LONG_S))
+    async with asyncio.timeout(LONG_S):
+        while foreman._foreman is None or queue._link.name not in foreman._foreman._parked:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    return waiting
+
+
 def test_worker_that_gave_up_waiting_takes_nobodys_call(options: Options) -> None:
     """A worker that finishes something leaves its place in the line, and comes back: it must stand there once."""
 
@@ -327,15 +336,12 @@ def test_worker_that_gave_up_waiting_takes_nobodys_call(options: Options) -> Non
         for queue in (foreman, worker):
             owner = await queue.enlist()
             for _ in range(3):
-                waiting = asyncio.create_task(queue.wait_for_work(LONG_S))
-                while not foreman._foreman or not foreman._foreman._parked:  # noqa: ASYNC110
-                    await asyncio.sleep(0.001)
+                waiting = await wait_in_line(queue, foreman)
                 waiting.cancel()
                 await asyncio.wait([waiting])
                 await queue.claim([QUEUE], owner, LEASE_S, 1)
+            waiting = await wait_in_line(queue, foreman)
             began_s = time.monotonic()
-            waiting = asyncio.create_task(queue.wait_for_work(LONG_S))
-            await asyncio.sleep(0.05)  # it stands in the line, most likely
             await gateway.put(new_call(due_s=0.0))
             assert await waiting
             assert time.monotonic() - began_s < 1.0

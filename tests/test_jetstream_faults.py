@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import uvloop
 
-from faashound.jetstream import ROOM_KNOWN_S, WRITE_S, JetStream, Options
+from faashound.jetstream import WRITE_S, JetStream, Options
 from faashound.spool import FINAL, Lease, LeaseLost, QueueFull, QueueUnavailable, State
 from faashound.watchdog import finished_first
 from tests.nats_servers import Cluster
@@ -315,7 +315,6 @@ def test_queue_recovers_when_all_servers_are_restarted(cluster: Cluster) -> None
     async def restart(under_way: Traffic, stream: str) -> None:
         for server in cluster.servers:
             server.kill()
-        await asyncio.sleep(0.5)
         for server in cluster.servers:
             server.start()
         await asyncio.to_thread(cluster.wait_until_healthy)
@@ -403,8 +402,7 @@ def test_full_stream_refuses_calls_and_goes_on_with_those_it_has(cluster: Cluste
             await asyncio.gather(*(finish(queue, lease, State.DONE, inline(b"a result")) for lease in leases))
             ended += len(leases)
         swept = await queue.sweep(0.0, 0.0)
-        await asyncio.sleep(ROOM_KNOWN_S)
-        await queue.put(new_call())
+        await insist(lambda: queue.put(new_call()))  # as soon as the room is known
         await queue.close()
         return accepted, ended, swept.call_count
 
