@@ -17,7 +17,7 @@ import pytest
 from faashound.jetstream import JetStream, Options
 from faashound.migrate import Migrated, migrate
 from faashound.spool import INLINE_BYTES, Call, QueueUnavailable, Spool, State
-from tests.harness import ROOT
+from tests.harness import ROOT, run
 from tests.nats_servers import Cluster
 from tests.queue_kit import QUEUE, finish, inline, new_call, read_all
 
@@ -170,3 +170,36 @@ def test_migrate_neither_loses_nor_doubles_a_call_when_it_is_killed_again_and_ag
 async def move_and_look(directory: Path, options: Options) -> list[Call]:
     await move(directory, options)
     return await look(options)
+
+
+def test_command_moves_what_waits_and_says_how_much(tmp_path: Path, options: Options) -> None:
+    async def fill() -> str:
+        spool = await Spool.open(tmp_path)
+        call = await spool.put(new_call())
+        await spool.close()
+        return call.id
+
+    call_id = asyncio.run(fill())
+    settings = {"nats_prefix": options.prefix}
+    done = run("worker", ["migrate", "--from", f"spool:{tmp_path}", "--to", options.servers[0]], settings)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "moved 1 calls" in done.stdout
+    assert [call.id for call in asyncio.run(look(options))] == [call_id]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        ([], 2, "--from"),
+        (["--from", "spool:/tmp", "--to", "spool:/tmp"], 2, "--to nats://HOST"),
+        (["--from", "nats://h", "--to", "nats://h"], 2, "--from spool:DIRECTORY"),
+        (["--from", "x", "--to", "nats://h"], 2, "allowed: spool:DIRECTORY"),
+        (["--from", "spool:/nowhere/at/all", "--to", "nats://h"], 1, "no such directory"),
+    ],
+    ids=["nothing", "to-a-spool", "from-nats", "no-queue", "no-directory"],
+)
+def test_command_says_what_is_allowed_when_it_is_not_understood(arguments: list[str], status: int, said: str) -> None:
+    done = run("worker", ["migrate", *arguments])
+    assert done.returncode == status
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
