@@ -1849,8 +1849,15 @@ class JetStream:
     # -- submitting and following calls
 
     async def put(self, call: NewCall) -> Call:
-        """Queue a call; the stream has acknowledged it when this returns."""
+        """Queue a call; the stream has acknowledged it when this returns, or QueueUnavailable after WRITE_S in all."""
         self._check_open()
+        try:
+            async with asyncio.timeout(WRITE_S):
+                return await self._put(call)
+        except TimeoutError:
+            raise QueueUnavailable(f"NATS has not acknowledged the call within {WRITE_S:g} s") from None
+
+    async def _put(self, call: NewCall) -> Call:
         await self._take_room(call)
         record = accept(call)
         try:
