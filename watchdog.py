@@ -81,6 +81,7 @@ LINGER_BYTES = 1 << 24  # ... and how much
 CONNECT_TIMEOUT_S = 10.0  # curl waits 300 s, Go's default transport 30 s; behind us is a local network
 KEPT_S = 20.0  # an idle connection to an upstream; below the 30 s after which a watchdog closes its side
 KEPT_CONNECTIONS_COUNT = 64  # idle connections kept for each upstream
+EVENTS_COUNT = 64  # taken from an epoll set in one turn
 PIPE_BYTES = 65536  # one read of a pipe: what a pipe holds by default (pipe(7))
 MAX_PIPE_BYTES = 1 << 20  # what a pipe may hold (/proc/sys/fs/pipe-max-size)
 SPILL_BYTES = 262144  # output kept in memory; the rest goes to an unlinked file in $TMPDIR
@@ -1121,32 +1122,54 @@ class ServerTimeouts:
     idle_s: float
 
 
-class HangupWatch:
-    """Notices that a client has gone while its connection is not read from, which takes it out of the loop's poll.
+class EpollSet:
+    """Descriptors watched in a set of our own, which hangs on the loop by its one descriptor.
 
-    EPOLLRDHUP (epoll_ctl(2)) needs no reading; a set of our own hangs on the loop by its one descriptor.
+    The loop makes an object for each descriptor and asks the kernel six times; here to add is one system call, and to
+    forget is none: a descriptor that is closed leaves the set by itself (epoll(7)).  And the set can wait for more than
+    the loop can: EPOLLRDHUP tells that a client has gone while its connection is not read from.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._epoll = select.epoll()
         self._watched: dict[int, Callable[[], None]] = {}
+        self._first_fd = -1
+        self._loop = loop
         loop.add_reader(self._epoll.fileno(), self._on_ready)
 
-    def add(self, fd: int, on_hangup: Callable[[], None]) -> None:
-        """Call `on_hangup` once when the peer of socket `fd` shuts down or resets."""
-        self._watched[fd] = on_hangup
-        self._epoll.register(fd, select.EPOLLRDHUP)
+    def add(self, fd: int, on_event: Callable[[], None], events: int = select.EPOLLIN) -> None:
+        """Call `on_event` whenever `fd` is ready for `events`, until `remove` or `forget`."""
+        self._watched[fd] = on_event
+        self._epoll.register(fd, events)
+
+    def add_first(self, fd: int, on_event: Callable[[], None]) -> None:
+        """As `add` for reading, but handled before all others of the same turn."""
+        self._first_fd = fd
+        self.add(fd, on_event)
 
     def remove(self, fd: int) -> None:
-        """Watch `fd` no more; to be called before it is closed."""
+        """Watch `fd` no more, which stays open."""
         if self._watched.pop(fd, None) is not None:
             self._epoll.unregister(fd)
 
+    def forget(self, fd: int) -> None:
+        """Watch `fd` no more, which is about to be closed."""
+        self._watched.pop(fd, None)
+
     def _on_ready(self) -> None:
-        for fd, _ in self._epoll.poll(0):
-            on_hangup = self._watched[fd]
-            self.remove(fd)
-            on_hangup()
+        ready = [fd for fd, _ in self._epoll.poll(0, EVENTS_COUNT)]
+        if self._first_fd in ready:
+            ready.remove(self._first_fd)
+            self._watched[self._first_fd]()
+        for fd in ready:
+            on_event = self._watched.get(fd)  # one that is handled may end the watch for another
+            if on_event is not None:
+                on_event()
+
+    def close(self) -> None:
+        """Let go of the set."""
+        self._loop.remove_reader(self._epoll.fileno())
+        self._epoll.close()
 
 
 class Server:
@@ -1201,9 +1224,9 @@ class Server:
             connection.abort()
 
     @cached_property
-    def hangups(self) -> HangupWatch:
-        """What watches the connections that are not read from."""
-        return HangupWatch(asyncio.get_running_loop())
+    def hangups(self) -> EpollSet:
+        """What watches the connections that are not read from, which takes them out of the loop's poll."""
+        return EpollSet(asyncio.get_running_loop())
 
     def date(self) -> bytes:
         """Return the Date field (RFC 9110 6.6.1), made once a second."""
@@ -1376,12 +1399,12 @@ class ServerConnection(asyncio.Protocol):
         self._hangup_watched = wanted
         fd = self._transport.get_extra_info("socket").fileno()
         if wanted:
-            self._server.hangups.add(fd, self._on_hangup)
+            self._server.hangups.add(fd, self._on_hangup, select.EPOLLRDHUP)
         else:
             self._server.hangups.remove(fd)
 
     def _on_hangup(self) -> None:
-        self._hangup_watched = False
+        self._watch_hangup(False)
         if self._phase is not Phase.SENDING:
             self.abort()
 
@@ -2199,6 +2222,21 @@ class RootTable:
         return frozenset(self._numbers) - {0}
 
 
+_SFD_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK  # SFD_CLOEXEC and SFD_NONBLOCK are the same numbers (signalfd(2))
+_SIGINFO_BYTES = 128
+
+
+def open_signalfd(number: signal.Signals) -> int:
+    """Block a signal in this thread, and return a descriptor that can be read when it is pending (signalfd(2))."""
+    signal.signal(number, signal.SIG_DFL)  # whoever started us may have it ignored, and then there is nothing to reap
+    signal.pthread_sigmask(signal.SIG_BLOCK, (number,))
+    mask = (ctypes.c_ulong * 16)(1 << (number - 1))
+    fd: int = ctypes.CDLL(None, use_errno=True).signalfd(-1, ctypes.byref(mask), _SFD_FLAGS)
+    if fd < 0:
+        raise OSError(ctypes.get_errno(), "signalfd")
+    return fd
+
+
 class Reaper:
     """The one place where children of this process are known, reaped and swept."""
 
@@ -2219,8 +2257,11 @@ class Reaper:
         self._clean_count = 0
         self._children_fd = os.open(f"/proc/self/task/{os.getpid()}/children", os.O_RDONLY | os.O_CLOEXEC)
         self._spared.update(dict.fromkeys(self.orphans()))  # whoever was before us, an entrypoint's sidecar
-        self._woken = False
-        signal.signal(signal.SIGCHLD, self._on_sigchld)  # uvloop keeps add_signal_handler(SIGCHLD) to itself
+        self._released = False
+        self._reaping = False
+        self.ready = EpollSet(loop)
+        self._signal_fd = open_signalfd(signal.SIGCHLD)
+        self.ready.add_first(self._signal_fd, self._on_sigchld)
 
     def add(self, process: Process) -> None:
         """Watch a root: its `on_exiting` and `on_exit` are called just before and after it is reaped."""
@@ -2239,14 +2280,22 @@ class Reaper:
         """Leave a child of ours in peace that is no call's; `on_exit` is called when it has been reaped."""
         self._spared[pid] = on_exit
 
-    def _on_sigchld(self, *_: object) -> None:
-        if not self._woken:
-            self._woken = True
-            self.loop.call_soon_threadsafe(self.reap)
+    def _on_sigchld(self) -> None:
+        os.read(self._signal_fd, _SIGINFO_BYTES)
+        self.reap()
 
     def reap(self) -> None:
-        """Reap whatever has exited."""
-        self._woken = False
+        """Reap whatever has exited, and sweep once for all of it."""
+        self._reaping = True
+        try:
+            self._reap_all()
+        finally:
+            self._reaping = False
+        if self._released:
+            self._released = False
+            self._sweep_released()
+
+    def _reap_all(self) -> None:
         while True:
             try:
                 found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -2276,6 +2325,12 @@ class Reaper:
     def release(self, process: Process) -> None:
         """The call has its answer: kill what its process has left behind."""
         self._forget(process)
+        if self._reaping:
+            self._released = True
+        else:
+            self._sweep_released()
+
+    def _sweep_released(self) -> None:
         if self._sweep():
             self._start_sweeping()
 
@@ -2392,7 +2447,8 @@ class Reaper:
 
     def close(self) -> None:
         """Stop watching; no child may be left."""
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        self.ready.close()
+        os.close(self._signal_fd)
         os.close(self._children_fd)
 
 
@@ -2517,9 +2573,9 @@ class Process:
         self._waits: dict[int, Wait] = {}
         self._timers: list[asyncio.TimerHandle] = []
         reaper.add(self)
-        self._loop.add_reader(pipes.stdout, self._on_stdout)
+        self._reaper.ready.add(pipes.stdout, self._on_stdout)
         if pipes.stderr >= 0:
-            self._loop.add_reader(pipes.stderr, self._on_stderr)
+            self._reaper.ready.add(pipes.stderr, self._on_stderr)
 
     async def run(self, body: AsyncIterator[bytes], deadline_s: float | None) -> Ending:
         """Feed `body` to the process, collect its output, wait for its end and return it.
@@ -2629,11 +2685,11 @@ class Process:
     def _collect(self, data: bytes) -> None:
         if not data:
             self._at_eof = True
-            self._loop.remove_reader(self._pipes.stdout)
+            self._reaper.ready.remove(self._pipes.stdout)
             return
         self.output.append(data)
         if self.output.bytes_count > SPILL_BYTES:
-            self._loop.remove_reader(self._pipes.stdout)
+            self._reaper.ready.remove(self._pipes.stdout)
             self._spiller = self._loop.create_task(self._spill())
 
     def _drain(self) -> None:
@@ -2685,14 +2741,14 @@ class Process:
         except BlockingIOError:
             return
         if not data:
-            self._loop.remove_reader(self._pipes.stderr)
+            self._reaper.ready.remove(self._pipes.stderr)
             return
         if log.is_full():
             log.drop(data.count(b"\n"))
             return
         self._pipes.stderr_lines.feed(data)
         if self._pipes.stderr_lines.emit(LINES_AT_ONCE_COUNT):
-            self._loop.remove_reader(self._pipes.stderr)
+            self._reaper.ready.remove(self._pipes.stderr)
             self._loop.call_soon(self._emit_stderr)
 
     def _emit_stderr(self) -> None:
@@ -2702,7 +2758,7 @@ class Process:
         if self._pipes.stderr_lines.emit(LINES_AT_ONCE_COUNT):
             self._loop.call_soon(self._emit_stderr)
         else:
-            self._loop.add_reader(self._pipes.stderr, self._on_stderr)
+            self._reaper.ready.add(self._pipes.stderr, self._on_stderr)
 
     # Input.
 
@@ -2776,10 +2832,10 @@ class Process:
         self._unwatch(self._pipes.stdin)
         self._pipes.close_stdin()
         if self._pipes.stderr >= 0:
-            self._loop.remove_reader(self._pipes.stderr)
+            self._reaper.ready.remove(self._pipes.stderr)
             self._drain_stderr()
         if self._spiller is None or self._spiller.done():
-            self._loop.remove_reader(self._pipes.stdout)
+            self._reaper.ready.forget(self._pipes.stdout)
             self._pipes.close()
         else:
             self._spiller.add_done_callback(lambda _: self._pipes.close())
