@@ -1,0 +1,86 @@
+"""The server's wire: an answer built at once has the bytes that h11 gives it piece by piece, whatever follows it."""
+
+from __future__ import annotations
+
+import h11
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from faashound.watchdog import Header, ServerWire, Sign
+
+POST = b"POST /a HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\nhello"
+NEXT = b"GET /b HTTP/1.1\r\nHost: h\r\n\r\n"
+UNUSUAL = [NEXT.replace(b"GET", b"HEAD"), NEXT.replace(b"1.1", b"1.0"), NEXT[:-2] + b"Connection: close\r\n\r\n"]
+TYPE = (b"Content-Type", b"text/plain")
+
+names = st.from_regex(rb"X-[A-Za-z0-9-]{1,20}", fullmatch=True)
+values = st.from_regex(rb"(?:[\x21-\x7e\x80-\xff]+(?: [\x21-\x7e\x80-\xff]+)*)?", fullmatch=True)
+headers_lists = st.lists(st.tuples(names, values), max_size=6)
+
+
+def received(request: bytes) -> ServerWire:
+    """Return a wire that has taken `request` and handed on its events."""
+    wire = ServerWire()
+    wire.feed(request)
+    drain(wire)
+    return wire
+
+
+def drain(wire: ServerWire) -> list[object]:
+    """Return all events that a wire has, up to the sign that there are no more."""
+    events: list[object] = []
+    while True:
+        events.append(wire.next_event())
+        if events[-1] in (Sign.NEED_DATA, Sign.PAUSED, Sign.CLOSED):
+            return events
+
+
+def in_pieces(wire: ServerWire, status: int, headers: list[Header], body: bytes, close: bool) -> bytes:
+    """Return the answer as h11 builds it."""
+    head = wire.build_head(status, headers, len(body), close)
+    return head + (wire.build_chunk(body) if body else b"") + wire.end()
+
+
+@given(
+    request=st.sampled_from([POST, NEXT, *UNUSUAL]),
+    status=st.sampled_from([200, 202, 204, 304, 404, 500]),
+    headers=headers_lists,
+    body=st.binary(max_size=40),
+    close=st.booleans(),
+    behind=st.sampled_from([b"", NEXT, b"\r\n" + NEXT, NEXT[:9]]),
+)
+def test_answer_and_what_follows_are_the_same_when_built_whole_as_when_built_in_pieces(
+    request: bytes, status: int, headers: list[Header], body: bytes, close: bool, behind: bytes
+) -> None:
+    if status in (204, 304):
+        body = b""
+    one, other = received(request + behind), received(request + behind)
+    assert one.build_whole(status, headers, body, len(body), close) == in_pieces(other, status, headers, body, close)
+    goes_on = one.next_cycle()
+    assert goes_on == other.next_cycle()
+    if goes_on:
+        assert one.started == other.started
+        assert drain(one) == drain(other)
+        one.feed(NEXT[9:] if behind == NEXT[:9] else NEXT)
+        other.feed(NEXT[9:] if behind == NEXT[:9] else NEXT)
+        assert drain(one) == drain(other)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        (b"X-A", b"a\r\nX-Evil: 1"),
+        (b"X-A", b"a\nb"),
+        (b"X-A", b"a\0"),
+        (b"X A", b"a"),
+        (b"X-A:", b"a"),
+        (b"", b"a"),
+        (b"Content-Length", b"3"),
+        (b"transfer-encoding", b"chunked"),
+    ],
+    ids=["line-break", "newline", "nul", "space-in-name", "colon-in-name", "no-name", "length", "coding"],
+)
+def test_wire_refuses_to_send_a_field_when_it_could_change_the_framing(field: Header) -> None:
+    with pytest.raises(h11.LocalProtocolError):
+        received(POST).build_whole(200, [TYPE, field], b"x", 1, close=False)
