@@ -31,6 +31,7 @@ import contextlib
 import dataclasses
 import difflib
 import re
+import socket
 import sys
 import tomllib
 import urllib.parse
@@ -378,9 +379,10 @@ def _check_environment(name: str, environment: Mapping[str, str], report: _Repor
 def watchdog_settings(settings: Mapping[str, str]) -> dict[str, str]:
     """Return the environment that tells a local watchdog what the file says, and what it is to be without a file.
 
-    Nothing probes it, so it need not stay up unhealthy after SIGTERM; its socket is inherited.
+    Nothing probes it, so it need not stay up unhealthy after SIGTERM; its socket is inherited.  One process is enough
+    where functions share the processors with each other and with the gateway.
     """
-    return {"healthcheck_interval": "0", **settings, "metrics_port": "0", "suppress_lock": "true"}
+    return {"healthcheck_interval": "0", "workers": "1", **settings, "metrics_port": "0", "suppress_lock": "true"}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -422,24 +424,28 @@ class LocalFunctions:
             for name, value in environ.items()
             if name in _SHARED or not (name in hidden or name in _ROWS or name.startswith(_RESERVED_PREFIXES))
         }
+        self._listeners: dict[str, socket.socket] = {}
         self._addresses: dict[str, tuple[str, int]] = {}
         self._children: dict[str, Child] = {}
         self._keeper: Keeper | None = None
         self._cleanup = contextlib.ExitStack()
 
-    def start(self) -> None:
-        """Open every socket and start every watchdog; from then on `table` has the url of each local function.
+    def open(self) -> None:
+        """Open every socket; from then on `table` has the url of each local function.
 
-        Call it once, inside the running loop; `stop` must follow.  Raises OSError, with nothing left open.
+        Call it once; `stop` must follow.  Raises OSError, with nothing left open.
         """
         with contextlib.ExitStack() as stack:
             names = [name for name, function in self.table.items() if function.local]
-            listeners = {name: stack.enter_context(listen_on_loopback()) for name in names}
-            self._keeper = Keeper()
+            self._listeners = {name: stack.enter_context(listen_on_loopback()) for name in names}
             self._cleanup = stack.pop_all()
-        self._addresses = {name: listener.getsockname() for name, listener in listeners.items()}
+        self._addresses = {name: listener.getsockname() for name, listener in self._listeners.items()}
         self.table = {name: self._with_url(function) for name, function in self.table.items()}
-        for name, listener in listeners.items():
+
+    def start(self) -> None:
+        """Start every watchdog; once, after `open`, inside the running loop."""
+        self._keeper = Keeper()
+        for name, listener in self._listeners.items():
             environ = self._environ(self.table[name])
             self._children[name] = self._keeper.start(f"the watchdog of {name}", self._command, environ, listener)
 

@@ -42,8 +42,8 @@ from functools import lru_cache
 from ipaddress import ip_address
 from pathlib import Path
 
-import prometheus_client
 import uvloop
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from .callbacks import (
     CALLBACK_PROOF,
@@ -89,18 +89,24 @@ from .watchdog import (
     CLIENT_GONE_STATUS,
     LONGEST_DURATION_S,
     TEXT_PLAIN,
+    WORKERS_HELP,
+    Aftercare,
     BadSettings,
     BodyTooLarge,
     CannotStart,
     Client,
     ClientResponse,
+    Doors,
+    Duty,
     FaashoundError,
     Header,
+    Histogram,
     MethodNotAllowed,
     NotReady,
     PeerGone,
     Request,
     Response,
+    Seat,
     Server,
     ServerTimeouts,
     Signals,
@@ -108,7 +114,7 @@ from .watchdog import (
     UpstreamTimeout,
     Url,
     call_id_of,
-    describe_socket,
+    cumulated,
     drain_server,
     end_to_end,
     error_response,
@@ -118,7 +124,7 @@ from .watchdog import (
     help_text,
     log,
     lookalikes,
-    open_sockets,
+    open_doors,
     parse_bool,
     parse_choice,
     parse_duration,
@@ -128,7 +134,9 @@ from .watchdog import (
     parse_size,
     parse_text,
     parse_url,
+    parse_workers,
     read_file,
+    run_members,
     serve_metrics,
     setting,
     settings_table,
@@ -182,6 +190,7 @@ class Settings(NatsSettings):
         "local: run a worker beside the gateway",
         default_note="local with a spool, else none",
     )
+    workers: int = setting("workers", "1", parse_workers, WORKERS_HELP)
     max_body_bytes: int = setting(
         "max_body", "512MiB", parse_size, "largest body of an asynchronous call, above it 413"
     )
@@ -404,47 +413,20 @@ class GatewayMetrics:
     function has answered to it, and as "other" until then.
     """
 
-    def __init__(self) -> None:
-        self.registry = prometheus_client.CollectorRegistry()
+    def __init__(self, seat: Seat) -> None:
+        self._seat = seat
         self._answered: set[str] = set()
-        self._total = prometheus_client.Counter(
-            "gateway_function_invocation",
-            "Function invocations, by outcome",
-            ("function_name", "code"),
-            registry=self.registry,
-        )
-        self._started = prometheus_client.Gauge(  # OpenFaaS's counter has no _total, which a Counter would append
-            "gateway_function_invocation_started",
-            "Function invocations begun",
-            ("function_name",),
-            registry=self.registry,
-        )
-        self._seconds = prometheus_client.Histogram(
-            "gateway_functions_seconds", "Function time taken", ("function_name", "code"), registry=self.registry
-        )
-        self._submitted = prometheus_client.Counter(
-            "gateway_async_submissions", "Asynchronous calls submitted, by outcome", ("code",), registry=self.registry
-        )
-        self._queue = prometheus_client.Gauge(
-            "gateway_queue_calls", "Asynchronous calls, by state", ("state",), registry=self.registry
-        )
-        self._dead_callbacks = prometheus_client.Gauge(
-            "gateway_queue_dead_callbacks", "Results that could not be delivered", registry=self.registry
-        )
-        self._oldest = prometheus_client.Gauge(
-            "gateway_queue_oldest_due_seconds", "How long the oldest due call has waited", registry=self.registry
-        )
+        self._stats: Stats | None = None
 
     def begin(self, function: Function | None, *, listed: bool) -> str:
         """Count the start of an invocation; return the label that `end` is to be given."""
         label = function.name if function and (listed or function.name in self._answered) else "other"
-        self._started.labels(label).inc()
+        self._seat.cell(f"started {label}", 1)[0] += 1
         return label
 
     def end(self, label: str, status: int, duration_s: float) -> None:
         """Count the end of an invocation."""
-        self._total.labels(label, str(status)).inc()
-        self._seconds.labels(label, str(status)).observe(duration_s)
+        Histogram.at(self._seat, f"seconds {label} {status}").observe(duration_s)
 
     def answered(self, name: str) -> None:
         """There is a function of this name."""
@@ -453,14 +435,49 @@ class GatewayMetrics:
 
     def submitted(self, status: int) -> None:
         """Count a submission."""
-        self._submitted.labels(str(status)).inc()
+        self._seat.cell(f"submitted {status}", 1)[0] += 1
 
     def show_queue(self, stats: Stats) -> None:
-        """Set the figures of the queue."""
-        for state in State:
-            self._queue.labels(state.value).set(stats.by_state.get(state, 0))
-        self._dead_callbacks.set(stats.callback_dead_count)
-        self._oldest.set(stats.oldest_due_age_s or 0.0)
+        """Have the figures of the queue shown, from now on."""
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metrics of all processes; prometheus_client asks for them."""
+        labels = ("function_name", "code")
+        total = CounterMetricFamily("gateway_function_invocation", "Function invocations, by outcome", labels=labels)
+        seconds = HistogramMetricFamily("gateway_functions_seconds", "Function time taken", labels=labels)
+        # A gauge: OpenFaaS's counter has no _total, which a counter's name would end with.
+        started = GaugeMetricFamily(
+            "gateway_function_invocation_started", "Function invocations begun", labels=("function_name",)
+        )
+        submitted = CounterMetricFamily(
+            "gateway_async_submissions", "Asynchronous calls submitted, by outcome", labels=("code",)
+        )
+        for key, numbers in self._seat.board.tally.totals().items():
+            kind, *label = key.split()
+            if kind == "seconds":
+                buckets, sum_s = cumulated(numbers)
+                total.add_metric(label, buckets[-1][1])
+                seconds.add_metric(label, buckets, sum_s)
+            else:
+                (started if kind == "started" else submitted).add_metric(label, numbers[0])
+        yield from (total, started, seconds, submitted)
+        if self._stats is not None:
+            yield from queue_metrics(self._stats)
+
+
+def queue_metrics(stats: Stats) -> Iterator[Metric]:
+    """Yield the figures of the queue as metrics."""
+    calls = GaugeMetricFamily("gateway_queue_calls", "Asynchronous calls, by state", labels=("state",))
+    for state in State:
+        calls.add_metric((state.value,), stats.by_state.get(state, 0))
+    yield calls
+    yield GaugeMetricFamily(
+        "gateway_queue_dead_callbacks", "Results that could not be delivered", value=stats.callback_dead_count
+    )
+    yield GaugeMetricFamily(
+        "gateway_queue_oldest_due_seconds", "How long the oldest due call has waited", value=stats.oldest_due_age_s or 0
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -501,8 +518,9 @@ class Gateway:
         queue: Queue,
         policy: CallbackPolicy,
         credentials: Credentials | None,
+        seat: Seat,
     ) -> None:
-        self.metrics = GatewayMetrics()
+        self.metrics = GatewayMetrics(seat)
         self.client = Client()
         self.draining = False
         self._waits: set[asyncio.Timeout] = set()
@@ -549,7 +567,7 @@ class Gateway:
             self.metrics.show_queue(await self._queue.stats())
         except FaashoundError as error:  # the other figures matter most when the queue is in trouble
             log.warning(f"no figures of the queue: {error}")
-        return await serve_metrics(self.metrics.registry, request)
+        return await serve_metrics(self.metrics, request)
 
     def _is_worker(self, request: Request) -> bool:
         return hmac.compare_digest(request.header(WORKER_TOKEN.lower()) or b"", self._token)
@@ -928,6 +946,7 @@ def hidden_names() -> set[str]:
 # then no more connections, what is in flight finishes within upstream_timeout, and the local functions end.
 # ---------------------------------------------------------------------------------------------------------------
 
+WORKER_GONE_POLL_S = 0.05
 FUNCTIONS_GRACE_S = 10.0  # for watchdogs whose requests are over already
 WORKER_COMMAND = (sys.executable, "-m", "faashound.worker")
 
@@ -978,52 +997,56 @@ def timeout_warnings(plan: Plan) -> Iterator[str]:
                 )
 
 
-async def serve(plan: Plan, environ: Mapping[str, str], sockets: Sequence[socket.socket]) -> int:
+async def serve(plan: Plan, local: LocalFunctions, doors: Doors, duty: Duty) -> int:
     """Serve until told to stop; return the exit status."""
     settings, loop = plan.settings, asyncio.get_running_loop()
     signals = Signals(loop)
-    watch_lifeline(loop, environ, signals.stop_now)
-    url = local_url(sockets)
-    if plan.worker is not None and url is None:
-        raise CannotStart("the local worker calls functions over TCP and was given a Unix socket; worker=none")
+    watch_lifeline(loop, duty.lifeline_fd, signals.stop_now)
+    url = local_url(doors.own)
     async with AsyncExitStack() as stack:
-        gateway = await assemble(stack, plan, environ, url)
-        server = Server(
-            gateway, ServerTimeouts(settings.read_timeout_s, settings.write_timeout_s, settings.read_timeout_s)
-        )
-        for sock in sockets:
-            await server.listen(sock)
-            log.info(f"Listening on port: {describe_socket(sock)}")
-        tell_what_is_served(plan, url, sockets)
+        gateway = await assemble(stack, plan, local, url, duty.seat)
+        metrics_server = start_metrics(doors.metrics, gateway.serve_metrics)
+        stack.callback(metrics_server.abort)
+        timeouts = ServerTimeouts(settings.read_timeout_s, settings.write_timeout_s, settings.read_timeout_s)
+        server = Server(gateway, timeouts, seat=duty.seat)
+        for sock in doors.own:
+            server.listen(sock)
+        duty.on_serving()
         keeper = Keeper()
         stack.push_async_callback(keeper.stop, 0.0)
-        if plan.worker is not None:
+        if duty.seat.is_first and plan.worker is not None:
             keeper.start("the worker", WORKER_COMMAND, {**plan.worker, "gateway_url": url or ""})
         await signals.first.wait()
         gateway.drain()
-        await finished_first(keeper.stop(LONGEST_DURATION_S), signals.second.wait())
+        await finished_first(worker_gone(keeper, duty.seat), signals.second.wait())
         await keeper.stop(0.0)
         return await drain_server(server, signals, settings.upstream_timeout_s)
 
 
-async def assemble(stack: AsyncExitStack, plan: Plan, environ: Mapping[str, str], url: str | None) -> Gateway:
-    """Return the gateway with all that is behind it at work: queue, local functions, metrics, housekeeping.
+async def worker_gone(keeper: Keeper, seat: Seat) -> None:
+    """Let the local worker drain; where it is another process's, wait until that one has seen to it."""
+    await keeper.stop(LONGEST_DURATION_S)
+    while not seat.is_first and seat.board.serving[0]:  # noqa: ASYNC110 - another process sets no event of ours
+        await asyncio.sleep(WORKER_GONE_POLL_S)
 
-    `stack` ends it all.  Raises CannotStart and the queue's errors.
+
+async def assemble(stack: AsyncExitStack, plan: Plan, local: LocalFunctions, url: str | None, seat: Seat) -> Gateway:
+    """Return the gateway with all that is behind it at work: the queue and, in the first process, what there is once.
+
+    That is the local functions and the housekeeping.  `stack` ends it all.  Raises CannotStart and the queue's errors.
     """
     settings = plan.settings
     credentials = load_credentials(settings)
     queue = await open_queue(settings.queue_url, settings)
     stack.push_async_callback(queue.close)
+    if seat.is_first:
+        local.start()
+        stack.push_async_callback(local.stop, FUNCTIONS_GRACE_S)
+        stack.callback(asyncio.create_task(keep_house(queue, settings)).cancel)
     policy = build_policy([url] if url else [], settings.callback_allow)
-    local = LocalFunctions(plan.functions, environ=environ, hidden=hidden_names())
-    local.start()
-    stack.push_async_callback(local.stop, FUNCTIONS_GRACE_S)
-    gateway = Gateway(settings, Functions(local.table, settings.function_url), queue, policy, credentials)
+    functions = Functions(local.table, settings.function_url)
+    gateway = Gateway(settings, functions, queue, policy, credentials, seat)
     stack.push_async_callback(gateway.client.close)
-    metrics_server = await start_metrics(settings.host, settings.metrics_port, gateway.serve_metrics)
-    stack.callback(metrics_server.abort)
-    stack.callback(asyncio.create_task(keep_house(queue, settings)).cancel)
     return gateway
 
 
@@ -1046,13 +1069,31 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     try:
         for warning in lookalikes(Settings, environ):
             log.warning(warning)
-        sockets = open_sockets(plan.settings.host, plan.settings.port, environ)
-        return uvloop.run(serve(plan, environ, sockets))
+        return run(plan, environ)
     except FaashoundError as error:
         log.error(str(error))
         return 1
     finally:
         log.flush()
+
+
+def run(plan: Plan, environ: Mapping[str, str]) -> int:
+    """Open what is shared by all processes, and serve in them; return the exit status."""
+    settings = plan.settings
+    doors = open_doors(settings.host, settings.port, settings.metrics_port, environ)
+    if plan.worker is not None and local_url(doors.own) is None:
+        raise CannotStart("the local worker calls functions over TCP and was given a Unix socket; worker=none")
+    local = LocalFunctions(plan.functions, environ=environ, hidden=hidden_names())
+    local.open()
+
+    def on_serving() -> None:
+        doors.announce()
+        tell_what_is_served(plan, local_url(doors.own), doors.own)
+
+    def serve_in_loop(duty: Duty) -> int:
+        return uvloop.run(serve(plan, local, doors, duty))
+
+    return run_members(settings.workers, serve_in_loop, doors, environ, Aftercare(), on_serving)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ import errno
 import fcntl
 import gc
 import http
+import importlib
 import io
 import itertools
 import json
@@ -53,18 +54,21 @@ import tempfile
 import time
 import traceback
 import urllib.parse
+from bisect import bisect_left
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, aclosing, suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property, lru_cache, partial
-from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar, cast
 
 import h11
-import prometheus_client
 import psutil
 import uvloop
+
+if TYPE_CHECKING:
+    from prometheus_client import Metric
 
 VERSION = "0.1.0"
 
@@ -76,6 +80,16 @@ MAX_HEAD_BYTES = 65536  # request line and fields; nginx allows 32 KiB, Go 1 MiB
 BUFFERED_BYTES = 262144  # of a body that waits for its consumer before reading stops: four reads of the loop
 BACKLOG = 1024  # connections that the kernel keeps for us while the loop is busy (capped by net.core.somaxconn)
 MAX_LISTEN_FDS_COUNT = 64  # of socket activation
+MAX_WORKERS_COUNT = 64  # processes that share a port
+AUTO_WORKERS_COUNT = 4  # of them if nobody says how many: with its functions a loop keeps two processors busy or more
+ACCEPTS_COUNT = 64  # connections in one turn of the loop
+TURN_S = 0.002  # a new connection waits so long for the process that has the fewest
+LATE_S = 0.1  # for the first byte on a connection that was accepted as a drain began
+ACCEPT_PAUSE_S = 0.1  # when there are no descriptors for another connection
+TALLY_BYTES = 1 << 23  # room for what one process counts; only what is used takes memory
+FIRST_RESTART_S = 0.1  # of a process of ours that has died, and then longer each time
+LONGEST_RESTART_S = 30.0
+PROVEN_AFTER_S = 10.0  # one that has lived so long starts its delays from the beginning
 LINGER_S = 2.0  # after a refusal: how long the client may go on sending before the connection is cut
 LINGER_BYTES = 1 << 24  # ... and how much
 CONNECT_TIMEOUT_S = 10.0  # curl waits 300 s, Go's default transport 30 s; behind us is a local network
@@ -116,6 +130,10 @@ class FaashoundError(Exception):
 
     status: ClassVar[int] = 500
     headers: Sequence[tuple[bytes, bytes]] = ()
+
+
+def _strerror(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()
 
 
 class BadSettings(FaashoundError):
@@ -200,6 +218,29 @@ def parse_port(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,5}", text, re.ASCII) or int(text) > 65535:
         raise ValueError("allowed: a port from 0 to 65535")
     return int(text)
+
+
+def parse_workers(text: str) -> int:
+    """Return how many processes are to share a port, 1 to MAX_WORKERS_COUNT; `auto` is one for each processor, to 4."""
+    if text == "auto":
+        return min(usable_processors_count(), AUTO_WORKERS_COUNT)
+    if not re.fullmatch(r"[0-9]{1,3}", text, re.ASCII) or not 1 <= int(text) <= MAX_WORKERS_COUNT:
+        raise ValueError(f"allowed: auto, or a whole number from 1 to {MAX_WORKERS_COUNT}")
+    return int(text)
+
+
+WORKERS_HELP = f"processes that share the port; auto: one per usable processor, at most {AUTO_WORKERS_COUNT}"
+
+
+def usable_processors_count() -> int:
+    """Return how many processors this process may keep busy: its affinity, and the quota of its control group."""
+    count = len(os.sched_getaffinity(0))
+    try:
+        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
+            quota, period = file.read().split()
+    except (OSError, ValueError):  # not the second version of control groups, or none at all
+        return count
+    return count if quota == "max" else max(1, min(count, int(quota) // int(period)))
 
 
 _SIZE_UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -384,6 +425,7 @@ class Settings:
     )
     max_body_bytes: int = setting("max_body", "0", parse_size, "largest request body, above it 413; 0 is no limit")
     max_inflight: int = setting("max_inflight", "0", parse_count, "requests at once; above it 429; 0 is no limit")
+    workers: int = setting("workers", "auto", parse_workers, WORKERS_HELP)
     prewarm: int = setting("prewarm", "0", parse_count, "processes that wait, started, for their request; 0 is none")
     cgi_headers: bool = setting("cgi_headers", "true", parse_bool, "request facts as Http_* environment variables")
     marshal_request: bool = setting("marshal_request", "false", parse_bool, "stdin is JSON of headers and base64 body")
@@ -557,6 +599,152 @@ def _quoted(value: object) -> str:
 
 
 log = Log()
+
+# ---------------------------------------------------------------------------------------------------------------
+# What the processes of one program share.  With workers=N there are N that accept from the same sockets, each with a
+# loop of its own; what an operator set or looks at is meant for all of them together.  It stands in memory that they
+# share since the first forked the others: on the board a row of numbers for each, and each one's tallies.
+# Everybody reads all, but writes only what is his own, so counting needs no lock and survives whoever counted.  Only
+# to admit up to a limit takes one (a record lock, fcntl(2): the kernel takes it back when its holder dies).
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Tally:
+    """Sums under a key: a counter is one number, a histogram its sum and its buckets.
+
+    Each member writes into its own region: entries of the key's length, how many numbers, the key, the numbers.
+    """
+
+    def __init__(self, members_count: int) -> None:
+        self._memory = mmap.mmap(-1, TALLY_BYTES * members_count)
+        self._regions = [
+            memoryview(self._memory)[start : start + TALLY_BYTES]
+            for start in range(0, TALLY_BYTES * members_count, TALLY_BYTES)
+        ]
+        self._scratch = memoryview(bytearray(8 * 64)).cast("d")
+
+    def cell(self, index: int, key: str, size: int) -> memoryview[float]:
+        """Return `size` numbers that member `index` may add to; once for each key, whose numbers are zero then.
+
+        A region that is full takes no more keys; what is added to their numbers is lost.
+        """
+        region, name = self._regions[index], key.encode()
+        used_bytes = int.from_bytes(region[:8], "little") or 8
+        start = used_bytes + 8 + -(-len(name) // 8) * 8
+        if start + 8 * size > TALLY_BYTES:
+            return self._scratch
+        region[used_bytes : used_bytes + 8] = len(name).to_bytes(4, "little") + size.to_bytes(4, "little")
+        region[used_bytes + 8 : used_bytes + 8 + len(name)] = name
+        region[:8] = (start + 8 * size).to_bytes(8, "little")  # last: whoever reads meanwhile sees the entry whole
+        return region[start : start + 8 * size].cast("d")
+
+    def totals(self) -> dict[str, list[float]]:
+        """Return the sums over all members."""
+        totals: dict[str, list[float]] = {}
+        for region in self._regions:
+            for key, values in _entries(region):
+                mine = totals.setdefault(key, [0.0] * len(values))
+                totals[key] = [one + other for one, other in zip(mine, values, strict=True)]
+        return totals
+
+    def adopt(self, index: int) -> dict[str, memoryview[float]]:
+        """Return the cells that a member which has died left to the one that takes its place."""
+        return dict(_entries(self._regions[index]))
+
+
+def _entries(region: memoryview) -> Iterator[tuple[str, memoryview[float]]]:
+    at, end = 8, int.from_bytes(region[:8], "little")
+    while at < end:
+        length = int.from_bytes(region[at : at + 4], "little")
+        size = int.from_bytes(region[at + 4 : at + 8], "little")
+        start = at + 8 + -(-length // 8) * 8
+        yield bytes(region[at + 8 : at + 8 + length]).decode(), region[start : start + 8 * size].cast("d")
+        at = start + 8 * size
+
+
+class Board:
+    """A row for each process: requests in flight, connections, whether it serves.  Made before they are forked."""
+
+    def __init__(self, members_count: int = 1) -> None:
+        self.members_count = members_count
+        self.tally = Tally(members_count)
+        rows = memoryview(mmap.mmap(-1, 3 * 8 * members_count)).cast("q")
+        self.in_flight = rows[:members_count]
+        self.connections = rows[members_count : 2 * members_count]
+        self.serving = rows[2 * members_count :]
+        self.lock_fd = os.memfd_create("faashound", os.MFD_CLOEXEC) if members_count > 1 else -1
+
+    def clear(self, index: int) -> None:
+        """Forget a member that has died; what it has counted stays."""
+        self.in_flight[index] = self.connections[index] = self.serving[index] = 0
+
+
+class Seat:
+    """One process's place at the board; `on_change` is called when it begins or ends to accept connections."""
+
+    def __init__(self, board: Board, index: int = 0, on_change: Callable[[], None] = lambda: None) -> None:
+        self.board = board
+        self.index = index
+        self._on_change = on_change
+        self._cells = board.tally.adopt(index)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there are no other processes."""
+        return self.board.members_count == 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether what there is only once is this process's business."""
+        return self.index == 0
+
+    @property
+    def in_flight_count(self) -> int:
+        """The requests in flight in all processes."""
+        return sum(self.board.in_flight)
+
+    def serves(self, truth: bool) -> None:
+        """Tell whether this process accepts connections."""
+        self.board.serving[self.index] = truth
+        self._on_change()
+
+    def enter(self, limit_count: int) -> bool:
+        """Count a request in, unless that would make more than `limit_count` in all processes; 0 is no limit."""
+        locked = limit_count > 0 and not self.is_alone
+        if locked:
+            fcntl.lockf(self.board.lock_fd, fcntl.LOCK_EX)
+        admitted = not limit_count or self.in_flight_count < limit_count
+        self.board.in_flight[self.index] += admitted
+        if locked:
+            fcntl.lockf(self.board.lock_fd, fcntl.LOCK_UN)
+        return admitted
+
+    def leave(self) -> None:
+        """Count a request out."""
+        self.board.in_flight[self.index] -= 1
+
+    def share_of(self, count: int) -> int:
+        """Return this process's part of `count`, rounded up."""
+        return -(-count // self.board.members_count)
+
+    def cell(self, key: str, size: int) -> memoryview[float]:
+        """Return this process's numbers under `key`."""
+        found = self._cells.get(key)
+        if found is None:
+            found = self._cells[key] = self.board.tally.cell(self.index, key, size)
+        return found
+
+    def is_next(self) -> bool:
+        """Tell whether a new connection is for this process: none that serves has much fewer.
+
+        Some lead is allowed, or many that come at once would be taken one by one, with a wait for each.
+        """
+        if self.is_alone:
+            return True
+        mine, connections, serving = self.board.connections[self.index], self.board.connections, self.board.serving
+        others = (connections[each] for each in range(self.board.members_count) if serving[each])
+        return all(mine <= other + other // 4 + 1 for other in others)
+
 
 # ---------------------------------------------------------------------------------------------------------------
 # HTTP policy (sans-I/O).  All framing is h11's; what stands here is what h11 leaves to its user, or lets through:
@@ -1221,11 +1409,82 @@ class EpollSet:
         self._epoll.close()
 
 
+class Listener:
+    """Accepts from a listening socket, in turns with the other processes that do: who has the fewest connections first.
+
+    The kernel wakes everybody for each connection and cares little who gets it; a client that keeps its connections
+    could load one loop for long and leave another idle.  Whoever is not next takes what is still there after TURN_S.
+    Whoever is takes all that wait: the loop's own server takes one in a turn, and the last of many waited for long.
+    """
+
+    def __init__(self, sock: socket.socket, make: Callable[[], ServerConnection], seat: Seat) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._sock = sock
+        self._make = make
+        self._seat = seat
+        self._opening: set[asyncio.Task[Any]] = set()
+        self._pause: asyncio.TimerHandle | None = None
+        sock.setblocking(False)
+        sock.listen(BACKLOG)  # one that was inherited may have been given less
+        self._loop.add_reader(sock.fileno(), self._on_connection)
+
+    def _on_connection(self) -> None:
+        for _ in range(ACCEPTS_COUNT):
+            if not self._seat.is_next():
+                self._rest(TURN_S)
+                return
+            if not self._accept():
+                return
+
+    def _rest(self, seconds: float) -> None:
+        self._loop.remove_reader(self._sock.fileno())
+        self._pause = self._loop.call_later(seconds, self._go_on)
+
+    def _go_on(self) -> None:
+        self._pause = None
+        self._loop.add_reader(self._sock.fileno(), self._on_connection)
+        self._accept()
+
+    def _accept(self) -> bool:
+        """Accept a connection; tell whether there may be more."""
+        try:
+            connection, _ = self._sock.accept()
+        except ConnectionError:  # that client has gone again
+            return True
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            log.error(f"cannot accept a connection: {_strerror(error)}")
+            self._rest(ACCEPT_PAUSE_S)
+            return False
+        self._seat.board.connections[self._seat.index] += 1
+        task = self._loop.create_task(self._open(connection))
+        self._opening.add(task)
+        task.add_done_callback(self._opening.discard)
+        return True
+
+    async def _open(self, connection: socket.socket) -> None:
+        try:
+            await self._loop.connect_accepted_socket(self._make, connection)
+        except OSError as error:
+            log.info(f"a connection could not be opened: {_strerror(error)}")
+            connection.close()
+            self._seat.board.connections[self._seat.index] -= 1
+
+    def close(self) -> None:
+        """Accept no more."""
+        if self._pause is not None:
+            self._pause.cancel()
+        else:
+            self._loop.remove_reader(self._sock.fileno())
+        self._sock.close()
+
+
 class Server:
     """Serves `handler` on any number of listening sockets.
 
     `on_refused` is told of each request that was answered without a handler: the request, None if it had no valid head,
-    and the error.
+    and the error.  `seat` tells of the other processes that serve the same sockets.
     Obligations: `listen` each socket, then at the end `stop_accepting`, `drained`, `abort`, in this order.
     """
 
@@ -1234,24 +1493,31 @@ class Server:
         handler: Handler,
         timeouts: ServerTimeouts,
         on_refused: Callable[[Request | None, FaashoundError], None] = lambda request, error: None,
+        seat: Seat | None = None,
     ) -> None:
+        self._seat = seat or Seat(Board())
         self.handler = handler
         self.timeouts = timeouts
         self.on_refused = on_refused
         self.draining = False
         self.connections: set[ServerConnection] = set()
-        self._listeners: list[asyncio.AbstractServer] = []
+        self._listeners: list[Listener] = []
         self._date: tuple[int, bytes] = (0, b"")
 
-    async def listen(self, sock: socket.socket) -> None:
+    def listen(self, sock: socket.socket) -> None:
         """Accept connections on `sock`, bound already, TCP or Unix; the server owns it from here."""
-        loop = asyncio.get_running_loop()
-        make = loop.create_unix_server if sock.family == socket.AF_UNIX else loop.create_server
-        self._listeners.append(await make(lambda: ServerConnection(self), sock=sock, backlog=BACKLOG))
+        self._seat.serves(True)
+        self._listeners.append(Listener(sock, lambda: ServerConnection(self), self._seat))
+
+    def forget(self, connection: ServerConnection) -> None:
+        """Connection: it is closed."""
+        self.connections.discard(connection)
+        self._seat.board.connections[self._seat.index] -= 1
 
     def stop_accepting(self) -> None:
         """Close the listening sockets and idle connections; what is in flight goes on and then closes."""
         self.draining = True
+        self._seat.serves(False)
         for listener in self._listeners:
             listener.close()
         for connection in list(self.connections):
@@ -1337,7 +1603,9 @@ class ServerConnection(asyncio.Protocol):
         peername = transport.get_extra_info("peername")
         self._peer = peername[0] if isinstance(peername, tuple) else ""
         self._server.connections.add(self)
-        self._alarm.set(self._loop.time() + self._server.timeouts.idle_s)
+        # One that was accepted just before a drain may have its request on the way.
+        idle_s = LATE_S if self._server.draining else self._server.timeouts.idle_s
+        self._alarm.set(self._loop.time() + idle_s)
 
     def data_received(self, data: bytes) -> None:
         if self._refusal is not None or self._phase is Phase.LINGERING:
@@ -1361,7 +1629,7 @@ class ServerConnection(asyncio.Protocol):
         self._watch_hangup(False)
         self._cancel()
         self.resume_writing()
-        self._server.connections.discard(self)
+        self._server.forget(self)
         self.closed.set()
 
     def pause_writing(self) -> None:
@@ -2265,6 +2533,10 @@ class RootTable:
             self._numbers[slot] = 0
             self._free.append(slot)
 
+    def clear(self) -> None:
+        """Forget all; for a copy that has noted nothing itself, when the process that did is gone."""
+        self._numbers[:] = memoryview(bytes(4 * ROOTS_COUNT)).cast("i")
+
     def pids(self) -> frozenset[int]:
         """Return what is noted."""
         return frozenset(self._numbers) - {0}
@@ -2274,11 +2546,12 @@ _SFD_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK  # SFD_CLOEXEC and SFD_NONBLOCK are th
 _SIGINFO_BYTES = 128
 
 
-def open_signalfd(number: signal.Signals) -> int:
-    """Block a signal in this thread, and return a descriptor that can be read when it is pending (signalfd(2))."""
-    signal.signal(number, signal.SIG_DFL)  # whoever started us may have it ignored, and then there is nothing to reap
-    signal.pthread_sigmask(signal.SIG_BLOCK, (number,))
-    mask = (ctypes.c_ulong * 16)(1 << (number - 1))
+def open_signalfd(*numbers: signal.Signals) -> int:
+    """Block signals in this thread, and return a descriptor that can be read when one is pending (signalfd(2))."""
+    for number in numbers:
+        signal.signal(number, signal.SIG_DFL)  # whoever started us may have SIGCHLD ignored: then nothing is reaped
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    mask = (ctypes.c_ulong * 16)(sum(1 << (number - 1) for number in numbers))
     fd: int = ctypes.CDLL(None, use_errno=True).signalfd(-1, ctypes.byref(mask), _SFD_FLAGS)
     if fd < 0:
         raise OSError(ctypes.get_errno(), "signalfd")
@@ -3114,10 +3387,6 @@ class Pool:
             self._waiting.popleft().discard()
 
 
-def _strerror(error: OSError) -> str:
-    return (error.strerror or str(error)).lower()
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # The application: a request becomes a process, its ending a response.
 # ---------------------------------------------------------------------------------------------------------------
@@ -3185,53 +3454,93 @@ def call_id_of(request: Request) -> str | None:
     return value.decode() if value is not None and _CALL_ID.fullmatch(value) else None
 
 
+# prometheus_client's own buckets, in seconds.
+BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, math.inf)
+
+
+class Histogram(NamedTuple):
+    """How long something took, as it stands in a tally: the sum in seconds, then how many fell into each bucket."""
+
+    cell: memoryview[float]
+
+    @classmethod
+    def at(cls, seat: Seat, key: str) -> Histogram:
+        """Return this process's histogram under `key`."""
+        return cls(seat.cell(key, 1 + len(BUCKETS_S)))
+
+    def observe(self, duration_s: float) -> None:
+        """Count one."""
+        self.cell[0] += duration_s
+        self.cell[1 + bisect_left(BUCKETS_S, duration_s)] += 1
+
+
+def cumulated(numbers: Sequence[float]) -> tuple[list[tuple[str, float]], float]:
+    """Return the buckets and the sum of a histogram's numbers, as prometheus_client takes them."""
+    total, *counts = numbers
+    bounds = [*(str(bound) for bound in BUCKETS_S[:-1]), "+Inf"]
+    return list(zip(bounds, itertools.accumulate(counts), strict=True)), total
+
+
 class HttpMetrics:
-    """The three metrics of the OpenFaaS watchdogs, under the same names."""
+    """The three metrics of the OpenFaaS watchdogs, under the same names, of all processes (a Prometheus collector)."""
 
-    def __init__(self) -> None:
-        self.registry = prometheus_client.CollectorRegistry()
-        self.in_flight_count = 0
-        self._totals = prometheus_client.Counter(
-            "http_requests", "total HTTP requests processed", ("code", "method"), registry=self.registry
-        )
-        self._durations = prometheus_client.Histogram(
-            "http_request_duration_seconds",
-            "Seconds spent serving HTTP requests.",
-            ("code", "method"),
-            registry=self.registry,
-        )
-        prometheus_client.Gauge(
-            "http_requests_in_flight", "total HTTP requests in-flight", registry=self.registry
-        ).set_function(lambda: self.in_flight_count)
-        self._label = lru_cache(maxsize=256)(self._make_label)
+    def __init__(self, seat: Seat) -> None:
+        self._seat = seat
+        self._histogram = lru_cache(maxsize=256)(self._find_histogram)
 
-    def _make_label(self, status: int, method: str) -> tuple[prometheus_client.Counter, prometheus_client.Histogram]:
+    def _find_histogram(self, status: int, method: str) -> Histogram:
         known = method.lower() if method in (*FUNCTION_METHODS, "HEAD", "OPTIONS", "TRACE") else "unknown"
-        return self._totals.labels(str(status), known), self._durations.labels(str(status), known)
+        return Histogram.at(self._seat, f"{status} {known}")
 
     def observe(self, status: int, method: str, duration_s: float) -> None:
         """Count one finished request; an unknown method is no label, or a stranger could fill the memory."""
-        total, duration = self._label(status, method)
-        total.inc()
-        duration.observe(duration_s)
+        self._histogram(status, method).observe(duration_s)
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metrics; prometheus_client asks for them."""
+        core = importlib.import_module("prometheus_client.core")
+        labels = ("code", "method")
+        totals = core.CounterMetricFamily("http_requests", "total HTTP requests processed", labels=labels)
+        durations = core.HistogramMetricFamily(
+            "http_request_duration_seconds", "Seconds spent serving HTTP requests.", labels=labels
+        )
+        for key, numbers in self._seat.board.tally.totals().items():
+            buckets, total_s = cumulated(numbers)
+            totals.add_metric(key.split(), buckets[-1][1])
+            durations.add_metric(key.split(), buckets, total_s)
+        count = self._seat.in_flight_count
+        yield from (totals, durations)
+        yield core.GaugeMetricFamily("http_requests_in_flight", "total HTTP requests in-flight", value=count)
 
 
-async def serve_metrics(registry: prometheus_client.CollectorRegistry, request: Request) -> Response:
+class Collector(Protocol):
+    """What has metrics to show."""
+
+    def collect(self) -> Iterable[Metric]:
+        """Return them."""
+
+
+async def serve_metrics(collector: Collector, request: Request) -> Response:
     """Answer GET /metrics with Prometheus text."""
     if request.path != b"/metrics":
         return Response(404, (TEXT_PLAIN,), b"only /metrics is here\n")
     if request.method != "GET":
         raise MethodNotAllowed(("GET",))
-    kind = prometheus_client.CONTENT_TYPE_LATEST.encode()
-    return Response(200, ((b"Content-Type", kind),), prometheus_client.generate_latest(registry))
+    # Only here, and beside the loop: it takes 27 ms and 4 MiB, for which a function that nobody watches has no use.
+    prometheus = await asyncio.get_running_loop().run_in_executor(None, importlib.import_module, "prometheus_client")
+    registry = prometheus.CollectorRegistry()
+    registry.register(collector)
+    kind = prometheus.CONTENT_TYPE_LATEST.encode()
+    return Response(200, ((b"Content-Type", kind),), prometheus.generate_latest(registry))
 
 
 class Watchdog:
     """Handler of a function's server: health, limits, and one process per request."""
 
-    def __init__(self, settings: Settings, pool: Pool, lock_path: str | None) -> None:
-        self.metrics = HttpMetrics()
+    def __init__(self, settings: Settings, pool: Pool, lock_path: str | None, seat: Seat) -> None:
+        self.metrics = HttpMetrics(seat)
         self.accepting = True
+        self._seat = seat
         self._settings = settings
         self._pool = pool
         self._lock_path = lock_path
@@ -3243,8 +3552,13 @@ class Watchdog:
         if request.path == b"/_/ready":
             return self._ready(request)
         call, status = CallLog(request, self._settings), CLIENT_GONE_STATUS
-        self.metrics.in_flight_count += 1
+        admitted = False
         try:
+            if request.method not in FUNCTION_METHODS:
+                raise MethodNotAllowed(FUNCTION_METHODS)
+            admitted = self._seat.enter(self._settings.max_inflight)
+            if not admitted:
+                raise TooManyRequests(self._settings.max_inflight)
             response = await self._run(request, call)
             status = response.status
             return response
@@ -3258,7 +3572,8 @@ class Watchdog:
             call.failed(request.refusal or ClientGone())
             raise
         finally:
-            self.metrics.in_flight_count -= 1
+            if admitted:
+                self._seat.leave()
             self.metrics.observe(status, request.method, call.elapsed_s())
 
     def on_refused(self, request: Request | None, error: FaashoundError) -> None:
@@ -3279,16 +3594,12 @@ class Watchdog:
         return Response(200, (TEXT_PLAIN,), b"OK")
 
     def _ready(self, request: Request) -> Response:
-        if self._settings.max_inflight and self.metrics.in_flight_count >= self._settings.max_inflight:
+        if self._settings.max_inflight and self._seat.in_flight_count >= self._settings.max_inflight:
             raise TooManyRequests(self._settings.max_inflight)
         return self._health(request)
 
     async def _run(self, request: Request, call: CallLog) -> Response:
         settings = self._settings
-        if request.method not in FUNCTION_METHODS:
-            raise MethodNotAllowed(FUNCTION_METHODS)
-        if settings.max_inflight and self.metrics.in_flight_count > settings.max_inflight:
-            raise TooManyRequests(settings.max_inflight)
         timeout_s = self._timeout(request)
         body = self._limited(request)
         facts = cgi_environment(request) if settings.cgi_headers else {}
@@ -3491,18 +3802,39 @@ def describe_socket(sock: socket.socket) -> str:
     return str(name[1]) if isinstance(name, tuple) else os.fsdecode(name)
 
 
-class Guard:
+class Aftercare:
+    """What is to be done when a member of a crew ends.  Here nothing: what its children are goes with it."""
+
+    def let_go(self) -> None:
+        """This process has become a member."""
+
+    def on_start(self, pid: int) -> None:
+        """A member has been forked."""
+
+    def on_end(self, index: int, pid: int) -> None:
+        """A member has been reaped."""
+
+    def on_other_end(self, pid: int) -> None:
+        """A child of ours that is no member has been reaped."""
+
+
+class Guard(Aftercare):
     """A forked process that waits for our end, however it comes, and then kills what our calls have left.
 
     It knows of it by a pipe whose other end only we hold.  The first is forked before there is any thread; one that has
     been killed is replaced (its own code calls nothing that a thread could have locked).
+    `roots` has a table for each process that runs functions, and a last one for those processes themselves.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, members_count: int = 1) -> None:
         self.instance = secrets.token_hex(8).encode()
-        self.roots = RootTable()
+        self.roots = tuple(RootTable() for _ in range(members_count + 1))
         self._held_fd = -1
         self.pid = self._fork()
+
+    def mark_of(self, index: int) -> bytes:
+        """Return what the marks of a member's calls begin with."""
+        return b"%s.%d" % (self.instance, index)
 
     def _fork(self) -> int:
         watched, held = os.pipe2(os.O_CLOEXEC)
@@ -3510,10 +3842,15 @@ class Guard:
         if pid == 0:
             self._watch(watched)
         os.close(watched)
-        if self._held_fd >= 0:
-            os.close(self._held_fd)
+        self.let_go()
         self._held_fd = held
         return pid
+
+    def let_go(self) -> None:
+        """Hold the pipe no longer: the end of this process means nothing to the guard."""
+        if self._held_fd >= 0:
+            os.close(self._held_fd)
+        self._held_fd = -1
 
     def _watch(self, watched: int) -> NoReturn:
         try:
@@ -3523,7 +3860,7 @@ class Guard:
             os.closerange(0, watched)
             os.closerange(watched + 1, os.sysconf("SC_OPEN_MAX"))
             os.read(watched, 1)
-            _kill_left(self.instance + b".", self.roots.pids())
+            kill_left(self.instance + b".", frozenset().union(*(table.pids() for table in self.roots)))
         finally:
             os._exit(0)
 
@@ -3532,12 +3869,27 @@ class Guard:
         reaper.spare(self.pid, partial(self._replace, reaper))
 
     def _replace(self, reaper: Reaper) -> None:
-        log.error("the guard was killed; a new one is started", pid=self.pid)
-        self.pid = self._fork()
+        self.on_other_end(self.pid)
         self.keep(reaper)
 
+    def on_other_end(self, pid: int) -> None:
+        """If it is the guard that was killed: start a new one."""
+        if pid == self.pid:
+            log.error("the guard was killed; a new one is started", pid=pid)
+            self.pid = self._fork()
 
-def _kill_left(mark_prefix: bytes, sessions: frozenset[int]) -> None:
+    def on_start(self, pid: int) -> None:
+        """Have the guard know of a member, which leads a session."""
+        self.roots[-1].add(pid)
+
+    def on_end(self, index: int, pid: int) -> None:
+        """Kill what a member has left, before another takes its place."""
+        self.roots[-1].remove(pid)
+        kill_left(self.mark_of(index) + b".", self.roots[index].pids())
+        self.roots[index].clear()
+
+
+def kill_left(mark_prefix: bytes, sessions: frozenset[int]) -> None:
     """Kill every process that has one of our marks or belongs to one of `sessions`, until two looks find none."""
     empty_count, limit_s = 0, time.monotonic() + SWEEP_LIMIT_S
     while empty_count < 2 and time.monotonic() < limit_s:
@@ -3558,6 +3910,9 @@ def _is_left(pid: int, mark_prefix: bytes, sessions: frozenset[int]) -> bool:
         return False
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
 class Signals:
     """Counts the requests to stop: the first asks for a drain, the second for an end at once."""
 
@@ -3567,6 +3922,7 @@ class Signals:
         self.by_hand = False
         loop.add_signal_handler(signal.SIGTERM, self._on_signal, signal.SIGTERM)
         loop.add_signal_handler(signal.SIGINT, self._on_signal, signal.SIGINT)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # a crew has them wait until here
 
     def _on_signal(self, number: signal.Signals) -> None:
         if self.first.is_set():
@@ -3591,12 +3947,19 @@ class Signals:
         return True
 
 
-def watch_lifeline(loop: asyncio.AbstractEventLoop, environ: Mapping[str, str], on_end: Callable[[], None]) -> None:
-    """Call `on_end` when the process that started us has gone, if it gave us a pipe to know by."""
+def lifeline_fd(environ: Mapping[str, str]) -> int | None:
+    """Return the pipe by which the process that started us lets us know of its end; None if it gave us none."""
     if "FAASHOUND_LIFELINE_FD" not in environ:
-        return
+        return None
     fd = int(environ["FAASHOUND_LIFELINE_FD"])
     os.set_inheritable(fd, False)
+    return fd
+
+
+def watch_lifeline(loop: asyncio.AbstractEventLoop, fd: int | None, on_end: Callable[[], None]) -> None:
+    """Call `on_end` when the other end of the pipe `fd` has gone, with the process that held it."""
+    if fd is None:
+        return
 
     def on_readable() -> None:
         loop.remove_reader(fd)
@@ -3619,30 +3982,249 @@ def function_environment(environ: Mapping[str, str]) -> dict[bytes, bytes]:
     }
 
 
-async def serve(settings: Settings, environ: Mapping[str, str], sockets: list[socket.socket], guard: Guard) -> int:
+@dataclass(frozen=True, slots=True)
+class Duty:
+    """What a process that serves is given: its seat, when to end with another process, whom to tell that it serves."""
+
+    seat: Seat
+    lifeline_fd: int | None
+    on_serving: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Doors:
+    """The listening sockets of a program: its own, and those of /metrics."""
+
+    own: Sequence[socket.socket]
+    metrics: Sequence[socket.socket]
+
+    def close(self) -> None:
+        """Hold them open no longer in this process."""
+        for sock in (*self.own, *self.metrics):
+            sock.close()
+
+    def announce(self) -> None:
+        """Log where one can connect, once somebody accepts."""
+        for sock in self.own:
+            log.info(f"Listening on port: {describe_socket(sock)}")
+        for sock in self.metrics:
+            log.info(f"Metrics on port: {describe_socket(sock)}")
+
+
+def open_doors(host: str | None, port: int, metrics_port: int, environ: Mapping[str, str]) -> Doors:
+    """Open all sockets of a program; metrics_port 0: none for /metrics.  Raises CannotStart."""
+    own = open_sockets(host, port, environ)
+    return Doors(own, open_metrics_sockets(host, metrics_port))
+
+
+def open_metrics_sockets(host: str | None, port: int) -> list[socket.socket]:
+    """Return the sockets of /metrics, none for port 0.  Raises CannotStart."""
+    return open_sockets(host, port, {}) if port else []
+
+
+class Member:
+    """One process of a crew, through all its lives; `pid` is 0 between two."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.pid = 0
+        self.due_s = 0.0
+        self._delay_s: float | None = None
+        self._started_s = 0.0
+
+    def started(self, pid: int) -> None:
+        """It lives."""
+        self.pid, self._started_s = pid, time.monotonic()
+
+    def ended(self) -> float:
+        """It has died: return the seconds until its next start."""
+        self.pid = 0
+        lived_s = time.monotonic() - self._started_s
+        again = self._delay_s is not None and lived_s < PROVEN_AFTER_S
+        self._delay_s = min(2 * cast(float, self._delay_s), LONGEST_RESTART_S) if again else FIRST_RESTART_S
+        self.due_s = time.monotonic() + self._delay_s
+        return self._delay_s
+
+
+class Crew:
+    """Runs a program in several processes that share its sockets, and replaces those that die.
+
+    This process serves nothing: it has neither a loop nor a thread, so it can fork at any time.  It passes on the
+    signals that it gets, and ends when the last member has.  A member leads a session of its own (a terminal's Ctrl-C
+    is for us) and holds a lifeline: when we are gone it stops at once.
+    """
+
+    def __init__(
+        self,
+        board: Board,
+        run: Callable[[Duty], int],
+        doors: Doors,
+        on_serving: Callable[[], None],
+        aftercare: Aftercare,
+    ) -> None:
+        self._board = board
+        self._doors = doors
+        self._aftercare = aftercare
+        self._run = run
+        self._on_serving = on_serving
+        self._members = [Member(index) for index in range(board.members_count)]
+        self._told = self._stopping = False
+        self._status = 0
+        self._lifeline, self._lifeline_end = os.pipe2(os.O_CLOEXEC)
+        self._news, self._news_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._signals = open_signalfd(signal.SIGCHLD, *STOP_SIGNALS)
+
+    def run(self, lifeline: int | None) -> int:
+        """Run until all members have ended; return the worst of their exit statuses."""
+        become_subreaper()  # what a member that dies leaves behind comes to us
+        poller = select.poll()
+        for fd in (self._signals, self._news, lifeline):
+            if fd is not None:
+                poller.register(fd, select.POLLIN)
+        while True:
+            self._start_due()
+            if not any(member.pid for member in self._members) and self._stopping:
+                return self._status
+            for fd, _ in poller.poll(self._patience_ms()):
+                if fd == lifeline:
+                    poller.unregister(fd)
+                    self._stop(*STOP_SIGNALS)
+                else:
+                    self._on_news() if fd == self._news else self._on_signals()
+
+    def _patience_ms(self) -> float | None:
+        dues_s = [member.due_s for member in self._members if not member.pid and not self._stopping]
+        return max(0.0, min(dues_s) - time.monotonic()) * 1000 if dues_s else None
+
+    def _start_due(self) -> None:
+        for member in self._members:
+            if not self._stopping and not member.pid and member.due_s <= time.monotonic():
+                self._start(member)
+
+    def _start(self, member: Member) -> None:
+        try:
+            pid = os.fork()
+        except OSError as error:
+            log.error(f"worker {member.index} cannot be started: {_strerror(error)}; again in {member.ended():g} s")
+            return
+        if pid == 0:
+            self._serve(member)
+        member.started(pid)
+        self._aftercare.on_start(pid)
+
+    def _serve(self, member: Member) -> NoReturn:
+        """Be the member: never return."""
+        status = 1
+        try:
+            os.setsid()
+            self._aftercare.let_go()
+            for fd in (self._lifeline_end, self._news, self._signals):
+                os.close(fd)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGCHLD,))
+            seat = Seat(self._board, member.index, self._tell)
+            status = self._run(Duty(seat, self._lifeline, lambda: None))
+        except FaashoundError as error:
+            log.error(str(error))
+        except Exception:
+            log.exception("a worker failed")
+        finally:
+            log.flush()
+            os._exit(status)
+
+    def _tell(self) -> None:
+        os.write(self._news_end, b".")
+
+    def _on_news(self) -> None:
+        os.read(self._news, MAX_WORKERS_COUNT)
+        if not self._told and all(self._board.serving):
+            self._told = True
+            log.info(f"Workers: {len(self._members)}")
+            self._on_serving()
+        if self._stopping and not any(self._board.serving):
+            self._doors.close()  # or a connection would wait for ever in a backlog that nobody looks at
+
+    def _on_signals(self) -> None:
+        siginfo = os.read(self._signals, _SIGINFO_BYTES)
+        number = signal.Signals(int.from_bytes(siginfo[:4], sys.byteorder))  # ssi_signo of signalfd(2)
+        if number != signal.SIGCHLD:
+            self._stop(number)
+            return
+        with suppress(ChildProcessError):
+            while (found := os.waitpid(-1, os.WNOHANG))[0]:
+                self._on_exit(*found)
+
+    def _on_exit(self, pid: int, status: int) -> None:
+        member = next((each for each in self._members if each.pid == pid), None)
+        if member is None:
+            self._aftercare.on_other_end(pid)
+            return
+        self._aftercare.on_end(member.index, pid)
+        self._on_member_exit(member, status)
+
+    def _on_member_exit(self, member: Member, status: int) -> None:
+        serving, delay_s = self._board.serving[member.index], member.ended()
+        self._board.clear(member.index)
+        self._tell()
+        code = os.waitstatus_to_exitcode(status)
+        if self._stopping:
+            self._status = max(self._status, abs(code) and 1)
+        elif code > 0 and not serving and not self._told:  # it has said why it cannot start, and would again
+            self._status = code
+            self._stop(*STOP_SIGNALS)
+        else:
+            text = f"worker {member.index} died ({describe_exit(status)}), and its calls with it"
+            log.error(f"{text}; next start in {delay_s:g} s")
+
+    def _stop(self, *numbers: signal.Signals) -> None:
+        self._stopping = True
+        for member in self._members:
+            for number in numbers:
+                if member.pid:
+                    os.kill(member.pid, number)
+
+
+def run_members(
+    count: int,
+    run: Callable[[Duty], int],
+    doors: Doors,
+    environ: Mapping[str, str],
+    aftercare: Aftercare,
+    on_serving: Callable[[], None],
+) -> int:
+    """Run a program in this process, or in a crew of `count`; return the exit status.
+
+    `on_serving` is called once, as soon as all of them accept connections.
+    """
+    gc.freeze()
+    lifeline, board = lifeline_fd(environ), Board(count)
+    if count == 1:
+        return run(Duty(Seat(board), lifeline, on_serving))
+    return Crew(board, run, doors, on_serving, aftercare).run(lifeline)
+
+
+async def serve(settings: Settings, environ: Mapping[str, str], doors: Doors, guard: Guard, duty: Duty) -> int:
     """Serve until told to stop; return the exit status."""
-    loop = asyncio.get_running_loop()
+    loop, seat = asyncio.get_running_loop(), duty.seat
     signals = Signals(loop)
-    watch_lifeline(loop, environ, signals.stop_now)
-    reaper = Reaper(loop, guard.roots)
-    guard.keep(reaper)
-    spawner = Spawner(reaper, guard.instance, settings.fprocess, function_environment(environ), settings.term_grace_s)
+    watch_lifeline(loop, duty.lifeline_fd, signals.stop_now)
+    reaper = Reaper(loop, guard.roots[seat.index])
+    if seat.is_alone:
+        guard.keep(reaper)
+    mark = guard.mark_of(seat.index)
+    spawner = Spawner(reaper, mark, settings.fprocess, function_environment(environ), settings.term_grace_s)
     with ExitStack() as cleanup:
         cleanup.callback(reaper.close)
-        lock_path = None
-        if not settings.suppress_lock:
-            lock_path = create_lock_file(environ)
-            cleanup.callback(remove_lock_file, lock_path)
-        pool = Pool(reaper, spawner, settings.prewarm, None if settings.combine_output else log.raw)
+        on_stderr = None if settings.combine_output else log.raw
+        pool = Pool(reaper, spawner, seat.share_of(settings.prewarm), on_stderr)
         cleanup.callback(pool.close)
-        watchdog = Watchdog(settings, pool, lock_path)
+        lock_path = None if settings.suppress_lock else lock_file_path(environ)
+        watchdog = Watchdog(settings, pool, lock_path, seat)
         timeouts = ServerTimeouts(settings.read_timeout_s, settings.write_timeout_s, settings.read_timeout_s)
-        server = Server(watchdog, timeouts, watchdog.on_refused)
-        metrics_handler = partial(serve_metrics, watchdog.metrics.registry)
-        metrics_server = await start_metrics(settings.host, settings.metrics_port, metrics_handler)
-        for sock in sockets:
-            await server.listen(sock)
-            log.info(f"Listening on port: {describe_socket(sock)}")
+        server = Server(watchdog, timeouts, watchdog.on_refused, seat)
+        metrics_server = start_metrics(doors.metrics, partial(serve_metrics, watchdog.metrics))
+        for sock in doors.own:
+            server.listen(sock)
+        duty.on_serving()
         await signals.first.wait()
         watchdog.accepting = False
         if lock_path is not None:
@@ -3691,12 +4273,11 @@ async def finished_first(*waits: Awaitable[object]) -> None:
         task.result()
 
 
-async def start_metrics(host: str | None, port: int, handler: Handler) -> Server:
-    """Serve `handler` on a port of its own; port 0: nowhere."""
+def start_metrics(sockets: Iterable[socket.socket], handler: Handler) -> Server:
+    """Serve `handler` on sockets of its own."""
     server = Server(handler, ServerTimeouts(10.0, 10.0, 60.0))
-    for sock in open_sockets(host, port, {}) if port else ():
-        await server.listen(sock)
-        log.info(f"Metrics on port: {describe_socket(sock)}")
+    for sock in sockets:
+        server.listen(sock)
     return server
 
 
@@ -3803,10 +4384,16 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     try:
         settle_descriptors()
         signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whoever started us may have blocked SIGCHLD or SIGTERM
-        sockets = open_sockets(settings.host, settings.port, environ)
-        guard = Guard()
-        gc.freeze()
-        return uvloop.run(serve(settings, environ, sockets, guard))
+        with ExitStack() as cleanup:
+            doors = open_doors(settings.host, settings.port, settings.metrics_port, environ)
+            if not settings.suppress_lock:
+                cleanup.callback(remove_lock_file, create_lock_file(environ))
+            guard = Guard(settings.workers)
+
+            def run(duty: Duty) -> int:
+                return uvloop.run(serve(settings, environ, doors, guard, duty))
+
+            return run_members(settings.workers, run, doors, environ, guard, doors.announce)
     except CannotStart as error:
         log.error(str(error))
         return 1

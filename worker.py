@@ -87,6 +87,7 @@ from .watchdog import (
     CannotStart,
     Client,
     ClientResponse,
+    Doors,
     FaashoundError,
     Header,
     MethodNotAllowed,
@@ -102,8 +103,10 @@ from .watchdog import (
     finished_first,
     flag_answer,
     help_text,
+    lifeline_fd,
     load_settings,
     log,
+    open_metrics_sockets,
     parse_choice,
     parse_count,
     parse_duration,
@@ -774,19 +777,20 @@ async def serve_status(worker: Worker, request: Request) -> Response:
     return Response(200, (TEXT_PLAIN,), b"OK")
 
 
-async def serve(settings: Settings, environ: Mapping[str, str]) -> int:
+async def serve(settings: Settings, environ: Mapping[str, str], doors: Doors) -> int:
     """Work until told to stop; return the exit status."""
     loop = asyncio.get_running_loop()
     signals = Signals(loop)
-    watch_lifeline(loop, environ, signals.stop_now)
+    watch_lifeline(loop, lifeline_fd(environ), signals.stop_now)
     signer = load_signer(settings)
     policy = build_policy([settings.gateway_url], settings.callback_allow)
     async with AsyncExitStack() as stack:
         queue = await open_queue(settings.queue_url, settings)
         stack.push_async_callback(queue.close)
         worker = Worker(settings, queue, await queue.enlist(), policy, signer)
-        status_server = await start_metrics(settings.host, settings.metrics_port, partial(serve_status, worker))
+        status_server = start_metrics(doors.metrics, partial(serve_status, worker))
         stack.callback(status_server.abort)
+        doors.announce()
         log.info(f"Draining {','.join(settings.queues)} of {settings.queue_url} through {settings.gateway_url}")
         work = asyncio.create_task(worker.run())
         await finished_first(signals.first.wait(), asyncio.shield(work))
@@ -816,7 +820,8 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     if settings is None:
         return 2
     try:
-        return uvloop.run(serve(settings, environ))
+        doors = Doors((), open_metrics_sockets(settings.host, settings.metrics_port))
+        return uvloop.run(serve(settings, environ, doors))
     except FaashoundError as error:
         log.error(str(error))
         return 1

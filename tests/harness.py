@@ -120,12 +120,12 @@ class Program:
 
         `prefix` goes before its command line, `pass_fds` are descriptors it inherits, `ready_line` is the regular
         expression of the log line that says that it is up, whose first group, if any, is the port.  Ports are 0 and
-        metrics are off unless `settings` say otherwise; TMPDIR is a new directory.
+        metrics are off unless `settings` say otherwise, and one process serves; TMPDIR is a new directory.
         """
         self.mark = f"{MARK_NAME}={uuid.uuid4()}"
         self.temporary = Path(tempfile.mkdtemp(prefix="faashound-test-"))
         name_of_mark, _, value = self.mark.partition("=")
-        fixed = {"TMPDIR": str(self.temporary), name_of_mark: value, "port": "0", "metrics_port": "0"}
+        fixed = {"TMPDIR": str(self.temporary), name_of_mark: value, "port": "0", "metrics_port": "0", "workers": "1"}
         self.environment = clean_environment(fixed | dict(settings or {}))
         self.port = self.metrics_port = 0
         self._argv = [*prefix, *command_of(name)]
@@ -348,6 +348,10 @@ class InBackground(Generic[T]):
             self._results.append(self._call())
         except BaseException as error:  # noqa: BLE001 - whatever it is belongs to the caller of result()
             self._errors.append(error)
+
+    def done(self) -> bool:
+        """Tell whether it has returned or raised."""
+        return not self._thread.is_alive()
 
     def result(self, deadline_s: float = REPLY_DEADLINE_S) -> T:
         """Return what the call returned, or raise what it raised."""

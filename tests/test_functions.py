@@ -363,6 +363,7 @@ def locals_of(text: str, command: tuple[str, ...], **options: object) -> LocalFu
 
 @contextlib.asynccontextmanager
 async def running(local: LocalFunctions, grace_s: float = DEADLINE_S) -> AsyncIterator[LocalFunctions]:
+    local.open()
     local.start()
     try:
         yield local
@@ -457,6 +458,7 @@ def test_watchdog_gets_a_clean_environment_and_only_its_descriptors(stand_in: tu
             "fprocess": "serve",
             "read_timeout": "7s",
             "healthcheck_interval": "0",
+            "workers": "1",
             "metrics_port": "0",
             "suppress_lock": "true",
             "LISTEN_FDS": "1",
@@ -530,6 +532,7 @@ def test_stop_ends_every_watchdog_however_it_takes_signals(
 def test_stop_right_after_start_leaves_nothing(stand_in: tuple[str, ...]) -> None:
     async def test() -> None:
         local = locals_of('[f]\nfprocess = "serve"\n[g]\nfprocess = "serve"', stand_in)
+        local.open()
         local.start()
         await local.stop(0)
         assert all(status.pid is None for status in local.status().values())
@@ -548,7 +551,7 @@ def test_start_that_runs_out_of_descriptors_closes_what_it_opened(stand_in: tupl
         resource.setrlimit(resource.RLIMIT_NOFILE, (before + 8, hard))
         try:
             with pytest.raises(OSError, match="Too many open files"):
-                local.start()
+                local.open()
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         assert len(os.listdir("/proc/self/fd")) == before
@@ -563,6 +566,7 @@ from faashound.functions import LocalFunctions, read_functions
 
 async def main():
     local = LocalFunctions(read_functions(Path(sys.argv[1])), environ={}, watchdog=sys.argv[2:])
+    local.open()
     local.start()
     while None in [status.pid for status in local.status().values()]:
         await asyncio.sleep(0.005)

@@ -31,7 +31,7 @@ from tests.harness import (
     wait_read,
     wait_until,
 )
-from tests.inspection import in_flight, is_free
+from tests.inspection import in_flight, is_free, serves
 
 GONE_S = 1.0  # after a hang-up: the tree is gone and the slot is free
 HEAD = b"POST / HTTP/1.1\r\nHost: h\r\n"
@@ -245,6 +245,7 @@ def large() -> Iterator[Program]:
 
 @pytest.mark.parametrize("leave", [None, close, reset])
 def test_nothing_of_an_answer_is_held_when_nobody_reads_it(large: Program, leave: Leave | None) -> None:
+    assert serves(large.port)  # the first connection opens what all others share
     descriptors = large.descriptors()
     clients = [connect(large.port) for _ in range(2)]
     for client in clients:

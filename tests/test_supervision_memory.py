@@ -163,6 +163,7 @@ def test_answer_is_500_with_the_reason_when_the_disk_does_not_take_the_output() 
     # A limit on the size of files stands for a full disk: the write fails in the same place.
     limited = ["/bin/sh", "-c", 'ulimit -f 2000; exec "$@"', "sh"]
     with Program("watchdog", {"fprocess": "sh"}, prefix=limited) as program:
+        assert serves(program.port)  # the first connection opens what all others share
         descriptors = program.descriptors()
         answer = http_request(program.port, "POST", body=b"setsid -f sleep 60; exec cat /dev/zero")
         assert answer.status == 500
