@@ -2640,14 +2640,16 @@ class Process:
         try:
             await self._answerable
             if self._spiller is not None:
-                await self._spiller
+                await asyncio.shield(self._spiller)  # a thread may be at it, which cannot be cancelled
         except asyncio.CancelledError:
             self.abandon()
+            self._drop_output()
             await self._killed(HANGUP_WAIT_S)
             raise
         finally:
             self._close()
         if self._error is not None:
+            self._drop_output()
             await self._killed(DEADLINE_WAIT_S)
             raise self._error
         return Ending(self.pid, self._status, self.output, time.perf_counter() - self._clock_s)
@@ -2665,8 +2667,8 @@ class Process:
     def discard(self) -> None:
         """End a process that serves no request, instead of `run`."""
         self.abandon()
+        self._drop_output()
         self._close()
-        self.output.close()
 
     def stderr_to(self, on_line: Callable[[str], None]) -> None:
         """Hand the lines of stderr on to `on_line` from now on."""
@@ -2775,6 +2777,13 @@ class Process:
             if not self._answerable.done():
                 self._happens(Event.EOF)
         return moved > 0
+
+    def _drop_output(self) -> None:
+        """Nobody will read the output: give it back, but not while a thread writes to it."""
+        if self._spiller is None or self._spiller.done():
+            self.output.close()
+        else:
+            self._spiller.add_done_callback(lambda _: self.output.close())
 
     def _on_grace(self) -> None:
         if self.state is not State.EXITED:

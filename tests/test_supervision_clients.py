@@ -258,6 +258,16 @@ def test_nothing_of_an_answer_is_held_when_nobody_reads_it(large: Program, leave
     assert len(http_request(large.port, "POST").body) == 20_000_000
 
 
+def test_call_is_killed_when_its_large_body_is_cut_short(cat: Program) -> None:
+    assert len(http_request(cat.port, "POST", body=bytes(LARGE_BYTES)).body) == LARGE_BYTES
+    descriptors = cat.descriptors()
+    with connect(cat.port) as client:
+        client.sendall(HEAD + b"Content-Length: 6000000\r\n\r\n" + bytes(LARGE_BYTES))
+        cat.wait_started()
+    cat.wait_idle(GONE_S)
+    wait_until(lambda: cat.descriptors() <= descriptors, GONE_S, "all given back")
+
+
 def test_good_request_is_quick_when_a_thousand_connections_idle(cat: Program) -> None:
     with ExitStack() as crowd:
         allow_files(4096)
