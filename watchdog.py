@@ -87,8 +87,8 @@ MAX_PIPE_BYTES = 1 << 20  # what a pipe may hold (/proc/sys/fs/pipe-max-size)
 WIDE_PIPE_BYTES = 262144  # asked for once much passes; a user may have 64 MiB in all (pipe-user-pages-soft)
 SPILL_BYTES = 262144  # output kept in memory; the rest goes to an unlinked file in $TMPDIR
 FILE_CHUNK_BYTES = 262144  # one write of such a file
-FILE_HOP_BYTES = 1 << 20  # written in one turn of a thread, which learns only then that the call has ended
-SENDFILE_BYTES = 1 << 22  # sent in one
+SPILL_WAIT_MS = 3  # for more output, in one of the few threads that there are
+FILE_HOP_BYTES = 1 << 22  # to or from it in one turn of a thread, which learns only then that a call has ended
 SNIFF_BYTES = 512  # of an output, to tell text from binary, as in Go's net/http
 OUTPUT_GRACE_S = 0.1  # for a descendant that still holds the output of a process that has exited
 DEADLINE_WAIT_S = 0.05  # a 408 waits so long for the end of the tree; the sweep goes on by itself
@@ -1578,7 +1578,7 @@ class ServerConnection(asyncio.Protocol):
         try:
             sent = 0
             while sent < count:
-                taken = await in_thread(send_file, fd, file.fileno(), sent, min(count - sent, SENDFILE_BYTES))
+                taken = await in_thread(send_file, fd, file.fileno(), sent, min(count - sent, FILE_HOP_BYTES))
                 sent += taken
                 if not taken:
                     await self._takes_more(fd)
@@ -2299,16 +2299,25 @@ class Output:
             view = view[cast(io.FileIO, self.file).write(view) :]
 
     def splice(self, pipe_fd: int) -> bool:
-        """Move what is in a non-blocking pipe to the file; False at its end, BlockingIOError once it is empty.
+        """Move what comes out of a non-blocking pipe to the file; False at its end, BlockingIOError once it is empty.
 
-        Returns True after FILE_HOP_BYTES, as whoever writes may do so for ever.  Read and write are no slower here
-        than splice(2), which not every file system has.
+        Returns True after FILE_HOP_BYTES, as whoever writes may do so for ever.  While much comes, it waits for more in
+        this thread, for each PIPE_BYTES up to SPILL_WAIT_MS: to wait in the loop costs two changes of threads.  Read
+        and write are no slower here than splice(2), which not every file system has.
         """
-        for _ in range(FILE_HOP_BYTES // FILE_CHUNK_BYTES):
-            data = os.read(pipe_fd, FILE_CHUNK_BYTES)
+        moved_bytes = waits_count = 0
+        while moved_bytes < FILE_HOP_BYTES:
+            try:
+                data = os.read(pipe_fd, FILE_CHUNK_BYTES)
+            except BlockingIOError:
+                waits_count += 1
+                if moved_bytes < waits_count * PIPE_BYTES or not _has_more(pipe_fd, SPILL_WAIT_MS):
+                    raise
+                continue
             if not data:
                 return False
             self._write(data)
+            moved_bytes += len(data)
             self.bytes_count += len(data)
         return True
 
@@ -2329,6 +2338,13 @@ class Output:
         self._parts.clear()
         if self.file is not None:
             self.file.close()
+
+
+def _has_more(fd: int, wait_ms: int) -> bool:
+    """Wait until there is something to read, or the end of it; tell whether there is."""
+    poller = select.poll()
+    poller.register(fd, select.POLLIN)
+    return bool(poller.poll(wait_ms))
 
 
 class RootTable:
