@@ -98,8 +98,11 @@ KEPT_CONNECTIONS_COUNT = 64  # idle connections kept for each upstream
 EVENTS_COUNT = 64  # taken from an epoll set in one turn
 PIPE_BYTES = 65536  # one read of a pipe: what a pipe holds by default (pipe(7))
 MAX_PIPE_BYTES = 1 << 20  # what a pipe may hold (/proc/sys/fs/pipe-max-size)
+WIDE_PIPE_BYTES = 262144  # asked for once much passes; a user may have 64 MiB in all (pipe-user-pages-soft)
 SPILL_BYTES = 262144  # output kept in memory; the rest goes to an unlinked file in $TMPDIR
-FILE_CHUNK_BYTES = 262144  # one read or write of such a file
+FILE_CHUNK_BYTES = 262144  # one write of such a file
+SPILL_WAIT_MS = 3  # for more output, in one of the few threads that there are
+FILE_HOP_BYTES = 1 << 22  # to or from it in one turn of a thread, which learns only then that a call has ended
 SNIFF_BYTES = 512  # of an output, to tell text from binary, as in Go's net/http
 OUTPUT_GRACE_S = 0.1  # for a descendant that still holds the output of a process that has exited
 DEADLINE_WAIT_S = 0.05  # a 408 waits so long for the end of the tree; the sweep goes on by itself
@@ -754,6 +757,7 @@ class Seat:
 #   * Transfer-Encoding never beside Content-Length, never in HTTP/1.0 (RFC 9112 6.1): 400 and close;
 #   * one leading empty line before a request is ignored (RFC 9112 2.2);
 #   * heads are limited in size whichever way they are cut into packets: 431.
+# A body whose length is known has no framing of its own: in both directions it passes by h11, which is told its size.
 # Bytes in, events and bytes out; no socket, no clock, no log below this line until the drivers.
 # ---------------------------------------------------------------------------------------------------------------
 
@@ -1024,9 +1028,18 @@ class Stream(Protocol):
         """Let go of whatever the pieces come from."""
 
 
+@dataclass(frozen=True, slots=True)
+class FileBody:
+    """A body that is a plain file from its beginning on, behind a prefix.  Whoever takes it must close the file."""
+
+    prefix: bytes
+    file: io.FileIO
+
+
 @dataclass(slots=True)
 class Response:
-    """One response as a handler gives it: `body` is bytes, or a `Stream` with an optional `length` in bytes.
+    """One response as a handler gives it: `body` is bytes, or a `Stream` with an optional `length` in bytes, or a
+    `FileBody`, of which `length`, prefix and all, has to be known.
 
     Framing fields (Content-Length, Transfer-Encoding, Connection) are the wire's business and not given here; `length`
     is what a GET would have in the answer to a HEAD.  `write_timeout_s` overrules the server's, infinity is none.
@@ -1034,7 +1047,7 @@ class Response:
 
     status: int
     headers: Sequence[Header] = ()
-    body: bytes | Stream = b""
+    body: bytes | Stream | FileBody = b""
     length: int | None = None
     write_timeout_s: float | None = None
 
@@ -1076,6 +1089,7 @@ class ServerWire:
         self._lead = b""
         self._lead_ignored = False
         self._plain = self._whole = False
+        self._passing = b""
         self.head_request = False
 
     @property
@@ -1089,6 +1103,10 @@ class ServerWire:
             data = self._without_empty_line(self._lead + data)
             if not data:
                 return
+        elif self._conn.their_state is h11.SEND_BODY and data:
+            data = self._without_body(data)
+            if not data:
+                return
         if self._conn.their_state is not h11.MUST_CLOSE:  # else it asked to close, and what follows is void
             self._conn.receive_data(data)
 
@@ -1100,8 +1118,22 @@ class ServerWire:
         self._lead, self._lead_ignored = b"", True
         return data.removeprefix(b"\r\n")
 
+    def _without_body(self, data: bytes) -> bytes:
+        """Take what belongs to a body with a Content-Length: h11 would copy it four times to count it."""
+        reader = self._conn._reader
+        if not isinstance(reader, h11._readers.ContentLengthReader) or self._passing or self._conn.trailing_data[0]:
+            return data
+        if self._conn.they_are_waiting_for_100_continue:
+            return data  # a first byte tells h11 that it waits no more
+        self._passing = data[: reader._remaining]
+        reader._remaining -= len(self._passing)
+        return data[len(self._passing) :]
+
     def next_event(self) -> tuple[bytes, bytes, Headers] | bytes | Sign:
         """Return a head (method, target, headers), a chunk of its body, or a `Sign`; raises BadRequest."""
+        if self._passing:
+            passing, self._passing = self._passing, b""
+            return passing
         if self._conn.their_state is h11.MUST_CLOSE:
             return Sign.CLOSED
         try:
@@ -1183,6 +1215,11 @@ class ServerWire:
     def build_chunk(self, data: bytes) -> bytes:
         """Return the bytes of one piece of the response's body; a HEAD's body is left out."""
         return b"" if self.head_request else self._sent(h11.Data(data=data))
+
+    def pass_by(self, count: int) -> None:
+        """Account for `count` bytes of the response's body that the driver sends by itself."""
+        # Of data that it does not have to join, h11 asks the length alone ("Support for sendfile()" in its manual).
+        self._conn.send_with_data_passthrough(h11.Data(data=cast(bytes, range(count))))
 
     def end(self) -> bytes:
         """Return the bytes that end the response."""
@@ -1339,6 +1376,30 @@ class Alarm:
             return
         self.when_s = None
         self._ring()
+
+
+T = TypeVar("T")
+
+
+async def in_thread(function: Callable[..., T], *args: object) -> T:
+    """Return what `function` returns in a thread.  If cancelled, wait for its end: what it uses is closed next."""
+    work = asyncio.get_running_loop().run_in_executor(None, function, *args)
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await asyncio.wait((work,))
+        raise
+
+
+def send_file(socket_fd: int, file_fd: int, offset: int, count: int) -> int:
+    """Return how many of `count` bytes of a file a non-blocking socket took, 0 if it is full (sendfile(2))."""
+    try:
+        sent = os.sendfile(socket_fd, file_fd, offset, count)
+    except BlockingIOError:
+        return 0
+    if not sent:
+        raise FaashoundError("a file is shorter than was announced")
+    return sent
 
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -1734,7 +1795,7 @@ class ServerConnection(asyncio.Protocol):
     async def _answer(self, response: Response) -> None:
         try:
             await self._send(response)
-        except (FaashoundError, ConnectionError) as error:
+        except (FaashoundError, OSError) as error:
             log.info(f"response cut short: {error}")
             self.abort()
         except Exception:
@@ -1763,11 +1824,43 @@ class ServerConnection(asyncio.Protocol):
             length = len(body) if response.length is None else response.length
             await self._write(self._wire.build_whole(response.status, headers, body, length, close))
             return
-        async with aclosing(body):
-            await self._write(self._wire.build_head(response.status, headers, response.length, close))
-            async for data in body:
-                await self._write(self._wire.build_chunk(data))
-            await self._write(self._wire.end())
+        head = partial(self._wire.build_head, response.status, headers, response.length, close)
+        if isinstance(body, FileBody):
+            with body.file:
+                await self._write(head() + self._wire.build_chunk(body.prefix))
+                await self._send_file(body.file, cast(int, response.length) - len(body.prefix))
+        else:
+            async with aclosing(body):
+                await self._write(head())
+                async for data in body:
+                    await self._write(self._wire.build_chunk(data))
+        await self._write(self._wire.end())
+
+    async def _send_file(self, file: io.FileIO, count: int) -> None:
+        """Have the kernel copy `count` bytes of a file, behind what it has got, in a thread: no disk stops the loop."""
+        if self._wire.head_request:
+            return
+        self._wire.pass_by(count)
+        # A copy: the transport closes its own whenever it must, and the next client's could get the same number.
+        fd = os.dup(self._transport.get_extra_info("socket").fileno())
+        try:
+            sent = 0
+            while sent < count:
+                taken = await in_thread(send_file, fd, file.fileno(), sent, min(count - sent, FILE_HOP_BYTES))
+                sent += taken
+                if not taken:
+                    await self._takes_more(fd)
+        finally:
+            os.close(fd)
+
+    async def _takes_more(self, fd: int) -> None:
+        """Wait until a socket takes more; a client that has gone ends the wait too."""
+        ready = asyncio.Event()
+        self._loop.add_writer(fd, ready.set)
+        try:
+            await ready.wait()
+        finally:
+            self._loop.remove_writer(fd)
 
     async def _write(self, data: bytes) -> None:
         self._transport.write(data)
@@ -2449,18 +2542,13 @@ class Ending:
 class Output:
     """What a process wrote: in memory up to SPILL_BYTES, then in an unlinked temporary file.
 
-    Obligation: `close`.
+    Obligation: `close`, or close `file`, which is not None once the output is in one.
     """
 
     def __init__(self) -> None:
         self.bytes_count = 0
+        self.file: io.FileIO | None = None
         self._parts: list[bytes] = []
-        self._file: io.FileIO | None = None
-
-    @property
-    def spilled(self) -> bool:
-        """True once the output is in a file."""
-        return self._file is not None
 
     def append(self, data: bytes) -> None:
         """Keep `data` in memory."""
@@ -2469,26 +2557,42 @@ class Output:
 
     def spill(self) -> None:
         """Move what is in memory to a file; blocks on the disk."""
-        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - closed by `close`
+        self.file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - closed by `close`
         self._write(b"".join(self._parts))
         self._parts.clear()
 
     def _write(self, data: bytes) -> None:
         view = memoryview(data)
         while view:
-            view = view[cast(io.FileIO, self._file).write(view) :]
+            view = view[cast(io.FileIO, self.file).write(view) :]
 
-    def splice(self, pipe_fd: int, limit_bytes: int) -> int:
-        """Move up to `limit_bytes` from a non-blocking pipe to the file; 0 at its end, BlockingIOError if empty."""
-        data = os.read(pipe_fd, limit_bytes)
-        self._write(data)
-        self.bytes_count += len(data)
-        return len(data)
+    def splice(self, pipe_fd: int) -> bool:
+        """Move what comes out of a non-blocking pipe to the file; False at its end, BlockingIOError once it is empty.
+
+        Returns True after FILE_HOP_BYTES, as whoever writes may do so for ever.  While much comes, it waits for more in
+        this thread, for each PIPE_BYTES up to SPILL_WAIT_MS: to wait in the loop costs two changes of threads.  Read
+        and write are no slower here than splice(2), which not every file system has.
+        """
+        moved_bytes = waits_count = 0
+        while moved_bytes < FILE_HOP_BYTES:
+            try:
+                data = os.read(pipe_fd, FILE_CHUNK_BYTES)
+            except BlockingIOError:
+                waits_count += 1
+                if moved_bytes < waits_count * PIPE_BYTES or not _has_more(pipe_fd, SPILL_WAIT_MS):
+                    raise
+                continue
+            if not data:
+                return False
+            self._write(data)
+            moved_bytes += len(data)
+            self.bytes_count += len(data)
+        return True
 
     def head(self) -> bytes:
         """Return the first SNIFF_BYTES."""
-        if self._file is not None:
-            return os.pread(self._file.fileno(), SNIFF_BYTES, 0)
+        if self.file is not None:
+            return os.pread(self.file.fileno(), SNIFF_BYTES, 0)
         return self.in_memory()[:SNIFF_BYTES]
 
     def in_memory(self) -> bytes:
@@ -2497,16 +2601,18 @@ class Output:
             self._parts = [b"".join(self._parts)]
         return self._parts[0] if self._parts else b""
 
-    async def pread(self, offset: int) -> bytes:
-        """Return a piece of what has spilled, b"" at its end."""
-        fd = cast(io.FileIO, self._file).fileno()
-        return await asyncio.get_running_loop().run_in_executor(None, os.pread, fd, FILE_CHUNK_BYTES, offset)
-
     def close(self) -> None:
         """Give the memory and the file back."""
         self._parts.clear()
-        if self._file is not None:
-            self._file.close()
+        if self.file is not None:
+            self.file.close()
+
+
+def _has_more(fd: int, wait_ms: int) -> bool:
+    """Wait until there is something to read, or the end of it; tell whether there is."""
+    poller = select.poll()
+    poller.register(fd, select.POLLIN)
+    return bool(poller.poll(wait_ms))
 
 
 class RootTable:
@@ -2886,12 +2992,13 @@ class Process:
         self._clock_s = time.perf_counter()
         self._status = 0
         self._at_eof = False
+        self._stdin_widened = False
         self._answerable: asyncio.Future[None] = self._loop.create_future()
         self._error: FaashoundError | None = None
         self._killing: asyncio.Future[None] | None = None
         self._feeder: asyncio.Task[None] | None = None
         self._spiller: asyncio.Task[None] | None = None
-        self._waits: dict[int, Wait] = {}
+        self._waits: dict[int, asyncio.Future[None]] = {}
         self._timers: list[asyncio.TimerHandle] = []
         reaper.add(self)
         self._reaper.ready.add(pipes.stdout, self._on_stdout)
@@ -2913,14 +3020,16 @@ class Process:
         try:
             await self._answerable
             if self._spiller is not None:
-                await self._spiller
+                await asyncio.shield(self._spiller)  # a thread may be at it, which cannot be cancelled
         except asyncio.CancelledError:
             self.abandon()
+            self._drop_output()
             await self._killed(HANGUP_WAIT_S)
             raise
         finally:
             self._close()
         if self._error is not None:
+            self._drop_output()
             await self._killed(DEADLINE_WAIT_S)
             raise self._error
         return Ending(self.pid, self._status, self.output, time.perf_counter() - self._clock_s)
@@ -2938,8 +3047,8 @@ class Process:
     def discard(self) -> None:
         """End a process that serves no request, instead of `run`."""
         self.abandon()
+        self._drop_output()
         self._close()
-        self.output.close()
 
     def stderr_to(self, on_line: Callable[[str], None]) -> None:
         """Hand the lines of stderr on to `on_line` from now on."""
@@ -3026,6 +3135,7 @@ class Process:
     async def _spill(self) -> None:
         """Take over from memory: the rest goes to a file, in a thread, so that no disk stops the loop."""
         try:
+            widen_pipe(self._pipes.stdout)
             await self._loop.run_in_executor(None, self.output.spill)
             while await self._spill_some():
                 pass
@@ -3037,17 +3147,24 @@ class Process:
         if self.state is State.KILLED:
             return False
         try:
-            moved = await self._loop.run_in_executor(None, self.output.splice, self._pipes.stdout, FILE_CHUNK_BYTES)
+            more = await self._loop.run_in_executor(None, self.output.splice, self._pipes.stdout)
         except BlockingIOError:
             if self._answerable.done():
                 return False
-            await self._ready(self._pipes.stdout, self._loop.add_reader, self._loop.remove_reader)
+            await self._ready(self._pipes.stdout, select.EPOLLIN)
             return True
-        if moved == 0:
+        if not more:
             self._at_eof = True
             if not self._answerable.done():
                 self._happens(Event.EOF)
-        return moved > 0
+        return more
+
+    def _drop_output(self) -> None:
+        """Nobody will read the output: give it back, but not while a thread writes to it."""
+        if self._spiller is None or self._spiller.done():
+            self.output.close()
+        else:
+            self._spiller.add_done_callback(lambda _: self.output.close())
 
     def _on_grace(self) -> None:
         if self.state is not State.EXITED:
@@ -3115,7 +3232,10 @@ class Process:
             written = self._write_some(view)
             view = view[written:]
             if not written:
-                await self._ready(self._pipes.stdin, self._loop.add_writer, self._loop.remove_writer)
+                await self._ready(self._pipes.stdin, select.EPOLLOUT)
+                if not self._stdin_widened:  # now that the function has shown that it reads
+                    self._stdin_widened = True
+                    widen_pipe(self._pipes.stdin)
 
     def _write_some(self, data: bytes | memoryview) -> int:
         try:
@@ -3125,25 +3245,24 @@ class Process:
         self.stdin_bytes += written
         return written
 
-    async def _ready(self, fd: int, watch: Callable[..., Any], unwatch: Callable[[int], Any]) -> None:
+    async def _ready(self, fd: int, events: int) -> None:
         """Wait until `fd` is ready, or `_wake` is called for it."""
-        wait = self._waits[fd] = Wait(self._loop.create_future(), unwatch)
-        watch(fd, self._wake, fd)
+        ready = self._waits[fd] = self._loop.create_future()
+        self._reaper.ready.add(fd, partial(self._wake, fd), events)
         try:
-            await wait.ready
+            await ready
         finally:
-            if self._waits.get(fd) is wait:  # else closed meanwhile, and the number may be another call's
+            if self._waits.get(fd) is ready:  # else closed meanwhile, and the number may be another call's
                 self._unwatch(fd)
 
     def _wake(self, fd: int) -> None:
-        wait = self._waits.get(fd)
-        if wait is not None and not wait.ready.done():
-            wait.ready.set_result(None)
+        ready = self._waits.get(fd)
+        if ready is not None and not ready.done():
+            ready.set_result(None)
 
     def _unwatch(self, fd: int) -> None:
-        wait = self._waits.pop(fd, None)
-        if wait is not None:
-            wait.unwatch(fd)
+        if self._waits.pop(fd, None) is not None:
+            self._reaper.ready.remove(fd)
 
     def _close(self) -> None:
         for timer in self._timers:
@@ -3168,11 +3287,10 @@ class Process:
         self._pipes.stderr_lines.finish()
 
 
-class Wait(NamedTuple):
-    """Somebody waits for a descriptor: `unwatch` undoes what the loop was asked."""
-
-    ready: asyncio.Future[None]
-    unwatch: Callable[[int], Any]
+def widen_pipe(fd: int) -> None:
+    """Let a pipe hold more, so that its two sides take fewer turns; where the kernel refuses, it stays as it is."""
+    with suppress(OSError):
+        fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, WIDE_PIPE_BYTES)
 
 
 class Pipes:
@@ -3644,31 +3762,11 @@ class Watchdog:
         return output_response(500, (kind,), reason, output)
 
 
-class OutputStream:
-    """A spilled output as the body of a response, behind a prefix (a `Stream`)."""
-
-    def __init__(self, prefix: bytes, output: Output) -> None:
-        self._prefix = prefix
-        self._output = output
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        if self._prefix:
-            yield self._prefix
-        offset = 0
-        while data := await self._output.pread(offset):
-            offset += len(data)
-            yield data
-
-    async def aclose(self) -> None:
-        """Close the output's file."""
-        self._output.close()
-
-
 def output_response(status: int, headers: Sequence[Header], prefix: bytes, output: Output) -> Response:
     """Return a response of `prefix` and a process's output, from memory or from its file."""
-    if not output.spilled:
+    if output.file is None:
         return Response(status, headers, prefix + output.in_memory() if prefix else output.in_memory())
-    return Response(status, headers, OutputStream(prefix, output), len(prefix) + output.bytes_count)
+    return Response(status, headers, FileBody(prefix, output.file), len(prefix) + output.bytes_count)
 
 
 class CallLog:

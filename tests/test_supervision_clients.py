@@ -259,6 +259,32 @@ def test_nothing_of_an_answer_is_held_when_nobody_reads_it(large: Program, leave
     assert len(http_request(large.port, "POST").body) == 20_000_000
 
 
+def test_call_is_killed_when_its_large_body_is_cut_short(cat: Program) -> None:
+    assert len(http_request(cat.port, "POST", body=bytes(LARGE_BYTES)).body) == LARGE_BYTES
+    descriptors = cat.descriptors()
+    with connect(cat.port) as client:
+        client.sendall(HEAD + b"Content-Length: 6000000\r\n\r\n" + bytes(LARGE_BYTES))
+        cat.wait_started()
+    cat.wait_idle(GONE_S)
+    wait_until(lambda: cat.descriptors() <= descriptors, GONE_S, "all given back")
+
+
+def test_answers_do_not_mix_when_readers_leave_in_the_middle_and_others_come() -> None:
+    scripts = [b"yes %d | head -c 6000000" % number for number in range(6)]
+
+    def read(number: int) -> bytes:
+        if number % 2:
+            return http_request(program.port, "POST", body=scripts[number]).body
+        with connect(program.port) as client:
+            client.sendall(HEAD + b"Content-Length: %d\r\n\r\n%b" % (len(scripts[number]), scripts[number]))
+            return client.recv(1)
+
+    with Program("watchdog", {"fprocess": "sh"}) as program, ThreadPoolExecutor(6) as crowd:
+        for _ in range(5):
+            for number, body in enumerate(crowd.map(read, range(6))):
+                assert body == (b"%d\n" % number * 3_000_000 if number % 2 else b"H")
+
+
 def test_good_request_is_quick_when_a_thousand_connections_idle(cat: Program) -> None:
     with ExitStack() as crowd:
         allow_files(4096)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import functools
 import http.client
 import json
@@ -13,6 +14,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from hypothesis import strategies as st
 
 from tests.harness import (
     NOISE_S,
+    REPLY_DEADLINE_S,
     Answer,
     InBackground,
     Program,
@@ -197,6 +200,44 @@ def test_answer_is_200_when_function_reads_nothing_of_a_body_that_outlasts_it() 
 def test_answer_is_whole_when_output_and_input_are_large(cat: Program) -> None:
     body = os.urandom(1 << 20) * 8
     assert post(cat, body).body == body
+
+
+@pytest.mark.parametrize("size_bytes", [65_536, 262_143, 262_144, 262_145, 327_680, 1 << 20, (1 << 20) + 1])
+def test_answers_are_whole_on_one_connection_when_sizes_meet_our_bounds(cat: Program, size_bytes: int) -> None:
+    body = os.urandom(size_bytes)
+    connection = http.client.HTTPConnection("127.0.0.1", cat.port, timeout=REPLY_DEADLINE_S)
+    with closing(connection):
+        assert http_over(connection, "POST", body=body).body == body
+        connected = connection.sock
+        pieces = (body[start : start + 100_000] for start in range(0, size_bytes, 100_000))
+        assert http_over(connection, "POST", body=pieces).body == body
+        assert http_over(connection, "POST", body=b"small").body == b"small"
+        assert connection.sock is connected
+
+
+def test_large_output_of_a_failed_function_is_whole_when_reason_goes_before_it(shell: Program) -> None:
+    answer = post(shell, b"head -c 3000000 /dev/zero; exit 3")
+    assert (answer.status, answer.body) == (500, b"exit status 3\n" + bytes(3_000_000))
+
+
+def test_large_answer_ends_with_the_connection_when_client_speaks_1_0(shell: Program) -> None:
+    script = b"head -c 3000000 /dev/zero"
+    (answer,) = parse(raw(shell.port, b"POST / HTTP/1.0\r\nContent-Length: %d\r\n\r\n%b" % (len(script), script)))
+    assert (answer.status, answer.body) == (200, bytes(3_000_000))
+
+
+def test_large_body_comes_back_when_the_kernel_grants_no_larger_pipes() -> None:
+    # What a user may have in pipes (pipe(7), pipe-user-pages-soft) is taken; only privileged processes may go beyond.
+    poor = ["setpriv", "--bounding-set=-sys_resource,-sys_admin"]
+    body = os.urandom(5_000_000)
+    with ExitStack() as stack:
+        for _ in range(64):
+            for fd in os.pipe():
+                stack.callback(os.close, fd)
+            with suppress(PermissionError):
+                fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, 1 << 20)
+        with Program("watchdog", {"fprocess": "cat"}, prefix=poor if os.geteuid() == 0 else []) as program:
+            assert post(program, body).body == body
 
 
 def test_memory_stays_bounded_when_body_and_output_are_huge() -> None:

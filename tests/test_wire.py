@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import h11
 import pytest
 from hypothesis import given
@@ -65,6 +67,43 @@ def test_answer_and_what_follows_are_the_same_when_built_whole_as_when_built_in_
         one.feed(NEXT[9:] if behind == NEXT[:9] else NEXT)
         other.feed(NEXT[9:] if behind == NEXT[:9] else NEXT)
         assert drain(one) == drain(other)
+
+
+@given(body=st.binary(max_size=60), cuts=st.lists(st.integers(0, 200), max_size=6), answer_bytes=st.integers(0, 2**40))
+def test_wire_takes_a_body_and_the_next_request_when_cut_anywhere(
+    body: bytes, cuts: list[int], answer_bytes: int
+) -> None:
+    request = b"POST /a HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+    wire, events = ServerWire(), list[object]()
+    bounds = sorted({0, *(cut for cut in cuts if cut < len(request + NEXT)), len(request + NEXT)})
+    for start, end in pairwise(bounds):
+        wire.feed((request + NEXT)[start:end])
+        events += drain(wire)
+    assert b"".join(event for event in events if isinstance(event, bytes)) == body
+    assert [event for event in events if event is Sign.END] == [Sign.END]
+    wire.build_head(200, [TYPE], answer_bytes, close=False)
+    wire.pass_by(answer_bytes)
+    wire.end()
+    assert wire.next_cycle()
+    assert [event[1] for event in drain(wire) if isinstance(event, tuple)] == [b"/b"]
+
+
+def test_wire_knows_that_a_body_is_incomplete_when_it_passed_by() -> None:
+    wire = received(POST[:-3])
+    wire.feed(b"l")
+    assert drain(wire) == [b"l", Sign.NEED_DATA]
+    assert not wire.peer_done
+    wire.feed(b"lo")
+    assert drain(wire)[:2] == [b"lo", Sign.END]
+    assert wire.peer_done
+
+
+def test_wire_refuses_to_end_an_answer_when_less_was_sent_than_announced() -> None:
+    wire = received(POST)
+    wire.build_head(200, [TYPE], 1000, close=False)
+    wire.pass_by(999)
+    with pytest.raises(h11.LocalProtocolError):
+        wire.end()
 
 
 @pytest.mark.parametrize(
