@@ -681,12 +681,17 @@ _HOP_BY_HOP = frozenset(
 )
 
 
+@lru_cache(maxsize=64)  # callers drop what they always drop
+def _ends_here(dropped: tuple[bytes, ...]) -> frozenset[bytes]:
+    return _HOP_BY_HOP.union(dropped, (b"content-length",))
+
+
 def end_to_end(headers: Headers, *dropped: bytes) -> list[Header]:
     """Return the fields that go beyond this hop (RFC 9110 7.6.1), without framing and without `dropped`.
 
     `dropped` are names in lower case; names in `headers` may be in any case.
     """
-    left_out = _HOP_BY_HOP.union(dropped, (b"content-length",))
+    left_out = _ends_here(dropped)
     named = [value for name, value in headers if name.lower() == b"connection"]
     if named:
         left_out = left_out.union(option.strip().lower() for option in b",".join(named).split(b","))
