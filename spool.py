@@ -921,11 +921,12 @@ def _claim_callbacks(tx: _Transaction, limit: int, claimant: _Claimant) -> list[
     return [_lease(tx, seq, "callback", claimant) for (seq,) in rows]
 
 
-def _held(tx: _Transaction, lease: Lease, kind: Kind) -> int:
-    """The row that `lease` is for; LeaseLost unless owner and fence still match."""
+def _end_lease(tx: _Transaction, lease: Lease, kind: Kind) -> int:
+    """Ends a lease and returns the row that it was for; LeaseLost unless owner and fence still match."""
     if lease.kind != kind:
         raise AssertionError(f"this step is for a {kind}, the lease is for a {lease.kind}")
-    row = tx.db.execute("SELECT seq FROM leases WHERE fence = ? AND owner = ?", (lease.fence, lease.owner)).fetchone()
+    sql = "DELETE FROM leases WHERE fence = ? AND owner = ? RETURNING seq"
+    row = tx.db.execute(sql, (lease.fence, lease.owner)).fetchone()
     if row is None:
         raise LeaseLost(f"the lease on call {lease.call.id} has passed to someone else")
     seq: int = row[0]
@@ -937,11 +938,11 @@ def _unlease(tx: _Transaction, fence: int) -> None:
 
 
 def _add_attempt(tx: _Transaction, seq: int, attempt: Attempt) -> None:
-    (number,) = tx.db.execute("SELECT coalesce(max(number), 0) + 1 FROM attempts WHERE seq = ?", (seq,)).fetchone()
-    tx.db.execute(
-        "INSERT INTO attempts (seq, number, started_s, finished_s, status, error) VALUES (?, ?, ?, ?, ?, ?)",
-        (seq, number, attempt.started_s, attempt.finished_s, attempt.status, attempt.error),
-    )
+    (number,) = tx.db.execute(
+        "INSERT INTO attempts (seq, number, started_s, finished_s, status, error)"
+        " SELECT ?1, coalesce(max(number), 0) + 1, ?2, ?3, ?4, ?5 FROM attempts WHERE seq = ?1 RETURNING number",
+        (seq, attempt.started_s, attempt.finished_s, attempt.status, attempt.error),
+    ).fetchone()
     if number > HISTORY_COUNT:
         tx.db.execute("DELETE FROM attempts WHERE seq = ? AND number <= ?", (seq, number - HISTORY_COUNT))
 
@@ -961,7 +962,7 @@ class _Outcome:
 
 
 def _finish(tx: _Transaction, lease: Lease, outcome: _Outcome) -> None:
-    seq = _held(tx, lease, "call")
+    seq = _end_lease(tx, lease, "call")
     attempt = outcome.attempt
     _add_attempt(tx, seq, attempt)
     tx.db.execute(
@@ -977,13 +978,11 @@ def _finish(tx: _Transaction, lease: Lease, outcome: _Outcome) -> None:
     )
     _store_result(tx, seq, outcome)
     tx.ring |= Ring.FINISHED
-    (url,) = tx.db.execute("SELECT callback_url FROM requests WHERE seq = ?", (seq,)).fetchone()
-    if url is not None:
+    if lease.call.callback_url is not None:
         tx.db.execute(
             "INSERT INTO callbacks (seq, state, due_s) VALUES (?, 'pending', ?)", (seq, outcome.callback_due_s)
         )
         tx.ring |= Ring.WORK
-    _unlease(tx, lease.fence)
 
 
 def _store_result(tx: _Transaction, seq: int, outcome: _Outcome) -> None:
@@ -1007,7 +1006,7 @@ def _store_result(tx: _Transaction, seq: int, outcome: _Outcome) -> None:
 
 
 def _retry(tx: _Transaction, lease: Lease, attempt: Attempt, due_s: float, excerpt: bytes | None) -> State:
-    seq = _held(tx, lease, "call")
+    seq = _end_lease(tx, lease, "call")
     _add_attempt(tx, seq, attempt)
     tx.db.execute("UPDATE calls SET status = ?, error = ? WHERE seq = ?", (attempt.status, attempt.error, seq))
     tx.db.execute("DELETE FROM results WHERE seq = ?", (seq,))
@@ -1016,7 +1015,6 @@ def _retry(tx: _Transaction, lease: Lease, attempt: Attempt, due_s: float, excer
             "INSERT INTO results (seq, stored_s, headers, excerpt) VALUES (?, ?, '[]', ?)",
             (seq, attempt.finished_s, excerpt),
         )
-    _unlease(tx, lease.fence)
     return _queue_again(tx, seq, Event.RETRY, due_s, attempt.finished_s)
 
 
@@ -1041,17 +1039,15 @@ def _end_cancelled(tx: _Transaction, seq: int, state: State, event: Event, now_s
 
 
 def _finish_cancelled(tx: _Transaction, lease: Lease, attempt: Attempt) -> None:
-    seq = _held(tx, lease, "call")
+    seq = _end_lease(tx, lease, "call")
     _add_attempt(tx, seq, attempt)
     tx.db.execute("UPDATE calls SET status = ?, error = ? WHERE seq = ?", (attempt.status, attempt.error, seq))
     _end_cancelled(tx, seq, State.RUNNING, Event.STOP, attempt.finished_s)
-    _unlease(tx, lease.fence)
 
 
 def _release(tx: _Transaction, lease: Lease, now_s: float) -> None:
     """Hands back what was not tried: the attempt is not counted and the place in the order is kept."""
-    seq = _held(tx, lease, lease.kind)
-    _unlease(tx, lease.fence)
+    seq = _end_lease(tx, lease, lease.kind)
     if lease.kind == "callback":
         tx.db.execute("UPDATE callbacks SET attempts = attempts - 1 WHERE seq = ?", (seq,))
         _callback_again(tx, seq, Event.HAND_BACK, lease.call.callback.due_s if lease.call.callback else now_s)
@@ -1067,14 +1063,13 @@ def _callback_again(tx: _Transaction, seq: int, event: Event, due_s: float) -> N
 
 
 def _end_callback(tx: _Transaction, lease: Lease, attempt: Attempt, event: Event, due_s: float | None = None) -> None:
-    seq = _held(tx, lease, "callback")
+    seq = _end_lease(tx, lease, "callback")
     tx.db.execute("UPDATE callbacks SET status = ?, error = ? WHERE seq = ?", (attempt.status, attempt.error, seq))
     if due_s is not None:
         _callback_again(tx, seq, event, due_s)
     else:
         state = next_callback_state(CallbackState.RUNNING, event).value
         tx.db.execute("UPDATE callbacks SET state = ? WHERE seq = ?", (state, seq))
-    _unlease(tx, lease.fence)
 
 
 LOST_ERROR = "the worker that ran it is gone"
