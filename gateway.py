@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import dataclasses
 import hmac
 import json
 import math
@@ -35,12 +34,13 @@ import socket
 import sys
 import time
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import uvloop
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -81,7 +81,6 @@ from .spool import (
     QueueUnavailable,
     State,
     Stats,
-    StoredBody,
     new_call_id,
     parse_queue_name,
 )
@@ -142,9 +141,12 @@ from .watchdog import (
     settings_table,
     start_metrics,
     watch_lifeline,
+    whole,
 )
 from .worker import WORKER_TOKEN
 from .worker import Settings as WorkerSettings
+
+T = TypeVar("T")
 
 MAX_PUT_S = 10.0  # for a queue to take a call; a disk, or whoever holds the queue's lock, may be stuck
 MAX_WAIT_S = 600.0  # of ?wait: longer than proxies keep a silent connection
@@ -494,8 +496,7 @@ class Credentials:
         return scheme.lower() == b"basic" and hmac.compare_digest(given.strip(), expected)
 
 
-@dataclass(frozen=True, slots=True)
-class Trace:
+class Trace(NamedTuple):
     """What ties the records of one call together: its id, its start (ns since the epoch), whether a worker asks."""
 
     call_id: str
@@ -506,6 +507,47 @@ class Trace:
     def fields(self) -> tuple[Header, Header]:
         """The header fields that carry it, in requests and responses."""
         return (b"X-Call-Id", self.call_id.encode()), (b"X-Start-Time", self.start_time)
+
+
+class SharedLimit:
+    """A limit in time for many tasks, with one timer for all: whoever begins first is the first to be late."""
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._deadlines: dict[asyncio.Task[Any], float] = {}  # in the order in which they come
+        self._late: set[asyncio.Task[Any]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def run(self, work: Awaitable[T]) -> T:
+        """Return what `work` brings; TimeoutError, `work` being cancelled, when that takes too long."""
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        if task is None or task in self._deadlines:
+            raise AssertionError("only a task can be limited, and once at a time")
+        cancelling = task.cancelling()
+        self._deadlines[task] = loop.time() + self._limit_s
+        if self._timer is None:
+            self._timer = loop.call_later(self._limit_s, self._on_time)
+        try:
+            return await work
+        except asyncio.CancelledError:
+            if task in self._late and task.uncancel() <= cancelling:  # as asyncio.timeout has it
+                raise TimeoutError from None
+            raise
+        finally:
+            del self._deadlines[task]
+            self._late.discard(task)
+
+    def _on_time(self) -> None:
+        """End what is late, and come again when the next one may be."""
+        loop, self._timer = asyncio.get_running_loop(), None
+        now_s = loop.time()
+        for task, deadline_s in self._deadlines.items():
+            if deadline_s > now_s:
+                self._timer = loop.call_at(deadline_s, self._on_time)
+                return
+            if task not in self._late:
+                self._late.add(task)
+                task.cancel()
 
 
 class Gateway:
@@ -524,6 +566,7 @@ class Gateway:
         self.client = Client()
         self.draining = False
         self._waits: set[asyncio.Timeout] = set()
+        self._put_limit = SharedLimit(MAX_PUT_S)
         self._settings = settings
         self._functions = functions
         self._listed = frozenset(function.name for function in functions)
@@ -673,16 +716,15 @@ class Gateway:
         limit_bytes = self._settings.max_body_bytes
         if request.body.length is not None and request.body.length > limit_bytes:
             raise BodyTooLarge(limit_bytes)
-        call = self._parse_submission(request, function, rest)
-        body = await self._queue.store_body(request.body, limit_bytes)
+        build_call = self._parse_submission(request, function, rest)
+        call = build_call(body=await self._queue.store_body(whole(request.body), limit_bytes))
         try:
-            async with asyncio.timeout(MAX_PUT_S):
-                return await self._queue.put(dataclasses.replace(call, body=body))
+            return await self._put_limit.run(self._queue.put(call))
         except TimeoutError:  # it may still get in; whoever asks again with the same id learns so by a 409
             raise QueueUnavailable(f"the queue has not taken the call within {MAX_PUT_S:g}s") from None
 
-    def _parse_submission(self, request: Request, function: Function, rest: bytes) -> NewCall:
-        """Return the call that a request asks for, its body still to come; everything in it has been checked."""
+    def _parse_submission(self, request: Request, function: Function, rest: bytes) -> Callable[..., NewCall]:
+        """Return what builds the call that a request asks for, once given its `body`; all else has been checked."""
         now_s = time.time()
         delay_s = parse_span(request, "X-Delay", parse_duration)
         expires_s = parse_span(request, "X-Expires", parse_positive_duration)
@@ -694,7 +736,8 @@ class Gateway:
             self._policy.check_url(callback_url)
         fields = end_to_end(request.headers, *_NEVER_PASSED_ON, *_SUBMISSION_FIELDS, *_TRACED, *_FORWARDED)
         fields += [(b"X-Call-Id", call_id.encode()), (b"X-Start-Time", _start_time(now_s)), *forwarded(request)]
-        return NewCall(
+        return partial(
+            NewCall,
             id=call_id,
             function=function.name,
             queue=queue_of(function),
@@ -702,7 +745,6 @@ class Gateway:
             path=rest.decode(),
             query=request.query.decode(),
             headers=tuple((name.decode(), value.decode("latin-1")) for name, value in fields),
-            body=StoredBody(0, b"", None),
             callback_url=callback_url,
             due_s=now_s + (delay_s or 0.0),
             expires_s=None if expires_s is None else now_s + expires_s,

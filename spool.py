@@ -35,6 +35,7 @@ import errno
 import fcntl
 import itertools
 import json
+import operator
 import os
 import pwd
 import queue
@@ -50,9 +51,9 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection,
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from enum import Enum, IntFlag
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Protocol, TypeVar
+from typing import Any, BinaryIO, Literal, Protocol, TypeVar, cast
 
 from .watchdog import BodyTooLarge, FaashoundError, log
 
@@ -66,6 +67,7 @@ INLINE_BYTES = 64 * 1024  # up to here a row is cheaper than a file (sqlite.org/
 EXCERPT_BYTES = 4 * 1024  # of the last response, kept as long as the call for whoever asks why it failed
 HISTORY_COUNT = 50  # attempts remembered per call
 GROUP_COUNT = 512  # writes in one commit; bounds how long one process keeps the others waiting
+ROWS_COUNT = 64  # calls that one statement queues; longer ones take longer to prepare, and save nothing more
 STEP_COUNT = 500  # rows or pages that housekeeping touches in one commit, for the same reason
 SPARE_PAGE_COUNT = 256  # free pages left in the file for the next calls (1 MiB)
 TURN_S = 8.0  # for the lock that processes take turns by
@@ -75,6 +77,7 @@ IDLE_S = 30.0  # longest sleep without a look at the queue: bounds the harm of a
 SET_BACK_S = 60.0  # a wall clock that is set back by less only delays what is due
 RECLAIM_S = 1.0  # shortest time between two looks for dead owners
 ORPHAN_S = 3600.0  # a stored body that no row names after this time is a crash's leftover
+SETTLED_NS = 1_000_000_000  # a directory not changed for so long shows its next change by another time stamp
 FILE_CHUNK_BYTES = 256 * 1024  # bodies go to and from files in pieces of this size, one thread hop each
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -372,24 +375,48 @@ _id_lock = threading.Lock()
 _last_id: tuple[int, int] = (0, 0)
 
 
+class _Randomness:
+    """Random bits of the kernel, fetched for some hundred ids at once; never given out twice, also not after a fork."""
+
+    FETCHED_BYTES = 4096
+
+    def __init__(self) -> None:
+        self.forget()
+        os.register_at_fork(after_in_child=self.forget)
+
+    def forget(self) -> None:
+        self._bytes = b""
+        self._used = 0
+
+    def bits(self, count: int) -> int:
+        end = self._used + (count + 7) // 8
+        if end > len(self._bytes):
+            self._bytes, self._used, end = os.urandom(self.FETCHED_BYTES), 0, (count + 7) // 8
+        taken = int.from_bytes(self._bytes[self._used : end], "big")
+        self._used = end
+        return taken >> -count % 8
+
+
+_randomness = _Randomness()
+
+
 def new_call_id() -> str:
     """A UUIDv7 greater than every one this process has made before; safe to call from any thread."""
     global _last_id
     with _id_lock:
         _last_id = stamp_ms, tail = _next_id(_last_id, time.time_ns() // 1_000_000)
-    high = stamp_ms << 16 | 0x7000 | tail >> 62
-    low = 0b10 << 62 | tail & (1 << 62) - 1
-    return str(uuid.UUID(int=high << 64 | low))
+    text = f"{stamp_ms:012x}{0x7000 | tail >> 62:04x}{0b10 << 62 | tail & (1 << 62) - 1:016x}"
+    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 
 def _next_id(last: tuple[int, int], now_ms: int) -> tuple[int, int]:
     stamp_ms, tail = last
     if now_ms <= stamp_ms:
-        tail += 1 + secrets.randbits(32)
+        tail += 1 + _randomness.bits(32)
         if tail < 1 << _RANDOM_BITS:
             return stamp_ms, tail
         now_ms = stamp_ms + 1
-    return now_ms, secrets.randbits(_RANDOM_BITS - 1)  # the top bit stays free: room to grow within the millisecond
+    return now_ms, _randomness.bits(_RANDOM_BITS - 1)  # the top bit stays free: room to grow within the millisecond
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -617,8 +644,11 @@ class _Transaction:
     ring: Ring = Ring.NOTHING
 
 
+_encode_json = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps would make an encoder for each call
+
+
 def _headers_text(headers: Headers) -> str:
-    return json.dumps(headers, separators=(",", ":")) if headers else "[]"
+    return _encode_json(headers) if headers else "[]"
 
 
 def _parse_headers(text: str | None) -> Headers:
@@ -674,12 +704,12 @@ def _parse_callback(row: sqlite3.Row) -> Callback | None:
     )
 
 
-_ACCEPTED_FIELDS = tuple(field.name for field in fields(NewCall))
+_accepted_values = operator.attrgetter(*(field.name for field in fields(NewCall)))  # Call begins with the same fields
 
 
 def _accepted(call: NewCall) -> Call:
     """The Call that a NewCall has just become."""
-    return Call(**{name: getattr(call, name) for name in _ACCEPTED_FIELDS})
+    return Call(*_accepted_values(call))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -727,31 +757,64 @@ def _put(tx: _Transaction, call: NewCall, headers: str) -> Call | None:
         ).fetchone()
         if row is not None:
             return _load(tx.db, row[0])
-    cursor = tx.db.execute(
-        "INSERT INTO calls (id, function, queue, state, due_s, expires_s, idempotency_key, accepted_s)"
-        " VALUES (?, ?, ?, 'queued', ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
-        (call.id, call.function, call.queue, call.due_s, call.expires_s, call.idempotency_key, call.accepted_s),
-    )
+    cursor = tx.db.execute(_sql_put_calls(1) + " ON CONFLICT (id) DO NOTHING", _calls_values(None, call))
     if cursor.rowcount == 0:
         raise CallExists(f"the call id {call.id} is in use")
-    body = call.body
-    tx.db.execute(
-        "INSERT INTO requests (seq, method, path, query, callback_url, headers, bytes_count, file, inline)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (
-            cursor.lastrowid,
-            call.method,
-            call.path,
-            call.query,
-            call.callback_url,
-            headers,
-            body.bytes_count,
-            body.file,
-            body.inline,
-        ),
-    )
+    tx.db.execute(_sql_put_requests(1), _requests_values(cursor.lastrowid, call, headers))
     tx.ring |= Ring.WORK
     return None
+
+
+@lru_cache
+def _sql_put_calls(count: int) -> str:
+    columns = "seq, id, function, queue, state, due_s, expires_s, idempotency_key, accepted_s"
+    return f"INSERT INTO calls ({columns}) VALUES " + ", ".join(["(?, ?, ?, ?, 'queued', ?, ?, ?, ?)"] * count)
+
+
+def _calls_values(seq: int | None, call: NewCall) -> tuple[object, ...]:
+    times = call.due_s, call.expires_s, call.idempotency_key, call.accepted_s
+    return seq, call.id, call.function, call.queue, *times
+
+
+@lru_cache
+def _sql_put_requests(count: int) -> str:
+    columns = "seq, method, path, query, callback_url, headers, bytes_count, file, inline"
+    return f"INSERT INTO requests ({columns}) VALUES " + ", ".join(["(?, ?, ?, ?, ?, ?, ?, ?, ?)"] * count)
+
+
+def _requests_values(seq: int | None, call: NewCall, headers: str) -> tuple[object, ...]:
+    body = call.body
+    address = call.method, call.path, call.query, call.callback_url
+    return seq, *address, headers, body.bytes_count, body.file, body.inline
+
+
+@dataclass(frozen=True, slots=True)
+class _Put:
+    """A call on its way into the queue; run by itself, or with others by `_put_all`."""
+
+    call: NewCall
+    headers: str
+
+    def __call__(self, tx: _Transaction) -> Call | None:
+        return _put(tx, self.call, self.headers)
+
+
+def _put_all(tx: _Transaction, puts: Sequence[_Put]) -> None:
+    """Queues calls without an idempotency key, all or none; sqlite3.IntegrityError if an id is in use.
+
+    Python gives its lock away for each row that a statement yields or is run for, and a busy event loop takes its time
+    to hand it back: so there is a statement for many rows, of few different lengths, as each has to be prepared.
+    """
+    (last,) = tx.db.execute("SELECT coalesce(max(seq), 0) FROM calls").fetchone()
+    rows = list(enumerate(puts, last + 1))
+    while rows:
+        count = min(1 << len(rows).bit_length() - 1, ROWS_COUNT)
+        chunk, rows = rows[:count], rows[count:]
+        calls = [_calls_values(seq, put.call) for seq, put in chunk]
+        tx.db.execute(_sql_put_calls(count), tuple(itertools.chain.from_iterable(calls)))
+        requests = [_requests_values(seq, put.call, put.headers) for seq, put in chunk]
+        tx.db.execute(_sql_put_requests(count), tuple(itertools.chain.from_iterable(requests)))
+    tx.ring |= Ring.WORK
 
 
 @dataclass(frozen=True, slots=True)
@@ -858,11 +921,12 @@ def _claim_callbacks(tx: _Transaction, limit: int, claimant: _Claimant) -> list[
     return [_lease(tx, seq, "callback", claimant) for (seq,) in rows]
 
 
-def _held(tx: _Transaction, lease: Lease, kind: Kind) -> int:
-    """The row that `lease` is for; LeaseLost unless owner and fence still match."""
+def _end_lease(tx: _Transaction, lease: Lease, kind: Kind) -> int:
+    """Ends a lease and returns the row that it was for; LeaseLost unless owner and fence still match."""
     if lease.kind != kind:
         raise AssertionError(f"this step is for a {kind}, the lease is for a {lease.kind}")
-    row = tx.db.execute("SELECT seq FROM leases WHERE fence = ? AND owner = ?", (lease.fence, lease.owner)).fetchone()
+    sql = "DELETE FROM leases WHERE fence = ? AND owner = ? RETURNING seq"
+    row = tx.db.execute(sql, (lease.fence, lease.owner)).fetchone()
     if row is None:
         raise LeaseLost(f"the lease on call {lease.call.id} has passed to someone else")
     seq: int = row[0]
@@ -874,11 +938,11 @@ def _unlease(tx: _Transaction, fence: int) -> None:
 
 
 def _add_attempt(tx: _Transaction, seq: int, attempt: Attempt) -> None:
-    (number,) = tx.db.execute("SELECT coalesce(max(number), 0) + 1 FROM attempts WHERE seq = ?", (seq,)).fetchone()
-    tx.db.execute(
-        "INSERT INTO attempts (seq, number, started_s, finished_s, status, error) VALUES (?, ?, ?, ?, ?, ?)",
-        (seq, number, attempt.started_s, attempt.finished_s, attempt.status, attempt.error),
-    )
+    (number,) = tx.db.execute(
+        "INSERT INTO attempts (seq, number, started_s, finished_s, status, error)"
+        " SELECT ?1, coalesce(max(number), 0) + 1, ?2, ?3, ?4, ?5 FROM attempts WHERE seq = ?1 RETURNING number",
+        (seq, attempt.started_s, attempt.finished_s, attempt.status, attempt.error),
+    ).fetchone()
     if number > HISTORY_COUNT:
         tx.db.execute("DELETE FROM attempts WHERE seq = ? AND number <= ?", (seq, number - HISTORY_COUNT))
 
@@ -898,7 +962,7 @@ class _Outcome:
 
 
 def _finish(tx: _Transaction, lease: Lease, outcome: _Outcome) -> None:
-    seq = _held(tx, lease, "call")
+    seq = _end_lease(tx, lease, "call")
     attempt = outcome.attempt
     _add_attempt(tx, seq, attempt)
     tx.db.execute(
@@ -914,13 +978,11 @@ def _finish(tx: _Transaction, lease: Lease, outcome: _Outcome) -> None:
     )
     _store_result(tx, seq, outcome)
     tx.ring |= Ring.FINISHED
-    (url,) = tx.db.execute("SELECT callback_url FROM requests WHERE seq = ?", (seq,)).fetchone()
-    if url is not None:
+    if lease.call.callback_url is not None:
         tx.db.execute(
             "INSERT INTO callbacks (seq, state, due_s) VALUES (?, 'pending', ?)", (seq, outcome.callback_due_s)
         )
         tx.ring |= Ring.WORK
-    _unlease(tx, lease.fence)
 
 
 def _store_result(tx: _Transaction, seq: int, outcome: _Outcome) -> None:
@@ -944,7 +1006,7 @@ def _store_result(tx: _Transaction, seq: int, outcome: _Outcome) -> None:
 
 
 def _retry(tx: _Transaction, lease: Lease, attempt: Attempt, due_s: float, excerpt: bytes | None) -> State:
-    seq = _held(tx, lease, "call")
+    seq = _end_lease(tx, lease, "call")
     _add_attempt(tx, seq, attempt)
     tx.db.execute("UPDATE calls SET status = ?, error = ? WHERE seq = ?", (attempt.status, attempt.error, seq))
     tx.db.execute("DELETE FROM results WHERE seq = ?", (seq,))
@@ -953,7 +1015,6 @@ def _retry(tx: _Transaction, lease: Lease, attempt: Attempt, due_s: float, excer
             "INSERT INTO results (seq, stored_s, headers, excerpt) VALUES (?, ?, '[]', ?)",
             (seq, attempt.finished_s, excerpt),
         )
-    _unlease(tx, lease.fence)
     return _queue_again(tx, seq, Event.RETRY, due_s, attempt.finished_s)
 
 
@@ -978,17 +1039,15 @@ def _end_cancelled(tx: _Transaction, seq: int, state: State, event: Event, now_s
 
 
 def _finish_cancelled(tx: _Transaction, lease: Lease, attempt: Attempt) -> None:
-    seq = _held(tx, lease, "call")
+    seq = _end_lease(tx, lease, "call")
     _add_attempt(tx, seq, attempt)
     tx.db.execute("UPDATE calls SET status = ?, error = ? WHERE seq = ?", (attempt.status, attempt.error, seq))
     _end_cancelled(tx, seq, State.RUNNING, Event.STOP, attempt.finished_s)
-    _unlease(tx, lease.fence)
 
 
 def _release(tx: _Transaction, lease: Lease, now_s: float) -> None:
     """Hands back what was not tried: the attempt is not counted and the place in the order is kept."""
-    seq = _held(tx, lease, lease.kind)
-    _unlease(tx, lease.fence)
+    seq = _end_lease(tx, lease, lease.kind)
     if lease.kind == "callback":
         tx.db.execute("UPDATE callbacks SET attempts = attempts - 1 WHERE seq = ?", (seq,))
         _callback_again(tx, seq, Event.HAND_BACK, lease.call.callback.due_s if lease.call.callback else now_s)
@@ -1004,14 +1063,13 @@ def _callback_again(tx: _Transaction, seq: int, event: Event, due_s: float) -> N
 
 
 def _end_callback(tx: _Transaction, lease: Lease, attempt: Attempt, event: Event, due_s: float | None = None) -> None:
-    seq = _held(tx, lease, "callback")
+    seq = _end_lease(tx, lease, "callback")
     tx.db.execute("UPDATE callbacks SET status = ?, error = ? WHERE seq = ?", (attempt.status, attempt.error, seq))
     if due_s is not None:
         _callback_again(tx, seq, event, due_s)
     else:
         state = next_callback_state(CallbackState.RUNNING, event).value
         tx.db.execute("UPDATE callbacks SET state = ? WHERE seq = ?", (state, seq))
-    _unlease(tx, lease.fence)
 
 
 LOST_ERROR = "the worker that ran it is gone"
@@ -1567,6 +1625,8 @@ class _Bells:
     def __init__(self, bells_fd: int) -> None:
         self._bells_fd = bells_fd
         self._others: dict[str, socket.socket] = {}
+        self._names: set[str] = set()
+        self._changed_ns = -1
         self.name = f"{os.getpid()}-{secrets.token_hex(4)}.sock"
         with contextlib.ExitStack() as stack:
             self._own = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK))
@@ -1590,13 +1650,11 @@ class _Bells:
     def ring(self, ring: Ring) -> None:
         """Rings every bell but ours. One that cannot be rung is logged: it must not keep the queue from its work."""
         try:
-            names = set(os.listdir(self._bells_fd)) - {self.name}
+            self._look_around()
         except OSError as error:
             log.warning(f"cannot ring any bell: {error}")
             return
-        for name in self._others.keys() - names:
-            self._drop(name)
-        for name in names:
+        for name in self._names:
             try:
                 self._reach(name).send(bytes([ring]))
             except BlockingIOError:
@@ -1608,6 +1666,17 @@ class _Bells:
             except OSError as error:
                 log.warning(f"cannot ring the bell {name}: {error}")
                 self._drop(name)
+
+    def _look_around(self) -> None:
+        """Bring the names up to date: listing the directory for every commit would cost more than ringing."""
+        changed_ns = os.fstat(self._bells_fd).st_mtime_ns
+        if changed_ns == self._changed_ns:
+            return
+        # A change that is this young may be followed by another within the same tick of the file system's clock.
+        self._changed_ns = changed_ns if changed_ns < time.time_ns() - SETTLED_NS else -1
+        self._names = set(os.listdir(self._bells_fd)) - {self.name}
+        for name in self._others.keys() - self._names:
+            self._drop(name)
 
     def _reach(self, name: str) -> socket.socket:
         if name not in self._others:
@@ -1768,19 +1837,21 @@ def _read_excerpt(bodies_fd: int, name: str) -> bytes:
 # The writer
 #
 # One thread commits for everyone in this process. It takes all operations that wait, runs them in one transaction and
-# answers them together; while that commit is on its way to the disk, the next group gathers. An operation that fails
-# without having written anything fails alone. One that fails half-way is left out and the others are run again from the
-# start, so a savepoint for each is not needed. When the disk fails, the whole group fails with the same error.
+# answers them together; while that commit is on its way to the disk, the next group gathers. Puts that stand next to
+# each other, which is what a busy gateway's groups are made of, go in by one statement for many. An operation that
+# fails without having written anything fails alone. One that fails half-way is left out and the others are run again
+# from the start, so a savepoint for each is not needed. When the disk fails, the whole group fails with the same error.
 # --------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True, eq=False)
 class _Operation:
-    """Something to write. `alone`: runs inside the turn but outside any transaction."""
+    """Something to write. `alone`: inside the turn but outside any transaction. `joins`: together with its like."""
 
     run: Callable[[_Transaction], Any]
     future: asyncio.Future[Any]
     alone: bool
+    joins: bool = False
     answer: Any = None
     error: BaseException | None = None
 
@@ -1803,7 +1874,8 @@ class _Writer:
         self._bells = bells
         self._on_ring = on_ring
         self._loop = asyncio.get_running_loop()
-        self._file = tree.database.stat()
+        self._path = tree.database
+        self._file = self._path.stat()
         self._waiting: queue.SimpleQueue[_Operation | None] = queue.SimpleQueue()
         self.commit_count = 0
         self._thread = threading.Thread(target=self._work, name="spool-writer", daemon=True)
@@ -1812,7 +1884,8 @@ class _Writer:
     def submit(self, run: Callable[[_Transaction], T], *, alone: bool = False) -> asyncio.Future[T]:
         """The future of what `run` returns, done once that is on disk."""
         future: asyncio.Future[T] = self._loop.create_future()
-        self._waiting.put(_Operation(run, future, alone))
+        joins = isinstance(run, _Put) and run.call.idempotency_key is None
+        self._waiting.put(_Operation(run, future, alone, joins))
         return future
 
     def stop(self) -> None:
@@ -1887,7 +1960,7 @@ class _Writer:
     def _check_place(self) -> None:
         """A file that was moved or removed under us would take every write, and lose it."""
         try:
-            if os.path.samestat(self._tree.database.stat(), self._file):
+            if os.path.samestat(self._path.stat(), self._file):
                 return
         except FileNotFoundError:
             pass
@@ -1909,25 +1982,50 @@ class _Writer:
 
     def _run_all(self, group: Sequence[_Operation], tx: _Transaction) -> bool:
         """False when an operation has failed half-way, and the transaction must not be committed."""
-        for operation in group:
-            if operation.error is None:
-                before = self._db.total_changes
-                self._run(operation, tx)
-                if operation.error is not None and self._db.total_changes != before:
+        for joins, run in itertools.groupby(group, operator.attrgetter("joins")):
+            operations = list(run)
+            if joins and len(operations) > 1:
+                if not self._run_together(operations, tx):
                     return False
+            elif not all(self._run_apart(operation, tx) for operation in operations):
+                return False
         return True
+
+    def _run_together(self, operations: Sequence[_Operation], tx: _Transaction) -> bool:
+        """False when one of them cannot be done: which one, and why, is found out by running each by itself."""
+        try:
+            _put_all(tx, [cast(_Put, operation.run) for operation in operations])
+        except Exception as error:
+            if _is_disk_trouble(error):
+                raise
+            for operation in operations:
+                operation.joins = False
+            return False
+        return True
+
+    def _run_apart(self, operation: _Operation, tx: _Transaction) -> bool:
+        if operation.error is not None:
+            return True
+        before = self._db.total_changes
+        self._run(operation, tx)
+        return operation.error is None or self._db.total_changes == before
 
     def _run(self, operation: _Operation, tx: _Transaction) -> None:
         try:
             operation.answer = operation.run(tx)
         except sqlite3.Error as error:
-            if type(error) in (sqlite3.OperationalError, sqlite3.InternalError, sqlite3.DatabaseError):
-                raise  # the disk or the file, not this operation
+            if _is_disk_trouble(error):
+                raise
             operation.error = error
         except OSError as error:
             operation.error = _disk_error(error)
         except Exception as error:  # noqa: BLE001 - a task's boundary: its caller gets it
             operation.error = error
+
+
+def _is_disk_trouble(error: Exception) -> bool:
+    """Tell whether the disk or the file is in trouble, not the operation."""
+    return type(error) in (sqlite3.OperationalError, sqlite3.InternalError, sqlite3.DatabaseError)
 
 
 class _Readers:
@@ -2109,6 +2207,10 @@ class Spool:
         The body must be named within ORPHAN_S, else `sweep` takes it for a crash's leftover. Raises BodyTooLarge above
         `limit_bytes`. On any error, also when cancelled, nothing is left of the body.
         """
+        if isinstance(chunks, bytes) and len(chunks) <= INLINE_BYTES:
+            if limit_bytes is not None and len(chunks) > limit_bytes:
+                raise BodyTooLarge(limit_bytes)
+            return StoredBody(len(chunks), chunks, None)
         source = _once(chunks) if isinstance(chunks, bytes) else chunks
         pieces: list[bytes] = []
         total = held = 0
@@ -2176,7 +2278,7 @@ class Spool:
         and the new body dropped. Raises CallExists, the body dropped, when the id is in use.
         """
         try:
-            earlier = await self._write(partial(_put, call=call, headers=_headers_text(call.headers)))
+            earlier = await self._write(_Put(call, _headers_text(call.headers)))
         except CallExists:
             await self.drop_body(call.body)
             raise

@@ -873,12 +873,17 @@ _HOP_BY_HOP = frozenset(
 )
 
 
+@lru_cache(maxsize=64)  # callers drop what they always drop
+def _ends_here(dropped: tuple[bytes, ...]) -> frozenset[bytes]:
+    return _HOP_BY_HOP.union(dropped, (b"content-length",))
+
+
 def end_to_end(headers: Headers, *dropped: bytes) -> list[Header]:
     """Return the fields that go beyond this hop (RFC 9110 7.6.1), without framing and without `dropped`.
 
     `dropped` are names in lower case; names in `headers` may be in any case.
     """
-    left_out = _HOP_BY_HOP.union(dropped, (b"content-length",))
+    left_out = _ends_here(dropped)
     named = [value for name, value in headers if name.lower() == b"connection"]
     if named:
         left_out = left_out.union(option.strip().lower() for option in b",".join(named).split(b","))
@@ -1275,12 +1280,36 @@ def split_target(target: bytes, host: bytes) -> tuple[bytes, bytes, bytes]:
 CUT_SHORT = "the connection was closed before the response was complete"
 
 
+_VISIBLE = re.compile(rb"[\x21-\x7e]+")
+_END = h11.EndOfMessage()
+
+
+@lru_cache(maxsize=64)
+def _asked(method: bytes) -> h11.Request:
+    """Return what h11 must know of a request that it did not build: an answer is framed by the method alone."""
+    return h11.Request(method=method, target=b"/", headers=[(b"Host", b"")])
+
+
 class ClientWire:
     """The client's side of one connection: build requests, feed bytes, take events."""
 
     def __init__(self) -> None:
         self._conn = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD_BYTES)
         self._ended = False
+
+    def build_whole(
+        self, method: bytes, target: bytes, headers: Sequence[Header], body: bytes, length: int | None
+    ) -> bytes:
+        """Return the bytes of a whole request; `headers` has Host, but not the Content-Length that `length` is put in.
+
+        Nothing is left for h11 to decide but how the answer is framed, so it is only told that it has been asked.
+        """
+        if not _VISIBLE.fullmatch(target):
+            raise h11.LocalProtocolError(f"Illegal request target {target!r}")
+        self._conn.send(_asked(method))
+        self._conn.send(_END)
+        framing = b"" if length is None else b"Content-Length: %d\r\n" % length
+        return b"%b %b HTTP/1.1\r\n%b%b\r\n%b" % (method, target, build_lines(headers), framing, body)
 
     def build_head(self, method: bytes, target: bytes, headers: Sequence[Header]) -> bytes:
         """Return the bytes of a request's head; `headers` has Host and the framing field."""
@@ -1325,7 +1354,7 @@ class ClientWire:
             return False
         if self._conn.trailing_data[0]:
             return False  # bytes that nobody asked for: a peer out of step is not to be trusted with a request
-        self._conn.start_next_cycle()
+        self._conn = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD_BYTES)
         return True
 
 
@@ -2224,12 +2253,18 @@ class ClientConnection(asyncio.Protocol):
     ) -> None:
         fields = [(b"Host", url.authority.encode()), *headers]
         known = len(body) if isinstance(body, bytes) else length
+        body = whole(body)
+        unsaid = known == 0 and method in ("GET", "HEAD", "DELETE", "OPTIONS")
+        target = url.target.encode()
+        if isinstance(body, bytes) and len(body) == known:
+            told = None if unsaid else known
+            self._transport.write(self._wire.build_whole(method.encode(), target, fields, body, told))
+            return
         if known is None:
             fields.append((b"Transfer-Encoding", b"chunked"))
-        elif known or method not in ("GET", "HEAD", "DELETE", "OPTIONS"):
+        elif not unsaid:
             fields.append((b"Content-Length", b"%d" % known))
-        head = self._wire.build_head(method.encode(), url.target.encode(), fields)
-        body = whole(body)
+        head = self._wire.build_head(method.encode(), target, fields)
         if isinstance(body, bytes):
             self._transport.write(head + (self._wire.build_chunk(body) if body else b"") + self._wire.end())
         else:

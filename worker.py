@@ -28,7 +28,7 @@ from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import prometheus_client
 import uvloop
@@ -73,6 +73,7 @@ from .spool import (
     EXCERPT_BYTES,
     Attempt,
     Call,
+    Kind,
     Lease,
     LeaseLost,
     QueueDamaged,
@@ -276,11 +277,15 @@ class Annotations:
 
 @dataclass(slots=True)
 class Running:
-    """A lease at work.  `ended_by` says why its task was cancelled: "cancel", "lost" or "drain"."""
+    """A lease at work.  `ended_by` says why its task was cancelled: "cancel", "lost" or "drain".
+
+    `answered`: the function has answered, and only the outcome is still to be recorded, so its place is free.
+    """
 
     lease: Lease
     task: asyncio.Task[None] | None = None
     begun: bool = False
+    answered: bool = False
     ended_by: str = ""
 
     def end(self, why: str) -> None:
@@ -313,13 +318,18 @@ class WorkerMetrics:
         self._callbacks = prometheus_client.Counter(
             "worker_callbacks", "Attempts at callbacks, by outcome", ("outcome",), registry=self.registry
         )
-        self.in_flight = prometheus_client.Gauge(
+        in_flight = prometheus_client.Gauge(
             "worker_in_flight", "Calls and callbacks at work", ("kind",), registry=self.registry
         )
+        self.in_flight: Mapping[Kind, prometheus_client.Gauge] = {
+            "call": in_flight.labels("call"),
+            "callback": in_flight.labels("callback"),
+        }
+        self._attempts_of = lru_cache(MAX_KNOWN_COUNT)(self._attempts.labels)
 
     def attempt(self, function: str, outcome: Outcome) -> None:
         """Count an attempt at a call."""
-        self._attempts.labels(self._label(function), str(outcome.status or outcome.end.value)).inc()
+        self._attempts_of(self._label(function), str(outcome.status or outcome.end.value)).inc()
 
     def callback(self, outcome: Outcome) -> None:
         """Count an attempt at a callback."""
@@ -358,22 +368,25 @@ class Worker:
         self._running: dict[int, Running] = {}  # by the lease's fence
         self._cancelled_early: frozenset[str] = frozenset()  # calls that are ours but have not reached us yet
         self._limits: dict[str, Concurrency] = {}
-        self._room = asyncio.Event()
-        self._stopping = asyncio.Event()
+        self._may_wait: set[Kind] = {"call", "callback"}  # what there may be more of in the queue
+        self._stirred = asyncio.Event()  # there is room, or maybe work, or an end: look again
+        self._stopping = False
         self._complaint = ""
 
-    # The story.
+    # The story.  What a claim has found nothing of is not asked for again before the queue has been heard; what it
+    # has found something of is claimed again as soon as a function has answered: the claim then shares the commit of
+    # the outcome, and a busy worker makes one round through the queue's writer for each call.
 
     async def run(self) -> None:
         """Work until `stop`, then drain."""
-        helpers = [asyncio.create_task(self._renew_leases()), asyncio.create_task(self._watch_cancels())]
+        helpers = [asyncio.create_task(work()) for work in (self._listen, self._renew_leases, self._watch_cancels)]
         for helper in helpers:
             helper.add_done_callback(lambda _: self.stop())
         try:
-            while not self._stopping.is_set():
-                self._room.clear()  # before the claim: what ends during it makes room that it did not see
+            while not self._stopping:
+                self._stirred.clear()  # before the claim: what ends during it makes room that it did not see
                 if not await self._claim():
-                    await finished_first(self._hear_of_work(), self._room.wait(), self._stopping.wait())
+                    await self._wait_for_change()
             await self._drain()
             for helper in helpers:
                 if helper.done():
@@ -386,7 +399,8 @@ class Worker:
 
     def stop(self) -> None:
         """Claim nothing more and drain."""
-        self._stopping.set()
+        self._stopping = True
+        self._stirred.set()
 
     def abandon(self) -> None:
         """Hand back at once what still runs."""
@@ -395,31 +409,52 @@ class Worker:
 
     async def _claim(self) -> bool:
         """Start as much as there is and as there is room for; tell whether that was anything."""
-        lease_s, limit = self._settings.ack_wait_s, self._settings.max_inflight
-        counts = Counter(running.lease.kind for running in self._running.values())
-        claimed_count = 0
+        lease_s = self._settings.ack_wait_s
         try:
-            if counts["call"] < limit:
-                claimed_count += self._start_all(
-                    await self.queue.claim(
-                        self._settings.queues, self._owner, lease_s, limit - counts["call"], self._rooms()
-                    )
+            calls = callbacks = False
+            if room := self._room_to_claim("call"):
+                calls = self._start_all(
+                    "call",
+                    await self.queue.claim(self._settings.queues, self._owner, lease_s, room, self._rooms()),
                 )
-            if counts["callback"] < limit:
-                claimed_count += self._start_all(
-                    await self.queue.claim_callbacks(self._owner, lease_s, limit - counts["callback"])
-                )
+            if room := self._room_to_claim("callback"):
+                callbacks = self._start_all("callback", await self.queue.claim_callbacks(self._owner, lease_s, room))
         except FaashoundError as error:
+            self._may_wait = {"call", "callback"}
             self._complain(error)
-        else:
-            self._complaint = ""
-        return claimed_count > 0
+            return False
+        self._complaint = ""
+        return calls or callbacks
+
+    def _room_to_claim(self, kind: Kind) -> int:
+        """Return how many leases of a kind are to be claimed now; 0 if none may wait, for all that has been heard."""
+        busy_count = sum(running.lease.kind == kind and not running.answered for running in self._running.values())
+        room = self._settings.max_inflight - busy_count
+        if room <= 0 or kind not in self._may_wait:
+            return 0
+        self._may_wait.discard(kind)  # before the claim: what is heard of while it is made is claimed by the next
+        return room
 
     def _rooms(self) -> dict[str, int]:
         """Return how many more calls each function may get whose limit is known to be below ours."""
-        calls = [running.lease for running in self._running.values() if running.lease.kind == "call"]
-        counts = Counter(lease.call.function for lease in calls)
+        if not self._limits:
+            return {}
+        at_work = [running.lease for running in self._running.values() if not running.answered]
+        counts = Counter(lease.call.function for lease in at_work if lease.kind == "call")
         return {name: limit.room(counts[name]) for name, limit in self._limits.items()}
+
+    async def _wait_for_change(self) -> None:
+        """Wait until there may be something to claim, or if the queue is in trouble for a moment."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(PAUSE_S if self._complaint else None):
+                await self._stirred.wait()
+
+    async def _listen(self) -> None:
+        """Pass on what the queue has to tell."""
+        while True:
+            await self._hear_of_work()
+            self._may_wait = {"call", "callback"}
+            self._stirred.set()
 
     async def _hear_of_work(self) -> None:
         """Wait for work, or if the queue is in trouble for a moment."""
@@ -437,10 +472,13 @@ class Worker:
             log.error(f"the queue cannot be asked for work: {error}")
         self._complaint = str(error)
 
-    def _start_all(self, leases: Sequence[Lease]) -> int:
+    def _start_all(self, kind: Kind, leases: Sequence[Lease]) -> bool:
+        """Start what a claim has brought; tell whether that was anything.  Where something was, there may be more."""
+        if leases or (kind == "call" and self._limits):  # a function without room is passed over
+            self._may_wait.add(kind)
         for lease in leases:
             self._start(lease)
-        return len(leases)
+        return bool(leases)
 
     def _start(self, lease: Lease) -> None:
         for earlier in list(self._running.values()):
@@ -452,12 +490,12 @@ class Worker:
         running.task.add_done_callback(partial(self._on_end, lease))
         if lease.kind == "call" and lease.call.id in self._cancelled_early:
             running.end("cancel")
-        self.metrics.in_flight.labels(lease.kind).inc()
+        self.metrics.in_flight[lease.kind].inc()
 
     def _on_end(self, lease: Lease, task: asyncio.Task[None]) -> None:
         del self._running[lease.fence]
-        self.metrics.in_flight.labels(lease.kind).dec()
-        self._room.set()
+        self.metrics.in_flight[lease.kind].dec()
+        self._stirred.set()
         if not task.cancelled() and task.exception() is not None:
             log.error(f"{task.exception()!r}; the lease runs out and it is tried again", call_id=lease.call.id)
 
@@ -468,7 +506,7 @@ class Worker:
         try:
             if running.ended_by:
                 raise asyncio.CancelledError
-            await (self._make_call(lease) if lease.kind == "call" else self._make_callback(lease))
+            await (self._make_call(running) if lease.kind == "call" else self._make_callback(lease))
         except asyncio.CancelledError:
             await self._end_early(running, started_s)
         except LeaseLost:
@@ -532,7 +570,8 @@ class Worker:
 
     # A call.
 
-    async def _make_call(self, lease: Lease) -> None:
+    async def _make_call(self, running: Running) -> None:
+        lease = running.lease
         call, started_s, started = lease.call, time.time(), time.monotonic()
         policy = await self._annotations.policy(call.function)
         if is_poison(call.attempts, policy):
@@ -548,7 +587,14 @@ class Worker:
         attempt = Attempt(started_s, now_s, status, error)
         self.metrics.attempt(call.function, outcome)
         self._log_step(call, step, answer)
+        await self._make_room(running)
         await self._record(lease, step, attempt, answer)
+
+    async def _make_room(self, running: Running) -> None:
+        """Let another call take the place of one that was answered, claimed in the commit that records the outcome."""
+        running.answered = True
+        self._stirred.set()
+        await asyncio.sleep(0)  # the claim is submitted now, the outcome right behind it
 
     async def _bury(self, lease: Lease, step: Dead) -> None:
         """End a call that is not made any more."""
@@ -585,6 +631,9 @@ class Worker:
                 if str(error) != complaint:
                     log.error(f"the outcome cannot be recorded yet: {error}", call_id=lease.call.id)
                 complaint = str(error)
+                self._running[
+                    lease.fence
+                ].answered = False  # what cannot be recorded keeps its place, or all would pile up
                 await asyncio.sleep(PAUSE_S)
 
     async def _finish(self, lease: Lease, state: State, status: int, attempt: Attempt, answer: Answer) -> None:

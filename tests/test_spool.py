@@ -21,6 +21,7 @@ from faashound.spool import (
     INLINE_BYTES,
     TRANSITIONS,
     CallbackState,
+    CallExists,
     Event,
     QueueDamaged,
     State,
@@ -28,7 +29,7 @@ from faashound.spool import (
     next_callback_state,
     next_state,
 )
-from tests.queue_kit import read_all
+from tests.queue_kit import inline, read_all
 from tests.test_spool_kit import START_S, Desk, new_call
 
 LONG_S = 20.0  # how long a test waits for what should come at once
@@ -55,6 +56,20 @@ def test_new_call_id_is_a_version_7_uuid_with_the_time_in_front() -> None:
 def test_new_call_id_grows_within_a_millisecond() -> None:
     made = [new_call_id() for _ in range(5000)]
     assert made == sorted(set(made))
+
+
+def test_new_call_id_uses_other_random_bits_in_a_forked_child() -> None:
+    new_call_id()  # some of what was fetched is left now
+    reads, writes = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writes, f"{spool_module._randomness.bits(64):x}".encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    ours, theirs = spool_module._randomness.bits(64), int(os.read(reads, 100), 16)
+    os.close(reads)
+    os.close(writes)
+    assert ours != theirs
 
 
 @pytest.mark.parametrize(
@@ -120,6 +135,34 @@ def test_put_that_cannot_be_written_fails_alone_and_leaves_nothing(desk: Desk) -
     assert desk.do(desk.spool.stats()).by_state[State.QUEUED] == len(good)  # a list would not show half a call
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 63, 64, 65, 200])
+def test_put_fails_alone_when_its_id_is_in_use(desk: Desk, count: int) -> None:
+    known = desk.put()
+    good = [desk.new_call(body=inline(b"%d" % number)) for number in range(count)]
+    twice = good[count // 2]
+
+    async def scenario() -> list[Any]:
+        puts = [desk.spool.put(call) for call in [*good, desk.new_call(id=known.id), twice]]
+        return await asyncio.gather(*puts, return_exceptions=True)
+
+    outcomes = desk.do(scenario())
+    assert [type(outcome) for outcome in outcomes[count:]] == [CallExists, CallExists]
+    assert outcomes[:count] == [desk.get(call.id) for call in good]
+    assert [outcome.body.inline for outcome in outcomes[:count]] == [b"%d" % number for number in range(count)]
+    assert desk.do(desk.spool.stats()).by_state[State.QUEUED] == count + 1
+
+
+def test_puts_with_a_key_in_common_are_one_call_when_they_come_with_others(desk: Desk) -> None:
+    calls = [desk.new_call(idempotency_key="k" if number % 3 == 0 else None) for number in range(30)]
+
+    async def scenario() -> list[Any]:
+        return await asyncio.gather(*(desk.spool.put(call) for call in calls))
+
+    outcomes = desk.do(scenario())
+    assert {outcome.id for outcome in outcomes[::3]} == {calls[0].id}
+    assert len({outcome.id for outcome in outcomes}) == 21
+
+
 def test_puts_share_commits_when_they_come_together(desk: Desk) -> None:
     async def scenario() -> None:
         await asyncio.gather(*(desk.spool.put(new_call()) for _ in range(200)))
@@ -168,6 +211,16 @@ def test_bell_with_an_unread_backlog_announces_everything(desk: Desk) -> None:
     for _ in range(3):
         other._bells.ring(spool_module.Ring.WORK)
     assert desk.do(desk.spool.wait_for_cancel(LONG_S))
+
+
+def test_bell_is_rung_when_it_was_hung_up_after_others_had_been_listed(desk: Desk) -> None:
+    bells = desk.directory / "bells"
+    os.utime(bells, (START_S, START_S))  # nothing has changed there for long: what is listed now is remembered
+    desk.put()
+    other = desk.open()
+    assert desk.do(other.wait_for_work(LONG_S))  # of what is there already
+    desk.put()
+    assert desk.do(other.wait_for_work(LONG_S))
 
 
 def test_bell_that_nobody_holds_is_removed(desk: Desk) -> None:

@@ -1,4 +1,4 @@
-"""The server's wire: an answer built at once has the bytes that h11 gives it piece by piece, whatever follows it."""
+"""Both wires: a message built at once has the bytes that h11 gives it piece by piece, whatever follows it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from faashound.watchdog import Header, ServerWire, Sign
+from faashound.watchdog import ClientWire, Header, ServerWire, Sign
 
 POST = b"POST /a HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\nhello"
 NEXT = b"GET /b HTTP/1.1\r\nHost: h\r\n\r\n"
@@ -123,3 +123,69 @@ def test_wire_refuses_to_end_an_answer_when_less_was_sent_than_announced() -> No
 def test_wire_refuses_to_send_a_field_when_it_could_change_the_framing(field: Header) -> None:
     with pytest.raises(h11.LocalProtocolError):
         received(POST).build_whole(200, [TYPE, field], b"x", 1, close=False)
+
+
+def asked(method: bytes, headers: list[Header], body: bytes, *, at_once: bool) -> tuple[ClientWire, bytes]:
+    """Return a client's wire that has been asked something, and the bytes of the request."""
+    wire = ClientWire()
+    fields = [(b"Host", b"h"), *headers]
+    if at_once:
+        return wire, wire.build_whole(method, b"/a?b", fields, body, len(body))
+    head = wire.build_head(method, b"/a?b", [*fields, (b"Content-Length", b"%d" % len(body))])
+    return wire, head + (wire.build_chunk(body) if body else b"") + wire.end()
+
+
+ANSWERS = [
+    b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\nhello",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
+    b"HTTP/1.0 200 OK\r\n\r\nhello",
+    b"HTTP/1.1 204 No Content\r\n\r\n",
+    b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello and more",
+]
+
+
+@given(
+    method=st.sampled_from([b"GET", b"HEAD", b"POST", b"PUT", b"PURGE"]),
+    headers=headers_lists,
+    body=st.binary(max_size=40),
+    answer=st.sampled_from(ANSWERS),
+)
+def test_request_and_its_answer_are_the_same_when_built_whole_as_when_built_in_pieces(
+    method: bytes, headers: list[Header], body: bytes, answer: bytes
+) -> None:
+    one, sent = asked(method, headers, body, at_once=True)
+    other, expected = asked(method, headers, body, at_once=False)
+    assert sent == expected
+    for wire in (one, other):
+        wire.feed(answer)
+    assert until_end(one) == until_end(other)
+    assert one.next_cycle() == other.next_cycle()
+
+
+def until_end(wire: ClientWire) -> list[object]:
+    """Return what a client's wire reads, up to the end of the message or the sign that more is needed."""
+    events: list[object] = []
+    while True:
+        events.append(wire.next_event())
+        if isinstance(events[-1], Sign):
+            return events
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "field"),
+    [
+        pytest.param(b"GET /", b"/", TYPE, id="space-in-method"),
+        pytest.param(b"GET", b"/a b", TYPE, id="space-in-target"),
+        pytest.param(b"GET", b"/\r\nX-Evil:", TYPE, id="line-break-in-target"),
+        pytest.param(b"GET", b"", TYPE, id="no-target"),
+        pytest.param(b"GET", b"/", (b"X-A", b"a\r\nX-Evil: 1"), id="line-break-in-value"),
+        pytest.param(b"GET", b"/", (b"Transfer-Encoding", b"chunked"), id="coding"),
+    ],
+)
+def test_client_refuses_to_send_a_head_when_it_could_change_the_framing(
+    method: bytes, target: bytes, field: Header
+) -> None:
+    with pytest.raises(h11.LocalProtocolError):
+        ClientWire().build_whole(method, target, [(b"Host", b"h"), field], b"", 0)

@@ -328,6 +328,39 @@ def test_local_worker_drains_every_queue_that_a_function_names() -> None:
         assert system.ended(call_id)["state"] == "done"
 
 
+@pytest.mark.parametrize("limit", [1, 4])
+def test_worker_makes_no_more_calls_at_once_than_max_inflight_and_no_fewer(limit: int) -> None:
+    """Though it claims the next call while the outcome of the one before is still being recorded."""
+    at_once: list[int] = []
+    active, lock = 0, threading.Lock()
+
+    def answer(_: Received) -> Reply:
+        nonlocal active
+        with lock:
+            active += 1
+            at_once.append(active)
+        time.sleep(0.01)
+        with lock:
+            active -= 1
+        return 200, {}, b""
+
+    with Receiver(answer) as receiver, System(calling(receiver), {"worker": "none"}) as system:
+        calls = [system.submit("up") for _ in range(60)]
+        with Worker(system, {"max_inflight": str(limit)}):
+            assert {system.ended(call_id)["state"] for call_id in calls} == {"done"}
+    assert len(at_once) == len(calls)
+    assert max(at_once) == limit
+
+
+def test_worker_hears_of_every_call_that_comes_while_it_looks_for_work(system: System) -> None:
+    """One that is put between a claim that finds nothing and its answer must not wait for the next bell."""
+    for number in range(150):
+        call_id = system.submit("cat", b"%d" % number)
+        began_s = time.monotonic()
+        assert system.ended(call_id)["state"] == "done"
+        assert time.monotonic() - began_s < 5
+
+
 def test_worker_takes_only_from_the_queues_it_is_given() -> None:
     functions = FUNCTIONS + '[slow]\nfprocess = "cat"\nannotations.com.openfaas.queue = "slow"'
     with System(functions, {"worker": "none"}) as system:
