@@ -29,7 +29,6 @@ import base64
 import ctypes
 import dataclasses
 import difflib
-import email.utils
 import errno
 import fcntl
 import gc
@@ -42,7 +41,6 @@ import math
 import mmap
 import os
 import re
-import secrets
 import select
 import shlex
 import shutil
@@ -50,7 +48,6 @@ import signal
 import socket
 import ssl
 import sys
-import tempfile
 import time
 import traceback
 import urllib.parse
@@ -64,7 +61,6 @@ from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar, cast
 
 import h11
-import psutil
 import uvloop
 
 if TYPE_CHECKING:
@@ -1530,6 +1526,17 @@ class EpollSet:
         self._epoll.close()
 
 
+def build_date(epoch_s: int) -> bytes:
+    """Return an IMF-fixdate (RFC 9110 5.6.7)."""
+    year, month, day, hour, minute, second, weekday = time.gmtime(epoch_s)[:7]
+    text = f"{_DAYS[weekday]}, {day:02d} {_MONTHS[month - 1]} {year} {hour:02d}:{minute:02d}:{second:02d} GMT"
+    return text.encode()
+
+
+_DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+
+
 class Listener:
     """Accepts from a listening socket, in turns with the other processes that do: who has the fewest connections first.
 
@@ -1668,7 +1675,7 @@ class Server:
         """Return the Date field (RFC 9110 6.6.1), made once a second."""
         second = int(time.time())
         if second != self._date[0]:
-            self._date = (second, email.utils.formatdate(second, usegmt=True).encode())
+            self._date = (second, build_date(second))
         return self._date[1]
 
 
@@ -2624,6 +2631,8 @@ class Output:
 
     def spill(self) -> None:
         """Move what is in memory to a file; blocks on the disk."""
+        import tempfile  # only here: many functions never write so much, and it loads a dozen modules
+
         self.file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - closed by `close`
         self._write(b"".join(self._parts))
         self._parts.clear()
@@ -3992,7 +4001,7 @@ class Guard(Aftercare):
     """
 
     def __init__(self, members_count: int = 1) -> None:
-        self.instance = secrets.token_hex(8).encode()
+        self.instance = os.urandom(8).hex().encode()
         self.roots = tuple(RootTable() for _ in range(members_count + 1))
         self._held_fd = -1
         self.pid = self._fork()
@@ -4022,6 +4031,7 @@ class Guard(Aftercare):
             os.setsid()  # a Ctrl-C is for the watchdog
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)
+            _list_processes()  # loads what it takes while there is time
             os.closerange(0, watched)
             os.closerange(watched + 1, os.sysconf("SC_OPEN_MAX"))
             os.read(watched, 1)
@@ -4054,11 +4064,17 @@ class Guard(Aftercare):
         self.roots[index].clear()
 
 
+def _list_processes() -> list[int]:
+    import psutil  # only here: the guard loads it beside us while we start, and we need it when a worker has died
+
+    return psutil.pids()
+
+
 def kill_left(mark_prefix: bytes, sessions: frozenset[int]) -> None:
     """Kill every process that has one of our marks or belongs to one of `sessions`, until two looks find none."""
     empty_count, limit_s = 0, time.monotonic() + SWEEP_LIMIT_S
     while empty_count < 2 and time.monotonic() < limit_s:
-        found = [pid for pid in psutil.pids() if _is_left(pid, mark_prefix, sessions)]
+        found = [pid for pid in _list_processes() if _is_left(pid, mark_prefix, sessions)]
         for pid in found:
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
