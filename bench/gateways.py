@@ -16,7 +16,7 @@ from faashound.spool import NewCall, Spool, State, StoredBody, new_call_id
 from tests.harness import free_port
 
 from .load import BODY, Load, run_wrk
-from .programs import OURS, Running, cpu_s, ours_knows, proportional_bytes, resident_bytes
+from .programs import OURS, Running, cpu_s, proportional_bytes, resident_bytes
 from .report import Report, at_least, at_most, ratios
 from .watchdogs import CONNECTIONS, MIB, Plan
 
@@ -91,8 +91,12 @@ def measure_enqueue(plan: Plan, report: Report) -> None:
     loads: dict[tuple[str, int], list[Load]] = defaultdict(list)
     with trivial(plan) as function, ExitStack() as stack:
         urls = dict.fromkeys(plan.peer_gateways, "")
-        for name, queue in (("ours", plan.directory / "queue-empty"), ("ours, full", full)):
-            program = stack.enter_context(gateway(plan, elsewhere(function.url), queue))
+        for name, queue, workers in (
+            ("ours", plan.directory / "queue-empty", "1"),
+            ("ours, full", full, "1"),
+            ("ours, a worker per core", plan.directory / "queue-shared", "auto"),
+        ):
+            program = stack.enter_context(gateway(plan, elsewhere(function.url), queue, workers=workers))
             urls[name] = program.url
         urls |= {peer: peer for peer in plan.peer_gateways}
         for _ in range(plan.rounds_count):
@@ -115,8 +119,9 @@ def _report_enqueue(plan: Plan, report: Report, loads: Mapping[str, list[Load]],
     flat = ratios(rates["ours, full"], rates["ours"])
     report.add("5 enqueue", f"full spool to empty, {at}", "x", flat, at_least(0.85))
     for peer in plan.peer_gateways:
-        faster = ratios(rates["ours"], rates[peer])
-        report.add("5 enqueue", f"ours to {peer}, {at}", "x", faster, at_least(RATIO_TO_PEER[connections_count]))
+        bound = at_least(RATIO_TO_PEER[connections_count])
+        for name in ("ours", "ours, a worker per core"):
+            report.add("5 enqueue", f"{name}, to {peer}, {at}", "x", ratios(rates[name], rates[peer]), bound)
 
 
 @asynccontextmanager
@@ -173,10 +178,13 @@ async def fill(directory: Path, count: int, delay_s: float) -> float:
 
 
 def measure_drain(plan: Plan, report: Report) -> None:
-    """Queued calls of cat through worker, gateway and watchdog to their durable end, beside the watchdog alone."""
+    """Queued calls of cat through worker, gateway and watchdog to their durable end, beside the watchdog alone.
+
+    The watchdog is the same on both sides: that of a local function has one worker.
+    """
     alone, drained = [], []
     for number in range(plan.rounds_count):
-        with OURS.started(plan.directory) as program:
+        with OURS.started(plan.directory, workers="1") as program:
             load = run_wrk(plan.script, program.url, DRAIN_CONNECTIONS_COUNT, plan.seconds)
         alone.append(load.requests_per_s)
         queue = plan.directory / f"queue-drain-{number}"
@@ -273,9 +281,6 @@ def settle(program: Running, limit_s: float = 20.0) -> None:
 
 def measure_gateway_workers(plan: Plan, report: Report) -> None:
     """What a second loop brings to the gateway."""
-    if not ours_knows("gateway", "workers"):
-        report.remark("workers: the gateway has no such setting yet")
-        return
     rates: dict[int, list[float]] = defaultdict(list)
     with trivial(plan) as function, ExitStack() as stack:
         for count in (1, 2):

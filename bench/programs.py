@@ -119,10 +119,3 @@ def parse_peer(command: str) -> Watchdog:
     """Return the peer that a command line starts."""
     argv = tuple(shlex.split(command))
     return Watchdog(Path(argv[0]).name, argv)
-
-
-def ours_knows(program: str, setting: str) -> bool:
-    """Tell whether our program has a setting, by what its --help says."""
-    argv = [sys.executable, "-m", f"faashound.{program}", "--help"]
-    shown = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=START_DEADLINE_S).stdout
-    return any(line.split()[:1] == [setting] for line in shown.splitlines())

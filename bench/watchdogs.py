@@ -20,7 +20,7 @@ from tests.harness import free_port
 
 from .limit import SpawnLimit
 from .load import Load, run_arrivals, run_wrk
-from .programs import OURS, Running, Watchdog, ours_knows, peak_bytes, proportional_bytes, resident_bytes
+from .programs import OURS, Running, Watchdog, peak_bytes, proportional_bytes, resident_bytes
 from .report import Report, at_least, at_most, ratios
 
 MIB = 1 << 20
@@ -205,9 +205,6 @@ def _measure_prewarm(plan: Plan, report: Report, ends: str, fprocess: str) -> No
 
 def measure_workers(plan: Plan, report: Report) -> None:
     """What a second loop brings, at 64 connections."""
-    if not ours_knows("watchdog", "workers"):
-        report.remark("workers: the watchdog has no such setting yet")
-        return
     rates: dict[int, list[float]] = defaultdict(list)
     with ExitStack() as stack:
         running = {n: stack.enter_context(OURS.started(plan.directory, workers=str(n))) for n in (1, 2)}
