@@ -4319,8 +4319,8 @@ class Crew:
         os.read(self._news, MAX_WORKERS_COUNT)
         if not self._told and all(self._board.serving):
             self._told = True
-            log.info(f"Workers: {len(self._members)}")
             self._on_serving()
+            log.info(f"Workers: {len(self._members)}")
         if self._stopping and not any(self._board.serving):
             self._doors.close()  # or a connection would wait for ever in a backlog that nobody looks at
 
