@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.harness import clean_environment, command_of, connect, free_port, processes_marked, wait_until
+from tests.inspection import state_of
 
 PATIENCE_S = 15.0  # no answer by then is "none"
 AFTERMATH_S = 1.0  # after the answer: how long the watchdog has to clean up
@@ -76,18 +77,20 @@ class Running:
         return processes_marked(self._mark) - self._own
 
     def zombies(self) -> int:
-        """Return how many children of the watchdog wait to be reaped."""
-        stats = (
-            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace") for pid in children_of(self.pid)
-        )
-        return sum(stat.rpartition(")")[2].split()[0] == "Z" for stat in stats)
+        """Return how many children of the watchdog's processes wait to be reaped."""
+        return sum(state_of(child) == "Z" for pid in self._own for child in children_of(pid))
 
     def peak_bytes(self) -> int:
-        """Return the most memory it ever had resident; 0 if it has ended."""
-        with suppress(FileNotFoundError, ProcessLookupError, IndexError):
-            status = Path(f"/proc/{self.pid}/status").read_text(encoding="ascii")
-            return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
-        return 0
+        """Return the most memory that one of its own processes ever had resident; 0 if all have ended."""
+        return max(map(peak_of, self._own), default=0)
+
+
+def peak_of(pid: int) -> int:
+    """Return the most memory that a process ever had resident; 0 if it has ended."""
+    with suppress(FileNotFoundError, ProcessLookupError, IndexError):
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+        return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
+    return 0
 
 
 def children_of(pid: int) -> list[int]:
