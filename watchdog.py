@@ -97,7 +97,7 @@ MAX_PIPE_BYTES = 1 << 20  # what a pipe may hold (/proc/sys/fs/pipe-max-size)
 WIDE_PIPE_BYTES = 262144  # asked for once much passes; a user may have 64 MiB in all (pipe-user-pages-soft)
 SPILL_BYTES = 262144  # output kept in memory; the rest goes to an unlinked file in $TMPDIR
 FILE_CHUNK_BYTES = 262144  # one write of such a file
-SPILL_WAIT_MS = 3  # for more output, in one of the few threads that there are
+SPILL_WAIT_S = 0.003  # for more output, in one of the few threads that there are
 FILE_HOP_BYTES = 1 << 22  # to or from it in one turn of a thread, which learns only then that a call has ended
 SNIFF_BYTES = 512  # of an output, to tell text from binary, as in Go's net/http
 OUTPUT_GRACE_S = 0.1  # for a descendant that still holds the output of a process that has exited
@@ -544,7 +544,7 @@ class Log:
 
     def _write_some(self, loop: asyncio.AbstractEventLoop) -> None:
         """Write what stderr takes without blocking, once for all lines of a turn of the loop."""
-        while self._waiting and _takes_more(2):
+        while self._waiting and _is_ready(2, select.POLLOUT):
             data = self._waiting.popleft()
             while self._waiting and len(data) + len(self._waiting[0]) <= select.PIPE_BUF:
                 data += self._waiting.popleft()
@@ -567,16 +567,19 @@ class Log:
         while self._waiting and time.monotonic() < deadline_s:
             data = self._waiting.popleft()
             for start in range(0, len(data), select.PIPE_BUF):
-                if _takes_more(2, deadline_s - time.monotonic()):
+                if _is_ready(2, select.POLLOUT, deadline_s - time.monotonic()):
                     _write_all(data[start : start + select.PIPE_BUF])
         self._waiting.clear()
         self._waiting_bytes = 0
 
 
-def _takes_more(fd: int, wait_s: float = 0.0) -> bool:
-    """Tell whether a write of PIPE_BUF bytes would not block (pipe(7), poll(2)); an error will not block either."""
+def _is_ready(fd: int, event: int, wait_s: float = 0.0) -> bool:
+    """Wait until an operation on `fd` would not block, a write up to PIPE_BUF bytes (pipe(7), poll(2)); tell whether.
+
+    An error, or the end of what can be read, will not block either.
+    """
     poller = select.poll()
-    poller.register(fd, select.POLLOUT)
+    poller.register(fd, event)
     return bool(poller.poll(max(wait_s, 0.0) * 1000))
 
 
@@ -2646,7 +2649,7 @@ class Output:
         """Move what comes out of a non-blocking pipe to the file; False at its end, BlockingIOError once it is empty.
 
         Returns True after FILE_HOP_BYTES, as whoever writes may do so for ever.  While much comes, it waits for more in
-        this thread, for each PIPE_BYTES up to SPILL_WAIT_MS: to wait in the loop costs two changes of threads.  Read
+        this thread, for each PIPE_BYTES up to SPILL_WAIT_S: to wait in the loop costs two changes of threads.  Read
         and write are no slower here than splice(2), which not every file system has.
         """
         moved_bytes = waits_count = 0
@@ -2655,7 +2658,7 @@ class Output:
                 data = os.read(pipe_fd, FILE_CHUNK_BYTES)
             except BlockingIOError:
                 waits_count += 1
-                if moved_bytes < waits_count * PIPE_BYTES or not _has_more(pipe_fd, SPILL_WAIT_MS):
+                if moved_bytes < waits_count * PIPE_BYTES or not _is_ready(pipe_fd, select.POLLIN, SPILL_WAIT_S):
                     raise
                 continue
             if not data:
@@ -2682,13 +2685,6 @@ class Output:
         self._parts.clear()
         if self.file is not None:
             self.file.close()
-
-
-def _has_more(fd: int, wait_ms: int) -> bool:
-    """Wait until there is something to read, or the end of it; tell whether there is."""
-    poller = select.poll()
-    poller.register(fd, select.POLLIN)
-    return bool(poller.poll(wait_ms))
 
 
 class RootTable:
