@@ -749,31 +749,15 @@ def _get(db: sqlite3.Connection, call_id: str) -> Call | None:
     return None
 
 
-def _put(tx: _Transaction, call: NewCall, headers: str) -> Call | None:
-    """None: the call is in the queue. A Call: this is the one that its idempotency key stands for."""
-    if call.idempotency_key is not None:
-        row = tx.db.execute(
-            "SELECT seq FROM calls WHERE function = ? AND idempotency_key = ?", (call.function, call.idempotency_key)
-        ).fetchone()
-        if row is not None:
-            return _load(tx.db, row[0])
-    cursor = tx.db.execute(_sql_put_calls(1) + " ON CONFLICT (id) DO NOTHING", _calls_values(None, call))
-    if cursor.rowcount == 0:
-        raise CallExists(f"the call id {call.id} is in use")
-    tx.db.execute(_sql_put_requests(1), _requests_values(cursor.lastrowid, call, headers))
-    tx.ring |= Ring.WORK
-    return None
-
-
 @lru_cache
 def _sql_put_calls(count: int) -> str:
-    columns = "seq, id, function, queue, state, due_s, expires_s, idempotency_key, accepted_s"
-    return f"INSERT INTO calls ({columns}) VALUES " + ", ".join(["(?, ?, ?, ?, 'queued', ?, ?, ?, ?)"] * count)
+    columns = "id, function, queue, state, due_s, expires_s, idempotency_key, accepted_s"
+    return f"INSERT INTO calls ({columns}) VALUES " + ", ".join(["(?, ?, ?, 'queued', ?, ?, ?, ?)"] * count)
 
 
-def _calls_values(seq: int | None, call: NewCall) -> tuple[object, ...]:
+def _calls_values(call: NewCall) -> tuple[object, ...]:
     times = call.due_s, call.expires_s, call.idempotency_key, call.accepted_s
-    return seq, call.id, call.function, call.queue, *times
+    return call.id, call.function, call.queue, *times
 
 
 @lru_cache
@@ -782,10 +766,10 @@ def _sql_put_requests(count: int) -> str:
     return f"INSERT INTO requests ({columns}) VALUES " + ", ".join(["(?, ?, ?, ?, ?, ?, ?, ?, ?)"] * count)
 
 
-def _requests_values(seq: int | None, call: NewCall, headers: str) -> tuple[object, ...]:
-    body = call.body
+def _requests_values(seq: int, put: _Put) -> tuple[object, ...]:
+    call, body = put.call, put.call.body
     address = call.method, call.path, call.query, call.callback_url
-    return seq, *address, headers, body.bytes_count, body.file, body.inline
+    return seq, *address, put.headers, body.bytes_count, body.file, body.inline
 
 
 @dataclass(frozen=True, slots=True)
@@ -796,7 +780,19 @@ class _Put:
     headers: str
 
     def __call__(self, tx: _Transaction) -> Call | None:
-        return _put(tx, self.call, self.headers)
+        """None: the call is in the queue. A Call: this is the one that its idempotency key stands for."""
+        call = self.call
+        if call.idempotency_key is not None:
+            key = call.function, call.idempotency_key
+            row = tx.db.execute("SELECT seq FROM calls WHERE function = ? AND idempotency_key = ?", key).fetchone()
+            if row is not None:
+                return _load(tx.db, row[0])
+        cursor = tx.db.execute(_sql_put_calls(1) + " ON CONFLICT (id) DO NOTHING", _calls_values(call))
+        if cursor.rowcount == 0:
+            raise CallExists(f"the call id {call.id} is in use")
+        tx.db.execute(_sql_put_requests(1), _requests_values(cast(int, cursor.lastrowid), self))
+        tx.ring |= Ring.WORK
+        return None
 
 
 def _put_all(tx: _Transaction, puts: Sequence[_Put]) -> None:
@@ -805,15 +801,17 @@ def _put_all(tx: _Transaction, puts: Sequence[_Put]) -> None:
     Python gives its lock away for each row that a statement yields or is run for, and a busy event loop takes its time
     to hand it back: so there is a statement for many rows, of few different lengths, as each has to be prepared.
     """
-    (last,) = tx.db.execute("SELECT coalesce(max(seq), 0) FROM calls").fetchone()
-    rows = list(enumerate(puts, last + 1))
-    while rows:
-        count = min(1 << len(rows).bit_length() - 1, ROWS_COUNT)
-        chunk, rows = rows[:count], rows[count:]
-        calls = [_calls_values(seq, put.call) for seq, put in chunk]
-        tx.db.execute(_sql_put_calls(count), tuple(itertools.chain.from_iterable(calls)))
-        requests = [_requests_values(seq, put.call, put.headers) for seq, put in chunk]
-        tx.db.execute(_sql_put_requests(count), tuple(itertools.chain.from_iterable(requests)))
+    done_count = 0
+    while done_count < len(puts):
+        count = min(1 << (len(puts) - done_count).bit_length() - 1, ROWS_COUNT)
+        chunk = puts[done_count : done_count + count]
+        calls = itertools.chain.from_iterable(_calls_values(put.call) for put in chunk)
+        last = tx.db.execute(_sql_put_calls(count), tuple(calls)).lastrowid
+        # Each row got a number one above the greatest (sqlite.org/autoinc.html), and nobody else is writing.
+        seqs = itertools.count(cast(int, last) - count + 1)
+        requests = itertools.chain.from_iterable(map(_requests_values, seqs, chunk))
+        tx.db.execute(_sql_put_requests(count), tuple(requests))
+        done_count += count
     tx.ring |= Ring.WORK
 
 
@@ -1876,7 +1874,8 @@ class _Writer:
         self._loop = asyncio.get_running_loop()
         self._path = tree.database
         self._file = self._path.stat()
-        self._waiting: queue.SimpleQueue[_Operation | None] = queue.SimpleQueue()
+        self._gathered: list[_Operation] = []
+        self._waiting: queue.SimpleQueue[Sequence[_Operation] | None] = queue.SimpleQueue()
         self.commit_count = 0
         self._thread = threading.Thread(target=self._work, name="spool-writer", daemon=True)
         self._thread.start()
@@ -1885,11 +1884,19 @@ class _Writer:
         """The future of what `run` returns, done once that is on disk."""
         future: asyncio.Future[T] = self._loop.create_future()
         joins = isinstance(run, _Put) and run.call.idempotency_key is None
-        self._waiting.put(_Operation(run, future, alone, joins))
+        if not self._gathered:
+            self._loop.call_soon(self.hand_over)
+        self._gathered.append(_Operation(run, future, alone, joins))
         return future
 
+    def hand_over(self) -> None:
+        """Give the thread what this turn of the loop has brought: one by one, the first would go to the disk alone."""
+        gathered, self._gathered = self._gathered, []
+        if gathered:
+            self._waiting.put(gathered)
+
     def stop(self) -> None:
-        """Ends the thread after all that was submitted, and closes the connection; blocks until then."""
+        """Ends the thread after all that was handed over, and closes the connection; blocks until then."""
         self._waiting.put(None)
         self._thread.join()
         with contextlib.suppress(QueueUnavailable), self._tree.turn():  # the last one to close writes the journal back
@@ -1900,20 +1907,21 @@ class _Writer:
         going = True
         while going:
             group: list[_Operation] = []
-            for operation in self._next_group():
-                if operation is None:
+            for operations in self._next_group():
+                if operations is None:
                     going = False
                 else:
-                    group.append(operation)
+                    group.extend(operations)
             ring = self._serve(group)
             self._answer(group, ring)
 
-    def _next_group(self) -> list[_Operation | None]:
-        group = [self._waiting.get()]
+    def _next_group(self) -> list[Sequence[_Operation] | None]:
+        """What waits: up to GROUP_COUNT operations, and what came in the same turn as the last of them."""
+        groups = [self._waiting.get()]
         with contextlib.suppress(queue.Empty):
-            while len(group) < GROUP_COUNT:
-                group.append(self._waiting.get_nowait())
-        return group
+            while sum(len(group or ()) for group in groups) < GROUP_COUNT:
+                groups.append(self._waiting.get_nowait())
+        return groups
 
     def _answer(self, group: Sequence[_Operation], ring: Ring) -> None:
         def settle() -> None:
@@ -2159,6 +2167,7 @@ class Spool:
         self._loop.remove_reader(self._bells.fileno())
         if self._waiters_task is not None:
             self._waiters_task.cancel()
+        self._writer.hand_over()
         await asyncio.to_thread(self._close)
 
     def _close(self) -> None:
