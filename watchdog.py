@@ -2589,6 +2589,16 @@ _PR_SET_CHILD_SUBREAPER = 36
 _IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)  # a program expects them at their defaults
 
 
+def signals_at_default() -> tuple[int, ...]:
+    """Return the signals that a function's process begins with at their default: all but what we were told to ignore.
+
+    Handlers would end with exec by themselves; but in the child, for which we stand still, glibc 2.36 makes one system
+    call for each signal that posix_spawn is told of, and two for each other.
+    """
+    numbers = signal.valid_signals()
+    return tuple(n for n in numbers if n in _IGNORED_BY_PYTHON or signal.getsignal(n) is not signal.SIG_IGN)
+
+
 def become_subreaper() -> None:
     """Make every descendant that loses its parent a child of this process (prctl(2), Linux 3.4)."""
     libc = ctypes.CDLL(None, use_errno=True)
@@ -3437,6 +3447,7 @@ class Spawner:
         self._environ = dict(environ)
         self._term_grace_s = term_grace_s
         self._program: str | None = None
+        self._defaults = signals_at_default()
         self._count = itertools.count(1)
 
     def spawn(self, facts: Mapping[bytes, bytes], on_stderr: Callable[[str], None] | None) -> Process:
@@ -3474,7 +3485,7 @@ class Spawner:
                 file_actions=actions,
                 setsid=True,
                 setsigmask=(),
-                setsigdef=_IGNORED_BY_PYTHON,
+                setsigdef=self._defaults,
             )
         except FileNotFoundError:
             self._program = None  # it may have moved, or come, since PATH was searched

@@ -230,6 +230,18 @@ def test_watchdog_serves_and_stops_when_its_parent_left_it_a_mess(prefix: list[s
         assert program.wait_exit(3) == 0
 
 
+def test_function_ignores_a_signal_only_when_whoever_started_the_watchdog_did() -> None:
+    others_at_default = "[signal.signal(each, signal.SIG_DFL) for each in {*signal.Signals} - {9, 19}]"
+    prefix = started_with(f"{others_at_default}; signal.signal(signal.SIGUSR1, signal.SIG_IGN)")
+    with Program("watchdog", {"fprocess": "grep -E ^Sig(Ign|Blk) /proc/self/status"}, prefix=prefix) as program:
+        facts = dict(line.split(":\t") for line in http_request(program.port).text.splitlines())
+    masks = {
+        name: {number for number in signal.valid_signals() if int(mask, 16) >> number - 1 & 1}
+        for name, mask in facts.items()
+    }
+    assert masks == {"SigBlk": set(), "SigIgn": {signal.SIGUSR1}}
+
+
 def test_log_tells_the_stages_when_told_to_stop() -> None:
     with Program("watchdog", {"fprocess": "cat", "healthcheck_interval": "100ms"}) as program:
         program.terminate()
