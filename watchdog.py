@@ -104,6 +104,7 @@ OUTPUT_GRACE_S = 0.1  # for a descendant that still holds the output of a proces
 DEADLINE_WAIT_S = 0.05  # a 408 waits so long for the end of the tree; the sweep goes on by itself
 HANGUP_WAIT_S = 1.0  # an abandoned call holds its max_inflight slot so long at most while its tree ends
 REFILL_S = 0.05  # a taken process is replaced so late at the latest
+REFILL_PAUSE_S = 0.002  # after a call has ended: its answer, and the next request, come before a start
 LONGEST_REFILL_PAUSE_S = 30.0  # between two starts of a function that ends before it has a request
 ROOTS_COUNT = 16384  # processes of functions at once that the guard can know of
 SESSIONS_COUNT = 4096  # ended calls whose session numbers are remembered, for orphans that wiped their environment
@@ -3509,8 +3510,8 @@ class Pool:
     """Processes started before their request, so that the start of the function's runtime costs no caller time.
 
     Each serves exactly one request, like the others, and its deadline runs from there.  One that is taken is replaced
-    when its call has ended, or soon: not at once, when it would take a core from the call that it makes room for.  One
-    that ends unasked is of no use to anybody, and makes the next start wait, longer each time.
+    when no call is running any more, or soon: not at once, when a start would take a core from those that are answered.
+    One that ends unasked is of no use to anybody, and makes the next start wait, longer each time.
     """
 
     def __init__(self, reaper: Reaper, spawner: Spawner, size: int, on_stderr: Callable[[str], None] | None) -> None:
@@ -3519,6 +3520,7 @@ class Pool:
         self._size = size
         self._on_stderr = on_stderr
         self._waiting: deque[Process] = deque()
+        self._serving_count = 0
         self._loop = asyncio.get_running_loop()
         self._filling: asyncio.TimerHandle | None = None
         self._pause_s = REFILL_S
@@ -3536,6 +3538,7 @@ class Pool:
         if process is None:
             return self._spawner.spawn(facts, on_stderr)
         self._waiting.remove(process)
+        self._serving_count += 1
         if on_stderr is not None:
             process.stderr_to(on_stderr)
         self._pause_s = REFILL_S
@@ -3566,7 +3569,9 @@ class Pool:
 
     def _on_exit(self, process: Process, _: asyncio.Future[None]) -> None:
         if process not in self._waiting:  # its call has ended
-            self._fill_in(0.0, sooner=True)
+            self._serving_count -= 1
+            if not self._serving_count:
+                self._fill_in(REFILL_PAUSE_S, sooner=True)
             return
         self._waiting.remove(process)
         process.discard()
