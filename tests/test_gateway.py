@@ -716,7 +716,8 @@ def test_second_signal_ends_everything_at_once_and_hands_the_call_back() -> None
         system.wait_log("SIGINT: draining; once more to stop at once")
         system.process.send_signal(signal.SIGINT)
         assert system.wait_exit(5) in (0, 1)
-        assert system.survivors() == set()
+        assert system.functions() == set()
+        wait_until(lambda: not system.survivors(), 1.0, "the guards gone, which look around last")
         row = system.row(call_id)
         assert (row["state"], row["attempts"]) == ("queued", 0)
 
