@@ -1083,6 +1083,67 @@ def build_lines(headers: Sequence[Header]) -> bytes:
     return b"".join(lines)
 
 
+# Not isinstance, here and below: h11's events have an abstract base, which makes that slow.
+
+
+def _meaning(event: object) -> bytes | Sign:
+    """Return what an event of h11 that is no head stands for."""
+    if event is h11.NEED_DATA:
+        return Sign.NEED_DATA
+    if type(event) is h11.Data:
+        return bytes(event.data)
+    if type(event) is h11.EndOfMessage:
+        return Sign.END
+    return Sign.PAUSED if event is h11.PAUSED else Sign.CLOSED
+
+
+def _fields(event: h11.Request | h11.Response) -> list[Header]:
+    """Return the header fields of a head; to iterate over h11's own object is ten times slower."""
+    return [(name, value) for _, name, value in event.headers._full_items]
+
+
+class CountedBody:
+    """An incoming body with a Content-Length.  It has no framing of its own, so it passes by h11 and is only counted.
+
+    h11 would copy it four times, and walk through two more states.  It is told how much has passed, so that it can be
+    asked for the end of the message where its state matters, and finds by itself that a body was cut short.
+    """
+
+    def __init__(self, conn: h11.Connection, reader: h11._readers.ContentLengthReader) -> None:
+        self._conn = conn
+        self._reader = reader
+        self._waiting = self._counted(bytes(conn._receive_buffer.maybe_extract_at_most(reader._remaining) or b""))
+
+    @classmethod
+    def of(cls, conn: h11.Connection) -> CountedBody | None:
+        """Return the body of a message whose head h11 has just parsed, None where h11 has more to do than to count."""
+        reader = conn._reader
+        if not isinstance(reader, h11._readers.ContentLengthReader) or conn.they_are_waiting_for_100_continue:
+            return None  # chunked; or h11 has yet to learn, by a first byte, that the peer waits no more
+        return cls(conn, reader)
+
+    def _counted(self, data: bytes) -> bytes:
+        self._reader._remaining -= len(data)
+        return data
+
+    @property
+    def complete(self) -> bool:
+        """True when all of it has come."""
+        return not self._reader._remaining
+
+    def feed(self, data: bytes) -> bytes:
+        """Take what belongs to the body; return the rest, which is h11's."""
+        if not self._reader._remaining or self._waiting or self._conn.trailing_data[0]:
+            return data
+        self._waiting = self._counted(data[: self._reader._remaining])
+        return data[len(self._waiting) :]
+
+    def take(self) -> bytes:
+        """Return what has come since the last time."""
+        taken, self._waiting = self._waiting, b""
+        return taken
+
+
 class ServerWire:
     """The server's side of one connection: feed bytes, take events, build responses.
 
@@ -1094,9 +1155,8 @@ class ServerWire:
         self._lead = b""
         self._lead_ignored = False
         self._plain = self._whole = False
-        self._counted: h11._readers.ContentLengthReader | None = None
+        self._counted: CountedBody | None = None
         self._ended = False
-        self._passing = b""
         self.head_request = False
 
     @property
@@ -1110,8 +1170,8 @@ class ServerWire:
             data = self._without_empty_line(self._lead + data)
             if not data:
                 return
-        elif data:
-            data = self._without_body(data)
+        elif data and self._counted is not None:
+            data = self._counted.feed(data)
             if not data:
                 return
         if self._conn.their_state is not h11.MUST_CLOSE:  # else it asked to close, and what follows is void
@@ -1125,30 +1185,9 @@ class ServerWire:
         self._lead, self._lead_ignored = b"", True
         return data.removeprefix(b"\r\n")
 
-    # A body with a Content-Length passes by h11, which would copy it four times, and walk through two more states, to
-    # count it.  It is told how much has passed, and asked for the end of the message only where its state matters.
-
-    def _count_body(self) -> None:
-        """A head has been parsed: take what has come of its body, if that is only to be counted."""
-        reader = self._conn._reader
-        if not isinstance(reader, h11._readers.ContentLengthReader) or self._conn.they_are_waiting_for_100_continue:
-            return  # chunked; or h11 has yet to learn, by a first byte, that the peer waits no more
-        self._counted = reader
-        self._passing = bytes(self._conn._receive_buffer.maybe_extract_at_most(reader._remaining) or b"")
-        reader._remaining -= len(self._passing)
-
-    def _without_body(self, data: bytes) -> bytes:
-        """Take what belongs to the body."""
-        reader = self._counted
-        if reader is None or not reader._remaining or self._passing or self._conn.trailing_data[0]:
-            return data
-        self._passing = data[: reader._remaining]
-        reader._remaining -= len(self._passing)
-        return data[len(self._passing) :]
-
     @property
     def _all_counted(self) -> bool:
-        return self._counted is not None and not self._counted._remaining
+        return self._counted is not None and self._counted.complete
 
     def _settle(self) -> None:
         """Have h11 know that the request is complete, if it is."""
@@ -1157,12 +1196,12 @@ class ServerWire:
 
     def next_event(self) -> tuple[bytes, bytes, Headers] | bytes | Sign:
         """Return a head (method, target, headers), a chunk of its body, or a `Sign`; raises BadRequest."""
-        if self._passing:
-            passing, self._passing = self._passing, b""
-            return passing
-        if self._all_counted:
-            before, self._ended = self._ended, True
-            return Sign.PAUSED if before else Sign.END
+        if self._counted is not None:
+            if data := self._counted.take():
+                return data
+            if self._counted.complete:
+                before, self._ended = self._ended, True
+                return Sign.PAUSED if before else Sign.END
         if self._conn.their_state is h11.MUST_CLOSE:
             return Sign.CLOSED
         try:
@@ -1172,21 +1211,14 @@ class ServerWire:
                 raise HeadTooLarge from None
             kind = UnknownCoding if error.error_status_hint == 501 else BadRequest
             raise kind(f"bad request: {str(error)[:200]}") from None
-        # Not isinstance: h11's events have an abstract base, which makes that slow.
         if type(event) is h11.Request:
             head = self._checked_head(event)
-            self._count_body()
+            self._counted = CountedBody.of(self._conn)
             return head
-        if event is h11.NEED_DATA:
-            return Sign.NEED_DATA
-        if type(event) is h11.Data:
-            return bytes(event.data)
-        if type(event) is h11.EndOfMessage:
-            return Sign.END
-        return Sign.PAUSED if event is h11.PAUSED else Sign.CLOSED
+        return _meaning(event)
 
     def _checked_head(self, event: h11.Request) -> tuple[bytes, bytes, Headers]:
-        headers = [(name, value) for _, name, value in event.headers._full_items]  # its iterator is ten times slower
+        headers = _fields(event)
         if len(event.method) + len(event.target) + 14 + fields_bytes(headers) > MAX_HEAD_BYTES:
             raise HeadTooLarge
         names = {name for name, _ in headers}
@@ -1325,8 +1357,12 @@ class ClientWire:
     """The client's side of one connection: build requests, feed bytes, take events."""
 
     def __init__(self) -> None:
+        self._begin_anew()
+        self._cut = False
+
+    def _begin_anew(self) -> None:
         self._conn = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD_BYTES)
-        self._ended = False
+        self._counted: CountedBody | None = None
 
     def build_whole(
         self, method: bytes, target: bytes, headers: Sequence[Header], body: bytes, length: int | None
@@ -1356,28 +1392,34 @@ class ClientWire:
 
     def feed(self, data: bytes) -> None:
         """Take bytes from the peer; b"" is its end of stream."""
-        self._ended = self._ended or not data
+        if data and self._counted is not None:
+            data = self._counted.feed(data)
+            if not data:
+                return
+        self._cut = self._cut or not data
         self._conn.receive_data(data)
 
     def next_event(self) -> tuple[int, Headers] | bytes | Sign:
         """Return the final head (status, headers), a chunk of the body, or a `Sign`; raises PeerGone."""
+        if self._counted is not None:
+            if data := self._counted.take():
+                return data
+            if self._counted.complete and self._conn.their_state is h11.SEND_BODY:
+                self._conn.next_event()
+                return Sign.END
         try:
             event = self._conn.next_event()
-            while isinstance(event, h11.InformationalResponse):
+            while type(event) is h11.InformationalResponse:
                 event = self._conn.next_event()
         except h11.RemoteProtocolError as error:
-            raise PeerGone(CUT_SHORT if self._ended else f"bad response: {str(error)[:200]}") from None
-        if isinstance(event, h11.Data):
-            return bytes(event.data)
-        if event is h11.NEED_DATA:
-            return Sign.NEED_DATA
-        if isinstance(event, h11.Response):
-            if fields_bytes(headers := list(event.headers)) > MAX_HEAD_BYTES:
+            raise PeerGone(CUT_SHORT if self._cut else f"bad response: {str(error)[:200]}") from None
+        if type(event) is h11.Response:
+            headers = _fields(event)
+            if fields_bytes(headers) > MAX_HEAD_BYTES:
                 raise PeerGone(f"bad response: head too large; allowed: {MAX_HEAD_BYTES} bytes")
+            self._counted = CountedBody.of(self._conn)
             return event.status_code, headers
-        if isinstance(event, h11.EndOfMessage):
-            return Sign.END
-        return Sign.PAUSED if event is h11.PAUSED else Sign.CLOSED
+        return _meaning(event)
 
     def next_cycle(self) -> bool:
         """Make ready for the next request; False when this connection cannot carry one."""
@@ -1385,7 +1427,7 @@ class ClientWire:
             return False
         if self._conn.trailing_data[0]:
             return False  # bytes that nobody asked for: a peer out of step is not to be trusted with a request
-        self._conn = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD_BYTES)
+        self._begin_anew()
         return True
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from faashound.watchdog import ClientWire, Header, ServerWire, Sign
+from faashound.watchdog import ClientWire, Header, PeerGone, ServerWire, Sign
 
 POST = b"POST /a HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\nhello"
 NEXT = b"GET /b HTTP/1.1\r\nHost: h\r\n\r\n"
@@ -162,6 +162,67 @@ def test_request_and_its_answer_are_the_same_when_built_whole_as_when_built_in_p
         wire.feed(answer)
     assert until_end(one) == until_end(other)
     assert one.next_cycle() == other.next_cycle()
+
+
+@given(
+    method=st.sampled_from([b"GET", b"HEAD"]),
+    answer=st.sampled_from(ANSWERS),
+    sent_count=st.integers(1, 200),
+    cuts=st.lists(st.integers(1, 100), max_size=6),
+    closes=st.booleans(),
+)
+def test_answer_is_read_as_h11_reads_it_when_cut_anywhere(
+    method: bytes, answer: bytes, sent_count: int, cuts: list[int], closes: bool
+) -> None:
+    answer = answer[:sent_count]
+    bounds = sorted({0, *(cut for cut in cuts if cut < len(answer)), len(answer)})
+    pieces = [answer[start:end] for start, end in pairwise(bounds)] + [b""] * closes
+    assert read_by_wire(method, pieces) == read_by_h11(method, [answer] + [b""] * closes)
+
+
+Reading = tuple[int | None, list[Header], bytes, str]  # status, fields, body, how it ends
+
+
+def read_by_wire(method: bytes, pieces: list[bytes]) -> Reading:
+    """Return what a client's wire makes of an answer."""
+    wire, status, fields, body, end = asked(method, [], b"", at_once=True)[0], None, list[Header](), b"", "goes on"
+    for piece in pieces:
+        if end != "goes on":
+            break  # whatever the driver is told after the end, it does not read
+        wire.feed(piece)
+        try:
+            for event in until_end(wire):
+                match event:
+                    case bytes():
+                        body += event
+                    case tuple():
+                        status, fields = event
+                    case Sign.END:
+                        end = "whole"
+        except PeerGone:
+            end = "broken"
+    return status, fields, body, end
+
+
+def read_by_h11(method: bytes, pieces: list[bytes]) -> Reading:
+    """Return what h11 makes of it."""
+    conn, status, fields, body = h11.Connection(h11.CLIENT), None, list[Header](), b""
+    conn.send(h11.Request(method=method, target="/", headers=[("Host", "h")]))
+    conn.send(h11.EndOfMessage())
+    for piece in pieces:
+        conn.receive_data(piece)
+        try:
+            while (event := conn.next_event()) is not h11.NEED_DATA:
+                match event:
+                    case h11.Response():
+                        status, fields = event.status_code, list(event.headers)
+                    case h11.Data():
+                        body += event.data
+                    case h11.EndOfMessage():
+                        return status, fields, body, "whole"
+        except h11.RemoteProtocolError:
+            return status, fields, body, "broken"
+    return status, fields, body, "goes on"
 
 
 def until_end(wire: ClientWire) -> list[object]:
