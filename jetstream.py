@@ -74,7 +74,6 @@ from .spool import (
     CallNotDead,
     CallUnknown,
     Event,
-    Headers,
     Kind,
     Lease,
     LeaseLost,
@@ -83,6 +82,7 @@ from .spool import (
     QueueFull,
     QueueUnavailable,
     Renewal,
+    RunEnd,
     State,
     Stats,
     StoredBody,
@@ -376,24 +376,10 @@ def check_held(record: Record, lease: Lease) -> None:
         raise LeaseLost(f"the lease on call {lease.call.id} has passed to someone else")
 
 
-@dataclass(frozen=True, slots=True)
-class RunEnd:
-    """How a run ended by itself."""
-
-    event: Event
-    attempt: Attempt
-    status: int | None
-    duration_s: float
-    result: StoredBody | None
-    result_headers: Headers
-    excerpt: bytes | None
-    callback_due_s: float
-
-
-def end_run(record: Record, end: RunEnd) -> Record:
+def end_run(record: Record, end: RunEnd, excerpt: bytes | None, now_s: float) -> Record:
     """The call has ended, done or dead; if it has a callback URL, its callback begins."""
     call, attempt = record.call, end.attempt
-    url = call.callback_url
+    due_s = now_s if end.callback_due_s is None else end.callback_due_s
     ended = _with_call(
         record,
         state=next_state(call.state, end.event),
@@ -404,8 +390,8 @@ def end_run(record: Record, end: RunEnd) -> Record:
         duration_s=end.duration_s,
         result=end.result,
         result_headers=end.result_headers,
-        excerpt=end.excerpt,
-        callback=None if url is None else Callback(CallbackState.PENDING, 0, end.callback_due_s, None, None),
+        excerpt=excerpt,
+        callback=None if call.callback_url is None else Callback(CallbackState.PENDING, 0, due_s, None, None),
     )
     return dataclasses.replace(ended, hold=None, stored_s=attempt.finished_s)
 
@@ -2101,29 +2087,14 @@ class JetStream:
         self._held.pop(lease.fence, None)
         return record
 
-    async def finish(
-        self,
-        lease: Lease,
-        *,
-        attempt: Attempt,
-        result: StoredBody | None,
-        result_headers: Headers,
-        status: int | None,
-        duration_s: float,
-        state: State,
-        callback_due_s: float | None,
-    ) -> None:
-        """The call has ended, DONE or DEAD, also when a cancel came too late."""
-        if state not in _ENDS:
-            raise AssertionError(f"a run ends done or dead, not {state.value}")
-        due_s = self._now() if callback_due_s is None else callback_due_s
-        excerpt = await self._read_excerpt(result)
-        end = RunEnd(_ENDS[state], attempt, status, duration_s, result, result_headers, excerpt, due_s)
+    async def finish(self, lease: Lease, end: RunEnd) -> None:
+        """The call has ended, also when a cancel came too late. On LeaseLost the result's file is dropped."""
+        excerpt = await self._read_excerpt(end.result)
         try:
-            await self._end(lease, "call", partial(end_run, end=end))
+            await self._end(lease, "call", partial(end_run, end=end, excerpt=excerpt, now_s=self._now()))
         except LeaseLost:
-            if result is not None:
-                await self.drop_body(result)
+            if end.result is not None:
+                await self.drop_body(end.result)
             raise
 
     async def _read_excerpt(self, result: StoredBody | None) -> bytes | None:
@@ -2362,9 +2333,6 @@ class JetStream:
                 await self._link.purge(self._names.bodies, subject)
                 count += 1
         return count
-
-
-_ENDS: Mapping[State, Event] = {State.DONE: Event.SUCCEED, State.DEAD: Event.GIVE_UP}
 
 
 def _listed(call: Call) -> Call:

@@ -23,10 +23,10 @@ from typing import Any, Protocol
 from .spool import (
     Attempt,
     Call,
-    Headers,
     Lease,
     NewCall,
     Renewal,
+    RunEnd,
     Spool,
     State,
     Stats,
@@ -61,18 +61,7 @@ class Queue(Protocol):
     async def cancelled_ids(self, owner: str) -> frozenset[str]: ...
     async def reclaim(self) -> int: ...
 
-    async def finish(
-        self,
-        lease: Lease,
-        *,
-        attempt: Attempt,
-        result: StoredBody | None,
-        result_headers: Headers,
-        status: int | None,
-        duration_s: float,
-        state: State,
-        callback_due_s: float | None,
-    ) -> None: ...
+    async def finish(self, lease: Lease, end: RunEnd) -> None: ...
     async def retry(self, lease: Lease, *, attempt: Attempt, due_s: float, excerpt: bytes | None = None) -> State: ...
     async def release(self, lease: Lease) -> None: ...
     async def finish_cancelled(self, lease: Lease, attempt: Attempt) -> None: ...

@@ -6,7 +6,7 @@ Use:
     call = await spool.put(NewCall(...))                  # on disk when this returns
     owner = await spool.enlist()                          # a worker's name, good for as long as it lives
     for lease in await spool.claim(["faas-request"], owner, lease_s=60, limit=16):
-        await spool.finish(lease, attempt=..., ...)       # or retry, release, finish_cancelled
+        await spool.finish(lease, RunEnd(...))            # or retry, release, finish_cancelled
     await spool.close()
 
 Contract:
@@ -245,6 +245,29 @@ class Lease:
     kind: Kind
     owner: str
     fence: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunEnd:
+    """How a run ended by itself, DONE or DEAD: the answer's `status`, and what is kept of the answer.
+
+    If the call has a callback URL, its callback is due from `callback_due_s` on; None means at once.
+    """
+
+    state: State
+    attempt: Attempt
+    status: int | None
+    duration_s: float
+    result: StoredBody | None = None
+    result_headers: Headers = ()
+    callback_due_s: float | None = None
+
+    @property
+    def event(self) -> Event:
+        """What has happened to the call; AssertionError for a state that no run ends in by itself."""
+        if self.state not in _ENDS:
+            raise AssertionError(f"a run ends done or dead, not {self.state.value}")
+        return _ENDS[self.state]
 
 
 @dataclass(frozen=True, slots=True)
@@ -946,46 +969,42 @@ def _add_attempt(tx: _Transaction, seq: int, attempt: Attempt) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Outcome:
-    """How a run ended, ready to be written."""
+class _Ending:
+    """A run's end, ready to be written: with the beginning of a result that is in a file, and its callback's time."""
 
+    run: RunEnd
     event: Event
-    attempt: Attempt
-    status: int | None
-    duration_s: float
-    result: StoredBody | None
-    result_headers: Headers
     excerpt: bytes | None
     callback_due_s: float
 
 
-def _finish(tx: _Transaction, lease: Lease, outcome: _Outcome) -> None:
+def _finish(tx: _Transaction, lease: Lease, ending: _Ending) -> None:
     seq = _end_lease(tx, lease, "call")
-    attempt = outcome.attempt
+    run, attempt = ending.run, ending.run.attempt
     _add_attempt(tx, seq, attempt)
     tx.db.execute(
         "UPDATE calls SET state = ?, finished_s = ?, status = ?, error = ?, duration_s = ? WHERE seq = ?",
         (
-            next_state(State.RUNNING, outcome.event).value,
+            next_state(State.RUNNING, ending.event).value,
             attempt.finished_s,
-            outcome.status,
+            run.status,
             attempt.error,
-            outcome.duration_s,
+            run.duration_s,
             seq,
         ),
     )
-    _store_result(tx, seq, outcome)
+    _store_result(tx, seq, ending)
     tx.ring |= Ring.FINISHED
     if lease.call.callback_url is not None:
         tx.db.execute(
-            "INSERT INTO callbacks (seq, state, due_s) VALUES (?, 'pending', ?)", (seq, outcome.callback_due_s)
+            "INSERT INTO callbacks (seq, state, due_s) VALUES (?, 'pending', ?)", (seq, ending.callback_due_s)
         )
         tx.ring |= Ring.WORK
 
 
-def _store_result(tx: _Transaction, seq: int, outcome: _Outcome) -> None:
-    body = outcome.result
-    if body is None and outcome.excerpt is None and not outcome.result_headers:
+def _store_result(tx: _Transaction, seq: int, ending: _Ending) -> None:
+    run, body = ending.run, ending.run.result
+    if body is None and ending.excerpt is None and not run.result_headers:
         tx.db.execute("DELETE FROM results WHERE seq = ?", (seq,))  # an earlier attempt's excerpt
         return
     tx.db.execute(
@@ -993,9 +1012,9 @@ def _store_result(tx: _Transaction, seq: int, outcome: _Outcome) -> None:
         " VALUES (?, ?, ?, ?, ?, ?, ?)",
         (
             seq,
-            outcome.attempt.finished_s,
-            _headers_text(outcome.result_headers),
-            outcome.excerpt,
+            run.attempt.finished_s,
+            _headers_text(run.result_headers),
+            ending.excerpt,
             None if body is None else body.bytes_count,
             None if body is None else body.file,
             None if body is None else body.inline,
@@ -2425,32 +2444,14 @@ class Spool:
 
     # -- ending a lease on a call: LeaseLost if someone else has it by now
 
-    async def finish(
-        self,
-        lease: Lease,
-        *,
-        attempt: Attempt,
-        result: StoredBody | None,
-        result_headers: Headers,
-        status: int | None,
-        duration_s: float,
-        state: State,
-        callback_due_s: float | None,
-    ) -> None:
-        """The call has ended, DONE or DEAD, also when a cancel came too late.
-
-        If it has a callback URL, its callback is due from `callback_due_s` on; None means at once. On LeaseLost the
-        result's file is dropped.
-        """
-        if state not in _ENDS:
-            raise AssertionError(f"a run ends done or dead, not {state.value}")
-        due_s = self._now() if callback_due_s is None else callback_due_s
-        excerpt = None  # an inline body is its own excerpt, as long as it is kept
+    async def finish(self, lease: Lease, end: RunEnd) -> None:
+        """The call has ended, also when a cancel came too late. On LeaseLost the result's file is dropped."""
+        event, result, excerpt = end.event, end.result, None  # an inline body is its own excerpt, as long as it is kept
         if result is not None and result.file is not None:
             excerpt = await self._in_thread(partial(_read_excerpt, self._tree.bodies_fd, result.file))
-        outcome = _Outcome(_ENDS[state], attempt, status, duration_s, result, result_headers, excerpt, due_s)
+        due_s = self._now() if end.callback_due_s is None else end.callback_due_s
         try:
-            await self._write(partial(_finish, lease=lease, outcome=outcome))
+            await self._write(partial(_finish, lease=lease, ending=_Ending(end, event, excerpt, due_s)))
         except LeaseLost:
             if result is not None:
                 await self.drop_body(result)

@@ -79,6 +79,7 @@ from .spool import (
     QueueDamaged,
     QueueFull,
     QueueUnavailable,
+    RunEnd,
     State,
     StoredBody,
     parse_queue_names,
@@ -637,18 +638,8 @@ class Worker:
                 await asyncio.sleep(PAUSE_S)
 
     async def _finish(self, lease: Lease, state: State, status: int, attempt: Attempt, answer: Answer) -> None:
-        finish = partial(
-            self.queue.finish,
-            lease,
-            attempt=attempt,
-            result=answer.body,
-            result_headers=answer.headers,
-            status=status,
-            duration_s=answer.duration_s,
-            state=state,
-            callback_due_s=None,
-        )
-        await self._insist(lease, finish)
+        end = RunEnd(state, attempt, status, answer.duration_s, answer.body, answer.headers)
+        await self._insist(lease, partial(self.queue.finish, lease, end))
 
     async def _excerpt(self, answer: Answer) -> bytes | None:
         """Return the beginning of a failed response, and drop the rest."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, TypeVar
 from faashound import jetstream, spool
 from faashound.jetstream import JetStream
 from faashound.queues import Queue
-from faashound.spool import Attempt, Call, Lease, NewCall, Spool, State, StoredBody, new_call_id
+from faashound.spool import Attempt, Call, Lease, NewCall, RunEnd, Spool, State, StoredBody, new_call_id
 
 T = TypeVar("T")
 QUEUE = "faas-request"
@@ -136,16 +137,8 @@ class JetDesk(Desk):
 
 
 async def finish(queue: Queue, lease: Lease, state: State, result: StoredBody | None, **changes: Any) -> None:
-    values = {
-        "attempt": Attempt(START_S, START_S + 0.5, 200, None),
-        "result": result,
-        "result_headers": (),
-        "status": 200,
-        "duration_s": 0.5,
-        "callback_due_s": None,
-        **changes,
-    }
-    await queue.finish(lease, state=state, **values)
+    end = RunEnd(state, Attempt(START_S, START_S + 0.5, 200, None), status=200, duration_s=0.5, result=result)
+    await queue.finish(lease, dataclasses.replace(end, **changes))
 
 
 def inline(body: bytes) -> StoredBody:

@@ -28,6 +28,7 @@ from faashound.spool import (
     Event,
     Lease,
     LeaseLost,
+    RunEnd,
     State,
     new_call_id,
 )
@@ -355,16 +356,8 @@ def ending(lease: Lease, event: Event) -> tuple[str, tuple[Any, ...], dict[str, 
         return "finish_cancelled", (lease, ATTEMPT), {}
     if event is Event.RETRY:
         return "retry", (lease,), {"attempt": ATTEMPT, "due_s": lease.call.due_s}
-    outcome = {
-        "attempt": ATTEMPT,
-        "result": inline(b"out"),
-        "result_headers": (),
-        "status": 200,
-        "duration_s": 0.1,
-        "state": State.DONE if event is Event.SUCCEED else State.DEAD,
-        "callback_due_s": None,
-    }
-    return "finish", (lease,), outcome
+    state = State.DONE if event is Event.SUCCEED else State.DEAD
+    return "finish", (lease, RunEnd(state, ATTEMPT, status=200, duration_s=0.1, result=inline(b"out"))), {}
 
 
 TestSpoolMachine = SpoolMachine.TestCase

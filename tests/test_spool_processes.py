@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from faashound.spool import INLINE_BYTES, ORPHAN_S, Attempt, Call, LeaseLost, State, _accepted
+from faashound.spool import INLINE_BYTES, ORPHAN_S, Attempt, Call, LeaseLost, RunEnd, State, _accepted
 from tests.test_spool_kit import LEASE_S, QUEUE, START_S, Desk, Remote, inline, new_call
 
 LONG_S = 20.0
@@ -143,18 +143,10 @@ def prepare(remote: Remote, method: str) -> tuple[Call, tuple[object, ...], dict
     attempt = Attempt(START_S, START_S, 500, "failed")
     if method == "retry":
         return lease.call, (lease,), {"attempt": attempt, "due_s": START_S, "excerpt": b"why"}
-    ending = {
-        "attempt": attempt,
-        "result": inline(b"out"),
-        "result_headers": (),
-        "status": 500,
-        "duration_s": 0.1,
-        "state": State.DEAD,
-        "callback_due_s": None,
-    }
+    end = RunEnd(State.DEAD, attempt, status=500, duration_s=0.1, result=inline(b"out"))
     if method == "finish":
-        return lease.call, (lease,), ending
-    remote.call("finish", lease, **ending)
+        return lease.call, (lease, end), {}
+    remote.call("finish", lease, end)
     return remote.call("get", call.id), (call.id,), {}
 
 
