@@ -1061,6 +1061,9 @@ async def serve(plan: Plan, local: LocalFunctions, doors: Doors, duty: Duty) -> 
         await signals.first.wait()
         gateway.drain()
         await finished_first(worker_gone(keeper, duty.seat), signals.second.wait())
+        if signals.second.is_set():  # whoever takes our place must not wait for the worker to be gone
+            server.stop_accepting()
+            metrics_server.stop_accepting()
         await keeper.stop(0.0)
         return await drain_server(server, signals, settings.upstream_timeout_s)
 

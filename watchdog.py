@@ -1689,11 +1689,11 @@ class Server:
         self._seat.board.connections[self._seat.index] -= 1
 
     def stop_accepting(self) -> None:
-        """Close the listening sockets and idle connections; what is in flight goes on and then closes."""
+        """Close the listening sockets and idle connections; what is in flight goes on and then closes.  Repeatable."""
         self.draining = True
         self._seat.serves(False)
-        for listener in self._listeners:
-            listener.close()
+        while self._listeners:
+            self._listeners.pop().close()
         for connection in list(self.connections):
             connection.close_if_idle()
 
@@ -4367,7 +4367,9 @@ class Crew:
             os._exit(status)
 
     def _tell(self) -> None:
-        os.write(self._news_end, b".")
+        """Member: have the first process look at the board, if it is still there."""
+        with suppress(BrokenPipeError):
+            os.write(self._news_end, b".")
 
     def _on_news(self) -> None:
         os.read(self._news, MAX_WORKERS_COUNT)
@@ -4465,6 +4467,7 @@ async def serve(settings: Settings, environ: Mapping[str, str], doors: Doors, gu
         if lock_path is not None:
             remove_lock_file(lock_path)
         status = await drain(settings, signals, server)
+        metrics_server.stop_accepting()
         pool.close()
         await reaper.end_all()
         metrics_server.abort()

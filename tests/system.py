@@ -65,6 +65,14 @@ class System(Program):
         """Send one request to the gateway."""
         return http_request(self.port, method, path, headers, body, timeout_s)
 
+    def worker_pid(self) -> int:
+        """Wait until its local worker runs; return the number of that process."""
+
+        def found() -> list[int]:
+            return [pid for pid in self.survivors() if b"faashound.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+        return wait_until(found, 5.0, "there is a local worker")[0]
+
     def submit(self, function: str, body: bytes = b"", headers: Mapping[str, str] | None = None) -> str:
         """Submit an asynchronous call and return its id; `function` may have a path and a query behind it."""
         answer = self.request("POST", f"/async-function/{function}", body, headers)

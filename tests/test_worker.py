@@ -450,7 +450,7 @@ def test_call_that_kills_each_worker_ends_as_a_dead_letter_and_blocks_nobody() -
         poison = system.submit("shell", b"exec sleep 60")
         for begun in range(1, 5):
             system.until(poison, partial(has_begun, begun))
-            os.kill(worker_of(system), signal.SIGKILL)
+            os.kill(system.worker_pid(), signal.SIGKILL)
         assert system.ended(system.submit("cat", b"hello"))["state"] == "done"
         ended = system.ended(poison)
         assert (ended["state"], ended["attempts"]) == ("dead", 5)
@@ -471,7 +471,7 @@ def test_call_of_a_killed_worker_is_taken_over_and_told_of() -> None:
         call_id = system.submit("shell", RUNS + b'[ -e "$TMPDIR/go" ] || sleep 60')
         system.wait_started(2)
         (system.temporary / "go").touch()
-        os.kill(worker_of(system), signal.SIGKILL)
+        os.kill(system.worker_pid(), signal.SIGKILL)
         system.wait_log("the worker was ended by SIGKILL")
         status = system.ended(call_id)
         assert (status["state"], status["attempts"]) == ("done", 2)
@@ -482,14 +482,6 @@ def test_call_of_a_killed_worker_is_taken_over_and_told_of() -> None:
 def has_begun(count: int, status: dict[str, Any]) -> bool:
     """Tell whether a call's run number `count` is under way."""
     return (status["state"], status["attempts"]) == ("running", count)
-
-
-def worker_of(system: System) -> int:
-    """Return the process id of a system's local worker."""
-    for pid in system.survivors():
-        if b"faashound.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
-            return pid
-    raise AssertionError("the system has no worker")
 
 
 def test_suspended_worker_does_not_overwrite_what_its_successor_recorded() -> None:
