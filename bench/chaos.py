@@ -1,13 +1,14 @@
 """Break everything, again and again, under load, and see whether a call that was accepted is lost.
 
     python -m bench.chaos --minutes 10
-    python -m bench.chaos --minutes 1 --seed 7 --rate 20
+    python -m bench.chaos --minutes 1 --seed 7 --rate 20 --workers 2
 
 A gateway with a worker of its own, a second worker beside it, functions (programs behind watchdogs, and one elsewhere)
 and a receiver of callbacks run as real processes on one spool.  Asynchronous calls come at `--rate` a second: with and
 without callbacks, delays, expiries, idempotency keys, large bodies, ids of their own; some are cancelled.  Functions
 and receiver answer by a script that travels in the path.  Meanwhile, at random instants, one after the other: kill -9,
-SIGTERM and SIGSTOP (a worker: past its lease) of gateway, worker and watchdog; the receiver down; the disk full.
+SIGTERM and SIGSTOP (a worker: past its lease) of gateway, worker and watchdog; the receiver down; the disk full.  With
+`--workers` the gateway is several processes, and each of them, its members, is killed and stopped as well.
 
 At the end everything is up again and must drain.  What is audited, and what a broken promise is, stands in
 bench/ledger.py, whose table is printed.  The exit status is 1 after a broken promise.  The same seed gives the same
@@ -48,7 +49,7 @@ LEASE_S = 3.0
 DRAIN_TIMEOUT_S = 8.0
 UPSTREAM_TIMEOUT_S = 8.0
 TERM_LIMIT_S = {"gateway": DRAIN_TIMEOUT_S + UPSTREAM_TIMEOUT_S, "worker": DRAIN_TIMEOUT_S, "watchdog": 6.0}
-STOP_S = {"gateway": 1.0, "worker": 1.5 * LEASE_S, "watchdog": 1.0}
+STOP_S = {"gateway": 1.0, "member": 1.0, "worker": 1.5 * LEASE_S, "watchdog": 1.0}
 SLOW_S = 0.3
 OUTAGE_S = 1.5  # of receiver and disk
 MEAN_PAUSE_S = 1.0  # between two faults
@@ -139,6 +140,7 @@ DECK: Counter[Strike] = Counter(
     | {("stop", victim): 1 for victim in VICTIMS}
     | {("down", "receiver"): 1, ("full", "disk"): 1}
 )
+MEMBERS_DECK: Counter[Strike] = Counter({("kill", "member"): 10, ("stop", "member"): 1})
 
 
 def now_s() -> float:
@@ -323,8 +325,9 @@ class InFlight(NamedTuple):
 class Rig:
     """Gateway, two workers, functions and station on one spool.  Use as a context manager."""
 
-    def __init__(self, directory: Path, books: Books) -> None:
+    def __init__(self, directory: Path, books: Books, workers_count: int = 1) -> None:
         self.books = books
+        self._settings = {**SETTINGS, "workers": str(workers_count)}
         self.ledger = directory / "runs"
         self.ledger.touch()
         self.disk = Disk(directory / "disk")
@@ -362,7 +365,7 @@ class Rig:
 
     def start_gateway(self) -> None:
         """Start the gateway, with its functions and a worker beside it."""
-        self.gateway = System(self._functions, {**SETTINGS, "port": str(self.port)}, self.spool)
+        self.gateway = System(self._functions, {**self._settings, "port": str(self.port)}, self.spool)
         self._start(self.gateway)
 
     def start_worker(self) -> None:
@@ -383,9 +386,9 @@ class Rig:
         program.__exit__(None)
         self._live.remove(program)
 
-    def kept(self) -> Iterator[Target]:
-        """Yield the processes that the gateway keeps running: its worker, and a watchdog for each local function."""
-        for pid in self.gateway.children():
+    def kept(self, parent: int | None = None) -> Iterator[Target]:
+        """Yield the processes that the gateway keeps running: worker, watchdogs of local functions, its own members."""
+        for pid in children_of(self.gateway.pid if parent is None else parent):
             with contextlib.suppress(OSError):  # it has just ended
                 environment = Path(f"/proc/{pid}/environ").read_text(encoding="utf-8").split("\0")
                 name = next((word.partition("=")[2] for word in environment if word.startswith("OPENFAAS_NAME=")), "")
@@ -393,6 +396,9 @@ class Rig:
                     yield Target("worker", pid)
                 elif name in LOCAL_FUNCTIONS:
                     yield Target("watchdog", pid, function=name)
+                elif is_serving(pid):
+                    yield Target("member", pid)
+                    yield from self.kept(pid)
 
     def targets(self, victim: str) -> list[Target]:
         """Return the processes of one kind that live now."""
@@ -400,6 +406,10 @@ class Rig:
             return [Target(victim, self.gateway.pid, self.gateway)]
         found = [target for target in self.kept() if target.victim == victim]
         return [*found, Target(victim, self.worker.pid, self.worker)] if victim == "worker" else found
+
+    def senders(self) -> list[Target]:
+        """Return the processes that send calls to functions: workers and, if the gateway is several, its members."""
+        return [*self.targets("worker"), *self.targets("member")]
 
     def in_flight(self, target: Target) -> InFlight:
         """Return what is in the hands of those workers that a fault of the target concerns."""
@@ -423,17 +433,17 @@ class Rig:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def deck(rng: random.Random) -> list[Strike]:
-    """Return all faults in random order."""
-    strikes = list(DECK.elements())
+def deck(rng: random.Random, *, members: bool = False) -> list[Strike]:
+    """Return all faults in random order, with those of a gateway's members if it has any."""
+    strikes = list((DECK + MEMBERS_DECK if members else DECK).elements())
     rng.shuffle(strikes)
     return strikes
 
 
-def strikes_until(deadline_s: float, rng: random.Random) -> Iterator[Strike]:
+def strikes_until(deadline_s: float, rng: random.Random, *, members: bool = False) -> Iterator[Strike]:
     """Yield faults, deck after deck, until the deadline (monotonic)."""
     while True:
-        for strike in deck(rng):
+        for strike in deck(rng, members=members):
             if time.monotonic() > deadline_s:
                 return
             yield strike
@@ -442,6 +452,18 @@ def strikes_until(deadline_s: float, rng: random.Random) -> Iterator[Strike]:
 def is_stopped(pid: int) -> bool:
     """Tell whether a process is stopped by a signal."""
     return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "T"
+
+
+def children_of(pid: int) -> list[int]:
+    """Return the ids of a process's children; none if it has ended."""
+    with contextlib.suppress(OSError):
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text("ascii").split()]
+    return []
+
+
+def is_serving(pid: int) -> bool:
+    """Tell whether a child of a gateway is one of its processes that serve: those have loops, its guard has none."""
+    return any(each.readlink() == Path("anon_inode:[eventpoll]") for each in Path(f"/proc/{pid}/fd").iterdir())
 
 
 def is_gone(pid: int) -> bool:
@@ -480,22 +502,40 @@ class Saboteur:
         time.sleep(self._rng.uniform(0, 2 * mean_s))
 
     def _freeze(self, target: Target) -> None:
-        os.kill(target.pid, signal.SIGSTOP)
-        wait_until(lambda: is_stopped(target.pid) or is_gone(target.pid), 5.0, "the process is stopped")
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(target.pid, signal.SIGSTOP)
+        wait_until(lambda: is_gone(target.pid) or is_stopped(target.pid), 5.0, "the process is stopped")
 
     def _kill(self, target: Target) -> Fault:
-        """kill -9.  It is stopped first, so that what is in flight when it dies can be read."""
+        """kill -9.  It is stopped first, so that what is in flight when it dies can be read.
+
+        So is all that ends with it, and whoever else could send that a call until it has.
+        """
         self._freeze(target)
+        heirs = self._heirs(target)
+        others = [each for each in self._rig.senders() if each not in (target, *heirs)] if heirs else []
+        for each in (*heirs, *others):
+            self._freeze(each)
         hit, at_s = self._rig.in_flight(target), now_s()
-        heirs = [each.pid for each in self._rig.targets("worker") if each.program is None]
         os.kill(target.pid, signal.SIGKILL)
-        posts_until_s = 0.0
-        if target.victim == "gateway":
-            # It takes its worker along, which may still begin a delivery; a call it cannot, as that goes through it.
-            wait_until(lambda: all(map(is_gone, heirs)), GONE_WITHIN_S, "the worker of a killed gateway has ended")
-            posts_until_s = now_s()
+        self._thaw(heirs)
+        wait_until(lambda: all(is_gone(each.pid) for each in heirs), GONE_WITHIN_S, "what a killed one kept has ended")
+        self._thaw(others)
+        # A worker that ends with it may still begin a delivery; a call it cannot, as that goes through a gateway.
+        posts_until_s = now_s() if any(each.victim == "worker" for each in heirs) else 0.0
         up_s = self._revive(target, at_s)
         return Fault("kill", target.victim, at_s, up_s, *hit, posts_until_s=posts_until_s)
+
+    def _thaw(self, targets: Sequence[Target]) -> None:
+        for each in targets:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(each.pid, signal.SIGCONT)
+
+    def _heirs(self, target: Target) -> list[Target]:
+        """Return what ends with a gateway, or with the one of its members that keeps worker and functions."""
+        if target.victim == "gateway":
+            return list(self._rig.kept())
+        return list(self._rig.kept(target.pid)) if target.victim == "member" else []
 
     def _term(self, target: Target) -> Fault:
         """SIGTERM: it takes no longer than its drain limit, and justifies nothing."""
@@ -749,10 +789,15 @@ def settle(rig: Rig, saboteur: Saboteur) -> Verdict:
 
 
 def run_chaos(
-    directory: Path, seed: int, strikes: Iterable[Strike], rate: float, mean_pause_s: float = MEAN_PAUSE_S
+    directory: Path,
+    seed: int,
+    strikes: Iterable[Strike],
+    rate: float,
+    mean_pause_s: float = MEAN_PAUSE_S,
+    workers_count: int = 1,
 ) -> Verdict:
     """Break things as `strikes` say, under a load of `rate` calls a second, and return what came of it."""
-    with Rig(directory, Books()) as rig:
+    with Rig(directory, Books(), workers_count) as rig:
         saboteur = Saboteur(rig, random.Random(seed))
         with Load(rig, random.Random(seed), rate):
             for kind, victim in strikes:
@@ -766,14 +811,16 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0, help="how long faults are injected; default 10")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32), help="default: a random one")
     parser.add_argument("--rate", type=float, default=30.0, help="calls a second; default 30")
+    parser.add_argument("--workers", type=int, default=1, help="processes of the gateway; default 1")
     options = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):  # also in the background of a shell: nothing is to be left running
         signal.signal(number, signal.default_int_handler)
-    print(f"seed {options.seed}, {options.minutes:g} minutes, {options.rate:g} calls a second", flush=True)
+    plan = f"{options.minutes:g} minutes, {options.rate:g} calls a second, {options.workers} workers of the gateway"
+    print(f"seed {options.seed}, {plan}", flush=True)
     deadline_s = time.monotonic() + 60 * options.minutes
-    strikes = strikes_until(deadline_s, random.Random(options.seed))
+    strikes = strikes_until(deadline_s, random.Random(options.seed), members=options.workers > 1)
     with tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as directory:
-        verdict = run_chaos(Path(directory), options.seed, strikes, options.rate)
+        verdict = run_chaos(Path(directory), options.seed, strikes, options.rate, workers_count=options.workers)
     print(f"\n{verdict.ledger}\n")
     for problem in verdict.problems:
         print(problem, file=sys.stderr)
