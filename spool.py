@@ -973,7 +973,6 @@ class _Ending:
     """A run's end, ready to be written: with the beginning of a result that is in a file, and its callback's time."""
 
     run: RunEnd
-    event: Event
     excerpt: bytes | None
     callback_due_s: float
 
@@ -985,7 +984,7 @@ def _finish(tx: _Transaction, lease: Lease, ending: _Ending) -> None:
     tx.db.execute(
         "UPDATE calls SET state = ?, finished_s = ?, status = ?, error = ?, duration_s = ? WHERE seq = ?",
         (
-            next_state(State.RUNNING, ending.event).value,
+            next_state(State.RUNNING, run.event).value,
             attempt.finished_s,
             run.status,
             attempt.error,
@@ -2446,12 +2445,12 @@ class Spool:
 
     async def finish(self, lease: Lease, end: RunEnd) -> None:
         """The call has ended, also when a cancel came too late. On LeaseLost the result's file is dropped."""
-        event, result, excerpt = end.event, end.result, None  # an inline body is its own excerpt, as long as it is kept
+        result, excerpt = end.result, None  # an inline body is its own excerpt, as long as it is kept
         if result is not None and result.file is not None:
             excerpt = await self._in_thread(partial(_read_excerpt, self._tree.bodies_fd, result.file))
         due_s = self._now() if end.callback_due_s is None else end.callback_due_s
         try:
-            await self._write(partial(_finish, lease=lease, ending=_Ending(end, event, excerpt, due_s)))
+            await self._write(partial(_finish, lease=lease, ending=_Ending(end, excerpt, due_s)))
         except LeaseLost:
             if result is not None:
                 await self.drop_body(result)
