@@ -43,6 +43,7 @@ from typing import NamedTuple, Self
 from bench.ledger import Answer, Books, Fault, Found, Order, Post, Run, audit, parse_runs, table
 from faashound.spool import DATABASE, Spool, State
 from tests.harness import Program, free_port, http_over, http_request, processes_marked, wait_until
+from tests.inspection import children_of, has_loop
 from tests.system import System, Worker, rows
 
 LEASE_S = 3.0
@@ -388,7 +389,7 @@ class Rig:
 
     def kept(self, parent: int | None = None) -> Iterator[Target]:
         """Yield the processes that the gateway keeps running: worker, watchdogs of local functions, its own members."""
-        for pid in children_of(self.gateway.pid if parent is None else parent):
+        for pid in sorted(children_of(self.gateway.pid if parent is None else parent)):
             with contextlib.suppress(OSError):  # it has just ended
                 environment = Path(f"/proc/{pid}/environ").read_text(encoding="utf-8").split("\0")
                 name = next((word.partition("=")[2] for word in environment if word.startswith("OPENFAAS_NAME=")), "")
@@ -396,7 +397,7 @@ class Rig:
                     yield Target("worker", pid)
                 elif name in LOCAL_FUNCTIONS:
                     yield Target("watchdog", pid, function=name)
-                elif is_serving(pid):
+                elif has_loop(pid):
                     yield Target("member", pid)
                     yield from self.kept(pid)
 
@@ -452,18 +453,6 @@ def strikes_until(deadline_s: float, rng: random.Random, *, members: bool = Fals
 def is_stopped(pid: int) -> bool:
     """Tell whether a process is stopped by a signal."""
     return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "T"
-
-
-def children_of(pid: int) -> list[int]:
-    """Return the ids of a process's children; none if it has ended."""
-    with contextlib.suppress(OSError):
-        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text("ascii").split()]
-    return []
-
-
-def is_serving(pid: int) -> bool:
-    """Tell whether a child of a gateway is one of its processes that serve: those have loops, its guard has none."""
-    return any(each.readlink() == Path("anon_inode:[eventpoll]") for each in Path(f"/proc/{pid}/fd").iterdir())
 
 
 def is_gone(pid: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from tests.harness import Program, http_request
@@ -11,6 +12,19 @@ from tests.harness import Program, http_request
 def children_of(pid: int) -> set[int]:
     """Return the children of `pid`, those it has adopted and those it has not reaped among them (proc(5))."""
     return set(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()))
+
+
+def has_loop(pid: int) -> bool:
+    """Tell whether `pid` runs an event loop, as what serves does, and what guards or keeps it does not."""
+    with suppress(OSError):  # it has ended
+        return any(map(is_epoll, Path(f"/proc/{pid}/fd").iterdir()))
+    return False
+
+
+def is_epoll(fd: Path) -> bool:
+    with suppress(OSError):  # closed since it was listed
+        return "eventpoll" in str(fd.readlink())
+    return False
 
 
 def state_of(pid: int) -> str:

@@ -12,7 +12,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 
@@ -27,7 +26,7 @@ from tests.harness import (
     run,
     wait_until,
 )
-from tests.inspection import children_of, in_flight, serves
+from tests.inspection import children_of, has_loop, in_flight, serves
 from tests.system import System
 
 PARENT = "sh -c 'read pid name state parent rest < /proc/self/stat; echo $parent'"  # of the shell: who started it
@@ -45,18 +44,6 @@ def watchdog(fprocess: str, **settings: str) -> Program:
 def workers_of(program: Program) -> set[int]:
     """Return the processes that serve: children of the first, as the guard is, but with an event loop."""
     return {pid for pid in program.children() if has_loop(pid)}
-
-
-def has_loop(pid: int) -> bool:
-    with suppress(OSError):  # it has ended
-        return any(map(is_epoll, Path(f"/proc/{pid}/fd").iterdir()))
-    return False
-
-
-def is_epoll(fd: Path) -> bool:
-    with suppress(OSError):  # closed since it was listed
-        return "eventpoll" in str(fd.readlink())
-    return False
 
 
 def kill_and_wait(program: Program, pid: int) -> None:
