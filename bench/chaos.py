@@ -52,6 +52,7 @@ UPSTREAM_TIMEOUT_S = 8.0
 TERM_LIMIT_S = {"gateway": DRAIN_TIMEOUT_S + UPSTREAM_TIMEOUT_S, "worker": DRAIN_TIMEOUT_S, "watchdog": 6.0}
 STOP_S = {"gateway": 1.0, "member": 1.0, "worker": 1.5 * LEASE_S, "watchdog": 1.0}
 SLOW_S = 0.3
+HELD_S = 1.0  # for others than those that end: one may have stopped with the queue's lock, which these want to end
 OUTAGE_S = 1.5  # of receiver and disk
 MEAN_PAUSE_S = 1.0  # between two faults
 DRAINED_WITHIN_S = 180.0  # a callback that failed twice waits 20 s, one that failed three times 80 s
@@ -508,8 +509,13 @@ class Saboteur:
         hit, at_s = self._rig.in_flight(target), now_s()
         os.kill(target.pid, signal.SIGKILL)
         self._thaw(heirs)
-        wait_until(lambda: all(is_gone(each.pid) for each in heirs), GONE_WITHIN_S, "what a killed one kept has ended")
+
+        def heirs_gone() -> bool:
+            return all(is_gone(each.pid) for each in heirs)
+
+        wait_until(lambda: heirs_gone() or now_s() > at_s + HELD_S, GONE_WITHIN_S, "no more calls can begin there")
         self._thaw(others)
+        wait_until(heirs_gone, GONE_WITHIN_S, "what a killed one kept has ended")
         # A worker that ends with it may still begin a delivery; a call it cannot, as that goes through a gateway.
         posts_until_s = now_s() if any(each.victim == "worker" for each in heirs) else 0.0
         up_s = self._revive(target, at_s)
