@@ -12,19 +12,20 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # Of ours, what each module may import.  Imports run one way: watchdog <- parts <- programs.
-_PARTS = {"watchdog", "spool", "queues", "keeper", "functions", "callbacks", "retries", "calls"}
+_PARTS = {"watchdog", "names", "spool", "queues", "keeper", "functions", "callbacks", "retries", "calls"}
 OURS: dict[str, set[str]] = {
     "__init__": set(),
     "watchdog": set(),
-    "spool": {"watchdog"},
+    "names": {"watchdog"},
+    "spool": {"watchdog", "names"},
     "keeper": {"watchdog"},
-    "functions": {"watchdog", "keeper"},
-    "callbacks": {"watchdog"},
-    "retries": {"watchdog"},
-    "jetstream": {"watchdog", "spool"},
-    "queues": {"watchdog", "spool", "jetstream"},  # which of the two a URL names
-    "calls": {"watchdog", "spool", "queues"},
-    "migrate": {"watchdog", "spool", "queues"},
+    "functions": {"watchdog", "names", "keeper"},
+    "callbacks": {"watchdog", "names"},
+    "retries": {"watchdog", "names"},
+    "jetstream": {"watchdog", "names", "spool"},
+    "queues": {"watchdog", "names", "spool", "jetstream"},  # which of the two a URL names
+    "calls": {"watchdog", "names", "spool", "queues"},
+    "migrate": {"watchdog", "names", "spool", "queues"},
     "worker": _PARTS | {"migrate"},
     "gateway": _PARTS | {"worker"},  # it may start a worker beside itself, and knows its settings
 }
