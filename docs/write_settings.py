@@ -1,7 +1,7 @@
-"""The README's reference of settings, generated from the programs' own tables.
+"""Write the reference of settings, docs/settings.md, from the programs' own tables.
 
-python -m tests.reference            print it
-python -m tests.reference --write    put it into README.md, between its two marker lines
+python -m docs.write_settings            print it
+python -m docs.write_settings --write    put it into docs/settings.md, between its two marker lines
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from pathlib import Path
 from faashound import gateway, watchdog, worker
 from faashound.watchdog import Setting, settings_table
 
-README = Path(__file__).resolve().parent.parent / "README.md"
-BEGIN = "<!-- settings: written by `python -m tests.reference --write` -->"
+PAGE = Path(__file__).resolve().parent / "settings.md"
+BEGIN = "<!-- settings: written by `python -m docs.write_settings --write` -->"
 END = "<!-- /settings -->"
 PROGRAMS = {
     "fwatchdog": watchdog.Settings,
@@ -29,7 +29,7 @@ def build_reference() -> str:
 
 def _section(program: str, kind: type) -> str:
     rows = [_row(setting) for setting in settings_table(kind).values()]
-    return "\n".join([f"### {program}", "", "| variable | default | meaning |", "|---|---|---|", *rows, ""])
+    return "\n".join([f"## {program}", "", "| variable | default | meaning |", "|---|---|---|", *rows, ""])
 
 
 def _row(setting: Setting) -> str:
@@ -45,23 +45,23 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def replace_reference(readme: str, reference: str) -> str:
-    """Return the text `readme` with `reference` between its marker lines; ValueError if it has not both, once each."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(END) < readme.index(BEGIN):
-        raise ValueError(f"README.md must have the lines {BEGIN!r} and {END!r}, once each and in this order")
-    before, _, rest = readme.partition(BEGIN)
+def replace_reference(page: str, reference: str) -> str:
+    """Return the text `page` with `reference` between its marker lines; ValueError if it has not both, once each."""
+    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(END) < page.index(BEGIN):
+        raise ValueError(f"docs/settings.md must have the lines {BEGIN!r} and {END!r}, once each and in this order")
+    before, _, rest = page.partition(BEGIN)
     return f"{before}{BEGIN}\n{reference}{END}{rest.partition(END)[2]}"
 
 
 def main(arguments: list[str]) -> int:
-    """Print the reference, or write it into the README; return the exit code."""
+    """Print the reference, or write it into the page; return the exit code."""
     if arguments == []:
         print(build_reference(), end="")
         return 0
     if arguments != ["--write"]:
         print(__doc__, file=sys.stderr)
         return 2
-    README.write_text(replace_reference(README.read_text(encoding="utf-8"), build_reference()), encoding="utf-8")
+    PAGE.write_text(replace_reference(PAGE.read_text(encoding="utf-8"), build_reference()), encoding="utf-8")
     return 0
 
 
