@@ -1,4 +1,4 @@
-"""The documentation says what the programs do: its reference of settings is theirs, byte for byte; its links lead somewhere."""
+"""Documentation: the reference of settings is the programs' own, byte for byte, and links lead somewhere."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from faashound.watchdog import settings_table
 from docs import write_settings as reference
+from faashound.watchdog import settings_table
 
 
 def test_reference_in_docs_is_the_generated_one_when_compared() -> None:
