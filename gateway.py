@@ -72,6 +72,7 @@ from .functions import (
     read_functions,
 )
 from .keeper import Keeper
+from .proxying import build_via, check_path, forwarded
 from .queues import NatsSettings, Queue, QueueUrl, is_healthy, open_queue, parse_queue_url
 from .retries import BadAnnotations, parse_annotations
 from .spool import (
@@ -293,8 +294,6 @@ class Unauthorized(FaashoundError):
 _UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", re.ASCII)
 _KEY = re.compile(rf"[\x21-\x7e](?:[\x20-\x7e]{{0,{MAX_KEY_CHARS - 2}}}[\x21-\x7e])?", re.ASCII)
 
-_DOTS = re.compile(rb"/(?:\.|%2e){1,2}(?:/|$)", re.IGNORECASE)
-
 # Ours, or meant for the queue: not the function's business when the call is made.
 _SUBMISSION_FIELDS = (b"x-delay", b"x-expires", b"idempotency-key")
 _FORWARDED = (b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto")
@@ -340,16 +339,6 @@ def parse_wait(query: bytes) -> float:
     return wait_s
 
 
-def forwarded(request: Request) -> list[Header]:
-    """Return the fields that tell the function who asked: X-Forwarded-For, -Host and -Proto."""
-    before = [value for name, value in request.headers if name == b"x-forwarded-for"]
-    chain = b", ".join(part for part in (*before, request.peer.encode()) if part)
-    fields = [(b"X-Forwarded-For", chain)] if chain else []
-    fields.append((b"X-Forwarded-Host", request.header(b"x-forwarded-host") or request.host))
-    fields.append((b"X-Forwarded-Proto", request.header(b"x-forwarded-proto") or b"http"))
-    return [field for field in fields if field[1]]
-
-
 def describe_function(function: Function) -> dict[str, object]:
     """Return what the gateway knows of a function, as JSON members."""
     return {
@@ -379,21 +368,6 @@ def function_target(function: Function, request: Request, rest: bytes) -> Url:
     base = base_url(function.url)
     target = base.target.rstrip("/") + (rest.decode() or "/") + (f"?{request.query.decode()}" if request.query else "")
     return Url(base.scheme, base.host, base.port, target)
-
-
-def check_path(path: bytes) -> None:
-    """Raise BadField for a path with dot segments: whatever resolves them further on would leave the function's own.
-
-    Clients resolve them before they ask (RFC 3986 5.2.4), so nobody but a trespasser is turned away.
-    """
-    if _DOTS.search(path):
-        raise BadField("the path has dot segments; allowed: a path without . and .. (RFC 3986 3.3)")
-
-
-def via(request: Request) -> Header:
-    """Return the Via field of the request as passed on: each gateway adds itself (RFC 9110 7.6.3)."""
-    before = [value for name, value in request.headers if name == b"via"]
-    return b"Via", b", ".join([*before, b"1.1 faashound"])
 
 
 def split_path(path: bytes) -> tuple[str, str, bytes]:
@@ -574,6 +548,7 @@ class Gateway:
         self._policy = policy
         self._credentials = credentials
         self._token = queue.token.encode()
+        self._via = build_via(queue.token)
 
     async def __call__(self, request: Request) -> Response:
         """Answer one request; cancelled when the client has gone."""
@@ -655,6 +630,8 @@ class Gateway:
         if function is None:
             raise OurFailure(404, "no function has this name")
         check_path(rest)
+        if not trace.by_worker:  # whose request bears our entry since its submission
+            self._via.check(request)
         response = await self._ask(request, function, rest, trace)
         self.metrics.answered(function.name)
         headers = [*end_to_end(response.headers, *_TRACED, b"date"), *trace.fields]
@@ -670,7 +647,7 @@ class Gateway:
             deadline_s = time.monotonic() + limit_s
             headers = end_to_end(request.headers, *_NEVER_PASSED_ON, *_TRACED, *_FORWARDED, b"via")
             headers += forwarded(request)
-        headers += [*trace.fields, via(request)]
+        headers += [*trace.fields, self._via.extend(request)]
         target = function_target(function, request, rest)
         try:
             return await self.client.request(
@@ -713,6 +690,7 @@ class Gateway:
         if function is None:
             raise NotFound("no function has this name")
         check_path(rest)
+        self._via.check(request)
         limit_bytes = self._settings.max_body_bytes
         if request.body.length is not None and request.body.length > limit_bytes:
             raise BodyTooLarge(limit_bytes)
@@ -734,8 +712,9 @@ class Gateway:
         callback_url = (request.header(b"x-callback-url") or b"").decode("latin-1") or None
         if callback_url is not None:
             self._policy.check_url(callback_url)
-        fields = end_to_end(request.headers, *_NEVER_PASSED_ON, *_SUBMISSION_FIELDS, *_TRACED, *_FORWARDED)
+        fields = end_to_end(request.headers, *_NEVER_PASSED_ON, *_SUBMISSION_FIELDS, *_TRACED, *_FORWARDED, b"via")
         fields += [(b"X-Call-Id", call_id.encode()), (b"X-Start-Time", _start_time(now_s)), *forwarded(request)]
+        fields.append(self._via.extend(request))
         return partial(
             NewCall,
             id=call_id,
