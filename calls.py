@@ -28,6 +28,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from .names import BadFunctionName, FunctionName, parse_function_name
 from .queues import NatsSettings, Queue, QueueUrl, open_queue, parse_queue_url
 from .spool import (
     FINAL,
@@ -166,7 +167,7 @@ class Choice:
     """Which calls are meant: every condition that is not None holds.  `callback` is the state of the callback."""
 
     state: State | None = None
-    function: str | None = None
+    function: FunctionName | None = None
     callback: CallbackState | None = None
     limit_count: int = LISTED_COUNT
     before: str | None = None
@@ -176,7 +177,7 @@ def parse_choice_query(query: bytes) -> Choice:
     """Return the calls that ?state=…&function=…&callback=…&limit=…&before=… means; BadQuery says what is allowed."""
     readers: dict[str, tuple[str, Callable[[str], object]]] = {
         "state": ("state", _parse_state),
-        "function": ("function", str),
+        "function": ("function", _parse_function),
         "callback": ("callback", _parse_callback_state),
         "limit": ("limit_count", _parse_limit),
         "before": ("before", str),
@@ -198,6 +199,13 @@ def _parse_state(text: str) -> State:
         return State(text)
     except ValueError:
         raise ValueError(f"allowed: {', '.join(state.value for state in State)}") from None
+
+
+def _parse_function(text: str) -> FunctionName:
+    try:
+        return parse_function_name(text)
+    except BadFunctionName as error:
+        raise ValueError(str(error)) from None
 
 
 def _parse_callback_state(text: str) -> CallbackState:
@@ -280,7 +288,7 @@ async def purge_call(queue: Queue, call_id: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-async def walk_letters(queue: Queue, function: str | None) -> AsyncIterator[Call]:
+async def walk_letters(queue: Queue, function: FunctionName | None) -> AsyncIterator[Call]:
     """Yield every dead letter and every call whose callback is dead, newest first within each kind."""
     async for call in walk_calls(queue, Choice(State.DEAD, function)):
         yield call
@@ -382,6 +390,13 @@ async def _chosen(queue: Queue, options: argparse.Namespace) -> list[str]:
     return [call.id async for call in walk_letters(queue, options.function)]
 
 
+def _function_argument(text: str) -> FunctionName:
+    try:
+        return parse_function_name(text)
+    except BadFunctionName as error:
+        raise argparse.ArgumentTypeError(str(error)) from None  # the one error whose text argparse passes on
+
+
 def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("fworker dead", description="Dead letters of the queue that queue_url names.")
     commands = parser.add_subparsers(required=True, metavar="list|show|retry|purge")
@@ -401,7 +416,7 @@ def _build_parser() -> argparse.ArgumentParser:
         command.add_argument("ids", metavar="ID", nargs="*")
         command.add_argument("--all", action="store_true", help="every letter")
     for command in (listing, retry, purge):
-        command.add_argument("--function", metavar="NAME", help="only those of this function")
+        command.add_argument("--function", metavar="NAME", type=_function_argument, help="only those of this function")
     return parser
 
 

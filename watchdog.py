@@ -4594,6 +4594,12 @@ def run_healthcheck(environ: Mapping[str, str]) -> int:
     return 1
 
 
+def log_origin(environ: Mapping[str, str]) -> str | None:
+    """Return the name of the function that we serve, as people type it, for the log; None outside of OpenFaaS."""
+    name, namespace = environ.get("OPENFAAS_NAME"), environ.get("OPENFAAS_NAMESPACE")
+    return f"{name}.{namespace}" if name and namespace not in (None, "", "openfaas-fn") else name
+
+
 def load_settings(kind: type[S], environ: Mapping[str, str]) -> S | None:
     """Return the settings, with the log set up and a warning for each look-alike; None, and a message, if bad."""
     try:
@@ -4601,7 +4607,7 @@ def load_settings(kind: type[S], environ: Mapping[str, str]) -> S | None:
     except BadSettings as error:
         print(error, file=sys.stderr)
         return None
-    log.configure(getattr(settings, "log_format", "text"), environ.get("OPENFAAS_NAME"))
+    log.configure(getattr(settings, "log_format", "text"), log_origin(environ))
     for warning in lookalikes(kind, environ):
         log.warning(warning)
     return settings
