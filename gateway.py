@@ -45,6 +45,16 @@ from typing import Any, NamedTuple, TypeVar
 import uvloop
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
+from .addresses import AddressRefused, guard_functions, parse_literal
+from .browsers import (
+    BrowserRules,
+    PageRefused,
+    UnknownHost,
+    check_own_page,
+    parse_hosts,
+    parse_origins,
+    with_fields,
+)
 from .callbacks import (
     CALLBACK_PROOF,
     CallbackAllow,
@@ -72,7 +82,7 @@ from .functions import (
     read_functions,
 )
 from .keeper import Keeper
-from .names import FunctionName
+from .names import DEFAULT_NAMESPACE, FunctionName, parse_namespaces
 from .proxying import build_via, check_path, forwarded
 from .queues import NatsSettings, Queue, QueueUrl, is_healthy, open_queue, parse_queue_url
 from .retries import BadAnnotations, parse_annotations
@@ -131,6 +141,7 @@ from .watchdog import (
     parse_choice,
     parse_duration,
     parse_port,
+    parse_positive_count,
     parse_positive_duration,
     parse_settings,
     parse_size,
@@ -138,6 +149,7 @@ from .watchdog import (
     parse_url,
     parse_workers,
     read_file,
+    resolve_any,
     run_members,
     serve_metrics,
     setting,
@@ -153,6 +165,7 @@ T = TypeVar("T")
 
 MAX_PUT_S = 10.0  # for a queue to take a call; a disk, or whoever holds the queue's lock, may be stuck
 MAX_WAIT_S = 600.0  # of ?wait: longer than proxies keep a silent connection
+LONG_POLL_RETRY_S = 5  # after so long a caller may try to wait again, if there are too many
 MAX_KEY_CHARS = 255  # of an Idempotency-Key, as the drafts and peers have it
 SWEEP_EVERY_S = 60.0  # between two rounds of housekeeping in the queue
 WORKER_METRICS_PORT = 8083
@@ -183,7 +196,13 @@ class Settings(NatsSettings):
     )
     functions: str = setting("functions", "functions.toml", parse_text, "path of the functions file")
     function_url: str | None = setting(
-        "function_url", "", parse_function_url, "where functions answer that the file does not list: http://{name}:8080"
+        "function_url",
+        "",
+        parse_function_url,
+        "where functions answer that the file does not list: http://{name}.{namespace}.svc.cluster.local:8080",
+    )
+    namespaces: frozenset[str] = setting(
+        "namespaces", DEFAULT_NAMESPACE, parse_namespaces, "namespaces in which function_url finds functions, by commas"
     )
     queue_url: QueueUrl = setting(
         "queue_url", "spool:./spool", parse_queue_url, "the queue: spool:DIRECTORY, or nats://HOST[:PORT][,HOST...]"
@@ -210,6 +229,23 @@ class Settings(NatsSettings):
     retention_s: float = setting("retention", "24h", parse_duration, "how long a finished call is remembered")
     callback_allow: CallbackAllow | None = setting(
         "callback_allow", "", parse_callback_allow, "hosts and networks that callbacks may go to besides public ones"
+    )
+    allowed_hosts: frozenset[str] | None = setting(
+        "allowed_hosts",
+        "",
+        parse_hosts,
+        "host names that we answer to, by commas, besides localhost and addresses",
+        default_note="none on loopback without basic_auth, else any",
+    )
+    allowed_origins: frozenset[bytes] | None = setting(
+        "allowed_origins",
+        "",
+        parse_origins,
+        "origins of web pages that may call functions, by commas",
+        default_note="none on loopback without basic_auth, else as functions say",
+    )
+    max_long_polls: int = setting(
+        "max_long_polls", "1000", parse_positive_count, "callers that wait for a call by ?wait= at once; above it 503"
     )
     basic_auth: bool = setting(
         "basic_auth", "false", parse_bool, "ask for a password for /system and for reading and cancelling calls"
@@ -270,10 +306,26 @@ class BadField(FaashoundError):
     status = 400
 
 
+class Forbidden(FaashoundError):
+    """Whoever asks may not have this."""
+
+    status = 403
+
+
 class Conflict(FaashoundError):
     """The call is not in a state for this."""
 
     status = 409
+
+
+class TooManyWaits(FaashoundError):
+    """As many callers as may wait for calls to end already do; each holds a connection for minutes."""
+
+    status = 503
+    headers = ((b"Retry-After", b"%d" % LONG_POLL_RETRY_S),)
+
+    def __init__(self, limit_count: int) -> None:
+        super().__init__(f"{limit_count} callers wait for calls to end, which is max_long_polls; ask without wait")
 
 
 class Gone(FaashoundError):
@@ -331,11 +383,11 @@ def parse_wait(query: bytes) -> float:
     wait_s = 0.0
     for name, value in urllib.parse.parse_qsl(query.decode("latin-1"), keep_blank_values=True):
         if name != "wait":
-            raise BadField(f"unknown query parameter {name!r}; allowed: wait")
+            raise BadField(f"unknown query parameter {name[:100]!r}; allowed: wait")
         try:
             wait_s = parse_duration(value)
         except ValueError as error:
-            raise BadField(f"wait={value!r}: {error}") from None
+            raise BadField(f"wait={value[:100]!r}: {error}") from None
     if wait_s > MAX_WAIT_S:
         raise BadField(f"wait: allowed: up to {MAX_WAIT_S:g}s")
     return wait_s
@@ -537,12 +589,16 @@ class Gateway:
         queue: Queue,
         policy: CallbackPolicy,
         credentials: Credentials | None,
+        pages: BrowserRules,
         seat: Seat,
     ) -> None:
         self.metrics = GatewayMetrics(seat)
-        self.client = Client()
+        self._client = Client()
+        self._guarded_client = Client(guard_functions(resolve_any))
         self.draining = False
+        self._pages = pages
         self._waits: set[asyncio.Timeout] = set()
+        self._seat = seat
         self._put_limit = SharedLimit(MAX_PUT_S)
         self._settings = settings
         self._functions = functions
@@ -555,18 +611,44 @@ class Gateway:
 
     async def __call__(self, request: Request) -> Response:
         """Answer one request; cancelled when the client has gone."""
+        try:
+            return await self._route(request)
+        except PageRefused as error:
+            log.warning(
+                f"Refused [{request.method[:20]}] {request.path[:100].decode('latin-1')} - [{error.status}]",
+                host=request.host[:100].decode("latin-1"),
+                origin=(request.header(b"origin") or b"")[:100].decode("latin-1"),
+                peer=request.peer,
+            )
+            raise
+
+    async def _route(self, request: Request) -> Response:
+        self._check_host(request)
         area, name, rest = split_path(request.path)
-        if area == "function":
-            return await self._invoke(request, name, rest)
+        if area == "function" or (area == "async-function" and not _UUID.fullmatch(name)):
+            fields = self._pages.check_call(request)
+            response = self._pages.answer_preflight(request)
+            if response is None:
+                response = await (self._invoke if area == "function" else self._on_submission)(request, name, rest)
+            return with_fields(response, fields)
+        if request.header(CALLBACK_PROOF.lower()) is not None:
+            raise Forbidden("callbacks reach /function/NAME and /async-function/NAME, nothing else")
         if area == "async-function":
-            if _UUID.fullmatch(name):
-                return await self._on_call(request, name.lower(), rest)
-            return await self._on_submission(request, name, rest)
+            check_own_page(request)
+            return await self._on_call(request, name.lower(), rest)
         if area == "system":
+            check_own_page(request)
             return await self._system(request, name, rest.decode("latin-1"))
         if request.path == b"/healthz":
             return self._health(request)
         raise NotFound("not found; allowed: /function/NAME, /async-function/NAME, /async-function/CALL-ID, /healthz")
+
+    def _check_host(self, request: Request) -> None:
+        try:
+            self._pages.check_host(request)
+        except UnknownHost:
+            if not self._is_worker(request):  # which is no browser, and may know us by another name
+                raise
 
     def _health(self, request: Request) -> Response:
         allow(request, "GET")
@@ -576,6 +658,11 @@ class Gateway:
             raise NotReady("the queue cannot be reached")
         return Response(200, (TEXT_PLAIN,), b"OK")
 
+    async def close(self) -> None:
+        """Let go of the connections to functions."""
+        await self._client.close()
+        await self._guarded_client.close()
+
     def drain(self) -> None:
         """Be unhealthy, and let nobody wait any longer for a call to end; everything else goes on."""
         self.draining = True
@@ -584,6 +671,7 @@ class Gateway:
 
     async def serve_metrics(self, request: Request) -> Response:
         """Answer GET /metrics, on a port of its own."""
+        self._check_host(request)
         try:
             self.metrics.show_queue(await self._queue.stats())
         except FaashoundError as error:  # the other figures matter most when the queue is in trouble
@@ -618,7 +706,7 @@ class Gateway:
             duration_s = time.perf_counter() - started_s
             self.metrics.end(label, status, duration_s)
             log.info(
-                f"Forwarded [{request.method}] to /function/{name[:100]} - [{status}] - {duration_s:f}s",
+                f"Forwarded [{request.method[:20]}] to /function/{name[:100]} - [{status}] - {duration_s:f}s",
                 call_id=trace.call_id,
                 **reason,
             )
@@ -653,14 +741,24 @@ class Gateway:
         headers += [*trace.fields, self._via.extend(request)]
         target = function_target(function, request, rest)
         try:
-            return await self.client.request(
+            return await self._client_of(function).request(
                 request.method, target, headers, request.body, request.body.length, deadline_s
             )
         except UpstreamTimeout as error:
             text = f"{function.name.short} did not answer within upstream_timeout ({format_duration(limit_s)})"
             raise OurFailure(504, text) from error
-        except (Unreachable, PeerGone) as error:  # whose text names addresses: for the log, and for our worker
+        except (
+            Unreachable,
+            PeerGone,
+            AddressRefused,
+        ) as error:  # whose text names addresses: for the log, and for our worker
             raise OurFailure(502, f"{function.name.short}: {error if trace.by_worker else 'no answer'}") from error
+
+    def _client_of(self, function: Function) -> Client:
+        """Return what reaches a function: with its address judged first, where a caller has completed the host."""
+        pattern = self._settings.function_url or ""
+        completed = function.name not in self._listed and "{" in urllib.parse.urlsplit(pattern).netloc
+        return self._guarded_client if completed else self._client
 
     # Later.
 
@@ -682,7 +780,7 @@ class Gateway:
         finally:
             self.metrics.submitted(status)
             log.info(
-                f"Queued [{request.method}] for /async-function/{name[:100]} - [{status}]",
+                f"Queued [{request.method[:20]}] for /async-function/{name[:100]} - [{status}]",
                 call_id=call_id or "none",
                 **reason,
             )
@@ -758,13 +856,15 @@ class Gateway:
             state = await self._queue.cancel(call_id)
             return json_response(202, {"id": call_id, "state": state.value, "cancel_requested": True})
         call = await self._wait(call_id, parse_wait(request.query))
-        return await self._result(call) if rest else json_response(200, describe_call(call))
+        return await self._result(request, call) if rest else json_response(200, describe_call(call))
 
     async def _wait(self, call_id: str, wait_s: float) -> Call:
         """Return the call when it has ended, or as it is after `wait_s` or when we begin to drain."""
         call = await find_call(self._queue, call_id)
         if not wait_s or self.draining or call.state in FINAL:
             return call
+        if len(self._waits) >= self._seat.share_of(self._settings.max_long_polls):
+            raise TooManyWaits(self._settings.max_long_polls)
         limit = asyncio.timeout(wait_s)
         self._waits.add(limit)
         try:
@@ -775,7 +875,7 @@ class Gateway:
         finally:
             self._waits.discard(limit)
 
-    async def _result(self, call: Call) -> Response:
+    async def _result(self, request: Request, call: Call) -> Response:
         """Return what the function answered, as it answered."""
         if call.state not in FINAL:
             raise Conflict(f"the call is {call.state.value}; ?wait=30s waits for its end")
@@ -786,7 +886,8 @@ class Gateway:
             raise NotFound(f"the call is {call.state.value} and has no result: {call.error or 'it never ran'}")
         fields = [(name.encode(), value.encode("latin-1")) for name, value in call.result_headers]
         fields = [*end_to_end(fields, b"x-call-id", b"date"), (b"X-Call-Id", call.id.encode())]
-        return Response(call.status, fields, self._queue.open_body(call.result), call.result.bytes_count)
+        body = b"" if request.method == "HEAD" else self._queue.open_body(call.result)
+        return Response(call.status, fields, body, call.result.bytes_count)
 
     # For operators and workers.
 
@@ -840,9 +941,10 @@ class Gateway:
 
 
 def allow(request: Request, *methods: str) -> None:
-    """Raise MethodNotAllowed unless the request's method is one of `methods`."""
-    if request.method not in methods:
-        raise MethodNotAllowed(methods)
+    """Raise MethodNotAllowed unless the request's method is one of `methods`, or HEAD where GET is (RFC 9110 9.3.2)."""
+    allowed = [each for method in methods for each in (("GET", "HEAD") if method == "GET" else (method,))]
+    if request.method not in allowed:
+        raise MethodNotAllowed(allowed)
 
 
 def queue_of(function: Function) -> str:
@@ -1028,7 +1130,7 @@ async def serve(plan: Plan, local: LocalFunctions, doors: Doors, duty: Duty) -> 
     watch_lifeline(loop, duty.lifeline_fd, signals.stop_now)
     url = local_url(doors.own)
     async with AsyncExitStack() as stack:
-        gateway = await assemble(stack, plan, local, url, duty.seat)
+        gateway = await assemble(stack, plan, local, doors.own, duty.seat)
         metrics_server = start_metrics(doors.metrics, gateway.serve_metrics)
         stack.callback(metrics_server.abort)
         timeouts = ServerTimeouts(settings.read_timeout_s, settings.write_timeout_s, settings.read_timeout_s)
@@ -1057,12 +1159,15 @@ async def worker_gone(keeper: Keeper, seat: Seat) -> None:
         await asyncio.sleep(WORKER_GONE_POLL_S)
 
 
-async def assemble(stack: AsyncExitStack, plan: Plan, local: LocalFunctions, url: str | None, seat: Seat) -> Gateway:
-    """Return the gateway with all that is behind it at work: the queue and, in the first process, what there is once.
+async def assemble(
+    stack: AsyncExitStack, plan: Plan, local: LocalFunctions, sockets: Sequence[socket.socket], seat: Seat
+) -> Gateway:
+    """Return the gateway of `sockets` with all that is behind it at work.
 
-    That is the local functions and the housekeeping.  `stack` ends it all.  Raises CannotStart and the queue's errors.
+    That is the queue and, in the first process, the local functions and the housekeeping.  `stack` ends it all.
+    Raises CannotStart and the queue's errors.
     """
-    settings = plan.settings
+    settings, url = plan.settings, local_url(sockets)
     credentials = load_credentials(settings)
     queue = await open_queue(settings.queue_url, settings)
     stack.push_async_callback(queue.close)
@@ -1071,10 +1176,19 @@ async def assemble(stack: AsyncExitStack, plan: Plan, local: LocalFunctions, url
         stack.push_async_callback(local.stop, FUNCTIONS_GRACE_S)
         stack.callback(asyncio.create_task(keep_house(queue, settings)).cancel)
     policy = build_policy([url] if url else [], settings.callback_allow)
-    functions = Functions(local.table, settings.function_url)
-    gateway = Gateway(settings, functions, queue, policy, credentials, seat)
-    stack.push_async_callback(gateway.client.close)
+    functions = Functions(local.table, settings.function_url, settings.namespaces)
+    gateway = Gateway(settings, functions, queue, policy, credentials, browser_rules(settings, sockets), seat)
+    stack.push_async_callback(gateway.close)
     return gateway
+
+
+def browser_rules(settings: Settings, sockets: Sequence[socket.socket]) -> BrowserRules:
+    """Return what browsers' pages may do at the gateway of `sockets`."""
+    on_loopback = local_url(sockets) is not None and not is_open_to_others(sockets) and not settings.basic_auth
+    names = settings.allowed_hosts or frozenset()
+    if on_loopback and settings.host and parse_literal(settings.host) is None:
+        names |= {settings.host.lower()}  # that it listens on this name is the operator's word
+    return BrowserRules(on_loopback, names, settings.allowed_origins or frozenset())
 
 
 PURPOSE = "Serves every function under one address, now (/function/NAME) or later (/async-function/NAME)."

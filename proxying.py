@@ -73,8 +73,7 @@ class OurVia:
 
     def has_passed(self, request: Request) -> bool:
         """Tell whether a request has come through this deployment before."""
-        entries = [value for name, value in request.headers if name == b"via"]
-        return any(self.pseudonym in re.split(rb"[\s,]+", value.lower()) for value in entries)
+        return any(self.pseudonym in re.split(rb"[\s,]+", value.lower()) for value in _entries(request))
 
     def check(self, request: Request) -> None:
         """Raise LoopDetected for a request that has come through this deployment before."""
@@ -86,9 +85,14 @@ class OurVia:
 
     def extend(self, request: Request) -> Header:
         """Return the Via of a request as it is passed on; one that was here before (a worker's) stays as it is."""
-        entries = [value for name, value in request.headers if name == b"via"]
-        ours = [] if self.has_passed(request) else [b"1.1 " + self.pseudonym]
-        return b"Via", b", ".join([*entries, *ours])
+        entries = _entries(request)
+        if not entries or not self.has_passed(request):
+            entries.append(b"1.1 " + self.pseudonym)
+        return b"Via", b", ".join(entries)
+
+
+def _entries(request: Request) -> list[bytes]:
+    return [value for name, value in request.headers if name == b"via"]
 
 
 def build_via(token: str) -> OurVia:

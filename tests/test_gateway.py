@@ -473,7 +473,7 @@ def test_finished_call_cannot_be_cancelled(system: System) -> None:
 
 @pytest.mark.parametrize(
     ("method", "rest", "status", "allow"),
-    [("POST", "", 405, "GET, DELETE"), ("DELETE", "/result", 405, "GET"), ("GET", "/other", 404, None)],
+    [("POST", "", 405, "GET, HEAD, DELETE"), ("DELETE", "/result", 405, "GET, HEAD"), ("GET", "/other", 404, None)],
 )
 def test_call_has_no_other_methods_and_parts(
     system: System, method: str, rest: str, status: int, allow: str | None

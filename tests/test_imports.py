@@ -31,7 +31,8 @@ OURS: dict[str, set[str]] = {
     "calls": {"watchdog", "names", "spool", "queues"},
     "migrate": {"watchdog", "names", "spool", "queues"},
     "worker": _PARTS | {"migrate"},
-    "gateway": _PARTS | {"worker", "proxying", "browsers", "passwords"},  # it may start a worker beside itself, and knows its settings
+    "gateway": _PARTS
+    | {"worker", "proxying", "browsers", "passwords"},  # it may start a worker beside itself, and knows its settings
 }
 
 # Of others, what each may import besides the standard library.  HTTP is spoken in one place: only watchdog has h11.
