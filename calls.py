@@ -40,7 +40,17 @@ from .spool import (
     State,
     StoredBody,
 )
-from .watchdog import SECRET_FIELDS, BadSettings, FaashoundError, parse_positive_count, parse_settings, setting
+from .watchdog import (
+    SECRET_FIELDS,
+    BadSettings,
+    FaashoundError,
+    OutputFailed,
+    parse_positive_count,
+    parse_settings,
+    report_failure,
+    setting,
+    write_out,
+)
 
 SHOWN_BODY_BYTES = 65536  # of a payload or a result, in what `show` prints
 LISTED_COUNT = 100  # calls in one answer, unless asked otherwise
@@ -336,9 +346,9 @@ async def show_list(queue: Queue, options: argparse.Namespace) -> None:
     letters = [call async for call in walk_letters(queue, options.function)]
     if options.json:
         for call in letters:
-            print(json.dumps(describe_call(call)))
+            write_out(json.dumps(describe_call(call)))
     elif letters:
-        print(format_table([letter_row(call) for call in letters]))
+        write_out(format_table([letter_row(call) for call in letters]))
     else:
         print("no dead letters", file=sys.stderr)
 
@@ -346,7 +356,7 @@ async def show_list(queue: Queue, options: argparse.Namespace) -> None:
 async def show_letters(queue: Queue, options: argparse.Namespace) -> None:
     """Print all that is known of the calls named."""
     for call_id in options.ids:
-        print(json.dumps(await describe_call_whole(queue, await find_call(queue, call_id)), indent=2))
+        write_out(json.dumps(await describe_call_whole(queue, await find_call(queue, call_id)), indent=2))
 
 
 async def retry_letters(queue: Queue, options: argparse.Namespace) -> None:
@@ -370,14 +380,24 @@ async def purge_letters(queue: Queue, options: argparse.Namespace) -> None:
 
 
 async def _for_each(call_ids: Sequence[str], act: Callable[[str], Awaitable[str]]) -> None:
-    """Do it to each, whatever becomes of the others; SomeFailed at the end if it could not be done to all."""
-    failed_count = 0
+    """Do it to each, whatever becomes of the others, and of our output.
+
+    Raises at the end SomeFailed if it could not be done to all, or OutputFailed.
+    """
+    failed_count, unsaid = 0, None
     for call_id in call_ids:
         try:
-            print(call_id, await act(call_id))
+            done = await act(call_id)
         except FaashoundError as error:
             print(f"{call_id}: {error}", file=sys.stderr)
             failed_count += 1
+            continue
+        try:
+            write_out(f"{call_id} {done}")
+        except OutputFailed as error:
+            unsaid = error
+    if unsaid is not None:
+        raise unsaid
     if failed_count:
         raise SomeFailed(f"{failed_count} of {len(call_ids)} failed")
 
@@ -390,6 +410,14 @@ async def _chosen(queue: Queue, options: argparse.Namespace) -> list[str]:
     return [call.id async for call in walk_letters(queue, options.function)]
 
 
+class CommandParser(argparse.ArgumentParser):
+    """A parser of arguments whose help goes out by `write_out`."""
+
+    def print_help(self, file: Any = None) -> None:
+        """Write the help to standard output; raises OutputFailed."""
+        write_out(self.format_help().rstrip("\n"))
+
+
 def _function_argument(text: str) -> FunctionName:
     try:
         return parse_function_name(text)
@@ -398,7 +426,7 @@ def _function_argument(text: str) -> FunctionName:
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("fworker dead", description="Dead letters of the queue that queue_url names.")
+    parser = CommandParser("fworker dead", description="Dead letters of the queue that queue_url names.")
     commands = parser.add_subparsers(required=True, metavar="list|show|retry|purge")
 
     def add(name: str, work: Any, purpose: str) -> argparse.ArgumentParser:
@@ -433,6 +461,8 @@ def dead_letters(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         options = _build_parser().parse_args(argv)
     except SystemExit as end:  # argparse has printed what there is to say
         return int(end.code or 0)
+    except OutputFailed as error:
+        return report_failure(error)
     try:
         target = parse_settings(Target, environ)
     except BadSettings as error:
@@ -454,6 +484,5 @@ async def _carry_out(target: Target, options: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 2
     except FaashoundError as error:
-        print(error, file=sys.stderr)
-        return 1
+        return report_failure(error)
     return 0

@@ -19,7 +19,7 @@ OURS: dict[str, set[str]] = {
     "names": {"watchdog"},
     "spool": {"watchdog", "names"},
     "keeper": {"watchdog"},
-    "functions": {"watchdog", "names", "keeper"},
+    "functions": {"watchdog", "names", "keeper", "spool", "retries"},
     "addresses": {"watchdog"},
     "callbacks": {"watchdog", "names", "addresses"},
     "retries": {"watchdog", "names"},
@@ -29,7 +29,7 @@ OURS: dict[str, set[str]] = {
     "jetstream": {"watchdog", "names", "spool"},
     "queues": {"watchdog", "names", "spool", "jetstream"},  # which of the two a URL names
     "calls": {"watchdog", "names", "spool", "queues"},
-    "migrate": {"watchdog", "names", "spool", "queues"},
+    "migrate": {"watchdog", "names", "spool", "queues", "calls"},
     "worker": _PARTS | {"migrate"},
     "gateway": _PARTS
     | {"worker", "proxying", "browsers", "passwords"},  # it may start a worker beside itself, and knows its settings
