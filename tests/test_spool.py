@@ -25,6 +25,7 @@ from faashound.spool import (
     Event,
     QueueDamaged,
     State,
+    destination_of,
     new_call_id,
     next_callback_state,
     next_state,
@@ -115,6 +116,26 @@ def test_a_callback_moves_only_as_the_table_says(pair: tuple[CallbackState, Even
 
 def test_only_a_dead_letter_leaves_a_final_state() -> None:
     assert {(state, event) for state, event in TRANSITIONS if state in FINAL} == {(State.DEAD, Event.REQUEUE)}
+
+
+# -- names
+
+
+@pytest.mark.parametrize(
+    ("url", "destination"),
+    [
+        ("http://caller/done", "caller:80"),
+        ("https://caller/done?x=1", "caller:443"),
+        ("HTTPS://Caller.Example.:8443/", "caller.example:8443"),
+        ("http://[2001:DB8::1]/", "[2001:db8::1]:80"),
+        ("http://caller?done", "caller:80"),
+        ("http://user@caller/", ""),
+        ("ftp://caller/", ""),
+        ("", ""),
+    ],
+)
+def test_destination_of_a_callback_is_its_host_and_port(url: str, destination: str) -> None:
+    assert destination_of(url) == destination
 
 
 # -- putting
