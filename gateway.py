@@ -24,7 +24,6 @@ anything itself, retry, or follow redirects.
 from __future__ import annotations
 
 import asyncio
-import base64
 import hmac
 import json
 import math
@@ -84,6 +83,7 @@ from .functions import (
 )
 from .keeper import Keeper
 from .names import DEFAULT_NAMESPACE, FunctionName, parse_namespaces
+from .passwords import Credentials, PasswordDoor
 from .proxying import build_via, check_path, forwarded
 from .queues import NatsSettings, Queue, QueueUrl, is_healthy, open_queue, parse_queue_url
 from .spool import (
@@ -331,13 +331,6 @@ class Gone(FaashoundError):
     status = 410
 
 
-class Unauthorized(FaashoundError):
-    """No credentials, or the wrong ones (RFC 7617)."""
-
-    status = 401
-    headers = ((b"WWW-Authenticate", b'Basic realm="faashound", charset="UTF-8"'),)
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Reading a submission and showing a call (pure).
 # ---------------------------------------------------------------------------------------------------------------
@@ -508,20 +501,6 @@ def queue_metrics(stats: Stats) -> Iterator[Metric]:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Credentials:
-    """The one user that may see and end the calls of others."""
-
-    user: str
-    password: str
-
-    def match(self, request: Request) -> bool:
-        """Tell whether a request carries them (RFC 7617), in constant time."""
-        scheme, _, given = (request.header(b"authorization") or b"").partition(b" ")
-        expected = base64.b64encode(f"{self.user}:{self.password}".encode())
-        return scheme.lower() == b"basic" and hmac.compare_digest(given.strip(), expected)
-
-
 class Trace(NamedTuple):
     """What ties the records of one call together: its id, its start (ns since the epoch), whether a worker asks."""
 
@@ -585,7 +564,7 @@ class Gateway:
         functions: Functions,
         queue: Queue,
         policy: CallbackPolicy,
-        credentials: Credentials | None,
+        door: PasswordDoor | None,
         pages: BrowserRules,
         seat: Seat,
     ) -> None:
@@ -602,7 +581,7 @@ class Gateway:
         self._listed = frozenset(function.name for function in functions)
         self._queue = queue
         self._policy = policy
-        self._credentials = credentials
+        self._door = door
         self._token = queue.token.encode()
         self._via = build_via(queue.token)
 
@@ -678,10 +657,9 @@ class Gateway:
     def _is_worker(self, request: Request) -> bool:
         return hmac.compare_digest(request.header(WORKER_TOKEN.lower()) or b"", self._token)
 
-    def _authorize(self, request: Request) -> None:
-        if self._credentials is None or self._credentials.match(request) or self._is_worker(request):
-            return
-        raise Unauthorized("credentials are needed: basic-auth-user and basic-auth-password")
+    async def _authorize(self, request: Request) -> None:
+        if self._door is not None and not self._is_worker(request):
+            await self._door.check(request)
 
     # Now.
 
@@ -848,7 +826,7 @@ class Gateway:
         if rest not in (b"", b"/result"):
             raise NotFound("not found; allowed: /async-function/CALL-ID and /async-function/CALL-ID/result")
         allow(request, *(("GET",) if rest else ("GET", "DELETE")))
-        self._authorize(request)
+        await self._authorize(request)
         if request.method == "DELETE":
             state = await self._queue.cancel(call_id)
             return json_response(202, {"id": call_id, "state": state.value, "cancel_requested": True})
@@ -889,7 +867,7 @@ class Gateway:
     # For operators and workers.
 
     async def _system(self, request: Request, name: str, rest: str) -> Response:
-        self._authorize(request)
+        await self._authorize(request)
         if name == "functions" and not rest:
             allow(request, "GET")
             return json_response(200, [describe_function(function) for function in self._functions])
@@ -1010,8 +988,8 @@ def worker_environment(
     return base
 
 
-def load_credentials(settings: Settings) -> Credentials | None:
-    """Return who may see and end the calls of others; None if anybody may.  Raises CannotStart."""
+def load_door(settings: Settings) -> PasswordDoor | None:
+    """Return what asks for the password before calls and functions; None if nothing does.  Raises CannotStart."""
     if not settings.basic_auth:
         return None
     texts = []
@@ -1021,7 +999,7 @@ def load_credentials(settings: Settings) -> Credentials | None:
         if not text:
             raise CannotStart(f"{path} is empty (basic_auth=true needs it)")
         texts.append(text)
-    return Credentials(*texts)
+    return PasswordDoor(Credentials(*texts))
 
 
 def local_url(sockets: Iterable[socket.socket]) -> str | None:
@@ -1148,7 +1126,7 @@ async def assemble(
     Raises CannotStart and the queue's errors.
     """
     settings, url = plan.settings, local_url(sockets)
-    credentials = load_credentials(settings)
+    door = load_door(settings)
     queue = await open_queue(settings.queue_url, settings)
     stack.push_async_callback(queue.close)
     if seat.is_first:
@@ -1157,7 +1135,7 @@ async def assemble(
         stack.callback(asyncio.create_task(keep_house(queue, settings)).cancel)
     policy = build_policy([url] if url else [], settings.callback_allow)
     functions = Functions(local.table, settings.function_url, settings.namespaces)
-    gateway = Gateway(settings, functions, queue, policy, credentials, browser_rules(settings, sockets), seat)
+    gateway = Gateway(settings, functions, queue, policy, door, browser_rules(settings, sockets), seat)
     stack.push_async_callback(gateway.close)
     return gateway
 
