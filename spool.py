@@ -41,6 +41,7 @@ import pwd
 import queue
 import re
 import secrets
+import shlex
 import socket
 import sqlite3
 import stat
@@ -1352,9 +1353,16 @@ def _vacuum(tx: _Transaction) -> int:
 # `writer.lock` is what makes many processes share one SQLite file well. SQLite waits for its lock by sleeping and
 # asking again, so some waiters starve (p99 760 ms with two writers); flock wakes them (113 ms). It also means that no
 # two processes ever checkpoint at once. SQLite's own locking stays on: the flock is for turns, not for safety.
+#
+# What is in the directory is trusted: the token opens `/system`, a row is a call that is run. So directory and files
+# must be ours, and nobody else may write them. Wider modes are refused and not mended, as there is no telling what was
+# written meanwhile; modes that only let others read are the operator's business. The directory is looked at first:
+# where only we can make names, nothing can be exchanged between a look and its use. All that we open below it is opened
+# without following a link.
 # --------------------------------------------------------------------------------------------------------------------
 
 DATABASE = "spool.sqlite3"
+TOKEN_CHARS = 32  # at least; ours have 43, which are 256 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -1362,6 +1370,7 @@ class _Tree:
     """The open directory of a queue."""
 
     path: Path
+    root_fd: int
     lock_fd: int
     bodies_fd: int
     owners_fd: int
@@ -1375,7 +1384,7 @@ class _Tree:
     def has_bodies(self) -> bool:
         """Whether the directory of bodies is still the one that was opened."""
         try:
-            return os.path.samestat(os.stat(self.path / "bodies"), os.fstat(self.bodies_fd))
+            return os.path.samestat((self.path / "bodies").stat(), os.fstat(self.bodies_fd))
         except FileNotFoundError:
             return False
 
@@ -1392,7 +1401,7 @@ class _Tree:
             fcntl.flock(self.lock_fd, fcntl.LOCK_UN)
 
     def close(self) -> None:
-        for fd in (self.lock_fd, self.bodies_fd, self.owners_fd, self.bells_fd):
+        for fd in (self.root_fd, self.lock_fd, self.bodies_fd, self.owners_fd, self.bells_fd):
             os.close(fd)
 
 
@@ -1429,17 +1438,76 @@ def _open_tree(path: Path) -> _Tree:
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     for place in missing:  # else a power cut may take the directory, and every call in it
         _sync_directory(place.parent)
-    fds: list[int] = []
     with contextlib.ExitStack() as stack:
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-        fds.append(os.open(path / "writer.lock", flags, 0o600))
-        stack.callback(os.close, fds[-1])
+
+        def hold(fd: int) -> int:
+            stack.callback(os.close, fd)
+            return fd
+
+        root_fd = hold(_open_root(path))
+        lock_fd = hold(_open_ours(root_fd, path / "writer.lock", os.O_RDWR | os.O_CREAT))
+        fds = []
         for name in ("bodies", "owners", "bells"):
-            (path / name).mkdir(mode=0o700, exist_ok=True)
-            fds.append(os.open(path / name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-            stack.callback(os.close, fds[-1])
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(name, 0o700, dir_fd=root_fd)
+            fds.append(hold(_open_ours(root_fd, path / name, os.O_RDONLY | os.O_DIRECTORY)))
+        for tail in ("", "-wal", "-shm"):  # SQLite opens them itself, and by name
+            _check_name(root_fd, path / f"{DATABASE}{tail}")
         stack.pop_all()
-    return _Tree(path, *fds)
+    return _Tree(path, root_fd, lock_fd, *fds)
+
+
+def _open_root(path: Path) -> int:
+    """The directory itself; a link to it is followed only if we or root have made it."""
+    link = path.lstat()
+    if stat.S_ISLNK(link.st_mode) and link.st_uid not in (os.geteuid(), 0):
+        raise _not_ours(path, link)
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, fd)
+        _check_ours(path, os.fstat(fd))
+        stack.pop_all()
+    return fd
+
+
+def _open_ours(root_fd: int, path: Path, flags: int) -> int:
+    """A file of the directory by its name, checked; without waiting, as for a FIFO that was put in its place."""
+    try:
+        fd = os.open(path.name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600, dir_fd=root_fd)
+    except OSError as error:
+        _check_name(root_fd, path)  # says more than "too many levels of symbolic links"
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, fd)
+        _check_ours(path, os.fstat(fd))
+        stack.pop_all()
+    return fd
+
+
+def _check_name(root_fd: int, path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        _check_ours(path, os.stat(path.name, dir_fd=root_fd, follow_symlinks=False))
+
+
+def _check_ours(path: Path, info: os.stat_result) -> None:
+    """QueueUnavailable unless it is a file or directory of ours that nobody else may write."""
+    if info.st_uid != os.geteuid() or not (stat.S_ISREG(info.st_mode) or stat.S_ISDIR(info.st_mode)):
+        raise _not_ours(path, info)
+    if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise QueueUnavailable(
+            f"{path} may be written by others (mode {stat.S_IMODE(info.st_mode):04o}), and what is in it is trusted."
+            f" If nobody has tampered with it: chmod go-w {shlex.quote(str(path))}"
+        )
+
+
+def _not_ours(path: Path, info: os.stat_result) -> QueueUnavailable:
+    kind = {stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "symbolic link"}
+    what = kind.get(stat.S_IFMT(info.st_mode), "special file")
+    return QueueUnavailable(
+        f"{path} is a {what} that belongs to {_user_name(info.st_uid)} (mode {stat.S_IMODE(info.st_mode):04o}); this"
+        f" process runs as {_user_name(os.geteuid())} and uses only what is its own. Name another directory, run as"
+        f" the user that the queue belongs to, or remove it"
+    )
 
 
 def _sync_directory(path: Path) -> None:
@@ -1451,18 +1519,37 @@ def _sync_directory(path: Path) -> None:
 
 
 def _read_token(tree: _Tree) -> str:
-    """The queue's secret, made by whoever opens the queue first; renamed into place, so never half written."""
+    """The queue's secret, made by the process that opens the queue first; renamed into place, so never half written.
+
+    QueueUnavailable for a short one: an empty token would be equal to the one of a request that has none.
+    """
     path = tree.path / "token"
-    if not path.exists():
-        draft = tree.path / "token.new"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        with os.fdopen(os.open(draft, flags, 0o600), "w", encoding="ascii") as file:
-            file.write(secrets.token_urlsafe(32))
-            file.flush()
-            os.fsync(file.fileno())
-        draft.rename(path)
-        _sync_directory(tree.path)
-    return path.read_text("ascii")
+    try:
+        fd = _open_ours(tree.root_fd, path, os.O_RDONLY)
+    except FileNotFoundError:
+        _create_token(tree)
+        fd = _open_ours(tree.root_fd, path, os.O_RDONLY)
+    with os.fdopen(fd, encoding="ascii", errors="replace") as file:
+        token = file.read().strip()
+    if len(token) < TOKEN_CHARS:
+        raise QueueUnavailable(
+            f"{path} has {len(token)} characters; allowed: {TOKEN_CHARS} or more. Remove it while nothing uses the"
+            f" queue: a new one is made at the next start"
+        )
+    return token
+
+
+def _create_token(tree: _Tree) -> None:
+    draft = "token.new"
+    with contextlib.suppress(FileNotFoundError):  # of a process that died over it
+        os.unlink(draft, dir_fd=tree.root_fd)
+    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=tree.root_fd)
+    with os.fdopen(fd, "w", encoding="ascii") as file:
+        file.write(secrets.token_urlsafe(32))
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(draft, "token", src_dir_fd=tree.root_fd, dst_dir_fd=tree.root_fd)
+    os.fsync(tree.root_fd)
 
 
 NO_MEMORY = "the queue cannot be used: no memory"
@@ -1740,7 +1827,7 @@ class _Bells:
 
 
 def _lock_owner(tree: _Tree, owner: str) -> int:
-    fd = os.open(owner, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=tree.owners_fd)
+    fd = os.open(owner, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=tree.owners_fd)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -1751,7 +1838,7 @@ def _lock_owner(tree: _Tree, owner: str) -> int:
 
 def _is_dead(tree: _Tree, owner: str) -> bool:
     try:
-        fd = os.open(owner, os.O_RDWR | os.O_CLOEXEC, dir_fd=tree.owners_fd)
+        fd = os.open(owner, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=tree.owners_fd)
     except FileNotFoundError:
         return True
     try:
@@ -1845,7 +1932,7 @@ def _unlink_orphans(bodies_fd: int, files: Iterable[str]) -> int:
     count = 0
     for name in files:
         try:
-            fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=bodies_fd)
+            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=bodies_fd)
         except FileNotFoundError:
             continue
         try:
