@@ -612,17 +612,22 @@ SQL_NEXT_CALLBACK = """
 """
 
 _SQL_CALL = """
-    SELECT calls.*, requests.method, requests.path, requests.query, requests.callback_url, requests.headers,
-        requests.bytes_count, requests.file, {inline} AS inline,
-        results.headers AS result_headers, results.bytes_count AS result_bytes_count, results.file AS result_file,
-        {result_inline} AS result_inline,
-        coalesce(results.excerpt, substr(results.inline, 1, {excerpt_bytes})) AS excerpt,
+    SELECT calls.*, requests.method, {long}, requests.bytes_count, requests.file,
+        results.bytes_count AS result_bytes_count, results.file AS result_file,
         callbacks.state AS callback_state, callbacks.attempts AS callback_attempts, callbacks.due_s AS callback_due_s,
         callbacks.status AS callback_status, callbacks.error AS callback_error
     FROM calls JOIN requests USING (seq) LEFT JOIN results USING (seq) LEFT JOIN callbacks USING (seq)
 """
-SQL_CALL = _SQL_CALL.format(inline="requests.inline", result_inline="results.inline", excerpt_bytes=EXCERPT_BYTES)
-SQL_CALL_LISTED = _SQL_CALL.format(inline="NULL", result_inline="NULL", excerpt_bytes=EXCERPT_BYTES)
+SQL_CALL = _SQL_CALL.format(
+    long="requests.path, requests.query, requests.callback_url, requests.headers, requests.inline,"
+    " results.headers AS result_headers, results.inline AS result_inline,"
+    f" coalesce(results.excerpt, substr(results.inline, 1, {EXCERPT_BYTES})) AS excerpt"
+)
+# A list leaves out what callers may make long: a thousand calls with 40 KB of header fields each would be 40 MB.
+SQL_CALL_LISTED = _SQL_CALL.format(
+    long="'' AS path, '' AS query, NULL AS callback_url, NULL AS headers, NULL AS inline,"
+    " NULL AS result_headers, NULL AS result_inline, NULL AS excerpt"
+)
 
 SQL_ENDED = """
     SELECT value FROM json_each(?)
@@ -2709,8 +2714,9 @@ class Spool:
     async def calls(
         self, *, state: State | None = None, function: str | None = None, limit: int = 100, before: str | None = None
     ) -> list[Call]:
-        """Calls, newest first, without inline bodies and history (`get` has them).
+        """Calls, newest first, without what may be long: path, query, callback URL, header fields, bodies, history.
 
+        (`get` has them; they are empty or None here, and so one page takes little memory whatever callers send.)
         A page begins behind the call `before`, the last one of the page in front; CallUnknown if it is gone by now.
         """
         return await self._read(partial(_list, wanted=_Filter(state, function, limit, before)))

@@ -10,6 +10,7 @@ import os
 import resource
 import socket
 import time
+import tracemalloc
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -176,6 +177,34 @@ def test_puts_share_a_commit_when_they_come_in_one_turn_of_the_loop(desk: Desk) 
     stats = desk.do(desk.spool.stats())
     assert stats.by_state[State.QUEUED] == 200
     assert stats.commit_count - before == 1
+
+
+# -- listing
+
+
+def test_list_takes_little_memory_when_callers_send_much(desk: Desk) -> None:
+    """A thousand calls with 40 KB of header fields each took 230 MB."""
+    long = "x" * 40_000
+    facts: dict[str, Any] = {
+        "headers": (("X-Long", long),),
+        "query": long,
+        "path": f"/{long}",
+        "body": inline(bytes(60_000)),
+    }
+
+    async def fill() -> list[Any]:
+        return await asyncio.gather(*(desk.spool.put(desk.new_call(**facts)) for _ in range(200)))
+
+    made = [call.id for call in desk.do(fill())]
+    tracemalloc.start()
+    try:
+        listed = desk.do(desk.spool.calls(limit=1000))
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert [call.id for call in listed] == made[::-1]
+    assert peak_bytes / len(listed) < 5_000
+    assert desk.get(made[0]).headers == facts["headers"]
 
 
 # -- claiming
