@@ -369,7 +369,20 @@ def _parse_row(row: Setting, environ: Mapping[str, str]) -> Any:
     try:
         return row.parse(text)
     except ValueError as error:
-        raise ValueError(f"{name}={text!r}: {error}") from None
+        raise ValueError(f"{name}={without_credentials(text)!r}: {error}") from None
+
+
+def without_credentials(text: str) -> str:
+    """Return `text`, a value that is to be shown because it was refused, with what may be user and password hidden.
+
+    It may be any text with a URL in it, or several, or what was meant to be one (RFC 3986 3.2.1): what stands before
+    the last @ goes.
+    """
+    before, at, after = text.rpartition("@")
+    if not at or ":" not in before:
+        return text
+    start, slashes, _ = before.partition("//")
+    return f"{start if slashes else ''}{slashes}***@{after}"
 
 
 def lookalikes(kind: type, environ: Mapping[str, str]) -> list[str]:
@@ -2098,14 +2111,18 @@ def parse_url(text: str) -> Url:
     """
     if not re.fullmatch(r"[\x21-\x7e]+", text):
         raise ValueError("allowed: a URL of visible ASCII characters")
-    parts = urllib.parse.urlsplit(text)
+    try:
+        parts = urllib.parse.urlsplit(text)
+        given_port = parts.port
+    except ValueError:  # whose text may show a part of a password
+        raise ValueError("allowed: http(s)://host[:port]/path, with a port up to 65535") from None
     if parts.scheme not in ("http", "https"):
         raise ValueError("allowed: http:// or https://")
     if not parts.hostname:
         raise ValueError("no host; allowed: http://host[:port]/path")
     if parts.username is not None or parts.password is not None:
         raise ValueError("user information is not allowed in a URL")
-    port = parts.port or (443 if parts.scheme == "https" else 80)
+    port = given_port or (443 if parts.scheme == "https" else 80)
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     return Url(parts.scheme, parts.hostname, port, target)
 
@@ -4562,18 +4579,54 @@ PURPOSE = """Puts the program named by `fprocess` behind HTTP, one process per r
 --run-healthcheck exits with 0 if the lock file is there, else with 1."""
 
 
+class OutputFailed(FaashoundError):
+    """Standard output does not take what was asked for; the text says why."""
+
+    def __init__(self, cause: OSError | None) -> None:
+        self.reader_has_left = isinstance(cause, BrokenPipeError)
+        super().__init__(f"cannot write to standard output: {_strerror(cause) if cause else 'it is closed'}")
+
+
+def write_out(text: str) -> None:
+    """Write a line to standard output, at once; raises OutputFailed.
+
+    Not print(): what that buffers fails when the interpreter ends, and then with a traceback.  And a descriptor 1 that
+    was closed when we were started may be a file of ours by now: the interpreter knows.
+    """
+    if sys.stdout is None:
+        raise OutputFailed(None)
+    rest = memoryview(f"{text}\n".encode("utf-8", "backslashreplace"))
+    try:
+        while rest:
+            rest = rest[os.write(1, rest) :]
+    except OSError as error:
+        raise OutputFailed(error) from None
+
+
+def report_failure(error: FaashoundError) -> int:
+    """Say on standard error why a command failed; return its exit status.
+
+    A reader that has seen enough (`| head`) is no failure to speak of: the status is that of a death by SIGPIPE.
+    """
+    if isinstance(error, OutputFailed) and error.reader_has_left:
+        return 128 + signal.SIGPIPE
+    print(error, file=sys.stderr)
+    return 1
+
+
 def flag_answer(argv: Sequence[str], help_shown: str) -> int | None:
     """Do what a flag common to our programs asks and return the exit status; None if none was given."""
-    if argv == ["--version"]:
-        print(f"faashound {VERSION}")
-        return 0
-    if argv == ["--help"]:
-        print(help_shown, end="")
-        return 0
-    if argv:
+    if not argv:
+        return None
+    texts = {"--version": f"faashound {VERSION}", "--help": help_shown.rstrip("\n")}
+    if len(argv) > 1 or argv[0] not in texts:
         print(f"unknown arguments: {' '.join(argv)}; see --help", file=sys.stderr)
         return 2
-    return None
+    try:
+        write_out(texts[argv[0]])
+    except OutputFailed as error:
+        return report_failure(error)
+    return 0
 
 
 def read_file(path: str, meaning: str) -> str:
@@ -4594,6 +4647,12 @@ def run_healthcheck(environ: Mapping[str, str]) -> int:
     return 1
 
 
+def log_origin(environ: Mapping[str, str]) -> str | None:
+    """Return the name of the function that we serve, as people type it, for the log; None outside of OpenFaaS."""
+    name, namespace = environ.get("OPENFAAS_NAME"), environ.get("OPENFAAS_NAMESPACE")
+    return f"{name}.{namespace}" if name and namespace not in (None, "", "openfaas-fn") else name
+
+
 def load_settings(kind: type[S], environ: Mapping[str, str]) -> S | None:
     """Return the settings, with the log set up and a warning for each look-alike; None, and a message, if bad."""
     try:
@@ -4601,7 +4660,7 @@ def load_settings(kind: type[S], environ: Mapping[str, str]) -> S | None:
     except BadSettings as error:
         print(error, file=sys.stderr)
         return None
-    log.configure(getattr(settings, "log_format", "text"), environ.get("OPENFAAS_NAME"))
+    log.configure(getattr(settings, "log_format", "text"), log_origin(environ))
     for warning in lookalikes(kind, environ):
         log.warning(warning)
     return settings

@@ -19,13 +19,13 @@ OURS: dict[str, set[str]] = {
     "names": {"watchdog"},
     "spool": {"watchdog", "names"},
     "keeper": {"watchdog"},
-    "functions": {"watchdog", "names", "keeper"},
+    "functions": {"watchdog", "names", "keeper", "spool", "retries"},
     "callbacks": {"watchdog", "names"},
     "retries": {"watchdog", "names"},
     "jetstream": {"watchdog", "names", "spool"},
     "queues": {"watchdog", "names", "spool", "jetstream"},  # which of the two a URL names
     "calls": {"watchdog", "names", "spool", "queues"},
-    "migrate": {"watchdog", "names", "spool", "queues"},
+    "migrate": {"watchdog", "names", "spool", "queues", "calls"},
     "worker": _PARTS | {"migrate"},
     "gateway": _PARTS | {"worker"},  # it may start a worker beside itself, and knows its settings
 }
