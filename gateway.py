@@ -655,7 +655,8 @@ class Gateway:
         return await serve_metrics(self.metrics, request)
 
     def _is_worker(self, request: Request) -> bool:
-        return hmac.compare_digest(request.header(WORKER_TOKEN.lower()) or b"", self._token)
+        given = request.header(WORKER_TOKEN.lower())  # an empty field is none: it must never be equal to anything
+        return bool(given) and hmac.compare_digest(given, self._token)
 
     async def _authorize(self, request: Request) -> None:
         if self._door is not None and not self._is_worker(request):

@@ -41,6 +41,7 @@ import pwd
 import queue
 import re
 import secrets
+import shlex
 import socket
 import sqlite3
 import stat
@@ -665,17 +666,22 @@ SQL_NEXT_CALLBACK = """
 """
 
 _SQL_CALL = """
-    SELECT calls.*, requests.method, requests.path, requests.query, requests.callback_url, requests.headers,
-        requests.bytes_count, requests.file, {inline} AS inline,
-        results.headers AS result_headers, results.bytes_count AS result_bytes_count, results.file AS result_file,
-        {result_inline} AS result_inline,
-        coalesce(results.excerpt, substr(results.inline, 1, {excerpt_bytes})) AS excerpt,
+    SELECT calls.*, requests.method, {long}, requests.bytes_count, requests.file,
+        results.bytes_count AS result_bytes_count, results.file AS result_file,
         callbacks.state AS callback_state, callbacks.attempts AS callback_attempts, callbacks.due_s AS callback_due_s,
         callbacks.status AS callback_status, callbacks.error AS callback_error
     FROM calls JOIN requests USING (seq) LEFT JOIN results USING (seq) LEFT JOIN callbacks USING (seq)
 """
-SQL_CALL = _SQL_CALL.format(inline="requests.inline", result_inline="results.inline", excerpt_bytes=EXCERPT_BYTES)
-SQL_CALL_LISTED = _SQL_CALL.format(inline="NULL", result_inline="NULL", excerpt_bytes=EXCERPT_BYTES)
+SQL_CALL = _SQL_CALL.format(
+    long="requests.path, requests.query, requests.callback_url, requests.headers, requests.inline,"
+    " results.headers AS result_headers, results.inline AS result_inline,"
+    f" coalesce(results.excerpt, substr(results.inline, 1, {EXCERPT_BYTES})) AS excerpt"
+)
+# A list leaves out what callers may make long: a thousand calls with 40 KB of header fields each would be 40 MB.
+SQL_CALL_LISTED = _SQL_CALL.format(
+    long="'' AS path, '' AS query, NULL AS callback_url, NULL AS headers, NULL AS inline,"
+    " NULL AS result_headers, NULL AS result_inline, NULL AS excerpt"
+)
 
 SQL_ENDED = """
     SELECT value FROM json_each(?)
@@ -1414,9 +1420,16 @@ def _vacuum(tx: _Transaction) -> int:
 # `writer.lock` is what makes many processes share one SQLite file well. SQLite waits for its lock by sleeping and
 # asking again, so some waiters starve (p99 760 ms with two writers); flock wakes them (113 ms). It also means that no
 # two processes ever checkpoint at once. SQLite's own locking stays on: the flock is for turns, not for safety.
+#
+# What is in the directory is trusted: the token opens `/system`, a row is a call that is run. So directory and files
+# must be ours, and nobody else may write them. Wider modes are refused and not mended, as there is no telling what was
+# written meanwhile; modes that only let others read are the operator's business. The directory is looked at first:
+# where only we can make names, nothing can be exchanged between a look and its use. All that we open below it is opened
+# without following a link.
 # --------------------------------------------------------------------------------------------------------------------
 
 DATABASE = "spool.sqlite3"
+TOKEN_CHARS = 32  # at least; ours have 43, which are 256 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -1424,6 +1437,7 @@ class _Tree:
     """The open directory of a queue."""
 
     path: Path
+    root_fd: int
     lock_fd: int
     bodies_fd: int
     owners_fd: int
@@ -1432,6 +1446,14 @@ class _Tree:
     @property
     def database(self) -> Path:
         return self.path / DATABASE
+
+    @property
+    def has_bodies(self) -> bool:
+        """Whether the directory of bodies is still the one that was opened."""
+        try:
+            return os.path.samestat((self.path / "bodies").stat(), os.fstat(self.bodies_fd))
+        except FileNotFoundError:
+            return False
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
@@ -1446,7 +1468,7 @@ class _Tree:
             fcntl.flock(self.lock_fd, fcntl.LOCK_UN)
 
     def close(self) -> None:
-        for fd in (self.lock_fd, self.bodies_fd, self.owners_fd, self.bells_fd):
+        for fd in (self.root_fd, self.lock_fd, self.bodies_fd, self.owners_fd, self.bells_fd):
             os.close(fd)
 
 
@@ -1483,17 +1505,76 @@ def _open_tree(path: Path) -> _Tree:
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     for place in missing:  # else a power cut may take the directory, and every call in it
         _sync_directory(place.parent)
-    fds: list[int] = []
     with contextlib.ExitStack() as stack:
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-        fds.append(os.open(path / "writer.lock", flags, 0o600))
-        stack.callback(os.close, fds[-1])
+
+        def hold(fd: int) -> int:
+            stack.callback(os.close, fd)
+            return fd
+
+        root_fd = hold(_open_root(path))
+        lock_fd = hold(_open_ours(root_fd, path / "writer.lock", os.O_RDWR | os.O_CREAT))
+        fds = []
         for name in ("bodies", "owners", "bells"):
-            (path / name).mkdir(mode=0o700, exist_ok=True)
-            fds.append(os.open(path / name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-            stack.callback(os.close, fds[-1])
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(name, 0o700, dir_fd=root_fd)
+            fds.append(hold(_open_ours(root_fd, path / name, os.O_RDONLY | os.O_DIRECTORY)))
+        for tail in ("", "-wal", "-shm"):  # SQLite opens them itself, and by name
+            _check_name(root_fd, path / f"{DATABASE}{tail}")
         stack.pop_all()
-    return _Tree(path, *fds)
+    return _Tree(path, root_fd, lock_fd, *fds)
+
+
+def _open_root(path: Path) -> int:
+    """The directory itself; a link to it is followed only if we or root have made it."""
+    link = path.lstat()
+    if stat.S_ISLNK(link.st_mode) and link.st_uid not in (os.geteuid(), 0):
+        raise _not_ours(path, link)
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, fd)
+        _check_ours(path, os.fstat(fd))
+        stack.pop_all()
+    return fd
+
+
+def _open_ours(root_fd: int, path: Path, flags: int) -> int:
+    """A file of the directory by its name, checked; without waiting, as for a FIFO that was put in its place."""
+    try:
+        fd = os.open(path.name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600, dir_fd=root_fd)
+    except OSError as error:
+        _check_name(root_fd, path)  # says more than "too many levels of symbolic links"
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, fd)
+        _check_ours(path, os.fstat(fd))
+        stack.pop_all()
+    return fd
+
+
+def _check_name(root_fd: int, path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        _check_ours(path, os.stat(path.name, dir_fd=root_fd, follow_symlinks=False))
+
+
+def _check_ours(path: Path, info: os.stat_result) -> None:
+    """QueueUnavailable unless it is a file or directory of ours that nobody else may write."""
+    if info.st_uid != os.geteuid() or not (stat.S_ISREG(info.st_mode) or stat.S_ISDIR(info.st_mode)):
+        raise _not_ours(path, info)
+    if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise QueueUnavailable(
+            f"{path} may be written by others (mode {stat.S_IMODE(info.st_mode):04o}), and what is in it is trusted."
+            f" If nobody has tampered with it: chmod go-w {shlex.quote(str(path))}"
+        )
+
+
+def _not_ours(path: Path, info: os.stat_result) -> QueueUnavailable:
+    kind = {stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "symbolic link"}
+    what = kind.get(stat.S_IFMT(info.st_mode), "special file")
+    return QueueUnavailable(
+        f"{path} is a {what} that belongs to {_user_name(info.st_uid)} (mode {stat.S_IMODE(info.st_mode):04o}); this"
+        f" process runs as {_user_name(os.geteuid())} and uses only what is its own. Name another directory, run as"
+        f" the user that the queue belongs to, or remove it"
+    )
 
 
 def _sync_directory(path: Path) -> None:
@@ -1505,18 +1586,40 @@ def _sync_directory(path: Path) -> None:
 
 
 def _read_token(tree: _Tree) -> str:
-    """The queue's secret, made by whoever opens the queue first; renamed into place, so never half written."""
+    """The queue's secret, made by the process that opens the queue first; renamed into place, so never half written.
+
+    QueueUnavailable for a short one: an empty token would be equal to the one of a request that has none.
+    """
     path = tree.path / "token"
-    if not path.exists():
-        draft = tree.path / "token.new"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        with os.fdopen(os.open(draft, flags, 0o600), "w", encoding="ascii") as file:
-            file.write(secrets.token_urlsafe(32))
-            file.flush()
-            os.fsync(file.fileno())
-        draft.rename(path)
-        _sync_directory(tree.path)
-    return path.read_text("ascii")
+    try:
+        fd = _open_ours(tree.root_fd, path, os.O_RDONLY)
+    except FileNotFoundError:
+        _create_token(tree)
+        fd = _open_ours(tree.root_fd, path, os.O_RDONLY)
+    with os.fdopen(fd, encoding="ascii", errors="replace") as file:
+        token = file.read().strip()
+    if len(token) < TOKEN_CHARS:
+        raise QueueUnavailable(
+            f"{path} has {len(token)} characters; allowed: {TOKEN_CHARS} or more. Remove it while nothing uses the"
+            f" queue: a new one is made at the next start"
+        )
+    return token
+
+
+def _create_token(tree: _Tree) -> None:
+    draft = "token.new"
+    with contextlib.suppress(FileNotFoundError):  # of a process that died over it
+        os.unlink(draft, dir_fd=tree.root_fd)
+    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=tree.root_fd)
+    with os.fdopen(fd, "w", encoding="ascii") as file:
+        file.write(secrets.token_urlsafe(32))
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(draft, "token", src_dir_fd=tree.root_fd, dst_dir_fd=tree.root_fd)
+    os.fsync(tree.root_fd)
+
+
+NO_MEMORY = "the queue cannot be used: no memory"
 
 
 def _disk_error(error: OSError) -> FaashoundError:
@@ -1611,9 +1714,8 @@ def _connect(path: Path) -> sqlite3.Connection:
 def _open_database(tree: _Tree) -> sqlite3.Connection:
     """The writer's connection to a file that has been looked at; call inside `tree.turn()`."""
     path = tree.database
-    if not path.exists():
-        journal = path.with_name(f"{DATABASE}-wal")
-        if journal.exists() and journal.stat().st_size:
+    if _size_bytes(path) is None:
+        if _size_bytes(path.with_name(f"{DATABASE}-wal")):
             raise _damaged(path, "is missing, though its journal is there")
         _create_database(path)
     with path.open("rb") as file:
@@ -1629,6 +1731,14 @@ def _open_database(tree: _Tree) -> sqlite3.Connection:
             raise _damaged(path, f"is damaged ({error})") if isinstance(problem, QueueDamaged) else problem from error
         stack.pop_all()
     return db
+
+
+def _size_bytes(path: Path) -> int | None:
+    """None only for a file that is proved not to be there: `Path.exists` may take any error for that."""
+    try:
+        return path.lstat().st_size
+    except FileNotFoundError:
+        return None
 
 
 def _create_database(path: Path) -> None:
@@ -1671,7 +1781,7 @@ def _missing_pages(path: Path, page_count: int, page_bytes: int) -> set[int]:
     held = path.stat().st_size // page_bytes
     missing = set(range(held + 1, page_count + 1)) - {(1 << 30) // page_bytes + 1}
     journal = path.with_name(f"{DATABASE}-wal")
-    if missing and journal.exists():
+    if missing and _size_bytes(journal):
         with journal.open("rb") as file:
             file.seek(32)
             while len(header := file.read(24)) == 24:
@@ -1785,7 +1895,7 @@ class _Bells:
 
 
 def _lock_owner(tree: _Tree, owner: str) -> int:
-    fd = os.open(owner, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=tree.owners_fd)
+    fd = os.open(owner, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=tree.owners_fd)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -1796,7 +1906,7 @@ def _lock_owner(tree: _Tree, owner: str) -> int:
 
 def _is_dead(tree: _Tree, owner: str) -> bool:
     try:
-        fd = os.open(owner, os.O_RDWR | os.O_CLOEXEC, dir_fd=tree.owners_fd)
+        fd = os.open(owner, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=tree.owners_fd)
     except FileNotFoundError:
         return True
     try:
@@ -1890,7 +2000,7 @@ def _unlink_orphans(bodies_fd: int, files: Iterable[str]) -> int:
     count = 0
     for name in files:
         try:
-            fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=bodies_fd)
+            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=bodies_fd)
         except FileNotFoundError:
             continue
         try:
@@ -1903,12 +2013,28 @@ def _unlink_orphans(bodies_fd: int, files: Iterable[str]) -> int:
     return count
 
 
-def _open_body(bodies_fd: int, name: str) -> BinaryIO:
-    return os.fdopen(os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=bodies_fd), "rb")
+def _open_body(tree: _Tree, name: str, bytes_count: int) -> BinaryIO:
+    """The file of a body, checked as far as can be without reading it; QueueDamaged only for what no retry mends."""
+    try:
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=tree.bodies_fd)
+    except FileNotFoundError as error:
+        if not tree.has_bodies:  # a directory that was moved, or whose disk is not mounted, tells nothing of its files
+            raise QueueUnavailable("the directory of stored bodies was moved or removed") from error
+        raise QueueDamaged("the file of a stored body is gone") from error
+    file = os.fdopen(fd, "rb")
+    with contextlib.ExitStack() as stack:
+        stack.callback(file.close)
+        size_bytes = os.fstat(fd).st_size
+        if size_bytes != bytes_count:
+            raise QueueDamaged(f"the file of a stored body has {size_bytes} bytes instead of {bytes_count}")
+        stack.pop_all()
+    return file
 
 
-def _read_excerpt(bodies_fd: int, name: str) -> bytes:
-    with _open_body(bodies_fd, name) as file:
+def _read_excerpt(tree: _Tree, name: str, bytes_count: int) -> bytes:
+    """How a result begins; its time to be named begins anew, since a full disk may keep it waiting for hours."""
+    with _open_body(tree, name, bytes_count) as file:
+        os.utime(file.fileno())
         return file.read(EXCERPT_BYTES)
 
 
@@ -1933,6 +2059,14 @@ class _Operation:
     joins: bool = False
     answer: Any = None
     error: BaseException | None = None
+
+    @property
+    def refused_file(self) -> str | None:
+        """The body's file of a call that did not get into the queue: no row names it, or ever will."""
+        if not isinstance(self.run, _Put) or (self.error is None and self.answer is None):
+            return None
+        file = self.run.call.body.file
+        return None if isinstance(self.answer, Call) and self.answer.body.file == file else file
 
     def settle(self) -> None:
         """Answers the one who waits; on the event loop, as it is a future of asyncio."""
@@ -1994,6 +2128,7 @@ class _Writer:
                 else:
                     group.extend(operations)
             ring = self._serve(group)
+            self._drop_refused(group)
             self._answer(group, ring)
 
     def _next_group(self) -> list[Sequence[_Operation] | None]:
@@ -2003,6 +2138,13 @@ class _Writer:
             while sum(len(group or ()) for group in groups) < GROUP_COUNT:
                 groups.append(self._waiting.get_nowait())
         return groups
+
+    def _drop_refused(self, group: Sequence[_Operation]) -> None:
+        """The bodies of refused calls go before their callers know: on a full disk each would keep it full."""
+        try:
+            _unlink_bodies(self._tree.bodies_fd, filter(None, (operation.refused_file for operation in group)))
+        except OSError as error:  # then `sweep` finds them
+            log.warning(f"the body of a refused call cannot be removed: {error}")
 
     def _answer(self, group: Sequence[_Operation], ring: Ring) -> None:
         def settle() -> None:
@@ -2018,7 +2160,10 @@ class _Writer:
 
     def _serve(self, group: Sequence[_Operation]) -> Ring:
         """Runs the group; afterwards each operation has its answer or its error. Returns whom to ring."""
-        group = [operation for operation in group if not operation.future.cancelled()]
+        for operation in group:
+            if operation.future.cancelled():
+                operation.error = QueueUnavailable("its caller has gone")
+        group = [operation for operation in group if operation.error is None]
         for operation in group:
             if operation.alone:
                 self._guard([operation], partial(self._run, operation, _Transaction(self._db)))
@@ -2039,6 +2184,8 @@ class _Writer:
             problem = _disk_error(error)
         except QueueUnavailable as error:
             problem = error
+        except MemoryError:
+            problem = QueueUnavailable(NO_MEMORY)
         except Exception:  # noqa: BLE001 - a thread's boundary: a writer that died here would keep everyone waiting for ever
             log.exception(f"the queue in {self._tree.path} cannot be written")
             problem = QueueUnavailable("the queue cannot be used: see the log")
@@ -2144,6 +2291,8 @@ class _Readers:
                 db.execute("ROLLBACK")
         except sqlite3.Error as error:
             raise _sqlite_error(error) from error
+        except MemoryError as error:  # how Python hands on SQLITE_NOMEM
+            raise QueueUnavailable(NO_MEMORY) from error
         finally:
             self._idle.put(db)
 
@@ -2282,6 +2431,8 @@ class Spool:
             return await asyncio.shield(future)
         except OSError as error:
             raise _disk_error(error) from error
+        except MemoryError as error:
+            raise QueueUnavailable(NO_MEMORY) from error
         except asyncio.CancelledError:
             while not future.done():
                 with contextlib.suppress(asyncio.CancelledError):
@@ -2332,7 +2483,8 @@ class Spool:
     async def open_body(self, body: StoredBody, chunk_bytes: int = FILE_CHUNK_BYTES) -> AsyncGenerator[bytes, None]:
         """The bytes of a stored body, in pieces of at most `chunk_bytes`; `aclose` it if you stop early.
 
-        Raises QueueDamaged if the file is gone, or shorter than it was.
+        Raises QueueDamaged if the file is proved to be gone or of another length than it was; QueueUnavailable for
+        whatever else keeps it from being read (no descriptors or memory, an I/O error), which may pass.
         """
         if body.file is None:
             inline = body.inline or b""
@@ -2340,10 +2492,7 @@ class Spool:
                 yield inline[start : start + chunk_bytes]
             return
         left = body.bytes_count
-        try:
-            file = await self._in_thread(partial(_open_body, self._tree.bodies_fd, body.file))
-        except QueueUnavailable as error:
-            raise QueueDamaged("the file of a stored body cannot be read") from error
+        file = await self._in_thread(partial(_open_body, self._tree, body.file, body.bytes_count))
         with contextlib.closing(file):
             while piece := await self._in_thread(partial(file.read, chunk_bytes)):
                 left -= len(piece)
@@ -2365,18 +2514,11 @@ class Spool:
         """Queues a call; it is on disk when this returns.
 
         The same idempotency key for the same function, while that call is remembered: the earlier Call is returned
-        and the new body dropped. Raises CallExists, the body dropped, when the id is in use.
+        and the new body dropped. Raises CallExists when the id is in use. Whatever this raises, the body is gone, also
+        when the caller is cancelled, unless the call got into the queue all the same.
         """
-        try:
-            earlier = await self._write(_Put(call, _headers_text(call.headers)))
-        except CallExists:
-            await self.drop_body(call.body)
-            raise
-        if earlier is None:
-            return _accepted(call)
-        if earlier.body.file != call.body.file:
-            await self.drop_body(call.body)
-        return earlier
+        earlier = await self._write(_Put(call, _headers_text(call.headers)))
+        return _accepted(call) if earlier is None else earlier
 
     async def get(self, call_id: str) -> Call | None:
         """The call, or None."""
@@ -2516,7 +2658,7 @@ class Spool:
         """The call has ended, also when a cancel came too late. On LeaseLost the result's file is dropped."""
         result, excerpt = end.result, None  # an inline body is its own excerpt, as long as it is kept
         if result is not None and result.file is not None:
-            excerpt = await self._in_thread(partial(_read_excerpt, self._tree.bodies_fd, result.file))
+            excerpt = await self._in_thread(partial(_read_excerpt, self._tree, result.file, result.bytes_count))
         due_s = self._now() if end.callback_due_s is None else end.callback_due_s
         try:
             await self._write(partial(_finish, lease=lease, ending=_Ending(end, excerpt, due_s)))
@@ -2641,8 +2783,9 @@ class Spool:
     async def calls(
         self, *, state: State | None = None, function: str | None = None, limit: int = 100, before: str | None = None
     ) -> list[Call]:
-        """Calls, newest first, without inline bodies and history (`get` has them).
+        """Calls, newest first, without what may be long: path, query, callback URL, header fields, bodies, history.
 
+        (`get` has them; they are empty or None here, and so one page takes little memory whatever callers send.)
         A page begins behind the call `before`, the last one of the page in front; CallUnknown if it is gone by now.
         """
         return await self._read(partial(_list, wanted=_Filter(state, function, limit, before)))
