@@ -139,6 +139,7 @@ from .watchdog import (
     serve_metrics,
     setting,
     settings_table,
+    settle_descriptors,
     start_metrics,
     watch_lifeline,
     whole,
@@ -1102,6 +1103,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     """Run the gateway and return its exit status: 0 stopped, 1 failed or cut calls, 2 bad settings."""
     argv = list(sys.argv[1:] if argv is None else argv)
     environ = os.environ if environ is None else environ
+    settle_descriptors()
     answer = flag_answer(argv, help_text("fgateway", PURPOSE, Settings))
     if answer is not None:
         return answer

@@ -4086,8 +4086,10 @@ class Guard(Aftercare):
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)
             _list_processes()  # loads what it takes while there is time
-            os.closerange(0, watched)
-            os.closerange(watched + 1, os.sysconf("SC_OPEN_MAX"))
+            for fd in open_descriptors():  # not up to SC_OPEN_MAX, which may be 10^9 (musl, an old glibc)
+                if fd != watched:
+                    with suppress(OSError):
+                        os.close(fd)
             os.read(watched, 1)
             kill_left(self.instance + b".", frozenset().union(*(table.pids() for table in self.roots)))
         finally:
@@ -4143,6 +4145,11 @@ def _is_left(pid: int, mark_prefix: bytes, sessions: frozenset[int]) -> bool:
         return _read_stat(pid)[0] != b"Z"
     except (ProcessLookupError, FileNotFoundError):
         return False
+
+
+def open_descriptors() -> list[int]:
+    """Return the descriptors that are open in this process, and that of the listing, which is closed again."""
+    return list(map(int, os.listdir("/proc/self/fd")))
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -4520,14 +4527,18 @@ def start_metrics(sockets: Iterable[socket.socket], handler: Handler) -> Server:
 
 
 def settle_descriptors() -> None:
-    """Make sure that 0, 1 and 2 are open, and that functions inherit nothing else from whoever started us."""
+    """Make sure that 0, 1 and 2 are open, and that functions inherit nothing else from the process that started us.
+
+    First of all in each program: a socket that got the number 2 would be sent the log, and libuv aborts when it gets
+    one of these numbers for itself.
+    """
     while (fd := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) <= 2:
         os.set_inheritable(fd, True)
     os.close(fd)
-    for name in os.listdir("/proc/self/fd"):
-        if int(name) > 2:
+    for fd in open_descriptors():
+        if fd > 2:
             with suppress(OSError):  # the listing's own
-                os.set_inheritable(int(name), False)
+                os.set_inheritable(fd, False)
 
 
 def lock_file_path(environ: Mapping[str, str]) -> str:
@@ -4611,6 +4622,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     """Run the watchdog and return its exit status: 0 stopped, 1 failed or cut calls, 2 bad settings."""
     argv = list(sys.argv[1:] if argv is None else argv)
     environ = os.environ if environ is None else environ
+    settle_descriptors()
     if argv == ["--run-healthcheck"]:
         return run_healthcheck(environ)
     answer = flag_answer(argv, help_text("fwatchdog [--run-healthcheck]", PURPOSE, Settings))
@@ -4620,7 +4632,6 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     if settings is None:
         return 2
     try:
-        settle_descriptors()
         signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whoever started us may have blocked SIGCHLD or SIGTERM
         with ExitStack() as cleanup:
             doors = open_doors(settings.host, settings.port, settings.metrics_port, environ)

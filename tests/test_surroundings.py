@@ -1,0 +1,70 @@
+"""What lies around a program when it is started: closed streams, files that are called like ours, variables."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.harness import (
+    clean_environment,
+    command_of,
+    free_port,
+    http_request,
+    wait_until,
+)
+from tests.system import System
+
+CLOSINGS = {"all": "<&- >&- 2>&-", "input": "<&-", "output": ">&-", "errors": "2>&-"}
+
+
+def answers(port: int, path: str) -> bool:
+    try:
+        return http_request(port, "GET", path).status == 200
+    except ConnectionError:
+        return False
+
+
+@contextmanager
+def started_without_streams(name: str, closing: str, environment: dict[str, str], cwd: Path) -> Iterator[None]:
+    command = ["/bin/sh", "-c", f'exec "$@" {closing}', "sh", *command_of(name)]
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    with subprocess.Popen(command, env=clean_environment(environment), cwd=cwd, **streams) as process:  # type: ignore[call-overload]
+        try:
+            yield
+            taken = [Path(f"/proc/{process.pid}/fd/{fd}").readlink() for fd in range(3)]
+            assert taken == [Path("/dev/null")] * 3
+        finally:
+            process.terminate()
+            assert process.wait(15) == 0
+
+
+@pytest.mark.parametrize("closing", CLOSINGS.values(), ids=CLOSINGS)
+def test_gateway_and_its_worker_serve_when_started_without_standard_streams(tmp_path: Path, closing: str) -> None:
+    (tmp_path / "functions.toml").write_text('[cat]\nfprocess = "cat"\n')
+    port = free_port()
+    body = bytes(range(256)) * 1200
+    with started_without_streams("gateway", closing, {"port": str(port), "metrics_port": "0"}, tmp_path):
+        wait_until(lambda: answers(port, "/healthz"), 15.0, "the gateway serves")
+        wait_until(
+            lambda: http_request(port, "POST", "/function/cat", {}, body).body == body, 10.0, "the function serves"
+        )
+        accepted = http_request(port, "POST", "/async-function/cat", {}, body)
+        assert accepted.status == 202
+        status = f"/async-function/{accepted.headers['x-call-id']}"
+        assert b'"done"' in http_request(port, "GET", f"{status}?wait=10s").body
+        assert http_request(port, "GET", f"{status}/result").body == body
+
+
+@pytest.mark.parametrize("closing", CLOSINGS.values(), ids=CLOSINGS)
+def test_worker_works_when_started_without_standard_streams(tmp_path: Path, closing: str) -> None:
+    functions = '[cat]\nfprocess = "cat"\n'
+    port = free_port()
+    with System(functions, {"worker": "none"}) as system:
+        gateway_url = f"http://127.0.0.1:{system.port}"
+        settings = {"queue_url": f"spool:{system.spool}", "gateway_url": gateway_url, "metrics_port": str(port)}
+        with started_without_streams("worker", closing, settings, tmp_path):
+            assert system.ended(system.submit("cat", b"x"))["state"] == "done"
