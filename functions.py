@@ -32,7 +32,6 @@ import dataclasses
 import difflib
 import re
 import socket
-import sys
 import tomllib
 import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -40,7 +39,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .keeper import Child, Keeper, listen_on_loopback
+from .keeper import Child, Keeper, listen_on_loopback, python_command
 from .watchdog import BadSettings, FaashoundError, Settings, parse_settings, settings_table
 
 DEFAULT_NAMESPACE = "openfaas-fn"  # where OpenFaaS puts a function that names no namespace
@@ -415,7 +414,7 @@ class LocalFunctions:
         *,
         environ: Mapping[str, str],
         hidden: Collection[str] = (),
-        watchdog: Sequence[str] = (sys.executable, "-m", "faashound.watchdog"),  # a module is compiled only once
+        watchdog: Sequence[str] = python_command("faashound.watchdog"),
     ) -> None:
         self.table: Mapping[str, Function] = table
         self._command = tuple(watchdog)

@@ -71,7 +71,7 @@ from .functions import (
     parse_function_url,
     read_functions,
 )
-from .keeper import Keeper
+from .keeper import Keeper, python_command
 from .queues import NatsSettings, Queue, QueueUrl, is_healthy, open_queue, parse_queue_url
 from .retries import BadAnnotations, parse_annotations
 from .spool import (
@@ -991,7 +991,7 @@ def hidden_names() -> set[str]:
 
 WORKER_GONE_POLL_S = 0.05
 FUNCTIONS_GRACE_S = 10.0  # for watchdogs whose requests are over already
-WORKER_COMMAND = (sys.executable, "-m", "faashound.worker")
+WORKER_COMMAND = python_command("faashound.worker")
 
 
 async def keep_house(queue: Queue, settings: Settings) -> None:

@@ -24,6 +24,14 @@ above it: limits, errors, settings, HTTP policy, HTTP drivers, process rules, pr
 
 from __future__ import annotations
 
+import os
+import sys
+
+if __name__ == "__main__":  # a `token.py` beside this file, or in PYTHONPATH, is a function's: look there last
+    _stdlib = os.path.dirname(os.__file__)
+    if _stdlib in sys.path:
+        sys.path[:] = sys.path[sys.path.index(_stdlib) :] + sys.path[: sys.path.index(_stdlib)]
+
 import asyncio
 import base64
 import ctypes
@@ -39,7 +47,6 @@ import itertools
 import json
 import math
 import mmap
-import os
 import re
 import select
 import shlex
@@ -47,7 +54,6 @@ import shutil
 import signal
 import socket
 import ssl
-import sys
 import time
 import traceback
 import urllib.parse

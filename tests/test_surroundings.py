@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from faashound import watchdog
 from tests.harness import (
     clean_environment,
     command_of,
@@ -68,3 +73,62 @@ def test_worker_works_when_started_without_standard_streams(tmp_path: Path, clos
         settings = {"queue_url": f"spool:{system.spool}", "gateway_url": gateway_url, "metrics_port": str(port)}
         with started_without_streams("worker", closing, settings, tmp_path):
             assert system.ended(system.submit("cat", b"x"))["state"] == "done"
+
+
+# Files that are called like modules, where a person keeps functions.
+
+LIKE_OURS = "email calendar json random string queue token copy uuid hashlib datetime secrets select signal socket http"
+SHADOW = "import sys; sys.stderr.write('a file of the function was run by ours'); raise SystemExit(99)"
+
+
+@pytest.fixture
+def shadows(tmp_path: Path) -> Path:
+    """A directory with files that are called like modules which our programs import."""
+    directory = tmp_path / "shadows"
+    directory.mkdir()
+    for name in [*LIKE_OURS.split(), "h11", "uvloop", "psutil"]:
+        (directory / f"{name}.py").write_text(SHADOW)
+    return directory
+
+
+CONSOLE = "import sys; sys.argv[0] = 'bin/{0}'; from faashound.{1} import main; sys.exit(main())"
+STARTS = {
+    "module": lambda name: ["-m", f"faashound.{name}"],
+    "console-script": lambda name: ["-c", CONSOLE.format(f"f{name}", name)],
+}
+
+
+@pytest.mark.parametrize("start", STARTS.values(), ids=STARTS)
+@pytest.mark.parametrize("name", ["watchdog", "gateway", "worker"])
+def test_program_runs_none_of_them_when_they_lie_in_the_working_directory_or_in_pythonpath(
+    shadows: Path, name: str, start: Callable[[str], list[str]]
+) -> None:
+    environment = clean_environment({}) | {"PYTHONPATH": str(shadows)}
+    done = subprocess.run(
+        [sys.executable, *start(name), "--version"],
+        env=environment,
+        cwd=shadows,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_watchdog_runs_none_of_them_when_it_is_a_file_beside_them(shadows: Path) -> None:
+    shutil.copy(Path(watchdog.__file__), shadows / "watchdog.py")
+    done = subprocess.run(
+        [sys.executable, "watchdog.py", "--version"], cwd=shadows, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_gateway_serves_now_and_later_when_they_lie_beside_the_functions_file() -> None:
+    system = System('[hello]\nfprocess = "python3 email.py"\n')
+    for name in LIKE_OURS.split():
+        (system.temporary / f"{name}.py").write_text("print('hello')")
+    with system:
+        assert system.request("POST", "/function/hello").text == "hello\n"
+        (system.temporary / "faashound.py").write_text(SHADOW)
+        os.kill(system.worker_pid(), signal.SIGKILL)
+        assert system.ended(system.submit("hello"))["state"] == "done"
