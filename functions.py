@@ -40,7 +40,14 @@ from pathlib import Path
 from typing import Any
 
 from .keeper import Child, Keeper, listen_on_loopback, python_command
-from .watchdog import BadSettings, FaashoundError, Settings, parse_settings, settings_table
+from .watchdog import (
+    FUNCTION_VARIABLE,
+    BadSettings,
+    FaashoundError,
+    Settings,
+    parse_settings,
+    settings_table,
+)
 
 DEFAULT_NAMESPACE = "openfaas-fn"  # where OpenFaaS puts a function that names no namespace
 
@@ -472,6 +479,7 @@ class LocalFunctions:
         return dataclasses.replace(function, url=f"http://{host}:{port}")
 
     def _environ(self, function: Function) -> dict[str, str]:
-        """Return the whole environment of a function's watchdog."""
+        """Return the whole environment of a function's watchdog, which hands the function its part of it."""
         settings = watchdog_settings(function.settings or {})
-        return {**self._base, **settings, **function.environment, "OPENFAAS_NAME": function.name}
+        given = {FUNCTION_VARIABLE + name: value for name, value in function.environment.items()}
+        return {**self._base, **settings, **given, "OPENFAAS_NAME": function.name}

@@ -336,6 +336,11 @@ def settings_table(kind: type) -> dict[str, Setting]:
 S = TypeVar("S")
 
 
+def setting_names(kind: type) -> frozenset[str]:
+    """Return every name and alias by which a setting of `kind` can be given."""
+    return frozenset(name for row in settings_table(kind).values() for name in (row.name, row.alias) if name)
+
+
 def parse_settings(kind: type[S], environ: Mapping[str, str]) -> S:
     """Return `kind`, a settings dataclass, filled from `environ`.
 
@@ -380,8 +385,7 @@ def _parse_row(row: Setting, environ: Mapping[str, str]) -> Any:
 
 def lookalikes(kind: type, environ: Mapping[str, str]) -> list[str]:
     """Return a warning for each variable of `environ` that is not ours but nearly spelled like one of ours."""
-    rows = settings_table(kind).values()
-    known = {name for row in rows for name in (row.name, row.alias) if name}
+    known = setting_names(kind)
     warnings = []
     for name in sorted(set(environ) - known):
         close = [name.lower()] if name.lower() in known else difflib.get_close_matches(name, known, 1, cutoff=0.85)
@@ -4216,18 +4220,44 @@ def watch_lifeline(loop: asyncio.AbstractEventLoop, fd: int | None, on_end: Call
     loop.add_reader(fd, on_readable)
 
 
+# A variable of the function that must not be its watchdog's, since it would change our interpreter (PYTHONHOME,
+# LD_PRELOAD), comes behind this prefix.  What else begins like it is between our programs.
+FUNCTION_VARIABLE = "FAASHOUND_FUNCTION_"
+OUR_PREFIX = "FAASHOUND_"
+
+# What systemd means for the process that it has started, and for no child of it (sd_notify(3), sd_listen_fds(3),
+# systemd.exec(5)): a function must not report for us, nor read our credentials.
+_SYSTEMD_ONLY = ("LISTEN_", "NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "CREDENTIALS_DIRECTORY")
+
+# Settings that are no secret of ours, and by which OpenFaaS' own templates (Go's, for one) set their time limits.
+_TOLD_FUNCTIONS = frozenset(("read_timeout", "write_timeout", "exec_timeout", "healthcheck_interval"))
+
+
+def is_ours_alone(name: str) -> bool:
+    """Tell whether a variable of the watchdog's environment is none of its functions' business."""
+    if name.startswith((OUR_PREFIX, *_SYSTEMD_ONLY)):
+        return True
+    return name in setting_names(Settings) and name not in _TOLD_FUNCTIONS
+
+
 def function_environment(environ: Mapping[str, str]) -> dict[bytes, bytes]:
-    """Return the environment that functions start from: ours without what was meant for us alone.
+    """Return the environment that functions start from: ours without what was meant for us alone, and what is theirs.
 
     LC_CTYPE is left out if it came with our interpreter, which sets it in a bare environment (PEP 538).
     """
     with open("/proc/self/environ", "rb") as file:
         coerced = "LC_CTYPE" in os.environ and not re.search(rb"(?:^|\0)LC_CTYPE=", file.read())
-    return {
-        os.fsencode(name): os.fsencode(value)
+    inherited = {
+        name: value
         for name, value in environ.items()
-        if not name.startswith(("LISTEN_", "FAASHOUND_")) and not (coerced and name == "LC_CTYPE")
+        if not is_ours_alone(name) and not (coerced and name == "LC_CTYPE")
     }
+    given = {
+        name.removeprefix(FUNCTION_VARIABLE): value
+        for name, value in environ.items()
+        if name.startswith(FUNCTION_VARIABLE)
+    }
+    return {os.fsencode(name): os.fsencode(value) for name, value in (inherited | given).items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ import pytest
 
 from faashound import watchdog
 from tests.harness import (
+    Program,
     clean_environment,
     command_of,
     free_port,
@@ -132,3 +133,58 @@ def test_gateway_serves_now_and_later_when_they_lie_beside_the_functions_file() 
         (system.temporary / "faashound.py").write_text(SHADOW)
         os.kill(system.worker_pid(), signal.SIGKILL)
         assert system.ended(system.submit("hello"))["state"] == "done"
+
+
+# Variables: what is a function's is not its watchdog's, and the other way round.
+
+POISON = {
+    "PYTHONHOME": "/nowhere",
+    "PYTHONPATH": "shadows",
+    "PYTHONMALLOC": "nonsense",
+    "LD_PRELOAD": "/nowhere.so",
+    "LD_LIBRARY_PATH": "/nowhere",
+    "TMPDIR": "/nowhere",
+    "TZ": "Asia/Tokyo",
+    "MALLOC_ARENA_MAX": "many",
+}
+
+
+@pytest.mark.parametrize(("name", "value"), POISON.items(), ids=POISON)
+def test_variable_reaches_the_function_only_when_it_would_change_its_watchdog(
+    shadows: Path, name: str, value: str
+) -> None:
+    value = str(shadows) if value == "shadows" else value
+    functions = f"[f]\nfprocess = \"sh -c 'echo ${name}'\"\nenvironment = {{ {name} = '{value}' }}\n"
+    with System(functions, {"worker": "none"}) as system:
+        assert system.request("POST", "/function/f", b"x").text.splitlines()[-1] == value
+        watchdogs = [pid for pid in system.survivors() if command_line(pid).count("faashound.watchdog")]
+        assert watchdogs
+        assert all(f"\0{name}={value}" not in variables(pid) for pid in watchdogs)
+
+
+def command_line(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text()
+
+
+def variables(pid: int) -> str:
+    return "\0" + Path(f"/proc/{pid}/environ").read_text()
+
+
+OURS_ALONE = {
+    "NOTIFY_SOCKET": "/run/notify",
+    "WATCHDOG_USEC": "5000000",
+    "CREDENTIALS_DIRECTORY": "/run/credentials",
+    "LISTEN_FDNAMES": "web",
+    "FAASHOUND_X": "1",
+    "max_inflight": "3",
+    "suppress_lock": "true",
+}
+TOLD = {"exec_timeout": "9s", "read_timeout": "8s", "write_timeout": "7s", "healthcheck_interval": "1s", "KEPT": "yes"}
+
+
+def test_function_sees_neither_what_systemd_tells_us_nor_our_settings_when_its_watchdog_stands_alone() -> None:
+    with Program("watchdog", {"fprocess": "env -0", **OURS_ALONE, **TOLD}) as program:
+        text = http_request(program.port).text
+    seen = dict(entry.partition("=")[::2] for entry in text.split("\0") if entry)
+    assert not seen.keys() & (OURS_ALONE.keys() | {"fprocess", "port", "metrics_port", "workers"})
+    assert {name: seen.get(name) for name in TOLD} == TOLD
