@@ -54,6 +54,7 @@ import shutil
 import signal
 import socket
 import ssl
+import stat
 import time
 import traceback
 import urllib.parse
@@ -3501,14 +3502,14 @@ class Spawner:
         self._term_grace_s = term_grace_s
         self._program: str | None = None
         self._defaults = signals_at_default()
-        self._count = itertools.count(1)
 
     def spawn(self, facts: Mapping[bytes, bytes], on_stderr: Callable[[str], None] | None) -> Process:
         """Start a process with `facts` added to its environment; raises StartFailed, or FactsTooLarge (431).
 
         `on_stderr` gets the lines that it writes on stderr; None: stderr joins its output.
         """
-        mark = b"%s.%d" % (self._instance, next(self._count))
+        # Not a number: a process that knows the mark of another call would pass for that call's, and outlive its own.
+        mark = b"%s.%s" % (self._instance, os.urandom(8).hex().encode())
         environ = {**self._environ, **facts, MARK: mark}
         started_s = math.floor(time.clock_gettime(time.CLOCK_BOOTTIME) * _TICKS_PER_S) / _TICKS_PER_S
         try:
@@ -3847,7 +3848,7 @@ class Watchdog:
             raise MethodNotAllowed(("GET",))
         if not self.accepting:
             raise NotReady("draining")
-        if self._lock_path is not None and not os.path.exists(self._lock_path):
+        if self._lock_path is not None and not is_locked(self._lock_path):
             raise NotReady(f"the lock file {self._lock_path} has gone")
         return Response(200, (TEXT_PLAIN,), b"OK")
 
@@ -3909,6 +3910,19 @@ def output_response(status: int, headers: Sequence[Header], prefix: bytes, outpu
     return Response(status, headers, FileBody(prefix, output.file), len(prefix) + output.bytes_count)
 
 
+def log_prefix(settings: Settings, call_id: str | None) -> str:
+    """Return what stands before each line of a call, or, without an id, of a process that waits for one."""
+    return f"[{call_id or 'none'}] " if settings.log_callid else ""
+
+
+def log_stderr(settings: Settings, prefix: str, line: str) -> None:
+    """Log a line of a function, which says so unless the operator wants it as it is."""
+    if settings.prefix_logs:
+        log.info(f"{prefix}stderr: {line}")
+    else:
+        log.raw(prefix + line)
+
+
 class CallLog:
     """What the log says of one call: a line at its start, one at its end whatever the outcome."""
 
@@ -3917,7 +3931,7 @@ class CallLog:
         self._request = request
         self._settings = settings
         self._call_id = call_id_of(request)
-        self._prefix = f"[{self._call_id or 'none'}] " if settings.log_callid else ""
+        self._prefix = log_prefix(settings, self._call_id)
         self._started_s = time.perf_counter()
 
     def elapsed_s(self) -> float:
@@ -3932,10 +3946,7 @@ class CallLog:
 
     def on_stderr(self, line: str) -> None:
         """The process wrote a line on stderr, which does not join the response."""
-        if self._settings.prefix_logs:
-            log.info(f"{self._prefix}stderr: {line}")
-        else:
-            log.raw(self._prefix + line)
+        log_stderr(self._settings, self._prefix, line)
 
     def ended(self, response: Response, ending: Ending) -> None:
         """The process ended by itself."""
@@ -4140,12 +4151,26 @@ def kill_left(mark_prefix: bytes, sessions: frozenset[int]) -> None:
     """Kill every process that has one of our marks or belongs to one of `sessions`, until two looks find none."""
     empty_count, limit_s = 0, time.monotonic() + SWEEP_LIMIT_S
     while empty_count < 2 and time.monotonic() < limit_s:
-        found = [pid for pid in _list_processes() if _is_left(pid, mark_prefix, sessions)]
+        is_left = partial(_is_left, mark_prefix=mark_prefix, sessions=sessions)
+        found = [pid for pid in _list_processes() if is_left(pid)]
         for pid in found:
-            with suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
+            signal_if(pid, signal.SIGKILL, is_left)
         empty_count = 0 if found else empty_count + 1
         time.sleep(0.005)
+
+
+def signal_if(pid: int, number: signal.Signals, condition: Callable[[int], bool]) -> None:
+    """Signal a process that need not be our child if it meets `condition`, and no other that has got its number since.
+
+    A pidfd means the same process for ever (pidfd_open(2)), so what is found out after it was opened holds for it.
+    """
+    with suppress(ProcessLookupError, PermissionError):
+        pidfd = os.pidfd_open(pid)
+        try:
+            if condition(pid):
+                signal.pidfd_send_signal(pidfd, number)
+        finally:
+            os.close(pidfd)
 
 
 def _is_left(pid: int, mark_prefix: bytes, sessions: frozenset[int]) -> bool:
@@ -4494,7 +4519,7 @@ async def serve(settings: Settings, environ: Mapping[str, str], doors: Doors, gu
     spawner = Spawner(reaper, mark, settings.fprocess, function_environment(environ), settings.term_grace_s)
     with ExitStack() as cleanup:
         cleanup.callback(reaper.close)
-        on_stderr = None if settings.combine_output else log.raw
+        on_stderr = None if settings.combine_output else partial(log_stderr, settings, log_prefix(settings, None))
         pool = Pool(reaper, spawner, seat.share_of(settings.prewarm), on_stderr)
         cleanup.callback(pool.close)
         lock_path = None if settings.suppress_lock else lock_file_path(environ)
@@ -4578,19 +4603,42 @@ def settle_descriptors() -> None:
 
 
 def lock_file_path(environ: Mapping[str, str]) -> str:
-    """Return the path of the lock file, whose existence is what --run-healthcheck looks at."""
-    return os.path.join(environ.get("TMPDIR") or "/tmp", ".lock")  # noqa: S108 - the name is OpenFaaS's
+    """Return the path of the lock file, whose existence is what --run-healthcheck looks at.
+
+    OpenFaaS's name for OpenFaaS's port, which probes know (`cat /tmp/.lock`); another port has a file of its own, or
+    the first of two watchdogs that ended would make the other unhealthy.  It goes by the setting, since a health check
+    has our environment and not our socket.
+    """
+    port = environ.get("port") or settings_table(Settings)["port"].default
+    name = ".lock" if port in ("8080", "0") else f".lock.{port}"
+    return os.path.join(environ.get("TMPDIR") or "/tmp", name)  # noqa: S108 - the name is OpenFaaS's
 
 
 def create_lock_file(environ: Mapping[str, str]) -> str:
-    """Create the lock file and return its path; raises CannotStart."""
+    """Create the lock file and return its path; raises CannotStart.
+
+    $TMPDIR may be writable for others: nothing is followed, waited for (a FIFO) or taken over that is not ours.
+    """
     path = lock_file_path(environ)
     log.info(f"Writing lock-file to: {path}")
     try:
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o660))
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o660)
+        found = os.fstat(fd)
+        os.close(fd)
     except OSError as error:
-        raise CannotStart(f"cannot write {path}: {error.strerror}; suppress_lock=true does without it") from None
-    return path
+        reason = "it is a symbolic link" if error.errno == errno.ELOOP else _strerror(error)
+    else:
+        if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid():
+            return path
+        reason = "it is there already and no file of ours"
+    raise CannotStart(f"cannot write {path}: {reason}; suppress_lock=true does without it")
+
+
+def is_locked(path: str) -> bool:
+    """Tell whether the lock file is there; a symbolic link or a FIFO is none."""
+    with suppress(OSError):
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    return False
 
 
 def remove_lock_file(path: str) -> None:
@@ -4635,7 +4683,7 @@ def read_file(path: str, meaning: str) -> str:
 
 def run_healthcheck(environ: Mapping[str, str]) -> int:
     """Return 0 if the lock file is there, else 1 (the texts are OpenFaaS's)."""
-    if os.path.exists(lock_file_path(environ)):
+    if is_locked(lock_file_path(environ)):
         return 0
     print("unable to find lock file.", file=sys.stderr)
     return 1
