@@ -81,7 +81,7 @@ from .functions import (
     parse_function_url,
     read_functions,
 )
-from .keeper import Keeper
+from .keeper import Keeper, python_command
 from .names import DEFAULT_NAMESPACE, FunctionName, parse_namespaces
 from .passwords import Credentials, PasswordDoor
 from .proxying import build_via, check_path, forwarded
@@ -153,6 +153,7 @@ from .watchdog import (
     serve_metrics,
     setting,
     settings_table,
+    settle_descriptors,
     start_metrics,
     watch_lifeline,
     whole,
@@ -1033,7 +1034,7 @@ def hidden_names() -> set[str]:
 
 WORKER_GONE_POLL_S = 0.05
 FUNCTIONS_GRACE_S = 10.0  # for watchdogs whose requests are over already
-WORKER_COMMAND = (sys.executable, "-m", "faashound.worker")
+WORKER_COMMAND = python_command("faashound.worker")
 
 
 async def keep_house(queue: Queue, settings: Settings) -> None:
@@ -1157,6 +1158,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     """Run the gateway and return its exit status: 0 stopped, 1 failed or cut calls, 2 bad settings."""
     argv = list(sys.argv[1:] if argv is None else argv)
     environ = os.environ if environ is None else environ
+    settle_descriptors()
     answer = flag_answer(argv, help_text("fgateway", PURPOSE, Settings))
     if answer is not None:
         return answer
