@@ -72,6 +72,7 @@ VERSION = "0.1.0"
 # Limits, each with its reason.
 # ---------------------------------------------------------------------------------------------------------------
 
+MAX_FIELDS_COUNT = 500  # of a head or a trailer; Apache and Tomcat allow 100, Node 2000; each costs as much as 1 KiB
 MAX_HEAD_BYTES = 65536  # request line and fields; nginx allows 32 KiB, Go 1 MiB, one variable of execve 128 KiB
 BUFFERED_BYTES = 262144  # of a body that waits for its consumer before reading stops: four reads of the loop
 BACKLOG = 1024  # connections that the kernel keeps for us while the loop is busy (capped by net.core.somaxconn)
@@ -768,26 +769,40 @@ class Seat:
 Header = tuple[bytes, bytes]
 Headers = Sequence[Header]
 
+# What repeats gives nothing back (`++`, `*+`): a run that can be divided in two ways costs the square of its length.
 _TEXT = r"[\x21-\x7e\x80-\xff]"
-_VALUE = rf"(?:{_TEXT}+(?:[ \t]+{_TEXT}+)*)?"
+_VALUE = rf"(?:{_TEXT}++(?:[ \t]++{_TEXT}++)*+)?"
 _TARGET = r"(?:/[\x21-\x7e]*|[Hh][Tt][Tt][Pp][Ss]?://[\x21-\x7e]+|(?<=^OPTIONS )\*)"
 
 
 def _tighten_h11_grammar() -> None:
-    """Replace three patterns of h11 0.16, which setup.py pins, by the strict ones; h11 goes on doing all framing."""
-    for name in ("request_line_re", "header_field_re", "chunk_header_re"):
-        if not isinstance(getattr(h11._readers, name, None), re.Pattern):
-            raise ImportError(f"this h11 has no _readers.{name} to tighten; install h11 0.16")
+    """Replace three patterns of h11 0.16.0, which setup.py pins, by strict ones, and have it count a head's fields.
+
+    h11 goes on doing all framing.
+    """
+    readers = h11._readers
+    for name in ("request_line_re", "header_field_re", "chunk_header_re", "_decode_header_lines"):
+        if not hasattr(readers, name):
+            raise ImportError(f"this h11 has no _readers.{name} to tighten; install h11 0.16.0")
     token = h11._abnf.token
-    h11._readers.request_line_re = re.compile(
+    readers.request_line_re = re.compile(
         rf"(?P<method>{token}) (?P<target>{_TARGET}) HTTP/(?P<http_version>1\.[01])".encode()
     )
-    h11._readers.header_field_re = re.compile(
-        rf"(?P<field_name>{token}):[ \t]*(?P<field_value>{_VALUE})[ \t]*".encode("latin-1")
+    readers.header_field_re = re.compile(
+        rf"(?P<field_name>{token}):[ \t]*+(?P<field_value>{_VALUE})[ \t]*+".encode("latin-1")
     )
-    h11._readers.chunk_header_re = re.compile(
-        rb"(?P<chunk_size>[0-9A-Fa-f]{1,16})(?P<chunk_ext>[ \t]*;[\t\x20-\x7e\x80-\xff]*)?[ \t]*\r\n"
+    readers.chunk_header_re = re.compile(
+        rb"(?P<chunk_size>[0-9A-Fa-f]{1,16})(?P<chunk_ext>[ \t]*+;[\t\x20-\x7e\x80-\xff]*+)?[ \t]*+\r\n"
     )
+    readers._decode_header_lines = partial(_decode_few_lines, readers._decode_header_lines)
+
+
+def _decode_few_lines(
+    decode: Callable[[Sequence[bytes]], Iterable[Header]], lines: Sequence[bytes]
+) -> Iterable[Header]:
+    if len(lines) > MAX_FIELDS_COUNT:
+        raise h11.LocalProtocolError("too many header fields", error_status_hint=431)
+    return decode(lines)
 
 
 _tighten_h11_grammar()
@@ -809,12 +824,13 @@ class UnknownCoding(BadRequest):
 
 
 class HeadTooLarge(BadRequest):
-    """The request line and the fields together are over MAX_HEAD_BYTES."""
+    """The request line and the fields together are over MAX_HEAD_BYTES, or there are too many of them."""
 
     status = 431
 
     def __init__(self) -> None:
-        super().__init__(f"request line and headers too large; allowed: {MAX_HEAD_BYTES} bytes in all")
+        limits = f"{MAX_HEAD_BYTES} bytes in all, {MAX_FIELDS_COUNT} headers"
+        super().__init__(f"request line and headers too large; allowed: {limits}")
 
 
 class ExpectationFailed(BadRequest):
@@ -1434,6 +1450,51 @@ class ClientWire:
         self._begin_anew()
         return True
 
+
+# What h11 must not let through, on each of the ways that are tightened from outside, and some of its own.
+_FIELD_FLAWS = (b"X-A: a\x01", b"X-A : a", b"Content-Length: 1\r\nContent-Length: 2", b"Transfer-Encoding: gzip")
+_CHUNK_FLAWS = (b"1;a\rb\r\nx\r\n", b"0x1\r\nx\r\n", b"1\r\nxx\r\n")
+_CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n"
+HOSTILE_REQUESTS = (
+    b"GET / HTTP/2.0\r\nHost: h\r\n\r\n",
+    b"GET path HTTP/1.1\r\nHost: h\r\n\r\n",
+    b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 0\r\n" + _CHUNKED + b"0\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: h\r\n" + b"X-A: a\r\n" * MAX_FIELDS_COUNT + b"\r\n",
+    *(b"POST / HTTP/1.1\r\nHost: h\r\n%b\r\n\r\n" % flaw for flaw in _FIELD_FLAWS),
+    *(b"POST / HTTP/1.1\r\nHost: h\r\n" + _CHUNKED + flaw for flaw in _CHUNK_FLAWS),
+)
+HOSTILE_RESPONSES = (
+    b"HTTP/1.1 2000 OK\r\n\r\n",
+    *(b"HTTP/1.1 200 OK\r\n%b\r\n\r\n" % flaw for flaw in _FIELD_FLAWS),
+    *(b"HTTP/1.1 200 OK\r\n" + _CHUNKED + flaw for flaw in _CHUNK_FLAWS),
+)
+
+
+def _refuses(wire: ServerWire | ClientWire, hostile: bytes) -> bool:
+    try:
+        wire.feed(hostile)
+        while wire.next_event() not in (Sign.NEED_DATA, Sign.PAUSED, Sign.CLOSED):
+            continue
+    except (BadRequest, PeerGone):
+        return True
+    return False
+
+
+def _asking_wire() -> ClientWire:
+    wire = ClientWire()
+    wire.build_whole(b"GET", b"/", [(b"Host", b"h")], b"", None)
+    return wire
+
+
+def _try_h11_grammar() -> None:
+    """Raise ImportError unless both wires refuse what no h11 of another version may start to let through."""
+    passed = [hostile for hostile in HOSTILE_REQUESTS if not _refuses(ServerWire(), hostile)]
+    passed += [hostile for hostile in HOSTILE_RESPONSES if not _refuses(_asking_wire(), hostile)]
+    if passed:
+        raise ImportError(f"h11 {h11.__version__} lets through {passed[0][:80]!r}; install h11 0.16.0")
+
+
+_try_h11_grammar()
 
 # ---------------------------------------------------------------------------------------------------------------
 # HTTP drivers: they read, feed, write and arm timers.  They know nothing of processes.
