@@ -87,7 +87,7 @@ class Queue(Protocol):
 # Addresses.
 # ---------------------------------------------------------------------------------------------------------------
 
-QUEUE_URL_HELP = "spool:DIRECTORY, or nats://HOST[:PORT][,HOST2[:PORT]...], or tls://... for TLS"
+QUEUE_URL_HELP = "spool:DIRECTORY (~/ is the home directory), or nats://HOST[:PORT][,HOST2[:PORT]...], or tls://..."
 NATS_PORT = 4222
 
 _SERVER = re.compile(r"(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::(?P<port>[0-9]{1,5}))?", re.ASCII)
@@ -116,12 +116,22 @@ def parse_queue_url(text: str) -> QueueUrl:
     """Return the queue that `text` names: a spool's directory, or servers; ValueError says what is allowed."""
     scheme, _, rest = text.partition(":")
     if scheme == "spool" and rest and "\0" not in rest:
-        return Path(rest)
+        return _parse_directory(rest)
     if scheme not in ("nats", "tls") or not rest.startswith("//"):
         raise ValueError(f"allowed: {QUEUE_URL_HELP}")
     if "@" in rest:
         raise ValueError(f"credentials are told by nats_user and its like, not here; allowed: {QUEUE_URL_HELP}")
     return NatsUrl(scheme, tuple(_parse_server(server) for server in rest[2:].rstrip("/").split(",")))
+
+
+def _parse_directory(text: str) -> Path:
+    """Return the path; a `~` in front is a home directory, as shells have it that expand it only after a space."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ValueError(
+            f"no home directory is known for {text.partition('/')[0]!r}; allowed: {QUEUE_URL_HELP}"
+        ) from None
 
 
 def _parse_server(text: str) -> str:

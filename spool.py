@@ -1371,6 +1371,14 @@ class _Tree:
     def database(self) -> Path:
         return self.path / DATABASE
 
+    @property
+    def has_bodies(self) -> bool:
+        """Whether the directory of bodies is still the one that was opened."""
+        try:
+            return os.path.samestat(os.stat(self.path / "bodies"), os.fstat(self.bodies_fd))
+        except FileNotFoundError:
+            return False
+
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
         """Holds `writer.lock`: every write, checkpoint and owner look-up happens inside.
@@ -1455,6 +1463,9 @@ def _read_token(tree: _Tree) -> str:
         draft.rename(path)
         _sync_directory(tree.path)
     return path.read_text("ascii")
+
+
+NO_MEMORY = "the queue cannot be used: no memory"
 
 
 def _disk_error(error: OSError) -> FaashoundError:
@@ -1549,9 +1560,8 @@ def _connect(path: Path) -> sqlite3.Connection:
 def _open_database(tree: _Tree) -> sqlite3.Connection:
     """The writer's connection to a file that has been looked at; call inside `tree.turn()`."""
     path = tree.database
-    if not path.exists():
-        journal = path.with_name(f"{DATABASE}-wal")
-        if journal.exists() and journal.stat().st_size:
+    if _size_bytes(path) is None:
+        if _size_bytes(path.with_name(f"{DATABASE}-wal")):
             raise _damaged(path, "is missing, though its journal is there")
         _create_database(path)
     with path.open("rb") as file:
@@ -1567,6 +1577,14 @@ def _open_database(tree: _Tree) -> sqlite3.Connection:
             raise _damaged(path, f"is damaged ({error})") if isinstance(problem, QueueDamaged) else problem from error
         stack.pop_all()
     return db
+
+
+def _size_bytes(path: Path) -> int | None:
+    """None only for a file that is proved not to be there: `Path.exists` may take any error for that."""
+    try:
+        return path.lstat().st_size
+    except FileNotFoundError:
+        return None
 
 
 def _create_database(path: Path) -> None:
@@ -1609,7 +1627,7 @@ def _missing_pages(path: Path, page_count: int, page_bytes: int) -> set[int]:
     held = path.stat().st_size // page_bytes
     missing = set(range(held + 1, page_count + 1)) - {(1 << 30) // page_bytes + 1}
     journal = path.with_name(f"{DATABASE}-wal")
-    if missing and journal.exists():
+    if missing and _size_bytes(journal):
         with journal.open("rb") as file:
             file.seek(32)
             while len(header := file.read(24)) == 24:
@@ -1840,12 +1858,28 @@ def _unlink_orphans(bodies_fd: int, files: Iterable[str]) -> int:
     return count
 
 
-def _open_body(bodies_fd: int, name: str) -> BinaryIO:
-    return os.fdopen(os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=bodies_fd), "rb")
+def _open_body(tree: _Tree, name: str, bytes_count: int) -> BinaryIO:
+    """The file of a body, checked as far as can be without reading it; QueueDamaged only for what no retry mends."""
+    try:
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=tree.bodies_fd)
+    except FileNotFoundError as error:
+        if not tree.has_bodies:  # a directory that was moved, or whose disk is not mounted, tells nothing of its files
+            raise QueueUnavailable("the directory of stored bodies was moved or removed") from error
+        raise QueueDamaged("the file of a stored body is gone") from error
+    file = os.fdopen(fd, "rb")
+    with contextlib.ExitStack() as stack:
+        stack.callback(file.close)
+        size_bytes = os.fstat(fd).st_size
+        if size_bytes != bytes_count:
+            raise QueueDamaged(f"the file of a stored body has {size_bytes} bytes instead of {bytes_count}")
+        stack.pop_all()
+    return file
 
 
-def _read_excerpt(bodies_fd: int, name: str) -> bytes:
-    with _open_body(bodies_fd, name) as file:
+def _read_excerpt(tree: _Tree, name: str, bytes_count: int) -> bytes:
+    """How a result begins; its time to be named begins anew, since a full disk may keep it waiting for hours."""
+    with _open_body(tree, name, bytes_count) as file:
+        os.utime(file.fileno())
         return file.read(EXCERPT_BYTES)
 
 
@@ -1870,6 +1904,14 @@ class _Operation:
     joins: bool = False
     answer: Any = None
     error: BaseException | None = None
+
+    @property
+    def refused_file(self) -> str | None:
+        """The body's file of a call that did not get into the queue: no row names it, or ever will."""
+        if not isinstance(self.run, _Put) or (self.error is None and self.answer is None):
+            return None
+        file = self.run.call.body.file
+        return None if isinstance(self.answer, Call) and self.answer.body.file == file else file
 
     def settle(self) -> None:
         """Answers the one who waits; on the event loop, as it is a future of asyncio."""
@@ -1931,6 +1973,7 @@ class _Writer:
                 else:
                     group.extend(operations)
             ring = self._serve(group)
+            self._drop_refused(group)
             self._answer(group, ring)
 
     def _next_group(self) -> list[Sequence[_Operation] | None]:
@@ -1940,6 +1983,13 @@ class _Writer:
             while sum(len(group or ()) for group in groups) < GROUP_COUNT:
                 groups.append(self._waiting.get_nowait())
         return groups
+
+    def _drop_refused(self, group: Sequence[_Operation]) -> None:
+        """The bodies of refused calls go before their callers know: on a full disk each would keep it full."""
+        try:
+            _unlink_bodies(self._tree.bodies_fd, filter(None, (operation.refused_file for operation in group)))
+        except OSError as error:  # then `sweep` finds them
+            log.warning(f"the body of a refused call cannot be removed: {error}")
 
     def _answer(self, group: Sequence[_Operation], ring: Ring) -> None:
         def settle() -> None:
@@ -1955,7 +2005,10 @@ class _Writer:
 
     def _serve(self, group: Sequence[_Operation]) -> Ring:
         """Runs the group; afterwards each operation has its answer or its error. Returns whom to ring."""
-        group = [operation for operation in group if not operation.future.cancelled()]
+        for operation in group:
+            if operation.future.cancelled():
+                operation.error = QueueUnavailable("its caller has gone")
+        group = [operation for operation in group if operation.error is None]
         for operation in group:
             if operation.alone:
                 self._guard([operation], partial(self._run, operation, _Transaction(self._db)))
@@ -1976,6 +2029,8 @@ class _Writer:
             problem = _disk_error(error)
         except QueueUnavailable as error:
             problem = error
+        except MemoryError:
+            problem = QueueUnavailable(NO_MEMORY)
         except Exception:  # noqa: BLE001 - a thread's boundary: a writer that died here would keep everyone waiting for ever
             log.exception(f"the queue in {self._tree.path} cannot be written")
             problem = QueueUnavailable("the queue cannot be used: see the log")
@@ -2081,6 +2136,8 @@ class _Readers:
                 db.execute("ROLLBACK")
         except sqlite3.Error as error:
             raise _sqlite_error(error) from error
+        except MemoryError as error:  # how Python hands on SQLITE_NOMEM
+            raise QueueUnavailable(NO_MEMORY) from error
         finally:
             self._idle.put(db)
 
@@ -2219,6 +2276,8 @@ class Spool:
             return await asyncio.shield(future)
         except OSError as error:
             raise _disk_error(error) from error
+        except MemoryError as error:
+            raise QueueUnavailable(NO_MEMORY) from error
         except asyncio.CancelledError:
             while not future.done():
                 with contextlib.suppress(asyncio.CancelledError):
@@ -2269,7 +2328,8 @@ class Spool:
     async def open_body(self, body: StoredBody, chunk_bytes: int = FILE_CHUNK_BYTES) -> AsyncGenerator[bytes, None]:
         """The bytes of a stored body, in pieces of at most `chunk_bytes`; `aclose` it if you stop early.
 
-        Raises QueueDamaged if the file is gone, or shorter than it was.
+        Raises QueueDamaged if the file is proved to be gone or of another length than it was; QueueUnavailable for
+        whatever else keeps it from being read (no descriptors or memory, an I/O error), which may pass.
         """
         if body.file is None:
             inline = body.inline or b""
@@ -2277,10 +2337,7 @@ class Spool:
                 yield inline[start : start + chunk_bytes]
             return
         left = body.bytes_count
-        try:
-            file = await self._in_thread(partial(_open_body, self._tree.bodies_fd, body.file))
-        except QueueUnavailable as error:
-            raise QueueDamaged("the file of a stored body cannot be read") from error
+        file = await self._in_thread(partial(_open_body, self._tree, body.file, body.bytes_count))
         with contextlib.closing(file):
             while piece := await self._in_thread(partial(file.read, chunk_bytes)):
                 left -= len(piece)
@@ -2302,18 +2359,11 @@ class Spool:
         """Queues a call; it is on disk when this returns.
 
         The same idempotency key for the same function, while that call is remembered: the earlier Call is returned
-        and the new body dropped. Raises CallExists, the body dropped, when the id is in use.
+        and the new body dropped. Raises CallExists when the id is in use. Whatever this raises, the body is gone, also
+        when the caller is cancelled, unless the call got into the queue all the same.
         """
-        try:
-            earlier = await self._write(_Put(call, _headers_text(call.headers)))
-        except CallExists:
-            await self.drop_body(call.body)
-            raise
-        if earlier is None:
-            return _accepted(call)
-        if earlier.body.file != call.body.file:
-            await self.drop_body(call.body)
-        return earlier
+        earlier = await self._write(_Put(call, _headers_text(call.headers)))
+        return _accepted(call) if earlier is None else earlier
 
     async def get(self, call_id: str) -> Call | None:
         """The call, or None."""
@@ -2447,7 +2497,7 @@ class Spool:
         """The call has ended, also when a cancel came too late. On LeaseLost the result's file is dropped."""
         result, excerpt = end.result, None  # an inline body is its own excerpt, as long as it is kept
         if result is not None and result.file is not None:
-            excerpt = await self._in_thread(partial(_read_excerpt, self._tree.bodies_fd, result.file))
+            excerpt = await self._in_thread(partial(_read_excerpt, self._tree, result.file, result.bytes_count))
         due_s = self._now() if end.callback_due_s is None else end.callback_due_s
         try:
             await self._write(partial(_finish, lease=lease, ending=_Ending(end, excerpt, due_s)))

@@ -489,6 +489,8 @@ def test_open_says_so_when_there_is_no_server(monkeypatch: pytest.MonkeyPatch) -
     ("text", "expected"),
     [
         pytest.param("spool:/var/x", Path("/var/x"), id="spool"),
+        pytest.param("spool:~/x", Path.home() / "x", id="spool-in-the-home-directory"),
+        pytest.param("spool:x/~", Path("x/~"), id="spool-called-tilde"),
         pytest.param("nats://host", NatsUrl("nats", ("host:4222",)), id="one-server"),
         pytest.param("tls://a:1,b", NatsUrl("tls", ("a:1", "b:4222")), id="two-by-tls"),
         pytest.param("nats://[::1]:7", NatsUrl("nats", ("[::1]:7",)), id="ipv6"),
@@ -499,7 +501,18 @@ def test_parse_queue_url_returns(text: str, expected: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "nats:", "nats://", "nats://a:0", "nats://u:p@host", "http://host", "spool:", "nats://a b"]
+    "text",
+    [
+        "",
+        "nats:",
+        "nats://",
+        "nats://a:0",
+        "nats://u:p@host",
+        "http://host",
+        "spool:",
+        "spool:~no-such-user/x",
+        "nats://a b",
+    ],
 )
 def test_parse_queue_url_refuses(text: str) -> None:
     with pytest.raises(ValueError, match="allowed: spool:DIRECTORY"):
