@@ -72,6 +72,7 @@ from .functions import (
     read_functions,
 )
 from .keeper import Keeper
+from .names import FunctionName
 from .queues import NatsSettings, Queue, QueueUrl, is_healthy, open_queue, parse_queue_url
 from .retries import BadAnnotations, parse_annotations
 from .spool import (
@@ -122,6 +123,7 @@ from .watchdog import (
     format_duration,
     help_text,
     log,
+    log_origin,
     lookalikes,
     open_doors,
     parse_bool,
@@ -353,7 +355,8 @@ def forwarded(request: Request) -> list[Header]:
 def describe_function(function: Function) -> dict[str, object]:
     """Return what the gateway knows of a function, as JSON members."""
     return {
-        "name": function.name,
+        "name": function.name.name,
+        "namespace": function.name.namespace,
         "local": function.local,
         "annotations": dict(function.annotations),
         "labels": dict(function.labels),
@@ -677,10 +680,10 @@ class Gateway:
                 request.method, target, headers, request.body, request.body.length, deadline_s
             )
         except UpstreamTimeout as error:
-            text = f"{function.name} did not answer within upstream_timeout ({format_duration(limit_s)})"
+            text = f"{function.name.short} did not answer within upstream_timeout ({format_duration(limit_s)})"
             raise OurFailure(504, text) from error
         except (Unreachable, PeerGone) as error:  # whose text names addresses: for the log, and for our worker
-            raise OurFailure(502, f"{function.name}: {error if trace.by_worker else 'no answer'}") from error
+            raise OurFailure(502, f"{function.name.short}: {error if trace.by_worker else 'no answer'}") from error
 
     # Later.
 
@@ -883,7 +886,7 @@ class Plan:
     """A gateway to be started.  `worker` is the environment of the worker beside it, but for its gateway_url."""
 
     settings: Settings
-    functions: Mapping[str, Function]
+    functions: Mapping[FunctionName, Function]
     worker: Mapping[str, str] | None
 
 
@@ -891,7 +894,7 @@ def load_plan(environ: Mapping[str, str]) -> Plan:
     """Return what `environ` asks for; raises BadSettings with every problem in it, and in what it points to."""
     problems: list[str] = []
     settings: Settings | None = None
-    functions: dict[str, Function] = {}
+    functions: dict[FunctionName, Function] = {}
     try:
         settings = parse_settings(Settings, environ)
     except BadSettings as error:
@@ -911,7 +914,7 @@ def load_plan(environ: Mapping[str, str]) -> Plan:
     return Plan(settings, functions, worker)
 
 
-def load_functions(environ: Mapping[str, str]) -> dict[str, Function]:
+def load_functions(environ: Mapping[str, str]) -> dict[FunctionName, Function]:
     """Return the functions of the file that `functions` names, their annotations checked; raises BadFunctions."""
     path = Path(environ.get("functions") or settings_table(Settings)["functions"].default or "")
     table = read_functions(path, missing_ok=not environ.get("functions"))
@@ -930,7 +933,7 @@ def load_functions(environ: Mapping[str, str]) -> dict[str, Function]:
 
 
 def worker_environment(
-    environ: Mapping[str, str], settings: Settings | None, functions: Mapping[str, Function]
+    environ: Mapping[str, str], settings: Settings | None, functions: Mapping[FunctionName, Function]
 ) -> dict[str, str]:
     """Return the environment of the worker beside us: its own settings as they stand, the rest as ours are.
 
@@ -1010,7 +1013,7 @@ def tell_what_is_served(plan: Plan, url: str | None, sockets: Sequence[socket.so
         log.warning(warning)
     names = list(plan.functions)
     for name in names[:MAX_TOLD_COUNT]:
-        log.info(f"Serving {url or ''}/function/{name}")
+        log.info(f"Serving {url or ''}/function/{name.short}")
     if len(names) > MAX_TOLD_COUNT:
         log.info(f"... and {len(names) - MAX_TOLD_COUNT} functions more, see {url or ''}/system/functions")
     if not names and plan.settings.function_url is None:
@@ -1034,7 +1037,7 @@ def timeout_warnings(plan: Plan) -> Iterator[str]:
         for waiting, wait_s in waits_s.items():
             if wait_s and limit_s > wait_s:
                 yield (
-                    f"{waiting} ({format_duration(wait_s)}) is shorter than exec_timeout of {name}"
+                    f"{waiting} ({format_duration(wait_s)}) is shorter than exec_timeout of {name.short}"
                     f" ({format_duration(limit_s)}), which is cut from outside before it can end by itself"
                 )
 
@@ -1110,7 +1113,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     except BadSettings as error:
         print(error, file=sys.stderr)
         return 2
-    log.configure(plan.settings.log_format, environ.get("OPENFAAS_NAME"))
+    log.configure(plan.settings.log_format, log_origin(environ))
     try:
         for warning in lookalikes(Settings, environ):
             log.warning(warning)

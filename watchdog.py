@@ -4594,18 +4594,54 @@ PURPOSE = """Puts the program named by `fprocess` behind HTTP, one process per r
 --run-healthcheck exits with 0 if the lock file is there, else with 1."""
 
 
+class OutputFailed(FaashoundError):
+    """Standard output does not take what was asked for; the text says why."""
+
+    def __init__(self, cause: OSError | None) -> None:
+        self.reader_has_left = isinstance(cause, BrokenPipeError)
+        super().__init__(f"cannot write to standard output: {_strerror(cause) if cause else 'it is closed'}")
+
+
+def write_out(text: str) -> None:
+    """Write a line to standard output, at once; raises OutputFailed.
+
+    Not print(): what that buffers fails when the interpreter ends, and then with a traceback.  And a descriptor 1 that
+    was closed when we were started may be a file of ours by now: the interpreter knows.
+    """
+    if sys.stdout is None:
+        raise OutputFailed(None)
+    rest = memoryview(f"{text}\n".encode("utf-8", "backslashreplace"))
+    try:
+        while rest:
+            rest = rest[os.write(1, rest) :]
+    except OSError as error:
+        raise OutputFailed(error) from None
+
+
+def report_failure(error: FaashoundError) -> int:
+    """Say on standard error why a command failed; return its exit status.
+
+    A reader that has seen enough (`| head`) is no failure to speak of: the status is that of a death by SIGPIPE.
+    """
+    if isinstance(error, OutputFailed) and error.reader_has_left:
+        return 128 + signal.SIGPIPE
+    print(error, file=sys.stderr)
+    return 1
+
+
 def flag_answer(argv: Sequence[str], help_shown: str) -> int | None:
     """Do what a flag common to our programs asks and return the exit status; None if none was given."""
-    if argv == ["--version"]:
-        print(f"faashound {VERSION}")
-        return 0
-    if argv == ["--help"]:
-        print(help_shown, end="")
-        return 0
-    if argv:
+    if not argv:
+        return None
+    texts = {"--version": f"faashound {VERSION}", "--help": help_shown.rstrip("\n")}
+    if len(argv) > 1 or argv[0] not in texts:
         print(f"unknown arguments: {' '.join(argv)}; see --help", file=sys.stderr)
         return 2
-    return None
+    try:
+        write_out(texts[argv[0]])
+    except OutputFailed as error:
+        return report_failure(error)
+    return 0
 
 
 def read_file(path: str, meaning: str) -> str:
@@ -4626,6 +4662,12 @@ def run_healthcheck(environ: Mapping[str, str]) -> int:
     return 1
 
 
+def log_origin(environ: Mapping[str, str]) -> str | None:
+    """Return the name of the function that we serve, as people type it, for the log; None outside of OpenFaaS."""
+    name, namespace = environ.get("OPENFAAS_NAME"), environ.get("OPENFAAS_NAMESPACE")
+    return f"{name}.{namespace}" if name and namespace not in (None, "", "openfaas-fn") else name
+
+
 def load_settings(kind: type[S], environ: Mapping[str, str]) -> S | None:
     """Return the settings, with the log set up and a warning for each look-alike; None, and a message, if bad."""
     try:
@@ -4633,7 +4675,7 @@ def load_settings(kind: type[S], environ: Mapping[str, str]) -> S | None:
     except BadSettings as error:
         print(error, file=sys.stderr)
         return None
-    log.configure(getattr(settings, "log_format", "text"), environ.get("OPENFAAS_NAME"))
+    log.configure(getattr(settings, "log_format", "text"), log_origin(environ))
     for warning in lookalikes(kind, environ):
         log.warning(warning)
     return settings

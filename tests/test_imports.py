@@ -26,7 +26,7 @@ OURS: dict[str, set[str]] = {
     "jetstream": {"watchdog", "names", "spool"},
     "queues": {"watchdog", "names", "spool", "jetstream"},  # which of the two a URL names
     "calls": {"watchdog", "names", "spool", "queues"},
-    "migrate": {"watchdog", "names", "spool", "queues"},
+    "migrate": {"watchdog", "names", "spool", "queues", "calls"},
     "worker": _PARTS | {"migrate"},
     "gateway": _PARTS | {"worker"},  # it may start a worker beside itself, and knows its settings
 }

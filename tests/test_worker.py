@@ -159,7 +159,7 @@ def test_callback_carries_the_answer_and_what_the_contract_names(system: System)
     assert (got.method, got.path, got.body) == ("POST", "/done?x=1", b"a,b")
     assert got.headers["content-type"] == "text/csv"
     assert got.headers["x-call-id"] == call_id
-    assert got.headers["x-function-name"] == "cat"
+    assert got.headers["x-function-name"] == "cat.openfaas-fn"
     assert got.headers["x-function-status"] == "200"
     assert float(got.headers["x-duration-seconds"]) > 0
     assert (got.headers["x-retry"], got.headers["x-retry-max"]) == ("0", "2")
@@ -378,10 +378,12 @@ def test_concurrency_adapts_to_a_function_that_refuses() -> None:
         calls = [system.submit("narrow") for _ in range(40)]
         assert system.ended(system.submit("wide"), "5s")["state"] == "done", "another function is not held up"
         assert {system.ended(call_id, "30s")["state"] for call_id in calls} == {"done"}
-        system.wait_log("narrow refuses calls: at most")
+        system.wait_log("narrow.openfaas-fn refuses calls: at most")
         shown = http_request(metrics_port, "GET", "/metrics").text
-        refused = re.search(r'worker_attempts_total\{function_name="narrow",outcome="429"\} ([0-9.]+)', shown)
-        assert re.search(r'worker_function_limit\{function_name="narrow"\} [1-9]\.0', shown)
+        refused = re.search(
+            r'worker_attempts_total\{function_name="narrow.openfaas-fn",outcome="429"\} ([0-9.]+)', shown
+        )
+        assert re.search(r'worker_function_limit\{function_name="narrow\.openfaas-fn"\} [1-9]\.0', shown)
         assert "wide" not in "".join(re.findall(r"worker_function_limit\{.*", shown))
         assert refused is not None
         assert float(refused[1]) < 80, "without adapting, most attempts are refused"
@@ -613,5 +615,5 @@ def test_worker_answers_healthz_and_metrics() -> None:
         assert http_request(port, "GET", "/healthz").text == "OK"
         assert http_request(port, "POST", "/healthz").status == 405
         text = http_request(port, "GET", "/metrics").text
-    assert 'worker_attempts_total{function_name="cat",outcome="200"} 1.0' in text
+    assert 'worker_attempts_total{function_name="cat.openfaas-fn",outcome="200"} 1.0' in text
     assert 'worker_in_flight{kind="call"} 0.0' in text
