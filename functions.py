@@ -44,7 +44,9 @@ from typing import Any
 
 from .keeper import Child, Keeper, listen_on_loopback
 from .names import DEFAULT_NAMESPACE, BadFunctionName, FunctionName, parse_function_name
-from .watchdog import BadSettings, FaashoundError, Settings, parse_settings, settings_table
+from .retries import BadAnnotations, parse_annotations
+from .spool import parse_queue_name
+from .watchdog import BadSettings, FaashoundError, Settings, parse_settings, settings_table, without_credentials
 
 
 class BadFunctions(FaashoundError):
@@ -72,9 +74,9 @@ def parse_base_url(text: str) -> str:
     try:
         parts = urllib.parse.urlsplit(text)
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError as error:
-        raise ValueError(f"{str(error).lower()}; allowed: {_URL_HELP}") from None
-    if not usable or "@" in parts.netloc or "?" in text or "#" in text or "\\" in text:
+    except ValueError:  # whose text may show a part of a password
+        usable = False
+    if not usable or "@" in text or "?" in text or "#" in text or "\\" in text:
         raise ValueError(f"allowed: {_URL_HELP}")
     return text.rstrip("/")
 
@@ -101,6 +103,10 @@ def _fill(pattern: str, name: FunctionName) -> str:
     return pattern.replace("{name}", name.name).replace("{namespace}", name.namespace)
 
 
+DEFAULT_QUEUE = "faas-request"
+QUEUE_ANNOTATION = "com.openfaas.queue"
+
+
 @dataclass(frozen=True, slots=True)
 class Function:
     """One function.  `url` is its base URL without trailing slash, or None while its watchdog has no socket yet.
@@ -120,6 +126,11 @@ class Function:
     def local(self) -> bool:
         """Whether its watchdog is run by the gateway."""
         return self.settings is not None
+
+    @property
+    def queue(self) -> str:
+        """The queue that its asynchronous calls wait in."""
+        return self.annotations.get(QUEUE_ANNOTATION, DEFAULT_QUEUE)
 
 
 class Functions:
@@ -183,7 +194,7 @@ def read_functions(path: Path, *, missing_ok: bool = False) -> dict[FunctionName
     Raises BadFunctions with every problem in it.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # editors on Windows begin it with a byte order mark
     except FileNotFoundError:
         if missing_ok:
             return {}
@@ -256,12 +267,18 @@ class _Report:
     def __init__(self, source: str, lines: Mapping[tuple[str, ...], int]) -> None:
         self.found: list[tuple[int, str]] = []
         self._source = source
-        self._lines = lines
+        self._lines = {(path[0], ".".join(path[1:])): line for path, line in lines.items()}
 
     def add(self, path: tuple[str, ...], problem: str) -> None:
-        """Note `problem` of the key at `path`: function, its key, a key within that key's table."""
-        line = next(self._lines[path[:end]] for end in range(len(path), 0, -1) if path[:end] in self._lines)
-        place = f"[{path[0]}] {'.'.join(path[1:])}".rstrip()
+        """Note `problem` of the key at `path`: function, its key, a key within that key's table.
+
+        Dots within a key and between keys are one to us: [f] annotations.a.b is what [f.annotations] "a.b" is.
+        """
+        name, key = path[0], ".".join(path[1:])
+        place, known = f"[{name}] {key}".rstrip(), key
+        while (name, known) not in self._lines:
+            known = known.rpartition(".")[0]
+        line = self._lines[name, known]
         self.found.append((line, f"{self._source}:{line}: {place}: {problem}"))
 
     def problems(self) -> list[str]:
@@ -285,6 +302,7 @@ def _parse_function(name: str, entry: Mapping[str, Any], report: _Report) -> Fun
             report.add((name, key), problem)
     texts = {key: _parse_texts((name, key), entry.get(key, {}), report) for key in _TEXT_TABLES}
     _check_environment(name, texts["environment"], report)
+    _check_annotations(name, texts["annotations"], report)
     url = _parse_value((name, "url"), entry["url"], parse_base_url, report) if elsewhere else None
     return Function(whole_name, url, None if elsewhere else _parse_local(name, entry, report), **texts)
 
@@ -340,7 +358,8 @@ def _parse_value(path: tuple[str, ...], value: Any, parse: Callable[[str], str],
     try:
         return parse(text)
     except ValueError as error:
-        report.add(path, f"{text!r}: {error}")
+        secret = path[1:2] == ("environment",)
+        report.add(path, str(error) if secret else f"{without_credentials(text)!r}: {error}")
         return None
 
 
@@ -379,6 +398,21 @@ def _check_environment(name: str, environment: Mapping[str, str], report: _Repor
             report.add(path, "a setting of the watchdog; write it beside fprocess")
         elif key.startswith(_RESERVED_PREFIXES):
             report.add(path, f"reserved; allowed: names that do not start with {' or '.join(_RESERVED_PREFIXES)}")
+
+
+def _check_annotations(name: str, annotations: Mapping[str, str], report: _Report) -> None:
+    """Report annotations that the worker or the queue could not make sense of; all others are the operator's own."""
+    problems = {}
+    try:
+        parse_annotations(name, annotations)
+    except BadAnnotations as error:
+        problems = error.problems
+    try:
+        parse_queue_name(annotations.get(QUEUE_ANNOTATION, DEFAULT_QUEUE))
+    except ValueError as error:
+        problems[QUEUE_ANNOTATION] = str(error)
+    for annotation, problem in problems.items():
+        report.add((name, "annotations", annotation), problem)
 
 
 def watchdog_settings(settings: Mapping[str, str]) -> dict[str, str]:

@@ -64,6 +64,7 @@ from .calls import (
     retry_letter,
 )
 from .functions import (
+    DEFAULT_QUEUE,
     BadFunctions,
     Function,
     Functions,
@@ -74,7 +75,6 @@ from .functions import (
 from .keeper import Keeper
 from .names import FunctionName
 from .queues import NatsSettings, Queue, QueueUrl, is_healthy, open_queue, parse_queue_url
-from .retries import BadAnnotations, parse_annotations
 from .spool import (
     FINAL,
     Call,
@@ -83,7 +83,6 @@ from .spool import (
     State,
     Stats,
     new_call_id,
-    parse_queue_name,
 )
 from .watchdog import (
     CLIENT_GONE_STATUS,
@@ -156,8 +155,6 @@ MAX_KEY_CHARS = 255  # of an Idempotency-Key, as the drafts and peers have it
 SWEEP_EVERY_S = 60.0  # between two rounds of housekeeping in the queue
 WORKER_METRICS_PORT = 8083
 MAX_TOLD_COUNT = 20  # functions listed in the log at the start, a line each
-DEFAULT_QUEUE = "faas-request"
-QUEUE_ANNOTATION = "com.openfaas.queue"
 MAX_LABELS_COUNT = 1000  # functions that function_url finds and that have metrics of their own
 
 
@@ -616,7 +613,8 @@ class Gateway:
         return await serve_metrics(self.metrics, request)
 
     def _is_worker(self, request: Request) -> bool:
-        return hmac.compare_digest(request.header(WORKER_TOKEN.lower()) or b"", self._token)
+        given = request.header(WORKER_TOKEN.lower())  # an empty field is none: it must never be equal to anything
+        return bool(given) and hmac.compare_digest(given, self._token)
 
     def _authorize(self, request: Request) -> None:
         if self._credentials is None or self._credentials.match(request) or self._is_worker(request):
@@ -743,7 +741,7 @@ class Gateway:
             NewCall,
             id=call_id,
             function=function.name,
-            queue=queue_of(function),
+            queue=function.queue,
             method=request.method,
             path=rest.decode(),
             query=request.query.decode(),
@@ -866,11 +864,6 @@ def allow(request: Request, *methods: str) -> None:
         raise MethodNotAllowed(methods)
 
 
-def queue_of(function: Function) -> str:
-    """Return the queue that a function's calls wait in."""
-    return function.annotations.get(QUEUE_ANNOTATION, DEFAULT_QUEUE)
-
-
 def _start_time(epoch_s: float) -> bytes:
     return b"%d" % int(epoch_s * 1e9)
 
@@ -915,21 +908,9 @@ def load_plan(environ: Mapping[str, str]) -> Plan:
 
 
 def load_functions(environ: Mapping[str, str]) -> dict[FunctionName, Function]:
-    """Return the functions of the file that `functions` names, their annotations checked; raises BadFunctions."""
+    """Return the functions of the file that `functions` names; raises BadFunctions."""
     path = Path(environ.get("functions") or settings_table(Settings)["functions"].default or "")
-    table = read_functions(path, missing_ok=not environ.get("functions"))
-    problems = []
-    for function in table.values():
-        try:
-            parse_annotations(function.name, function.annotations)
-            parse_queue_name(queue_of(function))
-        except BadAnnotations as error:
-            problems += str(error).splitlines()
-        except ValueError as error:
-            problems.append(f"function {function.name}: annotation {QUEUE_ANNOTATION}: {error}")
-    if problems:
-        raise BadFunctions(f"{path}: {problem}" for problem in problems)
-    return table
+    return read_functions(path, missing_ok=not environ.get("functions"))
 
 
 def worker_environment(
@@ -943,7 +924,7 @@ def worker_environment(
     ours = {row.name for row in settings_table(Settings).values()} - shared
     base = {name: value for name, value in environ.items() if name not in ours and not name.startswith("LISTEN_")}
     base |= {"OPENFAAS_NAME": "worker"}
-    base.setdefault("queues", ",".join(sorted({DEFAULT_QUEUE, *map(queue_of, functions.values())})))
+    base.setdefault("queues", ",".join(sorted({DEFAULT_QUEUE, *(function.queue for function in functions.values())})))
     if settings is not None:
         base |= {"host": settings.host or "", "metrics_port": str(settings.local_worker_metrics_port)}
     return base

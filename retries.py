@@ -295,7 +295,12 @@ def parse_retry_codes(text: str) -> frozenset[int]:
 
 
 class BadAnnotations(FaashoundError, ValueError):
-    """A function's annotations make no sense; the text names function, annotation, value and what is allowed."""
+    """A function's annotations make no sense; `problems` says of each bad one its value and what is allowed."""
+
+    def __init__(self, function: str, problems: Mapping[str, str]) -> None:
+        self.problems = dict(problems)
+        lines = [f"function {function}: annotation {name}: {problem}" for name, problem in problems.items()]
+        super().__init__("\n".join(lines))
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,10 +325,10 @@ _RETRY_ANNOTATIONS: Mapping[str, tuple[str, Callable[[str], object]]] = {
 def parse_annotations(function: str, annotations: Mapping[str, str]) -> RetryAnnotations:
     """Return what `annotations` say of retries.  To be called when functions are loaded, not at the first retry.
 
-    Raises BadAnnotations, a ValueError, with a line for each bad one, unknown names below our prefix included.
+    Raises BadAnnotations, a ValueError, with each bad one, unknown names below our prefix included.
     """
     values: dict[str, Any] = {}
-    problems = []
+    problems = {}
     for name in sorted(name for name in annotations if name.startswith(_RETRY_PREFIX)):
         try:
             if name not in _RETRY_ANNOTATIONS:
@@ -331,11 +336,11 @@ def parse_annotations(function: str, annotations: Mapping[str, str]) -> RetryAnn
             attribute, parse = _RETRY_ANNOTATIONS[name]
             values[attribute] = parse(annotations[name])
         except ValueError as error:
-            problems.append(f"function {function}: annotation {name}={annotations[name]!r}: {error}")
+            problems[name] = f"{annotations[name]!r}: {error}"
     if values.get("first_wait_s", 0) > values.get("max_wait_s", float("inf")):
-        problems.append(f"function {function}: {_RETRY_PREFIX}min_wait is longer than {_RETRY_PREFIX}max_wait")
+        problems[f"{_RETRY_PREFIX}min_wait"] = f"is longer than {_RETRY_PREFIX}max_wait"
     if problems:
-        raise BadAnnotations("\n".join(problems))
+        raise BadAnnotations(function, problems)
     return RetryAnnotations(**values)
 
 

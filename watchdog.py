@@ -373,7 +373,20 @@ def _parse_row(row: Setting, environ: Mapping[str, str]) -> Any:
     try:
         return row.parse(text)
     except ValueError as error:
-        raise ValueError(f"{name}={text!r}: {error}") from None
+        raise ValueError(f"{name}={without_credentials(text)!r}: {error}") from None
+
+
+def without_credentials(text: str) -> str:
+    """Return `text`, a value that is to be shown because it was refused, with what may be user and password hidden.
+
+    It may be any text with a URL in it, or several, or what was meant to be one (RFC 3986 3.2.1): what stands before
+    the last @ goes.
+    """
+    before, at, after = text.rpartition("@")
+    if not at or ":" not in before:
+        return text
+    start, slashes, _ = before.partition("//")
+    return f"{start if slashes else ''}{slashes}***@{after}"
 
 
 def lookalikes(kind: type, environ: Mapping[str, str]) -> list[str]:
@@ -2138,14 +2151,18 @@ def parse_url(text: str) -> Url:
     """
     if not re.fullmatch(r"[\x21-\x7e]+", text):
         raise ValueError("allowed: a URL of visible ASCII characters")
-    parts = urllib.parse.urlsplit(text)
+    try:
+        parts = urllib.parse.urlsplit(text)
+        given_port = parts.port
+    except ValueError:  # whose text may show a part of a password
+        raise ValueError("allowed: http(s)://host[:port]/path, with a port up to 65535") from None
     if parts.scheme not in ("http", "https"):
         raise ValueError("allowed: http:// or https://")
     if not parts.hostname:
         raise ValueError("no host; allowed: http://host[:port]/path")
     if parts.username is not None or parts.password is not None:
         raise ValueError("user information is not allowed in a URL")
-    port = parts.port or (443 if parts.scheme == "https" else 80)
+    port = given_port or (443 if parts.scheme == "https" else 80)
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     return Url(parts.scheme, parts.hostname, port, target)
 

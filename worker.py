@@ -424,7 +424,9 @@ class Worker:
                     await self.queue.claim(self._settings.queues, self._owner, lease_s, room, self._rooms()),
                 )
             if room := self._room_to_claim("callback"):
-                callbacks = self._start_all("callback", await self.queue.claim_callbacks(self._owner, lease_s, room))
+                callbacks = self._start_all(
+                    "callback", await self.queue.claim_callbacks(self._settings.queues, self._owner, lease_s, room)
+                )
         except FaashoundError as error:
             self._may_wait = {"call", "callback"}
             self._complain(error)

@@ -171,7 +171,7 @@ REMOTE = '[f]\nurl = "http://h"\n'
         (LOCAL + "[f.environment]\nport = 1", "f.toml:4: [f] environment.port: a setting of the watchdog; write it"),
         (LOCAL + "environment.LISTEN_FDS = 1", "f.toml:3: [f] environment.LISTEN_FDS: reserved"),
         (LOCAL + "environment.'A=B' = 1", "f.toml:3: [f] environment.A=B: not a variable's name"),
-        (LOCAL + 'environment.A = "\\u0000"', "f.toml:3: [f] environment.A: '\\x00': allowed: text without NUL"),
+        (LOCAL + 'environment.A = "\\u0000"', "f.toml:3: [f] environment.A: allowed: text without NUL"),
     ],
 )
 def test_problem_names_file_line_function_key_and_what_is_allowed(text: str, problem: str) -> None:
@@ -191,6 +191,47 @@ def test_all_problems_are_reported_at_once_in_the_order_of_the_file() -> None:
         url = "nowhere"
     """)
     assert [problem.split(": ")[0] for problem in found] == ["f.toml:4", "f.toml:5", "f.toml:8"]
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "annotations.com.openfaas.{} = '{}'",
+        "annotations.'com.openfaas.{}' = '{}'",
+        "'annotations'.com.'openfaas.{}'='{}'",
+    ],
+)
+def test_bad_annotation_is_reported_with_its_line_like_every_other_problem(spelling: str) -> None:
+    wrong = {"retry.attempts": "x", "retry.codes": "200", "retry.sometimes": "1", "queue": "no queue"}
+    lines = [spelling.format(name, value) for name, value in wrong.items()]
+    found = problems_of("\n".join(["[f]", "url = 'nowhere'", *lines]))
+    assert [problem.split(": ")[:2] for problem in found] == [
+        ["f.toml:2", "[f] url"],
+        *([f"f.toml:{line}", f"[f] annotations.com.openfaas.{name}"] for line, name in enumerate(wrong, 3)),
+    ]
+    assert all("allowed: " in problem for problem in found)
+
+
+def test_waits_that_contradict_each_other_are_reported_at_the_shorter_bound() -> None:
+    text = 'annotations.com.openfaas.retry.max_wait = "1s"\nannotations.com.openfaas.retry.min_wait = "2s"\n'
+    (problem,) = problems_of(REMOTE + text)
+    assert problem.startswith("f.toml:4: [f] annotations.com.openfaas.retry.min_wait: is longer than com.openfaas")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "url = 'http://user:s3cret@h'",
+        "url = 'http://user:s3cret/x@h'",
+        "url = 'user:s3cret@h'",
+        "fprocess = 'curl http://user:s3cret@h \"'",
+        "fprocess = 'cat'\nenvironment.A = \"s3cret\\u0000\"",
+    ],
+)
+def test_problem_shows_no_password(text: str) -> None:
+    (problem,) = problems_of("[f]\n" + text)
+    assert "allowed" in problem
+    assert "s3cret" not in problem
 
 
 def test_syntax_error_keeps_the_parsers_line_and_column() -> None:
@@ -260,6 +301,12 @@ def test_unreadable_file_is_reported_by_name(tmp_path: Path, content: bytes | No
     path.mkdir() if content is None else path.write_bytes(content)
     with pytest.raises(BadFunctions, match=rf"f\.toml: {text}"):
         read_functions(path, missing_ok=True)
+
+
+def test_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "f.toml"
+    path.write_text('[f]\nurl = "http://h"\n', encoding="utf-8-sig")
+    assert list(read_functions(path)) == [F]
 
 
 def test_file_is_read_in_its_order(tmp_path: Path) -> None:

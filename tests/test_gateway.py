@@ -621,7 +621,14 @@ def test_gateway_names_every_bad_setting_of_its_own_of_the_worker_and_of_the_fun
     settings = {"port": "x", "keep_results": "-1", "max_inflight": "0", "queue_url": "amqp://x", "functions": str(path)}
     ended = run("gateway", settings=settings)
     assert ended.returncode == 2
-    for name in ("port='x'", "keep_results='-1'", "max_inflight='0'", "queue_url='amqp://x'", "[cat] fproces"):
+    for name in (
+        "port='x'",
+        "keep_results='-1'",
+        "max_inflight='0'",
+        "queue_url='amqp://x'",
+        "[cat] fproces",
+        "toml:5: [b]",
+    ):
         assert ended.stderr.count(name) == 1, ended.stderr
 
 

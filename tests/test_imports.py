@@ -19,7 +19,7 @@ OURS: dict[str, set[str]] = {
     "names": {"watchdog"},
     "spool": {"watchdog", "names"},
     "keeper": {"watchdog"},
-    "functions": {"watchdog", "names", "keeper"},
+    "functions": {"watchdog", "names", "keeper", "spool", "retries"},
     "addresses": {"watchdog"},
     "callbacks": {"watchdog", "names", "addresses"},
     "retries": {"watchdog", "names"},

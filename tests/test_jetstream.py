@@ -163,7 +163,7 @@ def schedule(*calls: tuple[str, float], now_s: float = START_S) -> Schedule:
 
 def dealt(made: Schedule, limit: int, now_s: float = START_S, clock_s: float = 0.0) -> list[str]:
     made.advance(now_s, clock_s)
-    return [element[1] for element in made.deal(Wanted((QUEUE,), limit, {}), now_s, clock_s)]
+    return [element[1] for element in made.deal("call", Wanted((QUEUE,), limit, {}), now_s, clock_s)]
 
 
 def test_schedule_deals_a_call_once_and_again_when_nobody_took_it() -> None:

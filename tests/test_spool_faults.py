@@ -378,6 +378,46 @@ def test_older_file_is_brought_to_the_newest_version(tmp_path: Path, monkeypatch
     db.close()
 
 
+def old_file(directory: Path, version: int, rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves a queue as a program of that time has left it, with `rows` that SQL puts in."""
+    with monkeypatch.context() as patch:
+        patch.setattr(spool_module, "MIGRATIONS", spool_module.MIGRATIONS[:version])
+        Desk.create(directory)
+    db = sqlite3.connect(directory / DATABASE)
+    db.executescript(rows)
+    db.close()
+
+
+def old_call(number: int, state: str, callback_url: str = "", callback_state: str = "", queue: str = QUEUE) -> str:
+    """A call of a function `f`, as the first versions have kept it."""
+    values = f"{number}, 'id{number}', 'f', '{queue}', '{state}', {START_S}, {START_S}, 1, {START_S}"
+    columns = "seq, id, function, queue, state, due_s, accepted_s, attempts, finished_s"
+    rows = f"INSERT INTO calls ({columns}) VALUES ({values});"
+    columns = "seq, method, path, query, callback_url, headers, bytes_count, inline"
+    rows += f"INSERT INTO requests ({columns}) VALUES ({number}, 'POST', '/', '', '{callback_url}', '[]', 0, x'');"
+    if callback_state:
+        rows += f"INSERT INTO callbacks (seq, state, due_s) VALUES ({number}, '{callback_state}', {START_S});"
+    return rows
+
+
+def test_callbacks_of_an_older_file_belong_to_the_queues_of_their_calls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        old_call(1, "done", "http://a/1", "pending"),
+        old_call(2, "dead", "http://a/2", "pending"),
+        old_call(3, "done", "http://b:81/", "pending"),
+        old_call(4, "done", "http://a/4", "pending", "internal"),
+        old_call(5, "done", "http://a/5", "dead"),
+    ]
+    old_file(tmp_path / "spool", 2, "".join(rows), monkeypatch)
+    desk = Desk(tmp_path / "spool")
+    assert [lease.call.id for lease in desk.claim_callbacks(room={"a:80": 1})] == ["id1", "id3"]
+    desk.do(desk.spool.requeue_callback("id5"))
+    assert [lease.call.id for lease in desk.claim_callbacks()] == ["id2", "id5"]
+    desk.close()
+
+
 # -- housekeeping
 
 
