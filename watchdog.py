@@ -88,6 +88,10 @@ LONGEST_RESTART_S = 30.0
 PROVEN_AFTER_S = 10.0  # one that has lived so long starts its delays from the beginning
 LINGER_S = 2.0  # after a refusal: how long the client may go on sending before the connection is cut
 LINGER_BYTES = 1 << 24  # ... and how much
+WATCH_IDLE_S = 30  # a connection without traffic is asked so often whether its other end lives; IPVS forgets at 900 s
+WATCH_EVERY_S = 10  # ... and again, while there is no answer
+WATCH_COUNT = 3  # ... and as many unanswered questions end it
+SILENT_S = WATCH_IDLE_S + WATCH_EVERY_S * WATCH_COUNT  # what was sent may stay unconfirmed so long
 CONNECT_TIMEOUT_S = 10.0  # curl waits 300 s, Go's default transport 30 s; behind us is a local network
 KEPT_S = 20.0  # an idle connection to an upstream; below the 30 s after which a watchdog closes its side
 KEPT_CONNECTIONS_COUNT = 64  # idle connections kept for each upstream
@@ -1493,6 +1497,31 @@ class Alarm:
         self._ring()
 
 
+def keep_watch(sock: socket.socket) -> None:
+    """Have the kernel end a TCP connection whose other end has gone without a word, within SILENT_S (tcp(7)).
+
+    Without it a machine that lost its power is waited for as long as anybody listens.  Connections inherit what their
+    listening socket has, so one call for that is enough.  A socket of another kind is left as it is.
+    """
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, WATCH_IDLE_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, WATCH_EVERY_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, WATCH_COUNT)
+    expect_stalls(sock, False)
+
+
+def expect_stalls(sock: socket.socket, expected: bool) -> None:
+    """Tell the kernel whether the other end of a connection that `keep_watch` saw may rightly take nothing for long.
+
+    TCP_USER_TIMEOUT does not tell a peer that is gone from one that lives, answers, and has no room: after SILENT_S
+    with a full window it ends both.  While more is sent than a receiver surely takes, only its own deadlines may.
+    """
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 0 if expected else SILENT_S * 1000)
+
+
 T = TypeVar("T")
 
 
@@ -1612,6 +1641,7 @@ class Listener:
         self._opening: set[asyncio.Task[Any]] = set()
         self._pause: asyncio.TimerHandle | None = None
         sock.setblocking(False)
+        keep_watch(sock)
         sock.listen(BACKLOG)  # one that was inherited may have been given less
         self._loop.add_reader(sock.fileno(), self._on_connection)
 
@@ -1947,6 +1977,8 @@ class ServerConnection(asyncio.Protocol):
         close = self._server.draining or self._refusal is not None or not self._wire.peer_done
         headers = (*response.headers, (b"Date", self._server.date()))
         body = whole(response.body)
+        if not isinstance(body, bytes) or len(body) > MAX_HEAD_BYTES:
+            expect_stalls(self._transport.get_extra_info("socket"), True)  # its reader has the write timeout
         if isinstance(body, bytes):
             length = len(body) if response.length is None else response.length
             await self._write(self._wire.build_whole(response.status, headers, body, length, close))
@@ -2081,6 +2113,14 @@ class Unreachable(FaashoundError):
     status = 502
 
 
+class OutOfResources(Unreachable):
+    """No connection could be made for want of something on this machine that it may soon have again."""
+
+
+# Descriptors of this process or of all, memory for a socket, and ports to connect from.
+_OUT_OF_RESOURCES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL))
+
+
 class UpstreamTimeout(FaashoundError):
     """The upstream did not answer whole by the deadline."""
 
@@ -2211,6 +2251,8 @@ class Client:
                 )
                 return connection
             except (OSError, ssl.SSLError) as error:
+                if error.errno in _OUT_OF_RESOURCES:
+                    raise OutOfResources(f"cannot connect to {url.authority}: {error.strerror}") from None
                 reasons.append(error.strerror or str(error) if isinstance(error, OSError) else str(error))
         raise Unreachable(f"cannot connect to {url.authority}: {'; '.join(reasons) or 'it has no address'}")
 

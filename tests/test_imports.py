@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # Of ours, what each module may import.  Imports run one way: watchdog <- parts <- programs.
-_PARTS = {"watchdog", "names", "spool", "queues", "keeper", "functions", "callbacks", "retries", "calls"}
+_PARTS = {"watchdog", "names", "spool", "queues", "keeper", "functions", "addresses", "callbacks", "retries", "calls"}
 OURS: dict[str, set[str]] = {
     "__init__": set(),
     "watchdog": set(),
@@ -20,7 +20,8 @@ OURS: dict[str, set[str]] = {
     "spool": {"watchdog", "names"},
     "keeper": {"watchdog"},
     "functions": {"watchdog", "names", "keeper", "spool", "retries"},
-    "callbacks": {"watchdog", "names"},
+    "addresses": {"watchdog"},
+    "callbacks": {"watchdog", "names", "addresses"},
     "retries": {"watchdog", "names"},
     "jetstream": {"watchdog", "names", "spool"},
     "queues": {"watchdog", "names", "spool", "jetstream"},  # which of the two a URL names
@@ -36,6 +37,7 @@ OTHERS: dict[str, set[str]] = {
     "gateway": {"uvloop", "prometheus_client"},
     "worker": {"uvloop", "prometheus_client"},
     "jetstream": {"nats"},
+    "addresses": {"psutil"},
 }
 
 LONGEST_FUNCTION_LINES = 60
