@@ -57,6 +57,7 @@ from nats.errors import NoRespondersError
 from nats.js import api
 from nats.js.errors import APIError, NotFoundError
 
+from .names import DEFAULT_NAMESPACE, FunctionName
 from .spool import (
     CALLBACK_TRANSITIONS,
     EXCERPT_BYTES,
@@ -178,7 +179,7 @@ class Entry:
 
     id: str
     revision: int
-    function: str
+    function: FunctionName
     queue: str
     state: State
     due_s: float
@@ -219,7 +220,7 @@ def parse_summary(call_id: str, revision: int, header: str) -> Entry:
     return Entry(
         id=call_id,
         revision=revision,
-        function=facts["f"],
+        function=_whole_name(facts["f"]),
         queue=facts["q"],
         state=State(facts["s"]),
         due_s=facts["d"],
@@ -234,6 +235,11 @@ def parse_summary(call_id: str, revision: int, header: str) -> Entry:
         cancel=bool(facts.get("n")),
         files=tuple(facts.get("b", ())),
     )
+
+
+def _whole_name(text: str) -> FunctionName:
+    """The function of a record; earlier versions knew no namespaces, and wrote the name alone."""
+    return FunctionName(text if "." in text else f"{text}.{DEFAULT_NAMESPACE}")
 
 
 _JSON_FIELDS = (
@@ -503,7 +509,7 @@ def may_forget(entry: Entry, before_s: float) -> bool:
     return entry.finished_s < before_s and entry.callback in (None, CallbackState.DELIVERED)
 
 
-def may_purge(entry: Entry, state: State, function: str | None) -> bool:
+def may_purge(entry: Entry, state: State, function: FunctionName | None) -> bool:
     """Tell whether a person may delete the call."""
     under_way = entry.callback in (CallbackState.PENDING, CallbackState.RUNNING)
     return entry.state is state and function in (None, entry.function) and not under_way
@@ -519,7 +525,7 @@ class Index:
 
     def __init__(self) -> None:
         self.entries: dict[str, Entry] = {}
-        self.by_function: Counter[tuple[str, State]] = Counter()
+        self.by_function: Counter[tuple[FunctionName, State]] = Counter()
         self.callbacks: Counter[CallbackState] = Counter()
 
     def apply(self, entry: Entry) -> None:
@@ -556,7 +562,9 @@ class Index:
             commit_count=commit_count,
         )
 
-    def newest_first(self, state: State | None, function: str | None, before: str | None, limit: int) -> list[str]:
+    def newest_first(
+        self, state: State | None, function: FunctionName | None, before: str | None, limit: int
+    ) -> list[str]:
         """Return the ids of a page; CallUnknown if `before` is gone."""
         end: tuple[float, str] | None = None
         if before is not None:
@@ -772,9 +780,9 @@ class Names:
         """The subject of a call's record."""
         return self.subject("call", build_token(call_id))
 
-    def key(self, function: str, key: str) -> str:
-        """The subject that tells which call an idempotency key stands for."""
-        return self.subject("key", hashlib.sha256(f"{function}\0{key}".encode()).hexdigest()[:40])
+    def key(self, function: FunctionName, key: str) -> str:
+        """The subject that tells which call an idempotency key stands for; as earlier versions have named it."""
+        return self.subject("key", hashlib.sha256(f"{function.short}\0{key}".encode()).hexdigest()[:40])
 
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,128}", re.ASCII)
@@ -2153,7 +2161,12 @@ class JetStream:
     # -- for people
 
     async def calls(
-        self, *, state: State | None = None, function: str | None = None, limit: int = 100, before: str | None = None
+        self,
+        *,
+        state: State | None = None,
+        function: FunctionName | None = None,
+        limit: int = 100,
+        before: str | None = None,
     ) -> list[Call]:
         """Calls, newest first, without inline bodies and history (`get` has them)."""
         index = await self._index()
@@ -2187,7 +2200,7 @@ class JetStream:
         self._check_open()
         return (await self._records.change(call_id, partial(requeue_callback, now_s=self._now()))).call
 
-    async def purge(self, *, state: State, function: str | None = None, call_id: str | None = None) -> int:
+    async def purge(self, *, state: State, function: FunctionName | None = None, call_id: str | None = None) -> int:
         """Delete calls in a final state, except those with a callback under way; return how many."""
         if state not in FINAL:
             raise AssertionError(f"calls that are {state.value} are not for purging: cancel them")

@@ -56,6 +56,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol, TypeVar, cast
 
+from .names import FunctionName
 from .watchdog import BodyTooLarge, FaashoundError, log
 
 T = TypeVar("T")
@@ -200,7 +201,7 @@ class NewCall:
     """A call as it was accepted. Times are seconds since the epoch; `headers` are latin-1 text, as received."""
 
     id: str
-    function: str
+    function: FunctionName
     queue: str
     method: str
     path: str
@@ -295,7 +296,7 @@ class Stats:
     """The queue in figures. Pending callbacks include those on their way; `commit_count` is of this Spool alone."""
 
     by_state: Mapping[State, int]
-    by_function: Mapping[tuple[str, State], int]
+    by_function: Mapping[tuple[FunctionName, State], int]
     oldest_due_age_s: float | None
     callback_pending_count: int
     callback_dead_count: int
@@ -579,6 +580,9 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE INDEX callbacks_ready ON callbacks (queue, destination, due_s) WHERE state = 'pending' AND ready = 1;
     CREATE INDEX callbacks_due ON callbacks (ready, due_s) WHERE state = 'pending';
     """,
+    """
+    UPDATE calls SET function = function || '.openfaas-fn' WHERE instr(function, '.') = 0;
+    """,
 )
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -741,7 +745,7 @@ def _parse_headers(text: str | None) -> Headers:
 def _parse_call(row: sqlite3.Row, history: tuple[Attempt, ...]) -> Call:
     return Call(
         id=row["id"],
-        function=row["function"],
+        function=FunctionName(row["function"]),
         queue=row["queue"],
         method=row["method"],
         path=row["path"],
@@ -1270,7 +1274,7 @@ class _Filter:
     """Which calls to list: all conditions that are not None hold; newest first."""
 
     state: State | None
-    function: str | None
+    function: FunctionName | None
     limit: int
     before: str | None
 
@@ -1314,10 +1318,10 @@ def _look_ahead(db: sqlite3.Connection, call_after_s: float, callback_after_s: f
 
 
 def _count(db: sqlite3.Connection, now_s: float, commit_count: int) -> Stats:
-    by_function: dict[tuple[str, State], int] = {}
+    by_function: dict[tuple[FunctionName, State], int] = {}
     by_state = dict.fromkeys(State, 0)
     for state, function, count in db.execute("SELECT state, function, count(*) FROM calls GROUP BY state, function"):
-        by_function[function, State(state)] = count
+        by_function[FunctionName(function), State(state)] = count
         by_state[State(state)] += count
     callbacks = dict(db.execute("SELECT state, count(*) FROM callbacks GROUP BY state").fetchall())
     (oldest_s,) = db.execute(SQL_NEXT_DUE, {"after_s": -1e300}).fetchone()
@@ -1384,7 +1388,9 @@ def _delete(tx: _Transaction, rows: Sequence[int]) -> tuple[str, ...]:
     return tuple(files)
 
 
-def _purge(tx: _Transaction, state: State, function: str | None, call_id: str | None, after_seq: int) -> _Dropped:
+def _purge(
+    tx: _Transaction, state: State, function: FunctionName | None, call_id: str | None, after_seq: int
+) -> _Dropped:
     rows = tx.db.execute(
         "SELECT seq FROM calls WHERE state = :state AND seq > :after AND (:function IS NULL OR function = :function)"
         " AND (:id IS NULL OR id = :id) AND NOT EXISTS (SELECT 1 FROM callbacks"
@@ -2781,7 +2787,12 @@ class Spool:
     # -- for people
 
     async def calls(
-        self, *, state: State | None = None, function: str | None = None, limit: int = 100, before: str | None = None
+        self,
+        *,
+        state: State | None = None,
+        function: FunctionName | None = None,
+        limit: int = 100,
+        before: str | None = None,
     ) -> list[Call]:
         """Calls, newest first, without what may be long: path, query, callback URL, header fields, bodies, history.
 
@@ -2800,7 +2811,7 @@ class Spool:
         """A dead callback is due now, attempts from 0. Raises CallNotDead, CallUnknown."""
         return await self._write(partial(_requeue_callback, call_id=call_id, now_s=self._now()))
 
-    async def purge(self, *, state: State, function: str | None = None, call_id: str | None = None) -> int:
+    async def purge(self, *, state: State, function: FunctionName | None = None, call_id: str | None = None) -> int:
         """Deletes calls in a final state, except those with a callback under way; returns how many."""
         if state not in FINAL:
             raise AssertionError(f"calls that are {state.value} are not for purging: cancel them")

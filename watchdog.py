@@ -2252,6 +2252,14 @@ class Unreachable(FaashoundError):
     status = 502
 
 
+class OutOfResources(Unreachable):
+    """No connection could be made for want of something on this machine that it may soon have again."""
+
+
+# Descriptors of this process or of all, memory for a socket, and ports to connect from.
+_OUT_OF_RESOURCES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL))
+
+
 class UpstreamTimeout(FaashoundError):
     """The upstream did not answer whole by the deadline."""
 
@@ -2382,6 +2390,8 @@ class Client:
                 )
                 return connection
             except (OSError, ssl.SSLError) as error:
+                if error.errno in _OUT_OF_RESOURCES:
+                    raise OutOfResources(f"cannot connect to {url.authority}: {error.strerror}") from None
                 reasons.append(error.strerror or str(error) if isinstance(error, OSError) else str(error))
         raise Unreachable(f"cannot connect to {url.authority}: {'; '.join(reasons) or 'it has no address'}")
 

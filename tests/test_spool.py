@@ -242,7 +242,7 @@ def test_claim_is_asked_for_again_when_expired_calls_took_its_turn(desk: Desk) -
     desk.do(desk.spool.wait_for_work(0))
     assert desk.claim(1) == []
     assert desk.do(desk.spool.wait_for_work(0))
-    assert [lease.call.function for lease in desk.claim(1)] == ["b"]
+    assert [lease.call.function.name for lease in desk.claim(1)] == ["b"]
 
 
 # -- leases
@@ -415,7 +415,7 @@ def test_first_call_of_a_function_waits_for_one_turn_only_when_another_has_ten_t
 
     desk.do(fill())
     for _ in range(3):
-        assert {lease.call.function for lease in desk.claim(16)} == {"greedy"}
+        assert {lease.call.function.name for lease in desk.claim(16)} == {"greedy"}
     desk.put("modest")
-    claimed = [lease.call.function for lease in desk.claim(2)]
+    claimed = [lease.call.function.name for lease in desk.claim(2)]
     assert sorted(claimed) == ["greedy", "modest"]

@@ -36,7 +36,7 @@ from faashound.spool import (
 from tests.test_spool_kit import LEASE_S, QUEUE, START_S, Remote, inline, new_call
 
 ATTEMPT = Attempt(START_S, START_S, 500, "failed")
-FUNCTIONS = ("f", "g", "h")
+FUNCTIONS = ("f", "g", "f.other")
 RECEIVERS = ("a", "b")
 
 
@@ -224,7 +224,7 @@ class SpoolMachine(RuleBasedStateMachine):
             callback_url=receiver and f"http://{receiver}/",
             idempotency_key=key,
         )
-        return call, Row(function, call.due_s, receiver, key)
+        return call, Row(call.function, call.due_s, receiver, key)
 
     @rule(call_id=ids)
     def cancel(self, call_id: str) -> None:
