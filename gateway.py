@@ -33,7 +33,7 @@ import socket
 import sys
 import time
 import urllib.parse
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -81,6 +81,7 @@ from .functions import (
     parse_function_url,
     read_functions,
 )
+from .health import TROUBLE_KEY, Health, stray_queues
 from .keeper import Keeper, python_command
 from .names import DEFAULT_NAMESPACE, FunctionName, parse_namespaces
 from .passwords import Credentials, PasswordDoor
@@ -90,6 +91,7 @@ from .spool import (
     FINAL,
     Call,
     NewCall,
+    QueueFull,
     QueueUnavailable,
     State,
     Stats,
@@ -475,15 +477,20 @@ class GatewayMetrics:
         submitted = CounterMetricFamily(
             "gateway_async_submissions", "Asynchronous calls submitted, by outcome", labels=("code",)
         )
+        trouble = GaugeMetricFamily(
+            "gateway_trouble", "1 while a part behind the gateway does not work", labels=("part",)
+        )
         for key, numbers in self._seat.board.tally.totals().items():
             kind, *label = key.split()
             if kind == "seconds":
                 buckets, sum_s = cumulated(numbers)
                 total.add_metric(label, buckets[-1][1])
                 seconds.add_metric(label, buckets, sum_s)
+            elif kind == TROUBLE_KEY:
+                trouble.add_metric(label, min(numbers[0], 1))
             else:
                 (started if kind == "started" else submitted).add_metric(label, numbers[0])
-        yield from (total, started, seconds, submitted)
+        yield from (total, started, seconds, submitted, trouble)
         if self._stats is not None:
             yield from queue_metrics(self._stats)
 
@@ -494,6 +501,10 @@ def queue_metrics(stats: Stats) -> Iterator[Metric]:
     for state in State:
         calls.add_metric((state.value,), stats.by_state.get(state, 0))
     yield calls
+    waiting = GaugeMetricFamily("gateway_queue_waiting", "Calls and callbacks that wait, by queue", labels=("queue",))
+    for name, count in stats.waiting.items():
+        waiting.add_metric((name,), count)
+    yield waiting
     yield GaugeMetricFamily(
         "gateway_queue_dead_callbacks", "Results that could not be delivered", value=stats.callback_dead_count
     )
@@ -570,6 +581,7 @@ class Gateway:
         seat: Seat,
     ) -> None:
         self.metrics = GatewayMetrics(seat)
+        self.health = Health(seat)
         self._client = Client()
         self._guarded_client = Client(guard_functions(resolve_any))
         self.draining = False
@@ -617,7 +629,7 @@ class Gateway:
             check_own_page(request)
             return await self._system(request, name, rest.decode("latin-1"))
         if request.path == b"/healthz":
-            return self._health(request)
+            return self._answer_health(request)
         raise NotFound("not found; allowed: /function/NAME, /async-function/NAME, /async-function/CALL-ID, /healthz")
 
     def _check_host(self, request: Request) -> None:
@@ -627,12 +639,13 @@ class Gateway:
             if not self._is_worker(request):  # which is no browser, and may know us by another name
                 raise
 
-    def _health(self, request: Request) -> Response:
+    def _answer_health(self, request: Request) -> Response:
         allow(request, "GET")
-        if self.draining:
-            raise NotReady("draining")
-        if not is_healthy(self._queue):
-            raise NotReady("the queue cannot be reached")
+        problems = ["draining"] if self.draining else []
+        problems += [] if is_healthy(self._queue) else ["the queue cannot be reached"]
+        problems += self.health.problems(time.monotonic())
+        if problems:
+            raise NotReady("; ".join(problems))
         return Response(200, (TEXT_PLAIN,), b"OK")
 
     async def close(self) -> None:
@@ -656,8 +669,8 @@ class Gateway:
         return await serve_metrics(self.metrics, request)
 
     def _is_worker(self, request: Request) -> bool:
-        given = request.header(WORKER_TOKEN.lower())  # an empty field is none: it must never be equal to anything
-        return bool(given) and hmac.compare_digest(given, self._token)
+        given = request.header(WORKER_TOKEN.lower()) or b""
+        return given != b"" and hmac.compare_digest(given, self._token)  # an empty field is none, whatever our token
 
     async def _authorize(self, request: Request) -> None:
         if self._door is not None and not self._is_worker(request):
@@ -719,7 +732,7 @@ class Gateway:
         target = function_target(function, request, rest)
         try:
             return await self._client_of(function).request(
-                request.method, target, headers, request.body, request.body.length, deadline_s
+                request.method, target, headers, whole(request.body), request.body.length, deadline_s
             )
         except UpstreamTimeout as error:
             text = f"{function.name.short} did not answer within upstream_timeout ({format_duration(limit_s)})"
@@ -773,7 +786,15 @@ class Gateway:
         if request.body.length is not None and request.body.length > limit_bytes:
             raise BodyTooLarge(limit_bytes)
         build_call = self._parse_submission(request, function, rest)
-        call = build_call(body=await self._queue.store_body(whole(request.body), limit_bytes))
+        try:
+            taken = await self._put(build_call(body=await self._queue.store_body(whole(request.body), limit_bytes)))
+        except (QueueUnavailable, QueueFull) as error:
+            self.health.queue_refused(error, time.monotonic())
+            raise
+        self.health.queue_took()
+        return taken
+
+    async def _put(self, call: NewCall) -> Call:
         try:
             return await self._put_limit.run(self._queue.put(call))
         except TimeoutError:  # it may still get in; whoever asks again with the same id learns so by a 409
@@ -1037,15 +1058,35 @@ FUNCTIONS_GRACE_S = 10.0  # for watchdogs whose requests are over already
 WORKER_COMMAND = python_command("faashound.worker")
 
 
-async def keep_house(queue: Queue, settings: Settings) -> None:
-    """Drop what is past its time from the queue, for ever."""
+async def keep_house(queue: Queue, settings: Settings, drained: Collection[str]) -> None:
+    """Drop what is past its time from the queue, for ever, and tell of calls in queues that are none of `drained`."""
     shortest_s = min(settings.keep_results_s, settings.retention_s)
+    told: Mapping[str, int] = {}
     while True:
         try:
             await queue.sweep(settings.keep_results_s, settings.retention_s)
+            stray = stray_queues((await queue.stats()).waiting, drained)
+            if stray.keys() != told.keys():
+                tell_of_stray_queues(stray)
+            told = stray
         except FaashoundError as error:
             log.warning(f"housekeeping in the queue failed: {error}")
         await asyncio.sleep(min(SWEEP_EVERY_S, max(shortest_s, 1.0)))
+
+
+def tell_of_stray_queues(stray: Mapping[str, int]) -> None:
+    """Log which queues have calls that may wait for ever."""
+    for name, count in stray.items():
+        log.warning(
+            f"{count} calls or callbacks wait in the queue {name}, which no function names any more and no worker of"
+            f" ours drains; a worker with queues={name} makes them"
+        )
+
+
+def drained_queues(plan: Plan) -> frozenset[str]:
+    """Return the queues that functions name or the worker beside us drains."""
+    named = {DEFAULT_QUEUE, *(function.queue for function in plan.functions.values())}
+    return frozenset(named.union(() if plan.worker is None else parse_settings(WorkerSettings, plan.worker).queues))
 
 
 def tell_what_is_served(plan: Plan, url: str | None, sockets: Sequence[socket.socket]) -> None:
@@ -1101,7 +1142,8 @@ async def serve(plan: Plan, local: LocalFunctions, doors: Doors, duty: Duty) -> 
         keeper = Keeper()
         stack.push_async_callback(keeper.stop, 0.0)
         if duty.seat.is_first and plan.worker is not None:
-            keeper.start("the worker", WORKER_COMMAND, {**plan.worker, "gateway_url": url or ""})
+            environ = {**plan.worker, "gateway_url": url or ""}
+            keeper.start("the worker", WORKER_COMMAND, environ, on_trouble=gateway.health.worker_trouble)
         await signals.first.wait()
         gateway.drain()
         await finished_first(worker_gone(keeper, duty.seat), signals.second.wait())
@@ -1134,7 +1176,7 @@ async def assemble(
     if seat.is_first:
         local.start()
         stack.push_async_callback(local.stop, FUNCTIONS_GRACE_S)
-        stack.callback(asyncio.create_task(keep_house(queue, settings)).cancel)
+        stack.callback(asyncio.create_task(keep_house(queue, settings, drained_queues(plan))).cancel)
     policy = build_policy([url] if url else [], settings.callback_allow)
     functions = Functions(local.table, settings.function_url, settings.namespaces)
     gateway = Gateway(settings, functions, queue, policy, door, browser_rules(settings, sockets), seat)

@@ -48,6 +48,7 @@ import stat
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
@@ -293,10 +294,14 @@ class Swept:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """The queue in figures. Pending callbacks include those on their way; `commit_count` is of this Spool alone."""
+    """The queue in figures. Pending callbacks include those on their way; `commit_count` is of this Spool alone.
+
+    `waiting` are the calls that are queued and the callbacks that are pending, by the name of their queue.
+    """
 
     by_state: Mapping[State, int]
     by_function: Mapping[tuple[FunctionName, State], int]
+    waiting: Mapping[str, int]
     oldest_due_age_s: float | None
     callback_pending_count: int
     callback_dead_count: int
@@ -1324,10 +1329,13 @@ def _count(db: sqlite3.Connection, now_s: float, commit_count: int) -> Stats:
         by_function[FunctionName(function), State(state)] = count
         by_state[State(state)] += count
     callbacks = dict(db.execute("SELECT state, count(*) FROM callbacks GROUP BY state").fetchall())
+    waiting = Counter(dict(db.execute("SELECT queue, count(*) FROM calls WHERE state = 'queued' GROUP BY queue")))
+    waiting.update(dict(db.execute("SELECT queue, count(*) FROM callbacks WHERE state = 'pending' GROUP BY queue")))
     (oldest_s,) = db.execute(SQL_NEXT_DUE, {"after_s": -1e300}).fetchone()
     return Stats(
         by_state=by_state,
         by_function=by_function,
+        waiting=waiting,
         oldest_due_age_s=None if oldest_s is None or oldest_s > now_s else now_s - oldest_s,
         callback_pending_count=callbacks.get("pending", 0) + callbacks.get("running", 0),
         callback_dead_count=callbacks.get("dead", 0),

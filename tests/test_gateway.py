@@ -212,7 +212,9 @@ def test_gateway_ends_the_function_when_a_caller_hangs_up(system: System) -> Non
 
 
 def test_gateway_asks_for_the_body_only_of_a_function_that_exists(system: System) -> None:
-    head = "POST {} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nExpect: 100-continue\r\nConnection: close\r\n\r\n"
+    head = (
+        "POST {} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nExpect: 100-continue\r\nConnection: close\r\n\r\n"
+    )
     with connect(system.port) as client:
         client.sendall(head.format("/function/cat").encode())
         assert read_until(client, b"\r\n\r\n").startswith(b"HTTP/1.1 100 ")
@@ -222,7 +224,9 @@ def test_gateway_asks_for_the_body_only_of_a_function_that_exists(system: System
 
 
 def test_gateway_answers_options_asterisk(system: System) -> None:
-    assert raw(system.port, b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").startswith(b"HTTP/1.1 404 ")
+    assert raw(system.port, b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").startswith(
+        b"HTTP/1.1 404 "
+    )
 
 
 def test_gateway_streams_large_bodies_both_ways_in_constant_memory() -> None:
