@@ -17,12 +17,15 @@ Contract:
 - Within a function calls run in the order (due_s, id); between functions they take turns.
 - A write either happens whole or raises: `QueueFull` (no room), `QueueUnavailable` (any other trouble with the disk),
   `QueueDamaged`. After the first two the queue goes on by itself as soon as the disk lets it.
+- On a full disk only new calls are refused. What ends calls (claim, finish, cancel, purge, sweep) uses the reserve, and
+  a result that finds no room waits for it: a queue that has filled its own disk drains.
 
 It refuses to: start on a file that is damaged, foreign or newer than this program (`set_aside` is the operator's
 remedy, never ours); empty or overwrite such a file; drop a dead letter or an undelivered callback unasked.
 
 In the directory (0700): `spool.sqlite3` and its `-wal` and `-shm`; `bodies/`, what is longer than `INLINE_BYTES`;
-`owners/`, one locked file per live worker; `bells/`, one datagram socket per open Spool; `writer.lock`; `token`.
+`owners/`, one locked file per live worker; `bells/`, one datagram socket per open Spool; `writer.lock`; `token`;
+`reserve`, which has no content but its size.
 
 A Spool belongs to the event loop it was opened on, and does not survive a fork: locks and connections would be shared.
 """
@@ -48,11 +51,21 @@ import stat
 import threading
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import Enum, IntFlag
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol, TypeVar, cast
 
@@ -80,6 +93,13 @@ RECLAIM_S = 1.0  # shortest time between two looks for dead owners
 ORPHAN_S = 3600.0  # a stored body that no row names after this time is a crash's leftover
 SETTLED_NS = 1_000_000_000  # a directory not changed for so long shows its next change by another time stamp
 FILE_CHUNK_BYTES = 256 * 1024  # bodies go to and from files in pieces of this size, one thread hop each
+RESERVE_BYTES = 8 << 20  # kept free for ending calls: a hundred of the largest results that a row holds
+RESERVE_PART = 8  # of a small disk, the part that the reserve takes at most
+SLACK_PART = 4  # of the reserve, the part that is to be free besides: for the rows that are written beside bodies
+PAGE_BYTES = 4096  # of SQLite's file
+TOLD_S = 60.0  # between two lines about the same disk
+ROOM_PAUSE_S = 1.0  # before a result that has found no room is tried again
+SHORT_STEP_COUNT = 32  # the same while the reserve is in use, which has to hold all that a commit changes
 
 # --------------------------------------------------------------------------------------------------------------------
 # Errors
@@ -94,6 +114,12 @@ class QueueUnavailable(FaashoundError):
 
 class QueueFull(FaashoundError):
     """The disk is full. Nothing was accepted; room is noticed without a restart."""
+
+    status = 507
+
+
+class ResultLost(FaashoundError):
+    """The answer of a function broke off while it waited for room: the function has run, and must not run again."""
 
     status = 507
 
@@ -280,6 +306,17 @@ class Renewal:
 
 
 @dataclass(frozen=True, slots=True)
+class QueueLimits:
+    """What a queue takes at most.
+
+    `reserve_bytes` of its disk are kept free for ending calls, an eighth of a small disk; 0: none; None: what other
+    processes keep is used, and nothing is added to it.
+    """
+
+    reserve_bytes: int | None = RESERVE_BYTES
+
+
+@dataclass(frozen=True, slots=True)
 class Swept:
     """What one `sweep` removed."""
 
@@ -292,7 +329,10 @@ class Swept:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """The queue in figures. Pending callbacks include those on their way; `commit_count` is of this Spool alone."""
+    """The queue in figures. Pending callbacks include those on their way; `commit_count` is of this Spool alone.
+
+    `free_bytes` of the queue's disk, and `reserve_bytes` of the room that is kept for ending calls; None: not known.
+    """
 
     by_state: Mapping[State, int]
     by_function: Mapping[tuple[str, State], int]
@@ -300,6 +340,8 @@ class Stats:
     callback_pending_count: int
     callback_dead_count: int
     commit_count: int
+    free_bytes: int | None = None
+    reserve_bytes: int | None = None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -671,6 +713,11 @@ class _Transaction:
 
     db: sqlite3.Connection
     ring: Ring = Ring.NOTHING
+    short: bool = False  # the reserve is in use: give room back where it costs nobody a result
+
+    @property
+    def step_count(self) -> int:
+        return SHORT_STEP_COUNT if self.short else STEP_COUNT
 
 
 _encode_json = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps would make an encoder for each call
@@ -878,7 +925,7 @@ _Lane = tuple[str, str]  # queue, function
 
 def _claim(tx: _Transaction, wanted: _Wanted, last: _Lane, claimant: _Claimant) -> tuple[list[Lease], _Lane]:
     """Takes calls in turns, beginning behind the lane that was served `last`; returns that lane for the next claim."""
-    if _expire(tx, claimant.now_s) == STEP_COUNT:
+    if _expire(tx, claimant.now_s) == tx.step_count:
         tx.ring |= Ring.WORK  # more are waiting to be expired, and may hide live ones: come again
     picked = _pick(tx.db, wanted, last, claimant.now_s)
     state = next_state(State.QUEUED, Event.CLAIM).value
@@ -932,7 +979,7 @@ def _walk_lanes(db: sqlite3.Connection, wanted: _Wanted, last: _Lane, now_s: flo
 
 def _expire(tx: _Transaction, now_s: float) -> int:
     state = next_state(State.QUEUED, Event.EXPIRE).value
-    values = {"state": state, "now_s": now_s, "limit": STEP_COUNT}
+    values = {"state": state, "now_s": now_s, "limit": tx.step_count}
     count = tx.db.execute(SQL_EXPIRE, values).rowcount
     if count:
         tx.ring |= Ring.FINISHED
@@ -983,9 +1030,14 @@ class _Ending:
     callback_due_s: float
 
 
-def _finish(tx: _Transaction, lease: Lease, ending: _Ending) -> None:
+def _finish(tx: _Transaction, lease: Lease, ending: _Ending) -> tuple[str, ...]:
+    """Ends a call, with its result; returns files that nothing names now.
+
+    On a disk that is short of room a call that is done gives its payload, which will not be sent again, for its result.
+    """
     seq = _end_lease(tx, lease, "call")
     run, attempt = ending.run, ending.run.attempt
+    files = _drop_payloads(tx, [seq]) if tx.short and run.state is State.DONE else ()
     _add_attempt(tx, seq, attempt)
     tx.db.execute(
         "UPDATE calls SET state = ?, finished_s = ?, status = ?, error = ?, duration_s = ? WHERE seq = ?",
@@ -1005,6 +1057,18 @@ def _finish(tx: _Transaction, lease: Lease, ending: _Ending) -> None:
             "INSERT INTO callbacks (seq, state, due_s) VALUES (?, 'pending', ?)", (seq, ending.callback_due_s)
         )
         tx.ring |= Ring.WORK
+    return files
+
+
+def _drop_payloads(tx: _Transaction, rows: Sequence[int]) -> tuple[str, ...]:
+    """Forgets the bodies of calls that will not run again, but not how long they were; returns the files they named."""
+    files: list[str] = []
+    for seq in rows:
+        files.extend(
+            file for (file,) in tx.db.execute("SELECT file FROM requests WHERE seq = ? AND file IS NOT NULL", (seq,))
+        )
+        tx.db.execute("UPDATE requests SET file = NULL, inline = NULL WHERE seq = ?", (seq,))
+    return tuple(files)
 
 
 def _store_result(tx: _Transaction, seq: int, ending: _Ending) -> None:
@@ -1291,26 +1355,26 @@ class _Step(Protocol):
     def __call__(self, tx: _Transaction, before_s: float, after: _Position) -> _Dropped: ...
 
 
-def _step(db: sqlite3.Connection, sql: str, before_s: float, after: _Position) -> list[tuple[Any, ...]]:
-    values = {"before_s": before_s, "after_s": after[0], "after_seq": after[1], "limit": STEP_COUNT}
-    return db.execute(sql, values).fetchall()
+def _step(tx: _Transaction, sql: str, before_s: float, after: _Position) -> list[tuple[Any, ...]]:
+    values = {"before_s": before_s, "after_s": after[0], "after_seq": after[1], "limit": tx.step_count}
+    return tx.db.execute(sql, values).fetchall()
 
 
 def _drop_results(tx: _Transaction, before_s: float, after: _Position) -> _Dropped:
-    rows = _step(tx.db, SQL_OLD_RESULTS, before_s, after)
+    rows = _step(tx, SQL_OLD_RESULTS, before_s, after)
     tx.db.executemany(
         "UPDATE results SET excerpt = coalesce(excerpt, substr(inline, 1, ?)), headers = '[]',"
         " bytes_count = NULL, file = NULL, inline = NULL WHERE seq = ?",
         [(EXCERPT_BYTES, seq) for seq, _, _ in rows],
     )
     files = tuple(file for _, _, file in rows if file is not None)
-    return _Dropped(len(rows), files, (rows[-1][1], rows[-1][0]) if len(rows) == STEP_COUNT else None)
+    return _Dropped(len(rows), files, (rows[-1][1], rows[-1][0]) if len(rows) == tx.step_count else None)
 
 
 def _drop_calls(tx: _Transaction, before_s: float, after: _Position) -> _Dropped:
-    rows = _step(tx.db, SQL_OLD_CALLS, before_s, after)
+    rows = _step(tx, SQL_OLD_CALLS, before_s, after)
     files = _delete(tx, [seq for seq, _ in rows])
-    return _Dropped(len(rows), files, (rows[-1][1], rows[-1][0]) if len(rows) == STEP_COUNT else None)
+    return _Dropped(len(rows), files, (rows[-1][1], rows[-1][0]) if len(rows) == tx.step_count else None)
 
 
 def _delete(tx: _Transaction, rows: Sequence[int]) -> tuple[str, ...]:
@@ -1327,10 +1391,19 @@ def _purge(tx: _Transaction, state: State, function: str | None, call_id: str | 
         "SELECT seq FROM calls WHERE state = :state AND seq > :after AND (:function IS NULL OR function = :function)"
         " AND (:id IS NULL OR id = :id) AND NOT EXISTS (SELECT 1 FROM callbacks"
         " WHERE callbacks.seq = calls.seq AND callbacks.state IN ('pending', 'running')) ORDER BY seq LIMIT :limit",
-        {"state": state.value, "after": after_seq, "function": function, "id": call_id, "limit": STEP_COUNT},
+        {"state": state.value, "after": after_seq, "function": function, "id": call_id, "limit": tx.step_count},
     ).fetchall()
     files = _delete(tx, [seq for (seq,) in rows])
-    return _Dropped(len(rows), files, (0.0, rows[-1][0]) if len(rows) == STEP_COUNT else None)
+    return _Dropped(len(rows), files, (0.0, rows[-1][0]) if len(rows) == tx.step_count else None)
+
+
+def _truncate_journal(db: sqlite3.Connection) -> None:
+    """Writes the journal back and cuts it to nothing, unless someone reads from it just now: then the next time."""
+    db.execute("PRAGMA busy_timeout = 0")  # else it would wait for readers, and all writers with it
+    try:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    finally:
+        db.execute(f"PRAGMA busy_timeout = {int(BUSY_S * 1000)}")
 
 
 def _unnamed(db: sqlite3.Connection, files: Sequence[str]) -> list[str]:
@@ -1343,7 +1416,7 @@ def _unnamed(db: sqlite3.Connection, files: Sequence[str]) -> list[str]:
 def _vacuum(tx: _Transaction) -> int:
     """Gives some free pages back to the disk; returns how many, 0 when only the spare ones are left."""
     (free,) = tx.db.execute("PRAGMA freelist_count").fetchone()
-    count: int = max(0, min(free - SPARE_PAGE_COUNT, STEP_COUNT))
+    count: int = max(0, min(free - SPARE_PAGE_COUNT, tx.step_count))
     if count:
         tx.db.execute(f"PRAGMA incremental_vacuum({count})").fetchall()
     return count
@@ -1515,6 +1588,125 @@ def _not_ours(path: Path, info: os.stat_result) -> QueueUnavailable:
     )
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# The reserve
+#
+# On a full disk nothing can be written, and so nothing can end: a claim, a cancel, even a deletion goes to SQLite's
+# journal first. So a file takes up room that is let go of when a step that ends calls fails for want of it. The step is
+# done again, the journal is written back and cut, and the file takes up its room again, if there is any. Until it has
+# all of it, the queue takes no calls: what ends gives room back, what comes would take the last of it.
+#
+# Everything is written twice, to the journal and from there to its place. Pages that found room in the one and have
+# none in the other would be stuck, and the reserve with them. So a group is let in only if there is room for both, what
+# stands in the journal already included, and the journal is written back before it holds more than half the reserve.
+#
+# A long result may take the other half, no more, as it needs a commit to be of use. Only the writer fills the file,
+# inside a turn: between letting go and using, no other process can take the room back.
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class _Reserve:
+    """The file `reserve`. Its size is all there is to it: whole, or let go of in part; every process sees it."""
+
+    def __init__(self, tree: _Tree, wanted_bytes: int | None) -> None:
+        """`wanted_bytes` is taken from disks that are large enough for it; None: take what is there for the whole."""
+        self._tree = tree
+        self._journal = tree.path / f"{DATABASE}-wal"
+        self._fd = -1
+        self._full_since_s: float | None = None
+        self.whole_bytes = 0
+        with contextlib.suppress(FileNotFoundError):
+            flags = os.O_RDWR | (os.O_CREAT if wanted_bytes else 0)
+            self._fd = _open_ours(tree.root_fd, tree.path / "reserve", flags)
+        if self._fd >= 0 and wanted_bytes:
+            disk = os.fstatvfs(tree.root_fd)
+            self.whole_bytes = min(wanted_bytes, disk.f_blocks * disk.f_frsize // RESERVE_PART)
+
+    def open(self) -> None:
+        """Takes up the room, also where a copy of the directory has left a hole instead; inside a turn."""
+        try:
+            if self.held_bytes > self.whole_bytes > 0:  # the operator wants less of it now
+                os.ftruncate(self._fd, self.whole_bytes)
+            self._fill()
+            self.tell()
+        except OSError as error:
+            log.warning(f"no room can be kept for ending calls in {self._tree.path}: {error.strerror}")
+            self.whole_bytes = 0
+
+    @property
+    def held_bytes(self) -> int:
+        return os.fstat(self._fd).st_size if self._fd >= 0 else 0
+
+    @property
+    def free_bytes(self) -> int:
+        disk = os.fstatvfs(self._tree.root_fd)
+        return disk.f_bavail * disk.f_frsize
+
+    @property
+    def journal_pages(self) -> int:
+        """After how many the journal is to be written back; SQLite's own 1000 where the reserve has room for them."""
+        return min(1000, self.whole_bytes // 2 // PAGE_BYTES) if self.whole_bytes else 1000
+
+    def has_room(self, bytes_count: int) -> bool:
+        """Whether so much may be written: to the journal, and from there to its place. No promise, but a good guess."""
+        if not self.whole_bytes:
+            return True
+        needed_bytes = self.whole_bytes // SLACK_PART + 2 * bytes_count + (_size_bytes(self._journal) or 0)
+        if not self._is_whole or self.free_bytes < needed_bytes:
+            return False
+        if self._full_since_s is not None:
+            self.tell()
+        return True
+
+    @property
+    def _is_whole(self) -> bool:
+        return self.held_bytes >= self.whole_bytes
+
+    def refill(self) -> None:
+        """Takes the room up again, if there is all of it. Inside a turn."""
+        if not self._is_whole:
+            self._fill()
+
+    def _fill(self) -> None:
+        if not self.whole_bytes:
+            return
+        held_bytes = self.held_bytes
+        try:
+            os.posix_fallocate(self._fd, 0, self.whole_bytes)
+        except OSError as error:
+            os.ftruncate(self._fd, held_bytes)  # some file systems keep what they could get
+            if not isinstance(_disk_error(error), QueueFull):
+                raise
+
+    def release(self, part: float = 1.0) -> None:
+        """Lets go of a part of the whole; of nothing if that is gone already."""
+        left_bytes = int(self.whole_bytes * (1 - part))
+        if self.held_bytes > left_bytes:
+            os.ftruncate(self._fd, left_bytes)
+
+    def trouble(self) -> str | None:
+        """What keeps calls from being taken, for people; None if nothing does."""
+        free_bytes = self.free_bytes
+        if self._is_whole and free_bytes >= self.whole_bytes // SLACK_PART:
+            return None
+        return f"{DISK_FULL}: {free_bytes} bytes are free, and new calls are refused until there are more"
+
+    def tell(self) -> None:
+        """A line in the log when that changes, not one for each call that is refused, nor at every turn of the tide."""
+        trouble, now_s = self.trouble(), time.monotonic()
+        if trouble is not None and self._full_since_s is None:
+            self._full_since_s = now_s
+            log.error(trouble)
+        elif trouble is None and self._full_since_s is not None and now_s - self._full_since_s > TOLD_S:
+            log.info(f"the queue has room again: calls were refused in the last {now_s - self._full_since_s:.0f} s")
+            self._full_since_s = None
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+
+
 def _sync_directory(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -1558,11 +1750,12 @@ def _create_token(tree: _Tree) -> None:
 
 
 NO_MEMORY = "the queue cannot be used: no memory"
+DISK_FULL = "the queue's disk is full"
 
 
 def _disk_error(error: OSError) -> FaashoundError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return QueueFull("the queue's disk is full")
+        return QueueFull(DISK_FULL)
     return QueueUnavailable(f"the queue cannot use its disk: {error.strerror or type(error).__name__}")
 
 
@@ -1570,7 +1763,7 @@ def _sqlite_error(error: sqlite3.Error) -> FaashoundError:
     # Python hands on extended codes; the primary code is the low byte. Errors of Python's own have none.
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
     if code & 0xFF == sqlite3.SQLITE_FULL or code == sqlite3.SQLITE_IOERR_SHMSIZE:
-        return QueueFull("the queue's disk is full")
+        return QueueFull(DISK_FULL)
     if code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         return QueueDamaged(f"the queue's file {DATABASE} is damaged ({error}): stop what uses it, then set it aside")
     return QueueUnavailable(f"the queue cannot be used: {error}")
@@ -1644,6 +1837,7 @@ def _connect(path: Path) -> sqlite3.Connection:
     with contextlib.ExitStack() as stack:
         stack.callback(db.close)
         db.execute("PRAGMA synchronous = FULL")
+        db.execute("PRAGMA secure_delete = FAST")  # zeros over what is deleted would go to the journal first
         db.execute("PRAGMA foreign_keys = ON")
         stack.pop_all()
     return db
@@ -1677,6 +1871,15 @@ def _size_bytes(path: Path) -> int | None:
         return path.lstat().st_size
     except FileNotFoundError:
         return None
+
+
+def _open_in_room(tree: _Tree, reserve: _Reserve) -> sqlite3.Connection:
+    """Opens the file with the reserve's room if need be: its journal and the index of that are made by the first."""
+    try:
+        return _open_database(tree)
+    except QueueFull:
+        reserve.release()
+        return _open_database(tree)
 
 
 def _create_database(path: Path) -> None:
@@ -1881,11 +2084,15 @@ def _boot_s() -> float:
 
 
 class _BodyFile:
-    """A body on its way to disk. Its methods block, so run in a thread, one at a time; `keep` or `discard` ends it."""
+    """A body on its way to disk. Its methods block, so run in a thread, one at a time; `keep` or `discard` ends it.
+
+    One that has failed for want of room may be called again: it goes on where it stopped.
+    """
 
     def __init__(self, bodies_fd: int) -> None:
         self._bodies_fd = bodies_fd
         self._fd = -1
+        self._left = memoryview(b"")
         self.name = uuid.uuid4().hex
 
     def create(self) -> None:
@@ -1893,10 +2100,13 @@ class _BodyFile:
         self._fd = os.open(self.name, flags, 0o600, dir_fd=self._bodies_fd)
         fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
-    def write(self, pieces: Sequence[bytes]) -> None:
-        view = memoryview(b"".join(pieces))
-        while view:
-            view = view[os.write(self._fd, view) :]
+    def add(self, pieces: Sequence[bytes]) -> None:
+        """What is to be written next; only once all before it is."""
+        self._left = memoryview(b"".join(pieces))
+
+    def write(self) -> None:
+        while self._left:
+            self._left = self._left[os.write(self._fd, self._left) :]
 
     def keep(self) -> None:
         os.utime(self._fd)  # the last bytes may be hours old; the time to name the file begins now
@@ -1994,6 +2204,7 @@ class _Operation:
     future: asyncio.Future[Any]
     alone: bool
     joins: bool = False
+    bytes_count: int = 0  # of a body that goes into a row
     answer: Any = None
     error: BaseException | None = None
 
@@ -2018,10 +2229,12 @@ class _Operation:
 class _Writer:
     """The thread that writes. `on_ring` is called on the event loop with what each commit has to tell."""
 
-    def __init__(self, tree: _Tree, db: sqlite3.Connection, bells: _Bells, on_ring: Callable[[Ring], None]) -> None:
+    def __init__(self, parts: _Parts, on_ring: Callable[[Ring], None]) -> None:
+        tree = parts.tree
         self._tree = tree
-        self._db = db
-        self._bells = bells
+        self._db = parts.db
+        self._reserve = parts.reserve
+        self._bells = parts.bells
         self._on_ring = on_ring
         self._loop = asyncio.get_running_loop()
         self._path = tree.database
@@ -2032,13 +2245,17 @@ class _Writer:
         self._thread = threading.Thread(target=self._work, name="spool-writer", daemon=True)
         self._thread.start()
 
-    def submit(self, run: Callable[[_Transaction], T], *, alone: bool = False) -> asyncio.Future[T]:
-        """The future of what `run` returns, done once that is on disk."""
+    def submit(
+        self, run: Callable[[_Transaction], T], *, alone: bool = False, body: StoredBody | None = None
+    ) -> asyncio.Future[T]:
+        """The future of what `run` returns, done once that is on disk; `body`: what it writes that may be large."""
         future: asyncio.Future[T] = self._loop.create_future()
         joins = isinstance(run, _Put) and run.call.idempotency_key is None
+        body = run.call.body if isinstance(run, _Put) else body
+        bytes_count = 0 if body is None or body.inline is None else body.bytes_count
         if not self._gathered:
             self._loop.call_soon(self.hand_over)
-        self._gathered.append(_Operation(run, future, alone, joins))
+        self._gathered.append(_Operation(run, future, alone, joins, bytes_count))
         return future
 
     def hand_over(self) -> None:
@@ -2101,12 +2318,64 @@ class _Writer:
             if operation.future.cancelled():
                 operation.error = QueueUnavailable("its caller has gone")
         group = [operation for operation in group if operation.error is None]
-        for operation in group:
-            if operation.alone:
-                self._guard([operation], partial(self._run, operation, _Transaction(self._db)))
+        rings = [
+            self._guard([operation], partial(self._run_alone, operation)) for operation in group if operation.alone
+        ]
         together = [operation for operation in group if not operation.alone]
-        ring = self._guard(together, partial(self._commit, together)) if together else None
-        return ring or Ring.NOTHING
+        if together and self._reserve.has_room(sum(operation.bytes_count for operation in together)):
+            rings.append(self._guard(together, partial(self._commit, together)))
+        else:
+            _refuse(together)
+        refused = [operation for operation in group if isinstance(operation.error, QueueFull)]
+        if refused:
+            rings += self._serve_without_room(refused)
+        return reduce(operator.or_, filter(None, rings), Ring.NOTHING)
+
+    def _serve_without_room(self, group: Sequence[_Operation]) -> list[Ring | None]:
+        """Steps that end calls go first and one by one: a group may need more than the reserve has, a step does not."""
+        puts = [operation for operation in group if isinstance(operation.run, _Put)]
+        others = [operation for operation in group if not isinstance(operation.run, _Put)]
+        rings = [self._guard([operation], partial(self._work_without_room, operation)) for operation in others]
+        self._guard((), self.tidy)
+        if puts and self._reserve.has_room(sum(operation.bytes_count for operation in puts)):
+            for operation in puts:
+                operation.error = None
+            rings.append(self._guard(puts, partial(self._commit, puts)))
+        self._reserve.tell()
+        return rings
+
+    def _work_without_room(self, operation: _Operation) -> Ring:
+        """Does a step, if need be with the reserve. First the journal's pages go to their places, which takes room."""
+        operation.error = None
+        work = (
+            partial(self._run_alone, operation) if operation.alone else partial(self._commit, [operation], short=True)
+        )
+        try:
+            ring = work()
+        except sqlite3.Error as error:
+            if not isinstance(_sqlite_error(error), QueueFull):
+                raise
+        else:
+            if not isinstance(operation.error, QueueFull):
+                return ring
+        operation.error = None
+        self._reserve.release()
+        self.tidy(refill=False)
+        try:
+            return work()
+        finally:
+            self.tidy()
+
+    def tidy(self, *, refill: bool = True) -> None:
+        """Gives the journal's room back, to the reserve; what cannot be done now is done behind a later step."""
+        with contextlib.suppress(sqlite3.Error, OSError):
+            _truncate_journal(self._db)
+            if refill:
+                self._reserve.refill()
+
+    def _run_alone(self, operation: _Operation) -> Ring:
+        self._run(operation, _Transaction(self._db))
+        return Ring.NOTHING
 
     def _guard(self, operations: Sequence[_Operation], work: Callable[[], T]) -> T | None:
         """What `work` returns from inside a turn; None if the disk fails, which fails all of `operations`."""
@@ -2115,8 +2384,9 @@ class _Writer:
                 self._check_place()
                 return work()
         except sqlite3.Error as error:
-            log.error(f"the queue in {self._tree.path} cannot be written: {error}")
             problem: Exception = _sqlite_error(error)
+            if not isinstance(problem, QueueFull):  # of which the reserve tells, once
+                log.error(f"the queue in {self._tree.path} cannot be written: {error}")
         except OSError as error:
             problem = _disk_error(error)
         except QueueUnavailable as error:
@@ -2139,9 +2409,9 @@ class _Writer:
             pass
         raise QueueUnavailable("the queue's file was moved or removed: restart what uses it")
 
-    def _commit(self, group: Sequence[_Operation]) -> Ring:
+    def _commit(self, group: Sequence[_Operation], *, short: bool = False) -> Ring:
         while True:
-            tx = _Transaction(self._db)
+            tx = _Transaction(self._db, short=short)
             before = self._db.total_changes
             try:
                 self._db.execute("BEGIN IMMEDIATE")
@@ -2194,6 +2464,11 @@ class _Writer:
             operation.error = _disk_error(error)
         except Exception as error:  # noqa: BLE001 - a task's boundary: its caller gets it
             operation.error = error
+
+
+def _refuse(operations: Iterable[_Operation]) -> None:
+    for operation in operations:
+        operation.error = QueueFull(DISK_FULL)
 
 
 def _is_disk_trouble(error: Exception) -> bool:
@@ -2251,11 +2526,12 @@ class _Parts:
     tree: _Tree
     token: str
     db: sqlite3.Connection
+    reserve: _Reserve
     readers: _Readers
     bells: _Bells
 
 
-def _open_parts(path: Path) -> _Parts:
+def _open_parts(path: Path, limits: QueueLimits) -> _Parts:
     path = path.absolute()
     if sqlite3.sqlite_version_info < SQLITE_VERSION:
         raise QueueUnavailable(
@@ -2265,8 +2541,11 @@ def _open_parts(path: Path) -> _Parts:
         with contextlib.ExitStack() as stack:
             tree = stack.enter_context(contextlib.closing(_open_tree(path)))
             with tree.turn():
-                db = stack.enter_context(contextlib.closing(_open_database(tree)))
+                reserve = stack.enter_context(contextlib.closing(_Reserve(tree, limits.reserve_bytes)))
+                db = stack.enter_context(contextlib.closing(_open_in_room(tree, reserve)))
                 token = _read_token(tree)
+                reserve.open()
+                db.execute(f"PRAGMA wal_autocheckpoint = {reserve.journal_pages}")
             readers = stack.enter_context(contextlib.closing(_Readers(tree.database)))
             bells = _Bells(tree.bells_fd)
             stack.pop_all()
@@ -2274,7 +2553,7 @@ def _open_parts(path: Path) -> _Parts:
         raise _open_error(path, error) from error
     except sqlite3.Error as error:
         raise _sqlite_error(error) from error
-    return _Parts(tree, token, db, readers, bells)
+    return _Parts(tree, token, db, reserve, readers, bells)
 
 
 class Spool:
@@ -2287,13 +2566,15 @@ class Spool:
         """Not for callers: use `Spool.open`."""
         self.token = parts.token  # known only to those who can open the queue: how gateway and worker trust each other
         self._tree = parts.tree
+        self._reserve = parts.reserve
         self._readers = parts.readers
         self._now = now
         self._boot = _read_boot_id()
         self._loop = asyncio.get_running_loop()
         self._bells = parts.bells
-        self._writer = _Writer(parts.tree, parts.db, self._bells, self._on_ring)
+        self._writer = _Writer(parts, self._on_ring)
         self._files = ThreadPoolExecutor(4, thread_name_prefix="spool-files")
+        self._result_turn = asyncio.Lock()  # of results that have found no room
         self._owners: dict[str, int] = {}
         self._last_lane: _Lane = ("", "")
         self._reclaimed_s = -RECLAIM_S
@@ -2310,13 +2591,15 @@ class Spool:
     # -- opening and closing
 
     @classmethod
-    async def open(cls, directory: Path, *, now: Callable[[], float] = time.time) -> Spool:
+    async def open(
+        cls, directory: Path, *, limits: QueueLimits | None = None, now: Callable[[], float] = time.time
+    ) -> Spool:
         """Opens the queue in `directory`, or creates it (0700); `now` is the wall clock, in seconds since the epoch.
 
         Brings an older file to the newest version. Raises QueueDamaged, naming file and remedy, for a file that is
         damaged, foreign or newer; QueueUnavailable, naming path and owner, when it may not be used.
         """
-        spool = cls(await asyncio.to_thread(_open_parts, Path(directory)), now)
+        spool = cls(await asyncio.to_thread(_open_parts, Path(directory), limits or QueueLimits()), now)
         try:
             await spool.reclaim()
         except QueueFull:
@@ -2347,12 +2630,15 @@ class Spool:
                 os.unlink(owner, dir_fd=self._tree.owners_fd)  # an owner without a file is dead
         for fd in self._owners.values():
             os.close(fd)
+        self._reserve.close()
         self._tree.close()
 
-    def _write(self, run: Callable[[_Transaction], T], *, alone: bool = False) -> asyncio.Future[T]:
+    def _write(
+        self, run: Callable[[_Transaction], T], *, alone: bool = False, body: StoredBody | None = None
+    ) -> asyncio.Future[T]:
         if self._closed:
             raise QueueUnavailable("the queue is closed")
-        return self._writer.submit(run, alone=alone)
+        return self._writer.submit(run, alone=alone, body=body)
 
     async def _read(self, read: Callable[[sqlite3.Connection], T]) -> T:
         if self._closed:
@@ -2390,6 +2676,61 @@ class Spool:
                 raise BodyTooLarge(limit_bytes)
             return StoredBody(len(chunks), chunks, None)
         source = _once(chunks) if isinstance(chunks, bytes) else chunks
+        return await self._store(source, limit_bytes, self._write_body)
+
+    async def store_result(self, chunks: AsyncIterator[bytes], limit_bytes: int | None = None) -> StoredBody:
+        """As `store_body`, for what a function has answered: it waits for room, however long.
+
+        It may use half of the reserve. Results that wait are written one after another, so that each in its turn gets
+        all the room there is. Raises ResultLost if `chunks` breaks off after it has been kept waiting.
+        """
+        waited = False
+
+        async def write(work: Callable[[], None]) -> None:
+            nonlocal waited
+            waited |= await self._write_result(work)
+
+        try:
+            return await self._store(chunks, limit_bytes, write)
+        except BodyTooLarge:
+            raise
+        except FaashoundError as error:
+            if not waited or self._closed:
+                raise
+            raise ResultLost(f"the answer broke off while it waited for room in the queue: {error}") from error
+
+    async def _write_body(self, work: Callable[[], None]) -> None:
+        """A body that is on its way when the disk gets full is refused as well: its call could not be put."""
+        if not self._reserve.has_room(FILE_CHUNK_BYTES):
+            await self._write(lambda _: self._writer.tidy(), alone=True)
+            if not self._reserve.has_room(FILE_CHUNK_BYTES):
+                raise QueueFull(DISK_FULL)
+        await self._in_thread(work)
+
+    async def _write_result(self, work: Callable[[], None]) -> bool:
+        """Does `work`, which goes on where it stopped, until it succeeds; whether it had to wait."""
+        try:
+            await self._in_thread(work)
+            return False
+        except (QueueFull, QueueUnavailable) as error:
+            log.warning(f"a result waits to be stored: {error}")
+        async with self._result_turn:
+            while True:
+                self._reserve.release(0.5)
+                try:
+                    await self._in_thread(work)
+                    return True
+                except (QueueFull, QueueUnavailable):
+                    if self._closed:
+                        raise
+                await asyncio.sleep(ROOM_PAUSE_S)
+
+    async def _store(
+        self,
+        source: AsyncIterator[bytes],
+        limit_bytes: int | None,
+        write: Callable[[Callable[[], None]], Awaitable[None]],
+    ) -> StoredBody:
         pieces: list[bytes] = []
         total = held = 0
         async with contextlib.AsyncExitStack() as stack:
@@ -2401,20 +2742,24 @@ class Spool:
                 if limit_bytes is not None and total > limit_bytes:
                     raise BodyTooLarge(limit_bytes)
                 if held > (INLINE_BYTES if file is None else FILE_CHUNK_BYTES):
-                    file = file or await self._begin_body(stack)
-                    await self._in_thread(partial(file.write, pieces))
+                    file = file or await self._begin_body(stack, write)
+                    file.add(pieces)
+                    await write(file.write)
                     pieces, held = [], 0
             if file is None:
                 return StoredBody(total, b"".join(pieces), None)
-            await self._in_thread(partial(file.write, pieces))
-            await self._in_thread(file.keep)
+            file.add(pieces)
+            await write(file.write)
+            await write(file.keep)
             stack.pop_all()
         return StoredBody(total, None, file.name)
 
-    async def _begin_body(self, stack: contextlib.AsyncExitStack) -> _BodyFile:
+    async def _begin_body(
+        self, stack: contextlib.AsyncExitStack, write: Callable[[Callable[[], None]], Awaitable[None]]
+    ) -> _BodyFile:
         file = _BodyFile(self._tree.bodies_fd)
         stack.push_async_callback(self._in_thread, file.discard)
-        await self._in_thread(file.create)
+        await write(file.create)
         return file
 
     async def open_body(self, body: StoredBody, chunk_bytes: int = FILE_CHUNK_BYTES) -> AsyncGenerator[bytes, None]:
@@ -2592,11 +2937,12 @@ class Spool:
             excerpt = await self._in_thread(partial(_read_excerpt, self._tree, result.file, result.bytes_count))
         due_s = self._now() if end.callback_due_s is None else end.callback_due_s
         try:
-            await self._write(partial(_finish, lease=lease, ending=_Ending(end, excerpt, due_s)))
+            files = await self._write(partial(_finish, lease=lease, ending=_Ending(end, excerpt, due_s)), body=result)
         except LeaseLost:
             if result is not None:
                 await self.drop_body(result)
             raise
+        await self._drop_files(files)
 
     async def retry(self, lease: Lease, *, attempt: Attempt, due_s: float, excerpt: bytes | None = None) -> State:
         """Back into the queue until `due_s`; or CANCELLED, if asked for. `excerpt`: how the failed response begins."""
@@ -2747,7 +3093,15 @@ class Spool:
 
     async def stats(self) -> Stats:
         """The queue in figures; reads an index from end to end, so not for every request."""
-        return await self._read(partial(_count, now_s=self._now(), commit_count=self._writer.commit_count))
+        stats = await self._read(partial(_count, now_s=self._now(), commit_count=self._writer.commit_count))
+        disk = await self._in_thread(partial(os.fstatvfs, self._tree.root_fd))
+        free_bytes = disk.f_bavail * disk.f_frsize
+        return replace(stats, free_bytes=free_bytes, reserve_bytes=self._reserve.held_bytes)
+
+    @property
+    def trouble(self) -> str | None:
+        """What keeps the queue from taking calls, for /healthz; None if nothing is known to."""
+        return None if self._closed else self._reserve.trouble()
 
     # -- housekeeping
 
@@ -2758,9 +3112,8 @@ class Spool:
         in small steps: writers are never kept waiting for more than one.
         """
         now_s = self._now()
-        expired = count = await self._write(partial(_expire, now_s=now_s))
-        while count == STEP_COUNT:
-            count = await self._write(partial(_expire, now_s=now_s))
+        expired = 0
+        while count := await self._write(partial(_expire, now_s=now_s)):
             expired += count
         results, files = await self._drop_old(_drop_results, now_s - keep_results_s)
         calls, more_files = await self._drop_old(_drop_calls, now_s - retention_s)
@@ -2787,23 +3140,15 @@ class Spool:
     async def _shrink(self) -> int:
         """Returns bytes given back: free pages at the end of the file, and the journal."""
         before = self._size_bytes()
-        while await self._write(_vacuum):
-            pass
-        await self._write(_truncate_journal, alone=True)
+        with contextlib.suppress(QueueFull):  # moving pages takes room; the rest is moved when there is some
+            while await self._write(_vacuum):
+                pass
+        await self._write(lambda tx: _truncate_journal(tx.db), alone=True)
         return max(0, before - self._size_bytes())
 
     def _size_bytes(self) -> int:
         journal = self._tree.path / f"{DATABASE}-wal"
         return sum(path.stat().st_size for path in (self._tree.database, journal) if path.exists())
-
-
-def _truncate_journal(tx: _Transaction) -> None:
-    """Writes the journal back and cuts it to nothing, unless someone reads from it just now: then the next time."""
-    tx.db.execute("PRAGMA busy_timeout = 0")  # else it would wait for readers, and all writers with it
-    try:
-        tx.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-    finally:
-        tx.db.execute(f"PRAGMA busy_timeout = {int(BUSY_S * 1000)}")
 
 
 async def _once(body: bytes) -> AsyncIterator[bytes]:
