@@ -1649,14 +1649,15 @@ class _Reserve:
 
     def has_room(self, bytes_count: int) -> bool:
         """Whether so much may be written: to the journal, and from there to its place. No promise, but a good guess."""
+        if self._full_since_s is not None:
+            self.tell()
+        return self._fits(bytes_count)
+
+    def _fits(self, bytes_count: int) -> bool:
         if not self.whole_bytes:
             return True
         needed_bytes = self.whole_bytes // SLACK_PART + 2 * bytes_count + (_size_bytes(self._journal) or 0)
-        if not self._is_whole or self.free_bytes < needed_bytes:
-            return False
-        if self._full_since_s is not None:
-            self.tell()
-        return True
+        return self._is_whole and self.free_bytes >= needed_bytes
 
     @property
     def _is_whole(self) -> bool:
@@ -1686,10 +1687,9 @@ class _Reserve:
 
     def trouble(self) -> str | None:
         """What keeps calls from being taken, for people; None if nothing does."""
-        free_bytes = self.free_bytes
-        if self._is_whole and free_bytes >= self.whole_bytes // SLACK_PART:
+        if self._fits(0):
             return None
-        return f"{DISK_FULL}: {free_bytes} bytes are free, and new calls are refused until there are more"
+        return f"{DISK_FULL}: {self.free_bytes} bytes are free, and new calls are refused until there are more"
 
     def tell(self) -> None:
         """A line in the log when that changes, not one for each call that is refused, nor at every turn of the tide."""
