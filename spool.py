@@ -111,6 +111,12 @@ class CallExists(FaashoundError):
     status = 409
 
 
+class KeyReused(FaashoundError):
+    """The idempotency key stands for a call of this function with another request."""
+
+    status = 422
+
+
 class CallUnknown(FaashoundError):
     """No call has this id (any more)."""
 
@@ -198,7 +204,11 @@ class Callback:
 
 @dataclass(frozen=True, slots=True)
 class NewCall:
-    """A call as it was accepted. Times are seconds since the epoch; `headers` are latin-1 text, as received."""
+    """A call as it was accepted. Times are seconds since the epoch; `headers` are latin-1 text, as received.
+
+    `body_digest` is what `idempotency_key` stands for besides the function: a SHA-256 in hexadecimal, over all that
+    makes it the same request (method, path, query, content type, body). None without a key.
+    """
 
     id: str
     function: FunctionName
@@ -213,6 +223,7 @@ class NewCall:
     expires_s: float | None
     idempotency_key: str | None
     accepted_s: float
+    body_digest: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +248,18 @@ class Call(NewCall):
     excerpt: bytes | None = None
     callback: Callback | None = None
     history: tuple[Attempt, ...] = ()
+
+
+def check_same_request(earlier: Call, call: NewCall) -> None:
+    """Raise KeyReused unless `call`, which has the key of `earlier`, is the same request.
+
+    What has no digest, as calls of earlier versions, is the same as any.
+    """
+    if None not in (earlier.body_digest, call.body_digest) and earlier.body_digest != call.body_digest:
+        raise KeyReused(
+            f"this idempotency key came with another request to {call.function.short} before; allowed: the same"
+            " method, path, query, content type and body, or a new key"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -583,6 +606,9 @@ MIGRATIONS: tuple[str, ...] = (
     """
     UPDATE calls SET function = function || '.openfaas-fn' WHERE instr(function, '.') = 0;
     """,
+    """
+    ALTER TABLE requests ADD COLUMN body_digest TEXT;
+    """,
 )
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -670,7 +696,7 @@ SQL_NEXT_CALLBACK = """
 """
 
 _SQL_CALL = """
-    SELECT calls.*, requests.method, {long}, requests.bytes_count, requests.file,
+    SELECT calls.*, requests.method, {long}, requests.body_digest, requests.bytes_count, requests.file,
         results.bytes_count AS result_bytes_count, results.file AS result_file,
         callbacks.state AS callback_state, callbacks.attempts AS callback_attempts, callbacks.due_s AS callback_due_s,
         callbacks.status AS callback_status, callbacks.error AS callback_error
@@ -757,6 +783,7 @@ def _parse_call(row: sqlite3.Row, history: tuple[Attempt, ...]) -> Call:
         expires_s=row["expires_s"],
         idempotency_key=row["idempotency_key"],
         accepted_s=row["accepted_s"],
+        body_digest=row["body_digest"],
         state=State(row["state"]),
         attempts=row["attempts"],
         started_s=row["started_s"],
@@ -849,14 +876,14 @@ def _calls_values(call: NewCall) -> tuple[object, ...]:
 
 @lru_cache
 def _sql_put_requests(count: int) -> str:
-    columns = "seq, method, path, query, callback_url, headers, bytes_count, file, inline"
-    return f"INSERT INTO requests ({columns}) VALUES " + ", ".join(["(?, ?, ?, ?, ?, ?, ?, ?, ?)"] * count)
+    columns = "seq, method, path, query, callback_url, headers, bytes_count, file, inline, body_digest"
+    return f"INSERT INTO requests ({columns}) VALUES " + ", ".join(["(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"] * count)
 
 
 def _requests_values(seq: int, put: _Put) -> tuple[object, ...]:
     call, body = put.call, put.call.body
     address = call.method, call.path, call.query, call.callback_url
-    return seq, *address, put.headers, body.bytes_count, body.file, body.inline
+    return seq, *address, put.headers, body.bytes_count, body.file, body.inline, call.body_digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -873,7 +900,9 @@ class _Put:
             key = call.function, call.idempotency_key
             row = tx.db.execute("SELECT seq FROM calls WHERE function = ? AND idempotency_key = ?", key).fetchone()
             if row is not None:
-                return _load(tx.db, row[0])
+                earlier = _load(tx.db, row[0])
+                check_same_request(earlier, call)
+                return earlier
         cursor = tx.db.execute(_sql_put_calls(1) + " ON CONFLICT (id) DO NOTHING", _calls_values(call))
         if cursor.rowcount == 0:
             raise CallExists(f"the call id {call.id} is in use")
@@ -2520,7 +2549,7 @@ class Spool:
         """Queues a call; it is on disk when this returns.
 
         The same idempotency key for the same function, while that call is remembered: the earlier Call is returned
-        and the new body dropped. Raises CallExists when the id is in use. Whatever this raises, the body is gone, also
+        and the new body dropped. Raises KeyReused when that was another request, CallExists when the id is in use. Whatever this raises, the body is gone, also
         when the caller is cancelled, unless the call got into the queue all the same.
         """
         earlier = await self._write(_Put(call, _headers_text(call.headers)))
