@@ -28,6 +28,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from .names import BadFunctionName, FunctionName, parse_function_name
 from .queues import NatsSettings, Queue, QueueUrl, open_queue, parse_queue_url
 from .spool import (
     FINAL,
@@ -39,7 +40,17 @@ from .spool import (
     State,
     StoredBody,
 )
-from .watchdog import SECRET_FIELDS, BadSettings, FaashoundError, parse_positive_count, parse_settings, setting
+from .watchdog import (
+    SECRET_FIELDS,
+    BadSettings,
+    FaashoundError,
+    OutputFailed,
+    parse_positive_count,
+    parse_settings,
+    report_failure,
+    setting,
+    write_out,
+)
 
 SHOWN_BODY_BYTES = 65536  # of a payload or a result, in what `show` prints
 LISTED_COUNT = 100  # calls in one answer, unless asked otherwise
@@ -166,7 +177,7 @@ class Choice:
     """Which calls are meant: every condition that is not None holds.  `callback` is the state of the callback."""
 
     state: State | None = None
-    function: str | None = None
+    function: FunctionName | None = None
     callback: CallbackState | None = None
     limit_count: int = LISTED_COUNT
     before: str | None = None
@@ -176,7 +187,7 @@ def parse_choice_query(query: bytes) -> Choice:
     """Return the calls that ?state=…&function=…&callback=…&limit=…&before=… means; BadQuery says what is allowed."""
     readers: dict[str, tuple[str, Callable[[str], object]]] = {
         "state": ("state", _parse_state),
-        "function": ("function", str),
+        "function": ("function", _parse_function),
         "callback": ("callback", _parse_callback_state),
         "limit": ("limit_count", _parse_limit),
         "before": ("before", str),
@@ -198,6 +209,13 @@ def _parse_state(text: str) -> State:
         return State(text)
     except ValueError:
         raise ValueError(f"allowed: {', '.join(state.value for state in State)}") from None
+
+
+def _parse_function(text: str) -> FunctionName:
+    try:
+        return parse_function_name(text)
+    except BadFunctionName as error:
+        raise ValueError(str(error)) from None
 
 
 def _parse_callback_state(text: str) -> CallbackState:
@@ -280,7 +298,7 @@ async def purge_call(queue: Queue, call_id: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-async def walk_letters(queue: Queue, function: str | None) -> AsyncIterator[Call]:
+async def walk_letters(queue: Queue, function: FunctionName | None) -> AsyncIterator[Call]:
     """Yield every dead letter and every call whose callback is dead, newest first within each kind."""
     async for call in walk_calls(queue, Choice(State.DEAD, function)):
         yield call
@@ -328,9 +346,9 @@ async def show_list(queue: Queue, options: argparse.Namespace) -> None:
     letters = [call async for call in walk_letters(queue, options.function)]
     if options.json:
         for call in letters:
-            print(json.dumps(describe_call(call)))
+            write_out(json.dumps(describe_call(call)))
     elif letters:
-        print(format_table([letter_row(call) for call in letters]))
+        write_out(format_table([letter_row(call) for call in letters]))
     else:
         print("no dead letters", file=sys.stderr)
 
@@ -338,7 +356,7 @@ async def show_list(queue: Queue, options: argparse.Namespace) -> None:
 async def show_letters(queue: Queue, options: argparse.Namespace) -> None:
     """Print all that is known of the calls named."""
     for call_id in options.ids:
-        print(json.dumps(await describe_call_whole(queue, await find_call(queue, call_id)), indent=2))
+        write_out(json.dumps(await describe_call_whole(queue, await find_call(queue, call_id)), indent=2))
 
 
 async def retry_letters(queue: Queue, options: argparse.Namespace) -> None:
@@ -362,14 +380,24 @@ async def purge_letters(queue: Queue, options: argparse.Namespace) -> None:
 
 
 async def _for_each(call_ids: Sequence[str], act: Callable[[str], Awaitable[str]]) -> None:
-    """Do it to each, whatever becomes of the others; SomeFailed at the end if it could not be done to all."""
-    failed_count = 0
+    """Do it to each, whatever becomes of the others, and of our output.
+
+    Raises at the end SomeFailed if it could not be done to all, or OutputFailed.
+    """
+    failed_count, unsaid = 0, None
     for call_id in call_ids:
         try:
-            print(call_id, await act(call_id))
+            done = await act(call_id)
         except FaashoundError as error:
             print(f"{call_id}: {error}", file=sys.stderr)
             failed_count += 1
+            continue
+        try:
+            write_out(f"{call_id} {done}")
+        except OutputFailed as error:
+            unsaid = error
+    if unsaid is not None:
+        raise unsaid
     if failed_count:
         raise SomeFailed(f"{failed_count} of {len(call_ids)} failed")
 
@@ -382,8 +410,23 @@ async def _chosen(queue: Queue, options: argparse.Namespace) -> list[str]:
     return [call.id async for call in walk_letters(queue, options.function)]
 
 
+class CommandParser(argparse.ArgumentParser):
+    """A parser of arguments whose help goes out by `write_out`."""
+
+    def print_help(self, file: Any = None) -> None:
+        """Write the help to standard output; raises OutputFailed."""
+        write_out(self.format_help().rstrip("\n"))
+
+
+def _function_argument(text: str) -> FunctionName:
+    try:
+        return parse_function_name(text)
+    except BadFunctionName as error:
+        raise argparse.ArgumentTypeError(str(error)) from None  # the one error whose text argparse passes on
+
+
 def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("fworker dead", description="Dead letters of the queue that queue_url names.")
+    parser = CommandParser("fworker dead", description="Dead letters of the queue that queue_url names.")
     commands = parser.add_subparsers(required=True, metavar="list|show|retry|purge")
 
     def add(name: str, work: Any, purpose: str) -> argparse.ArgumentParser:
@@ -401,7 +444,7 @@ def _build_parser() -> argparse.ArgumentParser:
         command.add_argument("ids", metavar="ID", nargs="*")
         command.add_argument("--all", action="store_true", help="every letter")
     for command in (listing, retry, purge):
-        command.add_argument("--function", metavar="NAME", help="only those of this function")
+        command.add_argument("--function", metavar="NAME", type=_function_argument, help="only those of this function")
     return parser
 
 
@@ -418,6 +461,8 @@ def dead_letters(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         options = _build_parser().parse_args(argv)
     except SystemExit as end:  # argparse has printed what there is to say
         return int(end.code or 0)
+    except OutputFailed as error:
+        return report_failure(error)
     try:
         target = parse_settings(Target, environ)
     except BadSettings as error:
@@ -439,6 +484,5 @@ async def _carry_out(target: Target, options: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 2
     except FaashoundError as error:
-        print(error, file=sys.stderr)
-        return 1
+        return report_failure(error)
     return 0

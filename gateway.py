@@ -64,6 +64,7 @@ from .calls import (
     retry_letter,
 )
 from .functions import (
+    DEFAULT_QUEUE,
     BadFunctions,
     Function,
     Functions,
@@ -72,8 +73,8 @@ from .functions import (
     read_functions,
 )
 from .keeper import Keeper
+from .names import FunctionName
 from .queues import NatsSettings, Queue, QueueUrl, is_healthy, open_queue, parse_queue_url
-from .retries import BadAnnotations, parse_annotations
 from .spool import (
     FINAL,
     Call,
@@ -82,7 +83,6 @@ from .spool import (
     State,
     Stats,
     new_call_id,
-    parse_queue_name,
 )
 from .watchdog import (
     CLIENT_GONE_STATUS,
@@ -122,6 +122,7 @@ from .watchdog import (
     format_duration,
     help_text,
     log,
+    log_origin,
     lookalikes,
     open_doors,
     parse_bool,
@@ -154,8 +155,6 @@ MAX_KEY_CHARS = 255  # of an Idempotency-Key, as the drafts and peers have it
 SWEEP_EVERY_S = 60.0  # between two rounds of housekeeping in the queue
 WORKER_METRICS_PORT = 8083
 MAX_TOLD_COUNT = 20  # functions listed in the log at the start, a line each
-DEFAULT_QUEUE = "faas-request"
-QUEUE_ANNOTATION = "com.openfaas.queue"
 MAX_LABELS_COUNT = 1000  # functions that function_url finds and that have metrics of their own
 
 
@@ -353,7 +352,8 @@ def forwarded(request: Request) -> list[Header]:
 def describe_function(function: Function) -> dict[str, object]:
     """Return what the gateway knows of a function, as JSON members."""
     return {
-        "name": function.name,
+        "name": function.name.name,
+        "namespace": function.name.namespace,
         "local": function.local,
         "annotations": dict(function.annotations),
         "labels": dict(function.labels),
@@ -678,10 +678,10 @@ class Gateway:
                 request.method, target, headers, request.body, request.body.length, deadline_s
             )
         except UpstreamTimeout as error:
-            text = f"{function.name} did not answer within upstream_timeout ({format_duration(limit_s)})"
+            text = f"{function.name.short} did not answer within upstream_timeout ({format_duration(limit_s)})"
             raise OurFailure(504, text) from error
         except (Unreachable, PeerGone) as error:  # whose text names addresses: for the log, and for our worker
-            raise OurFailure(502, f"{function.name}: {error if trace.by_worker else 'no answer'}") from error
+            raise OurFailure(502, f"{function.name.short}: {error if trace.by_worker else 'no answer'}") from error
 
     # Later.
 
@@ -741,7 +741,7 @@ class Gateway:
             NewCall,
             id=call_id,
             function=function.name,
-            queue=queue_of(function),
+            queue=function.queue,
             method=request.method,
             path=rest.decode(),
             query=request.query.decode(),
@@ -864,11 +864,6 @@ def allow(request: Request, *methods: str) -> None:
         raise MethodNotAllowed(methods)
 
 
-def queue_of(function: Function) -> str:
-    """Return the queue that a function's calls wait in."""
-    return function.annotations.get(QUEUE_ANNOTATION, DEFAULT_QUEUE)
-
-
 def _start_time(epoch_s: float) -> bytes:
     return b"%d" % int(epoch_s * 1e9)
 
@@ -884,7 +879,7 @@ class Plan:
     """A gateway to be started.  `worker` is the environment of the worker beside it, but for its gateway_url."""
 
     settings: Settings
-    functions: Mapping[str, Function]
+    functions: Mapping[FunctionName, Function]
     worker: Mapping[str, str] | None
 
 
@@ -892,7 +887,7 @@ def load_plan(environ: Mapping[str, str]) -> Plan:
     """Return what `environ` asks for; raises BadSettings with every problem in it, and in what it points to."""
     problems: list[str] = []
     settings: Settings | None = None
-    functions: dict[str, Function] = {}
+    functions: dict[FunctionName, Function] = {}
     try:
         settings = parse_settings(Settings, environ)
     except BadSettings as error:
@@ -912,26 +907,14 @@ def load_plan(environ: Mapping[str, str]) -> Plan:
     return Plan(settings, functions, worker)
 
 
-def load_functions(environ: Mapping[str, str]) -> dict[str, Function]:
-    """Return the functions of the file that `functions` names, their annotations checked; raises BadFunctions."""
+def load_functions(environ: Mapping[str, str]) -> dict[FunctionName, Function]:
+    """Return the functions of the file that `functions` names; raises BadFunctions."""
     path = Path(environ.get("functions") or settings_table(Settings)["functions"].default or "")
-    table = read_functions(path, missing_ok=not environ.get("functions"))
-    problems = []
-    for function in table.values():
-        try:
-            parse_annotations(function.name, function.annotations)
-            parse_queue_name(queue_of(function))
-        except BadAnnotations as error:
-            problems += str(error).splitlines()
-        except ValueError as error:
-            problems.append(f"function {function.name}: annotation {QUEUE_ANNOTATION}: {error}")
-    if problems:
-        raise BadFunctions(f"{path}: {problem}" for problem in problems)
-    return table
+    return read_functions(path, missing_ok=not environ.get("functions"))
 
 
 def worker_environment(
-    environ: Mapping[str, str], settings: Settings | None, functions: Mapping[str, Function]
+    environ: Mapping[str, str], settings: Settings | None, functions: Mapping[FunctionName, Function]
 ) -> dict[str, str]:
     """Return the environment of the worker beside us: its own settings as they stand, the rest as ours are.
 
@@ -941,7 +924,7 @@ def worker_environment(
     ours = {row.name for row in settings_table(Settings).values()} - shared
     base = {name: value for name, value in environ.items() if name not in ours and not name.startswith("LISTEN_")}
     base |= {"OPENFAAS_NAME": "worker"}
-    base.setdefault("queues", ",".join(sorted({DEFAULT_QUEUE, *map(queue_of, functions.values())})))
+    base.setdefault("queues", ",".join(sorted({DEFAULT_QUEUE, *(function.queue for function in functions.values())})))
     if settings is not None:
         base |= {"host": settings.host or "", "metrics_port": str(settings.local_worker_metrics_port)}
     return base
@@ -1011,7 +994,7 @@ def tell_what_is_served(plan: Plan, url: str | None, sockets: Sequence[socket.so
         log.warning(warning)
     names = list(plan.functions)
     for name in names[:MAX_TOLD_COUNT]:
-        log.info(f"Serving {url or ''}/function/{name}")
+        log.info(f"Serving {url or ''}/function/{name.short}")
     if len(names) > MAX_TOLD_COUNT:
         log.info(f"... and {len(names) - MAX_TOLD_COUNT} functions more, see {url or ''}/system/functions")
     if not names and plan.settings.function_url is None:
@@ -1035,7 +1018,7 @@ def timeout_warnings(plan: Plan) -> Iterator[str]:
         for waiting, wait_s in waits_s.items():
             if wait_s and limit_s > wait_s:
                 yield (
-                    f"{waiting} ({format_duration(wait_s)}) is shorter than exec_timeout of {name}"
+                    f"{waiting} ({format_duration(wait_s)}) is shorter than exec_timeout of {name.short}"
                     f" ({format_duration(limit_s)}), which is cut from outside before it can end by itself"
                 )
 
@@ -1111,7 +1094,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     except BadSettings as error:
         print(error, file=sys.stderr)
         return 2
-    log.configure(plan.settings.log_format, environ.get("OPENFAAS_NAME"))
+    log.configure(plan.settings.log_format, log_origin(environ))
     try:
         for warning in lookalikes(Settings, environ):
             log.warning(warning)

@@ -69,6 +69,7 @@ from functools import lru_cache, partial, reduce
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol, TypeVar, cast
 
+from .names import FunctionName
 from .watchdog import BodyTooLarge, FaashoundError, log
 
 T = TypeVar("T")
@@ -90,6 +91,7 @@ BUSY_S = 5.0  # only strangers (a backup, a shell) can hold SQLite's lock: ours 
 IDLE_S = 30.0  # longest sleep without a look at the queue: bounds the harm of a wall clock that is set
 SET_BACK_S = 60.0  # a wall clock that is set back by less only delays what is due
 RECLAIM_S = 1.0  # shortest time between two looks for dead owners
+LETTER_BYTES = 1024  # what a dead letter without bodies is reckoned to take
 ORPHAN_S = 3600.0  # a stored body that no row names after this time is a crash's leftover
 SETTLED_NS = 1_000_000_000  # a directory not changed for so long shows its next change by another time stamp
 FILE_CHUNK_BYTES = 256 * 1024  # bodies go to and from files in pieces of this size, one thread hop each
@@ -118,6 +120,18 @@ class QueueFull(FaashoundError):
     status = 507
 
 
+class TooManyQueued(FaashoundError):
+    """The function has as many calls waiting as it may have. Nothing was accepted."""
+
+    status = 429
+
+
+class TooManyBytesQueued(TooManyQueued):
+    """The bodies of the function's calls that wait are as long as they may be. Nothing was accepted."""
+
+    status = 507
+
+
 class ResultLost(FaashoundError):
     """The answer of a function broke off while it waited for room: the function has run, and must not run again."""
 
@@ -134,6 +148,12 @@ class CallExists(FaashoundError):
     """The call id is in use."""
 
     status = 409
+
+
+class KeyReused(FaashoundError):
+    """The idempotency key stands for a call of this function with another request."""
+
+    status = 422
 
 
 class CallUnknown(FaashoundError):
@@ -223,10 +243,14 @@ class Callback:
 
 @dataclass(frozen=True, slots=True)
 class NewCall:
-    """A call as it was accepted. Times are seconds since the epoch; `headers` are latin-1 text, as received."""
+    """A call as it was accepted. Times are seconds since the epoch; `headers` are latin-1 text, as received.
+
+    `body_digest` is what `idempotency_key` stands for besides the function: a SHA-256 in hexadecimal, over all that
+    makes it the same request (method, path, query, content type, body). None without a key.
+    """
 
     id: str
-    function: str
+    function: FunctionName
     queue: str
     method: str
     path: str
@@ -238,6 +262,7 @@ class NewCall:
     expires_s: float | None
     idempotency_key: str | None
     accepted_s: float
+    body_digest: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,6 +287,18 @@ class Call(NewCall):
     excerpt: bytes | None = None
     callback: Callback | None = None
     history: tuple[Attempt, ...] = ()
+
+
+def check_same_request(earlier: Call, call: NewCall) -> None:
+    """Raise KeyReused unless `call`, which has the key of `earlier`, is the same request.
+
+    What has no digest, as calls of earlier versions, is the same as any.
+    """
+    if None not in (earlier.body_digest, call.body_digest) and earlier.body_digest != call.body_digest:
+        raise KeyReused(
+            f"this idempotency key came with another request to {call.function.short} before; allowed: the same"
+            " method, path, query, content type and body, or a new key"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,10 +347,26 @@ class QueueLimits:
     """What a queue takes at most.
 
     `reserve_bytes` of its disk are kept free for ending calls, an eighth of a small disk; 0: none; None: what other
-    processes keep is used, and nothing is added to it.
+    processes keep is used, and nothing is added to it. `calls_count` and `bytes_count` are what one function may have
+    queued and running; None: no limit.
     """
 
     reserve_bytes: int | None = RESERVE_BYTES
+    calls_count: int | None = None
+    bytes_count: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What `sweep` leaves at most of what would wait for ever.
+
+    `queue_age_s`: how long a call may have been due without being run; then it expires. `dead_s` and `dead_bytes`: how
+    long dead letters and calls with a dead callback are kept, and how much of them, the newest first.
+    """
+
+    queue_age_s: float = float("inf")
+    dead_s: float = float("inf")
+    dead_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,6 +378,7 @@ class Swept:
     call_count: int
     file_count: int
     freed_bytes: int
+    dead_count: int = 0  # of dead letters, and of calls whose callback is dead
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,7 +389,7 @@ class Stats:
     """
 
     by_state: Mapping[State, int]
-    by_function: Mapping[tuple[str, State], int]
+    by_function: Mapping[tuple[FunctionName, State], int]
     oldest_due_age_s: float | None
     callback_pending_count: int
     callback_dead_count: int
@@ -429,6 +483,24 @@ def parse_queue_names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(parse_queue_name(word.strip()) for word in text.split(",")))
 
 
+# The authority of a URL that has been checked when it was accepted (RFC 3986 3.2): a whole parser takes seven times
+# as long, for each call that asks for a callback.
+_AUTHORITY = re.compile(
+    r"(?P<scheme>https?)://(?P<host>\[[0-9a-f:.]+\]|[^][:/?#@\\]+?)\.?(?::(?P<port>[0-9]+))?(?:[/?#]|$)", re.ASCII
+)
+_PORTS = {"http": "80", "https": "443"}
+
+
+def destination_of(url: str) -> str:
+    """The flow of a callback: its receiver as `host:port`, in lower case; "" for text that is no http(s) URL.
+
+    All callbacks to one receiver take turns as one. A receiver with many names is as many destinations: which of them
+    lead to one machine only a resolver could tell.
+    """
+    found = _AUTHORITY.match(url.lower())
+    return f"{found['host']}:{found['port'] or _PORTS[found['scheme']]}" if found else ""
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Call ids
 #
@@ -497,6 +569,11 @@ def _next_id(last: tuple[int, int], now_ms: int) -> tuple[int, int]:
 #   calls_idempotent  has this key been seen for this function?
 #   calls_state       lists and counts by state and function
 #   calls_finished    which rows may retention drop? (never dead letters: they are not in it)
+#   calls_dead        which dead letters are past their `keep_dead`?
+#   callbacks_ready   which destinations have a delivery due, and which is the first of each? As `calls_queued`, but
+#                     only what has been found due is in it (`ready`): receivers that are down for hours, thousands of
+#                     them, are not passed over by each claim.
+#   callbacks_due     which deliveries fall due next?
 #
 # A lease's primary key is its fence: AUTOINCREMENT never gives a number twice, so an old fence matches nothing.
 # --------------------------------------------------------------------------------------------------------------------
@@ -588,6 +665,43 @@ MIGRATIONS: tuple[str, ...] = (
     """
     CREATE TABLE clock (boot TEXT NOT NULL, offset_s REAL NOT NULL) STRICT;
     """,
+    """
+    ALTER TABLE callbacks ADD COLUMN queue TEXT NOT NULL DEFAULT '';
+    ALTER TABLE callbacks ADD COLUMN destination TEXT NOT NULL DEFAULT '';
+    ALTER TABLE callbacks ADD COLUMN ready INTEGER NOT NULL DEFAULT 0;
+    UPDATE callbacks SET
+        queue = (SELECT queue FROM calls WHERE calls.seq = callbacks.seq),
+        destination = (SELECT destination_of(callback_url) FROM requests WHERE requests.seq = callbacks.seq);
+    DROP INDEX callbacks_pending;
+    CREATE INDEX callbacks_ready ON callbacks (queue, destination, due_s) WHERE state = 'pending' AND ready = 1;
+    CREATE INDEX callbacks_due ON callbacks (ready, due_s) WHERE state = 'pending';
+    """,
+    """
+    UPDATE calls SET function = function || '.openfaas-fn' WHERE instr(function, '.') = 0;
+    """,
+    """
+    ALTER TABLE requests ADD COLUMN body_digest TEXT;
+    """,
+    # What each function has waiting, that is queued or running, so that a put need not count. Only puts write to it
+    # themselves, many at once; ends are seen by their state, whatever ends a call.
+    """
+    CREATE TABLE waiting (function TEXT PRIMARY KEY, calls INTEGER NOT NULL, bytes INTEGER NOT NULL)
+    STRICT, WITHOUT ROWID;
+    INSERT INTO waiting SELECT function, count(*), sum(bytes_count) FROM calls JOIN requests USING (seq)
+        WHERE state IN ('queued', 'running') GROUP BY function;
+    CREATE TRIGGER calls_ended AFTER UPDATE OF state ON calls
+    WHEN old.state IN ('queued', 'running') AND new.state NOT IN ('queued', 'running') BEGIN
+        UPDATE waiting SET calls = calls - 1,
+            bytes = bytes - (SELECT bytes_count FROM requests WHERE requests.seq = new.seq)
+        WHERE function = new.function;
+    END;
+    CREATE TRIGGER calls_requeued AFTER UPDATE OF state ON calls
+    WHEN new.state IN ('queued', 'running') AND old.state NOT IN ('queued', 'running') BEGIN
+        INSERT INTO waiting SELECT new.function, 1, bytes_count FROM requests WHERE requests.seq = new.seq
+        ON CONFLICT (function) DO UPDATE SET calls = calls + 1, bytes = bytes + excluded.bytes;
+    END;
+    CREATE INDEX calls_dead ON calls (finished_s) WHERE state = 'dead';
+    """,
 )
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -598,25 +712,40 @@ MIGRATIONS: tuple[str, ...] = (
 # missing, it is an error rather than a slow queue.
 # --------------------------------------------------------------------------------------------------------------------
 
-SQL_LANES = """
-    WITH RECURSIVE lane (function) AS (
-        SELECT min(function) FROM calls INDEXED BY calls_queued
-        WHERE state = 'queued' AND queue = :queue AND function > :after
-        UNION ALL
-        SELECT (SELECT min(function) FROM calls INDEXED BY calls_queued
-            WHERE state = 'queued' AND queue = :queue AND function > lane.function)
-        FROM lane WHERE lane.function IS NOT NULL
-    )
-    SELECT function FROM lane WHERE function IS NOT NULL AND EXISTS (
-        SELECT 1 FROM calls INDEXED BY calls_queued
-        WHERE state = 'queued' AND queue = :queue AND calls.function = lane.function AND due_s <= :now_s)
-"""
 
-SQL_DUE = """
-    SELECT seq FROM calls INDEXED BY calls_queued
-    WHERE state = 'queued' AND queue = ? AND function = ? AND due_s <= ? AND (expires_s IS NULL OR expires_s > ?)
-    ORDER BY due_s, id LIMIT ?
+@dataclass(frozen=True, slots=True)
+class Line:
+    """What waits in flows, calls by function or callbacks by destination: the statements that find what is due.
+
+    `flows`, of one queue behind `:after`: those with something due at `:now_s`. `due`, of a queue and a flow (?1, ?2):
+    the first ?4 rows that are due at ?3.
+    """
+
+    flows: str
+    due: str
+
+
+def _build_line(index: str, waits: str, flow: str, order: str, unless: str = "") -> Line:
+    """The statements for the table that `index` is on: an index over queue, `flow` and `order`, of what `waits`."""
+    rows = f"{index.partition('_')[0]} INDEXED BY {index} WHERE {waits} AND queue"
+    first = f"SELECT min({flow}) FROM {rows} = :queue AND {flow}"
+    flows = f"""
+    WITH RECURSIVE found (flow) AS (
+        {first} > :after
+        UNION ALL
+        SELECT ({first} > found.flow) FROM found WHERE found.flow IS NOT NULL
+    )
+    SELECT flow FROM found WHERE flow IS NOT NULL AND EXISTS (
+        SELECT 1 FROM {rows} = :queue AND {flow} = found.flow AND due_s <= :now_s)
 """
+    due = f"SELECT seq FROM {rows} = ?1 AND {flow} = ?2 AND due_s <= ?3 {unless} ORDER BY {order} LIMIT ?4"
+    return Line(flows, due)
+
+
+CALLS_LINE = _build_line(
+    "calls_queued", "state = 'queued'", "function", "due_s, id", "AND (expires_s IS NULL OR expires_s > ?3)"
+)
+CALLBACKS_LINE = _build_line("callbacks_ready", "state = 'pending' AND ready = 1", "destination", "due_s, seq")
 
 SQL_NEXT_DUE = """
     WITH RECURSIVE line (queue) AS (
@@ -638,23 +767,60 @@ SQL_NEXT_DUE = """
     FROM lane WHERE lane.function IS NOT NULL
 """
 
+SQL_ADD_WAITING = """
+    INSERT INTO waiting (function, calls, bytes) VALUES (?, ?, ?)
+    ON CONFLICT (function) DO UPDATE SET calls = calls + excluded.calls, bytes = bytes + excluded.bytes
+"""
+
+SQL_STALE = f"""
+    {SQL_NEXT_DUE[: SQL_NEXT_DUE.rindex("SELECT min((")]}
+    SELECT seq FROM lane CROSS JOIN calls INDEXED BY calls_queued
+    WHERE state = 'queued' AND calls.queue = lane.queue AND calls.function = lane.function AND due_s < :before_s
+    LIMIT :limit
+"""
+
+SQL_OLD_LETTERS = """
+    SELECT seq, id, function FROM calls INDEXED BY calls_dead WHERE state = 'dead' AND finished_s <= :before_s
+    AND NOT EXISTS (SELECT 1 FROM callbacks WHERE callbacks.seq = calls.seq AND state IN ('pending', 'running'))
+    LIMIT :limit
+"""
+
+SQL_OLD_DEAD_CALLBACKS = """
+    SELECT seq, id, function FROM callbacks INDEXED BY callbacks_state CROSS JOIN calls USING (seq)
+    WHERE callbacks.state = 'dead' AND calls.state <> 'dead' AND finished_s <= :before_s LIMIT :limit
+"""
+
+SQL_LETTER_SIZES = """
+    SELECT finished_s, requests.bytes_count + coalesce(results.bytes_count, 0)
+    FROM calls JOIN requests USING (seq) LEFT JOIN results USING (seq)
+    WHERE seq IN (SELECT seq FROM calls INDEXED BY calls_dead WHERE state = 'dead')
+    OR seq IN (SELECT seq FROM callbacks INDEXED BY callbacks_state WHERE state = 'dead')
+    ORDER BY finished_s DESC
+"""
+
 SQL_EXPIRE = """
     UPDATE calls SET state = :state, finished_s = :now_s WHERE seq IN (
         SELECT seq FROM calls INDEXED BY calls_expiring
         WHERE state = 'queued' AND expires_s IS NOT NULL AND expires_s <= :now_s ORDER BY expires_s LIMIT :limit)
 """
 
-SQL_DUE_CALLBACKS = """
-    SELECT seq FROM callbacks INDEXED BY callbacks_pending WHERE state = 'pending' AND due_s <= ?
-    ORDER BY due_s, seq LIMIT ?
+SQL_READY_CALLBACKS = """
+    UPDATE callbacks SET ready = 1 WHERE seq IN (
+        SELECT seq FROM callbacks INDEXED BY callbacks_due
+        WHERE state = 'pending' AND ready = 0 AND due_s <= :now_s ORDER BY due_s LIMIT :limit)
 """
 
 SQL_NEXT_CALLBACK = """
-    SELECT min(due_s) FROM callbacks INDEXED BY callbacks_pending WHERE state = 'pending' AND due_s > :after_s
+    SELECT min(due_s) FROM (
+        SELECT min(due_s) AS due_s FROM callbacks INDEXED BY callbacks_due
+        WHERE state = 'pending' AND ready = 0 AND due_s > :after_s
+        UNION ALL
+        SELECT min(due_s) FROM callbacks INDEXED BY callbacks_due
+        WHERE state = 'pending' AND ready = 1 AND due_s > :after_s)
 """
 
 _SQL_CALL = """
-    SELECT calls.*, requests.method, {long}, requests.bytes_count, requests.file,
+    SELECT calls.*, requests.method, {long}, requests.body_digest, requests.bytes_count, requests.file,
         results.bytes_count AS result_bytes_count, results.file AS result_file,
         callbacks.state AS callback_state, callbacks.attempts AS callback_attempts, callbacks.due_s AS callback_due_s,
         callbacks.status AS callback_status, callbacks.error AS callback_error
@@ -734,7 +900,7 @@ def _parse_headers(text: str | None) -> Headers:
 def _parse_call(row: sqlite3.Row, history: tuple[Attempt, ...]) -> Call:
     return Call(
         id=row["id"],
-        function=row["function"],
+        function=FunctionName(row["function"]),
         queue=row["queue"],
         method=row["method"],
         path=row["path"],
@@ -746,6 +912,7 @@ def _parse_call(row: sqlite3.Row, history: tuple[Attempt, ...]) -> Call:
         expires_s=row["expires_s"],
         idempotency_key=row["idempotency_key"],
         accepted_s=row["accepted_s"],
+        body_digest=row["body_digest"],
         state=State(row["state"]),
         attempts=row["attempts"],
         started_s=row["started_s"],
@@ -838,14 +1005,14 @@ def _calls_values(call: NewCall) -> tuple[object, ...]:
 
 @lru_cache
 def _sql_put_requests(count: int) -> str:
-    columns = "seq, method, path, query, callback_url, headers, bytes_count, file, inline"
-    return f"INSERT INTO requests ({columns}) VALUES " + ", ".join(["(?, ?, ?, ?, ?, ?, ?, ?, ?)"] * count)
+    columns = "seq, method, path, query, callback_url, headers, bytes_count, file, inline, body_digest"
+    return f"INSERT INTO requests ({columns}) VALUES " + ", ".join(["(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"] * count)
 
 
 def _requests_values(seq: int, put: _Put) -> tuple[object, ...]:
     call, body = put.call, put.call.body
     address = call.method, call.path, call.query, call.callback_url
-    return seq, *address, put.headers, body.bytes_count, body.file, body.inline
+    return seq, *address, put.headers, body.bytes_count, body.file, body.inline, call.body_digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -854,6 +1021,7 @@ class _Put:
 
     call: NewCall
     headers: str
+    limits: QueueLimits
 
     def __call__(self, tx: _Transaction) -> Call | None:
         """None: the call is in the queue. A Call: this is the one that its idempotency key stands for."""
@@ -862,21 +1030,47 @@ class _Put:
             key = call.function, call.idempotency_key
             row = tx.db.execute("SELECT seq FROM calls WHERE function = ? AND idempotency_key = ?", key).fetchone()
             if row is not None:
-                return _load(tx.db, row[0])
+                earlier = _load(tx.db, row[0])
+                check_same_request(earlier, call)
+                return earlier
+        waiting = _check_limits(tx.db, call.function, 1, call.body.bytes_count, self.limits)
         cursor = tx.db.execute(_sql_put_calls(1) + " ON CONFLICT (id) DO NOTHING", _calls_values(call))
         if cursor.rowcount == 0:
             raise CallExists(f"the call id {call.id} is in use")
         tx.db.execute(_sql_put_requests(1), _requests_values(cast(int, cursor.lastrowid), self))
+        tx.db.execute(SQL_ADD_WAITING, waiting)
         tx.ring |= Ring.WORK
         return None
 
 
+def _check_limits(
+    db: sqlite3.Connection, function: FunctionName, calls_count: int, bytes_count: int, limits: QueueLimits
+) -> tuple[FunctionName, int, int]:
+    """What `SQL_ADD_WAITING` adds for so many new calls of a function; TooManyQueued if it may not have them."""
+    row = db.execute("SELECT calls, bytes FROM waiting WHERE function = ?", (function,)).fetchone()
+    calls, total_bytes = row or (0, 0)
+    if limits.calls_count is not None and calls + calls_count > limits.calls_count:
+        raise TooManyQueued(f"{function} has {calls} calls waiting; max_queued allows {limits.calls_count}")
+    if limits.bytes_count is not None and total_bytes + bytes_count > limits.bytes_count:
+        raise TooManyBytesQueued(
+            f"the calls of {function} that wait have {total_bytes} bytes, this one {bytes_count};"
+            f" max_queued_bytes allows {limits.bytes_count}"
+        )
+    return function, calls_count, bytes_count
+
+
 def _put_all(tx: _Transaction, puts: Sequence[_Put]) -> None:
-    """Queues calls without an idempotency key, all or none; sqlite3.IntegrityError if an id is in use.
+    """Queues calls without an idempotency key, all or none; TooManyQueued, sqlite3.IntegrityError if an id is in use.
 
     Python gives its lock away for each row that a statement yields or is run for, and a busy event loop takes its time
     to hand it back: so there is a statement for many rows, of few different lengths, as each has to be prepared.
     """
+    totals: dict[FunctionName, tuple[int, int]] = {}
+    for put in puts:
+        calls_count, bytes_count = totals.get(put.call.function, (0, 0))
+        totals[put.call.function] = calls_count + 1, bytes_count + put.call.body.bytes_count
+    for function, total in totals.items():
+        tx.db.execute(SQL_ADD_WAITING, _check_limits(tx.db, function, *total, puts[0].limits))
     done_count = 0
     while done_count < len(puts):
         count = min(1 << (len(puts) - done_count).bit_length() - 1, ROWS_COUNT)
@@ -913,21 +1107,22 @@ def _lease(tx: _Transaction, seq: int, kind: Kind, claimant: _Claimant) -> Lease
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """How much a claim may take: from which queues, how many in all, and how many of each function named in `room`."""
+    """How much a claim may take: from which queues, how many in all, and how many of each flow named in `room`."""
 
     queues: tuple[str, ...]
     limit: int
     room: Mapping[str, int]
 
 
-_Lane = tuple[str, str]  # queue, function
+_Flow = tuple[str, str]  # queue; function or destination
+_Claimed = tuple[list[Lease], _Flow]  # and the flow that was served last
 
 
-def _claim(tx: _Transaction, wanted: _Wanted, last: _Lane, claimant: _Claimant) -> tuple[list[Lease], _Lane]:
-    """Takes calls in turns, beginning behind the lane that was served `last`; returns that lane for the next claim."""
+def _claim(tx: _Transaction, wanted: _Wanted, last: _Flow, claimant: _Claimant) -> _Claimed:
+    """Takes calls in turns, beginning behind the flow that was served `last`."""
     if _expire(tx, claimant.now_s) == tx.step_count:
         tx.ring |= Ring.WORK  # more are waiting to be expired, and may hide live ones: come again
-    picked = _pick(tx.db, wanted, last, claimant.now_s)
+    picked = _pick(tx.db, CALLS_LINE, wanted, last, claimant.now_s)
     state = next_state(State.QUEUED, Event.CLAIM).value
     tx.db.executemany(
         "UPDATE calls SET state = ?, attempts = attempts + 1, started_s = ? WHERE seq = ?",
@@ -937,44 +1132,58 @@ def _claim(tx: _Transaction, wanted: _Wanted, last: _Lane, claimant: _Claimant) 
     return leases, picked[-1][1] if picked else last
 
 
-def _pick(db: sqlite3.Connection, wanted: _Wanted, last: _Lane, now_s: float) -> list[tuple[int, _Lane]]:
-    """The rows to claim, one from each lane in turn, round after round, until the limit or the work is reached."""
-    lanes = list(itertools.islice(_walk_lanes(db, wanted, last, now_s), wanted.limit))
-    if not lanes:
+def _claim_callbacks(tx: _Transaction, wanted: _Wanted, last: _Flow, claimant: _Claimant) -> _Claimed:
+    """Takes callbacks in turns, as `_claim` takes calls."""
+    ready = {"now_s": claimant.now_s, "limit": tx.step_count}
+    if tx.db.execute(SQL_READY_CALLBACKS, ready).rowcount == tx.step_count:
+        tx.ring |= Ring.WORK  # more are due than one step may touch: come again
+    picked = _pick(tx.db, CALLBACKS_LINE, wanted, last, claimant.now_s)
+    state = next_callback_state(CallbackState.PENDING, Event.CLAIM).value
+    tx.db.executemany(
+        "UPDATE callbacks SET state = ?, attempts = attempts + 1 WHERE seq = ?", [(state, seq) for seq, _ in picked]
+    )
+    leases = [_lease(tx, seq, "callback", claimant) for seq, _ in picked]
+    return leases, picked[-1][1] if picked else last
+
+
+def _pick(db: sqlite3.Connection, line: Line, wanted: _Wanted, last: _Flow, now_s: float) -> list[tuple[int, _Flow]]:
+    """The rows to claim, one from each flow in turn, round after round, until the limit or the work is reached."""
+    flows = list(itertools.islice(_walk_flows(db, line, wanted, last, now_s), wanted.limit))
+    if not flows:
         return []
 
-    def due(lane: _Lane, count: int) -> list[tuple[int, _Lane]]:
-        count = min(count, wanted.room.get(lane[1], count))
-        return [(seq, lane) for (seq,) in db.execute(SQL_DUE, (*lane, now_s, now_s, count))]
+    def due(flow: _Flow, count: int) -> list[tuple[int, _Flow]]:
+        count = min(count, wanted.room.get(flow[1], count))
+        return [(seq, flow) for (seq,) in db.execute(line.due, (*flow, now_s, count))]
 
-    share = -(-wanted.limit // len(lanes))
-    heads = {lane: due(lane, share) for lane in lanes}
-    if sum(map(len, heads.values())) < wanted.limit:  # some lanes are short: the others get their part
-        heads = {lane: due(lane, wanted.limit) if len(head) == share else head for lane, head in heads.items()}
+    share = -(-wanted.limit // len(flows))
+    heads = {flow: due(flow, share) for flow in flows}
+    if sum(map(len, heads.values())) < wanted.limit:  # some flows are short: the others get their part
+        heads = {flow: due(flow, wanted.limit) if len(head) == share else head for flow, head in heads.items()}
     left = dict(wanted.room)
-    picked: list[tuple[int, _Lane]] = []
+    picked: list[tuple[int, _Flow]] = []
     for entry in filter(None, itertools.chain.from_iterable(itertools.zip_longest(*heads.values()))):
-        function = entry[1][1]
-        if left.setdefault(function, wanted.limit) > 0 and len(picked) < wanted.limit:
-            left[function] -= 1  # one function in two queues shares one room
+        name = entry[1][1]
+        if left.setdefault(name, wanted.limit) > 0 and len(picked) < wanted.limit:
+            left[name] -= 1  # one function, or destination, in two queues shares one room
             picked.append(entry)
     return picked
 
 
-def _walk_lanes(db: sqlite3.Connection, wanted: _Wanted, last: _Lane, now_s: float) -> Iterator[_Lane]:
-    """Lanes with work due, in a ring that begins behind `last` and ends with it."""
+def _walk_flows(db: sqlite3.Connection, line: Line, wanted: _Wanted, last: _Flow, now_s: float) -> Iterator[_Flow]:
+    """Flows with work due, in a ring that begins behind `last` and ends with it."""
     queues = sorted(set(wanted.queues))
     later = [(name, "", None) for name in queues if name > last[0]]
     earlier = [(name, "", None) for name in queues if name < last[0]]
     own = last[0] in queues
     segments = [(last[0], last[1], None)] * own + later + earlier + [(last[0], "", last[1])] * own
     for queue_name, after, upto in segments:
-        rows = db.execute(SQL_LANES, {"queue": queue_name, "after": after, "now_s": now_s})
-        for (function,) in rows:
-            if upto is not None and function > upto:
+        rows = db.execute(line.flows, {"queue": queue_name, "after": after, "now_s": now_s})
+        for (flow,) in rows:
+            if upto is not None and flow > upto:
                 break
-            if wanted.room.get(function, 1) > 0:
-                yield queue_name, function
+            if wanted.room.get(flow, 1) > 0:
+                yield queue_name, flow
 
 
 def _expire(tx: _Transaction, now_s: float) -> int:
@@ -986,13 +1195,20 @@ def _expire(tx: _Transaction, now_s: float) -> int:
     return count
 
 
-def _claim_callbacks(tx: _Transaction, limit: int, claimant: _Claimant) -> list[Lease]:
-    rows = tx.db.execute(SQL_DUE_CALLBACKS, (claimant.now_s, limit)).fetchall()
-    state = next_callback_state(CallbackState.PENDING, Event.CLAIM).value
+STALE_ERROR = "it was not run within max_queue_age"
+
+
+def _expire_stale(tx: _Transaction, now_s: float, before_s: float) -> int:
+    """Ends calls that have been due since `before_s`: their queue has no worker, or none that keeps up."""
+    rows = tx.db.execute(SQL_STALE, {"before_s": before_s, "limit": tx.step_count}).fetchall()
+    state = next_state(State.QUEUED, Event.EXPIRE).value
     tx.db.executemany(
-        "UPDATE callbacks SET state = ?, attempts = attempts + 1 WHERE seq = ?", [(state, seq) for (seq,) in rows]
+        "UPDATE calls SET state = ?, finished_s = ?, error = ? WHERE seq = ?",
+        [(state, now_s, STALE_ERROR, seq) for (seq,) in rows],
     )
-    return [_lease(tx, seq, "callback", claimant) for (seq,) in rows]
+    if rows:
+        tx.ring |= Ring.FINISHED
+    return len(rows)
 
 
 def _end_lease(tx: _Transaction, lease: Lease, kind: Kind) -> int:
@@ -1053,8 +1269,10 @@ def _finish(tx: _Transaction, lease: Lease, ending: _Ending) -> tuple[str, ...]:
     _store_result(tx, seq, ending)
     tx.ring |= Ring.FINISHED
     if lease.call.callback_url is not None:
+        destination, is_due = destination_of(lease.call.callback_url), run.callback_due_s is None
         tx.db.execute(
-            "INSERT INTO callbacks (seq, state, due_s) VALUES (?, 'pending', ?)", (seq, ending.callback_due_s)
+            "INSERT INTO callbacks (seq, state, due_s, queue, destination, ready) VALUES (?, 'pending', ?, ?, ?, ?)",
+            (seq, ending.callback_due_s, lease.call.queue, destination, is_due),
         )
         tx.ring |= Ring.WORK
     return files
@@ -1144,7 +1362,7 @@ def _release(tx: _Transaction, lease: Lease, now_s: float) -> None:
 
 def _callback_again(tx: _Transaction, seq: int, event: Event, due_s: float) -> None:
     state = next_callback_state(CallbackState.RUNNING, event).value
-    tx.db.execute("UPDATE callbacks SET state = ?, due_s = ? WHERE seq = ?", (state, due_s, seq))
+    tx.db.execute("UPDATE callbacks SET state = ?, due_s = ?, ready = 0 WHERE seq = ?", (state, due_s, seq))
     tx.ring |= Ring.WORK
 
 
@@ -1229,6 +1447,19 @@ def _cancel(tx: _Transaction, call_id: str, now_s: float) -> State:
     return next_state(state, Event.CANCEL)
 
 
+def _cancel_queued(tx: _Transaction, function: str | None, now_s: float, after_seq: int) -> _Dropped:
+    """One step of cancelling what is queued. Payloads go at once: on a full disk it is them that someone wants gone."""
+    rows = tx.db.execute(
+        "SELECT seq FROM calls WHERE state = 'queued' AND seq > :after AND (:function IS NULL OR function = :function)"
+        " ORDER BY seq LIMIT :limit",
+        {"after": after_seq, "function": function, "limit": tx.step_count},
+    ).fetchall()
+    for (seq,) in rows:
+        _end_cancelled(tx, seq, State.QUEUED, Event.CANCEL, now_s)
+    files = _drop_payloads(tx, [seq for (seq,) in rows])
+    return _Dropped(len(rows), files, (0.0, rows[-1][0]) if len(rows) == tx.step_count else None)
+
+
 def _cancelled_ids(db: sqlite3.Connection, owner: str) -> frozenset[str]:
     rows = db.execute(
         "SELECT calls.id FROM leases JOIN calls USING (seq)"
@@ -1262,7 +1493,8 @@ def _requeue_callback(tx: _Transaction, call_id: str, now_s: float) -> Call:
     if row is None or (CallbackState(row[0]), Event.REQUEUE) not in CALLBACK_TRANSITIONS:
         raise CallNotDead(f"only a dead callback can be queued again; this one is {row[0] if row else 'not there'}")
     state = next_callback_state(CallbackState(row[0]), Event.REQUEUE).value
-    tx.db.execute("UPDATE callbacks SET state = ?, attempts = 0, due_s = ? WHERE seq = ?", (state, now_s, seq))
+    sql = "UPDATE callbacks SET state = ?, attempts = 0, due_s = ?, ready = 0 WHERE seq = ?"
+    tx.db.execute(sql, (state, now_s, seq))
     tx.ring |= Ring.WORK
     return _load(tx.db, seq)
 
@@ -1272,7 +1504,7 @@ class _Filter:
     """Which calls to list: all conditions that are not None hold; newest first."""
 
     state: State | None
-    function: str | None
+    function: FunctionName | None
     limit: int
     before: str | None
 
@@ -1316,10 +1548,10 @@ def _look_ahead(db: sqlite3.Connection, call_after_s: float, callback_after_s: f
 
 
 def _count(db: sqlite3.Connection, now_s: float, commit_count: int) -> Stats:
-    by_function: dict[tuple[str, State], int] = {}
+    by_function: dict[tuple[FunctionName, State], int] = {}
     by_state = dict.fromkeys(State, 0)
     for state, function, count in db.execute("SELECT state, function, count(*) FROM calls GROUP BY state, function"):
-        by_function[function, State(state)] = count
+        by_function[FunctionName(function), State(state)] = count
         by_state[State(state)] += count
     callbacks = dict(db.execute("SELECT state, count(*) FROM callbacks GROUP BY state").fetchall())
     (oldest_s,) = db.execute(SQL_NEXT_DUE, {"after_s": -1e300}).fetchone()
@@ -1377,6 +1609,26 @@ def _drop_calls(tx: _Transaction, before_s: float, after: _Position) -> _Dropped
     return _Dropped(len(rows), files, (rows[-1][1], rows[-1][0]) if len(rows) == tx.step_count else None)
 
 
+def _letters_before(db: sqlite3.Connection, now_s: float, bounds: Bounds) -> float:
+    """The time up to which letters are too old, or too many with those that are newer."""
+    before_s = now_s - bounds.dead_s
+    left_bytes = float("inf") if bounds.dead_bytes is None else bounds.dead_bytes
+    if left_bytes != float("inf"):
+        for finished_s, bytes_count in db.execute(SQL_LETTER_SIZES):
+            left_bytes -= bytes_count + LETTER_BYTES
+            if left_bytes < 0 or finished_s <= before_s:
+                return max(before_s, float(finished_s))
+    return before_s
+
+
+def _drop_letters(tx: _Transaction, before_s: float) -> tuple[list[tuple[str, str]], tuple[str, ...]]:
+    """One step of dropping letters; returns id and function of each, and files that nothing names now."""
+    values = {"before_s": before_s, "limit": tx.step_count}
+    rows = tx.db.execute(SQL_OLD_LETTERS, values).fetchall() or tx.db.execute(SQL_OLD_DEAD_CALLBACKS, values).fetchall()
+    files = _delete(tx, [seq for seq, _, _ in rows])
+    return [(call_id, function) for _, call_id, function in rows], files
+
+
 def _delete(tx: _Transaction, rows: Sequence[int]) -> tuple[str, ...]:
     """Deletes calls and all that hangs on them; returns the body files they named."""
     files: list[str] = []
@@ -1386,7 +1638,9 @@ def _delete(tx: _Transaction, rows: Sequence[int]) -> tuple[str, ...]:
     return tuple(files)
 
 
-def _purge(tx: _Transaction, state: State, function: str | None, call_id: str | None, after_seq: int) -> _Dropped:
+def _purge(
+    tx: _Transaction, state: State, function: FunctionName | None, call_id: str | None, after_seq: int
+) -> _Dropped:
     rows = tx.db.execute(
         "SELECT seq FROM calls WHERE state = :state AND seq > :after AND (:function IS NULL OR function = :function)"
         " AND (:id IS NULL OR id = :id) AND NOT EXISTS (SELECT 1 FROM callbacks"
@@ -1404,6 +1658,11 @@ def _truncate_journal(db: sqlite3.Connection) -> None:
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
     finally:
         db.execute(f"PRAGMA busy_timeout = {int(BUSY_S * 1000)}")
+
+
+def _forget_idle(tx: _Transaction) -> None:
+    """Functions that have nothing waiting need no row: strangers can make up names."""
+    tx.db.execute("DELETE FROM waiting WHERE calls <= 0")
 
 
 def _unnamed(db: sqlite3.Connection, files: Sequence[str]) -> list[str]:
@@ -1687,7 +1946,7 @@ class _Reserve:
 
     def trouble(self) -> str | None:
         """What keeps calls from being taken, for people; None if nothing does."""
-        if self._fits(0):
+        if self._fits(PAGE_BYTES):  # what a small call takes
             return None
         return f"{DISK_FULL}: {self.free_bytes} bytes are free, and new calls are refused until there are more"
 
@@ -1933,6 +2192,7 @@ def _missing_pages(path: Path, page_count: int, page_bytes: int) -> set[int]:
 
 def _migrate(db: sqlite3.Connection) -> None:
     """Brings an older file to the newest version, one version per transaction."""
+    db.create_function("destination_of", 1, destination_of, deterministic=True)
     (version,) = db.execute("PRAGMA user_version").fetchone()
     for number, script in enumerate(MIGRATIONS[version:], version + 1):
         db.executescript(f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {number}; COMMIT;")
@@ -2523,6 +2783,7 @@ class _Readers:
 class _Parts:
     """What opening a queue yields, before there is a thread or a socket."""
 
+    limits: QueueLimits
     tree: _Tree
     token: str
     db: sqlite3.Connection
@@ -2553,7 +2814,7 @@ def _open_parts(path: Path, limits: QueueLimits) -> _Parts:
         raise _open_error(path, error) from error
     except sqlite3.Error as error:
         raise _sqlite_error(error) from error
-    return _Parts(tree, token, db, reserve, readers, bells)
+    return _Parts(limits, tree, token, db, reserve, readers, bells)
 
 
 class Spool:
@@ -2566,6 +2827,7 @@ class Spool:
         """Not for callers: use `Spool.open`."""
         self.token = parts.token  # known only to those who can open the queue: how gateway and worker trust each other
         self._tree = parts.tree
+        self._limits = parts.limits
         self._reserve = parts.reserve
         self._readers = parts.readers
         self._now = now
@@ -2576,7 +2838,7 @@ class Spool:
         self._files = ThreadPoolExecutor(4, thread_name_prefix="spool-files")
         self._result_turn = asyncio.Lock()  # of results that have found no room
         self._owners: dict[str, int] = {}
-        self._last_lane: _Lane = ("", "")
+        self._last_flow: dict[Kind, _Flow] = {"call": ("", ""), "callback": ("", "")}
         self._reclaimed_s = -RECLAIM_S
         self._greatest_offset_s = self._offset_s()
         self._call_seen_s = self._callback_seen_s = -1e300  # what was due by then has been claimed or reported
@@ -2796,10 +3058,11 @@ class Spool:
         """Queues a call; it is on disk when this returns.
 
         The same idempotency key for the same function, while that call is remembered: the earlier Call is returned
-        and the new body dropped. Raises CallExists when the id is in use. Whatever this raises, the body is gone, also
-        when the caller is cancelled, unless the call got into the queue all the same.
+        and the new body dropped. Raises KeyReused when that was another request, CallExists when the id is in use,
+        TooManyQueued when the function has as many calls or bytes waiting as it may. Whatever this raises, the body is
+        gone, also when the caller is cancelled, unless the call got into the queue all the same.
         """
-        earlier = await self._write(_Put(call, _headers_text(call.headers)))
+        earlier = await self._write(_Put(call, _headers_text(call.headers), self._limits))
         return _accepted(call) if earlier is None else earlier
 
     async def get(self, call_id: str) -> Call | None:
@@ -2828,6 +3091,21 @@ class Spool:
         """CANCELLED: it was queued and will not run. RUNNING: its worker is told. Raises CallFinished, CallUnknown."""
         return await self._write(partial(_cancel, call_id=call_id, now_s=self._now()))
 
+    async def cancel_queued(self, *, function: str | None = None) -> int:
+        """Cancels every queued call, of one function or of all, and drops their payloads; returns how many.
+
+        In steps, so calls that come meanwhile may be among them. What runs goes on.
+        """
+        total, position = 0, -1
+        while True:
+            step = partial(_cancel_queued, function=function, now_s=self._now(), after_seq=position)
+            dropped = await self._write(step)
+            await self._drop_files(dropped.files)
+            total += dropped.count
+            if dropped.next is None:
+                return total
+            position = dropped.next[1]
+
     # -- owners and leases
 
     async def enlist(self, owner: str | None = None) -> str:
@@ -2854,31 +3132,25 @@ class Spool:
         A function with no room is passed over. `owner` must be enlisted here. Taking leases costs one commit; finding
         nothing costs none. If the caller is cancelled, what was claimed for it is released.
         """
-        wanted = _Wanted(tuple(queues), limit, dict(room or {}))
-        claimant = self._claimant(owner, lease_s)
-
-        def work(tx: _Transaction) -> list[Lease]:
-            self._reclaim_sometimes(tx)
-            leases, self._last_lane = _claim(tx, wanted, self._last_lane, claimant)
-            return leases
-
+        claimant, wanted = self._claimant(owner, lease_s), _Wanted(tuple(queues), limit, dict(room or {}))
         if limit <= 0:
             return []
-        leases = await self._claimed(self._write(work))
+        leases = await self._claimed("call", _claim, wanted, claimant)
         self._call_seen_s = claimant.now_s
         return leases
 
-    async def claim_callbacks(self, owner: str, lease_s: float, limit: int) -> list[Lease]:
-        """Leases up to `limit` due callbacks, the longest due first; otherwise as `claim`."""
-        claimant = self._claimant(owner, lease_s)
+    async def claim_callbacks(
+        self, queues: Sequence[str], owner: str, lease_s: float, limit: int, room: Mapping[str, int] | None = None
+    ) -> list[Lease]:
+        """Leases up to `limit` due callbacks of calls of `queues`; otherwise as `claim`.
 
-        def work(tx: _Transaction) -> list[Lease]:
-            self._reclaim_sometimes(tx)
-            return _claim_callbacks(tx, limit, claimant)
-
+        Destinations take turns as functions do, and `room` is theirs: see `destination_of`. Within one, the longest
+        due comes first.
+        """
+        claimant, wanted = self._claimant(owner, lease_s), _Wanted(tuple(queues), limit, dict(room or {}))
         if limit <= 0:
             return []
-        leases = await self._claimed(self._write(work))
+        leases = await self._claimed("callback", _claim_callbacks, wanted, claimant)
         self._callback_seen_s = claimant.now_s
         return leases
 
@@ -2887,7 +3159,19 @@ class Spool:
             raise AssertionError(f"{owner} has not been enlisted: its leases would be void at once")
         return _Claimant(owner, self._now(), self._boot, _boot_s() + lease_s)
 
-    async def _claimed(self, future: asyncio.Future[list[Lease]]) -> list[Lease]:
+    async def _claimed(
+        self,
+        kind: Kind,
+        claim: Callable[[_Transaction, _Wanted, _Flow, _Claimant], _Claimed],
+        wanted: _Wanted,
+        claimant: _Claimant,
+    ) -> list[Lease]:
+        def work(tx: _Transaction) -> list[Lease]:
+            self._reclaim_sometimes(tx)
+            leases, self._last_flow[kind] = claim(tx, wanted, self._last_flow[kind], claimant)
+            return leases
+
+        future = self._write(work)
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
@@ -3058,7 +3342,12 @@ class Spool:
     # -- for people
 
     async def calls(
-        self, *, state: State | None = None, function: str | None = None, limit: int = 100, before: str | None = None
+        self,
+        *,
+        state: State | None = None,
+        function: FunctionName | None = None,
+        limit: int = 100,
+        before: str | None = None,
     ) -> list[Call]:
         """Calls, newest first, without what may be long: path, query, callback URL, header fields, bodies, history.
 
@@ -3077,7 +3366,7 @@ class Spool:
         """A dead callback is due now, attempts from 0. Raises CallNotDead, CallUnknown."""
         return await self._write(partial(_requeue_callback, call_id=call_id, now_s=self._now()))
 
-    async def purge(self, *, state: State, function: str | None = None, call_id: str | None = None) -> int:
+    async def purge(self, *, state: State, function: FunctionName | None = None, call_id: str | None = None) -> int:
         """Deletes calls in a final state, except those with a callback under way; returns how many."""
         if state not in FINAL:
             raise AssertionError(f"calls that are {state.value} are not for purging: cancel them")
@@ -3105,21 +3394,40 @@ class Spool:
 
     # -- housekeeping
 
-    async def sweep(self, keep_results_s: float, retention_s: float) -> Swept:
+    async def sweep(self, keep_results_s: float, retention_s: float, bounds: Bounds | None = None) -> Swept:
         """Drops results and calls that have been final for longer, leftovers of crashes, and gives their room back.
 
-        Never touches dead letters or calls whose callback is not delivered, except for a dead letter's result. Works
-        in small steps: writers are never kept waiting for more than one.
+        Never touches dead letters or calls whose callback is not delivered, except for a dead letter's result, unless
+        `bounds` says so; each of those that goes is logged. Works in small steps: writers are never kept waiting for
+        more than one.
         """
-        now_s = self._now()
+        now_s, bounds = self._now(), bounds or Bounds()
         expired = 0
         while count := await self._write(partial(_expire, now_s=now_s)):
             expired += count
+        while count := await self._write(partial(_expire_stale, now_s=now_s, before_s=now_s - bounds.queue_age_s)):
+            expired += count
         results, files = await self._drop_old(_drop_results, now_s - keep_results_s)
         calls, more_files = await self._drop_old(_drop_calls, now_s - retention_s)
-        files += more_files + await self._drop_orphans()
+        letters, letter_files = await self._drop_letters(now_s, bounds)
+        files += more_files + letter_files + await self._drop_orphans()
+        await self._write(_forget_idle)
         await self._write(lambda _: _remove_dead_owners(self._tree), alone=True)
-        return Swept(expired, results, calls, files, await self._shrink())
+        return Swept(expired, results, calls, files, await self._shrink(), letters)
+
+    async def _drop_letters(self, now_s: float, bounds: Bounds) -> tuple[int, int]:
+        if bounds.dead_s == float("inf") and bounds.dead_bytes is None:
+            return 0, 0
+        before_s = await self._read(partial(_letters_before, now_s=now_s, bounds=bounds))
+        count = files_count = 0
+        while True:
+            letters, files = await self._write(partial(_drop_letters, before_s=before_s))
+            if not letters:
+                return count, files_count
+            for call_id, function in letters:
+                log.warning("a dead letter was dropped: keep_dead is over", call_id=call_id, function=function)
+            files_count += await self._drop_files(files)
+            count += len(letters)
 
     async def _drop_old(self, step: _Step, before_s: float) -> tuple[int, int]:
         """Repeats a step to its end; returns how many rows and files it has dropped."""

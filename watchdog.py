@@ -88,6 +88,10 @@ LONGEST_RESTART_S = 30.0
 PROVEN_AFTER_S = 10.0  # one that has lived so long starts its delays from the beginning
 LINGER_S = 2.0  # after a refusal: how long the client may go on sending before the connection is cut
 LINGER_BYTES = 1 << 24  # ... and how much
+WATCH_IDLE_S = 30  # a connection without traffic is asked so often whether its other end lives; IPVS forgets at 900 s
+WATCH_EVERY_S = 10  # ... and again, while there is no answer
+WATCH_COUNT = 3  # ... and as many unanswered questions end it
+SILENT_S = WATCH_IDLE_S + WATCH_EVERY_S * WATCH_COUNT  # what was sent may stay unconfirmed so long
 CONNECT_TIMEOUT_S = 10.0  # curl waits 300 s, Go's default transport 30 s; behind us is a local network
 KEPT_S = 20.0  # an idle connection to an upstream; below the 30 s after which a watchdog closes its side
 KEPT_CONNECTIONS_COUNT = 64  # idle connections kept for each upstream
@@ -369,7 +373,20 @@ def _parse_row(row: Setting, environ: Mapping[str, str]) -> Any:
     try:
         return row.parse(text)
     except ValueError as error:
-        raise ValueError(f"{name}={text!r}: {error}") from None
+        raise ValueError(f"{name}={without_credentials(text)!r}: {error}") from None
+
+
+def without_credentials(text: str) -> str:
+    """Return `text`, a value that is to be shown because it was refused, with what may be user and password hidden.
+
+    It may be any text with a URL in it, or several, or what was meant to be one (RFC 3986 3.2.1): what stands before
+    the last @ goes.
+    """
+    before, at, after = text.rpartition("@")
+    if not at or ":" not in before:
+        return text
+    start, slashes, _ = before.partition("//")
+    return f"{start if slashes else ''}{slashes}***@{after}"
 
 
 def lookalikes(kind: type, environ: Mapping[str, str]) -> list[str]:
@@ -1480,6 +1497,31 @@ class Alarm:
         self._ring()
 
 
+def keep_watch(sock: socket.socket) -> None:
+    """Have the kernel end a TCP connection whose other end has gone without a word, within SILENT_S (tcp(7)).
+
+    Without it a machine that lost its power is waited for as long as anybody listens.  Connections inherit what their
+    listening socket has, so one call for that is enough.  A socket of another kind is left as it is.
+    """
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, WATCH_IDLE_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, WATCH_EVERY_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, WATCH_COUNT)
+    expect_stalls(sock, False)
+
+
+def expect_stalls(sock: socket.socket, expected: bool) -> None:
+    """Tell the kernel whether the other end of a connection that `keep_watch` saw may rightly take nothing for long.
+
+    TCP_USER_TIMEOUT does not tell a peer that is gone from one that lives, answers, and has no room: after SILENT_S
+    with a full window it ends both.  While more is sent than a receiver surely takes, only its own deadlines may.
+    """
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 0 if expected else SILENT_S * 1000)
+
+
 T = TypeVar("T")
 
 
@@ -1599,6 +1641,7 @@ class Listener:
         self._opening: set[asyncio.Task[Any]] = set()
         self._pause: asyncio.TimerHandle | None = None
         sock.setblocking(False)
+        keep_watch(sock)
         sock.listen(BACKLOG)  # one that was inherited may have been given less
         self._loop.add_reader(sock.fileno(), self._on_connection)
 
@@ -1934,6 +1977,8 @@ class ServerConnection(asyncio.Protocol):
         close = self._server.draining or self._refusal is not None or not self._wire.peer_done
         headers = (*response.headers, (b"Date", self._server.date()))
         body = whole(response.body)
+        if not isinstance(body, bytes) or len(body) > MAX_HEAD_BYTES:
+            expect_stalls(self._transport.get_extra_info("socket"), True)  # its reader has the write timeout
         if isinstance(body, bytes):
             length = len(body) if response.length is None else response.length
             await self._write(self._wire.build_whole(response.status, headers, body, length, close))
@@ -2068,6 +2113,14 @@ class Unreachable(FaashoundError):
     status = 502
 
 
+class OutOfResources(Unreachable):
+    """No connection could be made for want of something on this machine that it may soon have again."""
+
+
+# Descriptors of this process or of all, memory for a socket, and ports to connect from.
+_OUT_OF_RESOURCES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL))
+
+
 class UpstreamTimeout(FaashoundError):
     """The upstream did not answer whole by the deadline."""
 
@@ -2098,14 +2151,18 @@ def parse_url(text: str) -> Url:
     """
     if not re.fullmatch(r"[\x21-\x7e]+", text):
         raise ValueError("allowed: a URL of visible ASCII characters")
-    parts = urllib.parse.urlsplit(text)
+    try:
+        parts = urllib.parse.urlsplit(text)
+        given_port = parts.port
+    except ValueError:  # whose text may show a part of a password
+        raise ValueError("allowed: http(s)://host[:port]/path, with a port up to 65535") from None
     if parts.scheme not in ("http", "https"):
         raise ValueError("allowed: http:// or https://")
     if not parts.hostname:
         raise ValueError("no host; allowed: http://host[:port]/path")
     if parts.username is not None or parts.password is not None:
         raise ValueError("user information is not allowed in a URL")
-    port = parts.port or (443 if parts.scheme == "https" else 80)
+    port = given_port or (443 if parts.scheme == "https" else 80)
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     return Url(parts.scheme, parts.hostname, port, target)
 
@@ -2194,6 +2251,8 @@ class Client:
                 )
                 return connection
             except (OSError, ssl.SSLError) as error:
+                if error.errno in _OUT_OF_RESOURCES:
+                    raise OutOfResources(f"cannot connect to {url.authority}: {error.strerror}") from None
                 reasons.append(error.strerror or str(error) if isinstance(error, OSError) else str(error))
         raise Unreachable(f"cannot connect to {url.authority}: {'; '.join(reasons) or 'it has no address'}")
 
@@ -4562,18 +4621,54 @@ PURPOSE = """Puts the program named by `fprocess` behind HTTP, one process per r
 --run-healthcheck exits with 0 if the lock file is there, else with 1."""
 
 
+class OutputFailed(FaashoundError):
+    """Standard output does not take what was asked for; the text says why."""
+
+    def __init__(self, cause: OSError | None) -> None:
+        self.reader_has_left = isinstance(cause, BrokenPipeError)
+        super().__init__(f"cannot write to standard output: {_strerror(cause) if cause else 'it is closed'}")
+
+
+def write_out(text: str) -> None:
+    """Write a line to standard output, at once; raises OutputFailed.
+
+    Not print(): what that buffers fails when the interpreter ends, and then with a traceback.  And a descriptor 1 that
+    was closed when we were started may be a file of ours by now: the interpreter knows.
+    """
+    if sys.stdout is None:
+        raise OutputFailed(None)
+    rest = memoryview(f"{text}\n".encode("utf-8", "backslashreplace"))
+    try:
+        while rest:
+            rest = rest[os.write(1, rest) :]
+    except OSError as error:
+        raise OutputFailed(error) from None
+
+
+def report_failure(error: FaashoundError) -> int:
+    """Say on standard error why a command failed; return its exit status.
+
+    A reader that has seen enough (`| head`) is no failure to speak of: the status is that of a death by SIGPIPE.
+    """
+    if isinstance(error, OutputFailed) and error.reader_has_left:
+        return 128 + signal.SIGPIPE
+    print(error, file=sys.stderr)
+    return 1
+
+
 def flag_answer(argv: Sequence[str], help_shown: str) -> int | None:
     """Do what a flag common to our programs asks and return the exit status; None if none was given."""
-    if argv == ["--version"]:
-        print(f"faashound {VERSION}")
-        return 0
-    if argv == ["--help"]:
-        print(help_shown, end="")
-        return 0
-    if argv:
+    if not argv:
+        return None
+    texts = {"--version": f"faashound {VERSION}", "--help": help_shown.rstrip("\n")}
+    if len(argv) > 1 or argv[0] not in texts:
         print(f"unknown arguments: {' '.join(argv)}; see --help", file=sys.stderr)
         return 2
-    return None
+    try:
+        write_out(texts[argv[0]])
+    except OutputFailed as error:
+        return report_failure(error)
+    return 0
 
 
 def read_file(path: str, meaning: str) -> str:
@@ -4594,6 +4689,12 @@ def run_healthcheck(environ: Mapping[str, str]) -> int:
     return 1
 
 
+def log_origin(environ: Mapping[str, str]) -> str | None:
+    """Return the name of the function that we serve, as people type it, for the log; None outside of OpenFaaS."""
+    name, namespace = environ.get("OPENFAAS_NAME"), environ.get("OPENFAAS_NAMESPACE")
+    return f"{name}.{namespace}" if name and namespace not in (None, "", "openfaas-fn") else name
+
+
 def load_settings(kind: type[S], environ: Mapping[str, str]) -> S | None:
     """Return the settings, with the log set up and a warning for each look-alike; None, and a message, if bad."""
     try:
@@ -4601,7 +4702,7 @@ def load_settings(kind: type[S], environ: Mapping[str, str]) -> S | None:
     except BadSettings as error:
         print(error, file=sys.stderr)
         return None
-    log.configure(getattr(settings, "log_format", "text"), environ.get("OPENFAAS_NAME"))
+    log.configure(getattr(settings, "log_format", "text"), log_origin(environ))
     for warning in lookalikes(kind, environ):
         log.warning(warning)
     return settings

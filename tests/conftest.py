@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Generator, Iterator
 
 import pytest
@@ -13,6 +14,13 @@ from tests.harness import Program
 # Many examples are real requests to real processes: a busy machine is no failure of the program.
 settings.register_profile("processes", deadline=None)
 settings.load_profile("processes")
+
+
+def pytest_configure() -> None:
+    """Take back what a shell has ignored for us: `nohup`, or `&` in a script, must not change what programs inherit."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 @pytest.hookimpl(wrapper=True)

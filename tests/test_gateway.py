@@ -380,7 +380,7 @@ def test_status_tells_what_has_become_of_a_call(system: System) -> None:
     call_id = system.submit("shell", b"echo out; exit 3", {"X-Call-Id": str(uuid.uuid4())})
     status = system.ended(call_id)
     assert status["state"] == "dead"
-    assert (status["attempts"], status["status"], status["function"]) == (3, 500, "shell")
+    assert (status["attempts"], status["status"], status["function"]) == (3, 500, "shell.openfaas-fn")
     assert status["error"] == "gave up after 3 attempts: status 500"
     assert status["accepted"] < status["started"] < status["finished"]
     result = system.request("GET", f"/async-function/{call_id}/result")
@@ -499,7 +499,7 @@ def test_system_lists_functions_without_what_they_run(system: System) -> None:
     names = [function["name"] for function in json.loads(system.request("GET", "/system/functions").body)]
     assert names == ["cat", "shell", "env", "echo", "down"]
     one = json.loads(system.request("GET", "/system/function/cat").body)
-    assert one == {"name": "cat", "local": True, "annotations": {}, "labels": {}}
+    assert one == {"name": "cat", "namespace": "openfaas-fn", "local": True, "annotations": {}, "labels": {}}
     unknown = system.request("GET", "/system/function/nobody")
     assert unknown.status == 404
     assert "x-openfaas-internal" not in unknown.headers
@@ -516,9 +516,9 @@ def test_metrics_have_the_names_of_openfaas() -> None:
         system.request("POST", "/function/made-up-name", b"x")
         system.ended(system.submit("cat"))
         text = system.metrics()
-    assert 'gateway_function_invocation_total{code="200",function_name="cat"} 2.0' in text
-    assert 'gateway_function_invocation_started{function_name="cat"} 2.0' in text
-    assert 'gateway_functions_seconds_count{code="200",function_name="cat"} 2.0' in text
+    assert 'gateway_function_invocation_total{code="200",function_name="cat.openfaas-fn"} 2.0' in text
+    assert 'gateway_function_invocation_started{function_name="cat.openfaas-fn"} 2.0' in text
+    assert 'gateway_functions_seconds_count{code="200",function_name="cat.openfaas-fn"} 2.0' in text
     assert 'gateway_queue_calls{state="done"} 1.0' in text
     assert 'gateway_async_submissions_total{code="202"} 1.0' in text
     assert 'gateway_function_invocation_total{code="502",function_name="other"} 1.0' in text
@@ -621,7 +621,14 @@ def test_gateway_names_every_bad_setting_of_its_own_of_the_worker_and_of_the_fun
     settings = {"port": "x", "keep_results": "-1", "max_inflight": "0", "queue_url": "amqp://x", "functions": str(path)}
     ended = run("gateway", settings=settings)
     assert ended.returncode == 2
-    for name in ("port='x'", "keep_results='-1'", "max_inflight='0'", "queue_url='amqp://x'", "[cat] fproces"):
+    for name in (
+        "port='x'",
+        "keep_results='-1'",
+        "max_inflight='0'",
+        "queue_url='amqp://x'",
+        "[cat] fproces",
+        "toml:5: [b]",
+    ):
         assert ended.stderr.count(name) == 1, ended.stderr
 
 

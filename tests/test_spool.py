@@ -30,6 +30,7 @@ from faashound.spool import (
     QueueDamaged,
     QueueUnavailable,
     State,
+    destination_of,
     new_call_id,
     next_callback_state,
     next_state,
@@ -120,6 +121,26 @@ def test_a_callback_moves_only_as_the_table_says(pair: tuple[CallbackState, Even
 
 def test_only_a_dead_letter_leaves_a_final_state() -> None:
     assert {(state, event) for state, event in TRANSITIONS if state in FINAL} == {(State.DEAD, Event.REQUEUE)}
+
+
+# -- names
+
+
+@pytest.mark.parametrize(
+    ("url", "destination"),
+    [
+        ("http://caller/done", "caller:80"),
+        ("https://caller/done?x=1", "caller:443"),
+        ("HTTPS://Caller.Example.:8443/", "caller.example:8443"),
+        ("http://[2001:DB8::1]/", "[2001:db8::1]:80"),
+        ("http://caller?done", "caller:80"),
+        ("http://user@caller/", ""),
+        ("ftp://caller/", ""),
+        ("", ""),
+    ],
+)
+def test_destination_of_a_callback_is_its_host_and_port(url: str, destination: str) -> None:
+    assert destination_of(url) == destination
 
 
 # -- putting
@@ -221,7 +242,7 @@ def test_claim_is_asked_for_again_when_expired_calls_took_its_turn(desk: Desk) -
     desk.do(desk.spool.wait_for_work(0))
     assert desk.claim(1) == []
     assert desk.do(desk.spool.wait_for_work(0))
-    assert [lease.call.function for lease in desk.claim(1)] == ["b"]
+    assert [lease.call.function.name for lease in desk.claim(1)] == ["b"]
 
 
 # -- leases
@@ -394,7 +415,7 @@ def test_first_call_of_a_function_waits_for_one_turn_only_when_another_has_ten_t
 
     desk.do(fill())
     for _ in range(3):
-        assert {lease.call.function for lease in desk.claim(16)} == {"greedy"}
+        assert {lease.call.function.name for lease in desk.claim(16)} == {"greedy"}
     desk.put("modest")
-    claimed = [lease.call.function for lease in desk.claim(2)]
+    claimed = [lease.call.function.name for lease in desk.claim(2)]
     assert sorted(claimed) == ["greedy", "modest"]
