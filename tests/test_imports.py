@@ -23,12 +23,16 @@ OURS: dict[str, set[str]] = {
     "addresses": {"watchdog"},
     "callbacks": {"watchdog", "names", "addresses"},
     "retries": {"watchdog", "names"},
+    "proxying": {"watchdog"},
+    "browsers": {"watchdog", "addresses"},
+    "passwords": {"watchdog"},
     "jetstream": {"watchdog", "names", "spool"},
     "queues": {"watchdog", "names", "spool", "jetstream"},  # which of the two a URL names
     "calls": {"watchdog", "names", "spool", "queues"},
     "migrate": {"watchdog", "names", "spool", "queues", "calls"},
     "worker": _PARTS | {"migrate"},
-    "gateway": _PARTS | {"worker"},  # it may start a worker beside itself, and knows its settings
+    "gateway": _PARTS
+    | {"worker", "proxying", "browsers", "passwords"},  # it may start a worker beside itself, and knows its settings
 }
 
 # Of others, what each may import besides the standard library.  HTTP is spoken in one place: only watchdog has h11.
