@@ -75,6 +75,7 @@ from .spool import (
     CallNotDead,
     CallUnknown,
     Event,
+    KeyReused,
     Kind,
     Lease,
     LeaseLost,
@@ -88,6 +89,7 @@ from .spool import (
     Stats,
     StoredBody,
     Swept,
+    check_same_request,
     destination_of,
     next_callback_state,
     next_state,
@@ -255,6 +257,7 @@ def build_payload(record: Record) -> bytes:
     excerpt = None if call.excerpt == _build_excerpt(call.result) else call.excerpt
     facts: Json = {name: getattr(call, name) for name in _JSON_FIELDS}
     facts["body"] = _build_body(call.body)
+    facts["body_digest"] = call.body_digest
     facts["result"] = call.result and _build_body(call.result)
     facts["excerpt"] = None if excerpt is None else len(excerpt)
     facts["stored_s"] = record.stored_s
@@ -284,6 +287,7 @@ def parse_record(call_id: str, revision: int, headers: Mapping[str, str], payloa
             queue=entry.queue,
             headers=tuple((name, value) for name, value in facts["headers"]),
             body=body or StoredBody(0, b"", None),
+            body_digest=facts.get("body_digest"),  # records of earlier versions have none
             due_s=entry.due_s,
             expires_s=entry.expires_s,
             accepted_s=entry.accepted_s,
@@ -1855,7 +1859,7 @@ class JetStream:
             if call.idempotency_key is None:
                 return (await self._records.create(record)).call
             earlier = await self._put_keyed(record, call.idempotency_key)
-        except CallExists:
+        except (CallExists, KeyReused):
             await self.drop_body(call.body)
             raise
         if earlier.body.file != call.body.file:
@@ -1879,6 +1883,7 @@ class JetStream:
                     continue  # deleted meanwhile
                 known = found.call
             if (known.function, known.idempotency_key) == (record.call.function, key):
+                check_same_request(known, record.call)
                 return known
             await self._link.erase(self._names.calls, revision)  # a key for an id that belongs to another call
             if first_id == own_id:
