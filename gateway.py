@@ -24,6 +24,7 @@ anything itself, retry, or follow redirects.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
 import json
 import math
@@ -33,7 +34,7 @@ import socket
 import sys
 import time
 import urllib.parse
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -104,6 +105,7 @@ from .watchdog import (
     WORKERS_HELP,
     Aftercare,
     BadSettings,
+    Body,
     BodyTooLarge,
     CannotStart,
     Client,
@@ -369,6 +371,29 @@ def parse_key(request: Request) -> str | None:
     if not _KEY.fullmatch(text):
         raise BadField(f"Idempotency-Key: allowed: 1 to {MAX_KEY_CHARS} visible ASCII characters")
     return text
+
+
+class RequestDigest:
+    """What an Idempotency-Key stands for: method, path, query, content type and body, which is fed as it passes."""
+
+    def __init__(self, request: Request, rest: bytes) -> None:
+        self._hash = hashlib.sha256()
+        for part in (request.method.encode(), rest, request.query, request.header(b"content-type") or b""):
+            self._hash.update(b"%d:%b" % (len(part), part))  # with its length, or parts could be shifted
+
+    async def passing(self, body: Body | bytes) -> AsyncIterator[bytes]:
+        """Yield a body, and take note of it."""
+        if isinstance(body, bytes):
+            self._hash.update(body)
+            yield body
+            return
+        async for chunk in body:
+            self._hash.update(chunk)
+            yield chunk
+
+    def hex(self) -> str:
+        """Return the digest, once the body has passed."""
+        return self._hash.hexdigest()
 
 
 def parse_wait(query: bytes) -> float:
@@ -787,12 +812,21 @@ class Gateway:
             raise BodyTooLarge(limit_bytes)
         build_call = self._parse_submission(request, function, rest)
         try:
-            taken = await self._put(build_call(body=await self._queue.store_body(whole(request.body), limit_bytes)))
+            taken = await self._put(await self._build_call(request, rest, build_call))
         except (QueueUnavailable, QueueFull) as error:
             self.health.queue_refused(error, time.monotonic())
             raise
         self.health.queue_took()
         return taken
+
+    async def _build_call(self, request: Request, rest: bytes, build_call: Callable[..., NewCall]) -> NewCall:
+        """Store a request's body and return its call."""
+        limit_bytes, body = self._settings.max_body_bytes, whole(request.body)
+        if parse_key(request) is None:
+            return build_call(body=await self._queue.store_body(body, limit_bytes))
+        digest = RequestDigest(request, rest)
+        stored = await self._queue.store_body(digest.passing(body), limit_bytes)
+        return build_call(body=stored, body_digest=digest.hex())
 
     async def _put(self, call: NewCall) -> Call:
         try:

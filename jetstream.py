@@ -91,6 +91,7 @@ from .spool import (
     Swept,
     check_same_request,
     destination_of,
+    lost_wait_s,
     next_callback_state,
     next_state,
 )
@@ -447,8 +448,10 @@ def take_back(record: Record, now_s: float) -> Record:
     """The owner is gone: what it held is due again, and the attempt counts."""
     if record.hold is None:
         raise AssertionError("only what is held can be taken back")
-    if record.hold.kind == "callback":
-        return _let_go(_with_callback(record, Event.HAND_BACK, due_s=now_s, error=LOST_ERROR))
+    callback = record.call.callback
+    if record.hold.kind == "callback" and callback is not None:
+        due_s = now_s + lost_wait_s(callback.attempts)
+        return _let_go(_with_callback(record, Event.HAND_BACK, due_s=due_s, status=None, error=LOST_ERROR))
     started_s = record.call.started_s if record.call.started_s is not None else now_s
     noted = note_attempt(record, Attempt(started_s, now_s, None, LOST_ERROR))
     return queue_again(noted, Event.HAND_BACK, record.call.due_s, now_s)

@@ -91,6 +91,7 @@ TURN_PAUSE_S = 0.0002  # between two tries
 BUSY_S = 5.0  # only strangers (a backup, a shell) can hold SQLite's lock: ours take turns by `writer.lock`
 IDLE_S = 30.0  # longest sleep without a look at the queue: bounds the harm of a wall clock that is set
 SET_BACK_S = 60.0  # a wall clock that is set back by less only delays what is due
+LOST_WAIT_S = 60.0  # longest wait of a callback whose workers die
 RECLAIM_S = 1.0  # shortest time between two looks for dead owners
 LETTER_BYTES = 1024  # what a dead letter without bodies is reckoned to take
 ORPHAN_S = 3600.0  # a stored body that no row names after this time is a crash's leftover
@@ -464,6 +465,15 @@ def next_callback_state(state: CallbackState, event: Event) -> CallbackState:
         return CALLBACK_TRANSITIONS[state, event]
     except KeyError:
         raise AssertionError(f"a callback that is {state.value} cannot {event.value}") from None
+
+
+def lost_wait_s(attempts: int) -> float:
+    """How long a callback waits whose worker has died with it, at its attempt number `attempts`.
+
+    Not at all after the first, since workers are restarted; then longer each time, as it may be what kills them. It is
+    the worker that gives it up in the end, by the attempts that were begun.
+    """
+    return min(2.0 ** (min(attempts, 60) - 2), LOST_WAIT_S) if attempts > 1 else 0.0
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1386,14 +1396,15 @@ def _take_back(tx: _Transaction, dead: Collection[str], boot: str, boot_s: float
     """Ends every lease whose owner is in `dead`, whose deadline has passed, or which is of an earlier boot."""
     rows = tx.db.execute(
         "SELECT leases.fence, leases.seq, leases.kind, leases.owner, leases.boot, leases.until_s,"
-        " calls.started_s, calls.due_s FROM leases JOIN calls USING (seq)"
+        " calls.started_s, calls.due_s, callbacks.attempts"
+        " FROM leases JOIN calls USING (seq) LEFT JOIN callbacks USING (seq)"
     ).fetchall()
     lapsed = [row for row in rows if row[3] in dead or row[4] != boot or row[5] <= boot_s]
-    for fence, seq, kind, _, _, _, started_s, due_s in lapsed:
+    for fence, seq, kind, _, _, _, started_s, due_s, attempts in lapsed:
         _unlease(tx, fence)
         if kind == "callback":
-            tx.db.execute("UPDATE callbacks SET error = ? WHERE seq = ?", (LOST_ERROR, seq))
-            _callback_again(tx, seq, Event.HAND_BACK, now_s)
+            tx.db.execute("UPDATE callbacks SET status = NULL, error = ? WHERE seq = ?", (LOST_ERROR, seq))
+            _callback_again(tx, seq, Event.HAND_BACK, now_s + lost_wait_s(attempts))
         else:
             _add_attempt(tx, seq, Attempt(started_s, now_s, None, LOST_ERROR))
             tx.db.execute("UPDATE calls SET status = NULL, error = ? WHERE seq = ?", (LOST_ERROR, seq))
