@@ -16,7 +16,8 @@ import yaml
 from faashound import gateway, queues, watchdog, worker
 from faashound.watchdog import parse_duration
 from tests.harness import ROOT
-from tests.images.conftest import said, tool
+from tests.images.conftest import said
+from tests.needed import tool
 
 DEPLOY = ROOT / "deploy"
 KUBERNETES_VERSION = "1.30"
