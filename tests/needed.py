@@ -19,7 +19,6 @@ import pytest
 PACKAGES = {  # of Debian, by the program that they bring
     "docker": "docker.io",
     "dockerd": "docker.io",
-    "ip": "iproute2",
     "mmdebstrap": "mmdebstrap",
     "openssl": "openssl",
     "runc": "runc",

@@ -149,13 +149,6 @@ def test_callers_outwait_the_functions_that_they_call(deployment: str) -> None:
             assert service.value("drain_timeout") > longest_s
 
 
-# Compose and Swarm.
-
-
-def test_swarm_accepts_the_compose_file() -> None:
-    said([tool("docker"), "stack", "config", "--compose-file", str(DEPLOY / "compose.yml")])
-
-
 # Kubernetes.
 
 
