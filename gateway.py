@@ -179,7 +179,10 @@ class Settings(NatsSettings):
     )
     functions: str = setting("functions", "functions.toml", parse_text, "path of the functions file")
     function_url: str | None = setting(
-        "function_url", "", parse_function_url, "where functions answer that the file does not list: http://{name}:8080"
+        "function_url",
+        "",
+        parse_function_url,
+        "where functions answer that the file does not list: http://{name}.{namespace}.svc.cluster.local:8080",
     )
     queue_url: QueueUrl = setting(
         "queue_url", "spool:./spool", parse_queue_url, "the queue: spool:DIRECTORY, or nats://HOST[:PORT][,HOST...]"

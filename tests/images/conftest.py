@@ -252,13 +252,13 @@ def copy_sources(target: Path) -> None:
     shutil.copytree(wheels, target / "examples" / "wheels")
 
 
-def call_later(port: int) -> str:
-    """Make an asynchronous call to a gateway and return its result."""
+def call_later(port: int, headers: Mapping[str, str] = {}) -> str:
+    """Make an asynchronous call to a gateway and return its result, asking for it with `headers`."""
     accepted = http_request(port, "POST", "/async-function/wordcount", body=b"two words")
     assert accepted.status == 202, accepted
     location = accepted.headers["location"]
-    assert json.loads(http_request(port, "GET", f"{location}?wait=10s").body)["state"] == "done"
-    return http_request(port, "GET", f"{location}/result").text
+    assert json.loads(http_request(port, "GET", f"{location}?wait=10s", headers).body)["state"] == "done"
+    return http_request(port, "GET", f"{location}/result", headers).text
 
 
 @pytest.fixture(scope="session")
