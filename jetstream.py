@@ -57,6 +57,7 @@ from nats.errors import NoRespondersError
 from nats.js import api
 from nats.js.errors import APIError, NotFoundError
 
+from .names import DEFAULT_NAMESPACE, FunctionName
 from .spool import (
     CALLBACK_TRANSITIONS,
     EXCERPT_BYTES,
@@ -87,6 +88,7 @@ from .spool import (
     Stats,
     StoredBody,
     Swept,
+    destination_of,
     next_callback_state,
     next_state,
 )
@@ -177,7 +179,7 @@ class Entry:
 
     id: str
     revision: int
-    function: str
+    function: FunctionName
     queue: str
     state: State
     due_s: float
@@ -187,6 +189,7 @@ class Entry:
     stored_s: float | None
     callback: CallbackState | None
     callback_due_s: float
+    destination: str  # of the callback
     hold: Hold | None
     cancel: bool
     files: tuple[str, ...]
@@ -201,7 +204,7 @@ def build_summary(record: Record) -> str:
         "x": call.expires_s,
         "e": call.finished_s,
         "t": record.stored_s if call.result is not None else None,
-        "c": callback and [callback.state.value, callback.due_s],
+        "c": callback and [callback.state.value, callback.due_s, destination_of(call.callback_url or "")],
         "h": hold and [hold.kind, hold.owner, hold.fence, hold.lease_s],
         "n": call.cancel_requested or None,
         "b": bodies or None,
@@ -217,7 +220,7 @@ def parse_summary(call_id: str, revision: int, header: str) -> Entry:
     return Entry(
         id=call_id,
         revision=revision,
-        function=facts["f"],
+        function=_whole_name(facts["f"]),
         queue=facts["q"],
         state=State(facts["s"]),
         due_s=facts["d"],
@@ -227,10 +230,16 @@ def parse_summary(call_id: str, revision: int, header: str) -> Entry:
         stored_s=facts.get("t"),
         callback=CallbackState(callback[0]) if callback else None,
         callback_due_s=callback[1] if callback else 0.0,
+        destination=callback[2] if callback and len(callback) > 2 else "",  # records of earlier versions have none
         hold=Hold(*hold) if hold else None,
         cancel=bool(facts.get("n")),
         files=tuple(facts.get("b", ())),
     )
+
+
+def _whole_name(text: str) -> FunctionName:
+    """The function of a record; earlier versions knew no namespaces, and wrote the name alone."""
+    return FunctionName(text if "." in text else f"{text}.{DEFAULT_NAMESPACE}")
 
 
 _JSON_FIELDS = (
@@ -500,7 +509,7 @@ def may_forget(entry: Entry, before_s: float) -> bool:
     return entry.finished_s < before_s and entry.callback in (None, CallbackState.DELIVERED)
 
 
-def may_purge(entry: Entry, state: State, function: str | None) -> bool:
+def may_purge(entry: Entry, state: State, function: FunctionName | None) -> bool:
     """Tell whether a person may delete the call."""
     under_way = entry.callback in (CallbackState.PENDING, CallbackState.RUNNING)
     return entry.state is state and function in (None, entry.function) and not under_way
@@ -516,7 +525,7 @@ class Index:
 
     def __init__(self) -> None:
         self.entries: dict[str, Entry] = {}
-        self.by_function: Counter[tuple[str, State]] = Counter()
+        self.by_function: Counter[tuple[FunctionName, State]] = Counter()
         self.callbacks: Counter[CallbackState] = Counter()
 
     def apply(self, entry: Entry) -> None:
@@ -553,7 +562,9 @@ class Index:
             commit_count=commit_count,
         )
 
-    def newest_first(self, state: State | None, function: str | None, before: str | None, limit: int) -> list[str]:
+    def newest_first(
+        self, state: State | None, function: FunctionName | None, before: str | None, limit: int
+    ) -> list[str]:
         """Return the ids of a page; CallUnknown if `before` is gone."""
         end: tuple[float, str] | None = None
         if before is not None:
@@ -577,13 +588,13 @@ class Index:
 # is monotonic and the foreman's own.
 # ---------------------------------------------------------------------------------------------------------------
 
-Lane = tuple[str, str]  # queue, function
+Flow = tuple[str, str]  # queue; function or destination
 _Due = tuple[float, str, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """How much a claim may take: from which queues, how many in all, and how many of each function named in `room`."""
+    """How much a claim may take: from which queues, how many in all, and how many of each flow named in `room`."""
 
     queues: tuple[str, ...]
     limit: int
@@ -598,15 +609,14 @@ class Schedule:
     """
 
     index: Index
-    lanes: dict[Lane, list[_Due]] = field(default_factory=dict)
-    callbacks: list[_Due] = field(default_factory=list)
+    flows: Mapping[Kind, dict[Flow, list[_Due]]] = field(default_factory=lambda: {"call": {}, "callback": {}})
     delayed: list[_Due] = field(default_factory=list)
     expiring: list[_Due] = field(default_factory=list)
     reserved: dict[str, int] = field(default_factory=dict)
     reservations: deque[tuple[float, str, int]] = field(default_factory=deque)
     lapses: dict[str, tuple[int, float]] = field(default_factory=dict)  # of what is held: fence, clock_s
     generation: int = 0
-    last_lane: Lane = ("", "")
+    last_flow: dict[Kind, Flow] = field(default_factory=lambda: {"call": ("", ""), "callback": ("", "")})
 
     def apply(self, entry: Entry, now_s: float, clock_s: float) -> None:
         """Find the place of a record as it is now."""
@@ -632,10 +642,9 @@ class Schedule:
         if due_s > now_s:
             heapq.heappush(self.delayed, element)
             return
-        ready = (
-            self.lanes.setdefault((entry.queue, entry.function), []) if entry.state is State.QUEUED else self.callbacks
-        )
-        heapq.heappush(ready, element)
+        kind: Kind = "call" if entry.state is State.QUEUED else "callback"
+        name = entry.function if kind == "call" else entry.destination
+        heapq.heappush(self.flows[kind].setdefault((entry.queue, name), []), element)
         self.generation += 1
 
     def _find(self, element: _Due) -> Entry | None:
@@ -662,7 +671,7 @@ class Schedule:
 
     def has_ready(self) -> bool:
         """Tell whether there may be something to deal."""
-        return any(self.lanes.values()) or bool(self.callbacks)
+        return any(any(flows.values()) for flows in self.flows.values())
 
     def next_due_s(self) -> float | None:
         """Return when the next call or callback falls due."""
@@ -677,29 +686,29 @@ class Schedule:
                 found.append(entry)
         return found
 
-    def deal(self, wanted: Wanted, now_s: float, clock_s: float) -> list[_Due]:
-        """Deal calls in turns, beginning behind the lane that was served last."""
-        left = dict(wanted.room)
-        ring = deque(self._ring(wanted))
+    def deal(self, kind: Kind, wanted: Wanted, now_s: float, clock_s: float) -> list[_Due]:
+        """Deal calls or callbacks in turns, beginning behind the flow that was served last."""
+        left, flows = dict(wanted.room), self.flows[kind]
+        ring = deque(self._ring(kind, wanted))
         dealt: list[_Due] = []
         while ring and len(dealt) < wanted.limit:
-            lane = ring.popleft()
-            if left.get(lane[1], 1) <= 0:
+            flow = ring.popleft()
+            if left.get(flow[1], 1) <= 0:
                 continue
-            element = self._pop(self.lanes[lane], now_s)
+            element = self._pop(flows[flow], now_s)
             if element is None:
-                del self.lanes[lane]
+                del flows[flow]
                 continue
-            if lane[1] in left:
-                left[lane[1]] -= 1  # one function in two queues shares one room
-            self.last_lane = lane
+            if flow[1] in left:
+                left[flow[1]] -= 1  # one function, or destination, in two queues shares one room
+            self.last_flow[kind] = flow
             dealt.append(self._reserve(element, clock_s))
-            ring.append(lane)
+            ring.append(flow)
         return dealt
 
-    def _ring(self, wanted: Wanted) -> list[Lane]:
-        lanes = sorted(lane for lane in self.lanes if lane[0] in wanted.queues)
-        return [lane for lane in lanes if lane > self.last_lane] + [lane for lane in lanes if lane <= self.last_lane]
+    def _ring(self, kind: Kind, wanted: Wanted) -> list[Flow]:
+        flows, last = sorted(flow for flow in self.flows[kind] if flow[0] in wanted.queues), self.last_flow[kind]
+        return [flow for flow in flows if flow > last] + [flow for flow in flows if flow <= last]
 
     def _pop(self, ready: list[_Due], now_s: float) -> _Due | None:
         while ready:
@@ -708,13 +717,6 @@ class Schedule:
             if entry is not None and (entry.expires_s is None or entry.expires_s > now_s or entry.state in FINAL):
                 return element
         return None
-
-    def deal_callbacks(self, limit: int, now_s: float, clock_s: float) -> list[_Due]:
-        """Deal callbacks, the longest due first."""
-        dealt: list[_Due] = []
-        while len(dealt) < limit and (element := self._pop(self.callbacks, now_s)) is not None:
-            dealt.append(self._reserve(element, clock_s))
-        return dealt
 
     def _reserve(self, element: _Due, clock_s: float) -> _Due:
         _, call_id, revision = element
@@ -778,9 +780,9 @@ class Names:
         """The subject of a call's record."""
         return self.subject("call", build_token(call_id))
 
-    def key(self, function: str, key: str) -> str:
-        """The subject that tells which call an idempotency key stands for."""
-        return self.subject("key", hashlib.sha256(f"{function}\0{key}".encode()).hexdigest()[:40])
+    def key(self, function: FunctionName, key: str) -> str:
+        """The subject that tells which call an idempotency key stands for; as earlier versions have named it."""
+        return self.subject("key", hashlib.sha256(f"{function.short}\0{key}".encode()).hexdigest()[:40])
 
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,128}", re.ASCII)
@@ -1398,11 +1400,8 @@ class Foreman:
         if expired:
             await asyncio.gather(*(self._expire(entry, now_s) for entry in expired))
         generation = self.schedule.generation
-        if request["kind"] == "callback":
-            dealt = self.schedule.deal_callbacks(request["limit"], now_s, clock_s)
-        else:
-            wanted = Wanted(tuple(request["queues"]), request["limit"], request["room"])
-            dealt = self.schedule.deal(wanted, now_s, clock_s)
+        wanted = Wanted(tuple(request["queues"]), request["limit"], request["room"])
+        dealt = self.schedule.deal(request["kind"], wanted, now_s, clock_s)
         return {"dealt": [element[1:] for element in dealt], "generation": f"{self.term}.{generation}"}
 
     async def _expire(self, entry: Entry, now_s: float) -> None:
@@ -1991,9 +1990,12 @@ class JetStream:
         wanted = {"queues": list(queues), "limit": limit, "room": dict(room or {})}
         return await self._claimed(Claimant("call", owner, lease_s, self._now()), wanted)
 
-    async def claim_callbacks(self, owner: str, lease_s: float, limit: int) -> list[Lease]:
-        """Lease up to `limit` due callbacks, the longest due first."""
-        return await self._claimed(Claimant("callback", owner, lease_s, self._now()), {"limit": limit})
+    async def claim_callbacks(
+        self, queues: Sequence[str], owner: str, lease_s: float, limit: int, room: Mapping[str, int] | None = None
+    ) -> list[Lease]:
+        """Lease up to `limit` due callbacks of `queues`, and no more of a destination than `room` says."""
+        wanted = {"queues": list(queues), "limit": limit, "room": dict(room or {})}
+        return await self._claimed(Claimant("callback", owner, lease_s, self._now()), wanted)
 
     async def _claimed(self, claimant: Claimant, wanted: Json) -> list[Lease]:
         if claimant.owner not in self._owners:
@@ -2159,7 +2161,12 @@ class JetStream:
     # -- for people
 
     async def calls(
-        self, *, state: State | None = None, function: str | None = None, limit: int = 100, before: str | None = None
+        self,
+        *,
+        state: State | None = None,
+        function: FunctionName | None = None,
+        limit: int = 100,
+        before: str | None = None,
     ) -> list[Call]:
         """Calls, newest first, without inline bodies and history (`get` has them)."""
         index = await self._index()
@@ -2193,7 +2200,7 @@ class JetStream:
         self._check_open()
         return (await self._records.change(call_id, partial(requeue_callback, now_s=self._now()))).call
 
-    async def purge(self, *, state: State, function: str | None = None, call_id: str | None = None) -> int:
+    async def purge(self, *, state: State, function: FunctionName | None = None, call_id: str | None = None) -> int:
         """Delete calls in a final state, except those with a callback under way; return how many."""
         if state not in FINAL:
             raise AssertionError(f"calls that are {state.value} are not for purging: cancel them")

@@ -71,7 +71,7 @@ def _check_idle(source: Path) -> None:
     """Raise QueueUnavailable if a worker lives on the spool: each holds a lock on a file in `owners/` (spool.py)."""
     owners = source / "owners"
     for path in owners.iterdir() if owners.is_dir() else ():
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from .names import FunctionName
 from .spool import (
     Attempt,
     Call,
@@ -56,7 +57,9 @@ class Queue(Protocol):
     async def claim(
         self, queues: Sequence[str], owner: str, lease_s: float, limit: int, room: Mapping[str, int] | None = None
     ) -> list[Lease]: ...
-    async def claim_callbacks(self, owner: str, lease_s: float, limit: int) -> list[Lease]: ...
+    async def claim_callbacks(
+        self, queues: Sequence[str], owner: str, lease_s: float, limit: int, room: Mapping[str, int] | None = None
+    ) -> list[Lease]: ...
     async def renew(self, leases: Sequence[Lease], lease_s: float) -> Renewal: ...
     async def cancelled_ids(self, owner: str) -> frozenset[str]: ...
     async def reclaim(self) -> int: ...
@@ -74,11 +77,16 @@ class Queue(Protocol):
     async def wait_for_cancel(self, timeout_s: float) -> bool: ...
 
     async def calls(
-        self, *, state: State | None = None, function: str | None = None, limit: int = 100, before: str | None = None
+        self,
+        *,
+        state: State | None = None,
+        function: FunctionName | None = None,
+        limit: int = 100,
+        before: str | None = None,
     ) -> list[Call]: ...
     async def requeue_dead(self, call_id: str) -> Call: ...
     async def requeue_callback(self, call_id: str) -> Call: ...
-    async def purge(self, *, state: State, function: str | None = None, call_id: str | None = None) -> int: ...
+    async def purge(self, *, state: State, function: FunctionName | None = None, call_id: str | None = None) -> int: ...
     async def stats(self) -> Stats: ...
     async def sweep(self, keep_results_s: float, retention_s: float) -> Swept: ...
 
@@ -87,7 +95,7 @@ class Queue(Protocol):
 # Addresses.
 # ---------------------------------------------------------------------------------------------------------------
 
-QUEUE_URL_HELP = "spool:DIRECTORY, or nats://HOST[:PORT][,HOST2[:PORT]...], or tls://... for TLS"
+QUEUE_URL_HELP = "spool:DIRECTORY (~/ is the home directory), or nats://HOST[:PORT][,HOST2[:PORT]...], or tls://..."
 NATS_PORT = 4222
 
 _SERVER = re.compile(r"(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::(?P<port>[0-9]{1,5}))?", re.ASCII)
@@ -116,12 +124,22 @@ def parse_queue_url(text: str) -> QueueUrl:
     """Return the queue that `text` names: a spool's directory, or servers; ValueError says what is allowed."""
     scheme, _, rest = text.partition(":")
     if scheme == "spool" and rest and "\0" not in rest:
-        return Path(rest)
+        return _parse_directory(rest)
     if scheme not in ("nats", "tls") or not rest.startswith("//"):
         raise ValueError(f"allowed: {QUEUE_URL_HELP}")
     if "@" in rest:
         raise ValueError(f"credentials are told by nats_user and its like, not here; allowed: {QUEUE_URL_HELP}")
     return NatsUrl(scheme, tuple(_parse_server(server) for server in rest[2:].rstrip("/").split(",")))
+
+
+def _parse_directory(text: str) -> Path:
+    """Return the path; a `~` in front is a home directory, as shells have it that expand it only after a space."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ValueError(
+            f"no home directory is known for {text.partition('/')[0]!r}; allowed: {QUEUE_URL_HELP}"
+        ) from None
 
 
 def _parse_server(text: str) -> str:

@@ -41,6 +41,7 @@ import pwd
 import queue
 import re
 import secrets
+import shlex
 import socket
 import sqlite3
 import stat
@@ -55,6 +56,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol, TypeVar, cast
 
+from .names import FunctionName
 from .watchdog import BodyTooLarge, FaashoundError, log
 
 T = TypeVar("T")
@@ -199,7 +201,7 @@ class NewCall:
     """A call as it was accepted. Times are seconds since the epoch; `headers` are latin-1 text, as received."""
 
     id: str
-    function: str
+    function: FunctionName
     queue: str
     method: str
     path: str
@@ -294,7 +296,7 @@ class Stats:
     """The queue in figures. Pending callbacks include those on their way; `commit_count` is of this Spool alone."""
 
     by_state: Mapping[State, int]
-    by_function: Mapping[tuple[str, State], int]
+    by_function: Mapping[tuple[FunctionName, State], int]
     oldest_due_age_s: float | None
     callback_pending_count: int
     callback_dead_count: int
@@ -386,6 +388,24 @@ def parse_queue_names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(parse_queue_name(word.strip()) for word in text.split(",")))
 
 
+# The authority of a URL that has been checked when it was accepted (RFC 3986 3.2): a whole parser takes seven times
+# as long, for each call that asks for a callback.
+_AUTHORITY = re.compile(
+    r"(?P<scheme>https?)://(?P<host>\[[0-9a-f:.]+\]|[^][:/?#@\\]+?)\.?(?::(?P<port>[0-9]+))?(?:[/?#]|$)", re.ASCII
+)
+_PORTS = {"http": "80", "https": "443"}
+
+
+def destination_of(url: str) -> str:
+    """The flow of a callback: its receiver as `host:port`, in lower case; "" for text that is no http(s) URL.
+
+    All callbacks to one receiver take turns as one. A receiver with many names is as many destinations: which of them
+    lead to one machine only a resolver could tell.
+    """
+    found = _AUTHORITY.match(url.lower())
+    return f"{found['host']}:{found['port'] or _PORTS[found['scheme']]}" if found else ""
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Call ids
 #
@@ -454,6 +474,10 @@ def _next_id(last: tuple[int, int], now_ms: int) -> tuple[int, int]:
 #   calls_idempotent  has this key been seen for this function?
 #   calls_state       lists and counts by state and function
 #   calls_finished    which rows may retention drop? (never dead letters: they are not in it)
+#   callbacks_ready   which destinations have a delivery due, and which is the first of each? As `calls_queued`, but
+#                     only what has been found due is in it (`ready`): receivers that are down for hours, thousands of
+#                     them, are not passed over by each claim.
+#   callbacks_due     which deliveries fall due next?
 #
 # A lease's primary key is its fence: AUTOINCREMENT never gives a number twice, so an old fence matches nothing.
 # --------------------------------------------------------------------------------------------------------------------
@@ -545,6 +569,20 @@ MIGRATIONS: tuple[str, ...] = (
     """
     CREATE TABLE clock (boot TEXT NOT NULL, offset_s REAL NOT NULL) STRICT;
     """,
+    """
+    ALTER TABLE callbacks ADD COLUMN queue TEXT NOT NULL DEFAULT '';
+    ALTER TABLE callbacks ADD COLUMN destination TEXT NOT NULL DEFAULT '';
+    ALTER TABLE callbacks ADD COLUMN ready INTEGER NOT NULL DEFAULT 0;
+    UPDATE callbacks SET
+        queue = (SELECT queue FROM calls WHERE calls.seq = callbacks.seq),
+        destination = (SELECT destination_of(callback_url) FROM requests WHERE requests.seq = callbacks.seq);
+    DROP INDEX callbacks_pending;
+    CREATE INDEX callbacks_ready ON callbacks (queue, destination, due_s) WHERE state = 'pending' AND ready = 1;
+    CREATE INDEX callbacks_due ON callbacks (ready, due_s) WHERE state = 'pending';
+    """,
+    """
+    UPDATE calls SET function = function || '.openfaas-fn' WHERE instr(function, '.') = 0;
+    """,
 )
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -555,25 +593,40 @@ MIGRATIONS: tuple[str, ...] = (
 # missing, it is an error rather than a slow queue.
 # --------------------------------------------------------------------------------------------------------------------
 
-SQL_LANES = """
-    WITH RECURSIVE lane (function) AS (
-        SELECT min(function) FROM calls INDEXED BY calls_queued
-        WHERE state = 'queued' AND queue = :queue AND function > :after
-        UNION ALL
-        SELECT (SELECT min(function) FROM calls INDEXED BY calls_queued
-            WHERE state = 'queued' AND queue = :queue AND function > lane.function)
-        FROM lane WHERE lane.function IS NOT NULL
-    )
-    SELECT function FROM lane WHERE function IS NOT NULL AND EXISTS (
-        SELECT 1 FROM calls INDEXED BY calls_queued
-        WHERE state = 'queued' AND queue = :queue AND calls.function = lane.function AND due_s <= :now_s)
-"""
 
-SQL_DUE = """
-    SELECT seq FROM calls INDEXED BY calls_queued
-    WHERE state = 'queued' AND queue = ? AND function = ? AND due_s <= ? AND (expires_s IS NULL OR expires_s > ?)
-    ORDER BY due_s, id LIMIT ?
+@dataclass(frozen=True, slots=True)
+class Line:
+    """What waits in flows, calls by function or callbacks by destination: the statements that find what is due.
+
+    `flows`, of one queue behind `:after`: those with something due at `:now_s`. `due`, of a queue and a flow (?1, ?2):
+    the first ?4 rows that are due at ?3.
+    """
+
+    flows: str
+    due: str
+
+
+def _build_line(index: str, waits: str, flow: str, order: str, unless: str = "") -> Line:
+    """The statements for the table that `index` is on: an index over queue, `flow` and `order`, of what `waits`."""
+    rows = f"{index.partition('_')[0]} INDEXED BY {index} WHERE {waits} AND queue"
+    first = f"SELECT min({flow}) FROM {rows} = :queue AND {flow}"
+    flows = f"""
+    WITH RECURSIVE found (flow) AS (
+        {first} > :after
+        UNION ALL
+        SELECT ({first} > found.flow) FROM found WHERE found.flow IS NOT NULL
+    )
+    SELECT flow FROM found WHERE flow IS NOT NULL AND EXISTS (
+        SELECT 1 FROM {rows} = :queue AND {flow} = found.flow AND due_s <= :now_s)
 """
+    due = f"SELECT seq FROM {rows} = ?1 AND {flow} = ?2 AND due_s <= ?3 {unless} ORDER BY {order} LIMIT ?4"
+    return Line(flows, due)
+
+
+CALLS_LINE = _build_line(
+    "calls_queued", "state = 'queued'", "function", "due_s, id", "AND (expires_s IS NULL OR expires_s > ?3)"
+)
+CALLBACKS_LINE = _build_line("callbacks_ready", "state = 'pending' AND ready = 1", "destination", "due_s, seq")
 
 SQL_NEXT_DUE = """
     WITH RECURSIVE line (queue) AS (
@@ -601,27 +654,38 @@ SQL_EXPIRE = """
         WHERE state = 'queued' AND expires_s IS NOT NULL AND expires_s <= :now_s ORDER BY expires_s LIMIT :limit)
 """
 
-SQL_DUE_CALLBACKS = """
-    SELECT seq FROM callbacks INDEXED BY callbacks_pending WHERE state = 'pending' AND due_s <= ?
-    ORDER BY due_s, seq LIMIT ?
+SQL_READY_CALLBACKS = """
+    UPDATE callbacks SET ready = 1 WHERE seq IN (
+        SELECT seq FROM callbacks INDEXED BY callbacks_due
+        WHERE state = 'pending' AND ready = 0 AND due_s <= :now_s ORDER BY due_s LIMIT :limit)
 """
 
 SQL_NEXT_CALLBACK = """
-    SELECT min(due_s) FROM callbacks INDEXED BY callbacks_pending WHERE state = 'pending' AND due_s > :after_s
+    SELECT min(due_s) FROM (
+        SELECT min(due_s) AS due_s FROM callbacks INDEXED BY callbacks_due
+        WHERE state = 'pending' AND ready = 0 AND due_s > :after_s
+        UNION ALL
+        SELECT min(due_s) FROM callbacks INDEXED BY callbacks_due
+        WHERE state = 'pending' AND ready = 1 AND due_s > :after_s)
 """
 
 _SQL_CALL = """
-    SELECT calls.*, requests.method, requests.path, requests.query, requests.callback_url, requests.headers,
-        requests.bytes_count, requests.file, {inline} AS inline,
-        results.headers AS result_headers, results.bytes_count AS result_bytes_count, results.file AS result_file,
-        {result_inline} AS result_inline,
-        coalesce(results.excerpt, substr(results.inline, 1, {excerpt_bytes})) AS excerpt,
+    SELECT calls.*, requests.method, {long}, requests.bytes_count, requests.file,
+        results.bytes_count AS result_bytes_count, results.file AS result_file,
         callbacks.state AS callback_state, callbacks.attempts AS callback_attempts, callbacks.due_s AS callback_due_s,
         callbacks.status AS callback_status, callbacks.error AS callback_error
     FROM calls JOIN requests USING (seq) LEFT JOIN results USING (seq) LEFT JOIN callbacks USING (seq)
 """
-SQL_CALL = _SQL_CALL.format(inline="requests.inline", result_inline="results.inline", excerpt_bytes=EXCERPT_BYTES)
-SQL_CALL_LISTED = _SQL_CALL.format(inline="NULL", result_inline="NULL", excerpt_bytes=EXCERPT_BYTES)
+SQL_CALL = _SQL_CALL.format(
+    long="requests.path, requests.query, requests.callback_url, requests.headers, requests.inline,"
+    " results.headers AS result_headers, results.inline AS result_inline,"
+    f" coalesce(results.excerpt, substr(results.inline, 1, {EXCERPT_BYTES})) AS excerpt"
+)
+# A list leaves out what callers may make long: a thousand calls with 40 KB of header fields each would be 40 MB.
+SQL_CALL_LISTED = _SQL_CALL.format(
+    long="'' AS path, '' AS query, NULL AS callback_url, NULL AS headers, NULL AS inline,"
+    " NULL AS result_headers, NULL AS result_inline, NULL AS excerpt"
+)
 
 SQL_ENDED = """
     SELECT value FROM json_each(?)
@@ -681,7 +745,7 @@ def _parse_headers(text: str | None) -> Headers:
 def _parse_call(row: sqlite3.Row, history: tuple[Attempt, ...]) -> Call:
     return Call(
         id=row["id"],
-        function=row["function"],
+        function=FunctionName(row["function"]),
         queue=row["queue"],
         method=row["method"],
         path=row["path"],
@@ -860,21 +924,22 @@ def _lease(tx: _Transaction, seq: int, kind: Kind, claimant: _Claimant) -> Lease
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """How much a claim may take: from which queues, how many in all, and how many of each function named in `room`."""
+    """How much a claim may take: from which queues, how many in all, and how many of each flow named in `room`."""
 
     queues: tuple[str, ...]
     limit: int
     room: Mapping[str, int]
 
 
-_Lane = tuple[str, str]  # queue, function
+_Flow = tuple[str, str]  # queue; function or destination
+_Claimed = tuple[list[Lease], _Flow]  # and the flow that was served last
 
 
-def _claim(tx: _Transaction, wanted: _Wanted, last: _Lane, claimant: _Claimant) -> tuple[list[Lease], _Lane]:
-    """Takes calls in turns, beginning behind the lane that was served `last`; returns that lane for the next claim."""
+def _claim(tx: _Transaction, wanted: _Wanted, last: _Flow, claimant: _Claimant) -> _Claimed:
+    """Takes calls in turns, beginning behind the flow that was served `last`."""
     if _expire(tx, claimant.now_s) == STEP_COUNT:
         tx.ring |= Ring.WORK  # more are waiting to be expired, and may hide live ones: come again
-    picked = _pick(tx.db, wanted, last, claimant.now_s)
+    picked = _pick(tx.db, CALLS_LINE, wanted, last, claimant.now_s)
     state = next_state(State.QUEUED, Event.CLAIM).value
     tx.db.executemany(
         "UPDATE calls SET state = ?, attempts = attempts + 1, started_s = ? WHERE seq = ?",
@@ -884,44 +949,57 @@ def _claim(tx: _Transaction, wanted: _Wanted, last: _Lane, claimant: _Claimant) 
     return leases, picked[-1][1] if picked else last
 
 
-def _pick(db: sqlite3.Connection, wanted: _Wanted, last: _Lane, now_s: float) -> list[tuple[int, _Lane]]:
-    """The rows to claim, one from each lane in turn, round after round, until the limit or the work is reached."""
-    lanes = list(itertools.islice(_walk_lanes(db, wanted, last, now_s), wanted.limit))
-    if not lanes:
+def _claim_callbacks(tx: _Transaction, wanted: _Wanted, last: _Flow, claimant: _Claimant) -> _Claimed:
+    """Takes callbacks in turns, as `_claim` takes calls."""
+    if tx.db.execute(SQL_READY_CALLBACKS, {"now_s": claimant.now_s, "limit": STEP_COUNT}).rowcount == STEP_COUNT:
+        tx.ring |= Ring.WORK  # more are due than one step may touch: come again
+    picked = _pick(tx.db, CALLBACKS_LINE, wanted, last, claimant.now_s)
+    state = next_callback_state(CallbackState.PENDING, Event.CLAIM).value
+    tx.db.executemany(
+        "UPDATE callbacks SET state = ?, attempts = attempts + 1 WHERE seq = ?", [(state, seq) for seq, _ in picked]
+    )
+    leases = [_lease(tx, seq, "callback", claimant) for seq, _ in picked]
+    return leases, picked[-1][1] if picked else last
+
+
+def _pick(db: sqlite3.Connection, line: Line, wanted: _Wanted, last: _Flow, now_s: float) -> list[tuple[int, _Flow]]:
+    """The rows to claim, one from each flow in turn, round after round, until the limit or the work is reached."""
+    flows = list(itertools.islice(_walk_flows(db, line, wanted, last, now_s), wanted.limit))
+    if not flows:
         return []
 
-    def due(lane: _Lane, count: int) -> list[tuple[int, _Lane]]:
-        count = min(count, wanted.room.get(lane[1], count))
-        return [(seq, lane) for (seq,) in db.execute(SQL_DUE, (*lane, now_s, now_s, count))]
+    def due(flow: _Flow, count: int) -> list[tuple[int, _Flow]]:
+        count = min(count, wanted.room.get(flow[1], count))
+        return [(seq, flow) for (seq,) in db.execute(line.due, (*flow, now_s, count))]
 
-    share = -(-wanted.limit // len(lanes))
-    heads = {lane: due(lane, share) for lane in lanes}
-    if sum(map(len, heads.values())) < wanted.limit:  # some lanes are short: the others get their part
-        heads = {lane: due(lane, wanted.limit) if len(head) == share else head for lane, head in heads.items()}
+    share = -(-wanted.limit // len(flows))
+    heads = {flow: due(flow, share) for flow in flows}
+    if sum(map(len, heads.values())) < wanted.limit:  # some flows are short: the others get their part
+        heads = {flow: due(flow, wanted.limit) if len(head) == share else head for flow, head in heads.items()}
     left = dict(wanted.room)
-    picked: list[tuple[int, _Lane]] = []
+    picked: list[tuple[int, _Flow]] = []
     for entry in filter(None, itertools.chain.from_iterable(itertools.zip_longest(*heads.values()))):
-        function = entry[1][1]
-        if left.setdefault(function, wanted.limit) > 0 and len(picked) < wanted.limit:
-            left[function] -= 1  # one function in two queues shares one room
+        name = entry[1][1]
+        if left.setdefault(name, wanted.limit) > 0 and len(picked) < wanted.limit:
+            left[name] -= 1  # one function, or destination, in two queues shares one room
             picked.append(entry)
     return picked
 
 
-def _walk_lanes(db: sqlite3.Connection, wanted: _Wanted, last: _Lane, now_s: float) -> Iterator[_Lane]:
-    """Lanes with work due, in a ring that begins behind `last` and ends with it."""
+def _walk_flows(db: sqlite3.Connection, line: Line, wanted: _Wanted, last: _Flow, now_s: float) -> Iterator[_Flow]:
+    """Flows with work due, in a ring that begins behind `last` and ends with it."""
     queues = sorted(set(wanted.queues))
     later = [(name, "", None) for name in queues if name > last[0]]
     earlier = [(name, "", None) for name in queues if name < last[0]]
     own = last[0] in queues
     segments = [(last[0], last[1], None)] * own + later + earlier + [(last[0], "", last[1])] * own
     for queue_name, after, upto in segments:
-        rows = db.execute(SQL_LANES, {"queue": queue_name, "after": after, "now_s": now_s})
-        for (function,) in rows:
-            if upto is not None and function > upto:
+        rows = db.execute(line.flows, {"queue": queue_name, "after": after, "now_s": now_s})
+        for (flow,) in rows:
+            if upto is not None and flow > upto:
                 break
-            if wanted.room.get(function, 1) > 0:
-                yield queue_name, function
+            if wanted.room.get(flow, 1) > 0:
+                yield queue_name, flow
 
 
 def _expire(tx: _Transaction, now_s: float) -> int:
@@ -931,15 +1009,6 @@ def _expire(tx: _Transaction, now_s: float) -> int:
     if count:
         tx.ring |= Ring.FINISHED
     return count
-
-
-def _claim_callbacks(tx: _Transaction, limit: int, claimant: _Claimant) -> list[Lease]:
-    rows = tx.db.execute(SQL_DUE_CALLBACKS, (claimant.now_s, limit)).fetchall()
-    state = next_callback_state(CallbackState.PENDING, Event.CLAIM).value
-    tx.db.executemany(
-        "UPDATE callbacks SET state = ?, attempts = attempts + 1 WHERE seq = ?", [(state, seq) for (seq,) in rows]
-    )
-    return [_lease(tx, seq, "callback", claimant) for (seq,) in rows]
 
 
 def _end_lease(tx: _Transaction, lease: Lease, kind: Kind) -> int:
@@ -995,8 +1064,10 @@ def _finish(tx: _Transaction, lease: Lease, ending: _Ending) -> None:
     _store_result(tx, seq, ending)
     tx.ring |= Ring.FINISHED
     if lease.call.callback_url is not None:
+        destination, is_due = destination_of(lease.call.callback_url), run.callback_due_s is None
         tx.db.execute(
-            "INSERT INTO callbacks (seq, state, due_s) VALUES (?, 'pending', ?)", (seq, ending.callback_due_s)
+            "INSERT INTO callbacks (seq, state, due_s, queue, destination, ready) VALUES (?, 'pending', ?, ?, ?, ?)",
+            (seq, ending.callback_due_s, lease.call.queue, destination, is_due),
         )
         tx.ring |= Ring.WORK
 
@@ -1074,7 +1145,7 @@ def _release(tx: _Transaction, lease: Lease, now_s: float) -> None:
 
 def _callback_again(tx: _Transaction, seq: int, event: Event, due_s: float) -> None:
     state = next_callback_state(CallbackState.RUNNING, event).value
-    tx.db.execute("UPDATE callbacks SET state = ?, due_s = ? WHERE seq = ?", (state, due_s, seq))
+    tx.db.execute("UPDATE callbacks SET state = ?, due_s = ?, ready = 0 WHERE seq = ?", (state, due_s, seq))
     tx.ring |= Ring.WORK
 
 
@@ -1192,7 +1263,8 @@ def _requeue_callback(tx: _Transaction, call_id: str, now_s: float) -> Call:
     if row is None or (CallbackState(row[0]), Event.REQUEUE) not in CALLBACK_TRANSITIONS:
         raise CallNotDead(f"only a dead callback can be queued again; this one is {row[0] if row else 'not there'}")
     state = next_callback_state(CallbackState(row[0]), Event.REQUEUE).value
-    tx.db.execute("UPDATE callbacks SET state = ?, attempts = 0, due_s = ? WHERE seq = ?", (state, now_s, seq))
+    sql = "UPDATE callbacks SET state = ?, attempts = 0, due_s = ?, ready = 0 WHERE seq = ?"
+    tx.db.execute(sql, (state, now_s, seq))
     tx.ring |= Ring.WORK
     return _load(tx.db, seq)
 
@@ -1202,7 +1274,7 @@ class _Filter:
     """Which calls to list: all conditions that are not None hold; newest first."""
 
     state: State | None
-    function: str | None
+    function: FunctionName | None
     limit: int
     before: str | None
 
@@ -1246,10 +1318,10 @@ def _look_ahead(db: sqlite3.Connection, call_after_s: float, callback_after_s: f
 
 
 def _count(db: sqlite3.Connection, now_s: float, commit_count: int) -> Stats:
-    by_function: dict[tuple[str, State], int] = {}
+    by_function: dict[tuple[FunctionName, State], int] = {}
     by_state = dict.fromkeys(State, 0)
     for state, function, count in db.execute("SELECT state, function, count(*) FROM calls GROUP BY state, function"):
-        by_function[function, State(state)] = count
+        by_function[FunctionName(function), State(state)] = count
         by_state[State(state)] += count
     callbacks = dict(db.execute("SELECT state, count(*) FROM callbacks GROUP BY state").fetchall())
     (oldest_s,) = db.execute(SQL_NEXT_DUE, {"after_s": -1e300}).fetchone()
@@ -1316,7 +1388,9 @@ def _delete(tx: _Transaction, rows: Sequence[int]) -> tuple[str, ...]:
     return tuple(files)
 
 
-def _purge(tx: _Transaction, state: State, function: str | None, call_id: str | None, after_seq: int) -> _Dropped:
+def _purge(
+    tx: _Transaction, state: State, function: FunctionName | None, call_id: str | None, after_seq: int
+) -> _Dropped:
     rows = tx.db.execute(
         "SELECT seq FROM calls WHERE state = :state AND seq > :after AND (:function IS NULL OR function = :function)"
         " AND (:id IS NULL OR id = :id) AND NOT EXISTS (SELECT 1 FROM callbacks"
@@ -1352,9 +1426,16 @@ def _vacuum(tx: _Transaction) -> int:
 # `writer.lock` is what makes many processes share one SQLite file well. SQLite waits for its lock by sleeping and
 # asking again, so some waiters starve (p99 760 ms with two writers); flock wakes them (113 ms). It also means that no
 # two processes ever checkpoint at once. SQLite's own locking stays on: the flock is for turns, not for safety.
+#
+# What is in the directory is trusted: the token opens `/system`, a row is a call that is run. So directory and files
+# must be ours, and nobody else may write them. Wider modes are refused and not mended, as there is no telling what was
+# written meanwhile; modes that only let others read are the operator's business. The directory is looked at first:
+# where only we can make names, nothing can be exchanged between a look and its use. All that we open below it is opened
+# without following a link.
 # --------------------------------------------------------------------------------------------------------------------
 
 DATABASE = "spool.sqlite3"
+TOKEN_CHARS = 32  # at least; ours have 43, which are 256 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -1362,6 +1443,7 @@ class _Tree:
     """The open directory of a queue."""
 
     path: Path
+    root_fd: int
     lock_fd: int
     bodies_fd: int
     owners_fd: int
@@ -1370,6 +1452,14 @@ class _Tree:
     @property
     def database(self) -> Path:
         return self.path / DATABASE
+
+    @property
+    def has_bodies(self) -> bool:
+        """Whether the directory of bodies is still the one that was opened."""
+        try:
+            return os.path.samestat((self.path / "bodies").stat(), os.fstat(self.bodies_fd))
+        except FileNotFoundError:
+            return False
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
@@ -1384,7 +1474,7 @@ class _Tree:
             fcntl.flock(self.lock_fd, fcntl.LOCK_UN)
 
     def close(self) -> None:
-        for fd in (self.lock_fd, self.bodies_fd, self.owners_fd, self.bells_fd):
+        for fd in (self.root_fd, self.lock_fd, self.bodies_fd, self.owners_fd, self.bells_fd):
             os.close(fd)
 
 
@@ -1421,17 +1511,76 @@ def _open_tree(path: Path) -> _Tree:
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     for place in missing:  # else a power cut may take the directory, and every call in it
         _sync_directory(place.parent)
-    fds: list[int] = []
     with contextlib.ExitStack() as stack:
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-        fds.append(os.open(path / "writer.lock", flags, 0o600))
-        stack.callback(os.close, fds[-1])
+
+        def hold(fd: int) -> int:
+            stack.callback(os.close, fd)
+            return fd
+
+        root_fd = hold(_open_root(path))
+        lock_fd = hold(_open_ours(root_fd, path / "writer.lock", os.O_RDWR | os.O_CREAT))
+        fds = []
         for name in ("bodies", "owners", "bells"):
-            (path / name).mkdir(mode=0o700, exist_ok=True)
-            fds.append(os.open(path / name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-            stack.callback(os.close, fds[-1])
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(name, 0o700, dir_fd=root_fd)
+            fds.append(hold(_open_ours(root_fd, path / name, os.O_RDONLY | os.O_DIRECTORY)))
+        for tail in ("", "-wal", "-shm"):  # SQLite opens them itself, and by name
+            _check_name(root_fd, path / f"{DATABASE}{tail}")
         stack.pop_all()
-    return _Tree(path, *fds)
+    return _Tree(path, root_fd, lock_fd, *fds)
+
+
+def _open_root(path: Path) -> int:
+    """The directory itself; a link to it is followed only if we or root have made it."""
+    link = path.lstat()
+    if stat.S_ISLNK(link.st_mode) and link.st_uid not in (os.geteuid(), 0):
+        raise _not_ours(path, link)
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, fd)
+        _check_ours(path, os.fstat(fd))
+        stack.pop_all()
+    return fd
+
+
+def _open_ours(root_fd: int, path: Path, flags: int) -> int:
+    """A file of the directory by its name, checked; without waiting, as for a FIFO that was put in its place."""
+    try:
+        fd = os.open(path.name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600, dir_fd=root_fd)
+    except OSError as error:
+        _check_name(root_fd, path)  # says more than "too many levels of symbolic links"
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, fd)
+        _check_ours(path, os.fstat(fd))
+        stack.pop_all()
+    return fd
+
+
+def _check_name(root_fd: int, path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        _check_ours(path, os.stat(path.name, dir_fd=root_fd, follow_symlinks=False))
+
+
+def _check_ours(path: Path, info: os.stat_result) -> None:
+    """QueueUnavailable unless it is a file or directory of ours that nobody else may write."""
+    if info.st_uid != os.geteuid() or not (stat.S_ISREG(info.st_mode) or stat.S_ISDIR(info.st_mode)):
+        raise _not_ours(path, info)
+    if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise QueueUnavailable(
+            f"{path} may be written by others (mode {stat.S_IMODE(info.st_mode):04o}), and what is in it is trusted."
+            f" If nobody has tampered with it: chmod go-w {shlex.quote(str(path))}"
+        )
+
+
+def _not_ours(path: Path, info: os.stat_result) -> QueueUnavailable:
+    kind = {stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "symbolic link"}
+    what = kind.get(stat.S_IFMT(info.st_mode), "special file")
+    return QueueUnavailable(
+        f"{path} is a {what} that belongs to {_user_name(info.st_uid)} (mode {stat.S_IMODE(info.st_mode):04o}); this"
+        f" process runs as {_user_name(os.geteuid())} and uses only what is its own. Name another directory, run as"
+        f" the user that the queue belongs to, or remove it"
+    )
 
 
 def _sync_directory(path: Path) -> None:
@@ -1443,18 +1592,40 @@ def _sync_directory(path: Path) -> None:
 
 
 def _read_token(tree: _Tree) -> str:
-    """The queue's secret, made by whoever opens the queue first; renamed into place, so never half written."""
+    """The queue's secret, made by the process that opens the queue first; renamed into place, so never half written.
+
+    QueueUnavailable for a short one: an empty token would be equal to the one of a request that has none.
+    """
     path = tree.path / "token"
-    if not path.exists():
-        draft = tree.path / "token.new"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        with os.fdopen(os.open(draft, flags, 0o600), "w", encoding="ascii") as file:
-            file.write(secrets.token_urlsafe(32))
-            file.flush()
-            os.fsync(file.fileno())
-        draft.rename(path)
-        _sync_directory(tree.path)
-    return path.read_text("ascii")
+    try:
+        fd = _open_ours(tree.root_fd, path, os.O_RDONLY)
+    except FileNotFoundError:
+        _create_token(tree)
+        fd = _open_ours(tree.root_fd, path, os.O_RDONLY)
+    with os.fdopen(fd, encoding="ascii", errors="replace") as file:
+        token = file.read().strip()
+    if len(token) < TOKEN_CHARS:
+        raise QueueUnavailable(
+            f"{path} has {len(token)} characters; allowed: {TOKEN_CHARS} or more. Remove it while nothing uses the"
+            f" queue: a new one is made at the next start"
+        )
+    return token
+
+
+def _create_token(tree: _Tree) -> None:
+    draft = "token.new"
+    with contextlib.suppress(FileNotFoundError):  # of a process that died over it
+        os.unlink(draft, dir_fd=tree.root_fd)
+    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=tree.root_fd)
+    with os.fdopen(fd, "w", encoding="ascii") as file:
+        file.write(secrets.token_urlsafe(32))
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(draft, "token", src_dir_fd=tree.root_fd, dst_dir_fd=tree.root_fd)
+    os.fsync(tree.root_fd)
+
+
+NO_MEMORY = "the queue cannot be used: no memory"
 
 
 def _disk_error(error: OSError) -> FaashoundError:
@@ -1549,9 +1720,8 @@ def _connect(path: Path) -> sqlite3.Connection:
 def _open_database(tree: _Tree) -> sqlite3.Connection:
     """The writer's connection to a file that has been looked at; call inside `tree.turn()`."""
     path = tree.database
-    if not path.exists():
-        journal = path.with_name(f"{DATABASE}-wal")
-        if journal.exists() and journal.stat().st_size:
+    if _size_bytes(path) is None:
+        if _size_bytes(path.with_name(f"{DATABASE}-wal")):
             raise _damaged(path, "is missing, though its journal is there")
         _create_database(path)
     with path.open("rb") as file:
@@ -1567,6 +1737,14 @@ def _open_database(tree: _Tree) -> sqlite3.Connection:
             raise _damaged(path, f"is damaged ({error})") if isinstance(problem, QueueDamaged) else problem from error
         stack.pop_all()
     return db
+
+
+def _size_bytes(path: Path) -> int | None:
+    """None only for a file that is proved not to be there: `Path.exists` may take any error for that."""
+    try:
+        return path.lstat().st_size
+    except FileNotFoundError:
+        return None
 
 
 def _create_database(path: Path) -> None:
@@ -1609,7 +1787,7 @@ def _missing_pages(path: Path, page_count: int, page_bytes: int) -> set[int]:
     held = path.stat().st_size // page_bytes
     missing = set(range(held + 1, page_count + 1)) - {(1 << 30) // page_bytes + 1}
     journal = path.with_name(f"{DATABASE}-wal")
-    if missing and journal.exists():
+    if missing and _size_bytes(journal):
         with journal.open("rb") as file:
             file.seek(32)
             while len(header := file.read(24)) == 24:
@@ -1620,6 +1798,7 @@ def _missing_pages(path: Path, page_count: int, page_bytes: int) -> set[int]:
 
 def _migrate(db: sqlite3.Connection) -> None:
     """Brings an older file to the newest version, one version per transaction."""
+    db.create_function("destination_of", 1, destination_of, deterministic=True)
     (version,) = db.execute("PRAGMA user_version").fetchone()
     for number, script in enumerate(MIGRATIONS[version:], version + 1):
         db.executescript(f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {number}; COMMIT;")
@@ -1722,7 +1901,7 @@ class _Bells:
 
 
 def _lock_owner(tree: _Tree, owner: str) -> int:
-    fd = os.open(owner, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=tree.owners_fd)
+    fd = os.open(owner, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=tree.owners_fd)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -1733,7 +1912,7 @@ def _lock_owner(tree: _Tree, owner: str) -> int:
 
 def _is_dead(tree: _Tree, owner: str) -> bool:
     try:
-        fd = os.open(owner, os.O_RDWR | os.O_CLOEXEC, dir_fd=tree.owners_fd)
+        fd = os.open(owner, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=tree.owners_fd)
     except FileNotFoundError:
         return True
     try:
@@ -1827,7 +2006,7 @@ def _unlink_orphans(bodies_fd: int, files: Iterable[str]) -> int:
     count = 0
     for name in files:
         try:
-            fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=bodies_fd)
+            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=bodies_fd)
         except FileNotFoundError:
             continue
         try:
@@ -1840,12 +2019,28 @@ def _unlink_orphans(bodies_fd: int, files: Iterable[str]) -> int:
     return count
 
 
-def _open_body(bodies_fd: int, name: str) -> BinaryIO:
-    return os.fdopen(os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=bodies_fd), "rb")
+def _open_body(tree: _Tree, name: str, bytes_count: int) -> BinaryIO:
+    """The file of a body, checked as far as can be without reading it; QueueDamaged only for what no retry mends."""
+    try:
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=tree.bodies_fd)
+    except FileNotFoundError as error:
+        if not tree.has_bodies:  # a directory that was moved, or whose disk is not mounted, tells nothing of its files
+            raise QueueUnavailable("the directory of stored bodies was moved or removed") from error
+        raise QueueDamaged("the file of a stored body is gone") from error
+    file = os.fdopen(fd, "rb")
+    with contextlib.ExitStack() as stack:
+        stack.callback(file.close)
+        size_bytes = os.fstat(fd).st_size
+        if size_bytes != bytes_count:
+            raise QueueDamaged(f"the file of a stored body has {size_bytes} bytes instead of {bytes_count}")
+        stack.pop_all()
+    return file
 
 
-def _read_excerpt(bodies_fd: int, name: str) -> bytes:
-    with _open_body(bodies_fd, name) as file:
+def _read_excerpt(tree: _Tree, name: str, bytes_count: int) -> bytes:
+    """How a result begins; its time to be named begins anew, since a full disk may keep it waiting for hours."""
+    with _open_body(tree, name, bytes_count) as file:
+        os.utime(file.fileno())
         return file.read(EXCERPT_BYTES)
 
 
@@ -1870,6 +2065,14 @@ class _Operation:
     joins: bool = False
     answer: Any = None
     error: BaseException | None = None
+
+    @property
+    def refused_file(self) -> str | None:
+        """The body's file of a call that did not get into the queue: no row names it, or ever will."""
+        if not isinstance(self.run, _Put) or (self.error is None and self.answer is None):
+            return None
+        file = self.run.call.body.file
+        return None if isinstance(self.answer, Call) and self.answer.body.file == file else file
 
     def settle(self) -> None:
         """Answers the one who waits; on the event loop, as it is a future of asyncio."""
@@ -1931,6 +2134,7 @@ class _Writer:
                 else:
                     group.extend(operations)
             ring = self._serve(group)
+            self._drop_refused(group)
             self._answer(group, ring)
 
     def _next_group(self) -> list[Sequence[_Operation] | None]:
@@ -1940,6 +2144,13 @@ class _Writer:
             while sum(len(group or ()) for group in groups) < GROUP_COUNT:
                 groups.append(self._waiting.get_nowait())
         return groups
+
+    def _drop_refused(self, group: Sequence[_Operation]) -> None:
+        """The bodies of refused calls go before their callers know: on a full disk each would keep it full."""
+        try:
+            _unlink_bodies(self._tree.bodies_fd, filter(None, (operation.refused_file for operation in group)))
+        except OSError as error:  # then `sweep` finds them
+            log.warning(f"the body of a refused call cannot be removed: {error}")
 
     def _answer(self, group: Sequence[_Operation], ring: Ring) -> None:
         def settle() -> None:
@@ -1955,7 +2166,10 @@ class _Writer:
 
     def _serve(self, group: Sequence[_Operation]) -> Ring:
         """Runs the group; afterwards each operation has its answer or its error. Returns whom to ring."""
-        group = [operation for operation in group if not operation.future.cancelled()]
+        for operation in group:
+            if operation.future.cancelled():
+                operation.error = QueueUnavailable("its caller has gone")
+        group = [operation for operation in group if operation.error is None]
         for operation in group:
             if operation.alone:
                 self._guard([operation], partial(self._run, operation, _Transaction(self._db)))
@@ -1976,6 +2190,8 @@ class _Writer:
             problem = _disk_error(error)
         except QueueUnavailable as error:
             problem = error
+        except MemoryError:
+            problem = QueueUnavailable(NO_MEMORY)
         except Exception:  # noqa: BLE001 - a thread's boundary: a writer that died here would keep everyone waiting for ever
             log.exception(f"the queue in {self._tree.path} cannot be written")
             problem = QueueUnavailable("the queue cannot be used: see the log")
@@ -2081,6 +2297,8 @@ class _Readers:
                 db.execute("ROLLBACK")
         except sqlite3.Error as error:
             raise _sqlite_error(error) from error
+        except MemoryError as error:  # how Python hands on SQLITE_NOMEM
+            raise QueueUnavailable(NO_MEMORY) from error
         finally:
             self._idle.put(db)
 
@@ -2146,7 +2364,7 @@ class Spool:
         self._writer = _Writer(parts.tree, parts.db, self._bells, self._on_ring)
         self._files = ThreadPoolExecutor(4, thread_name_prefix="spool-files")
         self._owners: dict[str, int] = {}
-        self._last_lane: _Lane = ("", "")
+        self._last_flow: dict[Kind, _Flow] = {"call": ("", ""), "callback": ("", "")}
         self._reclaimed_s = -RECLAIM_S
         self._greatest_offset_s = self._offset_s()
         self._call_seen_s = self._callback_seen_s = -1e300  # what was due by then has been claimed or reported
@@ -2219,6 +2437,8 @@ class Spool:
             return await asyncio.shield(future)
         except OSError as error:
             raise _disk_error(error) from error
+        except MemoryError as error:
+            raise QueueUnavailable(NO_MEMORY) from error
         except asyncio.CancelledError:
             while not future.done():
                 with contextlib.suppress(asyncio.CancelledError):
@@ -2269,7 +2489,8 @@ class Spool:
     async def open_body(self, body: StoredBody, chunk_bytes: int = FILE_CHUNK_BYTES) -> AsyncGenerator[bytes, None]:
         """The bytes of a stored body, in pieces of at most `chunk_bytes`; `aclose` it if you stop early.
 
-        Raises QueueDamaged if the file is gone, or shorter than it was.
+        Raises QueueDamaged if the file is proved to be gone or of another length than it was; QueueUnavailable for
+        whatever else keeps it from being read (no descriptors or memory, an I/O error), which may pass.
         """
         if body.file is None:
             inline = body.inline or b""
@@ -2277,10 +2498,7 @@ class Spool:
                 yield inline[start : start + chunk_bytes]
             return
         left = body.bytes_count
-        try:
-            file = await self._in_thread(partial(_open_body, self._tree.bodies_fd, body.file))
-        except QueueUnavailable as error:
-            raise QueueDamaged("the file of a stored body cannot be read") from error
+        file = await self._in_thread(partial(_open_body, self._tree, body.file, body.bytes_count))
         with contextlib.closing(file):
             while piece := await self._in_thread(partial(file.read, chunk_bytes)):
                 left -= len(piece)
@@ -2302,18 +2520,11 @@ class Spool:
         """Queues a call; it is on disk when this returns.
 
         The same idempotency key for the same function, while that call is remembered: the earlier Call is returned
-        and the new body dropped. Raises CallExists, the body dropped, when the id is in use.
+        and the new body dropped. Raises CallExists when the id is in use. Whatever this raises, the body is gone, also
+        when the caller is cancelled, unless the call got into the queue all the same.
         """
-        try:
-            earlier = await self._write(_Put(call, _headers_text(call.headers)))
-        except CallExists:
-            await self.drop_body(call.body)
-            raise
-        if earlier is None:
-            return _accepted(call)
-        if earlier.body.file != call.body.file:
-            await self.drop_body(call.body)
-        return earlier
+        earlier = await self._write(_Put(call, _headers_text(call.headers)))
+        return _accepted(call) if earlier is None else earlier
 
     async def get(self, call_id: str) -> Call | None:
         """The call, or None."""
@@ -2367,31 +2578,25 @@ class Spool:
         A function with no room is passed over. `owner` must be enlisted here. Taking leases costs one commit; finding
         nothing costs none. If the caller is cancelled, what was claimed for it is released.
         """
-        wanted = _Wanted(tuple(queues), limit, dict(room or {}))
-        claimant = self._claimant(owner, lease_s)
-
-        def work(tx: _Transaction) -> list[Lease]:
-            self._reclaim_sometimes(tx)
-            leases, self._last_lane = _claim(tx, wanted, self._last_lane, claimant)
-            return leases
-
+        claimant, wanted = self._claimant(owner, lease_s), _Wanted(tuple(queues), limit, dict(room or {}))
         if limit <= 0:
             return []
-        leases = await self._claimed(self._write(work))
+        leases = await self._claimed("call", _claim, wanted, claimant)
         self._call_seen_s = claimant.now_s
         return leases
 
-    async def claim_callbacks(self, owner: str, lease_s: float, limit: int) -> list[Lease]:
-        """Leases up to `limit` due callbacks, the longest due first; otherwise as `claim`."""
-        claimant = self._claimant(owner, lease_s)
+    async def claim_callbacks(
+        self, queues: Sequence[str], owner: str, lease_s: float, limit: int, room: Mapping[str, int] | None = None
+    ) -> list[Lease]:
+        """Leases up to `limit` due callbacks of calls of `queues`; otherwise as `claim`.
 
-        def work(tx: _Transaction) -> list[Lease]:
-            self._reclaim_sometimes(tx)
-            return _claim_callbacks(tx, limit, claimant)
-
+        Destinations take turns as functions do, and `room` is theirs: see `destination_of`. Within one, the longest
+        due comes first.
+        """
+        claimant, wanted = self._claimant(owner, lease_s), _Wanted(tuple(queues), limit, dict(room or {}))
         if limit <= 0:
             return []
-        leases = await self._claimed(self._write(work))
+        leases = await self._claimed("callback", _claim_callbacks, wanted, claimant)
         self._callback_seen_s = claimant.now_s
         return leases
 
@@ -2400,7 +2605,19 @@ class Spool:
             raise AssertionError(f"{owner} has not been enlisted: its leases would be void at once")
         return _Claimant(owner, self._now(), self._boot, _boot_s() + lease_s)
 
-    async def _claimed(self, future: asyncio.Future[list[Lease]]) -> list[Lease]:
+    async def _claimed(
+        self,
+        kind: Kind,
+        claim: Callable[[_Transaction, _Wanted, _Flow, _Claimant], _Claimed],
+        wanted: _Wanted,
+        claimant: _Claimant,
+    ) -> list[Lease]:
+        def work(tx: _Transaction) -> list[Lease]:
+            self._reclaim_sometimes(tx)
+            leases, self._last_flow[kind] = claim(tx, wanted, self._last_flow[kind], claimant)
+            return leases
+
+        future = self._write(work)
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
@@ -2447,7 +2664,7 @@ class Spool:
         """The call has ended, also when a cancel came too late. On LeaseLost the result's file is dropped."""
         result, excerpt = end.result, None  # an inline body is its own excerpt, as long as it is kept
         if result is not None and result.file is not None:
-            excerpt = await self._in_thread(partial(_read_excerpt, self._tree.bodies_fd, result.file))
+            excerpt = await self._in_thread(partial(_read_excerpt, self._tree, result.file, result.bytes_count))
         due_s = self._now() if end.callback_due_s is None else end.callback_due_s
         try:
             await self._write(partial(_finish, lease=lease, ending=_Ending(end, excerpt, due_s)))
@@ -2570,10 +2787,16 @@ class Spool:
     # -- for people
 
     async def calls(
-        self, *, state: State | None = None, function: str | None = None, limit: int = 100, before: str | None = None
+        self,
+        *,
+        state: State | None = None,
+        function: FunctionName | None = None,
+        limit: int = 100,
+        before: str | None = None,
     ) -> list[Call]:
-        """Calls, newest first, without inline bodies and history (`get` has them).
+        """Calls, newest first, without what may be long: path, query, callback URL, header fields, bodies, history.
 
+        (`get` has them; they are empty or None here, and so one page takes little memory whatever callers send.)
         A page begins behind the call `before`, the last one of the page in front; CallUnknown if it is gone by now.
         """
         return await self._read(partial(_list, wanted=_Filter(state, function, limit, before)))
@@ -2588,7 +2811,7 @@ class Spool:
         """A dead callback is due now, attempts from 0. Raises CallNotDead, CallUnknown."""
         return await self._write(partial(_requeue_callback, call_id=call_id, now_s=self._now()))
 
-    async def purge(self, *, state: State, function: str | None = None, call_id: str | None = None) -> int:
+    async def purge(self, *, state: State, function: FunctionName | None = None, call_id: str | None = None) -> int:
         """Deletes calls in a final state, except those with a callback under way; returns how many."""
         if state not in FINAL:
             raise AssertionError(f"calls that are {state.value} are not for purging: cancel them")

@@ -26,9 +26,10 @@ import sys
 import time
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import cast
 
 import prometheus_client
 import uvloop
@@ -49,18 +50,20 @@ from .callbacks import (
 )
 from .calls import dead_letters
 from .migrate import migrate_queue
+from .names import FunctionName
 from .queues import NatsSettings, Queue, QueueUrl, is_healthy, open_queue, parse_queue_url
 from .retries import (
     CALLBACK_POLICY,
-    Cancelled,
     Concurrency,
     Dead,
     Done,
     End,
+    HandBack,
     Outcome,
     Progress,
     RetryAt,
     RetryPolicy,
+    Step,
     is_poison,
     next_callback_step,
     next_step,
@@ -94,6 +97,7 @@ from .watchdog import (
     Header,
     MethodNotAllowed,
     NotReady,
+    OutOfResources,
     PeerGone,
     Request,
     Response,
@@ -121,6 +125,7 @@ from .watchdog import (
     resolve_any,
     serve_metrics,
     setting,
+    settle_descriptors,
     start_metrics,
     watch_lifeline,
 )
@@ -129,6 +134,8 @@ ANNOTATIONS_KEPT_S = 30.0  # how long a function's annotations are believed befo
 ANNOTATIONS_TIMEOUT_S = 5.0
 RENEWALS_COUNT = 3  # in the time of one lease: two may fail before it runs out
 PAUSE_S = 1.0  # before the queue is asked again after it failed
+PREVENTED_S = 2.0  # before a lease is handed back for want of something that this machine will have again
+REFUSED_TEXT = "refused: not allowed by callback_allow"  # which names lead to inner addresses is not for strangers
 MAX_KNOWN_COUNT = 1000  # functions whose annotations and metrics are kept apart: callers can make up names
 ANSWER_READ_BYTES = 1 << 20  # of the answer to a callback, which nobody wants but whose sender wants to be rid of it
 WORKER_TOKEN = b"X-Worker-Token"  # who has it can open the queue, so it is a worker of ours
@@ -336,7 +343,7 @@ class WorkerMetrics:
         """Count an attempt at a callback."""
         self._callbacks.labels(str(outcome.status or outcome.end.value)).inc()
 
-    def show_limits(self, limits: Mapping[str, Concurrency]) -> None:
+    def show_limits(self, limits: Mapping[FunctionName, Concurrency]) -> None:
         """Set the limits of those functions that are held below the worker's own."""
         self._limits.clear()
         for function, limit in limits.items():
@@ -368,7 +375,7 @@ class Worker:
         self._callback_policy = dataclasses.replace(CALLBACK_POLICY, max_attempts=settings.callback_retry_attempts)
         self._running: dict[int, Running] = {}  # by the lease's fence
         self._cancelled_early: frozenset[str] = frozenset()  # calls that are ours but have not reached us yet
-        self._limits: dict[str, Concurrency] = {}
+        self._limits: dict[FunctionName, Concurrency] = {}
         self._may_wait: set[Kind] = {"call", "callback"}  # what there may be more of in the queue
         self._stirred = asyncio.Event()  # there is room, or maybe work, or an end: look again
         self._stopping = False
@@ -419,7 +426,9 @@ class Worker:
                     await self.queue.claim(self._settings.queues, self._owner, lease_s, room, self._rooms()),
                 )
             if room := self._room_to_claim("callback"):
-                callbacks = self._start_all("callback", await self.queue.claim_callbacks(self._owner, lease_s, room))
+                callbacks = self._start_all(
+                    "callback", await self.queue.claim_callbacks(self._settings.queues, self._owner, lease_s, room)
+                )
         except FaashoundError as error:
             self._may_wait = {"call", "callback"}
             self._complain(error)
@@ -581,15 +590,14 @@ class Worker:
         answer = await self._attempt(call)
         outcome, now_s = answer.outcome, time.time()
         self._learn(call.function, outcome, started)
-        progress = Progress(call.attempts, call.expires_s)
-        step = next_step(progress, policy, outcome, now_s, random.random)
-        status = outcome.status or None
-        error = None if isinstance(step, Done) else str(getattr(step, "reason", outcome))
-        attempt = Attempt(started_s, now_s, status, error)
+        step = next_step(Progress(call.attempts, call.expires_s), policy, outcome, now_s, random.random)
         self.metrics.attempt(call.function, outcome)
         self._log_step(call, step, answer)
+        if isinstance(step, HandBack):
+            await self._hand_back(lease)
+            return
         await self._make_room(running)
-        await self._record(lease, step, attempt, answer)
+        await self._record(lease, step, attempt_of(started_s, now_s, outcome, step), answer)
 
     async def _make_room(self, running: Running) -> None:
         """Let another call take the place of one that was answered, claimed in the commit that records the outcome."""
@@ -603,9 +611,12 @@ class Worker:
         now_s = time.time()
         await self._record(lease, step, Attempt(now_s, now_s, None, step.reason), Answer(Outcome(End.UNREACHABLE)))
 
-    async def _record(
-        self, lease: Lease, step: Done | RetryAt | Dead | Cancelled, attempt: Attempt, answer: Answer
-    ) -> None:
+    async def _hand_back(self, lease: Lease) -> None:
+        """Give up a lease on what this machine cannot do now, after a moment in which it is not asked to do more."""
+        await asyncio.sleep(PREVENTED_S)
+        await self._insist(lease, partial(self.queue.release, lease))
+
+    async def _record(self, lease: Lease, step: Done | RetryAt | Dead, attempt: Attempt, answer: Answer) -> None:
         match step:
             case RetryAt(due_s):
                 excerpt = await self._excerpt(answer)
@@ -616,10 +627,8 @@ class Worker:
             case Dead(_, status, with_answer):
                 kept = answer if with_answer else Answer(answer.outcome, duration_s=answer.duration_s)
                 if not with_answer and answer.body is not None:
-                    await self.queue.drop_body(answer.body)
+                    await self._drop(answer.body)
                 await self._finish(lease, State.DEAD, status, attempt, kept)
-            case Cancelled():
-                await self.queue.finish_cancelled(lease, attempt)
 
     async def _insist(self, lease: Lease, record: Callable[[], Awaitable[object]]) -> None:
         """Record what has happened, if need be again and again: what is not recorded would happen once more."""
@@ -649,42 +658,53 @@ class Worker:
             async for chunk in self.queue.open_body(answer.body, EXCERPT_BYTES):
                 return chunk
             return b""
+        except FaashoundError as error:  # the outcome is worth more than how the answer began
+            log.warning(f"the beginning of an answer is lost: {error}")
+            return None
         finally:
-            await self.queue.drop_body(answer.body)
+            await self._drop(answer.body)
+
+    async def _drop(self, body: StoredBody) -> None:
+        with suppress(FaashoundError):  # then the housekeeping finds it
+            await self.queue.drop_body(body)
 
     async def _attempt(self, call: Call) -> Answer:
-        """Send a call to its function and store what it answers."""
+        """Send a call to its function and store what it answers; whatever goes wrong is an outcome too."""
         started, timeout_s = time.monotonic(), self._settings.call_timeout_s
 
-        def failed(end: End, error: FaashoundError) -> Answer:
-            return Answer(Outcome(end, error=str(error)), duration_s=time.monotonic() - started)
+        def failed(outcome: Outcome) -> Answer:
+            return Answer(outcome, duration_s=time.monotonic() - started)
 
         try:
             response = await self._client.request(
                 call.method,
                 function_url(self._gateway, call),
                 build_call_headers(call, self.queue.token),
-                self._sendable(call.body),
+                await self._sendable(call.body),
                 call.body.bytes_count,
                 started + timeout_s if timeout_s else None,
             )
             async with response:
-                stored = await self.queue.store_body(response.body)
-        except UpstreamTimeout as error:
-            return failed(End.TIMED_OUT, error)
-        except QueueDamaged as error:
-            return failed(End.UNREADABLE, error)
-        except (PeerGone, Unreachable, QueueUnavailable, QueueFull) as error:  # of the queue: there is no room for it
-            return failed(End.UNREACHABLE, error)
+                try:
+                    stored = await self.queue.store_body(response.body)
+                except (QueueUnavailable, QueueFull) as error:  # the function has run: this was an attempt
+                    return failed(Outcome(End.UNREACHABLE, error=f"the answer could not be stored: {error}"))
+        except Exception as error:  # noqa: BLE001 - an attempt's boundary: what it raises is recorded, whatever it is
+            return failed(outcome_of_error(error, call.id))
         return Answer(outcome_of(response), stored, kept_headers(response), time.monotonic() - started)
 
-    def _sendable(self, body: StoredBody) -> bytes | AsyncIterator[bytes]:
-        return self.queue.open_body(body) if body.file is not None else body.inline or b""
+    async def _sendable(self, body: StoredBody) -> bytes | AsyncIterator[bytes]:
+        """Return what can be sent of a stored body; raises what opening it raises, before anything is sent."""
+        if body.file is None:
+            return body.inline or b""
+        async with aclosing(self.queue.open_body(body, 1)) as pieces:
+            await anext(pieces, None)
+        return self.queue.open_body(body)
 
-    def _learn(self, function: str, outcome: Outcome, started: float) -> None:
+    def _learn(self, function: FunctionName, outcome: Outcome, started: float) -> None:
         """Adapt how many calls of a function run at once to how it answers."""
         before = self._limits.get(function) or Concurrency.start(self._settings.max_inflight)
-        after = before.after(outcome.status, started, time.monotonic())
+        after = before.after(outcome, started, time.monotonic())
         if after.limit >= after.ceiling:
             self._limits.pop(function, None)
         else:
@@ -697,7 +717,7 @@ class Worker:
         self.metrics.show_limits(self._limits)
 
     def _log_step(self, call: Call, step: object, answer: Answer) -> None:
-        text = {Done: "done", RetryAt: "to be tried again", Dead: "dead letter", Cancelled: "cancelled"}[type(step)]
+        text = {Done: "done", RetryAt: "to be tried again", Dead: "dead letter", HandBack: "handed back"}[type(step)]
         fields: dict[str, object] = {"call_id": call.id, "function": call.function, "attempt": call.attempts}
         if isinstance(step, RetryAt):
             fields["in"] = f"{max(step.due_s - time.time(), 0.0):.3f}s"
@@ -709,58 +729,64 @@ class Worker:
         call, callback, started_s = lease.call, lease.call.callback, time.time()
         if callback is None or call.callback_url is None:
             raise AssertionError("a lease on a callback is of a call that has one")
-        outcome = await self._post(call)
-        now_s = time.time()
-        step = next_callback_step(callback.attempts, self._callback_policy, outcome, now_s, random.random)
-        error = None if isinstance(step, Done) else str(getattr(step, "reason", outcome))
-        attempt = Attempt(started_s, now_s, outcome.status or None, error)
+        if is_poison(callback.attempts, self._callback_policy):
+            outcome, step = Outcome(End.FAILED), cast(Step, poison_step(callback.attempts))
+        else:
+            outcome = await self._post(call)
+            step = next_callback_step(callback.attempts, self._callback_policy, outcome, time.time(), random.random)
         self.metrics.callback(outcome)
-        match step:
-            case Done():
-                record = partial(self.queue.callback_done, lease, attempt)
-            case RetryAt(due_s):
-                record = partial(self.queue.callback_retry, lease, attempt, due_s)
-            case Dead():
-                record = partial(self.queue.callback_dead, lease, attempt)
-        await self._insist(lease, record)
-        text = {Done: "delivered", RetryAt: "to be tried again", Dead: "given up"}[type(step)]
+        await self._record_callback(lease, step, attempt_of(started_s, time.time(), outcome, step))
+        text = {Done: "delivered", RetryAt: "to be tried again", Dead: "given up", HandBack: "handed back"}[type(step)]
         log.info(
             f"callback {text}", call_id=call.id, function=call.function, attempt=callback.attempts, outcome=outcome
         )
 
-    async def _post(self, call: Call) -> Outcome:
-        """Post a result to its callback, following the redirects that keep method and body."""
-        deadline_s = time.monotonic() + self._settings.callback_timeout_s
-        try:
-            url: Url | None = self._policy.check_url(call.callback_url or "")
-            status, retry_after = 0, None
-            for _ in range(MAX_REDIRECTS_COUNT + 1):
-                if url is None:
-                    break
-                here = url
-                async with await self._send_callback(call, here, deadline_s) as response:
-                    status, retry_after = response.status, _text(response.header(b"retry-after"))
-                    with suppress(FaashoundError):  # a receiver that is cut off might think that it was not heard
-                        await response.body.read(ANSWER_READ_BYTES)
-                    url = self._policy.check_redirect(here, status, _text(response.header(b"location")))
-            return Outcome(End.ANSWERED, status, retry_after)
-        except CallbackRefused as error:
-            return Outcome(End.REFUSED, error=str(error))
-        except UpstreamTimeout as error:
-            return Outcome(End.TIMED_OUT, error=str(error))
-        except (PeerGone, Unreachable) as error:
-            return Outcome(End.UNREACHABLE, error=str(error))
+    async def _record_callback(self, lease: Lease, step: Step, attempt: Attempt) -> None:
+        match step:
+            case Done():
+                await self._insist(lease, partial(self.queue.callback_done, lease, attempt))
+            case RetryAt(due_s):
+                await self._insist(lease, partial(self.queue.callback_retry, lease, attempt, due_s))
+            case Dead():
+                await self._insist(lease, partial(self.queue.callback_dead, lease, attempt))
+            case HandBack():
+                await self._hand_back(lease)
 
-    async def _send_callback(self, call: Call, url: Url, deadline_s: float) -> ClientResponse:
+    async def _post(self, call: Call) -> Outcome:
+        """Post a result to its callback; whatever goes wrong is an outcome too."""
+        try:
+            async with asyncio.timeout(self._settings.callback_timeout_s):
+                return await self._post_and_follow(call)
+        except TimeoutError:
+            return Outcome(End.TIMED_OUT, error="no answer before the deadline (callback_timeout)")
+        except Exception as error:  # noqa: BLE001 - an attempt's boundary: what it raises is recorded, whatever it is
+            return outcome_of_error(error, call.id)
+
+    async def _post_and_follow(self, call: Call) -> Outcome:
+        """Post a result, following the redirects that keep method and body."""
+        url: Url | None = self._policy.check_url(call.callback_url or "")
+        status, retry_after = 0, None
+        for _ in range(MAX_REDIRECTS_COUNT + 1):
+            if url is None:
+                break
+            here = url
+            async with await self._send_callback(call, here) as response:
+                status, retry_after = response.status, _text(response.header(b"retry-after"))
+                with suppress(FaashoundError):  # a receiver that is cut off might think that it was not heard
+                    await response.body.read(ANSWER_READ_BYTES)
+                url = self._policy.check_redirect(here, status, _text(response.header(b"location")))
+        return Outcome(End.ANSWERED, status, retry_after)
+
+    async def _send_callback(self, call: Call, url: Url) -> ClientResponse:
         policy = await self._annotations.policy(call.function)
         headers = build_callback_headers(callback_facts(call, policy), call.result_headers)
         if self._signer is not None:
             headers += await self._sign(self._signer, call)
         fields = [(name.encode(), value.encode("latin-1")) for name, value in headers]
         fields.append((CALLBACK_PROOF, build_proof(self.queue.token, call.id).encode()))
-        body = b"" if call.result is None else self._sendable(call.result)
+        body = b"" if call.result is None else await self._sendable(call.result)
         length = 0 if call.result is None else call.result.bytes_count
-        return await self._callback_client.request("POST", url, fields, body, length, deadline_s)
+        return await self._callback_client.request("POST", url, fields, body, length)
 
     async def _sign(self, signer: Signer, call: Call) -> tuple[tuple[str, str], ...]:
         signature = signer.start(call.id, time.time())
@@ -778,6 +804,31 @@ def outcome_of(response: ClientResponse) -> Outcome:
         _text(response.header(b"retry-after")),
         response.header(b"x-openfaas-internal") is not None,
     )
+
+
+def outcome_of_error(error: Exception, call_id: str) -> Outcome:
+    """Return what the rules need to know of an attempt that raised `error`; what strangers may not read is logged."""
+    match error:
+        case CallbackRefused():
+            log.warning(str(error), call_id=call_id)
+            return Outcome(End.REFUSED, error=REFUSED_TEXT)
+        case UpstreamTimeout():
+            return Outcome(End.TIMED_OUT, error=str(error))
+        case QueueDamaged():
+            return Outcome(End.UNREADABLE, error=str(error))
+        case QueueUnavailable() | QueueFull() | OutOfResources():
+            return Outcome(End.PREVENTED, error=str(error))
+        case PeerGone() | Unreachable():
+            return Outcome(End.UNREACHABLE, error=str(error))
+        case _:
+            log.exception(f"a fault of the worker in an attempt at call {call_id}")
+            return Outcome(End.FAILED, error="a fault of the worker: see its log")
+
+
+def attempt_of(started_s: float, finished_s: float, outcome: Outcome, step: Step) -> Attempt:
+    """Return the record of an attempt (times are seconds since the epoch), of which `step` is to follow."""
+    error = None if isinstance(step, Done) else str(getattr(step, "reason", outcome))
+    return Attempt(started_s, finished_s, outcome.status or None, error)
 
 
 def kept_headers(response: ClientResponse) -> tuple[tuple[str, str], ...]:
@@ -849,6 +900,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     """Run the worker and return its exit status: 0 stopped, 1 failed, 2 bad settings."""
     argv = list(sys.argv[1:] if argv is None else argv)
     environ = os.environ if environ is None else environ
+    settle_descriptors()
     if argv[:1] == ["dead"]:
         return dead_letters(argv[1:], environ)
     if argv[:1] == ["migrate"]:

@@ -391,7 +391,20 @@ def connect(port: int, host: str = "127.0.0.1", timeout_s: float = REPLY_DEADLIN
 
 
 def server_side(client: socket.socket) -> tuple[int, int] | None:
-    """Return (TCP state, unread bytes) of the other end of `client`, or None if the kernel knows none any more.
+    """Return (TCP state, unread bytes) of the other end of `client`, or None if the kernel knows none any more."""
+    found = inspect_server_side(client)
+    return None if found is None else (found[17], struct.unpack_from("=I", found, 72)[0])
+
+
+def probe_due_s(client: socket.socket) -> float | None:
+    """Return in how many seconds the other end of `client` asks whether we live; None: never (SO_KEEPALIVE is off)."""
+    found = inspect_server_side(client)
+    is_watched = found is not None and found[18] == 2  # the timer of keepalive probes
+    return struct.unpack_from("=I", found, 68)[0] / 1000 if found is not None and is_watched else None
+
+
+def inspect_server_side(client: socket.socket) -> bytes | None:
+    """Return what sock_diag(7) says of the other end of `client`, with its header; None if there is none any more.
 
     One question of sock_diag(7) about one IPv4 connection: /proc/net/tcp says the same, but takes milliseconds to
     read on a machine with thousands of connections that have lately been closed.
@@ -410,7 +423,7 @@ def server_side(client: socket.socket) -> tuple[int, int] | None:
         answer = diag.recv(8192)
     kind, first_word = struct.unpack_from("=H", answer, 4)[0], struct.unpack_from("=i", answer, 16)[0]
     if kind == 20:
-        return answer[17], struct.unpack_from("=I", answer, 72)[0]
+        return answer
     if first_word != -errno.ENOENT:
         raise OSError(-first_word, "sock_diag")
     return None

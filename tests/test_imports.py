@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # Of ours, what each module may import.  Imports run one way: watchdog <- parts <- programs.
-_PARTS = {"watchdog", "names", "spool", "queues", "keeper", "functions", "callbacks", "retries", "calls"}
+_PARTS = {"watchdog", "names", "spool", "queues", "keeper", "functions", "addresses", "callbacks", "retries", "calls"}
 OURS: dict[str, set[str]] = {
     "__init__": set(),
     "watchdog": set(),
@@ -20,14 +20,19 @@ OURS: dict[str, set[str]] = {
     "spool": {"watchdog", "names"},
     "keeper": {"watchdog"},
     "functions": {"watchdog", "names", "keeper", "spool", "retries"},
-    "callbacks": {"watchdog", "names"},
+    "addresses": {"watchdog"},
+    "callbacks": {"watchdog", "names", "addresses"},
     "retries": {"watchdog", "names"},
+    "proxying": {"watchdog"},
+    "browsers": {"watchdog", "addresses"},
+    "passwords": {"watchdog"},
     "jetstream": {"watchdog", "names", "spool"},
     "queues": {"watchdog", "names", "spool", "jetstream"},  # which of the two a URL names
     "calls": {"watchdog", "names", "spool", "queues"},
     "migrate": {"watchdog", "names", "spool", "queues", "calls"},
     "worker": _PARTS | {"migrate"},
-    "gateway": _PARTS | {"worker"},  # it may start a worker beside itself, and knows its settings
+    "gateway": _PARTS
+    | {"worker", "proxying", "browsers", "passwords"},  # it may start a worker beside itself, and knows its settings
 }
 
 # Of others, what each may import besides the standard library.  HTTP is spoken in one place: only watchdog has h11.
@@ -36,6 +41,7 @@ OTHERS: dict[str, set[str]] = {
     "gateway": {"uvloop", "prometheus_client"},
     "worker": {"uvloop", "prometheus_client"},
     "jetstream": {"nats"},
+    "addresses": {"psutil"},
 }
 
 LONGEST_FUNCTION_LINES = 60

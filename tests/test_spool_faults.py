@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from faashound import spool as spool_module
+from faashound.names import parse_function_name
 from faashound.spool import (
     DATABASE,
     INLINE_BYTES,
@@ -378,6 +379,56 @@ def test_older_file_is_brought_to_the_newest_version(tmp_path: Path, monkeypatch
     assert db.execute("PRAGMA user_version").fetchone() == (len(spool_module.MIGRATIONS),)
     assert db.execute("SELECT count(*) FROM later").fetchone() == (0,)
     db.close()
+
+
+def old_file(directory: Path, version: int, rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves a queue as a program of that time has left it, with `rows` that SQL puts in."""
+    with monkeypatch.context() as patch:
+        patch.setattr(spool_module, "MIGRATIONS", spool_module.MIGRATIONS[:version])
+        Desk.create(directory)
+    db = sqlite3.connect(directory / DATABASE)
+    db.executescript(rows)
+    db.close()
+
+
+def old_call(number: int, state: str, callback_url: str = "", callback_state: str = "", queue: str = QUEUE) -> str:
+    """A call of a function `f`, as the first versions have kept it."""
+    values = f"{number}, 'id{number}', 'f', '{queue}', '{state}', {START_S}, {START_S}, 1, {START_S}"
+    columns = "seq, id, function, queue, state, due_s, accepted_s, attempts, finished_s"
+    rows = f"INSERT INTO calls ({columns}) VALUES ({values});"
+    columns = "seq, method, path, query, callback_url, headers, bytes_count, inline"
+    rows += f"INSERT INTO requests ({columns}) VALUES ({number}, 'POST', '/', '', '{callback_url}', '[]', 0, x'');"
+    if callback_state:
+        rows += f"INSERT INTO callbacks (seq, state, due_s) VALUES ({number}, '{callback_state}', {START_S});"
+    return rows
+
+
+def test_callbacks_of_an_older_file_belong_to_the_queues_of_their_calls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        old_call(1, "done", "http://a/1", "pending"),
+        old_call(2, "dead", "http://a/2", "pending"),
+        old_call(3, "done", "http://b:81/", "pending"),
+        old_call(4, "done", "http://a/4", "pending", "internal"),
+        old_call(5, "done", "http://a/5", "dead"),
+    ]
+    old_file(tmp_path / "spool", 2, "".join(rows), monkeypatch)
+    desk = Desk(tmp_path / "spool")
+    assert [lease.call.id for lease in desk.claim_callbacks(room={"a:80": 1})] == ["id1", "id3"]
+    assert desk.get("id5").function == "f.openfaas-fn"
+    desk.do(desk.spool.requeue_callback("id5"))
+    assert [lease.call.id for lease in desk.claim_callbacks()] == ["id2", "id5"]
+    desk.close()
+
+
+def test_calls_of_an_older_file_are_of_the_default_namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old_file(tmp_path / "spool", 2, old_call(1, "queued") + old_call(2, "dead"), monkeypatch)
+    desk = Desk(tmp_path / "spool")
+    f = parse_function_name("f")
+    assert [lease.call.function for lease in desk.claim(room={f: 9})] == [f]
+    assert {call.id for call in desk.do(desk.spool.calls(function=f))} == {"id1", "id2"}
+    desk.close()
 
 
 # -- housekeeping

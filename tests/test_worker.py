@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import threading
@@ -20,6 +21,11 @@ from typing import Any
 import pytest
 import standardwebhooks
 
+from faashound.callbacks import CallbackRefused
+from faashound.retries import End, Outcome
+from faashound.spool import QueueDamaged, QueueFull, QueueUnavailable
+from faashound.watchdog import OutOfResources, PeerGone, Unreachable, UpstreamTimeout
+from faashound.worker import REFUSED_TEXT, outcome_of_error
 from tests.harness import crowding, free_port, http_request, noise_s, run, wait_until
 from tests.system import FUNCTIONS, Received, Receiver, Reply, System, Worker, always, in_turn, rows
 
@@ -145,7 +151,7 @@ def test_call_whose_stored_body_is_lost_is_a_dead_letter_at_once(system: System)
     (system.spool / "bodies" / system.row(call_id)["file"]).unlink()
     status = system.ended(call_id)
     assert (status["state"], status["attempts"], status["status"]) == ("dead", 1, 500)
-    assert "cannot be read" in status["error"]
+    assert "is gone" in status["error"]
 
 
 # Callbacks
@@ -287,6 +293,39 @@ def test_callback_reaches_a_function_of_the_same_gateway_without_callback_allow(
         )
         status = system.until(call_id, lambda status: status.get("callback", {}).get("state") == "delivered")
         assert status["callback"]["attempts"] == 1
+
+
+def test_callback_whose_stored_result_is_lost_is_given_up_with_the_reason_after_its_attempts() -> None:
+    def lose(_: Received) -> Reply:
+        for path in (system.spool / "bodies").iterdir():
+            path.unlink()
+        return 500, {}, b""
+
+    system = System(settings={"callback_retry_attempts": "2"})
+    with Receiver(lose) as receiver, system:
+        call_id = system.submit("cat", b"x" * 200_000, {"X-Callback-Url": receiver.url()})
+        status = system.until(call_id, lambda status: status.get("callback", {}).get("state") == "dead")
+        assert (status["state"], status["status"], status["callback"]["attempts"]) == ("done", 200, 2)
+        assert status["callback"]["error"] == "gave up after 2 attempts: the file of a stored body is gone"
+        assert len(receiver.received()) == 1, "nothing goes out under the function's status that is not its answer"
+
+
+def test_callback_that_kills_each_worker_is_given_up() -> None:
+    waits = threading.Event()
+
+    def stalls(_: Received) -> Reply:
+        waits.wait(20)
+        return 200, {}, b""
+
+    with Receiver(stalls) as receiver, System(settings={"callback_retry_attempts": "1"}) as system:
+        call_id = system.submit("cat", b"", {"X-Callback-Url": receiver.url()})
+        for begun in range(1, 5):
+            receiver.wait_for(begun)
+            os.kill(system.worker_pid(), signal.SIGKILL)
+        status = system.until(call_id, lambda status: status["callback"]["state"] == "dead")
+        assert (status["state"], status["attempts"], status["callback"]["attempts"]) == ("done", 1, 5)
+        assert "the workers that ran it died" in status["callback"]["error"]
+        waits.set()
 
 
 # Delay, expiry, order, queues
@@ -564,6 +603,21 @@ def test_full_disk_is_507_and_is_noticed_when_there_is_room_again(tmp_path: Path
         subprocess.run(["umount", "-l", tmp_path], check=True)
 
 
+@pytest.mark.parametrize("size", [10, 200_000], ids=["no connection can be opened", "no body can be read"])
+def test_call_uses_up_no_attempt_when_its_worker_has_no_descriptors(size: int) -> None:
+    with System(settings={"worker": "none"}) as system, Worker(system, {"max_retry_attempts": "1"}) as worker:
+        pid = worker.process.pid
+        soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        if size > 10:  # a kept connection: only the body is in want of a descriptor
+            system.ended(system.submit("cat"))
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, hard))
+        call_id = system.submit("cat", b"x" * size)
+        assert "Too many open files" in worker.wait_log("handed back")
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
+        status = system.ended(call_id)
+        assert (status["state"], status["status"], status["attempts"]) == ("done", 200, 1)
+
+
 def test_results_and_calls_are_kept_as_long_as_asked_and_dead_letters_for_ever() -> None:
     with System(settings={"keep_results": "1s", "retention": "3s", "max_retry_attempts": "1"}) as system:
         done, dead = system.submit("cat", b"x"), system.submit("shell", b"exit 1")
@@ -578,6 +632,24 @@ def test_results_and_calls_are_kept_as_long_as_asked_and_dead_letters_for_ever()
         assert system.status(done)["state"] == "done"
         wait_until(lambda: result_status(done) == 404, 8, "the call is forgotten")
         assert (system.status(dead)["state"], result_status(dead)) == ("dead", 410)
+
+
+OUTCOMES = {
+    "timed out": (UpstreamTimeout("late"), End.TIMED_OUT, "late"),
+    "cannot connect": (Unreachable("refused"), End.UNREACHABLE, "refused"),
+    "cut short": (PeerGone("cut"), End.UNREACHABLE, "cut"),
+    "no descriptors for a connection": (OutOfResources("too many"), End.PREVENTED, "too many"),
+    "no descriptors for a body": (QueueUnavailable("too many"), End.PREVENTED, "too many"),
+    "no room": (QueueFull("full"), End.PREVENTED, "full"),
+    "lost": (QueueDamaged("gone"), End.UNREADABLE, "gone"),
+    "an inner address": (CallbackRefused("10.0.0.1 is private"), End.REFUSED, REFUSED_TEXT),
+    "a fault": (ValueError("secret"), End.FAILED, "a fault of the worker: see its log"),
+}
+
+
+@pytest.mark.parametrize(("error", "end", "text"), OUTCOMES.values(), ids=OUTCOMES)
+def test_attempt_that_raises_has_an_outcome(error: Exception, end: End, text: str) -> None:
+    assert outcome_of_error(error, "id") == Outcome(end, error=text)
 
 
 # Settings
