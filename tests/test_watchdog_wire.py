@@ -23,15 +23,16 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from tests.harness import (
-    NOISE_S,
     REPLY_DEADLINE_S,
     Answer,
     InBackground,
     Program,
     connect,
+    crowding,
     free_port,
     http_over,
     http_request,
+    noise_s,
     parse,
     raw,
     read_all,
@@ -269,10 +270,9 @@ def test_body_comes_back_unchanged_when_any_bytes(cat: Program, body: bytes) -> 
 
 
 def test_requests_run_side_by_side_when_they_come_at_once(shell: Program) -> None:
-    calls = [InBackground(lambda: post(shell, b"sleep 0.5; echo done")) for _ in range(8)]
-    answers = [call.result() for call in calls]
-    assert all(answer.text == "done\n" for answer in answers)
-    assert max(answer.elapsed_s for answer in answers) < 0.5 * 8 / 2
+    others = b'touch "$TMPDIR/side-$$"; until [ "$(ls "$TMPDIR" | grep -c side-)" = 8 ]; do sleep 0.05; done; echo done'
+    calls = [InBackground(lambda: post(shell, others)) for _ in range(8)]
+    assert all(call.result().text == "done\n" for call in calls)
 
 
 # Content-Type of the response
@@ -462,16 +462,17 @@ def limited() -> Iterator[Program]:
 def test_answer_is_408_at_the_deadline_when_function_runs_on(limited: Program) -> None:
     answer = post(limited, b"echo out; " + UNTIL_GONE)
     assert (answer.status, answer.text) == (408, "Killed process.\n")
-    assert 0.4 <= answer.elapsed_s < 0.4 + NOISE_S
+    assert 0.4 <= answer.elapsed_s < 0.4 + noise_s()
     limited.wait_idle(1.0)
 
 
 @pytest.mark.parametrize("given", ["100ms", "0.1s", "100000us"])
-def test_caller_shortens_its_limit_when_it_sends_x_timeout(limited: Program, shell: Program, given: str) -> None:
-    for program in (limited, shell):
-        answer = post(program, UNTIL_GONE, {"X-Timeout": given})
-        assert answer.status == 408
-        assert 0.1 <= answer.elapsed_s < 0.4
+def test_caller_shortens_its_limit_when_it_sends_x_timeout(shell: Program, given: str) -> None:
+    with Program("watchdog", {"fprocess": "/bin/sh", "exec_timeout": "1m"}) as limited:
+        for program in (limited, shell):
+            answer = post(program, UNTIL_GONE, {"X-Timeout": given})
+            assert answer.status == 408
+            assert 0.1 <= answer.elapsed_s < 0.1 + noise_s()
     shell.wait_idle()
 
 
@@ -479,7 +480,7 @@ def test_caller_shortens_its_limit_when_it_sends_x_timeout(limited: Program, she
 def test_caller_does_not_lengthen_its_limit_when_it_sends_x_timeout(limited: Program, given: str) -> None:
     answer = post(limited, UNTIL_GONE, {"X-Timeout": given})
     assert answer.status in ((400, 408) if given == "0" else (408,))
-    assert answer.elapsed_s < 0.4 + NOISE_S
+    assert answer.elapsed_s < 0.4 + noise_s()
 
 
 @pytest.mark.parametrize("given", ["banana", "-1s", "1d", "1 s", "5,5", "9" * 400, "1" * 15_000 + "x"])
@@ -488,7 +489,7 @@ def test_answer_is_400_and_nothing_runs_when_x_timeout_makes_no_sense(shell: Pro
     answer = post(shell, b"true", {"X-Timeout": given})
     assert answer.status == 400
     assert "X-Timeout" in answer.text
-    assert answer.elapsed_s < NOISE_S
+    assert answer.elapsed_s < noise_s()
     assert shell.log().count("Forking") == forks_before
 
 
@@ -525,7 +526,7 @@ def test_second_call_gets_429_when_one_is_the_limit(one_at_a_time: Program) -> N
         answer = post(one_at_a_time, b"true")
         assert (answer.status, answer.text) == (429, "Concurrent request limit exceeded. Max concurrent requests: 1\n")
         assert answer.headers["x-openfaas-internal"] == "faas-middleware"
-        assert answer.elapsed_s < NOISE_S
+        assert answer.elapsed_s < noise_s()
         assert http_request(port, "GET", "/_/ready").status == 429
         assert http_request(port, "GET", "/_/health").status == 200
     one_at_a_time.wait_idle()
@@ -977,4 +978,4 @@ def test_many_clients_are_served_when_each_keeps_its_connection(cat: Program) ->
 
     calls = [InBackground(functools.partial(client, number)) for number in range(16)]
     assert all(call.result() for call in calls)
-    assert time.monotonic() - start_s < 15
+    assert time.monotonic() - start_s < 15 * crowding()
