@@ -79,11 +79,13 @@ from .functions import (
     Function,
     Functions,
     LocalFunctions,
+    completes_host,
     parse_function_url,
     read_functions,
 )
 from .health import TROUBLE_KEY, Health, stray_queues
 from .keeper import Keeper, python_command
+from .lookups import strangers_names, system_names
 from .names import DEFAULT_NAMESPACE, FunctionName, parse_namespaces
 from .passwords import Credentials, PasswordDoor
 from .proxying import build_via, check_path, forwarded
@@ -152,7 +154,6 @@ from .watchdog import (
     parse_url,
     parse_workers,
     read_file,
-    resolve_any,
     run_members,
     serve_metrics,
     setting,
@@ -607,8 +608,11 @@ class Gateway:
     ) -> None:
         self.metrics = GatewayMetrics(seat)
         self.health = Health(seat)
-        self._client = Client()
-        self._guarded_client = Client(guard_functions(resolve_any))
+        self._names = system_names()
+        self._client = Client(self._names)
+        self._found_names = strangers_names()
+        guarded = completes_host(settings.function_url)
+        self._found_client = Client(guard_functions(self._found_names)) if guarded else self._client
         self.draining = False
         self._pages = pages
         self._waits: set[asyncio.Timeout] = set()
@@ -675,8 +679,8 @@ class Gateway:
 
     async def close(self) -> None:
         """Let go of the connections to functions."""
-        await self._client.close()
-        await self._guarded_client.close()
+        for each in (self._client, self._found_client, self._names, self._found_names):
+            await each.close()
 
     def drain(self) -> None:
         """Be unhealthy, and let nobody wait any longer for a call to end; everything else goes on."""
@@ -770,10 +774,8 @@ class Gateway:
             raise OurFailure(502, f"{function.name.short}: {error if trace.by_worker else 'no answer'}") from error
 
     def _client_of(self, function: Function) -> Client:
-        """Return what reaches a function: with its address judged first, where a caller has completed the host."""
-        pattern = self._settings.function_url or ""
-        completed = function.name not in self._listed and "{" in urllib.parse.urlsplit(pattern).netloc
-        return self._guarded_client if completed else self._client
+        """Return what reaches a function; the address of one that function_url found may have to be judged first."""
+        return self._client if function.name in self._listed else self._found_client
 
     # Later.
 

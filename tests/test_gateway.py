@@ -386,8 +386,8 @@ def test_repeated_submission_with_id_and_key_is_the_same_call(system: System) ->
 def test_gateway_forgets_what_a_caller_that_hangs_up_has_sent(system: System) -> None:
     call_id = str(uuid.uuid4())
     with connect(system.port) as client:
-        head = f"POST /async-function/cat HTTP/1.1\r\nHost: localhost\r\nX-Call-Id: {call_id}\r\nContent-Length: 200000\r\n\r\n"
-        client.sendall(head.encode() + b"x" * 100_000)
+        fields = f"Host: localhost\r\nX-Call-Id: {call_id}\r\nContent-Length: 200000"
+        client.sendall(f"POST /async-function/cat HTTP/1.1\r\n{fields}\r\n\r\n".encode() + b"x" * 100_000)
         wait_until(lambda: any((system.spool / "bodies").iterdir()), 5, "a body under way")
     system.wait_log("Queued [POST] for /async-function/cat - [499]")
     assert system.request("GET", f"/async-function/{call_id}").status == 404

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Of ours, what each module may import.  Imports run one way: watchdog <- parts <- programs.
 _PARTS = {"watchdog", "names", "spool", "queues", "keeper", "functions", "addresses", "callbacks", "retries", "calls"}
 _PARTS |= {"shares", "breakers"}
+_PARTS |= {"lookups"}
 OURS: dict[str, set[str]] = {
     "__init__": set(),
     "watchdog": set(),
@@ -22,6 +23,7 @@ OURS: dict[str, set[str]] = {
     "keeper": {"watchdog"},
     "functions": {"watchdog", "names", "keeper", "spool", "retries"},
     "addresses": {"watchdog"},
+    "lookups": {"watchdog", "addresses"},
     "callbacks": {"watchdog", "names", "addresses"},
     "retries": {"watchdog", "names"},
     "proxying": {"watchdog"},
