@@ -2,7 +2,7 @@
 
     health = Health(seat)
     health.worker_trouble("exited with status 1")           # "" once it works
-    health.queue_refused(error, now_s)                       # and queue_took() when it takes a call again
+    health.queue_refused(now_s)                              # and queue_took() when it takes a call again
     health.problems(now_s)                                   # [] while all works
 
 Contract: what is told here stops calls that a caller was promised, and is no matter of one call or one function.  It
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from .watchdog import FaashoundError, Seat
+from .watchdog import Seat
 
 QUEUE_MEMORY_S = 30.0  # longer than balancers let pass between two probes
 TROUBLE_KEY = "trouble"  # of the shared counts: 1 while the part that follows does not work
@@ -30,7 +30,6 @@ class Health:
     def __init__(self, seat: Seat) -> None:
         self._seat = seat
         self._refused_s: float | None = None
-        self._refusal = ""
         seat.cell(_QUEUE, 1)[0] = 0.0
         if seat.is_first:
             self.worker_trouble("")  # what a process before us knew is of another worker
@@ -39,9 +38,9 @@ class Health:
         """Note that the worker beside us cannot keep running, or that it can."""
         self._seat.cell(_WORKER, 1)[0] = float(bool(trouble))
 
-    def queue_refused(self, error: FaashoundError, now_s: float) -> None:
-        """Note that the queue has not taken a call for a reason that holds for every call."""
-        self._refused_s, self._refusal = now_s, f"the queue does not take calls ({error.status})"
+    def queue_refused(self, now_s: float) -> None:
+        """Note that the queue could not take a call, for a reason that holds for every call."""
+        self._refused_s = now_s
         self._seat.cell(_QUEUE, 1)[0] = 1.0
 
     def queue_took(self) -> None:
@@ -54,7 +53,7 @@ class Health:
         """Return what does not work, a line each."""
         if self._refused_s is not None and now_s - self._refused_s > QUEUE_MEMORY_S:
             self.queue_took()
-        problems = [] if self._refused_s is None else [self._refusal]
+        problems = [] if self._refused_s is None else ["the queue does not take calls; see the log"]
         if self._seat.board.tally.totals().get(_WORKER, [0.0])[0]:
             problems.append("the local worker does not keep running, asynchronous calls wait; see the log")
         return problems

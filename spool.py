@@ -64,6 +64,7 @@ from collections.abc import (
     Sequence,
 )
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, fields, replace
 from enum import Enum, IntFlag
 from functools import lru_cache, partial, reduce
@@ -1903,7 +1904,7 @@ class _Reserve:
         try:
             if self.held_bytes > self.whole_bytes > 0:  # the operator wants less of it now
                 os.ftruncate(self._fd, self.whole_bytes)
-            self._fill()
+            self._fill(1)
             self.tell()
         except OSError as error:
             log.warning(f"no room can be kept for ending calls in {self._tree.path}: {error.strerror}")
@@ -1939,21 +1940,27 @@ class _Reserve:
     def _is_whole(self) -> bool:
         return self.held_bytes >= self.whole_bytes
 
-    def refill(self) -> None:
-        """Takes the room up again, if there is all of it. Inside a turn."""
-        if not self._is_whole:
-            self._fill()
+    @property
+    def has_half(self) -> bool:
+        return self.held_bytes >= self.whole_bytes // 2
 
-    def _fill(self) -> None:
+    def refill(self) -> None:
+        """Takes the room up again, all of it, or if there is less the half that results may not have. Inside a turn."""
+        if not self._is_whole and not self._fill(1) and not self.has_half:
+            self._fill(2)
+
+    def _fill(self, divisor: int) -> bool:
         if not self.whole_bytes:
-            return
+            return True
         held_bytes = self.held_bytes
         try:
-            os.posix_fallocate(self._fd, 0, self.whole_bytes)
+            os.posix_fallocate(self._fd, 0, self.whole_bytes // divisor)
         except OSError as error:
             os.ftruncate(self._fd, held_bytes)  # some file systems keep what they could get
             if not isinstance(_disk_error(error), QueueFull):
                 raise
+            return False
+        return True
 
     def release(self, part: float = 1.0) -> None:
         """Lets go of a part of the whole; of nothing if that is gone already."""
@@ -2366,16 +2373,22 @@ class _BodyFile:
     One that has failed for want of room may be called again: it goes on where it stopped.
     """
 
-    def __init__(self, bodies_fd: int) -> None:
+    def __init__(self, bodies_fd: int, length: int = 0) -> None:
+        """If its `length` is known, `create` takes all the room at once, or fails."""
         self._bodies_fd = bodies_fd
         self._fd = -1
+        self._length = length
+        self._written = 0
         self._left = memoryview(b"")
         self.name = uuid.uuid4().hex
 
     def create(self) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        self._fd = os.open(self.name, flags, 0o600, dir_fd=self._bodies_fd)
-        fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if self._fd < 0:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            self._fd = os.open(self.name, flags, 0o600, dir_fd=self._bodies_fd)
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if self._length:
+            _allocate(self._fd, self._length)
 
     def add(self, pieces: Sequence[bytes]) -> None:
         """What is to be written next; only once all before it is."""
@@ -2383,9 +2396,13 @@ class _BodyFile:
 
     def write(self) -> None:
         while self._left:
-            self._left = self._left[os.write(self._fd, self._left) :]
+            count = os.write(self._fd, self._left)
+            self._left = self._left[count:]
+            self._written += count
 
     def keep(self) -> None:
+        if self._length:
+            os.ftruncate(self._fd, self._written)  # it may have had less to say than it announced
         os.utime(self._fd)  # the last bytes may be hours old; the time to name the file begins now
         os.fsync(self._fd)
         os.fsync(self._bodies_fd)
@@ -2399,6 +2416,18 @@ class _BodyFile:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             os.close(fd)
+
+
+def _allocate(fd: int, bytes_count: int) -> None:
+    """Takes up room for a file, all of it or none; OSError if there is not as much."""
+    before_bytes = os.fstat(fd).st_size
+    try:
+        os.posix_fallocate(fd, 0, bytes_count)
+    except OSError as error:
+        os.ftruncate(fd, before_bytes)  # some file systems keep what they could get
+        if isinstance(_disk_error(error), QueueFull):
+            raise
+        log.warning(f"no room can be taken up beforehand: {error.strerror}")
 
 
 def _unlink_bodies(bodies_fd: int, files: Iterable[str]) -> int:
@@ -2955,22 +2984,27 @@ class Spool:
                 raise BodyTooLarge(limit_bytes)
             return StoredBody(len(chunks), chunks, None)
         source = _once(chunks) if isinstance(chunks, bytes) else chunks
-        return await self._store(source, limit_bytes, self._write_body)
+        return await self._store(source, limit_bytes, _BodyFile(self._tree.bodies_fd), self._write_body)
 
-    async def store_result(self, chunks: AsyncIterator[bytes], limit_bytes: int | None = None) -> StoredBody:
+    async def store_result(
+        self, chunks: AsyncIterator[bytes], limit_bytes: int | None = None, length: int | None = None
+    ) -> StoredBody:
         """As `store_body`, for what a function has answered: it waits for room, however long.
 
-        It may use half of the reserve. Results that wait are written one after another, so that each in its turn gets
-        all the room there is. Raises ResultLost if `chunks` breaks off after it has been kept waiting.
+        It may use half of the reserve. If its `length` is known it takes all its room at once or none: results that
+        hold a part each, and wait for the rest, would wait for one another. The others are written one after another.
+        Raises ResultLost if `chunks` breaks off after it has been kept waiting.
         """
+        if length is not None and limit_bytes is not None and length > limit_bytes:
+            raise BodyTooLarge(limit_bytes)
         waited = False
 
         async def write(work: Callable[[], None]) -> None:
             nonlocal waited
-            waited |= await self._write_result(work)
+            waited |= await self._write_result(work, contextlib.nullcontext() if length else self._result_turn)
 
         try:
-            return await self._store(chunks, limit_bytes, write)
+            return await self._store(chunks, limit_bytes, _BodyFile(self._tree.bodies_fd, length or 0), write)
         except BodyTooLarge:
             raise
         except FaashoundError as error:
@@ -2986,18 +3020,24 @@ class Spool:
                 raise QueueFull(DISK_FULL)
         await self._in_thread(work)
 
-    async def _write_result(self, work: Callable[[], None]) -> bool:
+    async def _write_result(self, work: Callable[[], None], turn: AbstractAsyncContextManager[None]) -> bool:
         """Does `work`, which goes on where it stopped, until it succeeds; whether it had to wait."""
+
+        def write() -> None:
+            if not self._reserve.has_half:  # the journal's half is let go of just now: it is not for us
+                raise QueueFull(DISK_FULL)
+            work()
+
         try:
-            await self._in_thread(work)
+            await self._in_thread(write)
             return False
         except (QueueFull, QueueUnavailable) as error:
             log.warning(f"a result waits to be stored: {error}")
-        async with self._result_turn:
+        async with turn:
             while True:
                 self._reserve.release(0.5)
                 try:
-                    await self._in_thread(work)
+                    await self._in_thread(write)
                     return True
                 except (QueueFull, QueueUnavailable):
                     if self._closed:
@@ -3008,38 +3048,35 @@ class Spool:
         self,
         source: AsyncIterator[bytes],
         limit_bytes: int | None,
+        file: _BodyFile,
         write: Callable[[Callable[[], None]], Awaitable[None]],
     ) -> StoredBody:
+        """Collects a body, by `write` in `file` if it is long; `write` has the file's methods run in a thread."""
         pieces: list[bytes] = []
         total = held = 0
+        begun = False
         async with contextlib.AsyncExitStack() as stack:
-            file: _BodyFile | None = None
             async for piece in source:
                 pieces.append(piece)
                 total += len(piece)
                 held += len(piece)
                 if limit_bytes is not None and total > limit_bytes:
                     raise BodyTooLarge(limit_bytes)
-                if held > (INLINE_BYTES if file is None else FILE_CHUNK_BYTES):
-                    file = file or await self._begin_body(stack, write)
+                if held > (FILE_CHUNK_BYTES if begun else INLINE_BYTES):
+                    if not begun:
+                        stack.push_async_callback(self._in_thread, file.discard)
+                        await write(file.create)
+                        begun = True
                     file.add(pieces)
                     await write(file.write)
                     pieces, held = [], 0
-            if file is None:
+            if not begun:
                 return StoredBody(total, b"".join(pieces), None)
             file.add(pieces)
             await write(file.write)
             await write(file.keep)
             stack.pop_all()
         return StoredBody(total, None, file.name)
-
-    async def _begin_body(
-        self, stack: contextlib.AsyncExitStack, write: Callable[[Callable[[], None]], Awaitable[None]]
-    ) -> _BodyFile:
-        file = _BodyFile(self._tree.bodies_fd)
-        stack.push_async_callback(self._in_thread, file.discard)
-        await write(file.create)
-        return file
 
     async def open_body(self, body: StoredBody, chunk_bytes: int = FILE_CHUNK_BYTES) -> AsyncGenerator[bytes, None]:
         """The bytes of a stored body, in pieces of at most `chunk_bytes`; `aclose` it if you stop early.

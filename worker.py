@@ -3,6 +3,7 @@
     fworker                                   # or: python -m faashound.worker
     queue_url=spool:/var/lib/faashound gateway_url=http://gateway:8080 max_inflight=32 fworker
     fworker dead list|show|retry|purge        # what was given up; see calls.py
+    fworker cancel --all | --function NAME    # what waits in the queue
 
 For each call that is due: lease it, send it to the function through the gateway, and record what follows from the
 answer (`retries.next_step`): done, again at some time, or a dead letter.  A result that somebody asked for is
@@ -49,11 +50,11 @@ from .callbacks import (
     parse_callback_allow,
     parse_secrets,
 )
-from .calls import dead_letters
+from .calls import cancel_calls, dead_letters
 from .lookups import by_origin, strangers_names, system_names
 from .migrate import migrate_queue
 from .names import FunctionName
-from .queues import NatsSettings, Queue, QueueUrl, is_healthy, open_queue, parse_queue_url
+from .queues import QUEUE_RESERVE_HELP, NatsSettings, Queue, QueueUrl, open_queue, parse_queue_url, trouble_of
 from .retries import (
     CALLBACK_POLICY,
     Concurrency,
@@ -84,7 +85,9 @@ from .spool import (
     LeaseLost,
     QueueDamaged,
     QueueFull,
+    QueueLimits,
     QueueUnavailable,
+    ResultLost,
     RunEnd,
     State,
     StoredBody,
@@ -93,6 +96,7 @@ from .spool import (
 )
 from .watchdog import (
     TEXT_PLAIN,
+    BodyTooLarge,
     CannotStart,
     Client,
     ClientResponse,
@@ -123,6 +127,7 @@ from .watchdog import (
     parse_port,
     parse_positive_count,
     parse_positive_duration,
+    parse_size,
     parse_text,
     parse_url,
     read_file,
@@ -190,6 +195,10 @@ class Settings(NatsSettings):
     callback_allow: CallbackAllow | None = setting(
         "callback_allow", "", parse_callback_allow, "hosts and networks that callbacks may go to besides public ones"
     )
+    max_result_bytes: int = setting(
+        "max_result", "512MiB", parse_size, "longest answer that is kept; the call of a longer one is a dead letter"
+    )
+    queue_reserve_bytes: int = setting("queue_reserve", "8MiB", parse_size, QUEUE_RESERVE_HELP)
     host: str | None = setting("host", "127.0.0.1", parse_text, "address of /metrics and /healthz")
     metrics_port: int = setting("metrics_port", "8083", parse_port, "port of /metrics and /healthz; 0 disables it")
     drain_timeout_s: float = setting("drain_timeout", "30s", parse_duration, "after SIGTERM: time for what runs")
@@ -675,7 +684,12 @@ class Worker:
 
     async def _finish(self, lease: Lease, state: State, status: int, attempt: Attempt, answer: Answer) -> None:
         end = RunEnd(state, attempt, status, answer.duration_s, answer.body, answer.headers)
-        await self._insist(lease, partial(self.queue.finish, lease, end))
+        try:
+            await self._insist(lease, partial(self.queue.finish, lease, end))
+        except QueueDamaged as error:  # the result was taken away from under us: no reason to run the function again
+            attempt = dataclasses.replace(attempt, error=str(error))
+            end = RunEnd(State.DEAD, attempt, status, answer.duration_s)
+            await self._insist(lease, partial(self.queue.finish, lease, end))
 
     async def _excerpt(self, answer: Answer) -> bytes | None:
         """Return the beginning of a failed response, and drop the rest."""
@@ -713,7 +727,14 @@ class Worker:
             )
             async with response:
                 try:
-                    stored = await self.queue.store_body(response.body)
+                    stored = await self.queue.store_result(
+                        response.body, self._settings.max_result_bytes, response.body.length
+                    )
+                except BodyTooLarge:
+                    text = f"the answer is longer than max_result, which is {self._settings.max_result_bytes} bytes"
+                    return failed(Outcome(End.UNSTORED, error=text))
+                except ResultLost as error:
+                    return failed(Outcome(End.UNSTORED, error=str(error)))
                 except (QueueUnavailable, QueueFull) as error:  # the function has run: this was an attempt
                     return failed(Outcome(End.UNREACHABLE, error=f"the answer could not be stored: {error}"))
         except Exception as error:  # noqa: BLE001 - an attempt's boundary: what it raises is recorded, whatever it is
@@ -909,8 +930,9 @@ async def serve_status(worker: Worker, request: Request) -> Response:
         return await serve_metrics(worker.metrics.registry, request)
     if request.method != "GET":
         raise MethodNotAllowed(("GET",))
-    if not is_healthy(worker.queue):
-        raise NotReady("the queue cannot be reached")
+    trouble = trouble_of(worker.queue)
+    if trouble is not None:
+        raise NotReady(trouble)
     return Response(200, (TEXT_PLAIN,), b"OK")
 
 
@@ -922,7 +944,8 @@ async def serve(settings: Settings, environ: Mapping[str, str], doors: Doors) ->
     signer = load_signer(settings)
     policy = build_policy([settings.gateway_url], settings.callback_allow)
     async with AsyncExitStack() as stack:
-        queue = await open_queue(settings.queue_url, settings)
+        limits = QueueLimits(settings.queue_reserve_bytes)
+        queue = await open_queue(settings.queue_url, settings, limits=limits)
         stack.push_async_callback(queue.close)
         worker = Worker(settings, queue, await queue.enlist(), policy, signer)
         status_server = start_metrics(doors.metrics, partial(serve_status, worker))
@@ -949,9 +972,11 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     settle_descriptors()
     if argv[:1] == ["dead"]:
         return dead_letters(argv[1:], environ)
+    if argv[:1] == ["cancel"]:
+        return cancel_calls(argv[1:], environ)
     if argv[:1] == ["migrate"]:
         return migrate_queue(argv[1:], environ)
-    answer = flag_answer(argv, help_text("fworker [dead ... | migrate ...]", PURPOSE, Settings))
+    answer = flag_answer(argv, help_text("fworker [dead ... | cancel ... | migrate ...]", PURPOSE, Settings))
     if answer is not None:
         return answer
     settings = load_settings(Settings, environ)

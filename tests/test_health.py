@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from faashound.health import QUEUE_MEMORY_S, Health, stray_queues
-from faashound.spool import QueueFull
 from faashound.watchdog import Board, Seat
 from tests.harness import free_port, http_request, wait_until
 from tests.system import System
@@ -27,11 +26,11 @@ def test_health_has_no_problems_at_first() -> None:
 
 def test_queue_that_refuses_is_a_problem_until_it_takes_a_call_or_nobody_has_asked_it_for_long() -> None:
     health = Health(Seat(Board()))
-    health.queue_refused(QueueFull("full"), 0.0)
-    assert health.problems(1.0) == ["the queue does not take calls (507)"]
+    health.queue_refused(0.0)
+    assert health.problems(1.0) == ["the queue does not take calls; see the log"]
     health.queue_took()
     assert health.problems(1.0) == []
-    health.queue_refused(QueueFull("full"), 2.0)
+    health.queue_refused(2.0)
     assert health.problems(2.0 + QUEUE_MEMORY_S)
     assert health.problems(3.0 + QUEUE_MEMORY_S) == []
 
@@ -81,7 +80,7 @@ def test_gateway_is_unhealthy_when_its_queue_does_not_take_calls() -> None:
             (system.spool / name).rename(system.spool / f"{name}.away")
         assert system.request("POST", "/async-function/cat", b"x").status == 503
         answer = system.request("GET", "/healthz")
-        assert (answer.status, answer.text) == (503, "the queue does not take calls (503)\n")
+        assert (answer.status, answer.text) == (503, "the queue does not take calls; see the log\n")
         assert 'gateway_trouble{part="queue"} 1.0' in system.metrics()
 
 

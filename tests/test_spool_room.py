@@ -207,7 +207,9 @@ def test_refused_calls_leave_no_body_when_the_disk_is_full(small_disk: Path, des
 
 def test_refused_call_does_not_fail_others_of_its_group_when_the_disk_is_full(small_disk: Path, desk: Desk) -> None:
     known = desk.put()
-    leases = [desk.put() and desk.claim_one() for _ in range(3)]
+    desk.put()
+    desk.put()
+    leases = desk.claim(3)
     fill(small_disk)
 
     async def scenario() -> list[Any]:
@@ -216,6 +218,7 @@ def test_refused_call_does_not_fail_others_of_its_group_when_the_disk_is_full(sm
         steps += [desk.spool.put(new_call(id=known.id))]
         return await asyncio.gather(*steps, *(desk.spool.finish(x, end) for x in leases), return_exceptions=True)
 
+    assert len(leases) == 3
     *refused, twice, one, two, three = desk.do(scenario())
     assert {type(outcome) for outcome in refused} == {QueueFull}
     assert isinstance(twice, (CallExists, QueueFull))
@@ -316,3 +319,28 @@ def test_call_that_is_done_gives_its_payload_only_when_the_disk_is_short(small_d
 def fill_but(directory: Path, left_bytes: int) -> None:
     ballast = fill(directory).rename(directory / "rest")
     os.truncate(ballast, max(0, ballast.stat().st_size - left_bytes))
+
+
+def test_short_result_passes_a_long_one_that_waits(small_disk: Path, desk: Desk) -> None:
+    """The long one holds nothing while it waits, and so the room that the short one leaves is its own at last."""
+    long, short = os.urandom(DISK_BYTES), os.urandom(INLINE_BYTES * 2)
+
+    async def scenario() -> None:
+        waiting = asyncio.create_task(desk.spool.store_result(in_pieces(long), None, len(long)))
+        stored = await desk.spool.store_result(in_pieces(short), None, len(short))
+        assert await read_all(desk.spool, stored) == short
+        assert not waiting.done()
+        assert sum(path.stat().st_size for path in (desk.directory / "bodies").iterdir()) == len(short)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        assert desk.body_files() == {stored.file}
+
+    desk.do(scenario())
+
+
+@pytest.mark.parametrize("announced", [100_000, 400_000])
+def test_result_of_another_length_than_announced_is_stored_as_it_came(desk: Desk, announced: int) -> None:
+    body = os.urandom(200_000)
+    stored = desk.do(desk.spool.store_result(in_pieces(body), None, announced))
+    assert stored.bytes_count == len(body)
+    assert desk.do(read_all(desk.spool, stored)) == body
