@@ -57,6 +57,7 @@ from nats.errors import NoRespondersError
 from nats.js import api
 from nats.js.errors import APIError, NotFoundError
 
+from .names import DEFAULT_NAMESPACE, FunctionName
 from .spool import (
     CALLBACK_TRANSITIONS,
     EXCERPT_BYTES,
@@ -74,6 +75,7 @@ from .spool import (
     CallNotDead,
     CallUnknown,
     Event,
+    KeyReused,
     Kind,
     Lease,
     LeaseLost,
@@ -87,7 +89,9 @@ from .spool import (
     Stats,
     StoredBody,
     Swept,
+    check_same_request,
     destination_of,
+    lost_wait_s,
     next_callback_state,
     next_state,
 )
@@ -178,7 +182,7 @@ class Entry:
 
     id: str
     revision: int
-    function: str
+    function: FunctionName
     queue: str
     state: State
     due_s: float
@@ -219,7 +223,7 @@ def parse_summary(call_id: str, revision: int, header: str) -> Entry:
     return Entry(
         id=call_id,
         revision=revision,
-        function=facts["f"],
+        function=_whole_name(facts["f"]),
         queue=facts["q"],
         state=State(facts["s"]),
         due_s=facts["d"],
@@ -236,6 +240,11 @@ def parse_summary(call_id: str, revision: int, header: str) -> Entry:
     )
 
 
+def _whole_name(text: str) -> FunctionName:
+    """The function of a record; earlier versions knew no namespaces, and wrote the name alone."""
+    return FunctionName(text if "." in text else f"{text}.{DEFAULT_NAMESPACE}")
+
+
 _JSON_FIELDS = (
     *("method", "path", "query", "headers", "callback_url", "idempotency_key", "attempts", "started_s", "status"),
     *("error", "duration_s", "result_headers"),
@@ -249,6 +258,7 @@ def build_payload(record: Record) -> bytes:
     excerpt = None if call.excerpt == _build_excerpt(call.result) else call.excerpt
     facts: Json = {name: getattr(call, name) for name in _JSON_FIELDS}
     facts["body"] = _build_body(call.body)
+    facts["body_digest"] = call.body_digest
     facts["result"] = call.result and _build_body(call.result)
     facts["excerpt"] = None if excerpt is None else len(excerpt)
     facts["stored_s"] = record.stored_s
@@ -278,6 +288,7 @@ def parse_record(call_id: str, revision: int, headers: Mapping[str, str], payloa
             queue=entry.queue,
             headers=tuple((name, value) for name, value in facts["headers"]),
             body=body or StoredBody(0, b"", None),
+            body_digest=facts.get("body_digest"),  # records of earlier versions have none
             due_s=entry.due_s,
             expires_s=entry.expires_s,
             accepted_s=entry.accepted_s,
@@ -437,8 +448,10 @@ def take_back(record: Record, now_s: float) -> Record:
     """The owner is gone: what it held is due again, and the attempt counts."""
     if record.hold is None:
         raise AssertionError("only what is held can be taken back")
-    if record.hold.kind == "callback":
-        return _let_go(_with_callback(record, Event.HAND_BACK, due_s=now_s, error=LOST_ERROR))
+    callback = record.call.callback
+    if record.hold.kind == "callback" and callback is not None:
+        due_s = now_s + lost_wait_s(callback.attempts)
+        return _let_go(_with_callback(record, Event.HAND_BACK, due_s=due_s, status=None, error=LOST_ERROR))
     started_s = record.call.started_s if record.call.started_s is not None else now_s
     noted = note_attempt(record, Attempt(started_s, now_s, None, LOST_ERROR))
     return queue_again(noted, Event.HAND_BACK, record.call.due_s, now_s)
@@ -503,7 +516,7 @@ def may_forget(entry: Entry, before_s: float) -> bool:
     return entry.finished_s < before_s and entry.callback in (None, CallbackState.DELIVERED)
 
 
-def may_purge(entry: Entry, state: State, function: str | None) -> bool:
+def may_purge(entry: Entry, state: State, function: FunctionName | None) -> bool:
     """Tell whether a person may delete the call."""
     under_way = entry.callback in (CallbackState.PENDING, CallbackState.RUNNING)
     return entry.state is state and function in (None, entry.function) and not under_way
@@ -519,7 +532,7 @@ class Index:
 
     def __init__(self) -> None:
         self.entries: dict[str, Entry] = {}
-        self.by_function: Counter[tuple[str, State]] = Counter()
+        self.by_function: Counter[tuple[FunctionName, State]] = Counter()
         self.callbacks: Counter[CallbackState] = Counter()
 
     def apply(self, entry: Entry) -> None:
@@ -556,7 +569,9 @@ class Index:
             commit_count=commit_count,
         )
 
-    def newest_first(self, state: State | None, function: str | None, before: str | None, limit: int) -> list[str]:
+    def newest_first(
+        self, state: State | None, function: FunctionName | None, before: str | None, limit: int
+    ) -> list[str]:
         """Return the ids of a page; CallUnknown if `before` is gone."""
         end: tuple[float, str] | None = None
         if before is not None:
@@ -772,9 +787,9 @@ class Names:
         """The subject of a call's record."""
         return self.subject("call", build_token(call_id))
 
-    def key(self, function: str, key: str) -> str:
-        """The subject that tells which call an idempotency key stands for."""
-        return self.subject("key", hashlib.sha256(f"{function}\0{key}".encode()).hexdigest()[:40])
+    def key(self, function: FunctionName, key: str) -> str:
+        """The subject that tells which call an idempotency key stands for; as earlier versions have named it."""
+        return self.subject("key", hashlib.sha256(f"{function.short}\0{key}".encode()).hexdigest()[:40])
 
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,128}", re.ASCII)
@@ -1841,7 +1856,7 @@ class JetStream:
             if call.idempotency_key is None:
                 return (await self._records.create(record)).call
             earlier = await self._put_keyed(record, call.idempotency_key)
-        except CallExists:
+        except (CallExists, KeyReused):
             await self.drop_body(call.body)
             raise
         if earlier.body.file != call.body.file:
@@ -1865,6 +1880,7 @@ class JetStream:
                     continue  # deleted meanwhile
                 known = found.call
             if (known.function, known.idempotency_key) == (record.call.function, key):
+                check_same_request(known, record.call)
                 return known
             await self._link.erase(self._names.calls, revision)  # a key for an id that belongs to another call
             if first_id == own_id:
@@ -2153,7 +2169,12 @@ class JetStream:
     # -- for people
 
     async def calls(
-        self, *, state: State | None = None, function: str | None = None, limit: int = 100, before: str | None = None
+        self,
+        *,
+        state: State | None = None,
+        function: FunctionName | None = None,
+        limit: int = 100,
+        before: str | None = None,
     ) -> list[Call]:
         """Calls, newest first, without inline bodies and history (`get` has them)."""
         index = await self._index()
@@ -2187,7 +2208,7 @@ class JetStream:
         self._check_open()
         return (await self._records.change(call_id, partial(requeue_callback, now_s=self._now()))).call
 
-    async def purge(self, *, state: State, function: str | None = None, call_id: str | None = None) -> int:
+    async def purge(self, *, state: State, function: FunctionName | None = None, call_id: str | None = None) -> int:
         """Delete calls in a final state, except those with a callback under way; return how many."""
         if state not in FINAL:
             raise AssertionError(f"calls that are {state.value} are not for purging: cancel them")

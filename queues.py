@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from .names import FunctionName
 from .spool import (
     Attempt,
     Call,
@@ -76,11 +77,16 @@ class Queue(Protocol):
     async def wait_for_cancel(self, timeout_s: float) -> bool: ...
 
     async def calls(
-        self, *, state: State | None = None, function: str | None = None, limit: int = 100, before: str | None = None
+        self,
+        *,
+        state: State | None = None,
+        function: FunctionName | None = None,
+        limit: int = 100,
+        before: str | None = None,
     ) -> list[Call]: ...
     async def requeue_dead(self, call_id: str) -> Call: ...
     async def requeue_callback(self, call_id: str) -> Call: ...
-    async def purge(self, *, state: State, function: str | None = None, call_id: str | None = None) -> int: ...
+    async def purge(self, *, state: State, function: FunctionName | None = None, call_id: str | None = None) -> int: ...
     async def stats(self) -> Stats: ...
     async def sweep(self, keep_results_s: float, retention_s: float) -> Swept: ...
 

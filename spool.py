@@ -56,6 +56,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol, TypeVar, cast
 
+from .names import FunctionName
 from .watchdog import BodyTooLarge, FaashoundError, log
 
 T = TypeVar("T")
@@ -76,6 +77,7 @@ TURN_PAUSE_S = 0.0002  # between two tries
 BUSY_S = 5.0  # only strangers (a backup, a shell) can hold SQLite's lock: ours take turns by `writer.lock`
 IDLE_S = 30.0  # longest sleep without a look at the queue: bounds the harm of a wall clock that is set
 SET_BACK_S = 60.0  # a wall clock that is set back by less only delays what is due
+LOST_WAIT_S = 60.0  # longest wait of a callback whose workers die
 RECLAIM_S = 1.0  # shortest time between two looks for dead owners
 ORPHAN_S = 3600.0  # a stored body that no row names after this time is a crash's leftover
 SETTLED_NS = 1_000_000_000  # a directory not changed for so long shows its next change by another time stamp
@@ -108,6 +110,12 @@ class CallExists(FaashoundError):
     """The call id is in use."""
 
     status = 409
+
+
+class KeyReused(FaashoundError):
+    """The idempotency key stands for a call of this function with another request."""
+
+    status = 422
 
 
 class CallUnknown(FaashoundError):
@@ -197,10 +205,14 @@ class Callback:
 
 @dataclass(frozen=True, slots=True)
 class NewCall:
-    """A call as it was accepted. Times are seconds since the epoch; `headers` are latin-1 text, as received."""
+    """A call as it was accepted. Times are seconds since the epoch; `headers` are latin-1 text, as received.
+
+    `body_digest` is what `idempotency_key` stands for besides the function: a SHA-256 in hexadecimal, over all that
+    makes it the same request (method, path, query, content type, body). None without a key.
+    """
 
     id: str
-    function: str
+    function: FunctionName
     queue: str
     method: str
     path: str
@@ -212,6 +224,7 @@ class NewCall:
     expires_s: float | None
     idempotency_key: str | None
     accepted_s: float
+    body_digest: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +249,18 @@ class Call(NewCall):
     excerpt: bytes | None = None
     callback: Callback | None = None
     history: tuple[Attempt, ...] = ()
+
+
+def check_same_request(earlier: Call, call: NewCall) -> None:
+    """Raise KeyReused unless `call`, which has the key of `earlier`, is the same request.
+
+    What has no digest, as calls of earlier versions, is the same as any.
+    """
+    if None not in (earlier.body_digest, call.body_digest) and earlier.body_digest != call.body_digest:
+        raise KeyReused(
+            f"this idempotency key came with another request to {call.function.short} before; allowed: the same"
+            " method, path, query, content type and body, or a new key"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,7 +320,7 @@ class Stats:
     """The queue in figures. Pending callbacks include those on their way; `commit_count` is of this Spool alone."""
 
     by_state: Mapping[State, int]
-    by_function: Mapping[tuple[str, State], int]
+    by_function: Mapping[tuple[FunctionName, State], int]
     oldest_due_age_s: float | None
     callback_pending_count: int
     callback_dead_count: int
@@ -365,6 +390,15 @@ def next_callback_state(state: CallbackState, event: Event) -> CallbackState:
         return CALLBACK_TRANSITIONS[state, event]
     except KeyError:
         raise AssertionError(f"a callback that is {state.value} cannot {event.value}") from None
+
+
+def lost_wait_s(attempts: int) -> float:
+    """How long a callback waits whose worker has died with it, at its attempt number `attempts`.
+
+    Not at all after the first, since workers are restarted; then longer each time, as it may be what kills them. It is
+    the worker that gives it up in the end, by the attempts that were begun.
+    """
+    return min(2.0 ** (min(attempts, 60) - 2), LOST_WAIT_S) if attempts > 1 else 0.0
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -579,6 +613,12 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE INDEX callbacks_ready ON callbacks (queue, destination, due_s) WHERE state = 'pending' AND ready = 1;
     CREATE INDEX callbacks_due ON callbacks (ready, due_s) WHERE state = 'pending';
     """,
+    """
+    UPDATE calls SET function = function || '.openfaas-fn' WHERE instr(function, '.') = 0;
+    """,
+    """
+    ALTER TABLE requests ADD COLUMN body_digest TEXT;
+    """,
 )
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -666,7 +706,7 @@ SQL_NEXT_CALLBACK = """
 """
 
 _SQL_CALL = """
-    SELECT calls.*, requests.method, {long}, requests.bytes_count, requests.file,
+    SELECT calls.*, requests.method, {long}, requests.body_digest, requests.bytes_count, requests.file,
         results.bytes_count AS result_bytes_count, results.file AS result_file,
         callbacks.state AS callback_state, callbacks.attempts AS callback_attempts, callbacks.due_s AS callback_due_s,
         callbacks.status AS callback_status, callbacks.error AS callback_error
@@ -741,7 +781,7 @@ def _parse_headers(text: str | None) -> Headers:
 def _parse_call(row: sqlite3.Row, history: tuple[Attempt, ...]) -> Call:
     return Call(
         id=row["id"],
-        function=row["function"],
+        function=FunctionName(row["function"]),
         queue=row["queue"],
         method=row["method"],
         path=row["path"],
@@ -753,6 +793,7 @@ def _parse_call(row: sqlite3.Row, history: tuple[Attempt, ...]) -> Call:
         expires_s=row["expires_s"],
         idempotency_key=row["idempotency_key"],
         accepted_s=row["accepted_s"],
+        body_digest=row["body_digest"],
         state=State(row["state"]),
         attempts=row["attempts"],
         started_s=row["started_s"],
@@ -845,14 +886,14 @@ def _calls_values(call: NewCall) -> tuple[object, ...]:
 
 @lru_cache
 def _sql_put_requests(count: int) -> str:
-    columns = "seq, method, path, query, callback_url, headers, bytes_count, file, inline"
-    return f"INSERT INTO requests ({columns}) VALUES " + ", ".join(["(?, ?, ?, ?, ?, ?, ?, ?, ?)"] * count)
+    columns = "seq, method, path, query, callback_url, headers, bytes_count, file, inline, body_digest"
+    return f"INSERT INTO requests ({columns}) VALUES " + ", ".join(["(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"] * count)
 
 
 def _requests_values(seq: int, put: _Put) -> tuple[object, ...]:
     call, body = put.call, put.call.body
     address = call.method, call.path, call.query, call.callback_url
-    return seq, *address, put.headers, body.bytes_count, body.file, body.inline
+    return seq, *address, put.headers, body.bytes_count, body.file, body.inline, call.body_digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -869,7 +910,9 @@ class _Put:
             key = call.function, call.idempotency_key
             row = tx.db.execute("SELECT seq FROM calls WHERE function = ? AND idempotency_key = ?", key).fetchone()
             if row is not None:
-                return _load(tx.db, row[0])
+                earlier = _load(tx.db, row[0])
+                check_same_request(earlier, call)
+                return earlier
         cursor = tx.db.execute(_sql_put_calls(1) + " ON CONFLICT (id) DO NOTHING", _calls_values(call))
         if cursor.rowcount == 0:
             raise CallExists(f"the call id {call.id} is in use")
@@ -1162,14 +1205,15 @@ def _take_back(tx: _Transaction, dead: Collection[str], boot: str, boot_s: float
     """Ends every lease whose owner is in `dead`, whose deadline has passed, or which is of an earlier boot."""
     rows = tx.db.execute(
         "SELECT leases.fence, leases.seq, leases.kind, leases.owner, leases.boot, leases.until_s,"
-        " calls.started_s, calls.due_s FROM leases JOIN calls USING (seq)"
+        " calls.started_s, calls.due_s, callbacks.attempts"
+        " FROM leases JOIN calls USING (seq) LEFT JOIN callbacks USING (seq)"
     ).fetchall()
     lapsed = [row for row in rows if row[3] in dead or row[4] != boot or row[5] <= boot_s]
-    for fence, seq, kind, _, _, _, started_s, due_s in lapsed:
+    for fence, seq, kind, _, _, _, started_s, due_s, attempts in lapsed:
         _unlease(tx, fence)
         if kind == "callback":
-            tx.db.execute("UPDATE callbacks SET error = ? WHERE seq = ?", (LOST_ERROR, seq))
-            _callback_again(tx, seq, Event.HAND_BACK, now_s)
+            tx.db.execute("UPDATE callbacks SET status = NULL, error = ? WHERE seq = ?", (LOST_ERROR, seq))
+            _callback_again(tx, seq, Event.HAND_BACK, now_s + lost_wait_s(attempts))
         else:
             _add_attempt(tx, seq, Attempt(started_s, now_s, None, LOST_ERROR))
             tx.db.execute("UPDATE calls SET status = NULL, error = ? WHERE seq = ?", (LOST_ERROR, seq))
@@ -1270,7 +1314,7 @@ class _Filter:
     """Which calls to list: all conditions that are not None hold; newest first."""
 
     state: State | None
-    function: str | None
+    function: FunctionName | None
     limit: int
     before: str | None
 
@@ -1314,10 +1358,10 @@ def _look_ahead(db: sqlite3.Connection, call_after_s: float, callback_after_s: f
 
 
 def _count(db: sqlite3.Connection, now_s: float, commit_count: int) -> Stats:
-    by_function: dict[tuple[str, State], int] = {}
+    by_function: dict[tuple[FunctionName, State], int] = {}
     by_state = dict.fromkeys(State, 0)
     for state, function, count in db.execute("SELECT state, function, count(*) FROM calls GROUP BY state, function"):
-        by_function[function, State(state)] = count
+        by_function[FunctionName(function), State(state)] = count
         by_state[State(state)] += count
     callbacks = dict(db.execute("SELECT state, count(*) FROM callbacks GROUP BY state").fetchall())
     (oldest_s,) = db.execute(SQL_NEXT_DUE, {"after_s": -1e300}).fetchone()
@@ -1384,7 +1428,9 @@ def _delete(tx: _Transaction, rows: Sequence[int]) -> tuple[str, ...]:
     return tuple(files)
 
 
-def _purge(tx: _Transaction, state: State, function: str | None, call_id: str | None, after_seq: int) -> _Dropped:
+def _purge(
+    tx: _Transaction, state: State, function: FunctionName | None, call_id: str | None, after_seq: int
+) -> _Dropped:
     rows = tx.db.execute(
         "SELECT seq FROM calls WHERE state = :state AND seq > :after AND (:function IS NULL OR function = :function)"
         " AND (:id IS NULL OR id = :id) AND NOT EXISTS (SELECT 1 FROM callbacks"
@@ -2514,8 +2560,9 @@ class Spool:
         """Queues a call; it is on disk when this returns.
 
         The same idempotency key for the same function, while that call is remembered: the earlier Call is returned
-        and the new body dropped. Raises CallExists when the id is in use. Whatever this raises, the body is gone, also
-        when the caller is cancelled, unless the call got into the queue all the same.
+        and the new body dropped. Raises KeyReused when that was another request, CallExists when the id is in use.
+        Whatever this raises, the body is gone, also when the caller is cancelled, unless the call got into the queue
+        all the same.
         """
         earlier = await self._write(_Put(call, _headers_text(call.headers)))
         return _accepted(call) if earlier is None else earlier
@@ -2781,7 +2828,12 @@ class Spool:
     # -- for people
 
     async def calls(
-        self, *, state: State | None = None, function: str | None = None, limit: int = 100, before: str | None = None
+        self,
+        *,
+        state: State | None = None,
+        function: FunctionName | None = None,
+        limit: int = 100,
+        before: str | None = None,
     ) -> list[Call]:
         """Calls, newest first, without what may be long: path, query, callback URL, header fields, bodies, history.
 
@@ -2800,7 +2852,7 @@ class Spool:
         """A dead callback is due now, attempts from 0. Raises CallNotDead, CallUnknown."""
         return await self._write(partial(_requeue_callback, call_id=call_id, now_s=self._now()))
 
-    async def purge(self, *, state: State, function: str | None = None, call_id: str | None = None) -> int:
+    async def purge(self, *, state: State, function: FunctionName | None = None, call_id: str | None = None) -> int:
         """Deletes calls in a final state, except those with a callback under way; returns how many."""
         if state not in FINAL:
             raise AssertionError(f"calls that are {state.value} are not for purging: cancel them")

@@ -51,6 +51,7 @@ from .callbacks import (
 )
 from .calls import dead_letters
 from .migrate import migrate_queue
+from .names import FunctionName
 from .queues import NatsSettings, Queue, QueueUrl, is_healthy, open_queue, parse_queue_url
 from .retries import (
     CALLBACK_POLICY,
@@ -355,7 +356,7 @@ class WorkerMetrics:
         """Count an attempt at a callback."""
         self._callbacks.labels(str(outcome.status or outcome.end.value)).inc()
 
-    def show_limits(self, limits: Mapping[str, Concurrency]) -> None:
+    def show_limits(self, limits: Mapping[FunctionName, Concurrency]) -> None:
         """Set the limits of those functions that are held below the worker's own."""
         self._limits.clear()
         for function, limit in limits.items():
@@ -387,7 +388,7 @@ class Worker:
         self._callback_policy = dataclasses.replace(CALLBACK_POLICY, max_attempts=settings.callback_retry_attempts)
         self._running: dict[int, Running] = {}  # by the lease's fence
         self._cancelled_early: frozenset[str] = frozenset()  # calls that are ours but have not reached us yet
-        self._limits: OrderedDict[str, Concurrency] = OrderedDict()
+        self._limits: OrderedDict[FunctionName, Concurrency] = OrderedDict()
         self._slots: Mapping[Kind, Slots] = {
             "call": Slots(settings.max_inflight),
             "callback": Slots(settings.max_inflight),
@@ -724,7 +725,7 @@ class Worker:
             await anext(pieces, None)
         return self.queue.open_body(body)
 
-    def _learn(self, function: str, outcome: Outcome, started: float) -> None:
+    def _learn(self, function: FunctionName, outcome: Outcome, started: float) -> None:
         """Adapt how many calls of a function run at once to how it answers."""
         before = self._limits.get(function) or Concurrency.start(self._settings.max_inflight)
         after = before.after(outcome, started, time.monotonic())

@@ -41,6 +41,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from bench.ledger import Answer, Books, Fault, Found, Order, Post, Run, audit, parse_runs, table
+from faashound.names import DEFAULT_NAMESPACE
 from faashound.spool import DATABASE, Spool, State
 from tests.harness import Program, free_port, http_over, http_request, processes_marked, wait_until
 from tests.inspection import children_of, has_loop
@@ -419,7 +420,7 @@ class Rig:
 
         def concerned(lease: dict[str, str]) -> bool:
             if target.victim == "watchdog":
-                return lease["kind"] == "call" and lease["function"] == target.function
+                return lease["kind"] == "call" and lease["function"] == f"{target.function}.{DEFAULT_NAMESPACE}"
             pid = lease["owner"].partition("-")[0]
             return pid == str(target.pid) if target.victim == "worker" else Path(f"/proc/{pid}").exists()
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from faashound import jetstream, spool
 from faashound.jetstream import JetStream
+from faashound.names import FunctionName, parse_function_name
 from faashound.queues import Queue
 from faashound.spool import Attempt, Call, Lease, NewCall, RunEnd, Spool, State, StoredBody, new_call_id
 
@@ -157,9 +158,10 @@ def inline(body: bytes) -> StoredBody:
 
 
 def new_call(function: str = "f", **changes: Any) -> NewCall:
+    """A call of a function, NAME or NAME.NAMESPACE."""
     values: dict[str, Any] = {
         "id": new_call_id(),
-        "function": function,
+        "function": function if isinstance(function, FunctionName) else parse_function_name(function),
         "queue": QUEUE,
         "method": "POST",
         "path": "/",

@@ -39,6 +39,7 @@ from faashound.jetstream import (
     parse_token,
     take,
 )
+from faashound.names import parse_function_name
 from faashound.queues import NatsSettings, NatsUrl, is_healthy, open_queue, parse_queue_url
 from faashound.spool import (
     EXCERPT_BYTES,
@@ -141,6 +142,13 @@ def test_record_that_is_damaged_is_not_passed_off_as_whole(payload: bytes) -> No
         parse_record("x", 1, {HEADER: build_summary(accept(new_call()))}, payload)
 
 
+def test_record_of_an_earlier_version_is_of_the_default_namespace() -> None:
+    record = accept(new_call())
+    header = build_summary(record).replace('"f.openfaas-fn"', '"f"')
+    found = parse_record(record.call.id, 1, {HEADER: header}, build_payload(record)).call.function
+    assert (found, found.namespace) == ("f.openfaas-fn", "openfaas-fn")
+
+
 @given(st.text(max_size=30))
 def test_token_comes_back_and_is_one(text: str) -> None:
     token = build_token(text)
@@ -214,7 +222,7 @@ def test_put_finishes_what_another_put_of_the_same_key_began(options: Options) -
 
     async def scenario(queue: JetStream) -> None:
         first = new_call_id()
-        await queue._link.save(queue._names.key("f", "k"), first.encode(), {}, 0)
+        await queue._link.save(queue._names.key(parse_function_name("f"), "k"), first.encode(), {}, 0)
         call = new_call(idempotency_key="k")
         put = await queue.put(dataclasses.replace(call, headers=(("X-Call-Id", call.id), ("X-Other", call.id))))
         assert (put.id, put.headers) == (first, (("X-Call-Id", first), ("X-Other", call.id)))

@@ -31,6 +31,7 @@ from faashound.spool import (
     QueueUnavailable,
     State,
     destination_of,
+    lost_wait_s,
     new_call_id,
     next_callback_state,
     next_state,
@@ -143,6 +144,11 @@ def test_destination_of_a_callback_is_its_host_and_port(url: str, destination: s
     assert destination_of(url) == destination
 
 
+@pytest.mark.parametrize(("attempts", "wait_s"), [(1, 0.0), (2, 1.0), (3, 2.0), (7, 32.0), (8, 60.0), (10_000, 60.0)])
+def test_callback_that_was_lost_waits_up_to_a_minute(attempts: int, wait_s: float) -> None:
+    assert lost_wait_s(attempts) == wait_s
+
+
 # -- putting
 
 
@@ -242,7 +248,7 @@ def test_claim_is_asked_for_again_when_expired_calls_took_its_turn(desk: Desk) -
     desk.do(desk.spool.wait_for_work(0))
     assert desk.claim(1) == []
     assert desk.do(desk.spool.wait_for_work(0))
-    assert [lease.call.function for lease in desk.claim(1)] == ["b"]
+    assert [lease.call.function.name for lease in desk.claim(1)] == ["b"]
 
 
 # -- leases
@@ -415,7 +421,7 @@ def test_first_call_of_a_function_waits_for_one_turn_only_when_another_has_ten_t
 
     desk.do(fill())
     for _ in range(3):
-        assert {lease.call.function for lease in desk.claim(16)} == {"greedy"}
+        assert {lease.call.function.name for lease in desk.claim(16)} == {"greedy"}
     desk.put("modest")
-    claimed = [lease.call.function for lease in desk.claim(2)]
+    claimed = [lease.call.function.name for lease in desk.claim(2)]
     assert sorted(claimed) == ["greedy", "modest"]

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from faashound import spool as spool_module
+from faashound.names import parse_function_name
 from faashound.spool import (
     DATABASE,
     INLINE_BYTES,
@@ -413,8 +414,18 @@ def test_callbacks_of_an_older_file_belong_to_the_queues_of_their_calls(
     old_file(tmp_path / "spool", 2, "".join(rows), monkeypatch)
     desk = Desk(tmp_path / "spool")
     assert [lease.call.id for lease in desk.claim_callbacks(room={"a:80": 1})] == ["id1", "id3"]
+    assert desk.get("id5").function == "f.openfaas-fn"
     desk.do(desk.spool.requeue_callback("id5"))
     assert [lease.call.id for lease in desk.claim_callbacks()] == ["id2", "id5"]
+    desk.close()
+
+
+def test_calls_of_an_older_file_are_of_the_default_namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old_file(tmp_path / "spool", 2, old_call(1, "queued") + old_call(2, "dead"), monkeypatch)
+    desk = Desk(tmp_path / "spool")
+    f = parse_function_name("f")
+    assert [lease.call.function for lease in desk.claim(room={f: 9})] == [f]
+    assert {call.id for call in desk.do(desk.spool.calls(function=f))} == {"id1", "id2"}
     desk.close()
 
 
