@@ -14,7 +14,7 @@ post to.  So each address is judged by what it is (addresses.py):
 The order of use, and the caller's obligations:
 
     url = policy.check_url(text)                        at submission, and again before each post
-    client = Client(policy.guard(resolve_any))          for callbacks alone: it connects to checked addresses, without
+    client = Client(policy.guard(lookup))               for callbacks alone: it connects to checked addresses, without
                                                         a second look-up (rebinding), and keeps its connections apart
     url = policy.check_redirect(url, status, location)  then post again
 
@@ -225,6 +225,12 @@ class CallbackPolicy:
         ):
             raise CallbackRefused(_refusal_text(url, f"{url.host} is not in callback_allow"))
         return url
+
+    def is_written_out(self, url: Url) -> bool:
+        """Tell whether the operator wrote the host's name: then it does not share its look-up with strangers' names."""
+        return any(gateway.host == url.host for gateway in self.gateways) or any(
+            entry.pattern == url.host for entry in self.allow.entries
+        )
 
     def guard(self, lookup: Resolver) -> Resolver:
         """Return a resolver for the client of callbacks: what `lookup` finds, as far as one may connect to it.

@@ -50,6 +50,7 @@ from .callbacks import (
     parse_secrets,
 )
 from .calls import dead_letters
+from .lookups import by_origin, strangers_names, system_names
 from .migrate import migrate_queue
 from .names import FunctionName
 from .queues import NatsSettings, Queue, QueueUrl, is_healthy, open_queue, parse_queue_url
@@ -125,7 +126,6 @@ from .watchdog import (
     parse_text,
     parse_url,
     read_file,
-    resolve_any,
     serve_metrics,
     setting,
     start_metrics,
@@ -379,8 +379,10 @@ class Worker:
         self.queue = queue
         self._settings = settings
         self._owner = owner
-        self._client = Client()
-        self._callback_client = Client(policy.guard(resolve_any))
+        self._names, self._strangers_names = system_names(), strangers_names()
+        self._client = Client(self._names)
+        callback_names = by_origin(policy.is_written_out, self._names, self._strangers_names)
+        self._callback_client = Client(policy.guard(callback_names))
         self._policy = policy
         self._signer = signer
         self._gateway = parse_url(settings.gateway_url)
@@ -419,8 +421,8 @@ class Worker:
         finally:
             for helper in helpers:
                 helper.cancel()
-            await self._client.close()
-            await self._callback_client.close()
+            for part in (self._client, self._callback_client, self._names, self._strangers_names):
+                await part.close()
 
     def stop(self) -> None:
         """Claim nothing more and drain."""

@@ -401,6 +401,20 @@ def test_policy_refuses_a_name_without_addresses() -> None:
         resolve(policy(), "http://example.com/")
 
 
+@pytest.mark.parametrize(
+    ("url", "written_out"),
+    [
+        ("http://gateway:9/", True),
+        ("http://hooks.internal/", True),
+        ("http://a.example.com/", False),
+        ("http://other/", False),
+    ],
+)
+def test_policy_knows_the_names_that_the_operator_wrote(url: str, written_out: bool) -> None:
+    rules = policy("hooks.internal, *.example.com, 10.0.0.0/8", "http://gateway:8080")
+    assert rules.is_written_out(parse_callback_url(url)) is written_out
+
+
 def test_policy_passes_a_literal_address_through_the_systems_resolver() -> None:
     found = asyncio.run(resolve_with(policy().guard(resolve_any), parse_callback_url("http://8.8.8.8/")))
     assert found == [(socket.AF_INET, "8.8.8.8")]
