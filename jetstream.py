@@ -563,6 +563,12 @@ class Index:
         return Stats(
             by_state=by_state,
             by_function={key: count for key, count in self.by_function.items() if count},
+            waiting=Counter(
+                entry.queue
+                for entry in self.entries.values()
+                for waits in (entry.state is State.QUEUED, entry.callback is CallbackState.PENDING)
+                if waits
+            ),
             oldest_due_age_s=None if oldest_s is None or oldest_s > now_s else now_s - oldest_s,
             callback_pending_count=self.callbacks[CallbackState.PENDING] + self.callbacks[CallbackState.RUNNING],
             callback_dead_count=self.callbacks[CallbackState.DEAD],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections import Counter
 from collections.abc import Generator, Iterator
 
 import pytest
@@ -31,6 +32,18 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
         report.outcome, report.longrepr = "failed", f"CI allows no skipping: {reason}"
     return report
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Count in the last line of a run the tests that were left out, and say what they would have taken."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None:  # a process of pytest-xdist: its reports are with the one that started it
+        return
+    reasons = Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in reporter.getreports("skipped"))
+    if reasons:
+        each = "; ".join(f"{count} ({reason})" for reason, count in reasons.most_common())
+        print(f"{reasons.total()} tests were left out: {each}")
 
 
 @pytest.fixture(scope="session")

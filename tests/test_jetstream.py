@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import shutil
 import subprocess
 import time
 import tracemalloc
@@ -58,6 +57,7 @@ from faashound.spool import (
 )
 from faashound.watchdog import BadSettings, CannotStart, parse_settings
 from tests.nats_servers import Cluster
+from tests.needed import tool
 from tests.queue_kit import LEASE_S, QUEUE, START_S, finish, inline, new_call, read_all
 
 LONG_S = 20.0
@@ -582,8 +582,8 @@ def login_tls(directory: Path) -> tuple[str, dict[str, str]]:
 def test_queue_opens_with_what_the_settings_say_and_not_without(
     tmp_path: Path, way: Callable[[Path], tuple[str, dict[str, str]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if way is login_tls and shutil.which("openssl") is None:
-        pytest.skip("openssl is not here to make a certificate")
+    if way is login_tls:
+        tool("openssl")
     config, environ = way(tmp_path)
     monkeypatch.setattr(jetstream, "CONNECT_S", 3.0)
     with Cluster(1, config) as cluster:

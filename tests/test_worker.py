@@ -28,7 +28,7 @@ from faashound.shares import LEND_AFTER_S
 from faashound.spool import QueueDamaged, QueueFull, QueueUnavailable
 from faashound.watchdog import OutOfResources, PeerGone, Unreachable, UpstreamTimeout
 from faashound.worker import REFUSED_TEXT, outcome_of_error
-from tests.harness import NOISE_S, free_port, http_request, run, wait_until
+from tests.harness import crowding, free_port, http_request, noise_s, run, wait_until
 from tests.system import FUNCTIONS, Received, Receiver, Reply, System, Worker, always, in_turn, rows
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
@@ -145,7 +145,7 @@ def test_retry_after_wins_over_the_backoff() -> None:
 
     with Receiver(busy_once) as receiver, System(calling(receiver)) as system:
         assert system.ended(system.submit("up"))["state"] == "done"
-    assert 1.0 <= times[1] - times[0] < 1.0 + NOISE_S
+    assert 1.0 <= times[1] - times[0] < 1.0 + noise_s()
 
 
 def test_call_whose_stored_body_is_lost_is_a_dead_letter_at_once(system: System) -> None:
@@ -398,7 +398,7 @@ def test_delayed_call_runs_when_it_is_due(system: System) -> None:
     started_s = time.time()
     status = system.ended(system.submit("cat", b"", {"X-Delay": "700ms"}))
     assert status["state"] == "done"
-    assert 0.7 <= time.time() - started_s < 0.7 + 2 * NOISE_S
+    assert 0.7 <= time.time() - started_s < 0.7 + 2 * noise_s()
 
 
 def test_call_that_nobody_took_in_time_is_expired_and_never_runs() -> None:
@@ -472,7 +472,7 @@ def test_worker_hears_of_every_call_that_comes_while_it_looks_for_work(system: S
         call_id = system.submit("cat", b"%d" % number)
         began_s = time.monotonic()
         assert system.ended(call_id)["state"] == "done"
-        assert time.monotonic() - began_s < 5
+        assert time.monotonic() - began_s < 5 * crowding()
 
 
 def test_worker_takes_only_from_the_queues_it_is_given() -> None:
@@ -503,14 +503,15 @@ def test_concurrency_adapts_to_a_function_that_refuses() -> None:
         assert float(refused[1]) < 80, "without adapting, most attempts are refused"
 
 
-def test_cancel_reaches_a_call_at_whatever_moment_it_comes(system: System) -> None:
+def test_cancel_reaches_a_call_at_whatever_moment_it_comes() -> None:
     """Also between the claim and the start of the run, where it was once lost until the lease was renewed."""
-    for _ in range(20):
-        call_id = system.submit("shell", b"sleep 60")
-        started_s = time.monotonic()
-        assert system.request("DELETE", f"/async-function/{call_id}").status == 202
-        assert system.ended(call_id)["state"] == "cancelled"
-        assert time.monotonic() - started_s < 0.3, "well before the next renewal"
+    with System() as system:
+        for _ in range(20):
+            call_id = system.submit("shell", b"sleep 60")
+            started_s = time.monotonic()
+            assert system.request("DELETE", f"/async-function/{call_id}").status == 202
+            assert system.ended(call_id)["state"] == "cancelled"
+            assert time.monotonic() - started_s < noise_s(), "not with the next renewal, which is in 20 s"
 
 
 # Several workers, and faults
@@ -558,7 +559,7 @@ def test_idle_worker_stops_at_once() -> None:
         started_s = time.monotonic()
         worker.terminate()
         assert worker.wait_exit() == 0
-        assert time.monotonic() - started_s < NOISE_S
+        assert time.monotonic() - started_s < noise_s()
 
 
 def test_call_that_kills_each_worker_ends_as_a_dead_letter_and_blocks_nobody() -> None:
