@@ -228,7 +228,7 @@ class CallbackPolicy:
 
     def is_written_out(self, url: Url) -> bool:
         """Tell whether the operator wrote the host's name: then it does not share its look-up with strangers' names."""
-        return any(host == url.host for host, _ in self.gateway_hosts) or any(
+        return any(gateway.host == url.host for gateway in self.gateways) or any(
             entry.pattern == url.host for entry in self.allow.entries
         )
 

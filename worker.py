@@ -400,7 +400,7 @@ class Worker:
         self._callback_policy = dataclasses.replace(CALLBACK_POLICY, max_attempts=settings.callback_retry_attempts)
         self._running: dict[int, Running] = {}  # by the lease's fence
         self._cancelled_early: frozenset[str] = frozenset()  # calls that are ours but have not reached us yet
-        self._limits: OrderedDict[str, Concurrency] = OrderedDict()
+        self._limits: OrderedDict[FunctionName, Concurrency] = OrderedDict()
         self._slots: Mapping[Kind, Slots] = {
             "call": Slots(settings.max_inflight),
             "callback": Slots(settings.max_inflight),

@@ -328,7 +328,7 @@ def test_callback_is_delivered_at_once_beside_a_receiver_that_hangs() -> None:
         for count in range(1, 4):
             call_id = system.submit("cat", b"", {"X-Callback-Url": healthy.url()})
             assert system.ended(call_id)["state"] == "done"
-            healthy.wait_for(count, LEND_AFTER_S + NOISE_S)
+            healthy.wait_for(count, LEND_AFTER_S + noise_s())
         assert len(hanging.received()) == 4
         waits.set()
 
