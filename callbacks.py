@@ -1,10 +1,12 @@
 """Where the result of a call may be posted, what the post carries, and how it is signed.
 
 A callback address is a stranger's word: whoever may submit a call names a URL that a machine inside the network will
-post to.  So each address is judged, by what it is and not by how it is spelled:
+post to.  So each address is judged by what it is (addresses.py):
 
     public                          allowed, unless `callback_allow` says `only`
-    loopback, private               refused, unless the host is the gateway's or callback_allow covers host or address
+    loopback, private, our own      refused, unless the host is the gateway's or callback_allow covers host or address
+    the gateway itself              by its own name or address only, and there /function/ and /async-function/ only,
+                                    whatever callback_allow says: its /system believes that who asks is inside
     link-local, cloud metadata,     refused; only a network of callback_allow that lies wholly inside the refused range
     multicast, unspecified,         opens it.  A host pattern does not (whoever runs that name's DNS would decide), nor
     reserved                        does a wide network such as 0.0.0.0/0 (nobody means the metadata service by that)
@@ -12,7 +14,7 @@ post to.  So each address is judged, by what it is and not by how it is spelled:
 The order of use, and the caller's obligations:
 
     url = policy.check_url(text)                        at submission, and again before each post
-    client = Client(policy.guard(resolve_any))          for callbacks alone: it connects to checked addresses, without
+    client = Client(policy.guard(lookup))               for callbacks alone: it connects to checked addresses, without
                                                         a second look-up (rebinding), and keeps its connections apart
     url = policy.check_redirect(url, status, location)  then post again
 
@@ -29,18 +31,28 @@ import binascii
 import hashlib
 import hmac
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from enum import IntEnum
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
 from typing import ClassVar
-from urllib.parse import urljoin
+from urllib.parse import unquote, urljoin
 
-from .watchdog import VERSION, FaashoundError, Resolver, Url
+from .addresses import (
+    Address,
+    Level,
+    Network,
+    Verdict,
+    classify_address,
+    guard,
+    own_addresses,
+    parse_address,
+    parse_host_name,
+    parse_literal,
+    parse_numeric_host,
+)
+from .watchdog import SECRET_FIELDS, VERSION, FaashoundError, Resolver, Url
 from .watchdog import Address as SocketAddress
 
-Address = IPv4Address | IPv6Address
-Network = IPv4Network | IPv6Network
 Headers = tuple[tuple[str, str], ...]
 
 MAX_URL_CHARS = 2048
@@ -54,102 +66,8 @@ class CallbackRefused(FaashoundError):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Addresses: what kind of place one leads to.  The longest matching range decides (IANA special-purpose registries,
-# RFC 6890), and an IPv6 address that carries an IPv4 one is as bad as the worse of the two.
-# ---------------------------------------------------------------------------------------------------------------
-
-
-class Level(IntEnum):
-    """How far an address is trusted, from not at all a matter of ours to never by accident."""
-
-    PUBLIC = 0
-    PRIVATE = 1
-    FORBIDDEN = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What an address is: its level, the word for it, and the range that made it so."""
-
-    level: Level
-    kind: str
-    network: Network
-
-
-_RANGES_AS_WRITTEN = (
-    ("0.0.0.0/0", Level.PUBLIC, "public"),
-    ("0.0.0.0/8", Level.FORBIDDEN, "unspecified"),  # Linux connects 0.0.0.0 to itself
-    ("10.0.0.0/8", Level.PRIVATE, "private"),
-    ("100.64.0.0/10", Level.PRIVATE, "private (carrier-grade NAT)"),
-    ("100.100.100.200/32", Level.FORBIDDEN, "cloud metadata"),  # Alibaba
-    ("127.0.0.0/8", Level.PRIVATE, "loopback"),
-    ("168.63.129.16/32", Level.FORBIDDEN, "cloud metadata"),  # Azure's, in a public range
-    ("169.254.0.0/16", Level.FORBIDDEN, "link-local"),  # with 169.254.169.254, most clouds' metadata
-    ("172.16.0.0/12", Level.PRIVATE, "private"),
-    ("192.0.0.0/24", Level.FORBIDDEN, "reserved"),  # with 192.0.0.192, Oracle's metadata
-    ("192.0.2.0/24", Level.PRIVATE, "for documentation"),
-    ("192.88.99.0/24", Level.FORBIDDEN, "reserved"),
-    ("192.168.0.0/16", Level.PRIVATE, "private"),
-    ("198.18.0.0/15", Level.PRIVATE, "private (benchmarking)"),
-    ("198.51.100.0/24", Level.PRIVATE, "for documentation"),
-    ("203.0.113.0/24", Level.PRIVATE, "for documentation"),
-    ("224.0.0.0/4", Level.FORBIDDEN, "multicast"),
-    ("240.0.0.0/4", Level.FORBIDDEN, "reserved"),
-    ("255.255.255.255/32", Level.FORBIDDEN, "broadcast"),
-    ("::/3", Level.FORBIDDEN, "reserved"),
-    ("::/128", Level.FORBIDDEN, "unspecified"),
-    ("::1/128", Level.PRIVATE, "loopback"),
-    ("64:ff9b::/96", Level.PUBLIC, "public"),  # NAT64, RFC 6052: the IPv4 address inside decides
-    ("2000::/3", Level.PUBLIC, "public"),
-    ("2001::/23", Level.FORBIDDEN, "reserved"),  # with Teredo, a tunnel to the IPv4 address inside
-    ("2001:db8::/32", Level.PRIVATE, "for documentation"),
-    ("2002::/16", Level.FORBIDDEN, "reserved"),  # 6to4, likewise; deprecated by RFC 7526
-    ("3fff::/20", Level.PRIVATE, "for documentation"),
-    ("4000::/2", Level.FORBIDDEN, "reserved"),
-    ("8000::/1", Level.FORBIDDEN, "reserved"),
-    ("fc00::/7", Level.PRIVATE, "private"),
-    ("fd00:42::42/128", Level.FORBIDDEN, "cloud metadata"),  # Scaleway
-    ("fd00:ec2::254/128", Level.FORBIDDEN, "cloud metadata"),  # Amazon
-    ("fd20:ce::254/128", Level.FORBIDDEN, "cloud metadata"),  # Google
-    ("fe80::/10", Level.FORBIDDEN, "link-local"),
-    ("fec0::/10", Level.PRIVATE, "private (site-local)"),
-    ("ff00::/8", Level.FORBIDDEN, "multicast"),
-)
-_RANGES = sorted(
-    (Verdict(level, kind, ip_network(text)) for text, level, kind in _RANGES_AS_WRITTEN),
-    key=lambda verdict: -verdict.network.prefixlen,
-)
-
-_NAT64 = IPv6Network("64:ff9b::/96")
-_ISATAP_MARKS = (0x0000_5EFE, 0x0200_5EFE)  # RFC 5214: the upper half of the interface identifier
-
-
-def parse_address(text: str) -> Address:
-    """Return the address that a resolver wrote as `text`, an IPv4-mapped one as the IPv4 address that it is."""
-    address = ip_address(text)
-    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
-        return address.ipv4_mapped
-    return address
-
-
-def classify_address(address: Address) -> Verdict:
-    """Return what kind of place `address` leads to; for IPv4 inside IPv6 the worse of the two verdicts."""
-    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
-        return classify_address(address.ipv4_mapped)
-    verdict = next(verdict for verdict in _RANGES if address in verdict.network)
-    carried = _carried_ipv4(address)
-    return max(verdict, classify_address(carried), key=lambda each: each.level) if carried else verdict
-
-
-def _carried_ipv4(address: Address) -> IPv4Address | None:
-    if isinstance(address, IPv6Address) and (address in _NAT64 or int(address) >> 32 & 0xFFFF_FFFF in _ISATAP_MARKS):
-        return IPv4Address(int(address) & 0xFFFF_FFFF)
-    return None
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# URLs: one strict grammar.  A host that could be read as a number is a number (WHATWG URL 3.5, and the C library's
-# inet_aton, both take 2130706433, 0177.0.0.1, 0x7f.1 and 127.1); whatever is neither name nor address is refused.
+# URLs: one strict grammar.  A host that could be read as a number is a number; whatever is neither name nor address is
+# refused.
 # ---------------------------------------------------------------------------------------------------------------
 
 _URL = re.compile(
@@ -157,8 +75,6 @@ _URL = re.compile(
     r"(?P<target>[/?][^#]*)?(?:#.*)?",
     re.IGNORECASE | re.ASCII,
 )
-_LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
-_NUMBER = re.compile(r"0x[0-9a-f]*|[0-9]+")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -183,8 +99,8 @@ def parse_callback_url(text: str) -> Url:
     try:
         if not 1 <= port <= 65535:
             raise ValueError(f"port {port}; allowed: 1 to 65535")
-        address = parse_address(match["ipv6"]) if match["ipv6"] else _parse_numeric_host(match["name"])
-        host = str(address) if address else _parse_name(match["name"])
+        address = parse_address(match["ipv6"]) if match["ipv6"] else parse_numeric_host(match["name"])
+        host = str(address) if address else parse_host_name(match["name"])
     except ValueError as error:
         raise CallbackRefused(f"callback to {_shown_host(text)!r} refused: {error}") from None
     return Url(scheme, host, port, target if target.startswith("/") else f"/{target}")
@@ -193,40 +109,6 @@ def parse_callback_url(text: str) -> Url:
 def _shown_host(text: str) -> str:
     """Return the host of a URL for an error text: user, path and query may be secrets, and end up in logs."""
     return re.split(r"[/?#\\]", text.partition("://")[2] or text)[0].rpartition("@")[2][:100]
-
-
-def _parse_numeric_host(text: str) -> IPv4Address | None:
-    """Return the IPv4 address that `text` spells in whatever way, None for a name; ValueError for a bad number."""
-    parts = text.lower().removesuffix(".").split(".")
-    if not _NUMBER.fullmatch(parts[-1]):
-        return None
-    if len(parts) > 4 or not all(_NUMBER.fullmatch(part) for part in parts):
-        raise ValueError("the host is neither a name nor an address")
-    *leading, last = (_parse_number(part) for part in parts)
-    if any(byte > 255 for byte in leading) or last >= 256 ** (5 - len(parts)):
-        raise ValueError("the host is no IPv4 address: a part is too large")
-    return IPv4Address(sum(byte << 24 - 8 * place for place, byte in enumerate(leading)) + last)
-
-
-def _parse_number(part: str) -> int:
-    if part.startswith("0x"):
-        return int(part[2:] or "0", 16)
-    return int(part, 8) if part.startswith("0") else int(part)
-
-
-def _parse_literal(host: str) -> Address | None:
-    """Return the address that the host of a parsed URL is, None for a name."""
-    try:
-        return parse_address(host)
-    except ValueError:
-        return None
-
-
-def _parse_name(text: str) -> str:
-    name = text.lower().removesuffix(".")
-    if len(name) > 253 or not all(_LABEL.fullmatch(label) for label in name.split(".")):
-        raise ValueError("the host is no name of dot-separated labels (RFC 1123)")
-    return name
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -292,12 +174,12 @@ def _parse_allow_entry(word: str) -> AllowEntry:
         port = int(match["port"]) if match and match["port"] else None
         if not match or (port is not None and not 1 <= port <= 65535):
             raise ValueError("no host with an optional port")
-        address = parse_address(match["ipv6"]) if match["ipv6"] else _parse_numeric_host(match["host"])
+        address = parse_address(match["ipv6"]) if match["ipv6"] else parse_numeric_host(match["host"])
         if address:
             return AllowEntry(None, ip_network(address), port)
         wildcard = "*." if match["host"].startswith("*.") else ""
         name = match["host"].removeprefix(wildcard)
-        return AllowEntry("*" if name == "*" and not wildcard else wildcard + _parse_name(name), None, port)
+        return AllowEntry("*" if name == "*" and not wildcard else wildcard + parse_host_name(name), None, port)
     except ValueError as error:
         raise ValueError(f"{word!r}: {error}; {CALLBACK_ALLOW_HELP}") from None
 
@@ -307,15 +189,16 @@ def _parse_allow_entry(word: str) -> AllowEntry:
 # ---------------------------------------------------------------------------------------------------------------
 
 _LOOPBACK = (IPv4Address("127.0.0.1"), IPv6Address("::1"))
-_LOOPBACK_NAMES = ("localhost", *map(str, _LOOPBACK))
+_DOTS = re.compile(r"[/\\]\.{1,2}(?:[/\\]|$)")
 
 
 @dataclass(frozen=True, slots=True)
 class CallbackPolicy:
     """Decides where callbacks may go; see the head of this module.  Made by `build_policy`."""
 
-    gateway_hosts: frozenset[tuple[str, int]]
+    gateways: tuple[Url, ...]
     allow: CallbackAllow = CallbackAllow()
+    own: Callable[[], Collection[Address]] = own_addresses
 
     def check_url(self, text: str) -> Url:
         """Return the parsed URL if nothing that can be known without a look-up speaks against it.
@@ -324,38 +207,82 @@ class CallbackPolicy:
         Raises CallbackRefused.  Passing here permits nothing yet: what `guard` returns does, at the time of the post.
         """
         url = parse_callback_url(text)
-        literal = _parse_literal(url.host)
+        gateway = self._gateway_of(url)
+        if gateway is not None and not _is_function_path(url.target, gateway.target):
+            raise CallbackRefused(
+                _refusal_text(url, "it is the gateway; allowed there: /function/ and /async-function/")
+            )
+        literal = parse_literal(url.host)
         if literal is not None:
             self._check_known(url, literal)
         elif f".{url.host}".endswith(".localhost"):
             self._check_known(url, *_LOOPBACK)
-        elif self.allow.only and not self._is_named(url) and not any(entry.network for entry in self.allow.entries):
+        elif (
+            self.allow.only
+            and gateway is None
+            and not self._is_listed(url)
+            and not any(entry.network for entry in self.allow.entries)
+        ):
             raise CallbackRefused(_refusal_text(url, f"{url.host} is not in callback_allow"))
         return url
+
+    def is_written_out(self, url: Url) -> bool:
+        """Tell whether the operator wrote the host's name: then it does not share its look-up with strangers' names."""
+        return any(gateway.host == url.host for gateway in self.gateways) or any(
+            entry.pattern == url.host for entry in self.allow.entries
+        )
 
     def guard(self, lookup: Resolver) -> Resolver:
         """Return a resolver for the client of callbacks: what `lookup` finds, as far as one may connect to it.
 
-        It raises CallbackRefused when nothing is left, and whatever `lookup` raises.
+        It raises CallbackRefused when nothing is left, and whatever `lookup` raises.  A name that leads to the gateway,
+        and is not the gateway's, is refused: its path cannot be judged each time, since connections are kept by name.
         """
 
         async def resolve(url: Url) -> Sequence[SocketAddress]:
-            return self.check_addresses(url, await lookup(url))
+            disguised = await self._find_gateways(url, lookup)
+
+            def refusal(url: Url, address: Address) -> str | None:
+                if address in disguised or (
+                    disguised and self._is_here(address) and any(map(self._is_here, disguised))
+                ):
+                    return f"{address} is the gateway; allowed: its own name, {self.gateways[0].authority}"
+                return self._refusal(url, address)
+
+            return await guard(lookup, refusal, lambda url, reason: CallbackRefused(_refusal_text(url, reason)))(url)
 
         return resolve
 
-    def check_addresses(self, url: Url, addresses: Iterable[SocketAddress]) -> list[SocketAddress]:
-        """Return those of `addresses`, to which `url` resolved, that one may connect to, in their order.
+    async def _find_gateways(self, url: Url, lookup: Resolver) -> set[Address]:
+        """Return the addresses of gateways that have the port of `url`, but not its name."""
+        found: set[Address] = set()
+        if self._gateway_of(url) is None:
+            for gateway in self.gateways:
+                if gateway.port == url.port:
+                    found.update(parse_address(address) for _, address in await lookup(gateway))
+        return found
 
-        One refused address does not spoil the others: the connection goes to a checked address only, so a name
-        that also has a private address (split DNS) works and gains nothing.  Raises CallbackRefused if none is left.
-        """
-        judged = [(address, self._refusal(url, parse_address(address[1]))) for address in addresses]
-        allowed = [address for address, reason in judged if reason is None]
-        if not allowed:
-            reasons = [reason for _, reason in judged if reason is not None]
-            raise CallbackRefused(_refusal_text(url, reasons[0] if reasons else f"{url.host} has no address"))
-        return allowed
+    def _gateway_of(self, url: Url) -> Url | None:
+        """Return the gateway that `url` names, by its name or, if it is on this machine, by any address of that."""
+        literal = parse_literal(url.host)
+        for gateway in self.gateways:
+            known = parse_literal(gateway.host)
+            is_same = url.host == gateway.host or (
+                known is not None
+                and self._is_here(known)
+                and (url.host == "localhost" or (literal is not None and self._is_here(literal)))
+            )
+            if url.port == gateway.port and is_same:
+                return gateway
+        return None
+
+    def _is_here(self, address: Address) -> bool:
+        return address.is_loopback or address in self.own()
+
+    def _is_gateway(self, url: Url, address: Address) -> bool:
+        """Tell whether the gateway listens at `address`, as far as is known: on loopback only where it was said to."""
+        gateway = self._gateway_of(url)
+        return gateway is not None and parse_literal(gateway.host) in (None, address)
 
     def _check_known(self, url: Url, *addresses: Address) -> None:
         reasons = [self._refusal(url, address) for address in addresses]
@@ -379,20 +306,18 @@ class CallbackPolicy:
             raise CallbackRefused(_refusal_text(url, "it redirects from https to http"))
         return url
 
-    def _is_named(self, url: Url) -> bool:
-        if (url.host, url.port) in self.gateway_hosts:
-            return True
+    def _is_listed(self, url: Url) -> bool:
         return any(entry.names(url.host, url.port) for entry in self.allow.entries)
 
     def _refusal(self, url: Url, address: Address) -> str | None:
-        verdict = classify_address(address)
+        verdict = classify_address(address, self.own())
         if any(entry.opens(address, url.port, verdict) for entry in self.allow.entries):
             return None
         if verdict.level is Level.FORBIDDEN:
             return (
                 f"{address} is {verdict.kind}; only a network inside {verdict.network} in callback_allow can permit it"
             )
-        if self._is_named(url):
+        if self._is_listed(url) or self._is_gateway(url, address):
             return None
         if verdict.level is Level.PRIVATE:
             return f"{address} is {verdict.kind}; callback_allow can permit it"
@@ -403,16 +328,19 @@ def _refusal_text(url: Url, reason: str) -> str:
     return f"callback to {url.authority} refused: {reason}"
 
 
-def build_policy(gateway_urls: Iterable[str], allow: CallbackAllow | None = None) -> CallbackPolicy:
-    """Return the policy of a system whose gateway is reached at `gateway_urls`, by host name and port.
+def _is_function_path(target: str, base: str) -> bool:
+    """Tell whether `target` is a function's at a gateway that is reached at the path `base`, however it is decoded."""
+    path = target.partition("?")[0]
+    begins = (f"{base.rstrip('/')}/{area}/" for area in ("function", "async-function"))
+    return path.startswith(tuple(begins)) and not _DOTS.search(unquote(unquote(path)))
 
-    One that is reached on loopback is so by each of loopback's names.  Raises CallbackRefused for a malformed URL.
+
+def build_policy(gateway_urls: Iterable[str], allow: CallbackAllow | None = None) -> CallbackPolicy:
+    """Return the policy of a system whose gateway is reached at `gateway_urls`.
+
+    One at an address of loopback is so by the name localhost too.  Raises CallbackRefused for a malformed URL.
     """
-    hosts: set[tuple[str, int]] = set()
-    for url in map(parse_callback_url, gateway_urls):
-        names = _LOOPBACK_NAMES if url.host in _LOOPBACK_NAMES else (url.host,)
-        hosts.update((name, url.port) for name in names)
-    return CallbackPolicy(frozenset(hosts), allow or CallbackAllow())
+    return CallbackPolicy(tuple(map(parse_callback_url, gateway_urls)), allow or CallbackAllow())
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -435,10 +363,7 @@ _HOP_BY_HOP = {"connection", "keep-alive", "te", "trailer", "transfer-encoding",
 # They mean nothing in a response, but would steer the request that the callback is.
 _REQUEST_ONLY = {"host", "expect"}
 # Credentials and what asks for them: meant for the function's caller, not for a third party.
-_CREDENTIALS = {
-    *("authorization", "authentication-info", "www-authenticate", "cookie", "cookie2", "set-cookie", "set-cookie2"),
-    *("x-api-key", "x-auth-token", "x-access-token", "x-csrf-token", "x-amz-security-token"),
-}
+_CREDENTIALS = {name.decode() for name in SECRET_FIELDS} | {"www-authenticate"}
 # Ours: the function cannot override them, nor pretend to a signature where there is none.
 _OURS = {
     *("x-call-id", "x-duration-seconds", "x-function-status", "x-function-name", "x-retry", "x-retry-max"),
@@ -487,34 +412,84 @@ def _is_dropped(name: str, dropped: frozenset[str]) -> bool:
 # ---------------------------------------------------------------------------------------------------------------
 # Signing (Standard Webhooks, symmetric scheme v1): HMAC-SHA256 over `id.timestamp.body`, base64.  The signature is
 # a header and so goes out before the body: a large body is read twice, once to sign it and once to send it.
+#
+# It proves that a worker with this secret posted this body, at that time, to one of those for whom the secret is.  It
+# does not prove who submitted the call: anybody who may submit one chooses the body, and with a secret for every host
+# the receiver too, and could post there what another function has had signed.
 # ---------------------------------------------------------------------------------------------------------------
 
 _SECRET_PREFIX = "whsec_"  # noqa: S105 - the public prefix, no secret
 MIN_SECRET_BYTES = 24  # the specification's lower bound
 
 
-def parse_secrets(text: str) -> tuple[bytes, ...]:
-    """Return the keys in a secret file, newest first: words of `whsec_<base64>`, or raw, separated by white space.
+SECRETS_HELP = "allowed, one a line: SECRET, for every host, or HOST SECRET; a secret is whsec_<base64>, or raw"
 
-    Several are for rotation: each signs, and a receiver accepts what one of them signed.
-    Raises ValueError, without a word of the secret in it, for none, for bad base64 and for a key that is too short.
+
+@dataclass(frozen=True, slots=True)
+class Secret:
+    """A key that signs, and for which host: a name, pattern or address as in callback_allow; None is every host."""
+
+    key: bytes = field(repr=False)
+    host: AllowEntry | None = None
+
+    def signs_for(self, url: Url) -> bool:
+        """Tell whether posts to `url` are signed with this key."""
+        if self.host is None or self.host.names(url.host, url.port):
+            return True
+        literal = parse_literal(url.host)
+        is_at_host = self.host.network is not None and literal is not None and literal in self.host.network
+        return is_at_host and self.host.port in (None, url.port)
+
+
+def parse_secrets(text: str) -> tuple[Secret, ...]:
+    """Return the secrets of a file, newest first: a line for each, with a host before it if it is for that one only.
+
+    Several for one host are for rotation: each signs, and a receiver accepts what one of them signed.
+    Raises ValueError with all that is wrong, each by its line and without a word of a secret: bad base64, a key that
+    is too short, a host that is none, or a file without a secret.
     """
-    words = text.split()
-    if not words:
-        raise ValueError("holds no secret; allowed: whsec_<base64>, or a raw secret")
-    return tuple(_parse_secret(word, place) for place, word in enumerate(words, 1))
+    secrets: list[Secret] = []
+    problems: list[str] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            secrets += _parse_secret_line(line.split())
+        except ValueError as error:
+            problems.append(f"line {number}: {error}")
+    if problems:
+        raise ValueError("; ".join(problems))
+    if not secrets:
+        raise ValueError(f"holds no secret; {SECRETS_HELP}")
+    return tuple(secrets)
 
 
-def _parse_secret(word: str, place: int) -> bytes:
+def _parse_secret_line(words: Sequence[str]) -> list[Secret]:
+    if len(words) < 2 or words[0].startswith(_SECRET_PREFIX):
+        return [Secret(_parse_secret(word)) for word in words]
+    host = _parse_secret_host(words[0])
+    return [Secret(_parse_secret(word), host) for word in words[1:]]
+
+
+def _parse_secret_host(word: str) -> AllowEntry:
+    """Return the host that a line begins with; one that may well be a secret is not taken for a name, nor shown."""
+    may_be_secret = len(word) >= MIN_SECRET_BYTES and not set(word) & set(".:")
+    try:
+        if may_be_secret or "/" in word:
+            raise ValueError
+        return _parse_allow_entry(word)
+    except ValueError:
+        raise ValueError(f"the first of several words is no host; {SECRETS_HELP}") from None
+
+
+def _parse_secret(word: str) -> bytes:
     key = word.encode()
     if word.startswith(_SECRET_PREFIX):
         encoded = word.removeprefix(_SECRET_PREFIX).rstrip("=")
         try:
             key = base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=True)
         except (binascii.Error, ValueError):
-            raise ValueError(f"secret {place} is no base64 after {_SECRET_PREFIX}") from None
+            raise ValueError(f"the secret is no base64 after {_SECRET_PREFIX}") from None
     if len(key) < MIN_SECRET_BYTES:
-        raise ValueError(f"secret {place} is {len(key)} bytes long; allowed: {MIN_SECRET_BYTES} bytes or more")
+        raise ValueError(f"the secret is {len(key)} bytes long; allowed: {MIN_SECRET_BYTES} bytes or more")
     return key
 
 
@@ -544,15 +519,18 @@ class Signature:
 
 
 class Signer:
-    """Signs callbacks with the keys of `parse_secrets`; says nothing of them in its repr."""
+    """Signs callbacks with the secrets of `parse_secrets`; says nothing of them in its repr."""
 
-    def __init__(self, keys: Sequence[bytes]) -> None:
-        self._keys = tuple(keys)
+    def __init__(self, secrets: Sequence[Secret]) -> None:
+        self._secrets = tuple(secrets)
 
-    def start(self, call_id: str, now_s: float) -> Signature:
-        """Return a signature to feed, for a post made at `now_s` (epoch seconds; each retry is signed anew).
+    def start(self, url: Url, call_id: str, now_s: float) -> Signature | None:
+        """Return a signature to feed, for a post to `url` at `now_s` (epoch seconds; each retry is signed anew).
+
+        None for a host that no secret is for.
 
         The receiver's key for telling repeats is the call's id.  A full stop in it, which only a caller's own id can
         have, becomes a colon: the specification forbids it, because `a.1` at 2 would sign the same text as `a` at 1.
         """
-        return Signature(self._keys, call_id.replace(".", ":"), int(now_s))
+        keys = [secret.key for secret in self._secrets if secret.signs_for(url)]
+        return Signature(keys, call_id.replace(".", ":"), int(now_s)) if keys else None

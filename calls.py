@@ -4,6 +4,7 @@
     fworker dead show ID                                  one of them: payload, headers, attempts, the last response
     fworker dead retry ID... | --all [--function NAME]    again, as if new; of an undelivered result only the delivery
     fworker dead purge ID... | --all [--function NAME]    deletes
+    fworker cancel --all | --function NAME                cancels what waits in the queue, and drops the payloads
 
 A letter is a call that was given up (its state is `dead`), or one whose callback was (`callback.state` is `dead`, while
 the call itself may be done).  Both stay until somebody retries or purges them.  The commands open the queue that
@@ -28,6 +29,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from .names import BadFunctionName, FunctionName, parse_function_name
 from .queues import NatsSettings, Queue, QueueUrl, open_queue, parse_queue_url
 from .spool import (
     FINAL,
@@ -39,7 +41,17 @@ from .spool import (
     State,
     StoredBody,
 )
-from .watchdog import SECRET_FIELDS, BadSettings, FaashoundError, parse_positive_count, parse_settings, setting
+from .watchdog import (
+    SECRET_FIELDS,
+    BadSettings,
+    FaashoundError,
+    OutputFailed,
+    parse_positive_count,
+    parse_settings,
+    report_failure,
+    setting,
+    write_out,
+)
 
 SHOWN_BODY_BYTES = 65536  # of a payload or a result, in what `show` prints
 LISTED_COUNT = 100  # calls in one answer, unless asked otherwise
@@ -166,7 +178,7 @@ class Choice:
     """Which calls are meant: every condition that is not None holds.  `callback` is the state of the callback."""
 
     state: State | None = None
-    function: str | None = None
+    function: FunctionName | None = None
     callback: CallbackState | None = None
     limit_count: int = LISTED_COUNT
     before: str | None = None
@@ -176,7 +188,7 @@ def parse_choice_query(query: bytes) -> Choice:
     """Return the calls that ?state=…&function=…&callback=…&limit=…&before=… means; BadQuery says what is allowed."""
     readers: dict[str, tuple[str, Callable[[str], object]]] = {
         "state": ("state", _parse_state),
-        "function": ("function", str),
+        "function": ("function", _parse_function),
         "callback": ("callback", _parse_callback_state),
         "limit": ("limit_count", _parse_limit),
         "before": ("before", str),
@@ -198,6 +210,13 @@ def _parse_state(text: str) -> State:
         return State(text)
     except ValueError:
         raise ValueError(f"allowed: {', '.join(state.value for state in State)}") from None
+
+
+def _parse_function(text: str) -> FunctionName:
+    try:
+        return parse_function_name(text)
+    except BadFunctionName as error:
+        raise ValueError(str(error)) from None
 
 
 def _parse_callback_state(text: str) -> CallbackState:
@@ -280,7 +299,7 @@ async def purge_call(queue: Queue, call_id: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-async def walk_letters(queue: Queue, function: str | None) -> AsyncIterator[Call]:
+async def walk_letters(queue: Queue, function: FunctionName | None) -> AsyncIterator[Call]:
     """Yield every dead letter and every call whose callback is dead, newest first within each kind."""
     async for call in walk_calls(queue, Choice(State.DEAD, function)):
         yield call
@@ -328,9 +347,9 @@ async def show_list(queue: Queue, options: argparse.Namespace) -> None:
     letters = [call async for call in walk_letters(queue, options.function)]
     if options.json:
         for call in letters:
-            print(json.dumps(describe_call(call)))
+            write_out(json.dumps(describe_call(call)))
     elif letters:
-        print(format_table([letter_row(call) for call in letters]))
+        write_out(format_table([letter_row(call) for call in letters]))
     else:
         print("no dead letters", file=sys.stderr)
 
@@ -338,7 +357,7 @@ async def show_list(queue: Queue, options: argparse.Namespace) -> None:
 async def show_letters(queue: Queue, options: argparse.Namespace) -> None:
     """Print all that is known of the calls named."""
     for call_id in options.ids:
-        print(json.dumps(await describe_call_whole(queue, await find_call(queue, call_id)), indent=2))
+        write_out(json.dumps(await describe_call_whole(queue, await find_call(queue, call_id)), indent=2))
 
 
 async def retry_letters(queue: Queue, options: argparse.Namespace) -> None:
@@ -362,14 +381,24 @@ async def purge_letters(queue: Queue, options: argparse.Namespace) -> None:
 
 
 async def _for_each(call_ids: Sequence[str], act: Callable[[str], Awaitable[str]]) -> None:
-    """Do it to each, whatever becomes of the others; SomeFailed at the end if it could not be done to all."""
-    failed_count = 0
+    """Do it to each, whatever becomes of the others, and of our output.
+
+    Raises at the end SomeFailed if it could not be done to all, or OutputFailed.
+    """
+    failed_count, unsaid = 0, None
     for call_id in call_ids:
         try:
-            print(call_id, await act(call_id))
+            done = await act(call_id)
         except FaashoundError as error:
             print(f"{call_id}: {error}", file=sys.stderr)
             failed_count += 1
+            continue
+        try:
+            write_out(f"{call_id} {done}")
+        except OutputFailed as error:
+            unsaid = error
+    if unsaid is not None:
+        raise unsaid
     if failed_count:
         raise SomeFailed(f"{failed_count} of {len(call_ids)} failed")
 
@@ -382,8 +411,23 @@ async def _chosen(queue: Queue, options: argparse.Namespace) -> list[str]:
     return [call.id async for call in walk_letters(queue, options.function)]
 
 
+class CommandParser(argparse.ArgumentParser):
+    """A parser of arguments whose help goes out by `write_out`."""
+
+    def print_help(self, file: Any = None) -> None:
+        """Write the help to standard output; raises OutputFailed."""
+        write_out(self.format_help().rstrip("\n"))
+
+
+def _function_argument(text: str) -> FunctionName:
+    try:
+        return parse_function_name(text)
+    except BadFunctionName as error:
+        raise argparse.ArgumentTypeError(str(error)) from None  # the one error whose text argparse passes on
+
+
 def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("fworker dead", description="Dead letters of the queue that queue_url names.")
+    parser = CommandParser("fworker dead", description="Dead letters of the queue that queue_url names.")
     commands = parser.add_subparsers(required=True, metavar="list|show|retry|purge")
 
     def add(name: str, work: Any, purpose: str) -> argparse.ArgumentParser:
@@ -401,7 +445,7 @@ def _build_parser() -> argparse.ArgumentParser:
         command.add_argument("ids", metavar="ID", nargs="*")
         command.add_argument("--all", action="store_true", help="every letter")
     for command in (listing, retry, purge):
-        command.add_argument("--function", metavar="NAME", help="only those of this function")
+        command.add_argument("--function", metavar="NAME", type=_function_argument, help="only those of this function")
     return parser
 
 
@@ -414,10 +458,32 @@ class Target(NatsSettings):
 
 def dead_letters(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Carry out `fworker dead ...`; return its exit status: 0 done, 1 failed, 2 not understood."""
+    return _run(_build_parser(), argv, environ)
+
+
+def cancel_calls(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Carry out `fworker cancel ...`; return its exit status: 0 done, 1 failed, 2 not understood."""
+    parser = CommandParser("fworker cancel", description="Cancels every call that waits in the queue of queue_url.")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--all", action="store_true", help="of every function")
+    which.add_argument("--function", metavar="NAME", type=_function_argument, help="only those of this function")
+    parser.set_defaults(work=cancel_queued)
+    return _run(parser, argv, environ)
+
+
+async def cancel_queued(queue: Queue, options: argparse.Namespace) -> None:
+    """Cancel what waits, and print how many calls that were."""
+    count = await queue.cancel_queued(function=options.function)
+    write_out(f"{count} cancelled")
+
+
+def _run(parser: argparse.ArgumentParser, argv: Sequence[str], environ: Mapping[str, str]) -> int:
     try:
-        options = _build_parser().parse_args(argv)
+        options = parser.parse_args(argv)
     except SystemExit as end:  # argparse has printed what there is to say
         return int(end.code or 0)
+    except OutputFailed as error:
+        return report_failure(error)
     try:
         target = parse_settings(Target, environ)
     except BadSettings as error:
@@ -439,6 +505,5 @@ async def _carry_out(target: Target, options: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 2
     except FaashoundError as error:
-        print(error, file=sys.stderr)
-        return 1
+        return report_failure(error)
     return 0

@@ -3,8 +3,8 @@
     table = read_functions(Path("functions.toml"))
     local = LocalFunctions(table, environ=os.environ, hidden=settings_names)
     local.start()                                        # inside a running event loop
-    functions = Functions(local.table, pattern="http://{name}:8080")
-    functions.lookup("cat").url                          # http://127.0.0.1:40123
+    functions = Functions(local.table, pattern="http://{name}.{namespace}.svc:8080")
+    functions.lookup("cat").url                          # http://127.0.0.1:40123, of cat.openfaas-fn
     await local.stop(grace_s=30)
 
 The file is TOML, one table per function.  `fprocess` has a watchdog run for it on this machine, and any setting of
@@ -15,9 +15,11 @@ the watchdog may stand beside it; `url` says that the function already answers e
     exec_timeout = "10s"
     environment = { GREETING = "hello" }
 
-    [resize]
+    ["resize.prod"]
     url = "http://10.0.0.7:8080"
     annotations = { "com.openfaas.retry.attempts" = "3" }
+
+A table is called NAME, which means NAME.openfaas-fn, or "NAME.NAMESPACE" in quotes: a function is in one namespace.
 
 Everything is checked when the file is read, and every problem is reported at once with its file, line, function and
 key.  What this module refuses to do: speak HTTP, retry a call, or let an unchecked name into a URL.
@@ -32,7 +34,6 @@ import dataclasses
 import difflib
 import re
 import socket
-import sys
 import tomllib
 import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -40,10 +41,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .keeper import Child, Keeper, listen_on_loopback
-from .watchdog import BadSettings, FaashoundError, Settings, parse_settings, settings_table
-
-DEFAULT_NAMESPACE = "openfaas-fn"  # where OpenFaaS puts a function that names no namespace
+from .keeper import Child, Keeper, listen_on_loopback, python_command
+from .names import DEFAULT_NAMESPACE, BadFunctionName, FunctionName, parse_function_name
+from .retries import BadAnnotations, parse_annotations
+from .spool import parse_queue_name
+from .watchdog import (
+    FUNCTION_VARIABLE,
+    BadSettings,
+    FaashoundError,
+    Settings,
+    parse_settings,
+    settings_table,
+    without_credentials,
+)
 
 
 class BadFunctions(FaashoundError):
@@ -55,19 +65,10 @@ class BadFunctions(FaashoundError):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Names and URLs.  A name comes from strangers (it is a part of the request's path) and ends up in URLs, metrics and
-# queue subjects, so it is checked here once, by the rule that Kubernetes and OpenFaaS have for it: a DNS label,
-# where OpenFaaS also lets underscores through.
+# URLs.  What is put into them besides is a FunctionName, which has been checked.
 # ---------------------------------------------------------------------------------------------------------------
 
-_NAME = re.compile(r"[a-z0-9](?:[-a-z0-9_]{0,61}[a-z0-9])?", re.ASCII)
-NAME_HELP = "1 to 63 of a-z, 0-9, '-' and '_', with a letter or digit at both ends (as in Kubernetes and OpenFaaS)"
 _URL_HELP = "an http:// or https:// URL with a host and, if need be, a port and a path"
-
-
-def is_function_name(text: str) -> bool:
-    """Return whether `text` may name a function (or a namespace): see NAME_HELP."""
-    return _NAME.fullmatch(text) is not None
 
 
 def parse_base_url(text: str) -> str:
@@ -80,22 +81,22 @@ def parse_base_url(text: str) -> str:
     try:
         parts = urllib.parse.urlsplit(text)
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError as error:
-        raise ValueError(f"{str(error).lower()}; allowed: {_URL_HELP}") from None
-    if not usable or "@" in parts.netloc or "?" in text or "#" in text or "\\" in text:
+    except ValueError:  # whose text may show a part of a password
+        usable = False
+    if not usable or "@" in text or "?" in text or "#" in text or "\\" in text:
         raise ValueError(f"allowed: {_URL_HELP}")
     return text.rstrip("/")
 
 
 def parse_function_url(text: str) -> str:
-    """Return the pattern of the setting `function_url`, such as `http://{name}:8080`.
+    """Return the pattern of the setting `function_url`, such as `http://{name}.{namespace}.svc:8080`.
 
     Raises ValueError, which says what is allowed, for one that is no URL or does not tell functions apart.
     """
     allowed = f"{_URL_HELP}, with {{name}} and, if need be, {{namespace}} in host or path"
     if "{name}" not in text:
         raise ValueError(f"{{name}} is missing; allowed: {allowed}")
-    example = _fill(text, "name", "namespace")
+    example = _fill(text, parse_function_name("name.namespace"))
     if "{" in example or "}" in example:
         raise ValueError(f"only {{name}} and {{namespace}} are filled in; allowed: {allowed}")
     try:
@@ -105,8 +106,17 @@ def parse_function_url(text: str) -> str:
     return text.rstrip("/")
 
 
-def _fill(pattern: str, name: str, namespace: str) -> str:
-    return pattern.replace("{name}", name).replace("{namespace}", namespace)
+def completes_host(pattern: str | None) -> bool:
+    """Return whether the host of a URL depends on the name of the function, which is a caller's word."""
+    return pattern is not None and "{" in urllib.parse.urlsplit(pattern).netloc
+
+
+def _fill(pattern: str, name: FunctionName) -> str:
+    return pattern.replace("{name}", name.name).replace("{namespace}", name.namespace)
+
+
+DEFAULT_QUEUE = "faas-request"
+QUEUE_ANNOTATION = "com.openfaas.queue"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +127,7 @@ class Function:
     that runs elsewhere; `environment` is what its process gets besides.
     """
 
-    name: str
+    name: FunctionName
     url: str | None = None
     settings: Mapping[str, str] | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -129,27 +139,39 @@ class Function:
         """Whether its watchdog is run by the gateway."""
         return self.settings is not None
 
+    @property
+    def queue(self) -> str:
+        """The queue that its asynchronous calls wait in."""
+        return self.annotations.get(QUEUE_ANNOTATION, DEFAULT_QUEUE)
+
 
 class Functions:
-    """The answer to "who is NAME?": the table first, then the pattern, if there is one."""
+    """The answer to "who is NAME?": the table first, then the pattern, if there is one, in `namespaces` only."""
 
-    def __init__(self, table: Mapping[str, Function], pattern: str | None = None) -> None:
+    def __init__(
+        self,
+        table: Mapping[FunctionName, Function],
+        pattern: str | None = None,
+        namespaces: Collection[str] = (DEFAULT_NAMESPACE,),
+    ) -> None:
         self._table = table
         self._pattern = pattern
+        self._namespaces = frozenset(namespaces)
 
-    def lookup(self, name: str) -> Function | None:
+    def lookup(self, text: str) -> Function | None:
         """Return the function that a caller means by NAME or NAME.NAMESPACE; None if there is none.
 
-        `name` may be anything a stranger sends.  The file's functions answer in every namespace: there is one table.
-        A function found by the pattern is made for the occasion; nothing is remembered of it.
+        `text` may be anything a stranger sends.  A function found by the pattern is made for the occasion; nothing is
+        remembered of it.
         """
-        base, dot, namespace = name.partition(".")
-        if not is_function_name(base) or (dot and not is_function_name(namespace)):
+        try:
+            name = parse_function_name(text)
+        except BadFunctionName:
             return None
-        listed = self._table.get(base)
-        if listed or self._pattern is None:
+        listed = self._table.get(name)
+        if listed or self._pattern is None or name.namespace not in self._namespaces:
             return listed
-        return Function(base, url=_fill(self._pattern, base, namespace or DEFAULT_NAMESPACE))
+        return Function(name, url=_fill(self._pattern, name))
 
     def __iter__(self) -> Iterator[Function]:
         """Yield the functions of the table, in the file's order; what the pattern covers cannot be listed."""
@@ -177,14 +199,14 @@ _LOCAL_KEYS = [name for name in _ROWS if name not in _REFUSED] + ["environment"]
 _KEYS = [*_LOCAL_KEYS, "url", "annotations", "labels"]
 
 
-def read_functions(path: Path, *, missing_ok: bool = False) -> dict[str, Function]:
-    """Return the functions of the file at `path`, by name, in the file's order.
+def read_functions(path: Path, *, missing_ok: bool = False) -> dict[FunctionName, Function]:
+    """Return the functions of the file at `path`, by whole name, in the file's order.
 
     With `missing_ok` (nobody asked for this very file) one that does not exist is an empty table.
     Raises BadFunctions with every problem in it.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # editors on Windows begin it with a byte order mark
     except FileNotFoundError:
         if missing_ok:
             return {}
@@ -196,19 +218,22 @@ def read_functions(path: Path, *, missing_ok: bool = False) -> dict[str, Functio
     return parse_functions(text, str(path))
 
 
-def parse_functions(text: str, source: str) -> dict[str, Function]:
+def parse_functions(text: str, source: str) -> dict[FunctionName, Function]:
     """Return the functions that `text` describes; `source` is what error messages call it.  Raises BadFunctions."""
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:  # its text ends with line and column
         raise BadFunctions([f"{source}: {error}"]) from None
     report = _Report(source, find_lines(text))
-    table = {}
-    for name, entry in document.items():
+    table: dict[FunctionName, Function] = {}
+    for key, entry in document.items():
         if isinstance(entry, dict):
-            table[name] = _parse_function(name, entry, report)
+            function = _parse_function(key, entry, report)
+            if function.name in table:
+                report.add((key,), f"{function.name} has a table already")
+            table[function.name] = function
         else:
-            report.add((name,), "a key outside of any function's table; write [NAME] above it")
+            report.add((key,), "a key outside of any function's table; write [NAME] above it")
     if report.found:
         raise BadFunctions(report.problems())
     return table
@@ -254,12 +279,18 @@ class _Report:
     def __init__(self, source: str, lines: Mapping[tuple[str, ...], int]) -> None:
         self.found: list[tuple[int, str]] = []
         self._source = source
-        self._lines = lines
+        self._lines = {(path[0], ".".join(path[1:])): line for path, line in lines.items()}
 
     def add(self, path: tuple[str, ...], problem: str) -> None:
-        """Note `problem` of the key at `path`: function, its key, a key within that key's table."""
-        line = next(self._lines[path[:end]] for end in range(len(path), 0, -1) if path[:end] in self._lines)
-        place = f"[{path[0]}] {'.'.join(path[1:])}".rstrip()
+        """Note `problem` of the key at `path`: function, its key, a key within that key's table.
+
+        Dots within a key and between keys are one to us: [f] annotations.a.b is what [f.annotations] "a.b" is.
+        """
+        name, key = path[0], ".".join(path[1:])
+        place, known = f"[{name}] {key}".rstrip(), key
+        while (name, known) not in self._lines:
+            known = known.rpartition(".")[0]
+        line = self._lines[name, known]
         self.found.append((line, f"{self._source}:{line}: {place}: {problem}"))
 
     def problems(self) -> list[str]:
@@ -268,9 +299,12 @@ class _Report:
 
 
 def _parse_function(name: str, entry: Mapping[str, Any], report: _Report) -> Function:
-    """Return the function of one table; what is wrong with it goes to `report`, and then the result is void."""
-    if not is_function_name(name):
-        report.add((name,), f"not a function's name; allowed: {NAME_HELP}")
+    """Return the function of the table `name`; what is wrong goes to `report`, and then the result is void."""
+    try:
+        whole_name = parse_function_name(name)
+    except BadFunctionName as error:
+        report.add((name,), str(error))
+        whole_name = FunctionName(name)
     elsewhere = "url" in entry
     if not elsewhere and not any(key in entry for key in _COMMAND_KEYS):
         report.add((name,), "has neither fprocess nor url; give one of them")
@@ -280,8 +314,9 @@ def _parse_function(name: str, entry: Mapping[str, Any], report: _Report) -> Fun
             report.add((name, key), problem)
     texts = {key: _parse_texts((name, key), entry.get(key, {}), report) for key in _TEXT_TABLES}
     _check_environment(name, texts["environment"], report)
+    _check_annotations(name, texts["annotations"], report)
     url = _parse_value((name, "url"), entry["url"], parse_base_url, report) if elsewhere else None
-    return Function(name, url, None if elsewhere else _parse_local(name, entry, report), **texts)
+    return Function(whole_name, url, None if elsewhere else _parse_local(name, entry, report), **texts)
 
 
 def _key_problem(key: str, elsewhere: bool) -> str | None:
@@ -335,7 +370,8 @@ def _parse_value(path: tuple[str, ...], value: Any, parse: Callable[[str], str],
     try:
         return parse(text)
     except ValueError as error:
-        report.add(path, f"{text!r}: {error}")
+        secret = path[1:2] == ("environment",)
+        report.add(path, str(error) if secret else f"{without_credentials(text)!r}: {error}")
         return None
 
 
@@ -376,6 +412,21 @@ def _check_environment(name: str, environment: Mapping[str, str], report: _Repor
             report.add(path, f"reserved; allowed: names that do not start with {' or '.join(_RESERVED_PREFIXES)}")
 
 
+def _check_annotations(name: str, annotations: Mapping[str, str], report: _Report) -> None:
+    """Report annotations that the worker or the queue could not make sense of; all others are the operator's own."""
+    problems = {}
+    try:
+        parse_annotations(name, annotations)
+    except BadAnnotations as error:
+        problems = error.problems
+    try:
+        parse_queue_name(annotations.get(QUEUE_ANNOTATION, DEFAULT_QUEUE))
+    except ValueError as error:
+        problems[QUEUE_ANNOTATION] = str(error)
+    for annotation, problem in problems.items():
+        report.add((name, "annotations", annotation), problem)
+
+
 def watchdog_settings(settings: Mapping[str, str]) -> dict[str, str]:
     """Return the environment that tells a local watchdog what the file says, and what it is to be without a file.
 
@@ -411,22 +462,22 @@ class LocalFunctions:
 
     def __init__(
         self,
-        table: Mapping[str, Function],
+        table: Mapping[FunctionName, Function],
         *,
         environ: Mapping[str, str],
         hidden: Collection[str] = (),
-        watchdog: Sequence[str] = (sys.executable, "-m", "faashound.watchdog"),  # a module is compiled only once
+        watchdog: Sequence[str] = python_command("faashound.watchdog"),
     ) -> None:
-        self.table: Mapping[str, Function] = table
+        self.table: Mapping[FunctionName, Function] = table
         self._command = tuple(watchdog)
         self._base = {
             name: value
             for name, value in environ.items()
             if name in _SHARED or not (name in hidden or name in _ROWS or name.startswith(_RESERVED_PREFIXES))
         }
-        self._listeners: dict[str, socket.socket] = {}
-        self._addresses: dict[str, tuple[str, int]] = {}
-        self._children: dict[str, Child] = {}
+        self._listeners: dict[FunctionName, socket.socket] = {}
+        self._addresses: dict[FunctionName, tuple[str, int]] = {}
+        self._children: dict[FunctionName, Child] = {}
         self._keeper: Keeper | None = None
         self._cleanup = contextlib.ExitStack()
 
@@ -447,14 +498,14 @@ class LocalFunctions:
         self._keeper = Keeper()
         for name, listener in self._listeners.items():
             environ = self._environ(self.table[name])
-            self._children[name] = self._keeper.start(f"the watchdog of {name}", self._command, environ, listener)
+            self._children[name] = self._keeper.start(f"the watchdog of {name.short}", self._command, environ, listener)
 
-    def address(self, name: str) -> tuple[str, int]:
+    def address(self, name: FunctionName) -> tuple[str, int]:
         """Return host and port of a local function; KeyError for any other name."""
         return self._addresses[name]
 
-    def status(self) -> dict[str, LocalStatus]:
-        """Return what is known of each local function's watchdog, by the function's name."""
+    def status(self) -> dict[FunctionName, LocalStatus]:
+        """Return what is known of each local function's watchdog, by the function's whole name."""
         return {
             name: LocalStatus(child.pid, child.restart_count, self.address(name))
             for name, child in self._children.items()
@@ -473,6 +524,8 @@ class LocalFunctions:
         return dataclasses.replace(function, url=f"http://{host}:{port}")
 
     def _environ(self, function: Function) -> dict[str, str]:
-        """Return the whole environment of a function's watchdog."""
+        """Return the whole environment of a function's watchdog, which hands the function its part of it."""
         settings = watchdog_settings(function.settings or {})
-        return {**self._base, **settings, **function.environment, "OPENFAAS_NAME": function.name}
+        given = {FUNCTION_VARIABLE + name: value for name, value in function.environment.items()}
+        names = {"OPENFAAS_NAME": function.name.name, "OPENFAAS_NAMESPACE": function.name.namespace}
+        return {**self._base, **settings, **given, **names}

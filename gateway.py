@@ -12,7 +12,8 @@ Routes, with the names, codes and headers of the OpenFaaS gateway:
     GET    /async-function/ID/result       the response of the function
     DELETE /async-function/ID              cancels, queued or running
     GET    /system/functions               the functions of the table; /system/function/NAME for one
-    GET    /system/calls                   calls by ?state= ?function= ?callback= ?limit= ?before=; DELETE deletes
+    GET    /system/calls                   calls by ?state= ?function= ?callback= ?limit= ?before=; DELETE deletes what
+                                           has ended, or with ?state=queued cancels
     GET    /system/calls/ID                payload, headers, attempts; POST .../retry for dead letters; DELETE
     GET    /healthz                        200 while it serves
 
@@ -24,7 +25,7 @@ anything itself, retry, or follow redirects.
 from __future__ import annotations
 
 import asyncio
-import base64
+import hashlib
 import hmac
 import json
 import math
@@ -34,7 +35,7 @@ import socket
 import sys
 import time
 import urllib.parse
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -45,6 +46,16 @@ from typing import Any, NamedTuple, TypeVar
 import uvloop
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
+from .addresses import AddressRefused, guard_functions, parse_literal
+from .browsers import (
+    BrowserRules,
+    PageRefused,
+    UnknownHost,
+    check_own_page,
+    parse_hosts,
+    parse_origins,
+    with_fields,
+)
 from .callbacks import (
     CALLBACK_PROOF,
     CallbackAllow,
@@ -64,25 +75,32 @@ from .calls import (
     retry_letter,
 )
 from .functions import (
+    DEFAULT_QUEUE,
     BadFunctions,
     Function,
     Functions,
     LocalFunctions,
+    completes_host,
     parse_function_url,
     read_functions,
 )
-from .keeper import Keeper
-from .queues import NatsSettings, Queue, QueueUrl, is_healthy, open_queue, parse_queue_url
-from .retries import BadAnnotations, parse_annotations
+from .health import TROUBLE_KEY, Health, stray_queues
+from .keeper import Keeper, python_command
+from .lookups import strangers_names, system_names
+from .names import DEFAULT_NAMESPACE, FunctionName, parse_namespaces
+from .passwords import Credentials, PasswordDoor
+from .proxying import build_via, check_path, forwarded
+from .queues import QUEUE_RESERVE_HELP, NatsSettings, Queue, QueueUrl, open_queue, parse_queue_url, trouble_of
 from .spool import (
     FINAL,
+    Bounds,
     Call,
     NewCall,
+    QueueLimits,
     QueueUnavailable,
     State,
     Stats,
     new_call_id,
-    parse_queue_name,
 )
 from .watchdog import (
     CLIENT_GONE_STATUS,
@@ -91,6 +109,7 @@ from .watchdog import (
     WORKERS_HELP,
     Aftercare,
     BadSettings,
+    Body,
     BodyTooLarge,
     CannotStart,
     Client,
@@ -122,12 +141,14 @@ from .watchdog import (
     format_duration,
     help_text,
     log,
+    log_origin,
     lookalikes,
     open_doors,
     parse_bool,
     parse_choice,
     parse_duration,
     parse_port,
+    parse_positive_count,
     parse_positive_duration,
     parse_settings,
     parse_size,
@@ -139,6 +160,7 @@ from .watchdog import (
     serve_metrics,
     setting,
     settings_table,
+    settle_descriptors,
     start_metrics,
     watch_lifeline,
     whole,
@@ -150,12 +172,11 @@ T = TypeVar("T")
 
 MAX_PUT_S = 10.0  # for a queue to take a call; a disk, or whoever holds the queue's lock, may be stuck
 MAX_WAIT_S = 600.0  # of ?wait: longer than proxies keep a silent connection
+LONG_POLL_RETRY_S = 5  # after so long a caller may try to wait again, if there are too many
 MAX_KEY_CHARS = 255  # of an Idempotency-Key, as the drafts and peers have it
 SWEEP_EVERY_S = 60.0  # between two rounds of housekeeping in the queue
 WORKER_METRICS_PORT = 8083
 MAX_TOLD_COUNT = 20  # functions listed in the log at the start, a line each
-DEFAULT_QUEUE = "faas-request"
-QUEUE_ANNOTATION = "com.openfaas.queue"
 MAX_LABELS_COUNT = 1000  # functions that function_url finds and that have metrics of their own
 
 
@@ -180,7 +201,13 @@ class Settings(NatsSettings):
     )
     functions: str = setting("functions", "functions.toml", parse_text, "path of the functions file")
     function_url: str | None = setting(
-        "function_url", "", parse_function_url, "where functions answer that the file does not list: http://{name}:8080"
+        "function_url",
+        "",
+        parse_function_url,
+        "where functions answer that the file does not list: http://{name}.{namespace}.svc.cluster.local:8080",
+    )
+    namespaces: frozenset[str] = setting(
+        "namespaces", DEFAULT_NAMESPACE, parse_namespaces, "namespaces in which function_url finds functions, by commas"
     )
     queue_url: QueueUrl = setting(
         "queue_url", "spool:./spool", parse_queue_url, "the queue: spool:DIRECTORY, or nats://HOST[:PORT][,HOST...]"
@@ -203,10 +230,44 @@ class Settings(NatsSettings):
         "port of the local worker's /metrics; 0 disables it",
         default_note="8083, or 0 if metrics_port is 0",
     )
+    max_delay_s: float = setting("max_delay", "744h", parse_positive_duration, "longest X-Delay, above it 400")
+    max_queued: int = setting(
+        "max_queued", "1000000", parse_positive_count, "calls that one function may have waiting, above it 429"
+    )
+    max_queued_bytes: int = setting(
+        "max_queued_bytes", "16GiB", parse_size, "bytes of payload that one function may have waiting, above it 507"
+    )
+    max_queue_age_s: float = setting(
+        "max_queue_age", "744h", parse_positive_duration, "how long a call may be due and not be run; then it expires"
+    )
+    queue_reserve_bytes: int = setting("queue_reserve", "8MiB", parse_size, QUEUE_RESERVE_HELP)
+    keep_dead_s: float = setting(
+        "keep_dead", "2160h", parse_positive_duration, "how long dead letters and undelivered results are kept"
+    )
+    keep_dead_bytes: int = setting(
+        "keep_dead_bytes", "4GiB", parse_size, "how many bytes of them are kept, the newest first"
+    )
     keep_results_s: float = setting("keep_results", "1h", parse_duration, "how long a result can be fetched")
     retention_s: float = setting("retention", "24h", parse_duration, "how long a finished call is remembered")
     callback_allow: CallbackAllow | None = setting(
         "callback_allow", "", parse_callback_allow, "hosts and networks that callbacks may go to besides public ones"
+    )
+    allowed_hosts: frozenset[str] | None = setting(
+        "allowed_hosts",
+        "",
+        parse_hosts,
+        "host names that we answer to, by commas, besides localhost and addresses",
+        default_note="none on loopback without basic_auth, else any",
+    )
+    allowed_origins: frozenset[bytes] | None = setting(
+        "allowed_origins",
+        "",
+        parse_origins,
+        "origins of web pages that may call functions, by commas",
+        default_note="none on loopback without basic_auth, else as functions say",
+    )
+    max_long_polls: int = setting(
+        "max_long_polls", "1000", parse_positive_count, "callers that wait for a call by ?wait= at once; above it 503"
     )
     basic_auth: bool = setting(
         "basic_auth", "false", parse_bool, "ask for a password for /system and for reading and cancelling calls"
@@ -267,10 +328,26 @@ class BadField(FaashoundError):
     status = 400
 
 
+class Forbidden(FaashoundError):
+    """Whoever asks may not have this."""
+
+    status = 403
+
+
 class Conflict(FaashoundError):
     """The call is not in a state for this."""
 
     status = 409
+
+
+class TooManyWaits(FaashoundError):
+    """As many callers as may wait for calls to end already do; each holds a connection for minutes."""
+
+    status = 503
+    headers = ((b"Retry-After", b"%d" % LONG_POLL_RETRY_S),)
+
+    def __init__(self, limit_count: int) -> None:
+        super().__init__(f"{limit_count} callers wait for calls to end, which is max_long_polls; ask without wait")
 
 
 class Gone(FaashoundError):
@@ -279,21 +356,12 @@ class Gone(FaashoundError):
     status = 410
 
 
-class Unauthorized(FaashoundError):
-    """No credentials, or the wrong ones (RFC 7617)."""
-
-    status = 401
-    headers = ((b"WWW-Authenticate", b'Basic realm="faashound", charset="UTF-8"'),)
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Reading a submission and showing a call (pure).
 # ---------------------------------------------------------------------------------------------------------------
 
 _UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", re.ASCII)
 _KEY = re.compile(rf"[\x21-\x7e](?:[\x20-\x7e]{{0,{MAX_KEY_CHARS - 2}}}[\x21-\x7e])?", re.ASCII)
-
-_DOTS = re.compile(rb"/(?:\.|%2e){1,2}(?:/|$)", re.IGNORECASE)
 
 # Ours, or meant for the queue: not the function's business when the call is made.
 _SUBMISSION_FIELDS = (b"x-delay", b"x-expires", b"idempotency-key")
@@ -325,35 +393,49 @@ def parse_key(request: Request) -> str | None:
     return text
 
 
+class RequestDigest:
+    """What an Idempotency-Key stands for: method, path, query, content type and body, which is fed as it passes."""
+
+    def __init__(self, request: Request, rest: bytes) -> None:
+        self._hash = hashlib.sha256()
+        for part in (request.method.encode(), rest, request.query, request.header(b"content-type") or b""):
+            self._hash.update(b"%d:%b" % (len(part), part))  # with its length, or parts could be shifted
+
+    async def passing(self, body: Body | bytes) -> AsyncIterator[bytes]:
+        """Yield a body, and take note of it."""
+        if isinstance(body, bytes):
+            self._hash.update(body)
+            yield body
+            return
+        async for chunk in body:
+            self._hash.update(chunk)
+            yield chunk
+
+    def hex(self) -> str:
+        """Return the digest, once the body has passed."""
+        return self._hash.hexdigest()
+
+
 def parse_wait(query: bytes) -> float:
     """Return the seconds of ?wait=30s, 0 without it; BadField for anything else in the query."""
     wait_s = 0.0
     for name, value in urllib.parse.parse_qsl(query.decode("latin-1"), keep_blank_values=True):
         if name != "wait":
-            raise BadField(f"unknown query parameter {name!r}; allowed: wait")
+            raise BadField(f"unknown query parameter {name[:100]!r}; allowed: wait")
         try:
             wait_s = parse_duration(value)
         except ValueError as error:
-            raise BadField(f"wait={value!r}: {error}") from None
+            raise BadField(f"wait={value[:100]!r}: {error}") from None
     if wait_s > MAX_WAIT_S:
         raise BadField(f"wait: allowed: up to {MAX_WAIT_S:g}s")
     return wait_s
 
 
-def forwarded(request: Request) -> list[Header]:
-    """Return the fields that tell the function who asked: X-Forwarded-For, -Host and -Proto."""
-    before = [value for name, value in request.headers if name == b"x-forwarded-for"]
-    chain = b", ".join(part for part in (*before, request.peer.encode()) if part)
-    fields = [(b"X-Forwarded-For", chain)] if chain else []
-    fields.append((b"X-Forwarded-Host", request.header(b"x-forwarded-host") or request.host))
-    fields.append((b"X-Forwarded-Proto", request.header(b"x-forwarded-proto") or b"http"))
-    return [field for field in fields if field[1]]
-
-
 def describe_function(function: Function) -> dict[str, object]:
     """Return what the gateway knows of a function, as JSON members."""
     return {
-        "name": function.name,
+        "name": function.name.name,
+        "namespace": function.name.namespace,
         "local": function.local,
         "annotations": dict(function.annotations),
         "labels": dict(function.labels),
@@ -379,21 +461,6 @@ def function_target(function: Function, request: Request, rest: bytes) -> Url:
     base = base_url(function.url)
     target = base.target.rstrip("/") + (rest.decode() or "/") + (f"?{request.query.decode()}" if request.query else "")
     return Url(base.scheme, base.host, base.port, target)
-
-
-def check_path(path: bytes) -> None:
-    """Raise BadField for a path with dot segments: whatever resolves them further on would leave the function's own.
-
-    Clients resolve them before they ask (RFC 3986 5.2.4), so nobody but a trespasser is turned away.
-    """
-    if _DOTS.search(path):
-        raise BadField("the path has dot segments; allowed: a path without . and .. (RFC 3986 3.3)")
-
-
-def via(request: Request) -> Header:
-    """Return the Via field of the request as passed on: each gateway adds itself (RFC 9110 7.6.3)."""
-    before = [value for name, value in request.headers if name == b"via"]
-    return b"Via", b", ".join([*before, b"1.1 faashound"])
 
 
 def split_path(path: bytes) -> tuple[str, str, bytes]:
@@ -439,6 +506,10 @@ class GatewayMetrics:
         """Count a submission."""
         self._seat.cell(f"submitted {status}", 1)[0] += 1
 
+    def dropped(self, count: int) -> None:
+        """Count dead letters that `keep_dead` has ended."""
+        self._seat.cell("dropped", 1)[0] += count
+
     def show_queue(self, stats: Stats) -> None:
         """Have the figures of the queue shown, from now on."""
         self._stats = stats
@@ -455,6 +526,18 @@ class GatewayMetrics:
         submitted = CounterMetricFamily(
             "gateway_async_submissions", "Asynchronous calls submitted, by outcome", labels=("code",)
         )
+        trouble = GaugeMetricFamily(
+            "gateway_trouble", "Processes of ours that find a part behind the gateway not working", labels=("part",)
+        )
+        dropped = CounterMetricFamily(
+            "gateway_queue_dropped_letters", "Dead letters and undelivered results that keep_dead has ended"
+        )
+        counters: Mapping[str, CounterMetricFamily | GaugeMetricFamily] = {
+            "started": started,
+            "submitted": submitted,
+            "dropped": dropped,
+            TROUBLE_KEY: trouble,
+        }
         for key, numbers in self._seat.board.tally.totals().items():
             kind, *label = key.split()
             if kind == "seconds":
@@ -462,8 +545,8 @@ class GatewayMetrics:
                 total.add_metric(label, buckets[-1][1])
                 seconds.add_metric(label, buckets, sum_s)
             else:
-                (started if kind == "started" else submitted).add_metric(label, numbers[0])
-        yield from (total, started, seconds, submitted)
+                counters[kind].add_metric(label, numbers[0])
+        yield from (total, started, seconds, submitted, dropped, trouble)
         if self._stats is not None:
             yield from queue_metrics(self._stats)
 
@@ -474,26 +557,22 @@ def queue_metrics(stats: Stats) -> Iterator[Metric]:
     for state in State:
         calls.add_metric((state.value,), stats.by_state.get(state, 0))
     yield calls
+    waiting = GaugeMetricFamily("gateway_queue_waiting", "Calls and callbacks that wait, by queue", labels=("queue",))
+    for name, count in stats.waiting.items():
+        waiting.add_metric((name,), count)
+    yield waiting
     yield GaugeMetricFamily(
         "gateway_queue_dead_callbacks", "Results that could not be delivered", value=stats.callback_dead_count
     )
     yield GaugeMetricFamily(
         "gateway_queue_oldest_due_seconds", "How long the oldest due call has waited", value=stats.oldest_due_age_s or 0
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Credentials:
-    """The one user that may see and end the calls of others."""
-
-    user: str
-    password: str
-
-    def match(self, request: Request) -> bool:
-        """Tell whether a request carries them (RFC 7617), in constant time."""
-        scheme, _, given = (request.header(b"authorization") or b"").partition(b" ")
-        expected = base64.b64encode(f"{self.user}:{self.password}".encode())
-        return scheme.lower() == b"basic" and hmac.compare_digest(given.strip(), expected)
+    if stats.free_bytes is not None:
+        yield GaugeMetricFamily("gateway_queue_free_bytes", "Room on the queue's disk", value=stats.free_bytes)
+    if stats.reserve_bytes is not None:
+        yield GaugeMetricFamily(
+            "gateway_queue_reserve_bytes", "Room that is kept for ending calls", value=stats.reserve_bytes
+        )
 
 
 class Trace(NamedTuple):
@@ -559,44 +638,88 @@ class Gateway:
         functions: Functions,
         queue: Queue,
         policy: CallbackPolicy,
-        credentials: Credentials | None,
+        door: PasswordDoor | None,
+        pages: BrowserRules,
         seat: Seat,
     ) -> None:
         self.metrics = GatewayMetrics(seat)
-        self.client = Client()
+        self.health = Health(seat)
+        self._names = system_names()
+        self._client = Client(self._names)
+        self._found_names = strangers_names()
+        guarded = completes_host(settings.function_url)
+        self._found_client = Client(guard_functions(self._found_names)) if guarded else self._client
         self.draining = False
+        self._pages = pages
         self._waits: set[asyncio.Timeout] = set()
+        self._seat = seat
         self._put_limit = SharedLimit(MAX_PUT_S)
         self._settings = settings
         self._functions = functions
         self._listed = frozenset(function.name for function in functions)
         self._queue = queue
         self._policy = policy
-        self._credentials = credentials
+        self._door = door
         self._token = queue.token.encode()
+        self._via = build_via(queue.token)
 
     async def __call__(self, request: Request) -> Response:
         """Answer one request; cancelled when the client has gone."""
+        try:
+            return await self._route(request)
+        except PageRefused as error:
+            log.warning(
+                f"Refused [{request.method[:20]}] {request.path[:100].decode('latin-1')} - [{error.status}]",
+                host=request.host[:100].decode("latin-1"),
+                origin=(request.header(b"origin") or b"")[:100].decode("latin-1"),
+                peer=request.peer,
+            )
+            raise
+
+    async def _route(self, request: Request) -> Response:
+        self._check_host(request)
         area, name, rest = split_path(request.path)
-        if area == "function":
-            return await self._invoke(request, name, rest)
+        if area == "function" or (area == "async-function" and not _UUID.fullmatch(name)):
+            fields = self._pages.check_call(request)
+            response = self._pages.answer_preflight(request)
+            if response is None:
+                response = await (self._invoke if area == "function" else self._on_submission)(request, name, rest)
+            return with_fields(response, fields)
+        if request.header(CALLBACK_PROOF.lower()) is not None:
+            raise Forbidden("callbacks reach /function/NAME and /async-function/NAME, nothing else")
         if area == "async-function":
-            if _UUID.fullmatch(name):
-                return await self._on_call(request, name.lower(), rest)
-            return await self._on_submission(request, name, rest)
+            check_own_page(request)
+            return await self._on_call(request, name.lower(), rest)
         if area == "system":
+            check_own_page(request)
             return await self._system(request, name, rest.decode("latin-1"))
         if request.path == b"/healthz":
-            return self._health(request)
+            return self._answer_health(request)
         raise NotFound("not found; allowed: /function/NAME, /async-function/NAME, /async-function/CALL-ID, /healthz")
 
-    def _health(self, request: Request) -> Response:
+    def _check_host(self, request: Request) -> None:
+        try:
+            self._pages.check_host(request)
+        except UnknownHost:
+            if not self._is_worker(request):  # which is no browser, and may know us by another name
+                raise
+
+    def _answer_health(self, request: Request) -> Response:
         allow(request, "GET")
-        if self.draining:
-            raise NotReady("draining")
-        if not is_healthy(self._queue):
-            raise NotReady("the queue cannot be reached")
+        found = (
+            "draining" if self.draining else None,
+            trouble_of(self._queue),
+            *self.health.problems(time.monotonic()),
+        )
+        problems = [problem for problem in found if problem is not None]
+        if problems:
+            raise NotReady("; ".join(problems))
         return Response(200, (TEXT_PLAIN,), b"OK")
+
+    async def close(self) -> None:
+        """Let go of the connections to functions."""
+        for each in (self._client, self._found_client, self._names, self._found_names):
+            await each.close()
 
     def drain(self) -> None:
         """Be unhealthy, and let nobody wait any longer for a call to end; everything else goes on."""
@@ -606,6 +729,7 @@ class Gateway:
 
     async def serve_metrics(self, request: Request) -> Response:
         """Answer GET /metrics, on a port of its own."""
+        self._check_host(request)
         try:
             self.metrics.show_queue(await self._queue.stats())
         except FaashoundError as error:  # the other figures matter most when the queue is in trouble
@@ -613,12 +737,12 @@ class Gateway:
         return await serve_metrics(self.metrics, request)
 
     def _is_worker(self, request: Request) -> bool:
-        return hmac.compare_digest(request.header(WORKER_TOKEN.lower()) or b"", self._token)
+        given = request.header(WORKER_TOKEN.lower()) or b""
+        return given != b"" and hmac.compare_digest(given, self._token)  # an empty field is none, whatever our token
 
-    def _authorize(self, request: Request) -> None:
-        if self._credentials is None or self._credentials.match(request) or self._is_worker(request):
-            return
-        raise Unauthorized("credentials are needed: basic-auth-user and basic-auth-password")
+    async def _authorize(self, request: Request) -> None:
+        if self._door is not None and not self._is_worker(request):
+            await self._door.check(request)
 
     # Now.
 
@@ -640,7 +764,7 @@ class Gateway:
             duration_s = time.perf_counter() - started_s
             self.metrics.end(label, status, duration_s)
             log.info(
-                f"Forwarded [{request.method}] to /function/{name[:100]} - [{status}] - {duration_s:f}s",
+                f"Forwarded [{request.method[:20]}] to /function/{name[:100]} - [{status}] - {duration_s:f}s",
                 call_id=trace.call_id,
                 **reason,
             )
@@ -655,6 +779,8 @@ class Gateway:
         if function is None:
             raise OurFailure(404, "no function has this name")
         check_path(rest)
+        if not trace.by_worker:  # whose request bears our entry since its submission
+            self._via.check(request)
         response = await self._ask(request, function, rest, trace)
         self.metrics.answered(function.name)
         headers = [*end_to_end(response.headers, *_TRACED, b"date"), *trace.fields]
@@ -670,17 +796,25 @@ class Gateway:
             deadline_s = time.monotonic() + limit_s
             headers = end_to_end(request.headers, *_NEVER_PASSED_ON, *_TRACED, *_FORWARDED, b"via")
             headers += forwarded(request)
-        headers += [*trace.fields, via(request)]
+        headers += [*trace.fields, self._via.extend(request)]
         target = function_target(function, request, rest)
         try:
-            return await self.client.request(
-                request.method, target, headers, request.body, request.body.length, deadline_s
+            return await self._client_of(function).request(
+                request.method, target, headers, whole(request.body), request.body.length, deadline_s
             )
         except UpstreamTimeout as error:
-            text = f"{function.name} did not answer within upstream_timeout ({format_duration(limit_s)})"
+            text = f"{function.name.short} did not answer within upstream_timeout ({format_duration(limit_s)})"
             raise OurFailure(504, text) from error
-        except (Unreachable, PeerGone) as error:  # whose text names addresses: for the log, and for our worker
-            raise OurFailure(502, f"{function.name}: {error if trace.by_worker else 'no answer'}") from error
+        except (
+            Unreachable,
+            PeerGone,
+            AddressRefused,
+        ) as error:  # whose text names addresses: for the log, and for our worker
+            raise OurFailure(502, f"{function.name.short}: {error if trace.by_worker else 'no answer'}") from error
+
+    def _client_of(self, function: Function) -> Client:
+        """Return what reaches a function; the address of one that function_url found may have to be judged first."""
+        return self._client if function.name in self._listed else self._found_client
 
     # Later.
 
@@ -702,7 +836,7 @@ class Gateway:
         finally:
             self.metrics.submitted(status)
             log.info(
-                f"Queued [{request.method}] for /async-function/{name[:100]} - [{status}]",
+                f"Queued [{request.method[:20]}] for /async-function/{name[:100]} - [{status}]",
                 call_id=call_id or "none",
                 **reason,
             )
@@ -713,11 +847,29 @@ class Gateway:
         if function is None:
             raise NotFound("no function has this name")
         check_path(rest)
+        self._via.check(request)
         limit_bytes = self._settings.max_body_bytes
         if request.body.length is not None and request.body.length > limit_bytes:
             raise BodyTooLarge(limit_bytes)
         build_call = self._parse_submission(request, function, rest)
-        call = build_call(body=await self._queue.store_body(whole(request.body), limit_bytes))
+        try:
+            taken = await self._put(await self._build_call(request, rest, build_call))
+        except QueueUnavailable:
+            self.health.queue_refused(time.monotonic())
+            raise
+        self.health.queue_took()
+        return taken
+
+    async def _build_call(self, request: Request, rest: bytes, build_call: Callable[..., NewCall]) -> NewCall:
+        """Store a request's body and return its call."""
+        limit_bytes, body = self._settings.max_body_bytes, whole(request.body)
+        if parse_key(request) is None:
+            return build_call(body=await self._queue.store_body(body, limit_bytes))
+        digest = RequestDigest(request, rest)
+        stored = await self._queue.store_body(digest.passing(body), limit_bytes)
+        return build_call(body=stored, body_digest=digest.hex())
+
+    async def _put(self, call: NewCall) -> Call:
         try:
             return await self._put_limit.run(self._queue.put(call))
         except TimeoutError:  # it may still get in; whoever asks again with the same id learns so by a 409
@@ -726,7 +878,7 @@ class Gateway:
     def _parse_submission(self, request: Request, function: Function, rest: bytes) -> Callable[..., NewCall]:
         """Return what builds the call that a request asks for, once given its `body`; all else has been checked."""
         now_s = time.time()
-        delay_s = parse_span(request, "X-Delay", parse_duration)
+        delay_s = parse_span(request, "X-Delay", self._parse_delay)
         expires_s = parse_span(request, "X-Expires", parse_positive_duration)
         if delay_s is not None and expires_s is not None and expires_s <= delay_s:
             raise BadField("X-Expires is not longer than X-Delay: the call could never run")
@@ -734,13 +886,14 @@ class Gateway:
         callback_url = (request.header(b"x-callback-url") or b"").decode("latin-1") or None
         if callback_url is not None:
             self._policy.check_url(callback_url)
-        fields = end_to_end(request.headers, *_NEVER_PASSED_ON, *_SUBMISSION_FIELDS, *_TRACED, *_FORWARDED)
+        fields = end_to_end(request.headers, *_NEVER_PASSED_ON, *_SUBMISSION_FIELDS, *_TRACED, *_FORWARDED, b"via")
         fields += [(b"X-Call-Id", call_id.encode()), (b"X-Start-Time", _start_time(now_s)), *forwarded(request)]
+        fields.append(self._via.extend(request))
         return partial(
             NewCall,
             id=call_id,
             function=function.name,
-            queue=queue_of(function),
+            queue=function.queue,
             method=request.method,
             path=rest.decode(),
             query=request.query.decode(),
@@ -751,6 +904,12 @@ class Gateway:
             idempotency_key=key,
             accepted_s=now_s,
         )
+
+    def _parse_delay(self, text: str) -> float:
+        delay_s, longest_s = parse_duration(text), self._settings.max_delay_s
+        if delay_s > longest_s:
+            raise ValueError(f"allowed: up to {format_duration(longest_s)} (max_delay)")
+        return delay_s
 
     def _identify(self, request: Request) -> tuple[str, str | None]:
         """Return a call's id and its idempotency key.
@@ -771,18 +930,20 @@ class Gateway:
         if rest not in (b"", b"/result"):
             raise NotFound("not found; allowed: /async-function/CALL-ID and /async-function/CALL-ID/result")
         allow(request, *(("GET",) if rest else ("GET", "DELETE")))
-        self._authorize(request)
+        await self._authorize(request)
         if request.method == "DELETE":
             state = await self._queue.cancel(call_id)
             return json_response(202, {"id": call_id, "state": state.value, "cancel_requested": True})
         call = await self._wait(call_id, parse_wait(request.query))
-        return await self._result(call) if rest else json_response(200, describe_call(call))
+        return await self._result(request, call) if rest else json_response(200, describe_call(call))
 
     async def _wait(self, call_id: str, wait_s: float) -> Call:
         """Return the call when it has ended, or as it is after `wait_s` or when we begin to drain."""
         call = await find_call(self._queue, call_id)
         if not wait_s or self.draining or call.state in FINAL:
             return call
+        if len(self._waits) >= self._seat.share_of(self._settings.max_long_polls):
+            raise TooManyWaits(self._settings.max_long_polls)
         limit = asyncio.timeout(wait_s)
         self._waits.add(limit)
         try:
@@ -793,7 +954,7 @@ class Gateway:
         finally:
             self._waits.discard(limit)
 
-    async def _result(self, call: Call) -> Response:
+    async def _result(self, request: Request, call: Call) -> Response:
         """Return what the function answered, as it answered."""
         if call.state not in FINAL:
             raise Conflict(f"the call is {call.state.value}; ?wait=30s waits for its end")
@@ -804,12 +965,13 @@ class Gateway:
             raise NotFound(f"the call is {call.state.value} and has no result: {call.error or 'it never ran'}")
         fields = [(name.encode(), value.encode("latin-1")) for name, value in call.result_headers]
         fields = [*end_to_end(fields, b"x-call-id", b"date"), (b"X-Call-Id", call.id.encode())]
-        return Response(call.status, fields, self._queue.open_body(call.result), call.result.bytes_count)
+        body = b"" if request.method == "HEAD" else self._queue.open_body(call.result)
+        return Response(call.status, fields, body, call.result.bytes_count)
 
     # For operators and workers.
 
     async def _system(self, request: Request, name: str, rest: str) -> Response:
-        self._authorize(request)
+        await self._authorize(request)
         if name == "functions" and not rest:
             allow(request, "GET")
             return json_response(200, [describe_function(function) for function in self._functions])
@@ -850,22 +1012,23 @@ class Gateway:
         return json_response(200, {"calls": [describe_call(call) for call in calls], "before": before})
 
     async def _purge(self, choice: Choice) -> Response:
+        """Delete what has ended, or cancel what is queued."""
+        if choice == Choice(State.QUEUED, choice.function):
+            return json_response(200, {"cancelled": await self._queue.cancel_queued(function=choice.function)})
         if choice.state not in FINAL or choice != Choice(choice.state, choice.function):
             states = ", ".join(sorted(state.value for state in FINAL))
-            raise BadField(f"allowed: ?state= and, if need be, &function=; state must be one of {states}")
+            raise BadField(
+                f"allowed: ?state= and, if need be, &function=; state must be queued, which cancels, or one of {states}"
+            )
         count = await self._queue.purge(state=choice.state, function=choice.function)
         return json_response(200, {"deleted": count})
 
 
 def allow(request: Request, *methods: str) -> None:
-    """Raise MethodNotAllowed unless the request's method is one of `methods`."""
-    if request.method not in methods:
-        raise MethodNotAllowed(methods)
-
-
-def queue_of(function: Function) -> str:
-    """Return the queue that a function's calls wait in."""
-    return function.annotations.get(QUEUE_ANNOTATION, DEFAULT_QUEUE)
+    """Raise MethodNotAllowed unless the request's method is one of `methods`, or HEAD where GET is (RFC 9110 9.3.2)."""
+    allowed = [each for method in methods for each in (("GET", "HEAD") if method == "GET" else (method,))]
+    if request.method not in allowed:
+        raise MethodNotAllowed(allowed)
 
 
 def _start_time(epoch_s: float) -> bytes:
@@ -883,7 +1046,7 @@ class Plan:
     """A gateway to be started.  `worker` is the environment of the worker beside it, but for its gateway_url."""
 
     settings: Settings
-    functions: Mapping[str, Function]
+    functions: Mapping[FunctionName, Function]
     worker: Mapping[str, str] | None
 
 
@@ -891,7 +1054,7 @@ def load_plan(environ: Mapping[str, str]) -> Plan:
     """Return what `environ` asks for; raises BadSettings with every problem in it, and in what it points to."""
     problems: list[str] = []
     settings: Settings | None = None
-    functions: dict[str, Function] = {}
+    functions: dict[FunctionName, Function] = {}
     try:
         settings = parse_settings(Settings, environ)
     except BadSettings as error:
@@ -911,26 +1074,14 @@ def load_plan(environ: Mapping[str, str]) -> Plan:
     return Plan(settings, functions, worker)
 
 
-def load_functions(environ: Mapping[str, str]) -> dict[str, Function]:
-    """Return the functions of the file that `functions` names, their annotations checked; raises BadFunctions."""
+def load_functions(environ: Mapping[str, str]) -> dict[FunctionName, Function]:
+    """Return the functions of the file that `functions` names; raises BadFunctions."""
     path = Path(environ.get("functions") or settings_table(Settings)["functions"].default or "")
-    table = read_functions(path, missing_ok=not environ.get("functions"))
-    problems = []
-    for function in table.values():
-        try:
-            parse_annotations(function.name, function.annotations)
-            parse_queue_name(queue_of(function))
-        except BadAnnotations as error:
-            problems += str(error).splitlines()
-        except ValueError as error:
-            problems.append(f"function {function.name}: annotation {QUEUE_ANNOTATION}: {error}")
-    if problems:
-        raise BadFunctions(f"{path}: {problem}" for problem in problems)
-    return table
+    return read_functions(path, missing_ok=not environ.get("functions"))
 
 
 def worker_environment(
-    environ: Mapping[str, str], settings: Settings | None, functions: Mapping[str, Function]
+    environ: Mapping[str, str], settings: Settings | None, functions: Mapping[FunctionName, Function]
 ) -> dict[str, str]:
     """Return the environment of the worker beside us: its own settings as they stand, the rest as ours are.
 
@@ -940,14 +1091,14 @@ def worker_environment(
     ours = {row.name for row in settings_table(Settings).values()} - shared
     base = {name: value for name, value in environ.items() if name not in ours and not name.startswith("LISTEN_")}
     base |= {"OPENFAAS_NAME": "worker"}
-    base.setdefault("queues", ",".join(sorted({DEFAULT_QUEUE, *map(queue_of, functions.values())})))
+    base.setdefault("queues", ",".join(sorted({DEFAULT_QUEUE, *(function.queue for function in functions.values())})))
     if settings is not None:
         base |= {"host": settings.host or "", "metrics_port": str(settings.local_worker_metrics_port)}
     return base
 
 
-def load_credentials(settings: Settings) -> Credentials | None:
-    """Return who may see and end the calls of others; None if anybody may.  Raises CannotStart."""
+def load_door(settings: Settings) -> PasswordDoor | None:
+    """Return what asks for the password before calls and functions; None if nothing does.  Raises CannotStart."""
     if not settings.basic_auth:
         return None
     texts = []
@@ -957,7 +1108,7 @@ def load_credentials(settings: Settings) -> Credentials | None:
         if not text:
             raise CannotStart(f"{path} is empty (basic_auth=true needs it)")
         texts.append(text)
-    return Credentials(*texts)
+    return PasswordDoor(Credentials(*texts))
 
 
 def local_url(sockets: Iterable[socket.socket]) -> str | None:
@@ -990,18 +1141,40 @@ def hidden_names() -> set[str]:
 
 WORKER_GONE_POLL_S = 0.05
 FUNCTIONS_GRACE_S = 10.0  # for watchdogs whose requests are over already
-WORKER_COMMAND = (sys.executable, "-m", "faashound.worker")
+WORKER_COMMAND = python_command("faashound.worker")
 
 
-async def keep_house(queue: Queue, settings: Settings) -> None:
-    """Drop what is past its time from the queue, for ever."""
+async def keep_house(queue: Queue, settings: Settings, drained: Collection[str], metrics: GatewayMetrics) -> None:
+    """Drop what is past its time from the queue, for ever, and tell of calls in queues that are none of `drained`."""
+    bounds = Bounds(settings.max_queue_age_s, settings.keep_dead_s, settings.keep_dead_bytes)
     shortest_s = min(settings.keep_results_s, settings.retention_s)
+    told: Mapping[str, int] = {}
     while True:
         try:
-            await queue.sweep(settings.keep_results_s, settings.retention_s)
+            swept = await queue.sweep(settings.keep_results_s, settings.retention_s, bounds)
+            metrics.dropped(swept.dead_count)
+            stray = stray_queues((await queue.stats()).waiting, drained)
+            if stray.keys() != told.keys():
+                tell_of_stray_queues(stray)
+            told = stray
         except FaashoundError as error:
             log.warning(f"housekeeping in the queue failed: {error}")
         await asyncio.sleep(min(SWEEP_EVERY_S, max(shortest_s, 1.0)))
+
+
+def tell_of_stray_queues(stray: Mapping[str, int]) -> None:
+    """Log which queues have calls that may wait for ever."""
+    for name, count in stray.items():
+        log.warning(
+            f"{count} calls or callbacks wait in the queue {name}, which no function names any more and no worker of"
+            f" ours drains; a worker with queues={name} makes them"
+        )
+
+
+def drained_queues(plan: Plan) -> frozenset[str]:
+    """Return the queues that functions name or the worker beside us drains."""
+    named = {DEFAULT_QUEUE, *(function.queue for function in plan.functions.values())}
+    return frozenset(named.union(() if plan.worker is None else parse_settings(WorkerSettings, plan.worker).queues))
 
 
 def tell_what_is_served(plan: Plan, url: str | None, sockets: Sequence[socket.socket]) -> None:
@@ -1010,7 +1183,7 @@ def tell_what_is_served(plan: Plan, url: str | None, sockets: Sequence[socket.so
         log.warning(warning)
     names = list(plan.functions)
     for name in names[:MAX_TOLD_COUNT]:
-        log.info(f"Serving {url or ''}/function/{name}")
+        log.info(f"Serving {url or ''}/function/{name.short}")
     if len(names) > MAX_TOLD_COUNT:
         log.info(f"... and {len(names) - MAX_TOLD_COUNT} functions more, see {url or ''}/system/functions")
     if not names and plan.settings.function_url is None:
@@ -1034,7 +1207,7 @@ def timeout_warnings(plan: Plan) -> Iterator[str]:
         for waiting, wait_s in waits_s.items():
             if wait_s and limit_s > wait_s:
                 yield (
-                    f"{waiting} ({format_duration(wait_s)}) is shorter than exec_timeout of {name}"
+                    f"{waiting} ({format_duration(wait_s)}) is shorter than exec_timeout of {name.short}"
                     f" ({format_duration(limit_s)}), which is cut from outside before it can end by itself"
                 )
 
@@ -1046,7 +1219,7 @@ async def serve(plan: Plan, local: LocalFunctions, doors: Doors, duty: Duty) -> 
     watch_lifeline(loop, duty.lifeline_fd, signals.stop_now)
     url = local_url(doors.own)
     async with AsyncExitStack() as stack:
-        gateway = await assemble(stack, plan, local, url, duty.seat)
+        gateway = await assemble(stack, plan, local, doors.own, duty.seat)
         metrics_server = start_metrics(doors.metrics, gateway.serve_metrics)
         stack.callback(metrics_server.abort)
         timeouts = ServerTimeouts(settings.read_timeout_s, settings.write_timeout_s, settings.read_timeout_s)
@@ -1057,7 +1230,8 @@ async def serve(plan: Plan, local: LocalFunctions, doors: Doors, duty: Duty) -> 
         keeper = Keeper()
         stack.push_async_callback(keeper.stop, 0.0)
         if duty.seat.is_first and plan.worker is not None:
-            keeper.start("the worker", WORKER_COMMAND, {**plan.worker, "gateway_url": url or ""})
+            environ = {**plan.worker, "gateway_url": url or ""}
+            keeper.start("the worker", WORKER_COMMAND, environ, on_trouble=gateway.health.worker_trouble)
         await signals.first.wait()
         gateway.drain()
         await finished_first(worker_gone(keeper, duty.seat), signals.second.wait())
@@ -1075,24 +1249,39 @@ async def worker_gone(keeper: Keeper, seat: Seat) -> None:
         await asyncio.sleep(WORKER_GONE_POLL_S)
 
 
-async def assemble(stack: AsyncExitStack, plan: Plan, local: LocalFunctions, url: str | None, seat: Seat) -> Gateway:
-    """Return the gateway with all that is behind it at work: the queue and, in the first process, what there is once.
+async def assemble(
+    stack: AsyncExitStack, plan: Plan, local: LocalFunctions, sockets: Sequence[socket.socket], seat: Seat
+) -> Gateway:
+    """Return the gateway of `sockets` with all that is behind it at work.
 
-    That is the local functions and the housekeeping.  `stack` ends it all.  Raises CannotStart and the queue's errors.
+    That is the queue and, in the first process, the local functions and the housekeeping.  `stack` ends it all.
+    Raises CannotStart and the queue's errors.
     """
-    settings = plan.settings
-    credentials = load_credentials(settings)
-    queue = await open_queue(settings.queue_url, settings)
+    settings, url = plan.settings, local_url(sockets)
+    door = load_door(settings)
+    limits = QueueLimits(settings.queue_reserve_bytes, settings.max_queued, settings.max_queued_bytes)
+    queue = await open_queue(settings.queue_url, settings, limits=limits)
     stack.push_async_callback(queue.close)
     if seat.is_first:
         local.start()
         stack.push_async_callback(local.stop, FUNCTIONS_GRACE_S)
-        stack.callback(asyncio.create_task(keep_house(queue, settings)).cancel)
     policy = build_policy([url] if url else [], settings.callback_allow)
-    functions = Functions(local.table, settings.function_url)
-    gateway = Gateway(settings, functions, queue, policy, credentials, seat)
-    stack.push_async_callback(gateway.client.close)
+    functions = Functions(local.table, settings.function_url, settings.namespaces)
+    gateway = Gateway(settings, functions, queue, policy, door, browser_rules(settings, sockets), seat)
+    stack.push_async_callback(gateway.close)
+    if seat.is_first:
+        housekeeping = keep_house(queue, settings, drained_queues(plan), gateway.metrics)
+        stack.callback(asyncio.create_task(housekeeping).cancel)
     return gateway
+
+
+def browser_rules(settings: Settings, sockets: Sequence[socket.socket]) -> BrowserRules:
+    """Return what browsers' pages may do at the gateway of `sockets`."""
+    on_loopback = local_url(sockets) is not None and not is_open_to_others(sockets) and not settings.basic_auth
+    names = settings.allowed_hosts or frozenset()
+    if on_loopback and settings.host and parse_literal(settings.host) is None:
+        names |= {settings.host.lower()}  # that it listens on this name is the operator's word
+    return BrowserRules(on_loopback, names, settings.allowed_origins or frozenset())
 
 
 PURPOSE = "Serves every function under one address, now (/function/NAME) or later (/async-function/NAME)."
@@ -1102,6 +1291,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     """Run the gateway and return its exit status: 0 stopped, 1 failed or cut calls, 2 bad settings."""
     argv = list(sys.argv[1:] if argv is None else argv)
     environ = os.environ if environ is None else environ
+    settle_descriptors()
     answer = flag_answer(argv, help_text("fgateway", PURPOSE, Settings))
     if answer is not None:
         return answer
@@ -1110,7 +1300,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     except BadSettings as error:
         print(error, file=sys.stderr)
         return 2
-    log.configure(plan.settings.log_format, environ.get("OPENFAAS_NAME"))
+    log.configure(plan.settings.log_format, log_origin(environ))
     try:
         for warning in lookalikes(Settings, environ):
             log.warning(warning)

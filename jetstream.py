@@ -57,6 +57,7 @@ from nats.errors import NoRespondersError
 from nats.js import api
 from nats.js.errors import APIError, NotFoundError
 
+from .names import DEFAULT_NAMESPACE, FunctionName
 from .spool import (
     CALLBACK_TRANSITIONS,
     EXCERPT_BYTES,
@@ -66,6 +67,7 @@ from .spool import (
     ORPHAN_S,
     TRANSITIONS,
     Attempt,
+    Bounds,
     Call,
     Callback,
     CallbackState,
@@ -74,6 +76,7 @@ from .spool import (
     CallNotDead,
     CallUnknown,
     Event,
+    KeyReused,
     Kind,
     Lease,
     LeaseLost,
@@ -87,6 +90,9 @@ from .spool import (
     Stats,
     StoredBody,
     Swept,
+    check_same_request,
+    destination_of,
+    lost_wait_s,
     next_callback_state,
     next_state,
 )
@@ -177,7 +183,7 @@ class Entry:
 
     id: str
     revision: int
-    function: str
+    function: FunctionName
     queue: str
     state: State
     due_s: float
@@ -187,6 +193,7 @@ class Entry:
     stored_s: float | None
     callback: CallbackState | None
     callback_due_s: float
+    destination: str  # of the callback
     hold: Hold | None
     cancel: bool
     files: tuple[str, ...]
@@ -201,7 +208,7 @@ def build_summary(record: Record) -> str:
         "x": call.expires_s,
         "e": call.finished_s,
         "t": record.stored_s if call.result is not None else None,
-        "c": callback and [callback.state.value, callback.due_s],
+        "c": callback and [callback.state.value, callback.due_s, destination_of(call.callback_url or "")],
         "h": hold and [hold.kind, hold.owner, hold.fence, hold.lease_s],
         "n": call.cancel_requested or None,
         "b": bodies or None,
@@ -217,7 +224,7 @@ def parse_summary(call_id: str, revision: int, header: str) -> Entry:
     return Entry(
         id=call_id,
         revision=revision,
-        function=facts["f"],
+        function=_whole_name(facts["f"]),
         queue=facts["q"],
         state=State(facts["s"]),
         due_s=facts["d"],
@@ -227,10 +234,16 @@ def parse_summary(call_id: str, revision: int, header: str) -> Entry:
         stored_s=facts.get("t"),
         callback=CallbackState(callback[0]) if callback else None,
         callback_due_s=callback[1] if callback else 0.0,
+        destination=callback[2] if callback and len(callback) > 2 else "",  # records of earlier versions have none
         hold=Hold(*hold) if hold else None,
         cancel=bool(facts.get("n")),
         files=tuple(facts.get("b", ())),
     )
+
+
+def _whole_name(text: str) -> FunctionName:
+    """The function of a record; earlier versions knew no namespaces, and wrote the name alone."""
+    return FunctionName(text if "." in text else f"{text}.{DEFAULT_NAMESPACE}")
 
 
 _JSON_FIELDS = (
@@ -246,6 +259,7 @@ def build_payload(record: Record) -> bytes:
     excerpt = None if call.excerpt == _build_excerpt(call.result) else call.excerpt
     facts: Json = {name: getattr(call, name) for name in _JSON_FIELDS}
     facts["body"] = _build_body(call.body)
+    facts["body_digest"] = call.body_digest
     facts["result"] = call.result and _build_body(call.result)
     facts["excerpt"] = None if excerpt is None else len(excerpt)
     facts["stored_s"] = record.stored_s
@@ -275,6 +289,7 @@ def parse_record(call_id: str, revision: int, headers: Mapping[str, str], payloa
             queue=entry.queue,
             headers=tuple((name, value) for name, value in facts["headers"]),
             body=body or StoredBody(0, b"", None),
+            body_digest=facts.get("body_digest"),  # records of earlier versions have none
             due_s=entry.due_s,
             expires_s=entry.expires_s,
             accepted_s=entry.accepted_s,
@@ -434,8 +449,10 @@ def take_back(record: Record, now_s: float) -> Record:
     """The owner is gone: what it held is due again, and the attempt counts."""
     if record.hold is None:
         raise AssertionError("only what is held can be taken back")
-    if record.hold.kind == "callback":
-        return _let_go(_with_callback(record, Event.HAND_BACK, due_s=now_s, error=LOST_ERROR))
+    callback = record.call.callback
+    if record.hold.kind == "callback" and callback is not None:
+        due_s = now_s + lost_wait_s(callback.attempts)
+        return _let_go(_with_callback(record, Event.HAND_BACK, due_s=due_s, status=None, error=LOST_ERROR))
     started_s = record.call.started_s if record.call.started_s is not None else now_s
     noted = note_attempt(record, Attempt(started_s, now_s, None, LOST_ERROR))
     return queue_again(noted, Event.HAND_BACK, record.call.due_s, now_s)
@@ -500,7 +517,7 @@ def may_forget(entry: Entry, before_s: float) -> bool:
     return entry.finished_s < before_s and entry.callback in (None, CallbackState.DELIVERED)
 
 
-def may_purge(entry: Entry, state: State, function: str | None) -> bool:
+def may_purge(entry: Entry, state: State, function: FunctionName | None) -> bool:
     """Tell whether a person may delete the call."""
     under_way = entry.callback in (CallbackState.PENDING, CallbackState.RUNNING)
     return entry.state is state and function in (None, entry.function) and not under_way
@@ -516,7 +533,7 @@ class Index:
 
     def __init__(self) -> None:
         self.entries: dict[str, Entry] = {}
-        self.by_function: Counter[tuple[str, State]] = Counter()
+        self.by_function: Counter[tuple[FunctionName, State]] = Counter()
         self.callbacks: Counter[CallbackState] = Counter()
 
     def apply(self, entry: Entry) -> None:
@@ -547,13 +564,21 @@ class Index:
         return Stats(
             by_state=by_state,
             by_function={key: count for key, count in self.by_function.items() if count},
+            waiting=Counter(
+                entry.queue
+                for entry in self.entries.values()
+                for waits in (entry.state is State.QUEUED, entry.callback is CallbackState.PENDING)
+                if waits
+            ),
             oldest_due_age_s=None if oldest_s is None or oldest_s > now_s else now_s - oldest_s,
             callback_pending_count=self.callbacks[CallbackState.PENDING] + self.callbacks[CallbackState.RUNNING],
             callback_dead_count=self.callbacks[CallbackState.DEAD],
             commit_count=commit_count,
         )
 
-    def newest_first(self, state: State | None, function: str | None, before: str | None, limit: int) -> list[str]:
+    def newest_first(
+        self, state: State | None, function: FunctionName | None, before: str | None, limit: int
+    ) -> list[str]:
         """Return the ids of a page; CallUnknown if `before` is gone."""
         end: tuple[float, str] | None = None
         if before is not None:
@@ -577,13 +602,13 @@ class Index:
 # is monotonic and the foreman's own.
 # ---------------------------------------------------------------------------------------------------------------
 
-Lane = tuple[str, str]  # queue, function
+Flow = tuple[str, str]  # queue; function or destination
 _Due = tuple[float, str, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """How much a claim may take: from which queues, how many in all, and how many of each function named in `room`."""
+    """How much a claim may take: from which queues, how many in all, and how many of each flow named in `room`."""
 
     queues: tuple[str, ...]
     limit: int
@@ -598,15 +623,14 @@ class Schedule:
     """
 
     index: Index
-    lanes: dict[Lane, list[_Due]] = field(default_factory=dict)
-    callbacks: list[_Due] = field(default_factory=list)
+    flows: Mapping[Kind, dict[Flow, list[_Due]]] = field(default_factory=lambda: {"call": {}, "callback": {}})
     delayed: list[_Due] = field(default_factory=list)
     expiring: list[_Due] = field(default_factory=list)
     reserved: dict[str, int] = field(default_factory=dict)
     reservations: deque[tuple[float, str, int]] = field(default_factory=deque)
     lapses: dict[str, tuple[int, float]] = field(default_factory=dict)  # of what is held: fence, clock_s
     generation: int = 0
-    last_lane: Lane = ("", "")
+    last_flow: dict[Kind, Flow] = field(default_factory=lambda: {"call": ("", ""), "callback": ("", "")})
 
     def apply(self, entry: Entry, now_s: float, clock_s: float) -> None:
         """Find the place of a record as it is now."""
@@ -632,10 +656,9 @@ class Schedule:
         if due_s > now_s:
             heapq.heappush(self.delayed, element)
             return
-        ready = (
-            self.lanes.setdefault((entry.queue, entry.function), []) if entry.state is State.QUEUED else self.callbacks
-        )
-        heapq.heappush(ready, element)
+        kind: Kind = "call" if entry.state is State.QUEUED else "callback"
+        name = entry.function if kind == "call" else entry.destination
+        heapq.heappush(self.flows[kind].setdefault((entry.queue, name), []), element)
         self.generation += 1
 
     def _find(self, element: _Due) -> Entry | None:
@@ -662,7 +685,7 @@ class Schedule:
 
     def has_ready(self) -> bool:
         """Tell whether there may be something to deal."""
-        return any(self.lanes.values()) or bool(self.callbacks)
+        return any(any(flows.values()) for flows in self.flows.values())
 
     def next_due_s(self) -> float | None:
         """Return when the next call or callback falls due."""
@@ -677,29 +700,29 @@ class Schedule:
                 found.append(entry)
         return found
 
-    def deal(self, wanted: Wanted, now_s: float, clock_s: float) -> list[_Due]:
-        """Deal calls in turns, beginning behind the lane that was served last."""
-        left = dict(wanted.room)
-        ring = deque(self._ring(wanted))
+    def deal(self, kind: Kind, wanted: Wanted, now_s: float, clock_s: float) -> list[_Due]:
+        """Deal calls or callbacks in turns, beginning behind the flow that was served last."""
+        left, flows = dict(wanted.room), self.flows[kind]
+        ring = deque(self._ring(kind, wanted))
         dealt: list[_Due] = []
         while ring and len(dealt) < wanted.limit:
-            lane = ring.popleft()
-            if left.get(lane[1], 1) <= 0:
+            flow = ring.popleft()
+            if left.get(flow[1], 1) <= 0:
                 continue
-            element = self._pop(self.lanes[lane], now_s)
+            element = self._pop(flows[flow], now_s)
             if element is None:
-                del self.lanes[lane]
+                del flows[flow]
                 continue
-            if lane[1] in left:
-                left[lane[1]] -= 1  # one function in two queues shares one room
-            self.last_lane = lane
+            if flow[1] in left:
+                left[flow[1]] -= 1  # one function, or destination, in two queues shares one room
+            self.last_flow[kind] = flow
             dealt.append(self._reserve(element, clock_s))
-            ring.append(lane)
+            ring.append(flow)
         return dealt
 
-    def _ring(self, wanted: Wanted) -> list[Lane]:
-        lanes = sorted(lane for lane in self.lanes if lane[0] in wanted.queues)
-        return [lane for lane in lanes if lane > self.last_lane] + [lane for lane in lanes if lane <= self.last_lane]
+    def _ring(self, kind: Kind, wanted: Wanted) -> list[Flow]:
+        flows, last = sorted(flow for flow in self.flows[kind] if flow[0] in wanted.queues), self.last_flow[kind]
+        return [flow for flow in flows if flow > last] + [flow for flow in flows if flow <= last]
 
     def _pop(self, ready: list[_Due], now_s: float) -> _Due | None:
         while ready:
@@ -708,13 +731,6 @@ class Schedule:
             if entry is not None and (entry.expires_s is None or entry.expires_s > now_s or entry.state in FINAL):
                 return element
         return None
-
-    def deal_callbacks(self, limit: int, now_s: float, clock_s: float) -> list[_Due]:
-        """Deal callbacks, the longest due first."""
-        dealt: list[_Due] = []
-        while len(dealt) < limit and (element := self._pop(self.callbacks, now_s)) is not None:
-            dealt.append(self._reserve(element, clock_s))
-        return dealt
 
     def _reserve(self, element: _Due, clock_s: float) -> _Due:
         _, call_id, revision = element
@@ -778,9 +794,9 @@ class Names:
         """The subject of a call's record."""
         return self.subject("call", build_token(call_id))
 
-    def key(self, function: str, key: str) -> str:
-        """The subject that tells which call an idempotency key stands for."""
-        return self.subject("key", hashlib.sha256(f"{function}\0{key}".encode()).hexdigest()[:40])
+    def key(self, function: FunctionName, key: str) -> str:
+        """The subject that tells which call an idempotency key stands for; as earlier versions have named it."""
+        return self.subject("key", hashlib.sha256(f"{function.short}\0{key}".encode()).hexdigest()[:40])
 
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,128}", re.ASCII)
@@ -1398,11 +1414,8 @@ class Foreman:
         if expired:
             await asyncio.gather(*(self._expire(entry, now_s) for entry in expired))
         generation = self.schedule.generation
-        if request["kind"] == "callback":
-            dealt = self.schedule.deal_callbacks(request["limit"], now_s, clock_s)
-        else:
-            wanted = Wanted(tuple(request["queues"]), request["limit"], request["room"])
-            dealt = self.schedule.deal(wanted, now_s, clock_s)
+        wanted = Wanted(tuple(request["queues"]), request["limit"], request["room"])
+        dealt = self.schedule.deal(request["kind"], wanted, now_s, clock_s)
         return {"dealt": [element[1:] for element in dealt], "generation": f"{self.term}.{generation}"}
 
     async def _expire(self, entry: Entry, now_s: float) -> None:
@@ -1803,6 +1816,12 @@ class JetStream:
             stack.pop_all()
         return StoredBody(total, None, writer.name)
 
+    async def store_result(
+        self, chunks: AsyncIterator[bytes], limit_bytes: int | None = None, length: int | None = None
+    ) -> StoredBody:
+        """As `store_body`; it does not wait for room yet, and `length` does not matter."""
+        return await self.store_body(chunks, limit_bytes)
+
     async def open_body(self, body: StoredBody, chunk_bytes: int = CHUNK_BYTES) -> AsyncGenerator[bytes, None]:
         """The bytes of a stored body, in pieces of at most `chunk_bytes`; QueueDamaged if not all are there."""
         if body.file is None:
@@ -1850,7 +1869,7 @@ class JetStream:
             if call.idempotency_key is None:
                 return (await self._records.create(record)).call
             earlier = await self._put_keyed(record, call.idempotency_key)
-        except CallExists:
+        except (CallExists, KeyReused):
             await self.drop_body(call.body)
             raise
         if earlier.body.file != call.body.file:
@@ -1874,6 +1893,7 @@ class JetStream:
                     continue  # deleted meanwhile
                 known = found.call
             if (known.function, known.idempotency_key) == (record.call.function, key):
+                check_same_request(known, record.call)
                 return known
             await self._link.erase(self._names.calls, revision)  # a key for an id that belongs to another call
             if first_id == own_id:
@@ -1947,6 +1967,15 @@ class JetStream:
                 await self._link.client.publish(subject, call_id.encode())
         return record.call.state
 
+    async def cancel_queued(self, *, function: str | None = None) -> int:
+        """Cancel every queued call, of one function or of all; return how many."""
+        count = 0
+        queued = await self._scan(lambda each: each.state is State.QUEUED and function in (None, each.function))
+        for call_id in queued:
+            with contextlib.suppress(CallFinished, CallUnknown):
+                count += await self.cancel(call_id) is State.CANCELLED
+        return count
+
     # -- owners and leases
 
     async def enlist(self, owner: str | None = None) -> str:
@@ -1991,9 +2020,12 @@ class JetStream:
         wanted = {"queues": list(queues), "limit": limit, "room": dict(room or {})}
         return await self._claimed(Claimant("call", owner, lease_s, self._now()), wanted)
 
-    async def claim_callbacks(self, owner: str, lease_s: float, limit: int) -> list[Lease]:
-        """Lease up to `limit` due callbacks, the longest due first."""
-        return await self._claimed(Claimant("callback", owner, lease_s, self._now()), {"limit": limit})
+    async def claim_callbacks(
+        self, queues: Sequence[str], owner: str, lease_s: float, limit: int, room: Mapping[str, int] | None = None
+    ) -> list[Lease]:
+        """Lease up to `limit` due callbacks of `queues`, and no more of a destination than `room` says."""
+        wanted = {"queues": list(queues), "limit": limit, "room": dict(room or {})}
+        return await self._claimed(Claimant("callback", owner, lease_s, self._now()), wanted)
 
     async def _claimed(self, claimant: Claimant, wanted: Json) -> list[Lease]:
         if claimant.owner not in self._owners:
@@ -2159,7 +2191,12 @@ class JetStream:
     # -- for people
 
     async def calls(
-        self, *, state: State | None = None, function: str | None = None, limit: int = 100, before: str | None = None
+        self,
+        *,
+        state: State | None = None,
+        function: FunctionName | None = None,
+        limit: int = 100,
+        before: str | None = None,
     ) -> list[Call]:
         """Calls, newest first, without inline bodies and history (`get` has them)."""
         index = await self._index()
@@ -2193,7 +2230,7 @@ class JetStream:
         self._check_open()
         return (await self._records.change(call_id, partial(requeue_callback, now_s=self._now()))).call
 
-    async def purge(self, *, state: State, function: str | None = None, call_id: str | None = None) -> int:
+    async def purge(self, *, state: State, function: FunctionName | None = None, call_id: str | None = None) -> int:
         """Delete calls in a final state, except those with a callback under way; return how many."""
         if state not in FINAL:
             raise AssertionError(f"calls that are {state.value} are not for purging: cancel them")
@@ -2269,8 +2306,8 @@ class JetStream:
 
     # -- housekeeping
 
-    async def sweep(self, keep_results_s: float, retention_s: float) -> Swept:
-        """Drop results and calls that have been final for longer, and bodies that no call names."""
+    async def sweep(self, keep_results_s: float, retention_s: float, bounds: Bounds | None = None) -> Swept:
+        """Drop results and calls that have been final for longer, and bodies of no call; `bounds` are a spool's."""
         now_s, before_bytes = self._now(), await self._size_bytes()
         expired = await self._expire_all(now_s)
         results = await self._drop_results(now_s - keep_results_s)

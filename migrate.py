@@ -13,7 +13,6 @@ undelivered callbacks among it.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import dataclasses
 import fcntl
@@ -24,9 +23,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Protocol, cast, runtime_checkable
 
+from .calls import CommandParser
 from .queues import NatsSettings, NatsUrl, Queue, open_queue, parse_queue_url
 from .spool import Call, CallExists, CallFinished, CallUnknown, NewCall, QueueUnavailable, Spool, State
-from .watchdog import BadSettings, FaashoundError, parse_settings
+from .watchdog import BadSettings, FaashoundError, OutputFailed, parse_settings, report_failure, write_out
 
 PAGE_COUNT = 500
 REPORT_COUNT = 100  # calls between two words about how far it is
@@ -71,7 +71,7 @@ def _check_idle(source: Path) -> None:
     """Raise QueueUnavailable if a worker lives on the spool: each holds a lock on a file in `owners/` (spool.py)."""
     owners = source / "owners"
     for path in owners.iterdir() if owners.is_dir() else ():
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -157,7 +157,7 @@ def migrate_queue(argv: Sequence[str], environ: Mapping[str, str]) -> int:
 
     The settings for NATS are those of gateway and worker.
     """
-    parser = argparse.ArgumentParser("fworker migrate", description="Moves queued calls from a spool to NATS.")
+    parser = CommandParser("fworker migrate", description="Moves queued calls from a spool to NATS.")
     parser.add_argument("--from", dest="source", required=True, metavar="spool:DIRECTORY")
     parser.add_argument("--to", dest="target", required=True, metavar="nats://HOST[:PORT]")
     try:
@@ -166,6 +166,8 @@ def migrate_queue(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         settings = parse_settings(NatsSettings, environ)
     except SystemExit as end:  # argparse has printed what there is to say
         return int(end.code or 0)
+    except OutputFailed as error:
+        return report_failure(error)
     except (ValueError, BadSettings) as error:
         print(error, file=sys.stderr)
         return 2
@@ -182,10 +184,9 @@ async def _carry_out(source: Path, url: NatsUrl, settings: NatsSettings) -> int:
     try:
         target = await open_queue(url, settings)
         try:
-            await migrate(source, cast(Target, target), print)
+            await migrate(source, cast(Target, target), write_out)
         finally:
             await target.close()
     except FaashoundError as error:
-        print(error, file=sys.stderr)
-        return 1
+        return report_failure(error)
     return 0

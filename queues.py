@@ -20,11 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from .names import FunctionName
 from .spool import (
     Attempt,
+    Bounds,
     Call,
     Lease,
     NewCall,
+    QueueLimits,
     Renewal,
     RunEnd,
     Spool,
@@ -44,6 +47,9 @@ class Queue(Protocol):
     async def close(self) -> None: ...
 
     async def store_body(self, chunks: AsyncIterator[bytes] | bytes, limit_bytes: int | None = None) -> StoredBody: ...
+    async def store_result(
+        self, chunks: AsyncIterator[bytes], limit_bytes: int | None = None, length: int | None = None
+    ) -> StoredBody: ...
     def open_body(self, body: StoredBody, chunk_bytes: int = ...) -> AsyncGenerator[bytes, None]: ...
     async def drop_body(self, body: StoredBody) -> None: ...
 
@@ -51,12 +57,15 @@ class Queue(Protocol):
     async def get(self, call_id: str) -> Call | None: ...
     async def wait(self, call_id: str, timeout_s: float) -> Call: ...
     async def cancel(self, call_id: str) -> State: ...
+    async def cancel_queued(self, *, function: str | None = None) -> int: ...
 
     async def enlist(self, owner: str | None = None) -> str: ...
     async def claim(
         self, queues: Sequence[str], owner: str, lease_s: float, limit: int, room: Mapping[str, int] | None = None
     ) -> list[Lease]: ...
-    async def claim_callbacks(self, owner: str, lease_s: float, limit: int) -> list[Lease]: ...
+    async def claim_callbacks(
+        self, queues: Sequence[str], owner: str, lease_s: float, limit: int, room: Mapping[str, int] | None = None
+    ) -> list[Lease]: ...
     async def renew(self, leases: Sequence[Lease], lease_s: float) -> Renewal: ...
     async def cancelled_ids(self, owner: str) -> frozenset[str]: ...
     async def reclaim(self) -> int: ...
@@ -74,20 +83,26 @@ class Queue(Protocol):
     async def wait_for_cancel(self, timeout_s: float) -> bool: ...
 
     async def calls(
-        self, *, state: State | None = None, function: str | None = None, limit: int = 100, before: str | None = None
+        self,
+        *,
+        state: State | None = None,
+        function: FunctionName | None = None,
+        limit: int = 100,
+        before: str | None = None,
     ) -> list[Call]: ...
     async def requeue_dead(self, call_id: str) -> Call: ...
     async def requeue_callback(self, call_id: str) -> Call: ...
-    async def purge(self, *, state: State, function: str | None = None, call_id: str | None = None) -> int: ...
+    async def purge(self, *, state: State, function: FunctionName | None = None, call_id: str | None = None) -> int: ...
     async def stats(self) -> Stats: ...
-    async def sweep(self, keep_results_s: float, retention_s: float) -> Swept: ...
+    async def sweep(self, keep_results_s: float, retention_s: float, bounds: Bounds | None = None) -> Swept: ...
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Addresses.
 # ---------------------------------------------------------------------------------------------------------------
 
-QUEUE_URL_HELP = "spool:DIRECTORY, or nats://HOST[:PORT][,HOST2[:PORT]...], or tls://... for TLS"
+QUEUE_URL_HELP = "spool:DIRECTORY (~/ is the home directory), or nats://HOST[:PORT][,HOST2[:PORT]...], or tls://..."
+QUEUE_RESERVE_HELP = "room on a spool's disk that is kept for ending calls; an eighth of a small disk"
 NATS_PORT = 4222
 
 _SERVER = re.compile(r"(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::(?P<port>[0-9]{1,5}))?", re.ASCII)
@@ -116,12 +131,22 @@ def parse_queue_url(text: str) -> QueueUrl:
     """Return the queue that `text` names: a spool's directory, or servers; ValueError says what is allowed."""
     scheme, _, rest = text.partition(":")
     if scheme == "spool" and rest and "\0" not in rest:
-        return Path(rest)
+        return _parse_directory(rest)
     if scheme not in ("nats", "tls") or not rest.startswith("//"):
         raise ValueError(f"allowed: {QUEUE_URL_HELP}")
     if "@" in rest:
         raise ValueError(f"credentials are told by nats_user and its like, not here; allowed: {QUEUE_URL_HELP}")
     return NatsUrl(scheme, tuple(_parse_server(server) for server in rest[2:].rstrip("/").split(",")))
+
+
+def _parse_directory(text: str) -> Path:
+    """Return the path; a `~` in front is a home directory, as shells have it that expand it only after a space."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ValueError(
+            f"no home directory is known for {text.partition('/')[0]!r}; allowed: {QUEUE_URL_HELP}"
+        ) from None
 
 
 def _parse_server(text: str) -> str:
@@ -231,13 +256,20 @@ def read_login(settings: NatsSettings) -> dict[str, Any]:
     return login
 
 
-async def open_queue(url: QueueUrl, nats: NatsSettings | None = None, *, now: Callable[[], float] = time.time) -> Queue:
+async def open_queue(
+    url: QueueUrl,
+    nats: NatsSettings | None = None,
+    *,
+    limits: QueueLimits | None = None,
+    now: Callable[[], float] = time.time,
+) -> Queue:
     """Open the queue that `url` names, or create it; `now` is the wall clock, in seconds since the epoch.
 
+    A spool keeps to `limits`; without, it takes what comes, and leaves the reserve to the programs that set its size.
     Raises the queue's errors, and CannotStart when a secret file cannot be read or nats-py is not installed.
     """
     if isinstance(url, Path):
-        return await Spool.open(url, now=now)
+        return await Spool.open(url, limits=limits or QueueLimits(reserve_bytes=None), now=now)
     try:
         from .jetstream import JetStream, Options
     except ImportError as error:
@@ -250,6 +282,9 @@ async def open_queue(url: QueueUrl, nats: NatsSettings | None = None, *, now: Ca
     return await JetStream.open(options, now=now)
 
 
-def is_healthy(queue: Queue) -> bool:
-    """Tell whether the queue can be reached as far as is known, for /healthz: a spool always can."""
-    return bool(getattr(queue, "healthy", True))
+def trouble_of(queue: Queue) -> str | None:
+    """Return what keeps a queue from its work as far as is known, for /healthz; None if nothing does."""
+    if not getattr(queue, "healthy", True):
+        return "the queue cannot be reached"
+    trouble: str | None = getattr(queue, "trouble", None)
+    return trouble

@@ -11,7 +11,11 @@ a message to a function before discarding it", OpenFaaS's documentation), so 0 a
     unreachable                        retry; in the end dead, reported as 503 with an empty body
     over call_timeout                  retry if 504 is to be; in the end dead, reported as 504 with an empty body
     unreadable                         dead at once, reported as 500: no further attempt would find the body again
-    cancelled                          cancelled: no retry, no callback (who cancelled knows)
+    failed                             by a fault of the worker's own: retry; in the end dead, reported as 500
+    prevented                          handed back, and not counted: this machine has no descriptors, or no disk, and
+                                       nothing has been sent
+
+A cancelled call has no outcome to judge: the queue ends it.
 
 Expiry: a call whose next attempt could only come after `X-Expires` is dead at once, with what there is, instead of
 waiting for nothing.  The attempt is never pulled forward: the wait protects the function.
@@ -36,9 +40,12 @@ class End(Enum):
     ANSWERED = "answered"
     UNREACHABLE = "unreachable"  # no connection, or none that lasted until the end of the answer
     TIMED_OUT = "timed out"  # by the worker's own limit
-    CANCELLED = "cancelled"
     UNREADABLE = "unreadable"  # the queue has lost the body that was to be sent
+    UNSTORED = "unstored"  # the function has answered, but its answer cannot be kept: it must not run again
+    FAILED = "failed"  # the worker has a fault: something was raised that nothing foresees
+    PREVENTED = "prevented"  # this machine lacks something that it will have again; nothing was sent
     REFUSED = "refused"  # only callbacks: the address is not permitted
+    HELD_BACK = "held back"  # only callbacks: the destination has not been reached for long, and is not tried now
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +66,7 @@ class Outcome:
         """The status that stands for this outcome towards the caller (X-Function-Status)."""
         if self.end is End.TIMED_OUT:
             return 504
-        if self.end is End.UNREADABLE:
+        if self.end in (End.UNREADABLE, End.UNSTORED, End.FAILED):
             return 500
         if self.end is End.UNREACHABLE or (self.internal and self.status in (502, 503)):
             return 503
@@ -102,7 +109,6 @@ class Progress:
 
     attempts_made: int
     expires_s: float | None = None
-    cancel_requested: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +135,11 @@ class Dead:
 
 
 @dataclass(frozen=True, slots=True)
-class Cancelled:
-    """The call was cancelled before it had a result.  No callback is due."""
+class HandBack:
+    """The attempt could not be made here and now: it does not count, and whoever claims next makes it."""
 
 
-Step = Done | RetryAt | Dead | Cancelled
+Step = Done | RetryAt | Dead | HandBack
 
 
 def next_step(
@@ -141,36 +147,34 @@ def next_step(
 ) -> Step:
     """Return what to do with a call after an attempt that ended at `now_s` (epoch seconds) with `outcome`.
 
-    `random` gives numbers from 0 to 1, as `random.random`.  A cancellation that was asked for during the attempt
-    only stops a further one: an outcome that ends the call stands.
+    `random` gives numbers from 0 to 1, as `random.random`.
     """
-    if outcome.end is End.CANCELLED:
-        return Cancelled()
+    if outcome.end is End.PREVENTED:
+        return HandBack()
     if not _calls_for_retry(policy, outcome):
         return Done(outcome.status) if outcome.end is End.ANSWERED else _dead(f"not to be retried: {outcome}", outcome)
     if progress.attempts_made >= policy.max_attempts:
         return _dead(f"gave up after {_count(progress.attempts_made)}: {outcome}", outcome)
-    if progress.cancel_requested:
-        return Cancelled()
     due_s = now_s + retry_wait_s(policy, progress.attempts_made, outcome, now_s, random)
     if progress.expires_s is not None and due_s >= progress.expires_s:
         return _dead(f"expires before its next attempt, after {_count(progress.attempts_made)}: {outcome}", outcome)
     return RetryAt(due_s)
 
 
-LOST_RUNS_COUNT = 3  # a worker may die for reasons of its own, but not each time that it runs the same call
+LOST_RUNS_COUNT = 3  # a worker may die for reasons of its own, but not each time that it has the same lease
 
 
 def is_poison(attempts_made: int, policy: RetryPolicy) -> bool:
-    """Tell whether a call about to be made (that attempt included) has been begun too often without an outcome.
+    """Tell whether what is about to be tried (that attempt included) has been begun too often without an outcome.
 
-    Runs whose worker died were not followed by `next_step`; a call that kills its workers would go on for ever.
+    Attempts whose worker died were not followed by a step; a call, or the delivery of a result, that kills its
+    workers would go on for ever.
     """
     return attempts_made > max(policy.max_attempts, 1) + LOST_RUNS_COUNT
 
 
 def poison_step(attempts_made: int) -> Dead:
-    """Return what becomes of such a call."""
+    """Return what becomes of such a call, or such a callback."""
     return Dead(f"begun {_count(attempts_made - 1)} without an outcome: the workers that ran it died", 503, False)
 
 
@@ -180,9 +184,9 @@ def _calls_for_retry(policy: RetryPolicy, outcome: Outcome) -> bool:
             return outcome.status in policy.codes or (outcome.internal and outcome.status >= 400)
         case End.TIMED_OUT:
             return outcome.reported_status in policy.codes
-        case End.UNREACHABLE:
+        case End.UNREACHABLE | End.FAILED:
             return True
-        case End.UNREADABLE:
+        case End.UNREADABLE | End.UNSTORED:
             return False
         case _:
             raise AssertionError(f"the call of a function cannot end as {outcome.end}")
@@ -190,15 +194,17 @@ def _calls_for_retry(policy: RetryPolicy, outcome: Outcome) -> bool:
 
 def next_callback_step(
     attempts_made: int, policy: RetryPolicy, outcome: Outcome, now_s: float, random: Callable[[], float]
-) -> Done | RetryAt | Dead:
+) -> Step:
     """Return what to do with a callback after an attempt that ended at `now_s` with `outcome`.
 
     As Standard Webhooks has it: 2xx is delivered; 410 means that nobody wants it any more; everything else, also 3xx
     and 404, is a failure to retry, because a receiver's bad deployment looks like that and a person repairs it.  An
-    address that is not permitted ends it too: only the operator can change that, and may then send it again.
+    address that is not permitted ends it too: only the operator can change that, and may then send it again.  A result
+    that the queue has lost is tried again as well (a disk may be mounted late, a backup brought back), and given up in
+    the end: an empty body under the function's status would be taken for the function's word.
     """
-    if outcome.end is End.CANCELLED:
-        raise AssertionError("a call with a callback is finished, and what is finished cannot be cancelled")
+    if outcome.end is End.PREVENTED:
+        return HandBack()
     if outcome.end is End.ANSWERED and 200 <= outcome.status < 300:
         return Done(outcome.status)
     if outcome.end is End.REFUSED or outcome.status == 410:
@@ -290,7 +296,12 @@ def parse_retry_codes(text: str) -> frozenset[int]:
 
 
 class BadAnnotations(FaashoundError, ValueError):
-    """A function's annotations make no sense; the text names function, annotation, value and what is allowed."""
+    """A function's annotations make no sense; `problems` says of each bad one its value and what is allowed."""
+
+    def __init__(self, function: str, problems: Mapping[str, str]) -> None:
+        self.problems = dict(problems)
+        lines = [f"function {function}: annotation {name}: {problem}" for name, problem in problems.items()]
+        super().__init__("\n".join(lines))
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,10 +326,10 @@ _RETRY_ANNOTATIONS: Mapping[str, tuple[str, Callable[[str], object]]] = {
 def parse_annotations(function: str, annotations: Mapping[str, str]) -> RetryAnnotations:
     """Return what `annotations` say of retries.  To be called when functions are loaded, not at the first retry.
 
-    Raises BadAnnotations, a ValueError, with a line for each bad one, unknown names below our prefix included.
+    Raises BadAnnotations, a ValueError, with each bad one, unknown names below our prefix included.
     """
     values: dict[str, Any] = {}
-    problems = []
+    problems = {}
     for name in sorted(name for name in annotations if name.startswith(_RETRY_PREFIX)):
         try:
             if name not in _RETRY_ANNOTATIONS:
@@ -326,11 +337,11 @@ def parse_annotations(function: str, annotations: Mapping[str, str]) -> RetryAnn
             attribute, parse = _RETRY_ANNOTATIONS[name]
             values[attribute] = parse(annotations[name])
         except ValueError as error:
-            problems.append(f"function {function}: annotation {name}={annotations[name]!r}: {error}")
+            problems[name] = f"{annotations[name]!r}: {error}"
     if values.get("first_wait_s", 0) > values.get("max_wait_s", float("inf")):
-        problems.append(f"function {function}: {_RETRY_PREFIX}min_wait is longer than {_RETRY_PREFIX}max_wait")
+        problems[f"{_RETRY_PREFIX}min_wait"] = f"is longer than {_RETRY_PREFIX}max_wait"
     if problems:
-        raise BadAnnotations("\n".join(problems))
+        raise BadAnnotations(function, problems)
     return RetryAnnotations(**values)
 
 
@@ -350,10 +361,11 @@ def policy_for(base: RetryPolicy, annotations: RetryAnnotations) -> RetryPolicy:
 
 # ---------------------------------------------------------------------------------------------------------------
 # Concurrency: how many calls of one function may run at once.  Additive increase, multiplicative decrease, as TCP's
-# congestion avoidance (RFC 5681): a full round of successes adds one, a refusal halves.  Refusals come in bursts, all
-# from calls started under the old limit, and mean one thing: so only a call started since the last cut can cut
-# again.  It starts at the ceiling: most functions refuse nothing, and the first answer of a slow one may be an hour
-# away.
+# congestion avoidance (RFC 5681): a full round of answers adds one, a refusal halves.  A function that answers has
+# taken the call, and 404 or 500 is its business; that it was not reached says nothing of how much it bears.  Refusals
+# come in bursts, all from calls started under the old limit, and mean one thing: so only a call started since the
+# last cut can cut again.  It starts at the ceiling: most functions refuse nothing, and the first answer of a slow one
+# may be an hour away.
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -370,12 +382,13 @@ class Concurrency:
         """Return the limit of a function of which nothing is known."""
         return cls(ceiling, float(ceiling))
 
-    def after(self, status: int, started_s: float, now_s: float) -> Concurrency:
-        """Return the limit after an answer at `now_s` to a call started at `started_s` (one monotonic clock)."""
-        if 200 <= status < 300:
+    def after(self, outcome: Outcome, started_s: float, now_s: float) -> Concurrency:
+        """Return the limit after an attempt from `started_s` to `now_s` (one monotonic clock)."""
+        if outcome.status in (429, 503):
+            is_new = started_s >= self.cut_s
+            return dataclasses.replace(self, limit=max(self.limit / 2, 1.0), cut_s=now_s) if is_new else self
+        if outcome.has_answer:
             return dataclasses.replace(self, limit=min(self.limit + 1 / self.limit, float(self.ceiling)))
-        if status in (429, 503) and started_s >= self.cut_s:
-            return dataclasses.replace(self, limit=max(self.limit / 2, 1.0), cut_s=now_s)
         return self
 
     def room(self, running_count: int) -> int:

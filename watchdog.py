@@ -24,6 +24,14 @@ above it: limits, errors, settings, HTTP policy, HTTP drivers, process rules, pr
 
 from __future__ import annotations
 
+import os
+import sys
+
+if __name__ == "__main__":  # a `token.py` beside this file, or in PYTHONPATH, is a function's: look there last
+    _stdlib = os.path.dirname(os.__file__)
+    if _stdlib in sys.path:
+        sys.path[:] = sys.path[sys.path.index(_stdlib) :] + sys.path[: sys.path.index(_stdlib)]
+
 import asyncio
 import base64
 import ctypes
@@ -39,7 +47,6 @@ import itertools
 import json
 import math
 import mmap
-import os
 import re
 import select
 import shlex
@@ -47,7 +54,7 @@ import shutil
 import signal
 import socket
 import ssl
-import sys
+import stat
 import time
 import traceback
 import urllib.parse
@@ -72,8 +79,11 @@ VERSION = "0.1.0"
 # Limits, each with its reason.
 # ---------------------------------------------------------------------------------------------------------------
 
+MAX_FIELDS_COUNT = 500  # of a head or a trailer; Apache and Tomcat allow 100, Node 2000; each costs as much as 1 KiB
 MAX_HEAD_BYTES = 65536  # request line and fields; nginx allows 32 KiB, Go 1 MiB, one variable of execve 128 KiB
 BUFFERED_BYTES = 262144  # of a body that waits for its consumer before reading stops: four reads of the loop
+EVENTS_AT_ONCE_COUNT = 64  # heads and chunks of one connection in one turn of the loop: half a millisecond
+FRAMING_BYTES = 262144  # of a chunked body that are not its data, besides two for each byte of data
 BACKLOG = 1024  # connections that the kernel keeps for us while the loop is busy (capped by net.core.somaxconn)
 MAX_LISTEN_FDS_COUNT = 64  # of socket activation
 MAX_WORKERS_COUNT = 64  # processes that share a port
@@ -88,6 +98,10 @@ LONGEST_RESTART_S = 30.0
 PROVEN_AFTER_S = 10.0  # one that has lived so long starts its delays from the beginning
 LINGER_S = 2.0  # after a refusal: how long the client may go on sending before the connection is cut
 LINGER_BYTES = 1 << 24  # ... and how much
+WATCH_IDLE_S = 30  # a connection without traffic is asked so often whether its other end lives; IPVS forgets at 900 s
+WATCH_EVERY_S = 10  # ... and again, while there is no answer
+WATCH_COUNT = 3  # ... and as many unanswered questions end it
+SILENT_S = WATCH_IDLE_S + WATCH_EVERY_S * WATCH_COUNT  # what was sent may stay unconfirmed so long
 CONNECT_TIMEOUT_S = 10.0  # curl waits 300 s, Go's default transport 30 s; behind us is a local network
 KEPT_S = 20.0  # an idle connection to an upstream; below the 30 s after which a watchdog closes its side
 KEPT_CONNECTIONS_COUNT = 64  # idle connections kept for each upstream
@@ -118,7 +132,11 @@ LINES_AT_ONCE_COUNT = 64  # lines of a function's stderr in one turn of the loop
 LAST_LINES_COUNT = 2000  # lines of it at the end of the call
 LOG_RETRY_S = 0.02  # between two tries of a log that nobody reads
 LOG_BACKLOG_BYTES = 1 << 20  # log lines that wait for a slow reader; more are dropped and counted
-SECRET_FIELDS = frozenset((b"authorization", b"cookie", b"set-cookie", b"proxy-authorization", b"x-api-key"))
+SECRET_FIELDS = frozenset(  # header fields that are never shown, logged, or passed on to third parties
+    b"authorization proxy-authorization authentication-info cookie cookie2 set-cookie set-cookie2 x-api-key api-key"
+    b" apikey x-functions-key x-goog-api-key x-auth-token x-access-token x-amz-security-token x-csrf-token x-xsrf-token"
+    b" private-token x-gitlab-token x-vault-token x-worker-token".split()
+)
 
 # ---------------------------------------------------------------------------------------------------------------
 # Errors: one root; each kind carries the status to answer and a text that is safe to show to a client.
@@ -330,6 +348,11 @@ def settings_table(kind: type) -> dict[str, Setting]:
 S = TypeVar("S")
 
 
+def setting_names(kind: type) -> frozenset[str]:
+    """Return every name and alias by which a setting of `kind` can be given."""
+    return frozenset(name for row in settings_table(kind).values() for name in (row.name, row.alias) if name)
+
+
 def parse_settings(kind: type[S], environ: Mapping[str, str]) -> S:
     """Return `kind`, a settings dataclass, filled from `environ`.
 
@@ -369,13 +392,25 @@ def _parse_row(row: Setting, environ: Mapping[str, str]) -> Any:
     try:
         return row.parse(text)
     except ValueError as error:
-        raise ValueError(f"{name}={text!r}: {error}") from None
+        raise ValueError(f"{name}={without_credentials(text)!r}: {error}") from None
+
+
+def without_credentials(text: str) -> str:
+    """Return `text`, a value that is to be shown because it was refused, with what may be user and password hidden.
+
+    It may be any text with a URL in it, or several, or what was meant to be one (RFC 3986 3.2.1): what stands before
+    the last @ goes.
+    """
+    before, at, after = text.rpartition("@")
+    if not at or ":" not in before:
+        return text
+    start, slashes, _ = before.partition("//")
+    return f"{start if slashes else ''}{slashes}***@{after}"
 
 
 def lookalikes(kind: type, environ: Mapping[str, str]) -> list[str]:
     """Return a warning for each variable of `environ` that is not ours but nearly spelled like one of ours."""
-    rows = settings_table(kind).values()
-    known = {name for row in rows for name in (row.name, row.alias) if name}
+    known = setting_names(kind)
     warnings = []
     for name in sorted(set(environ) - known):
         close = [name.lower()] if name.lower() in known else difflib.get_close_matches(name, known, 1, cutoff=0.85)
@@ -764,26 +799,40 @@ class Seat:
 Header = tuple[bytes, bytes]
 Headers = Sequence[Header]
 
+# What repeats gives nothing back (`++`, `*+`): a run that can be divided in two ways costs the square of its length.
 _TEXT = r"[\x21-\x7e\x80-\xff]"
-_VALUE = rf"(?:{_TEXT}+(?:[ \t]+{_TEXT}+)*)?"
+_VALUE = rf"(?:{_TEXT}++(?:[ \t]++{_TEXT}++)*+)?"
 _TARGET = r"(?:/[\x21-\x7e]*|[Hh][Tt][Tt][Pp][Ss]?://[\x21-\x7e]+|(?<=^OPTIONS )\*)"
 
 
 def _tighten_h11_grammar() -> None:
-    """Replace three patterns of h11 0.16, which setup.py pins, by the strict ones; h11 goes on doing all framing."""
-    for name in ("request_line_re", "header_field_re", "chunk_header_re"):
-        if not isinstance(getattr(h11._readers, name, None), re.Pattern):
-            raise ImportError(f"this h11 has no _readers.{name} to tighten; install h11 0.16")
+    """Replace three patterns of h11 0.16.0, which setup.py pins, by strict ones, and have it count a head's fields.
+
+    h11 goes on doing all framing.
+    """
+    readers = h11._readers
+    for name in ("request_line_re", "header_field_re", "chunk_header_re", "_decode_header_lines"):
+        if not hasattr(readers, name):
+            raise ImportError(f"this h11 has no _readers.{name} to tighten; install h11 0.16.0")
     token = h11._abnf.token
-    h11._readers.request_line_re = re.compile(
+    readers.request_line_re = re.compile(
         rf"(?P<method>{token}) (?P<target>{_TARGET}) HTTP/(?P<http_version>1\.[01])".encode()
     )
-    h11._readers.header_field_re = re.compile(
-        rf"(?P<field_name>{token}):[ \t]*(?P<field_value>{_VALUE})[ \t]*".encode("latin-1")
+    readers.header_field_re = re.compile(
+        rf"(?P<field_name>{token}):[ \t]*+(?P<field_value>{_VALUE})[ \t]*+".encode("latin-1")
     )
-    h11._readers.chunk_header_re = re.compile(
-        rb"(?P<chunk_size>[0-9A-Fa-f]{1,16})(?P<chunk_ext>[ \t]*;[\t\x20-\x7e\x80-\xff]*)?[ \t]*\r\n"
+    readers.chunk_header_re = re.compile(
+        rb"(?P<chunk_size>[0-9A-Fa-f]{1,16})(?P<chunk_ext>[ \t]*+;[\t\x20-\x7e\x80-\xff]*+)?[ \t]*+\r\n"
     )
+    readers._decode_header_lines = partial(_decode_few_lines, readers._decode_header_lines)
+
+
+def _decode_few_lines(
+    decode: Callable[[Sequence[bytes]], Iterable[Header]], lines: Sequence[bytes]
+) -> Iterable[Header]:
+    if len(lines) > MAX_FIELDS_COUNT:
+        raise h11.LocalProtocolError("too many header fields", error_status_hint=431)
+    return decode(lines)
 
 
 _tighten_h11_grammar()
@@ -805,12 +854,13 @@ class UnknownCoding(BadRequest):
 
 
 class HeadTooLarge(BadRequest):
-    """The request line and the fields together are over MAX_HEAD_BYTES."""
+    """The request line and the fields together are over MAX_HEAD_BYTES, or there are too many of them."""
 
     status = 431
 
     def __init__(self) -> None:
-        super().__init__(f"request line and headers too large; allowed: {MAX_HEAD_BYTES} bytes in all")
+        limits = f"{MAX_HEAD_BYTES} bytes in all, {MAX_FIELDS_COUNT} headers"
+        super().__init__(f"request line and headers too large; allowed: {limits}")
 
 
 class ExpectationFailed(BadRequest):
@@ -823,6 +873,15 @@ class ReadTimeout(FaashoundError):
     """The request did not arrive whole within the read timeout."""
 
     status = 408
+
+
+class TooMuchFraming(BadRequest):
+    """The chunks of a body are so small, or their extensions so long, that reading them is mostly waste."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            f"bad request: chunks too small; allowed: {FRAMING_BYTES} bytes of framing, and two for each byte of data"
+        )
 
 
 class BodyTooLarge(FaashoundError):
@@ -1133,7 +1192,7 @@ class CountedBody:
 
     def feed(self, data: bytes) -> bytes:
         """Take what belongs to the body; return the rest, which is h11's."""
-        if not self._reader._remaining or self._waiting or self._conn.trailing_data[0]:
+        if not self._reader._remaining or self._waiting or self._conn._receive_buffer:
             return data
         self._waiting = self._counted(data[: self._reader._remaining])
         return data[len(self._waiting) :]
@@ -1142,6 +1201,27 @@ class CountedBody:
         """Return what has come since the last time."""
         taken, self._waiting = self._waiting, b""
         return taken
+
+
+class ChunkedBody:
+    """Weighs what an incoming chunked body spends on framing against its data; h11 reads it.
+
+    A chunk costs the same however little it holds.  Go's net/http keeps such accounts too (ErrLineTooLong of its
+    chunked reader), though only of what a chunk's line has beyond its size.
+    """
+
+    def __init__(self, conn: h11.Connection) -> None:
+        self._conn = conn
+        self._data_bytes = 0
+        self.fed_bytes = len(conn._receive_buffer)
+
+    def take(self, data: bytes) -> bytes:
+        """Return `data`, a chunk that h11 gave; raises TooMuchFraming."""
+        self._data_bytes += len(data)
+        framing_bytes = self.fed_bytes - len(self._conn._receive_buffer) - self._data_bytes
+        if framing_bytes > FRAMING_BYTES + 2 * self._data_bytes:
+            raise TooMuchFraming
+        return data
 
 
 class ServerWire:
@@ -1156,13 +1236,19 @@ class ServerWire:
         self._lead_ignored = False
         self._plain = self._whole = False
         self._counted: CountedBody | None = None
+        self._chunked: ChunkedBody | None = None
         self._ended = False
         self.head_request = False
 
     @property
     def started(self) -> bool:
         """True once the first byte of a request has come and until the exchange is over."""
-        return self._conn.their_state is not h11.IDLE or bool(self._conn.trailing_data[0])
+        return self._conn.their_state is not h11.IDLE or self.waiting_bytes > 0
+
+    @property
+    def waiting_bytes(self) -> int:
+        """What was fed and has not become an event yet."""
+        return len(self._conn._receive_buffer)
 
     def feed(self, data: bytes) -> None:
         """Take bytes from the peer; b"" is its end of stream."""
@@ -1174,6 +1260,8 @@ class ServerWire:
             data = self._counted.feed(data)
             if not data:
                 return
+        if self._chunked is not None:
+            self._chunked.fed_bytes += len(data)
         if self._conn.their_state is not h11.MUST_CLOSE:  # else it asked to close, and what follows is void
             self._conn.receive_data(data)
 
@@ -1214,7 +1302,10 @@ class ServerWire:
         if type(event) is h11.Request:
             head = self._checked_head(event)
             self._counted = CountedBody.of(self._conn)
+            self._chunked = ChunkedBody(self._conn) if self._counted is None else None
             return head
+        if type(event) is h11.Data and self._chunked is not None:
+            return self._chunked.take(bytes(event.data))
         return _meaning(event)
 
     def _checked_head(self, event: h11.Request) -> tuple[bytes, bytes, Headers]:
@@ -1269,7 +1360,7 @@ class ServerWire:
         next request, at a fraction of what it costs to walk the old one through an answer.
         """
         plain = self._plain and not close and status >= 200 and status not in (204, 304) and length == len(body)
-        if not plain or not self.peer_done or self._conn.trailing_data[1]:
+        if not plain or not self.peer_done or self._conn._receive_buffer_closed:
             head = self.build_head(status, headers, length, close)
             return head + (self.build_chunk(body) if body else b"") + self.end()
         start = b"HTTP/1.1 %d %b\r\n%bContent-Length: %d\r\n\r\n"
@@ -1302,7 +1393,7 @@ class ServerWire:
         if self._conn.our_state is not h11.DONE or self._conn.their_state is not h11.DONE:
             return False
         self._conn.start_next_cycle()
-        self._counted, self._ended = None, False
+        self._counted, self._chunked, self._ended = None, None, False
         waiting = self._conn.trailing_data[0]
         self._lead_ignored = bool(waiting)  # an empty line can only lead, not stand in what has begun to arrive
         if waiting[:1] == b"\r":
@@ -1314,7 +1405,7 @@ class ServerWire:
         waiting, closed = self._conn.trailing_data
         self._conn = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
         self._lead_ignored = self._whole = self._ended = False
-        self._counted = None
+        self._counted = self._chunked = None
         if waiting:
             self.feed(waiting)
         if closed:
@@ -1431,6 +1522,51 @@ class ClientWire:
         return True
 
 
+# What h11 must not let through, on each of the ways that are tightened from outside, and some of its own.
+_FIELD_FLAWS = (b"X-A: a\x01", b"X-A : a", b"Content-Length: 1\r\nContent-Length: 2", b"Transfer-Encoding: gzip")
+_CHUNK_FLAWS = (b"1;a\rb\r\nx\r\n", b"0x1\r\nx\r\n", b"1\r\nxx\r\n")
+_CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n"
+HOSTILE_REQUESTS = (
+    b"GET / HTTP/2.0\r\nHost: h\r\n\r\n",
+    b"GET path HTTP/1.1\r\nHost: h\r\n\r\n",
+    b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 0\r\n" + _CHUNKED + b"0\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: h\r\n" + b"X-A: a\r\n" * MAX_FIELDS_COUNT + b"\r\n",
+    *(b"POST / HTTP/1.1\r\nHost: h\r\n%b\r\n\r\n" % flaw for flaw in _FIELD_FLAWS),
+    *(b"POST / HTTP/1.1\r\nHost: h\r\n" + _CHUNKED + flaw for flaw in _CHUNK_FLAWS),
+)
+HOSTILE_RESPONSES = (
+    b"HTTP/1.1 2000 OK\r\n\r\n",
+    *(b"HTTP/1.1 200 OK\r\n%b\r\n\r\n" % flaw for flaw in _FIELD_FLAWS),
+    *(b"HTTP/1.1 200 OK\r\n" + _CHUNKED + flaw for flaw in _CHUNK_FLAWS),
+)
+
+
+def _refuses(wire: ServerWire | ClientWire, hostile: bytes) -> bool:
+    try:
+        wire.feed(hostile)
+        while wire.next_event() not in (Sign.NEED_DATA, Sign.PAUSED, Sign.CLOSED):
+            continue
+    except (BadRequest, PeerGone):
+        return True
+    return False
+
+
+def _asking_wire() -> ClientWire:
+    wire = ClientWire()
+    wire.build_whole(b"GET", b"/", [(b"Host", b"h")], b"", None)
+    return wire
+
+
+def _try_h11_grammar() -> None:
+    """Raise ImportError unless both wires refuse what no h11 of another version may start to let through."""
+    passed = [hostile for hostile in HOSTILE_REQUESTS if not _refuses(ServerWire(), hostile)]
+    passed += [hostile for hostile in HOSTILE_RESPONSES if not _refuses(_asking_wire(), hostile)]
+    if passed:
+        raise ImportError(f"h11 {h11.__version__} lets through {passed[0][:80]!r}; install h11 0.16.0")
+
+
+_try_h11_grammar()
+
 # ---------------------------------------------------------------------------------------------------------------
 # HTTP drivers: they read, feed, write and arm timers.  They know nothing of processes.
 #
@@ -1439,7 +1575,9 @@ class ClientWire:
 # when its answer can reach nobody (the client hung up) or is already known (the rest of the request is broken or
 # late), so a handler needs no other sign.  An end of stream from the client counts as hanging up, as in Go: TCP
 # cannot tell a half-closed connection from a closed one.
-# Back-pressure: no reading while a body has BUFFERED_BYTES waiting, no writing while the transport has bytes unsent.
+# Back-pressure: no reading while a body has BUFFERED_BYTES waiting, or more than a head of what was read is still to be
+# parsed, in whatever phase; no writing while the transport has bytes unsent.
+# Fairness: of one connection only so many heads and chunks are taken in one turn of the loop, the rest in the next.
 # Deadlines: `read` runs from a request's first byte to its last, but stands still while we do not read; `write`
 # from a response's first byte until the kernel has the last; `idle` between requests.
 # ---------------------------------------------------------------------------------------------------------------
@@ -1478,6 +1616,31 @@ class Alarm:
             return
         self.when_s = None
         self._ring()
+
+
+def keep_watch(sock: socket.socket) -> None:
+    """Have the kernel end a TCP connection whose other end has gone without a word, within SILENT_S (tcp(7)).
+
+    Without it a machine that lost its power is waited for as long as anybody listens.  Connections inherit what their
+    listening socket has, so one call for that is enough.  A socket of another kind is left as it is.
+    """
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, WATCH_IDLE_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, WATCH_EVERY_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, WATCH_COUNT)
+    expect_stalls(sock, False)
+
+
+def expect_stalls(sock: socket.socket, expected: bool) -> None:
+    """Tell the kernel whether the other end of a connection that `keep_watch` saw may rightly take nothing for long.
+
+    TCP_USER_TIMEOUT does not tell a peer that is gone from one that lives, answers, and has no room: after SILENT_S
+    with a full window it ends both.  While more is sent than a receiver surely takes, only its own deadlines may.
+    """
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 0 if expected else SILENT_S * 1000)
 
 
 T = TypeVar("T")
@@ -1599,6 +1762,7 @@ class Listener:
         self._opening: set[asyncio.Task[Any]] = set()
         self._pause: asyncio.TimerHandle | None = None
         sock.setblocking(False)
+        keep_watch(sock)
         sock.listen(BACKLOG)  # one that was inherited may have been given less
         self._loop.add_reader(sock.fileno(), self._on_connection)
 
@@ -1761,12 +1925,12 @@ class ServerConnection(asyncio.Protocol):
         self._handled = False
         self._phase = Phase.IDLE
         self._refusal: FaashoundError | None = None
-        self._unread_bytes = 0
+        self._advancing = False
         self._read_left_s: float | None = None
         self._discarded_bytes = 0
         self._writable: asyncio.Future[None] | None = None
         self._write_paused = False
-        self._hangup_watched = False
+        self._reading_paused = self._hangup_watched = False
         self.closed = asyncio.Event()
 
     # Callbacks of the transport.
@@ -1787,14 +1951,16 @@ class ServerConnection(asyncio.Protocol):
             return
         if self._phase is Phase.IDLE:
             self._begin_receiving()
-        elif self._phase is Phase.HANDLING:
-            self._unread_bytes += len(data)
         self._wire.feed(data)
-        self._advance()
+        if self._advancing:
+            self._throttle()
+        else:
+            self._advance()
 
     def eof_received(self) -> bool:
         if self._phase is Phase.SENDING:
-            return True  # the answer is on its way, and whoever half-closed may still read it
+            self._reading_paused = True  # by the transport; it will say so again when we read on after the answer
+            return True  # whoever half-closed may still read it
         self._cancel()
         return False
 
@@ -1826,21 +1992,36 @@ class ServerConnection(asyncio.Protocol):
         self._alarm.set(self._loop.time() + self._server.timeouts.read_s)
 
     def _advance(self) -> None:
+        """Take what the wire has, up to EVENTS_AT_ONCE_COUNT; then others are served before the rest."""
+        pieces: list[bytes] = []
+        sign = None
         try:
-            while True:
+            for _ in range(EVENTS_AT_ONCE_COUNT):
                 event = self._wire.next_event()
                 if isinstance(event, bytes):
-                    cast(Request, self._request).body.feed(event)
-                elif event is Sign.END:
-                    self._received_whole()
-                    break  # what follows waits for the end of this exchange
+                    pieces.append(event)
                 elif isinstance(event, Sign):
-                    break
+                    sign = event
+                    break  # after END too: what follows waits for the end of this exchange
                 else:
                     self._begin(*event)
         except BadRequest as error:
             self._refuse(error)
+            return
+        if pieces:
+            cast(Request, self._request).body.feed(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+        if sign is Sign.END:
+            self._received_whole()
+        elif sign is None:
+            self._advancing = True
+            self._loop.call_soon(self._go_on)
         self._throttle()
+
+    def _go_on(self) -> None:
+        """Take the rest, unless the exchange has ended meanwhile."""
+        self._advancing = False
+        if self._refusal is None and self._phase in (Phase.HEAD, Phase.BODY, Phase.SENDING):
+            self._advance()
 
     def _begin(self, method: bytes, target: bytes, headers: Headers) -> None:
         path, query, host = split_target(target, field_value(headers, b"host") or b"")
@@ -1859,25 +2040,29 @@ class ServerConnection(asyncio.Protocol):
         cast(Request, self._request).body.finish()
 
     def _throttle(self) -> None:
-        """Stop reading while enough waits; the read deadline stands still meanwhile."""
+        """Read only while there is room for what comes; the read deadline stands still while the handler is slow."""
         body_bytes = 0 if self._request is None else self._request.body.buffered_bytes
-        too_much = body_bytes >= BUFFERED_BYTES or self._unread_bytes >= MAX_HEAD_BYTES
-        if not too_much or not self._transport.is_reading() or self._transport.is_closing():
-            return
-        self._transport.pause_reading()
-        self._watch_hangup(True)
-        if self._phase is Phase.BODY and self._alarm.when_s is not None:
+        is_full = body_bytes >= BUFFERED_BYTES
+        if is_full and self._phase is Phase.BODY and self._alarm.when_s is not None:
             self._read_left_s = self._alarm.when_s - self._loop.time()
             self._alarm.set(None)
+        if not is_full and self._wire.waiting_bytes <= MAX_HEAD_BYTES:
+            if self._reading_paused:
+                self._resume_reading()
+        elif not self._reading_paused and not self._transport.is_closing():
+            self._reading_paused = True
+            self._transport.pause_reading()
+            self._watch_hangup(True)
 
     def _on_drained(self) -> None:
         """The handler wants more of the body."""
         if self._wire.awaits_continue and self._phase is Phase.BODY:
             self._transport.write(self._wire.build_continue())
-        self._resume_reading()
+        self._throttle()
 
     def _resume_reading(self) -> None:
-        if self._transport.is_reading() or self._transport.is_closing():
+        self._reading_paused = False
+        if self._transport.is_closing():
             return
         self._watch_hangup(False)
         self._transport.resume_reading()
@@ -1934,6 +2119,8 @@ class ServerConnection(asyncio.Protocol):
         close = self._server.draining or self._refusal is not None or not self._wire.peer_done
         headers = (*response.headers, (b"Date", self._server.date()))
         body = whole(response.body)
+        if not isinstance(body, bytes) or len(body) > MAX_HEAD_BYTES:
+            expect_stalls(self._transport.get_extra_info("socket"), True)  # its reader has the write timeout
         if isinstance(body, bytes):
             length = len(body) if response.length is None else response.length
             await self._write(self._wire.build_whole(response.status, headers, body, length, close))
@@ -1986,16 +2173,16 @@ class ServerConnection(asyncio.Protocol):
 
     def _end_exchange(self) -> None:
         self._task = self._request = None
-        self._unread_bytes = 0
         if self._refusal is not None or self._server.draining or not self._wire.next_cycle():
             self._linger()
             return
         self._enter(Phase.IDLE)
         self._alarm.set(self._loop.time() + self._server.timeouts.idle_s)
-        self._resume_reading()
         if self._wire.started:
             self._begin_receiving()
             self._advance()
+        else:
+            self._throttle()
 
     def _refuse(self, error: FaashoundError) -> None:
         """Answer `error` instead of whatever the handler would have said, and close."""
@@ -2040,7 +2227,8 @@ class ServerConnection(asyncio.Protocol):
         # A client that has broken a rule gets a moment; one whose answer came early may send all that it has to.
         limit_s = LINGER_S if self._refusal is not None else self._server.timeouts.read_s
         self._alarm.set(self._loop.time() + limit_s)
-        self._resume_reading()
+        if self._reading_paused:
+            self._resume_reading()
 
     def _discard(self, count: int) -> None:
         self._discarded_bytes += count
@@ -2066,6 +2254,14 @@ class Unreachable(FaashoundError):
     """No connection to the upstream could be made."""
 
     status = 502
+
+
+class OutOfResources(Unreachable):
+    """No connection could be made for want of something on this machine that it may soon have again."""
+
+
+# Descriptors of this process or of all, memory for a socket, and ports to connect from.
+_OUT_OF_RESOURCES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL))
 
 
 class UpstreamTimeout(FaashoundError):
@@ -2098,14 +2294,18 @@ def parse_url(text: str) -> Url:
     """
     if not re.fullmatch(r"[\x21-\x7e]+", text):
         raise ValueError("allowed: a URL of visible ASCII characters")
-    parts = urllib.parse.urlsplit(text)
+    try:
+        parts = urllib.parse.urlsplit(text)
+        given_port = parts.port
+    except ValueError:  # whose text may show a part of a password
+        raise ValueError("allowed: http(s)://host[:port]/path, with a port up to 65535") from None
     if parts.scheme not in ("http", "https"):
         raise ValueError("allowed: http:// or https://")
     if not parts.hostname:
         raise ValueError("no host; allowed: http://host[:port]/path")
     if parts.username is not None or parts.password is not None:
         raise ValueError("user information is not allowed in a URL")
-    port = parts.port or (443 if parts.scheme == "https" else 80)
+    port = given_port or (443 if parts.scheme == "https" else 80)
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     return Url(parts.scheme, parts.hostname, port, target)
 
@@ -2194,6 +2394,8 @@ class Client:
                 )
                 return connection
             except (OSError, ssl.SSLError) as error:
+                if error.errno in _OUT_OF_RESOURCES:
+                    raise OutOfResources(f"cannot connect to {url.authority}: {error.strerror}") from None
                 reasons.append(error.strerror or str(error) if isinstance(error, OSError) else str(error))
         raise Unreachable(f"cannot connect to {url.authority}: {'; '.join(reasons) or 'it has no address'}")
 
@@ -3491,14 +3693,14 @@ class Spawner:
         self._term_grace_s = term_grace_s
         self._program: str | None = None
         self._defaults = signals_at_default()
-        self._count = itertools.count(1)
 
     def spawn(self, facts: Mapping[bytes, bytes], on_stderr: Callable[[str], None] | None) -> Process:
         """Start a process with `facts` added to its environment; raises StartFailed, or FactsTooLarge (431).
 
         `on_stderr` gets the lines that it writes on stderr; None: stderr joins its output.
         """
-        mark = b"%s.%d" % (self._instance, next(self._count))
+        # Not a number: a process that knows the mark of another call would pass for that call's, and outlive its own.
+        mark = b"%s.%s" % (self._instance, os.urandom(8).hex().encode())
         environ = {**self._environ, **facts, MARK: mark}
         started_s = math.floor(time.clock_gettime(time.CLOCK_BOOTTIME) * _TICKS_PER_S) / _TICKS_PER_S
         try:
@@ -3772,8 +3974,8 @@ async def serve_metrics(collector: Collector, request: Request) -> Response:
     """Answer GET /metrics with Prometheus text."""
     if request.path != b"/metrics":
         return Response(404, (TEXT_PLAIN,), b"only /metrics is here\n")
-    if request.method != "GET":
-        raise MethodNotAllowed(("GET",))
+    if request.method not in ("GET", "HEAD"):
+        raise MethodNotAllowed(("GET", "HEAD"))
     # Only here, and beside the loop: it takes 27 ms and 4 MiB, for which a function that nobody watches has no use.
     prometheus = await asyncio.get_running_loop().run_in_executor(None, importlib.import_module, "prometheus_client")
     registry = prometheus.CollectorRegistry()
@@ -3837,7 +4039,7 @@ class Watchdog:
             raise MethodNotAllowed(("GET",))
         if not self.accepting:
             raise NotReady("draining")
-        if self._lock_path is not None and not os.path.exists(self._lock_path):
+        if self._lock_path is not None and not is_locked(self._lock_path):
             raise NotReady(f"the lock file {self._lock_path} has gone")
         return Response(200, (TEXT_PLAIN,), b"OK")
 
@@ -3899,6 +4101,19 @@ def output_response(status: int, headers: Sequence[Header], prefix: bytes, outpu
     return Response(status, headers, FileBody(prefix, output.file), len(prefix) + output.bytes_count)
 
 
+def log_prefix(settings: Settings, call_id: str | None) -> str:
+    """Return what stands before each line of a call, or, without an id, of a process that waits for one."""
+    return f"[{call_id or 'none'}] " if settings.log_callid else ""
+
+
+def log_stderr(settings: Settings, prefix: str, line: str) -> None:
+    """Log a line of a function, which says so unless the operator wants it as it is."""
+    if settings.prefix_logs:
+        log.info(f"{prefix}stderr: {line}")
+    else:
+        log.raw(prefix + line)
+
+
 class CallLog:
     """What the log says of one call: a line at its start, one at its end whatever the outcome."""
 
@@ -3907,7 +4122,7 @@ class CallLog:
         self._request = request
         self._settings = settings
         self._call_id = call_id_of(request)
-        self._prefix = f"[{self._call_id or 'none'}] " if settings.log_callid else ""
+        self._prefix = log_prefix(settings, self._call_id)
         self._started_s = time.perf_counter()
 
     def elapsed_s(self) -> float:
@@ -3922,10 +4137,7 @@ class CallLog:
 
     def on_stderr(self, line: str) -> None:
         """The process wrote a line on stderr, which does not join the response."""
-        if self._settings.prefix_logs:
-            log.info(f"{self._prefix}stderr: {line}")
-        else:
-            log.raw(self._prefix + line)
+        log_stderr(self._settings, self._prefix, line)
 
     def ended(self, response: Response, ending: Ending) -> None:
         """The process ended by itself."""
@@ -4086,8 +4298,10 @@ class Guard(Aftercare):
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)
             _list_processes()  # loads what it takes while there is time
-            os.closerange(0, watched)
-            os.closerange(watched + 1, os.sysconf("SC_OPEN_MAX"))
+            for fd in open_descriptors():  # not up to SC_OPEN_MAX, which may be 10^9 (musl, an old glibc)
+                if fd != watched:
+                    with suppress(OSError):
+                        os.close(fd)
             os.read(watched, 1)
             kill_left(self.instance + b".", frozenset().union(*(table.pids() for table in self.roots)))
         finally:
@@ -4128,12 +4342,26 @@ def kill_left(mark_prefix: bytes, sessions: frozenset[int]) -> None:
     """Kill every process that has one of our marks or belongs to one of `sessions`, until two looks find none."""
     empty_count, limit_s = 0, time.monotonic() + SWEEP_LIMIT_S
     while empty_count < 2 and time.monotonic() < limit_s:
-        found = [pid for pid in _list_processes() if _is_left(pid, mark_prefix, sessions)]
+        is_left = partial(_is_left, mark_prefix=mark_prefix, sessions=sessions)
+        found = [pid for pid in _list_processes() if is_left(pid)]
         for pid in found:
-            with suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
+            signal_if(pid, signal.SIGKILL, is_left)
         empty_count = 0 if found else empty_count + 1
         time.sleep(0.005)
+
+
+def signal_if(pid: int, number: signal.Signals, condition: Callable[[int], bool]) -> None:
+    """Signal a process that need not be our child if it meets `condition`, and no other that has got its number since.
+
+    A pidfd means the same process for ever (pidfd_open(2)), so what is found out after it was opened holds for it.
+    """
+    with suppress(ProcessLookupError, PermissionError):
+        pidfd = os.pidfd_open(pid)
+        try:
+            if condition(pid):
+                signal.pidfd_send_signal(pidfd, number)
+        finally:
+            os.close(pidfd)
 
 
 def _is_left(pid: int, mark_prefix: bytes, sessions: frozenset[int]) -> bool:
@@ -4143,6 +4371,11 @@ def _is_left(pid: int, mark_prefix: bytes, sessions: frozenset[int]) -> bool:
         return _read_stat(pid)[0] != b"Z"
     except (ProcessLookupError, FileNotFoundError):
         return False
+
+
+def open_descriptors() -> list[int]:
+    """Return the descriptors that are open in this process, and that of the listing, which is closed again."""
+    return list(map(int, os.listdir("/proc/self/fd")))
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -4203,18 +4436,44 @@ def watch_lifeline(loop: asyncio.AbstractEventLoop, fd: int | None, on_end: Call
     loop.add_reader(fd, on_readable)
 
 
+# A variable of the function that must not be its watchdog's, since it would change our interpreter (PYTHONHOME,
+# LD_PRELOAD), comes behind this prefix.  What else begins like it is between our programs.
+FUNCTION_VARIABLE = "FAASHOUND_FUNCTION_"
+OUR_PREFIX = "FAASHOUND_"
+
+# What systemd means for the process that it has started, and for no child of it (sd_notify(3), sd_listen_fds(3),
+# systemd.exec(5)): a function must not report for us, nor read our credentials.
+_SYSTEMD_ONLY = ("LISTEN_", "NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "CREDENTIALS_DIRECTORY")
+
+# Settings that are no secret of ours, and by which OpenFaaS' own templates (Go's, for one) set their time limits.
+_TOLD_FUNCTIONS = frozenset(("read_timeout", "write_timeout", "exec_timeout", "healthcheck_interval"))
+
+
+def is_ours_alone(name: str) -> bool:
+    """Tell whether a variable of the watchdog's environment is none of its functions' business."""
+    if name.startswith((OUR_PREFIX, *_SYSTEMD_ONLY)):
+        return True
+    return name in setting_names(Settings) and name not in _TOLD_FUNCTIONS
+
+
 def function_environment(environ: Mapping[str, str]) -> dict[bytes, bytes]:
-    """Return the environment that functions start from: ours without what was meant for us alone.
+    """Return the environment that functions start from: ours without what was meant for us alone, and what is theirs.
 
     LC_CTYPE is left out if it came with our interpreter, which sets it in a bare environment (PEP 538).
     """
     with open("/proc/self/environ", "rb") as file:
         coerced = "LC_CTYPE" in os.environ and not re.search(rb"(?:^|\0)LC_CTYPE=", file.read())
-    return {
-        os.fsencode(name): os.fsencode(value)
+    inherited = {
+        name: value
         for name, value in environ.items()
-        if not name.startswith(("LISTEN_", "FAASHOUND_")) and not (coerced and name == "LC_CTYPE")
+        if not is_ours_alone(name) and not (coerced and name == "LC_CTYPE")
     }
+    given = {
+        name.removeprefix(FUNCTION_VARIABLE): value
+        for name, value in environ.items()
+        if name.startswith(FUNCTION_VARIABLE)
+    }
+    return {os.fsencode(name): os.fsencode(value) for name, value in (inherited | given).items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -4451,7 +4710,7 @@ async def serve(settings: Settings, environ: Mapping[str, str], doors: Doors, gu
     spawner = Spawner(reaper, mark, settings.fprocess, function_environment(environ), settings.term_grace_s)
     with ExitStack() as cleanup:
         cleanup.callback(reaper.close)
-        on_stderr = None if settings.combine_output else log.raw
+        on_stderr = None if settings.combine_output else partial(log_stderr, settings, log_prefix(settings, None))
         pool = Pool(reaper, spawner, seat.share_of(settings.prewarm), on_stderr)
         cleanup.callback(pool.close)
         lock_path = None if settings.suppress_lock else lock_file_path(environ)
@@ -4520,30 +4779,57 @@ def start_metrics(sockets: Iterable[socket.socket], handler: Handler) -> Server:
 
 
 def settle_descriptors() -> None:
-    """Make sure that 0, 1 and 2 are open, and that functions inherit nothing else from whoever started us."""
+    """Make sure that 0, 1 and 2 are open, and that functions inherit nothing else from the process that started us.
+
+    First of all in each program: a socket that got the number 2 would be sent the log, and libuv aborts when it gets
+    one of these numbers for itself.
+    """
     while (fd := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) <= 2:
         os.set_inheritable(fd, True)
     os.close(fd)
-    for name in os.listdir("/proc/self/fd"):
-        if int(name) > 2:
+    for fd in open_descriptors():
+        if fd > 2:
             with suppress(OSError):  # the listing's own
-                os.set_inheritable(int(name), False)
+                os.set_inheritable(fd, False)
 
 
 def lock_file_path(environ: Mapping[str, str]) -> str:
-    """Return the path of the lock file, whose existence is what --run-healthcheck looks at."""
-    return os.path.join(environ.get("TMPDIR") or "/tmp", ".lock")  # noqa: S108 - the name is OpenFaaS's
+    """Return the path of the lock file, whose existence is what --run-healthcheck looks at.
+
+    OpenFaaS's name for OpenFaaS's port, which probes know (`cat /tmp/.lock`); another port has a file of its own, or
+    the first of two watchdogs that ended would make the other unhealthy.  It goes by the setting, since a health check
+    has our environment and not our socket.
+    """
+    port = environ.get("port") or settings_table(Settings)["port"].default
+    name = ".lock" if port in ("8080", "0") else f".lock.{port}"
+    return os.path.join(environ.get("TMPDIR") or "/tmp", name)  # noqa: S108 - the name is OpenFaaS's
 
 
 def create_lock_file(environ: Mapping[str, str]) -> str:
-    """Create the lock file and return its path; raises CannotStart."""
+    """Create the lock file and return its path; raises CannotStart.
+
+    $TMPDIR may be writable for others: nothing is followed, waited for (a FIFO) or taken over that is not ours.
+    """
     path = lock_file_path(environ)
     log.info(f"Writing lock-file to: {path}")
     try:
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o660))
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o660)
+        found = os.fstat(fd)
+        os.close(fd)
     except OSError as error:
-        raise CannotStart(f"cannot write {path}: {error.strerror}; suppress_lock=true does without it") from None
-    return path
+        reason = "it is a symbolic link" if error.errno == errno.ELOOP else _strerror(error)
+    else:
+        if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid():
+            return path
+        reason = "it is there already and no file of ours"
+    raise CannotStart(f"cannot write {path}: {reason}; suppress_lock=true does without it")
+
+
+def is_locked(path: str) -> bool:
+    """Tell whether the lock file is there; a symbolic link or a FIFO is none."""
+    with suppress(OSError):
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    return False
 
 
 def remove_lock_file(path: str) -> None:
@@ -4562,18 +4848,54 @@ PURPOSE = """Puts the program named by `fprocess` behind HTTP, one process per r
 --run-healthcheck exits with 0 if the lock file is there, else with 1."""
 
 
+class OutputFailed(FaashoundError):
+    """Standard output does not take what was asked for; the text says why."""
+
+    def __init__(self, cause: OSError | None) -> None:
+        self.reader_has_left = isinstance(cause, BrokenPipeError)
+        super().__init__(f"cannot write to standard output: {_strerror(cause) if cause else 'it is closed'}")
+
+
+def write_out(text: str) -> None:
+    """Write a line to standard output, at once; raises OutputFailed.
+
+    Not print(): what that buffers fails when the interpreter ends, and then with a traceback.  And a descriptor 1 that
+    was closed when we were started may be a file of ours by now: the interpreter knows.
+    """
+    if sys.stdout is None:
+        raise OutputFailed(None)
+    rest = memoryview(f"{text}\n".encode("utf-8", "backslashreplace"))
+    try:
+        while rest:
+            rest = rest[os.write(1, rest) :]
+    except OSError as error:
+        raise OutputFailed(error) from None
+
+
+def report_failure(error: FaashoundError) -> int:
+    """Say on standard error why a command failed; return its exit status.
+
+    A reader that has seen enough (`| head`) is no failure to speak of: the status is that of a death by SIGPIPE.
+    """
+    if isinstance(error, OutputFailed) and error.reader_has_left:
+        return 128 + signal.SIGPIPE
+    print(error, file=sys.stderr)
+    return 1
+
+
 def flag_answer(argv: Sequence[str], help_shown: str) -> int | None:
     """Do what a flag common to our programs asks and return the exit status; None if none was given."""
-    if argv == ["--version"]:
-        print(f"faashound {VERSION}")
-        return 0
-    if argv == ["--help"]:
-        print(help_shown, end="")
-        return 0
-    if argv:
+    if not argv:
+        return None
+    texts = {"--version": f"faashound {VERSION}", "--help": help_shown.rstrip("\n")}
+    if len(argv) > 1 or argv[0] not in texts:
         print(f"unknown arguments: {' '.join(argv)}; see --help", file=sys.stderr)
         return 2
-    return None
+    try:
+        write_out(texts[argv[0]])
+    except OutputFailed as error:
+        return report_failure(error)
+    return 0
 
 
 def read_file(path: str, meaning: str) -> str:
@@ -4588,10 +4910,16 @@ def read_file(path: str, meaning: str) -> str:
 
 def run_healthcheck(environ: Mapping[str, str]) -> int:
     """Return 0 if the lock file is there, else 1 (the texts are OpenFaaS's)."""
-    if os.path.exists(lock_file_path(environ)):
+    if is_locked(lock_file_path(environ)):
         return 0
     print("unable to find lock file.", file=sys.stderr)
     return 1
+
+
+def log_origin(environ: Mapping[str, str]) -> str | None:
+    """Return the name of the function that we serve, as people type it, for the log; None outside of OpenFaaS."""
+    name, namespace = environ.get("OPENFAAS_NAME"), environ.get("OPENFAAS_NAMESPACE")
+    return f"{name}.{namespace}" if name and namespace not in (None, "", "openfaas-fn") else name
 
 
 def load_settings(kind: type[S], environ: Mapping[str, str]) -> S | None:
@@ -4601,7 +4929,7 @@ def load_settings(kind: type[S], environ: Mapping[str, str]) -> S | None:
     except BadSettings as error:
         print(error, file=sys.stderr)
         return None
-    log.configure(getattr(settings, "log_format", "text"), environ.get("OPENFAAS_NAME"))
+    log.configure(getattr(settings, "log_format", "text"), log_origin(environ))
     for warning in lookalikes(kind, environ):
         log.warning(warning)
     return settings
@@ -4611,6 +4939,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     """Run the watchdog and return its exit status: 0 stopped, 1 failed or cut calls, 2 bad settings."""
     argv = list(sys.argv[1:] if argv is None else argv)
     environ = os.environ if environ is None else environ
+    settle_descriptors()
     if argv == ["--run-healthcheck"]:
         return run_healthcheck(environ)
     answer = flag_answer(argv, help_text("fwatchdog [--run-healthcheck]", PURPOSE, Settings))
@@ -4620,7 +4949,6 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     if settings is None:
         return 2
     try:
-        settle_descriptors()
         signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whoever started us may have blocked SIGCHLD or SIGTERM
         with ExitStack() as cleanup:
             doors = open_doors(settings.host, settings.port, settings.metrics_port, environ)

@@ -3,6 +3,7 @@
     fworker                                   # or: python -m faashound.worker
     queue_url=spool:/var/lib/faashound gateway_url=http://gateway:8080 max_inflight=32 fworker
     fworker dead list|show|retry|purge        # what was given up; see calls.py
+    fworker cancel --all | --function NAME    # what waits in the queue
 
 For each call that is due: lease it, send it to the function through the gateway, and record what follows from the
 answer (`retries.next_step`): done, again at some time, or a dead letter.  A result that somebody asked for is
@@ -24,15 +25,17 @@ import os
 import random
 import sys
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import cast
 
 import prometheus_client
 import uvloop
 
+from .breakers import Breakers
 from .callbacks import (
     CALLBACK_PROOF,
     MAX_REDIRECTS_COUNT,
@@ -47,20 +50,23 @@ from .callbacks import (
     parse_callback_allow,
     parse_secrets,
 )
-from .calls import dead_letters
+from .calls import cancel_calls, dead_letters
+from .lookups import by_origin, strangers_names, system_names
 from .migrate import migrate_queue
-from .queues import NatsSettings, Queue, QueueUrl, is_healthy, open_queue, parse_queue_url
+from .names import FunctionName
+from .queues import QUEUE_RESERVE_HELP, NatsSettings, Queue, QueueUrl, open_queue, parse_queue_url, trouble_of
 from .retries import (
     CALLBACK_POLICY,
-    Cancelled,
     Concurrency,
     Dead,
     Done,
     End,
+    HandBack,
     Outcome,
     Progress,
     RetryAt,
     RetryPolicy,
+    Step,
     is_poison,
     next_callback_step,
     next_step,
@@ -69,6 +75,7 @@ from .retries import (
     poison_step,
     policy_for,
 )
+from .shares import Slots
 from .spool import (
     EXCERPT_BYTES,
     Attempt,
@@ -78,14 +85,18 @@ from .spool import (
     LeaseLost,
     QueueDamaged,
     QueueFull,
+    QueueLimits,
     QueueUnavailable,
+    ResultLost,
     RunEnd,
     State,
     StoredBody,
+    destination_of,
     parse_queue_names,
 )
 from .watchdog import (
     TEXT_PLAIN,
+    BodyTooLarge,
     CannotStart,
     Client,
     ClientResponse,
@@ -94,6 +105,7 @@ from .watchdog import (
     Header,
     MethodNotAllowed,
     NotReady,
+    OutOfResources,
     PeerGone,
     Request,
     Response,
@@ -115,12 +127,13 @@ from .watchdog import (
     parse_port,
     parse_positive_count,
     parse_positive_duration,
+    parse_size,
     parse_text,
     parse_url,
     read_file,
-    resolve_any,
     serve_metrics,
     setting,
+    settle_descriptors,
     start_metrics,
     watch_lifeline,
 )
@@ -129,6 +142,9 @@ ANNOTATIONS_KEPT_S = 30.0  # how long a function's annotations are believed befo
 ANNOTATIONS_TIMEOUT_S = 5.0
 RENEWALS_COUNT = 3  # in the time of one lease: two may fail before it runs out
 PAUSE_S = 1.0  # before the queue is asked again after it failed
+PREVENTED_S = 2.0  # before a lease is handed back for want of something that this machine will have again
+REFUSED_TEXT = "refused: not allowed by callback_allow"  # which names lead to inner addresses is not for strangers
+PROBES_PART = 4  # one slot for so many is for trying destinations again that could not be reached
 MAX_KNOWN_COUNT = 1000  # functions whose annotations and metrics are kept apart: callers can make up names
 ANSWER_READ_BYTES = 1 << 20  # of the answer to a callback, which nobody wants but whose sender wants to be rid of it
 WORKER_TOKEN = b"X-Worker-Token"  # who has it can open the queue, so it is a worker of ours
@@ -171,11 +187,18 @@ class Settings(NatsSettings):
     callback_timeout_s: float = setting("callback_timeout", "30s", parse_positive_duration, "time for one callback")
     callback_retry_attempts: int = setting("callback_retry_attempts", "8", parse_count, "attempts of a callback in all")
     callback_secret_file: str | None = setting(
-        "callback_secret_file", "", parse_text, "file of the secrets that sign callbacks (Standard Webhooks)"
+        "callback_secret_file",
+        "",
+        parse_text,
+        "file with a line SECRET, or HOST SECRET, for each secret that signs callbacks",
     )
     callback_allow: CallbackAllow | None = setting(
         "callback_allow", "", parse_callback_allow, "hosts and networks that callbacks may go to besides public ones"
     )
+    max_result_bytes: int = setting(
+        "max_result", "512MiB", parse_size, "longest answer that is kept; the call of a longer one is a dead letter"
+    )
+    queue_reserve_bytes: int = setting("queue_reserve", "8MiB", parse_size, QUEUE_RESERVE_HELP)
     host: str | None = setting("host", "127.0.0.1", parse_text, "address of /metrics and /healthz")
     metrics_port: int = setting("metrics_port", "8083", parse_port, "port of /metrics and /healthz; 0 disables it")
     drain_timeout_s: float = setting("drain_timeout", "30s", parse_duration, "after SIGTERM: time for what runs")
@@ -280,13 +303,15 @@ class Annotations:
 class Running:
     """A lease at work.  `ended_by` says why its task was cancelled: "cancel", "lost" or "drain".
 
-    `answered`: the function has answered, and only the outcome is still to be recorded, so its place is free.
+    `flow` is whose slot it holds.  Once the function has answered, and only the outcome is still to be recorded, it
+    holds none.
     """
 
     lease: Lease
+    flow: str
     task: asyncio.Task[None] | None = None
     begun: bool = False
-    answered: bool = False
+    holds_slot: bool = False
     ended_by: str = ""
 
     def end(self, why: str) -> None:
@@ -319,6 +344,11 @@ class WorkerMetrics:
         self._callbacks = prometheus_client.Counter(
             "worker_callbacks", "Attempts at callbacks, by outcome", ("outcome",), registry=self.registry
         )
+        self.held_back = prometheus_client.Gauge(
+            "worker_callback_destinations_held_back",
+            "Destinations of callbacks that are tried less often, since they could not be reached",
+            registry=self.registry,
+        )
         in_flight = prometheus_client.Gauge(
             "worker_in_flight", "Calls and callbacks at work", ("kind",), registry=self.registry
         )
@@ -336,7 +366,7 @@ class WorkerMetrics:
         """Count an attempt at a callback."""
         self._callbacks.labels(str(outcome.status or outcome.end.value)).inc()
 
-    def show_limits(self, limits: Mapping[str, Concurrency]) -> None:
+    def show_limits(self, limits: Mapping[FunctionName, Concurrency]) -> None:
         """Set the limits of those functions that are held below the worker's own."""
         self._limits.clear()
         for function, limit in limits.items():
@@ -359,8 +389,10 @@ class Worker:
         self.queue = queue
         self._settings = settings
         self._owner = owner
-        self._client = Client()
-        self._callback_client = Client(policy.guard(resolve_any))
+        self._names, self._strangers_names = system_names(), strangers_names()
+        self._client = Client(self._names)
+        callback_names = by_origin(policy.is_written_out, self._names, self._strangers_names)
+        self._callback_client = Client(policy.guard(callback_names))
         self._policy = policy
         self._signer = signer
         self._gateway = parse_url(settings.gateway_url)
@@ -368,8 +400,12 @@ class Worker:
         self._callback_policy = dataclasses.replace(CALLBACK_POLICY, max_attempts=settings.callback_retry_attempts)
         self._running: dict[int, Running] = {}  # by the lease's fence
         self._cancelled_early: frozenset[str] = frozenset()  # calls that are ours but have not reached us yet
-        self._limits: dict[str, Concurrency] = {}
-        self._may_wait: set[Kind] = {"call", "callback"}  # what there may be more of in the queue
+        self._limits: OrderedDict[FunctionName, Concurrency] = OrderedDict()
+        self._slots: Mapping[Kind, Slots] = {
+            "call": Slots(settings.max_inflight),
+            "callback": Slots(settings.max_inflight),
+        }
+        self._breakers = Breakers(max(settings.max_inflight // PROBES_PART, 1))
         self._stirred = asyncio.Event()  # there is room, or maybe work, or an end: look again
         self._stopping = False
         self._complaint = ""
@@ -395,8 +431,8 @@ class Worker:
         finally:
             for helper in helpers:
                 helper.cancel()
-            await self._client.close()
-            await self._callback_client.close()
+            for part in (self._client, self._callback_client, self._names, self._strangers_names):
+                await part.close()
 
     def stop(self) -> None:
         """Claim nothing more and drain."""
@@ -409,52 +445,54 @@ class Worker:
             running.end("drain")
 
     async def _claim(self) -> bool:
-        """Start as much as there is and as there is room for; tell whether that was anything."""
-        lease_s = self._settings.ack_wait_s
+        """Start as much as there is and as there is room for; tell whether to look again at once."""
         try:
-            calls = callbacks = False
-            if room := self._room_to_claim("call"):
-                calls = self._start_all(
-                    "call",
-                    await self.queue.claim(self._settings.queues, self._owner, lease_s, room, self._rooms()),
-                )
-            if room := self._room_to_claim("callback"):
-                callbacks = self._start_all("callback", await self.queue.claim_callbacks(self._owner, lease_s, room))
+            again = [await self._claim_kind(kind) for kind in self._slots]
         except FaashoundError as error:
-            self._may_wait = {"call", "callback"}
+            self._hear()
             self._complain(error)
             return False
         self._complaint = ""
-        return calls or callbacks
+        return any(again)
 
-    def _room_to_claim(self, kind: Kind) -> int:
-        """Return how many leases of a kind are to be claimed now; 0 if none may wait, for all that has been heard."""
-        busy_count = sum(running.lease.kind == kind and not running.answered for running in self._running.values())
-        room = self._settings.max_inflight - busy_count
-        if room <= 0 or kind not in self._may_wait:
-            return 0
-        self._may_wait.discard(kind)  # before the claim: what is heard of while it is made is claimed by the next
-        return room
+    async def _claim_kind(self, kind: Kind) -> bool:
+        slots = self._slots[kind]
+        allotment = slots.next_claim(time.monotonic())
+        if allotment is None:
+            return False
+        rooms = self._rooms(kind)
+        wanted = allotment.narrowed(rooms)
+        claim = self.queue.claim if kind == "call" else self.queue.claim_callbacks
+        leases = await claim(self._settings.queues, self._owner, self._settings.ack_wait_s, wanted.limit, wanted.rooms)
+        for lease in leases:
+            self._start(lease)
+        return slots.found(allotment, len(leases), passed_over=0 in rooms.values())
 
-    def _rooms(self) -> dict[str, int]:
-        """Return how many more calls each function may get whose limit is known to be below ours."""
-        if not self._limits:
-            return {}
-        at_work = [running.lease for running in self._running.values() if not running.answered]
-        counts = Counter(lease.call.function for lease in at_work if lease.kind == "call")
-        return {name: limit.room(counts[name]) for name, limit in self._limits.items()}
+    def _rooms(self, kind: Kind) -> dict[str, int]:
+        """Return how many more each function may get that refuses calls, or each destination that is in trouble."""
+        held = self._slots[kind].held
+        if kind == "callback":
+            return self._breakers.rooms(held, time.monotonic())
+        return {name: limit.room(held[name]) for name, limit in self._limits.items()}
+
+    def _hear(self) -> None:
+        for slots in self._slots.values():
+            slots.hear()
 
     async def _wait_for_change(self) -> None:
         """Wait until there may be something to claim, or if the queue is in trouble for a moment."""
+        now_s = time.monotonic()
+        changes_s = [slots.lends_at_s for slots in self._slots.values()]
+        changes_s += [self._breakers.next_probe_s(now_s), now_s + PAUSE_S if self._complaint else None]
         with suppress(TimeoutError):
-            async with asyncio.timeout(PAUSE_S if self._complaint else None):
+            async with asyncio.timeout_at(min((at_s for at_s in changes_s if at_s is not None), default=None)):
                 await self._stirred.wait()
 
     async def _listen(self) -> None:
         """Pass on what the queue has to tell."""
         while True:
             await self._hear_of_work()
-            self._may_wait = {"call", "callback"}
+            self._hear()
             self._stirred.set()
 
     async def _hear_of_work(self) -> None:
@@ -473,28 +511,32 @@ class Worker:
             log.error(f"the queue cannot be asked for work: {error}")
         self._complaint = str(error)
 
-    def _start_all(self, kind: Kind, leases: Sequence[Lease]) -> bool:
-        """Start what a claim has brought; tell whether that was anything.  Where something was, there may be more."""
-        if leases or (kind == "call" and self._limits):  # a function without room is passed over
-            self._may_wait.add(kind)
-        for lease in leases:
-            self._start(lease)
-        return bool(leases)
-
     def _start(self, lease: Lease) -> None:
         for earlier in list(self._running.values()):
             if (earlier.lease.kind, earlier.lease.call.id) == (lease.kind, lease.call.id):
                 earlier.end("lost")  # we slept past our own lease
-        running = Running(lease)
+        flow = lease.call.function if lease.kind == "call" else destination_of(lease.call.callback_url or "")
+        running = Running(lease, flow)
         self._running[lease.fence] = running
+        self._hold(running)
         running.task = asyncio.create_task(self._see_to_end(running))
         running.task.add_done_callback(partial(self._on_end, lease))
         if lease.kind == "call" and lease.call.id in self._cancelled_early:
             running.end("cancel")
         self.metrics.in_flight[lease.kind].inc()
 
+    def _hold(self, running: Running) -> None:
+        if not running.holds_slot:
+            running.holds_slot = True
+            self._slots[running.lease.kind].take(running.flow)
+
+    def _free(self, running: Running) -> None:
+        if running.holds_slot:
+            running.holds_slot = False
+            self._slots[running.lease.kind].give_back(running.flow, time.monotonic())
+
     def _on_end(self, lease: Lease, task: asyncio.Task[None]) -> None:
-        del self._running[lease.fence]
+        self._free(self._running.pop(lease.fence))
         self.metrics.in_flight[lease.kind].dec()
         self._stirred.set()
         if not task.cancelled() and task.exception() is not None:
@@ -507,7 +549,7 @@ class Worker:
         try:
             if running.ended_by:
                 raise asyncio.CancelledError
-            await (self._make_call(running) if lease.kind == "call" else self._make_callback(lease))
+            await (self._make_call(running) if lease.kind == "call" else self._make_callback(running))
         except asyncio.CancelledError:
             await self._end_early(running, started_s)
         except LeaseLost:
@@ -581,19 +623,18 @@ class Worker:
         answer = await self._attempt(call)
         outcome, now_s = answer.outcome, time.time()
         self._learn(call.function, outcome, started)
-        progress = Progress(call.attempts, call.expires_s)
-        step = next_step(progress, policy, outcome, now_s, random.random)
-        status = outcome.status or None
-        error = None if isinstance(step, Done) else str(getattr(step, "reason", outcome))
-        attempt = Attempt(started_s, now_s, status, error)
+        step = next_step(Progress(call.attempts, call.expires_s), policy, outcome, now_s, random.random)
         self.metrics.attempt(call.function, outcome)
         self._log_step(call, step, answer)
+        if isinstance(step, HandBack):
+            await self._hand_back(lease)
+            return
         await self._make_room(running)
-        await self._record(lease, step, attempt, answer)
+        await self._record(lease, step, attempt_of(started_s, now_s, outcome, step), answer)
 
     async def _make_room(self, running: Running) -> None:
         """Let another call take the place of one that was answered, claimed in the commit that records the outcome."""
-        running.answered = True
+        self._free(running)
         self._stirred.set()
         await asyncio.sleep(0)  # the claim is submitted now, the outcome right behind it
 
@@ -603,9 +644,17 @@ class Worker:
         now_s = time.time()
         await self._record(lease, step, Attempt(now_s, now_s, None, step.reason), Answer(Outcome(End.UNREACHABLE)))
 
-    async def _record(
-        self, lease: Lease, step: Done | RetryAt | Dead | Cancelled, attempt: Attempt, answer: Answer
-    ) -> None:
+    async def _hand_back(self, lease: Lease) -> None:
+        """Give up a lease on what this machine cannot do now, after a moment in which it is not asked to do more.
+
+        The moments differ, or all would come back together and want the same again; what idles gives way to what works.
+        """
+        await self._client.close()
+        await self._callback_client.close()
+        await asyncio.sleep(PREVENTED_S * random.uniform(0.5, 1.5))  # noqa: S311 - a wait, and no secret
+        await self._insist(lease, partial(self.queue.release, lease))
+
+    async def _record(self, lease: Lease, step: Done | RetryAt | Dead, attempt: Attempt, answer: Answer) -> None:
         match step:
             case RetryAt(due_s):
                 excerpt = await self._excerpt(answer)
@@ -616,10 +665,8 @@ class Worker:
             case Dead(_, status, with_answer):
                 kept = answer if with_answer else Answer(answer.outcome, duration_s=answer.duration_s)
                 if not with_answer and answer.body is not None:
-                    await self.queue.drop_body(answer.body)
+                    await self._drop(answer.body)
                 await self._finish(lease, State.DEAD, status, attempt, kept)
-            case Cancelled():
-                await self.queue.finish_cancelled(lease, attempt)
 
     async def _insist(self, lease: Lease, record: Callable[[], Awaitable[object]]) -> None:
         """Record what has happened, if need be again and again: what is not recorded would happen once more."""
@@ -632,14 +679,17 @@ class Worker:
                 if str(error) != complaint:
                     log.error(f"the outcome cannot be recorded yet: {error}", call_id=lease.call.id)
                 complaint = str(error)
-                self._running[
-                    lease.fence
-                ].answered = False  # what cannot be recorded keeps its place, or all would pile up
+                self._hold(self._running[lease.fence])  # what cannot be recorded keeps its slot, or all would pile up
                 await asyncio.sleep(PAUSE_S)
 
     async def _finish(self, lease: Lease, state: State, status: int, attempt: Attempt, answer: Answer) -> None:
         end = RunEnd(state, attempt, status, answer.duration_s, answer.body, answer.headers)
-        await self._insist(lease, partial(self.queue.finish, lease, end))
+        try:
+            await self._insist(lease, partial(self.queue.finish, lease, end))
+        except QueueDamaged as error:  # the result was taken away from under us: no reason to run the function again
+            attempt = dataclasses.replace(attempt, error=str(error))
+            end = RunEnd(State.DEAD, attempt, status, answer.duration_s)
+            await self._insist(lease, partial(self.queue.finish, lease, end))
 
     async def _excerpt(self, answer: Answer) -> bytes | None:
         """Return the beginning of a failed response, and drop the rest."""
@@ -649,55 +699,75 @@ class Worker:
             async for chunk in self.queue.open_body(answer.body, EXCERPT_BYTES):
                 return chunk
             return b""
+        except FaashoundError as error:  # the outcome is worth more than how the answer began
+            log.warning(f"the beginning of an answer is lost: {error}")
+            return None
         finally:
-            await self.queue.drop_body(answer.body)
+            await self._drop(answer.body)
+
+    async def _drop(self, body: StoredBody) -> None:
+        with suppress(FaashoundError):  # then the housekeeping finds it
+            await self.queue.drop_body(body)
 
     async def _attempt(self, call: Call) -> Answer:
-        """Send a call to its function and store what it answers."""
+        """Send a call to its function and store what it answers; whatever goes wrong is an outcome too."""
         started, timeout_s = time.monotonic(), self._settings.call_timeout_s
 
-        def failed(end: End, error: FaashoundError) -> Answer:
-            return Answer(Outcome(end, error=str(error)), duration_s=time.monotonic() - started)
+        def failed(outcome: Outcome) -> Answer:
+            return Answer(outcome, duration_s=time.monotonic() - started)
 
         try:
             response = await self._client.request(
                 call.method,
                 function_url(self._gateway, call),
                 build_call_headers(call, self.queue.token),
-                self._sendable(call.body),
+                await self._sendable(call.body),
                 call.body.bytes_count,
                 started + timeout_s if timeout_s else None,
             )
             async with response:
-                stored = await self.queue.store_body(response.body)
-        except UpstreamTimeout as error:
-            return failed(End.TIMED_OUT, error)
-        except QueueDamaged as error:
-            return failed(End.UNREADABLE, error)
-        except (PeerGone, Unreachable, QueueUnavailable, QueueFull) as error:  # of the queue: there is no room for it
-            return failed(End.UNREACHABLE, error)
+                try:
+                    stored = await self.queue.store_result(
+                        response.body, self._settings.max_result_bytes, response.body.length
+                    )
+                except BodyTooLarge:
+                    text = f"the answer is longer than max_result, which is {self._settings.max_result_bytes} bytes"
+                    return failed(Outcome(End.UNSTORED, error=text))
+                except ResultLost as error:
+                    return failed(Outcome(End.UNSTORED, error=str(error)))
+                except (QueueUnavailable, QueueFull) as error:  # the function has run: this was an attempt
+                    return failed(Outcome(End.UNREACHABLE, error=f"the answer could not be stored: {error}"))
+        except Exception as error:  # noqa: BLE001 - an attempt's boundary: what it raises is recorded, whatever it is
+            return failed(outcome_of_error(error, call.id))
         return Answer(outcome_of(response), stored, kept_headers(response), time.monotonic() - started)
 
-    def _sendable(self, body: StoredBody) -> bytes | AsyncIterator[bytes]:
-        return self.queue.open_body(body) if body.file is not None else body.inline or b""
+    async def _sendable(self, body: StoredBody) -> bytes | AsyncIterator[bytes]:
+        """Return what can be sent of a stored body; raises what opening it raises, before anything is sent."""
+        if body.file is None:
+            return body.inline or b""
+        async with aclosing(self.queue.open_body(body, 1)) as pieces:
+            await anext(pieces, None)
+        return self.queue.open_body(body)
 
-    def _learn(self, function: str, outcome: Outcome, started: float) -> None:
+    def _learn(self, function: FunctionName, outcome: Outcome, started: float) -> None:
         """Adapt how many calls of a function run at once to how it answers."""
         before = self._limits.get(function) or Concurrency.start(self._settings.max_inflight)
-        after = before.after(outcome.status, started, time.monotonic())
-        if after.limit >= after.ceiling:
-            self._limits.pop(function, None)
-        else:
+        after = before.after(outcome, started, time.monotonic())
+        self._limits.pop(function, None)
+        if after.limit < after.ceiling:
             self._limits[function] = after
+            if len(self._limits) > MAX_KNOWN_COUNT:
+                self._limits.popitem(last=False)
         if after.limit < before.limit:
             log.info(f"{function} refuses calls: at most {int(after.limit)} at once")
 
     def show_limits(self) -> None:
-        """Bring the metrics of the functions' limits up to date."""
+        """Bring the metrics of the functions' limits, and of destinations in trouble, up to date."""
         self.metrics.show_limits(self._limits)
+        self.metrics.held_back.set(self._breakers.open_count)
 
     def _log_step(self, call: Call, step: object, answer: Answer) -> None:
-        text = {Done: "done", RetryAt: "to be tried again", Dead: "dead letter", Cancelled: "cancelled"}[type(step)]
+        text = {Done: "done", RetryAt: "to be tried again", Dead: "dead letter", HandBack: "handed back"}[type(step)]
         fields: dict[str, object] = {"call_id": call.id, "function": call.function, "attempt": call.attempts}
         if isinstance(step, RetryAt):
             fields["in"] = f"{max(step.due_s - time.time(), 0.0):.3f}s"
@@ -705,65 +775,88 @@ class Worker:
 
     # A callback.
 
-    async def _make_callback(self, lease: Lease) -> None:
+    async def _make_callback(self, running: Running) -> None:
+        lease = running.lease
         call, callback, started_s = lease.call, lease.call.callback, time.time()
         if callback is None or call.callback_url is None:
             raise AssertionError("a lease on a callback is of a call that has one")
-        outcome = await self._post(call)
-        now_s = time.time()
-        step = next_callback_step(callback.attempts, self._callback_policy, outcome, now_s, random.random)
-        error = None if isinstance(step, Done) else str(getattr(step, "reason", outcome))
-        attempt = Attempt(started_s, now_s, outcome.status or None, error)
+        if is_poison(callback.attempts, self._callback_policy):
+            outcome, step = Outcome(End.FAILED), cast(Step, poison_step(callback.attempts))
+        else:
+            outcome = await self._post_or_not(call, running.flow)
+            step = next_callback_step(callback.attempts, self._callback_policy, outcome, time.time(), random.random)
         self.metrics.callback(outcome)
-        match step:
-            case Done():
-                record = partial(self.queue.callback_done, lease, attempt)
-            case RetryAt(due_s):
-                record = partial(self.queue.callback_retry, lease, attempt, due_s)
-            case Dead():
-                record = partial(self.queue.callback_dead, lease, attempt)
-        await self._insist(lease, record)
-        text = {Done: "delivered", RetryAt: "to be tried again", Dead: "given up"}[type(step)]
+        await self._record_callback(lease, step, attempt_of(started_s, time.time(), outcome, step))
+        text = {Done: "delivered", RetryAt: "to be tried again", Dead: "given up", HandBack: "handed back"}[type(step)]
         log.info(
             f"callback {text}", call_id=call.id, function=call.function, attempt=callback.attempts, outcome=outcome
         )
 
-    async def _post(self, call: Call) -> Outcome:
-        """Post a result to its callback, following the redirects that keep method and body."""
-        deadline_s = time.monotonic() + self._settings.callback_timeout_s
-        try:
-            url: Url | None = self._policy.check_url(call.callback_url or "")
-            status, retry_after = 0, None
-            for _ in range(MAX_REDIRECTS_COUNT + 1):
-                if url is None:
-                    break
-                here = url
-                async with await self._send_callback(call, here, deadline_s) as response:
-                    status, retry_after = response.status, _text(response.header(b"retry-after"))
-                    with suppress(FaashoundError):  # a receiver that is cut off might think that it was not heard
-                        await response.body.read(ANSWER_READ_BYTES)
-                    url = self._policy.check_redirect(here, status, _text(response.header(b"location")))
-            return Outcome(End.ANSWERED, status, retry_after)
-        except CallbackRefused as error:
-            return Outcome(End.REFUSED, error=str(error))
-        except UpstreamTimeout as error:
-            return Outcome(End.TIMED_OUT, error=str(error))
-        except (PeerGone, Unreachable) as error:
-            return Outcome(End.UNREACHABLE, error=str(error))
+    async def _record_callback(self, lease: Lease, step: Step, attempt: Attempt) -> None:
+        match step:
+            case Done():
+                await self._insist(lease, partial(self.queue.callback_done, lease, attempt))
+            case RetryAt(due_s):
+                await self._insist(lease, partial(self.queue.callback_retry, lease, attempt, due_s))
+            case Dead():
+                await self._insist(lease, partial(self.queue.callback_dead, lease, attempt))
+            case HandBack():
+                await self._hand_back(lease)
 
-    async def _send_callback(self, call: Call, url: Url, deadline_s: float) -> ClientResponse:
+    async def _post_or_not(self, call: Call, destination: str) -> Outcome:
+        """Post a result unless its destination has been given up for now, and learn how that one is."""
+        started_s = time.monotonic()
+        objection = self._breakers.objection(destination, started_s)
+        if objection is not None:
+            return Outcome(End.HELD_BACK, error=objection)
+        outcome = await self._post(call)
+        if outcome.end is End.ANSWERED and self._breakers.on_answer(destination):
+            log.info(f"callbacks to {destination} are sent again")
+        is_failure = outcome.end in (End.UNREACHABLE, End.TIMED_OUT)
+        if is_failure and self._breakers.on_failure(destination, str(outcome), started_s, time.monotonic()):
+            log.warning(f"callbacks to {destination} are held back, and tried one at a time: {outcome}")
+        return outcome
+
+    async def _post(self, call: Call) -> Outcome:
+        """Post a result to its callback; whatever goes wrong is an outcome too."""
+        try:
+            async with asyncio.timeout(self._settings.callback_timeout_s):
+                return await self._post_and_follow(call)
+        except TimeoutError:
+            return Outcome(End.TIMED_OUT, error="no answer before the deadline (callback_timeout)")
+        except Exception as error:  # noqa: BLE001 - an attempt's boundary: what it raises is recorded, whatever it is
+            return outcome_of_error(error, call.id)
+
+    async def _post_and_follow(self, call: Call) -> Outcome:
+        """Post a result, following the redirects that keep method and body."""
+        url: Url | None = self._policy.check_url(call.callback_url or "")
+        status, retry_after = 0, None
+        for _ in range(MAX_REDIRECTS_COUNT + 1):
+            if url is None:
+                break
+            here = url
+            async with await self._send_callback(call, here) as response:
+                status, retry_after = response.status, _text(response.header(b"retry-after"))
+                with suppress(FaashoundError):  # a receiver that is cut off might think that it was not heard
+                    await response.body.read(ANSWER_READ_BYTES)
+                url = self._policy.check_redirect(here, status, _text(response.header(b"location")))
+        return Outcome(End.ANSWERED, status, retry_after)
+
+    async def _send_callback(self, call: Call, url: Url) -> ClientResponse:
         policy = await self._annotations.policy(call.function)
         headers = build_callback_headers(callback_facts(call, policy), call.result_headers)
         if self._signer is not None:
-            headers += await self._sign(self._signer, call)
+            headers += await self._sign(self._signer, url, call)
         fields = [(name.encode(), value.encode("latin-1")) for name, value in headers]
         fields.append((CALLBACK_PROOF, build_proof(self.queue.token, call.id).encode()))
-        body = b"" if call.result is None else self._sendable(call.result)
+        body = b"" if call.result is None else await self._sendable(call.result)
         length = 0 if call.result is None else call.result.bytes_count
-        return await self._callback_client.request("POST", url, fields, body, length, deadline_s)
+        return await self._callback_client.request("POST", url, fields, body, length)
 
-    async def _sign(self, signer: Signer, call: Call) -> tuple[tuple[str, str], ...]:
-        signature = signer.start(call.id, time.time())
+    async def _sign(self, signer: Signer, url: Url, call: Call) -> tuple[tuple[str, str], ...]:
+        signature = signer.start(url, call.id, time.time())
+        if signature is None:
+            return ()
         if call.result is not None:
             async for chunk in self.queue.open_body(call.result):
                 signature.update(chunk)
@@ -778,6 +871,31 @@ def outcome_of(response: ClientResponse) -> Outcome:
         _text(response.header(b"retry-after")),
         response.header(b"x-openfaas-internal") is not None,
     )
+
+
+def outcome_of_error(error: Exception, call_id: str) -> Outcome:
+    """Return what the rules need to know of an attempt that raised `error`; what strangers may not read is logged."""
+    match error:
+        case CallbackRefused():
+            log.warning(str(error), call_id=call_id)
+            return Outcome(End.REFUSED, error=REFUSED_TEXT)
+        case UpstreamTimeout():
+            return Outcome(End.TIMED_OUT, error=str(error))
+        case QueueDamaged():
+            return Outcome(End.UNREADABLE, error=str(error))
+        case QueueUnavailable() | QueueFull() | OutOfResources():
+            return Outcome(End.PREVENTED, error=str(error))
+        case PeerGone() | Unreachable():
+            return Outcome(End.UNREACHABLE, error=str(error))
+        case _:
+            log.exception(f"a fault of the worker in an attempt at call {call_id}")
+            return Outcome(End.FAILED, error="a fault of the worker: see its log")
+
+
+def attempt_of(started_s: float, finished_s: float, outcome: Outcome, step: Step) -> Attempt:
+    """Return the record of an attempt (times are seconds since the epoch), of which `step` is to follow."""
+    error = None if isinstance(step, Done) else str(getattr(step, "reason", outcome))
+    return Attempt(started_s, finished_s, outcome.status or None, error)
 
 
 def kept_headers(response: ClientResponse) -> tuple[tuple[str, str], ...]:
@@ -802,7 +920,7 @@ def load_signer(settings: Settings) -> Signer | None:
     try:
         return Signer(parse_secrets(text))
     except ValueError as error:
-        raise CannotStart(f"callback_secret_file {settings.callback_secret_file} {error}") from None
+        raise CannotStart(f"callback_secret_file {settings.callback_secret_file}: {error}") from None
 
 
 async def serve_status(worker: Worker, request: Request) -> Response:
@@ -812,8 +930,9 @@ async def serve_status(worker: Worker, request: Request) -> Response:
         return await serve_metrics(worker.metrics.registry, request)
     if request.method != "GET":
         raise MethodNotAllowed(("GET",))
-    if not is_healthy(worker.queue):
-        raise NotReady("the queue cannot be reached")
+    trouble = trouble_of(worker.queue)
+    if trouble is not None:
+        raise NotReady(trouble)
     return Response(200, (TEXT_PLAIN,), b"OK")
 
 
@@ -825,7 +944,8 @@ async def serve(settings: Settings, environ: Mapping[str, str], doors: Doors) ->
     signer = load_signer(settings)
     policy = build_policy([settings.gateway_url], settings.callback_allow)
     async with AsyncExitStack() as stack:
-        queue = await open_queue(settings.queue_url, settings)
+        limits = QueueLimits(settings.queue_reserve_bytes)
+        queue = await open_queue(settings.queue_url, settings, limits=limits)
         stack.push_async_callback(queue.close)
         worker = Worker(settings, queue, await queue.enlist(), policy, signer)
         status_server = start_metrics(doors.metrics, partial(serve_status, worker))
@@ -849,11 +969,14 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     """Run the worker and return its exit status: 0 stopped, 1 failed, 2 bad settings."""
     argv = list(sys.argv[1:] if argv is None else argv)
     environ = os.environ if environ is None else environ
+    settle_descriptors()
     if argv[:1] == ["dead"]:
         return dead_letters(argv[1:], environ)
+    if argv[:1] == ["cancel"]:
+        return cancel_calls(argv[1:], environ)
     if argv[:1] == ["migrate"]:
         return migrate_queue(argv[1:], environ)
-    answer = flag_answer(argv, help_text("fworker [dead ... | migrate ...]", PURPOSE, Settings))
+    answer = flag_answer(argv, help_text("fworker [dead ... | cancel ... | migrate ...]", PURPOSE, Settings))
     if answer is not None:
         return answer
     settings = load_settings(Settings, environ)

@@ -41,8 +41,9 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from bench.ledger import Answer, Books, Fault, Found, Order, Post, Run, audit, parse_runs, table
+from faashound.names import DEFAULT_NAMESPACE
 from faashound.spool import DATABASE, Spool, State
-from tests.harness import Program, free_port, http_over, http_request, processes_marked, wait_until
+from tests.harness import Program, crowding, free_port, http_over, http_request, processes_marked, wait_until
 from tests.inspection import children_of, has_loop
 from tests.system import System, Worker, rows
 
@@ -419,7 +420,7 @@ class Rig:
 
         def concerned(lease: dict[str, str]) -> bool:
             if target.victim == "watchdog":
-                return lease["kind"] == "call" and lease["function"] == target.function
+                return lease["kind"] == "call" and lease["function"] == f"{target.function}.{DEFAULT_NAMESPACE}"
             pid = lease["owner"].partition("-")[0]
             return pid == str(target.pid) if target.victim == "worker" else Path(f"/proc/{pid}").exists()
 
@@ -534,7 +535,7 @@ class Saboteur:
 
     def _term(self, target: Target) -> Fault:
         """SIGTERM: it takes no longer than its drain limit, and justifies nothing."""
-        at_s, limit_s = now_s(), TERM_LIMIT_S[target.victim]
+        at_s, limit_s = now_s(), TERM_LIMIT_S[target.victim] * crowding()
         os.kill(target.pid, signal.SIGTERM)
         wait_until(lambda: is_gone(target.pid), limit_s + GONE_WITHIN_S, f"the {target.victim} ended after SIGTERM")
         took_s = now_s() - at_s

@@ -12,6 +12,7 @@ from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from statistics import median
 
+from faashound.names import parse_function_name
 from faashound.spool import NewCall, Spool, State, StoredBody, new_call_id
 from tests.harness import free_port
 
@@ -140,7 +141,7 @@ def new_call(delay_s: float) -> NewCall:
     call_id = new_call_id()
     return NewCall(
         id=call_id,
-        function=FUNCTION,
+        function=parse_function_name(FUNCTION),
         queue=QUEUE,
         method="POST",
         path="",

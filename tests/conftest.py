@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections import Counter
 from collections.abc import Generator, Iterator
 
 import pytest
@@ -15,6 +17,13 @@ settings.register_profile("processes", deadline=None)
 settings.load_profile("processes")
 
 
+def pytest_configure() -> None:
+    """Take back what a shell has ignored for us: `nohup`, or `&` in a script, must not change what programs inherit."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Fail in CI what skips itself: a test that needs something absent must not look like one that passed."""
@@ -23,6 +32,18 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
         report.outcome, report.longrepr = "failed", f"CI allows no skipping: {reason}"
     return report
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Count in the last line of a run the tests that were left out, and say what they would have taken."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None:  # a process of pytest-xdist: its reports are with the one that started it
+        return
+    reasons = Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in reporter.getreports("skipped"))
+    if reasons:
+        each = "; ".join(f"{count} ({reason})" for reason, count in reasons.most_common())
+        print(f"{reasons.total()} tests were left out: {each}")
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from faashound import jetstream, spool
 from faashound.jetstream import JetStream
+from faashound.names import FunctionName, parse_function_name
 from faashound.queues import Queue
 from faashound.spool import Attempt, Call, Lease, NewCall, RunEnd, Spool, State, StoredBody, new_call_id
 
@@ -82,9 +83,20 @@ class Desk(ABC):
         (lease,) = self.claim(1, lease_s=lease_s)
         return lease
 
+    def claim_callbacks(self, limit: int = 100, **options: Any) -> list[Lease]:
+        lease_s = options.pop("lease_s", LEASE_S)
+        return self.do(self.queue.claim_callbacks([QUEUE], self.owner, lease_s, limit, **options))
+
     def claim_callback(self, lease_s: float = LEASE_S) -> Lease:
-        (lease,) = self.do(self.queue.claim_callbacks(self.owner, lease_s, 1))
+        (lease,) = self.claim_callbacks(1, lease_s=lease_s)
         return lease
+
+    def owe(self, callback_url: str, queue: str = QUEUE) -> Call:
+        """A call that has ended, and whose outcome is to be delivered."""
+        call = self.put(callback_url=callback_url, queue=queue)
+        (lease,) = self.do(self.queue.claim([queue], self.owner, LEASE_S, 1))
+        self.finish(lease)
+        return call
 
     def finish(self, lease: Lease, state: State = State.DONE, result: bytes | None = b"out", **changes: Any) -> None:
         self.do(finish(self.queue, lease, state, None if result is None else inline(result), **changes))
@@ -146,9 +158,10 @@ def inline(body: bytes) -> StoredBody:
 
 
 def new_call(function: str = "f", **changes: Any) -> NewCall:
+    """A call of a function, NAME or NAME.NAMESPACE."""
     values: dict[str, Any] = {
         "id": new_call_id(),
-        "function": function,
+        "function": function if isinstance(function, FunctionName) else parse_function_name(function),
         "queue": QUEUE,
         "method": "POST",
         "path": "/",

@@ -161,10 +161,10 @@ def test_shell_lists_dead_letters_and_undelivered_results(system: System) -> Non
         result_id = undelivered(system, receiver)
     lines = dead(system, "list").stdout.splitlines()
     assert lines[0].split() == ["ID", "FUNCTION", "DEAD", "ATTEMPTS", "SINCE", "ERROR"]
-    assert any(line.split()[:4] == [call_id, "gated", "call", "2"] for line in lines)
-    assert any(line.split()[:4] == [result_id, "cat", "callback", "1"] for line in lines)
+    assert any(line.split()[:4] == [call_id, "gated.openfaas-fn", "call", "2"] for line in lines)
+    assert any(line.split()[:4] == [result_id, "cat.openfaas-fn", "callback", "1"] for line in lines)
     shown = dead(system, "list", "--json", "--function", "cat").stdout.splitlines()
-    assert {json.loads(line)["function"] for line in shown} == {"cat"}
+    assert {json.loads(line)["function"] for line in shown} == {"cat.openfaas-fn"}
 
 
 def test_shell_shows_retries_and_purges(system: System) -> None:
@@ -204,6 +204,7 @@ def test_shell_retries_and_purges_all_of_a_function(system: System) -> None:
         (["purge", "--all", "x"], 2),
         (["show"], 2),
         (["show", "x"], 1),
+        (["list", "--function", "0x7f000001"], 2),
         (["--help"], 0),
     ],
 )
@@ -241,9 +242,12 @@ def test_body_is_shown_as_text_where_it_is_text(start: bytes, count: int, shown:
 
 def test_query_is_read_with_its_defaults() -> None:
     choice = parse_choice_query(b"state=dead&limit=7&function=a")
-    assert (choice.state, choice.limit_count, choice.function, choice.before) == (State.DEAD, 7, "a", None)
+    assert (choice.state, choice.limit_count, choice.function, choice.before) == (State.DEAD, 7, "a.openfaas-fn", None)
+    assert parse_choice_query(b"function=a.prod").function == "a.prod"
     with pytest.raises(BadQuery, match="allowed: queued, running"):
         parse_choice_query(b"state=x")
+    with pytest.raises(BadQuery, match="function='A': 'A' is no function's name; allowed: 1 to 63"):
+        parse_choice_query(b"function=A")
 
 
 def test_table_keeps_each_letter_on_one_line() -> None:

@@ -22,7 +22,7 @@ def system() -> Iterator[System]:
 
 def next_calls(system: System, body: bytes) -> list[str]:
     """Return the ids of the calls to `next` with this body."""
-    sql = "SELECT id FROM calls JOIN requests USING (seq) WHERE function = 'next' AND inline = ?"
+    sql = "SELECT id FROM calls JOIN requests USING (seq) WHERE function = 'next.openfaas-fn' AND inline = ?"
     return [row["id"] for row in rows(system.spool, sql, body)]
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import yaml
 from faashound import gateway, queues, watchdog, worker
 from faashound.watchdog import parse_duration
 from tests.harness import ROOT
-from tests.images.conftest import said, tool
+from tests.images.conftest import said
+from tests.needed import tool
 
 DEPLOY = ROOT / "deploy"
 KUBERNETES_VERSION = "1.30"
@@ -61,11 +63,16 @@ def worker_drain_s(environment: Mapping[str, str]) -> float:
     return Service("worker", environment, 0).value("drain_timeout")
 
 
+def compose_services(*files: str) -> dict[str, dict[str, Any]]:
+    """Return the services that compose makes of its files, by name."""
+    words = [word for file in files for word in ("--file", str(DEPLOY / file))]
+    services: dict[str, dict[str, Any]] = yaml.safe_load(said([tool("docker-compose"), *words, "config"]))["services"]
+    return services
+
+
 def of_compose(*files: str) -> list[Service]:
     """Return the services of compose files that run programs of ours."""
-    words = [word for file in files for word in ("--file", str(DEPLOY / file))]
-    text = said([tool("docker-compose"), *words, "config"])
-    services = yaml.safe_load(text)["services"]
+    services = compose_services(*files)
     return [
         Service(name.removeprefix("fn-"), service.get("environment", {}), parse_duration(service["stop_grace_period"]))
         for name, service in services.items()
@@ -148,11 +155,61 @@ def test_callers_outwait_the_functions_that_they_call(deployment: str) -> None:
             assert service.value("drain_timeout") > longest_s
 
 
-# Compose and Swarm.
+# Who may reach what.
 
 
-def test_swarm_accepts_the_compose_file() -> None:
-    said([tool("docker"), "stack", "config", "--compose-file", str(DEPLOY / "compose.yml")])
+def is_loopback(address: str) -> bool:
+    return ip_address(address).is_loopback
+
+
+@pytest.mark.parametrize(
+    "files", [(), ("compose.examples.yml",), ("compose.spool.yml",)], ids=lambda files: "+".join(files)
+)
+def test_compose_publishes_on_loopback_only(files: tuple[str, ...]) -> None:
+    for name, service in compose_services("compose.yml", *files).items():
+        assert all(is_loopback(port["host_ip"]) for port in service.get("ports", ())), name
+
+
+def test_swarm_publishes_only_a_gateway_that_asks_for_a_password() -> None:
+    """Ports that a swarm publishes are open on all nodes; with `dnsrr` it refuses to publish any."""
+    published = {name for name, service in compose_services("compose.yml").items() if service.get("ports")}
+    assert published == {"gateway"}
+    assert compose_services("compose.yml")["gateway"]["deploy"]["endpoint_mode"] == "dnsrr"
+    gateway = yaml.safe_load((DEPLOY / "stack.yml").read_text(encoding="utf-8"))["services"]["gateway"]
+    assert gateway["environment"] == {"basic_auth": "true"}
+    assert gateway["secrets"] == ["basic-auth-user", "basic-auth-password"]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_gateway_in_kubernetes_asks_for_a_password(overlay: str) -> None:
+    (gateway,) = (service for service in of_kubernetes(overlay) if service.program == "gateway")
+    assert gateway.environment["basic_auth"] == "true"
+
+
+def test_units_listen_on_loopback_only() -> None:
+    assert all("host" not in service.environment for service in of_systemd() if service.program != "function")
+    assert all(
+        is_loopback(row.default or "")
+        for kind in (gateway.Settings, worker.Settings)
+        for row in rows(kind)
+        if row.name == "host"
+    )
+    sockets = [(DEPLOY / "systemd" / name).read_text(encoding="utf-8") for name in UNITS if name.endswith(".socket")]
+    streams = [stream for text in sockets for stream in re.findall(r"^Listen\w+=(.*)$", text, re.MULTILINE)]
+    assert streams
+    assert all(is_loopback(stream.rpartition(":")[0]) for stream in streams)
+
+
+PUBLISHED = [ROOT / "README.md", *(path for folder in ("deploy", "examples") for path in (ROOT / folder).rglob("*.*"))]
+(FUNCTION_URL_HELP,) = (row.help for row in rows(gateway.Settings) if row.name == "function_url")
+
+
+def test_no_example_makes_a_host_of_a_name_alone() -> None:
+    """A caller chooses the name: with `http://{name}:8080` also `localhost`, or an address in disguise."""
+    texts = [FUNCTION_URL_HELP, *(path.read_text(encoding="utf-8", errors="replace") for path in PUBLISHED)]
+    patterns = [pattern for text in texts for pattern in re.findall(r"https?://[^\s\"'`|]*\{name\}[^\s\"'`|]*", text)]
+    assert patterns
+    assert [pattern for pattern in patterns if re.search(r"://\{name\}(?![-.\w])", pattern)] == []
 
 
 # Kubernetes.

@@ -28,29 +28,19 @@ from faashound.functions import (
     Functions,
     LocalFunctions,
     find_lines,
-    is_function_name,
     parse_base_url,
     parse_function_url,
     parse_functions,
     read_functions,
 )
 from faashound.keeper import describe_exit, next_restart_s
+from faashound.names import FunctionName, parse_function_name
 from tests.harness import Answer, InBackground, http_request, wait_until
 
 DEADLINE_S = 20.0
 
 
-# --- names and URLs ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["a", "0", "cat", "word-count", "a_b", "a--b", "x" * 63])
-def test_name_is_accepted(name: str) -> None:
-    assert is_function_name(name)
-
-
-@pytest.mark.parametrize("name", ["", "Cat", "-a", "a-", "_a", "a.b", "a/b", "a b", "ä", "a\n", "x" * 64, "٣", "a%2f"])
-def test_name_is_refused(name: str) -> None:
-    assert not is_function_name(name)
+# --- URLs --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -94,7 +84,10 @@ def test_function_url_is_refused_with_what_is_allowed(text: str) -> None:
 # --- the file ----------------------------------------------------------------------------------------------------
 
 
-def parse(text: str) -> dict[str, Function]:
+CAT, F = parse_function_name("cat"), parse_function_name("f")
+
+
+def parse(text: str) -> dict[FunctionName, Function]:
     return parse_functions(textwrap.dedent(text), "f.toml")
 
 
@@ -115,18 +108,18 @@ def test_local_function_keeps_its_settings_as_typed() -> None:
         environment = { A = "1", N = 2 }
         labels.team = "core"
     """)
-    assert table["cat"] == Function(
-        "cat",
+    assert table[CAT] == Function(
+        CAT,
         settings={"fprocess": "cat -u", "exec_timeout": "10", "max_inflight": "4", "cgi_headers": "false"},
         environment={"A": "1", "N": "2"},
         labels={"team": "core"},
     )
-    assert table["cat"].local
+    assert table[CAT].local
 
 
 def test_remote_function_has_a_url_and_no_settings() -> None:
-    function = parse('[far]\nurl = "http://h:80/"\n')["far"]
-    assert function == Function("far", url="http://h:80")
+    function = parse('[f]\nurl = "http://h:80/"\n')[F]
+    assert function == Function(F, url="http://h:80")
     assert not function.local
 
 
@@ -140,9 +133,7 @@ def test_remote_function_has_a_url_and_no_settings() -> None:
     ],
 )
 def test_annotation_means_the_same_quoted_or_not(line: str) -> None:
-    assert parse_functions(f'[f]\nurl = "http://h"\n{line}', "f.toml")["f"].annotations == {
-        "com.openfaas.queue": "slow"
-    }
+    assert parse_functions(f'[f]\nurl = "http://h"\n{line}', "f.toml")[F].annotations == {"com.openfaas.queue": "slow"}
 
 
 LOCAL = '[f]\nfprocess = "cat"\n'
@@ -153,7 +144,8 @@ REMOTE = '[f]\nurl = "http://h"\n'
     ("text", "problem"),
     [
         ("a = 1", "f.toml:1: [a]: a key outside of any function's table"),
-        ("\n[Bad]\nurl = 'http://h'", "f.toml:2: [Bad]: not a function's name; allowed: 1 to 63"),
+        ("\n[Bad]\nurl = 'http://h'", "f.toml:2: [Bad]: 'Bad' is no function's name; allowed: 1 to 63"),
+        (REMOTE + "['f.openfaas-fn']\nurl='http://g'", "f.toml:3: [f.openfaas-fn]: f.openfaas-fn has a table already"),
         ("[f]\n", "f.toml:1: [f]: has neither fprocess nor url"),
         (LOCAL + "url = 'http://h'", "f.toml:2: [f] fprocess: means nothing beside url"),
         (LOCAL + "exec_timeout = 'banana'", "f.toml:3: [f] exec_timeout: 'banana': allowed: whole seconds"),
@@ -179,7 +171,7 @@ REMOTE = '[f]\nurl = "http://h"\n'
         (LOCAL + "[f.environment]\nport = 1", "f.toml:4: [f] environment.port: a setting of the watchdog; write it"),
         (LOCAL + "environment.LISTEN_FDS = 1", "f.toml:3: [f] environment.LISTEN_FDS: reserved"),
         (LOCAL + "environment.'A=B' = 1", "f.toml:3: [f] environment.A=B: not a variable's name"),
-        (LOCAL + 'environment.A = "\\u0000"', "f.toml:3: [f] environment.A: '\\x00': allowed: text without NUL"),
+        (LOCAL + 'environment.A = "\\u0000"', "f.toml:3: [f] environment.A: allowed: text without NUL"),
     ],
 )
 def test_problem_names_file_line_function_key_and_what_is_allowed(text: str, problem: str) -> None:
@@ -199,6 +191,47 @@ def test_all_problems_are_reported_at_once_in_the_order_of_the_file() -> None:
         url = "nowhere"
     """)
     assert [problem.split(": ")[0] for problem in found] == ["f.toml:4", "f.toml:5", "f.toml:8"]
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "annotations.com.openfaas.{} = '{}'",
+        "annotations.'com.openfaas.{}' = '{}'",
+        "'annotations'.com.'openfaas.{}'='{}'",
+    ],
+)
+def test_bad_annotation_is_reported_with_its_line_like_every_other_problem(spelling: str) -> None:
+    wrong = {"retry.attempts": "x", "retry.codes": "200", "retry.sometimes": "1", "queue": "no queue"}
+    lines = [spelling.format(name, value) for name, value in wrong.items()]
+    found = problems_of("\n".join(["[f]", "url = 'nowhere'", *lines]))
+    assert [problem.split(": ")[:2] for problem in found] == [
+        ["f.toml:2", "[f] url"],
+        *([f"f.toml:{line}", f"[f] annotations.com.openfaas.{name}"] for line, name in enumerate(wrong, 3)),
+    ]
+    assert all("allowed: " in problem for problem in found)
+
+
+def test_waits_that_contradict_each_other_are_reported_at_the_shorter_bound() -> None:
+    text = 'annotations.com.openfaas.retry.max_wait = "1s"\nannotations.com.openfaas.retry.min_wait = "2s"\n'
+    (problem,) = problems_of(REMOTE + text)
+    assert problem.startswith("f.toml:4: [f] annotations.com.openfaas.retry.min_wait: is longer than com.openfaas")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "url = 'http://user:s3cret@h'",
+        "url = 'http://user:s3cret/x@h'",
+        "url = 'user:s3cret@h'",
+        "fprocess = 'curl http://user:s3cret@h \"'",
+        "fprocess = 'cat'\nenvironment.A = \"s3cret\\u0000\"",
+    ],
+)
+def test_problem_shows_no_password(text: str) -> None:
+    (problem,) = problems_of("[f]\n" + text)
+    assert "allowed" in problem
+    assert "s3cret" not in problem
 
 
 def test_syntax_error_keeps_the_parsers_line_and_column() -> None:
@@ -270,31 +303,42 @@ def test_unreadable_file_is_reported_by_name(tmp_path: Path, content: bytes | No
         read_functions(path, missing_ok=True)
 
 
+def test_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "f.toml"
+    path.write_text('[f]\nurl = "http://h"\n', encoding="utf-8-sig")
+    assert list(read_functions(path)) == [F]
+
+
 def test_file_is_read_in_its_order(tmp_path: Path) -> None:
     path = tmp_path / "f.toml"
     path.write_text('[z]\nurl = "http://z"\n[a]\nfprocess = "cat"\n', encoding="utf-8")
-    assert [function.name for function in Functions(read_functions(path))] == ["z", "a"]
+    assert [function.name.short for function in Functions(read_functions(path))] == ["z", "a"]
 
 
 def test_examples_file_is_right() -> None:
     table = read_functions(Path(__file__).parent.parent / "examples" / "functions.toml")
-    assert list(table) == ["cat", "env", "wordcount", "slow", "flaky", "notify"]
+    assert [name.short for name in table] == ["cat", "env", "wordcount", "slow", "flaky", "notify"]
     assert all(function.local for function in table.values())
 
 
 # --- who answers -------------------------------------------------------------------------------------------------
 
 
-def test_lookup_takes_a_namespace_suffix() -> None:
-    cat = Function("cat", url="http://c")
-    found = Functions({"cat": cat})
-    assert found.lookup("cat") is found.lookup("cat.openfaas-fn") is found.lookup("cat.other") is cat
-    assert found.lookup("dog") is None
+def test_lookup_knows_a_function_in_its_own_namespace_only() -> None:
+    table = parse('[cat]\nurl = "http://c"\n["cat.prod"]\nurl = "http://p"\n')
+    found = {text: Functions(table).lookup(text) for text in ("cat", "cat.openfaas-fn", "cat.prod", "cat.dev", "dog")}
+    assert {text: function and function.url for text, function in found.items()} == {
+        "cat": "http://c",
+        "cat.openfaas-fn": "http://c",
+        "cat.prod": "http://p",
+        "cat.dev": None,
+        "dog": None,
+    }
 
 
 @pytest.mark.parametrize("name", ["cat.", ".cat", "cat.a.b", "cat.A", "cat./", "", "../cat", "cat.x/../y"])
 def test_lookup_of_a_malformed_name_finds_nothing(name: str) -> None:
-    assert Functions({"cat": Function("cat", url="http://c")}, "http://{name}").lookup(name) is None
+    assert Functions({CAT: Function(CAT, url="http://c")}, "http://{name}").lookup(name) is None
 
 
 @pytest.mark.parametrize(
@@ -302,13 +346,14 @@ def test_lookup_of_a_malformed_name_finds_nothing(name: str) -> None:
     [
         ("dog", "http://dog.openfaas-fn:8080"),
         ("dog.dev", "http://dog.dev:8080"),
+        ("dog.kube-system", None),
         ("cat", "http://c"),
     ],
 )
-def test_lookup_falls_back_to_the_pattern(name: str, url: str) -> None:
-    found = Functions({"cat": Function("cat", url="http://c")}, "http://{name}.{namespace}:8080").lookup(name)
-    assert found is not None
-    assert found.url == url
+def test_lookup_falls_back_to_the_pattern_in_its_namespaces(name: str, url: str | None) -> None:
+    table, pattern = {CAT: Function(CAT, url="http://c")}, "http://{name}.{namespace}:8080"
+    found = Functions(table, pattern, ("openfaas-fn", "dev")).lookup(name)
+    assert (found and found.url) == url
 
 
 @given(st.text() | st.from_regex(r"[a-z0-9._/@:%-]{1,12}", fullmatch=True))
@@ -381,7 +426,7 @@ async def until(condition: Callable[[], object], what: str) -> None:
 
 async def ask(local: LocalFunctions, name: str) -> dict[str, object]:
     """Return what the stand-in tells of itself."""
-    reader, writer = await asyncio.open_connection(*local.address(name))
+    reader, writer = await asyncio.open_connection(*local.address(parse_function_name(name)))
     answer = json.loads(await asyncio.wait_for(reader.read(), DEADLINE_S))
     writer.close()
     await writer.wait_closed()
@@ -423,12 +468,12 @@ def exists(pid: int) -> bool:
 def test_local_function_answers_at_its_url(stand_in: tuple[str, ...]) -> None:
     async def test() -> None:
         async with running(locals_of('[far]\nurl = "http://h"\n[near]\nfprocess = "serve"', stand_in)) as local:
-            host, port = local.address("near")
+            host, port = local.address(parse_function_name("near"))
             found = Functions(local.table).lookup("near")
             assert found is not None
             assert found.url == f"http://{host}:{port}" == f"http://127.0.0.1:{port}"
-            assert local.table["far"].url == "http://h"
-            assert (await ask(local, "near"))["pid"] == local.status()["near"].pid
+            assert local.table[parse_function_name("far")].url == "http://h"
+            assert (await ask(local, "near"))["pid"] == local.status()[parse_function_name("near")].pid
 
     run(test())
 
@@ -454,7 +499,7 @@ def test_watchdog_gets_a_clean_environment_and_only_its_descriptors(stand_in: tu
         assert {name: text for name, text in inherited.items() if name not in ("PATH", "LC_CTYPE")} == {
             "KEPT": "yes",
             "log_format": "json",
-            "KEPT2": "too",
+            "FAASHOUND_FUNCTION_KEPT2": "too",
             "fprocess": "serve",
             "read_timeout": "7s",
             "healthcheck_interval": "0",
@@ -464,6 +509,7 @@ def test_watchdog_gets_a_clean_environment_and_only_its_descriptors(stand_in: tu
             "LISTEN_FDS": "1",
             "FAASHOUND_LIFELINE_FD": "4",
             "OPENFAAS_NAME": "f",
+            "OPENFAAS_NAMESPACE": "openfaas-fn",
         }
         assert facts["fds"] == sorted({0, 1, 2, 3, 4, *leaked_by_our_parent})
         assert facts["group"] == facts["pid"]
@@ -471,8 +517,18 @@ def test_watchdog_gets_a_clean_environment_and_only_its_descriptors(stand_in: tu
     run(test())
 
 
+def test_watchdog_is_told_name_and_namespace_as_openfaas_tells_them(stand_in: tuple[str, ...]) -> None:
+    async def test() -> None:
+        async with running(locals_of('["f.prod"]\nfprocess = "serve"', stand_in)) as local:
+            inherited = (await ask(local, "f.prod"))["environ"]
+        assert isinstance(inherited, dict)
+        assert (inherited["OPENFAAS_NAME"], inherited["OPENFAAS_NAMESPACE"]) == ("f", "prod")
+
+    run(test())
+
+
 def test_file_may_set_the_healthcheck_interval(stand_in: tuple[str, ...]) -> None:
-    settings = parse('[f]\nfprocess = "x"\nhealthcheck_interval = "3s"')["f"].settings
+    settings = parse('[f]\nfprocess = "x"\nhealthcheck_interval = "3s"')[F].settings
     assert settings is not None
     assert functions.watchdog_settings(settings)["healthcheck_interval"] == "3s"
 
@@ -483,9 +539,9 @@ def test_connection_is_never_refused_across_a_restart(stand_in: tuple[str, ...],
             first = (await ask(local, "f"))["pid"]
             assert isinstance(first, int)
             os.kill(first, signal.SIGKILL)
-            await until(lambda: local.status()["f"].pid != first, "the death is seen")
+            await until(lambda: local.status()[F].pid != first, "the death is seen")
             assert (await ask(local, "f"))["pid"] not in (first, None)  # connects while nobody accepts
-            assert local.status()["f"].restart_count == 1
+            assert local.status()[F].restart_count == 1
 
     run(test())
     assert "error: the watchdog of f was ended by SIGKILL; next start in 0.1 s" in log
@@ -504,7 +560,7 @@ def test_watchdog_that_refuses_its_settings_is_logged_and_tried_again_late(stand
 def test_watchdog_that_cannot_be_started_is_logged_and_tried_again(log: Log) -> None:
     async def test() -> None:
         async with running(locals_of('[f]\nfprocess = "x"', ("/nowhere/watchdog",))) as local:
-            await until(lambda: local.status()["f"].restart_count >= 2, "two restarts")
+            await until(lambda: local.status()[F].restart_count >= 2, "two restarts")
 
     run(test())
     assert "the watchdog of f cannot be started: No such file or directory; next start in 0.1 s" in log
@@ -593,7 +649,7 @@ def test_killed_gateway_takes_its_watchdogs_with_it(tmp_path: Path, stand_in: tu
 
 
 async def call(local: LocalFunctions, name: str, body: bytes) -> Answer:
-    port = local.address(name)[1]
+    port = local.address(parse_function_name(name))[1]
     return await asyncio.to_thread(http_request, port, "POST", "/", body=body, timeout_s=DEADLINE_S)
 
 
@@ -617,14 +673,23 @@ def test_real_watchdog_runs_the_function_with_its_environment() -> None:
     run(test())
 
 
+def test_log_of_a_function_in_another_namespace_names_it_whole(log: Log) -> None:
+    async def test() -> None:
+        async with running(real('["f.prod"]\nfprocess = "cat"')) as local:
+            await call(local, "f.prod", b"")
+
+    run(test())
+    assert "f.prod: " in log
+
+
 def test_real_watchdog_that_is_killed_again_and_again_never_refuses_a_connection() -> None:
     async def test() -> None:
         async with running(real('[f]\nfprocess = "cat"')) as local:
             for _ in range(3):
-                pid = local.status()["f"].pid
+                pid = local.status()[F].pid
                 if pid is not None:
                     os.kill(pid, signal.SIGKILL)
-                    await until(lambda: local.status()["f"].pid != pid, "the death is seen")  # noqa: B023
+                    await until(lambda: local.status()[F].pid != pid, "the death is seen")  # noqa: B023
                 assert (await call(local, "f", b"still here")).body == b"still here"
 
     run(test())

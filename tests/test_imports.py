@@ -12,22 +12,39 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # Of ours, what each module may import.  Imports run one way: watchdog <- parts <- programs.
-_PARTS = {"watchdog", "names", "spool", "queues", "keeper", "functions", "callbacks", "retries", "calls"}
+_PARTS = {"watchdog", "names", "spool", "queues", "keeper", "functions", "addresses", "callbacks", "retries", "calls"}
+_PARTS |= {"shares", "breakers"}
+_PARTS |= {"lookups"}
 OURS: dict[str, set[str]] = {
     "__init__": set(),
     "watchdog": set(),
     "names": {"watchdog"},
     "spool": {"watchdog", "names"},
     "keeper": {"watchdog"},
-    "functions": {"watchdog", "names", "keeper"},
-    "callbacks": {"watchdog", "names"},
+    "functions": {"watchdog", "names", "keeper", "spool", "retries"},
+    "addresses": {"watchdog"},
+    "lookups": {"watchdog", "addresses"},
+    "callbacks": {"watchdog", "names", "addresses"},
     "retries": {"watchdog", "names"},
+    "proxying": {"watchdog"},
+    "browsers": {"watchdog", "addresses"},
+    "passwords": {"watchdog"},
+    "health": {"watchdog"},
+    "shares": set(),
+    "breakers": set(),
     "jetstream": {"watchdog", "names", "spool"},
     "queues": {"watchdog", "names", "spool", "jetstream"},  # which of the two a URL names
     "calls": {"watchdog", "names", "spool", "queues"},
-    "migrate": {"watchdog", "names", "spool", "queues"},
+    "migrate": {"watchdog", "names", "spool", "queues", "calls"},
     "worker": _PARTS | {"migrate"},
-    "gateway": _PARTS | {"worker"},  # it may start a worker beside itself, and knows its settings
+    "gateway": _PARTS
+    | {
+        "worker",
+        "proxying",
+        "browsers",
+        "passwords",
+        "health",
+    },  # it may start a worker beside itself, and knows its settings
 }
 
 # Of others, what each may import besides the standard library.  HTTP is spoken in one place: only watchdog has h11.
@@ -36,6 +53,7 @@ OTHERS: dict[str, set[str]] = {
     "gateway": {"uvloop", "prometheus_client"},
     "worker": {"uvloop", "prometheus_client"},
     "jetstream": {"nats"},
+    "addresses": {"psutil"},
 }
 
 LONGEST_FUNCTION_LINES = 60

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import shutil
 import subprocess
 import time
 import tracemalloc
@@ -39,7 +38,8 @@ from faashound.jetstream import (
     parse_token,
     take,
 )
-from faashound.queues import NatsSettings, NatsUrl, is_healthy, open_queue, parse_queue_url
+from faashound.names import parse_function_name
+from faashound.queues import NatsSettings, NatsUrl, open_queue, parse_queue_url, trouble_of
 from faashound.spool import (
     EXCERPT_BYTES,
     Attempt,
@@ -57,6 +57,7 @@ from faashound.spool import (
 )
 from faashound.watchdog import BadSettings, CannotStart, parse_settings
 from tests.nats_servers import Cluster
+from tests.needed import tool
 from tests.queue_kit import LEASE_S, QUEUE, START_S, finish, inline, new_call, read_all
 
 LONG_S = 20.0
@@ -141,6 +142,13 @@ def test_record_that_is_damaged_is_not_passed_off_as_whole(payload: bytes) -> No
         parse_record("x", 1, {HEADER: build_summary(accept(new_call()))}, payload)
 
 
+def test_record_of_an_earlier_version_is_of_the_default_namespace() -> None:
+    record = accept(new_call())
+    header = build_summary(record).replace('"f.openfaas-fn"', '"f"')
+    found = parse_record(record.call.id, 1, {HEADER: header}, build_payload(record)).call.function
+    assert (found, found.namespace) == ("f.openfaas-fn", "openfaas-fn")
+
+
 @given(st.text(max_size=30))
 def test_token_comes_back_and_is_one(text: str) -> None:
     token = build_token(text)
@@ -163,7 +171,7 @@ def schedule(*calls: tuple[str, float], now_s: float = START_S) -> Schedule:
 
 def dealt(made: Schedule, limit: int, now_s: float = START_S, clock_s: float = 0.0) -> list[str]:
     made.advance(now_s, clock_s)
-    return [element[1] for element in made.deal(Wanted((QUEUE,), limit, {}), now_s, clock_s)]
+    return [element[1] for element in made.deal("call", Wanted((QUEUE,), limit, {}), now_s, clock_s)]
 
 
 def test_schedule_deals_a_call_once_and_again_when_nobody_took_it() -> None:
@@ -214,7 +222,7 @@ def test_put_finishes_what_another_put_of_the_same_key_began(options: Options) -
 
     async def scenario(queue: JetStream) -> None:
         first = new_call_id()
-        await queue._link.save(queue._names.key("f", "k"), first.encode(), {}, 0)
+        await queue._link.save(queue._names.key(parse_function_name("f"), "k"), first.encode(), {}, 0)
         call = new_call(idempotency_key="k")
         put = await queue.put(dataclasses.replace(call, headers=(("X-Call-Id", call.id), ("X-Other", call.id))))
         assert (put.id, put.headers) == (first, (("X-Call-Id", first), ("X-Other", call.id)))
@@ -489,6 +497,8 @@ def test_open_says_so_when_there_is_no_server(monkeypatch: pytest.MonkeyPatch) -
     ("text", "expected"),
     [
         pytest.param("spool:/var/x", Path("/var/x"), id="spool"),
+        pytest.param("spool:~/x", Path.home() / "x", id="spool-in-the-home-directory"),
+        pytest.param("spool:x/~", Path("x/~"), id="spool-called-tilde"),
         pytest.param("nats://host", NatsUrl("nats", ("host:4222",)), id="one-server"),
         pytest.param("tls://a:1,b", NatsUrl("tls", ("a:1", "b:4222")), id="two-by-tls"),
         pytest.param("nats://[::1]:7", NatsUrl("nats", ("[::1]:7",)), id="ipv6"),
@@ -499,7 +509,18 @@ def test_parse_queue_url_returns(text: str, expected: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "nats:", "nats://", "nats://a:0", "nats://u:p@host", "http://host", "spool:", "nats://a b"]
+    "text",
+    [
+        "",
+        "nats:",
+        "nats://",
+        "nats://a:0",
+        "nats://u:p@host",
+        "http://host",
+        "spool:",
+        "spool:~no-such-user/x",
+        "nats://a b",
+    ],
 )
 def test_parse_queue_url_refuses(text: str) -> None:
     with pytest.raises(ValueError, match="allowed: spool:DIRECTORY"):
@@ -561,8 +582,8 @@ def login_tls(directory: Path) -> tuple[str, dict[str, str]]:
 def test_queue_opens_with_what_the_settings_say_and_not_without(
     tmp_path: Path, way: Callable[[Path], tuple[str, dict[str, str]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if way is login_tls and shutil.which("openssl") is None:
-        pytest.skip("openssl is not here to make a certificate")
+    if way is login_tls:
+        tool("openssl")
     config, environ = way(tmp_path)
     monkeypatch.setattr(jetstream, "CONNECT_S", 3.0)
     with Cluster(1, config) as cluster:
@@ -571,7 +592,7 @@ def test_queue_opens_with_what_the_settings_say_and_not_without(
 
         async def scenario() -> None:
             queue = await open_queue(url, parse_settings(NatsSettings, environ))
-            assert is_healthy(queue)
+            assert trouble_of(queue) is None
             await queue.put(new_call())
             await queue.close()
             with pytest.raises(QueueUnavailable) as caught:

@@ -24,6 +24,7 @@ import pytest
 import uvloop
 
 from faashound.jetstream import WRITE_S, JetStream, Options
+from faashound.names import FunctionName
 from faashound.spool import FINAL, Lease, LeaseLost, QueueFull, QueueUnavailable, State
 from faashound.watchdog import finished_first
 from tests.nats_servers import Cluster
@@ -370,7 +371,7 @@ def test_worker_that_is_blocked_is_cut_off_as_slow_and_hears_everything_again(cl
         options = cluster.options(prefix())
         sleeper = await JetStream.open(options)
         before = (await sleeper.stats()).by_state[State.QUEUED]
-        flood = threading.Thread(target=uvloop.run, args=(put_many(options, 4000, "f" * 2000),))
+        flood = threading.Thread(target=uvloop.run, args=(put_many(options, 4000, FunctionName("f" * 2000)),))
         flood.start()
         flood.join()  # blocks our loop: nobody reads what the servers have to say
         deadline_s = time.monotonic() + RECOVERY_S
@@ -393,7 +394,7 @@ async def put_until_full(queue: JetStream) -> int:
     return count
 
 
-async def put_many(options: Options, count: int, function: str) -> None:
+async def put_many(options: Options, count: int, function: FunctionName) -> None:
     queue = await JetStream.open(options)
     for _ in range(count // 50):
         await asyncio.gather(*(queue.put(new_call(function)) for _ in range(50)))

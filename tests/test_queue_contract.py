@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import uvloop
 
+from faashound.names import parse_function_name
 from faashound.spool import (
     EXCERPT_BYTES,
     HISTORY_COUNT,
@@ -26,10 +27,12 @@ from faashound.spool import (
     CallFinished,
     CallNotDead,
     CallUnknown,
+    KeyReused,
     Lease,
     LeaseLost,
     QueueUnavailable,
     State,
+    destination_of,
 )
 from faashound.watchdog import BodyTooLarge
 from tests.nats_servers import Cluster
@@ -48,6 +51,7 @@ from tests.queue_kit import (
 )
 
 LONG_S = 20.0  # how long a test waits for what should come at once
+F, G = parse_function_name("f"), parse_function_name("g")
 DYING_COUNT = STEP_COUNT + 50  # more than a queue ends in one step
 
 
@@ -111,6 +115,34 @@ def test_put_returns_the_call_as_it_is_now_when_the_key_is_known(desk: Desk) -> 
 
 def test_put_makes_a_new_call_when_the_key_belongs_to_another_function(desk: Desk) -> None:
     assert desk.put("f", idempotency_key="k").id != desk.put("g", idempotency_key="k").id
+
+
+def test_put_returns_the_first_call_when_the_key_comes_with_the_same_request(desk: Desk) -> None:
+    first = desk.put(idempotency_key="k", body_digest="a" * 64)
+    desk.finish(desk.claim_one())
+    again = desk.put(idempotency_key="k", body_digest="a" * 64)
+    assert (again.id, again.body_digest) == (first.id, "a" * 64)
+
+
+def test_put_is_refused_and_drops_the_body_when_the_key_comes_with_another_request(desk: Desk) -> None:
+    first = desk.put(idempotency_key="k", body_digest="a" * 64)
+    body = desk.do(desk.queue.store_body(desk.big()))
+    with pytest.raises(KeyReused, match="another request to f before") as refusal:
+        desk.put(idempotency_key="k", body_digest="b" * 64, body=body)
+    assert refusal.value.status == 422
+    assert first.id not in str(refusal.value)  # it may be another caller's
+    assert desk.bodies() == set()
+    assert desk.put("f.prod", idempotency_key="k", body_digest="b" * 64).id != first.id
+
+
+@pytest.mark.parametrize("digests", [(None, "b" * 64), ("a" * 64, None)], ids=["of-an-earlier-version", "unknown"])
+def test_put_takes_a_request_without_a_digest_for_the_same(desk: Desk, digests: tuple[str | None, str | None]) -> None:
+    first, second = (desk.put(idempotency_key="k", body_digest=digest) for digest in digests)
+    assert second.id == first.id
+
+
+def test_put_makes_a_new_call_when_the_key_belongs_to_another_namespace(desk: Desk) -> None:
+    assert desk.put("f.prod", idempotency_key="k").id != desk.put("f.dev", idempotency_key="k").id
 
 
 def test_put_raises_and_drops_the_body_when_the_id_is_in_use(desk: Desk) -> None:
@@ -197,7 +229,11 @@ def test_claim_passes_over_a_cancelled_call(desk: Desk) -> None:
 
 
 def functions(leases: list[Lease]) -> str:
-    return "".join(lease.call.function for lease in leases)
+    return "".join(lease.call.function.name for lease in leases)
+
+
+def rooms(room: dict[str, int]) -> dict[str, int]:
+    return {parse_function_name(name): count for name, count in room.items()}
 
 
 @pytest.mark.parametrize(
@@ -205,7 +241,7 @@ def functions(leases: list[Lease]) -> str:
     [
         pytest.param("aaaab", 2, "ab", id="one-of-each"),
         pytest.param("aaaabbc", 7, "abcabaa", id="round-after-round"),
-        pytest.param("aaaabc", 5, "abcaa", id="what-the-short-lanes-leave"),
+        pytest.param("aaaabc", 5, "abcaa", id="what-the-short-flows-leave"),
         pytest.param("cba", 2, "ab", id="not-by-arrival"),
     ],
 )
@@ -228,19 +264,19 @@ def test_claim_serves_a_function_beside_a_long_backlog_with_its_first_turn(desk:
     desk.do(scenario())
     desk.claim(1)
     desk.put("rare")
-    served = [desk.claim_one().call.function for _ in range(2)]
+    served = [desk.claim_one().call.function.name for _ in range(2)]
     assert "rare" in served
 
 
 def test_claim_takes_turns_between_queues(desk: Desk) -> None:
     for name in ("q1", "q2"):
         for _ in range(3):
-            desk.put(name[1], queue=name)
+            desk.put(name, queue=name)
 
     async def claim() -> str:
         return functions(await desk.queue.claim(["q1", "q2"], desk.owner, LEASE_S, 1))
 
-    assert "".join(desk.do(claim()) for _ in range(4)) == "1212"
+    assert "".join(desk.do(claim()) for _ in range(4)) == "q1q2q1q2"
 
 
 @pytest.mark.parametrize(
@@ -254,13 +290,19 @@ def test_claim_takes_turns_between_queues(desk: Desk) -> None:
 def test_claim_takes_no_more_of_a_function_than_there_is_room(desk: Desk, room: dict[str, int], expected: str) -> None:
     for function in "aaabbb":
         desk.put(function)
-    assert functions(desk.claim(room=room)) == expected
+    assert functions(desk.claim(room=rooms(room))) == expected
 
 
 def test_claim_counts_the_room_of_a_function_once_for_all_queues(desk: Desk) -> None:
     for name in ("q1", "q2"):
         desk.put("f", queue=name)
-    assert len(desk.do(desk.queue.claim(["q1", "q2"], desk.owner, LEASE_S, 9, {"f": 1}))) == 1
+    assert len(desk.do(desk.queue.claim(["q1", "q2"], desk.owner, LEASE_S, 9, rooms({"f": 1})))) == 1
+
+
+def test_claim_takes_functions_of_two_namespaces_for_two(desk: Desk) -> None:
+    for function in ("f.dev", "f.dev", "f.prod", "f.prod"):
+        desk.put(function)
+    assert [lease.call.function for lease in desk.claim(3, room=rooms({"f.dev": 1}))] == ["f.dev", "f.prod", "f.prod"]
 
 
 def test_claim_is_refused_for_an_owner_not_enlisted_here(desk: Desk) -> None:
@@ -555,7 +597,7 @@ def test_enlist_takes_back_what_an_earlier_life_of_the_name_held(desk: Desk) -> 
 def test_finish_opens_the_callback_of_a_call_that_asked_for_one(desk: Desk) -> None:
     call = desk.put(callback_url="http://caller/")
     desk.finish(desk.claim_one(), State.DEAD, callback_due_s=START_S + 5)
-    assert desk.do(desk.queue.claim_callbacks(desk.owner, LEASE_S, 1)) == []
+    assert desk.claim_callbacks() == []
     desk.clock.now_s += 5
     lease = desk.claim_callback()
     assert (lease.kind, lease.call.id, lease.call.result) == ("callback", call.id, inline(b"out"))
@@ -580,7 +622,7 @@ def test_dead_callback_waits_for_a_person_and_starts_afresh(desk: Desk) -> None:
     call = desk.put(callback_url="http://caller/")
     desk.finish(desk.claim_one())
     desk.do(desk.queue.callback_dead(desk.claim_callback(), desk.attempt(410, "gone")))
-    assert desk.do(desk.queue.claim_callbacks(desk.owner, LEASE_S, 1)) == []
+    assert desk.claim_callbacks() == []
     again = desk.do(desk.queue.requeue_callback(call.id)).callback
     assert again is not None
     assert (again.state, again.attempts) == (CallbackState.PENDING, 0)
@@ -594,6 +636,94 @@ def test_released_callback_is_not_counted(desk: Desk) -> None:
     callback = desk.claim_callback().call.callback
     assert callback is not None
     assert callback.attempts == 1
+
+
+def test_callback_whose_workers_die_counts_its_attempts_and_waits_longer_each_time(desk: Desk) -> None:
+    call = desk.owe("http://caller/")
+    desk.do(desk.queue.callback_retry(desk.claim_callback(), desk.attempt(500, "no"), START_S))
+    for attempts, wait_s in enumerate([1.0, 2.0, 4.0, 8.0], 2):
+        desk.claim_callback(lease_s=0.0)
+        assert desk.do(desk.queue.reclaim()) == 1
+        due_s = desk.clock.now_s + wait_s
+        assert desk.get(call.id).callback == Callback(CallbackState.PENDING, attempts, due_s, None, LOST_ERROR)
+        assert desk.claim_callbacks() == []
+        desk.clock.now_s = due_s
+
+
+def test_callback_whose_worker_has_died_once_is_due_at_once(desk: Desk) -> None:
+    desk.owe("http://caller/")
+    desk.claim_callback(lease_s=0.0)
+    assert desk.do(desk.queue.reclaim()) == 1
+    assert len(desk.claim_callbacks()) == 1
+
+
+def test_claim_callbacks_looks_only_into_the_queues_named(desk: Desk) -> None:
+    ours, theirs = desk.owe("http://caller/"), desk.owe("http://caller/", "internal")
+    assert [lease.call.id for lease in desk.claim_callbacks()] == [ours.id]
+    (lease,) = desk.do(desk.queue.claim_callbacks(["internal", QUEUE], desk.owner, LEASE_S, 5))
+    assert lease.call.id == theirs.id
+
+
+@pytest.mark.parametrize("way", ["retry", "release", "death", "requeue"])
+def test_callback_stays_in_its_queue_when_it_is_to_be_delivered_again(desk: Desk, way: str) -> None:
+    desk.owe("http://caller/", "internal")
+    (lease,) = desk.do(desk.queue.claim_callbacks(["internal"], desk.owner, 0.0, 1))
+    if way == "retry":
+        desk.do(desk.queue.callback_retry(lease, desk.attempt(500), START_S))
+    elif way == "release":
+        desk.do(desk.queue.release(lease))
+    elif way == "death":
+        assert desk.do(desk.queue.reclaim()) == 1
+    else:
+        desk.do(desk.queue.callback_dead(lease, desk.attempt(500)))
+        desk.do(desk.queue.requeue_callback(lease.call.id))
+    assert desk.claim_callbacks() == []
+    assert len(desk.do(desk.queue.claim_callbacks(["internal"], desk.owner, LEASE_S, 1))) == 1
+
+
+def destinations(leases: list[Lease]) -> str:
+    return "".join(destination_of(lease.call.callback_url or "")[0] for lease in leases)
+
+
+@pytest.mark.parametrize(
+    ("owed", "limit", "room", "expected"),
+    [
+        pytest.param("aaaab", 2, {}, "ab", id="one-of-each"),
+        pytest.param("aaaabbc", 7, {}, "abcabaa", id="round-after-round"),
+        pytest.param("cba", 2, {}, "ab", id="not-by-arrival"),
+        pytest.param("aaabbb", 9, {"a:80": 0}, "bbb", id="no-room-for-a"),
+        pytest.param("aaabbb", 9, {"a:80": 1, "b:80": 2}, "abb", id="room-for-some"),
+        pytest.param("aab", 9, {"a:80": 9, "c:80": 0}, "aba", id="more-room-than-callbacks"),
+    ],
+)
+def test_claim_callbacks_takes_turns_between_destinations(
+    desk: Desk, owed: str, limit: int, room: dict[str, int], expected: str
+) -> None:
+    for name in owed:
+        desk.owe(f"http://{name}/")
+    assert destinations(desk.claim_callbacks(limit, room=room)) == expected
+
+
+def test_claim_callbacks_goes_on_behind_the_destination_it_served_last(desk: Desk) -> None:
+    for name in "aaabbbccc":
+        desk.owe(f"http://{name}/{name}")
+    assert "".join(destinations(desk.claim_callbacks(limit)) for limit in (1, 1, 1, 2, 1)) == "abcabc"
+
+
+def test_claim_callbacks_counts_the_room_of_a_destination_once_for_all_queues(desk: Desk) -> None:
+    for queue in ("q1", "q2"):
+        desk.owe("http://a/", queue)
+    assert len(desk.do(desk.queue.claim_callbacks(["q1", "q2"], desk.owner, LEASE_S, 9, {"a:80": 1}))) == 1
+
+
+def test_claim_callbacks_serves_what_falls_due_beside_destinations_that_wait(desk: Desk) -> None:
+    for name in "ab":
+        desk.owe(f"http://{name}/")
+    for lease in desk.claim_callbacks():
+        desk.do(desk.queue.callback_retry(lease, desk.attempt(500), START_S + (60 if "//a" in str(lease) else 1)))
+    assert desk.claim_callbacks() == []
+    desk.clock.now_s += 1
+    assert destinations(desk.claim_callbacks()) == "b"
 
 
 @pytest.mark.parametrize("url", [None, "http://caller/"], ids=["without-callback", "pending-callback"])
@@ -725,16 +855,17 @@ def test_calls_lists_newest_first_by_page(desk: Desk) -> None:
     [
         pytest.param({}, "gff", id="all"),
         pytest.param({"state": State.QUEUED}, "gf", id="state"),
-        pytest.param({"function": "f"}, "ff", id="function"),
-        pytest.param({"state": State.DONE, "function": "f"}, "f", id="both"),
-        pytest.param({"state": State.DONE, "function": "g"}, "", id="none"),
+        pytest.param({"function": F}, "ff", id="function"),
+        pytest.param({"state": State.DONE, "function": F}, "f", id="both"),
+        pytest.param({"state": State.DONE, "function": G}, "", id="none"),
+        pytest.param({"function": parse_function_name("f.prod")}, "", id="another-namespace"),
     ],
 )
 def test_calls_lists_by_state_and_function(desk: Desk, wanted: dict[str, Any], expected: str) -> None:
     for function in "ffg":
         desk.put(function)
     desk.finish(desk.claim_one())
-    assert "".join(call.function for call in desk.do(desk.queue.calls(**wanted))) == expected
+    assert "".join(call.function.name for call in desk.do(desk.queue.calls(**wanted))) == expected
 
 
 def test_requeue_dead_starts_the_call_afresh(desk: Desk) -> None:
@@ -774,7 +905,7 @@ def test_purge_deletes_the_calls_named_with_their_bodies(desk: Desk) -> None:
     desk.finish(desk.claim_one(), State.DEAD)
     other = desk.put("g")
     desk.finish(desk.claim_one(), State.DEAD)
-    assert desk.do(desk.queue.purge(state=State.DEAD, function="f")) == 1
+    assert desk.do(desk.queue.purge(state=State.DEAD, function=F)) == 1
     assert desk.do(desk.queue.get(dead.id)) is None
     assert desk.bodies() == set()
     assert desk.do(desk.queue.purge(state=State.DEAD, call_id=other.id)) == 1
@@ -802,11 +933,11 @@ def test_stats_count_calls_and_callbacks(desk: Desk) -> None:
         desk.put(function, callback_url="http://caller/")
     desk.finish(desk.claim_one())
     desk.do(desk.queue.callback_dead(desk.claim_callback(), desk.attempt()))
-    desk.finish(desk.claim(1, room={"f": 0})[0])
+    desk.finish(desk.claim(1, room={F: 0})[0])
     desk.put("f", due_s=START_S + 99)
     desk.clock.now_s += 7
     stats = desk.do(desk.queue.stats())
-    assert stats.by_function == {("f", State.QUEUED): 2, ("f", State.DONE): 1, ("g", State.DONE): 1}
+    assert stats.by_function == {(F, State.QUEUED): 2, (F, State.DONE): 1, (G, State.DONE): 1}
     assert (stats.by_state[State.QUEUED], stats.by_state[State.DEAD]) == (2, 0)
     assert (stats.callback_pending_count, stats.callback_dead_count, stats.oldest_due_age_s) == (1, 1, 7.0)
 

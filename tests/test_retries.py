@@ -15,11 +15,11 @@ from faashound.retries import (
     CALLBACK_POLICY,
     MAX_RETRY_AFTER_S,
     BadAnnotations,
-    Cancelled,
     Concurrency,
     Dead,
     Done,
     End,
+    HandBack,
     Outcome,
     Progress,
     RetryAnnotations,
@@ -39,7 +39,11 @@ NOW_S = 1_700_000_000.0  # Tue, 14 Nov 2023 22:13:20 GMT
 POLICY = RetryPolicy()
 UNREACHABLE = Outcome(End.UNREACHABLE, error="connection refused")
 TIMED_OUT = Outcome(End.TIMED_OUT, error="over call_timeout (60s)")
-REFUSED = Outcome(End.REFUSED, error="callback to a refused: loopback")
+REFUSED = Outcome(End.REFUSED, error="refused: not allowed by callback_allow")
+HELD_BACK = Outcome(End.HELD_BACK, error="not tried: a:80 cannot be reached")
+LOST = Outcome(End.UNREADABLE, error="the file is gone")
+FAULT = Outcome(End.FAILED, error="a fault of the worker")
+PREVENTED = Outcome(End.PREVENTED, error="no descriptors")
 
 
 def answered(status: int, *, retry_after: str | None = None, internal: bool = False) -> Outcome:
@@ -59,7 +63,6 @@ def never() -> float:
 FIRST, LAST = Progress(1), Progress(10)
 LATE = Progress(1, expires_s=NOW_S + 10)
 IN_TIME = Progress(1, expires_s=NOW_S + 10.5)
-UNWANTED, UNWANTED_LAST = Progress(1, cancel_requested=True), Progress(10, cancel_requested=True)
 RETRY = RetryAt(NOW_S + 10)
 EXPIRED = Dead("expires before its next attempt, after 1 attempt: status 500", 500, True)
 
@@ -88,11 +91,11 @@ STEPS = {
     "expires before": (LATE, answered(500), EXPIRED),
     "expires after": (IN_TIME, answered(500), RETRY),
     "success, about to expire": (LATE, answered(200), Done(200)),
-    "cancelled": (FIRST, Outcome(End.CANCELLED), Cancelled()),
-    "cancelled at last": (LAST, Outcome(End.CANCELLED), Cancelled()),
-    "cancel asked for, but answered": (UNWANTED, answered(200), Done(200)),
-    "cancel asked for, in need of a retry": (UNWANTED, answered(500), Cancelled()),
-    "cancel asked for, but dead": (UNWANTED_LAST, answered(500), gave_up("status 500", 500, True)),
+    "its body is lost": (FIRST, LOST, Dead("not to be retried: the file is gone", 500, False)),
+    "a fault of ours": (FIRST, FAULT, RETRY),
+    "a fault of ours at last": (LAST, FAULT, gave_up("a fault of the worker", 500, False)),
+    "no descriptors": (FIRST, PREVENTED, HandBack()),
+    "no descriptors at last": (LAST, PREVENTED, HandBack()),
 }
 
 
@@ -279,7 +282,14 @@ CALLBACK_STEPS = {
     "seventh": (7, answered(500), RetryAt(NOW_S + 1800)),
     "unreachable": (1, UNREACHABLE, SOON),
     "timed out": (1, TIMED_OUT, SOON),
-    "refused address": (1, REFUSED, Dead("callback to a refused: loopback", 0, False)),
+    "refused address": (1, REFUSED, Dead("refused: not allowed by callback_allow", 0, False)),
+    "held back": (1, HELD_BACK, SOON),
+    "held back at last": (8, HELD_BACK, Dead(f"gave up after 8 attempts: {HELD_BACK.error}", 0, False)),
+    "its result is lost": (1, LOST, SOON),
+    "its result is lost at last": (8, LOST, Dead("gave up after 8 attempts: the file is gone", 500, False)),
+    "a fault of ours": (1, FAULT, SOON),
+    "no descriptors": (1, PREVENTED, HandBack()),
+    "no descriptors at last": (8, PREVENTED, HandBack()),
     "eighth": (8, answered(500), Dead("gave up after 8 attempts: status 500", 500, True)),
     "unreachable at last": (8, UNREACHABLE, Dead("gave up after 8 attempts: connection refused", 503, False)),
 }
@@ -293,11 +303,6 @@ def test_callback_goes_on_with(made: int, outcome: Outcome, step: object) -> Non
 def test_callback_attempts_span_hours() -> None:
     waits = [retry_wait_s(CALLBACK_POLICY, made, UNREACHABLE, NOW_S, lambda: 0.5) for made in range(1, 8)]
     assert 3600 < sum(waits) < 4 * 3600
-
-
-def test_callback_cannot_be_cancelled() -> None:
-    with pytest.raises(AssertionError):
-        next_callback_step(1, CALLBACK_POLICY, Outcome(End.CANCELLED), NOW_S, never)
 
 
 # --- Annotations -----------------------------------------------------------------------------------------------
@@ -353,7 +358,7 @@ def test_functions_word_on_one_wait_bends_the_workers_other(
 def test_bad_annotation_is_named_with_its_function_and_value(name: str, value: str) -> None:
     with pytest.raises(BadAnnotations, match="allowed") as caught:
         parse_annotations("echo", {f"com.openfaas.retry.{name}": value})
-    assert f"function echo: annotation com.openfaas.retry.{name}={value!r}: " in str(caught.value)
+    assert f"function echo: annotation com.openfaas.retry.{name}: {value!r}: " in str(caught.value)
 
 
 def test_all_bad_annotations_are_told_together() -> None:
@@ -374,25 +379,27 @@ def test_concurrency_starts_at_the_ceiling() -> None:
     assert Concurrency.start(16).room(0) == 16
 
 
-def test_concurrency_is_halved_by_a_refusal_and_regained_one_per_round_of_successes() -> None:
-    limit = Concurrency.start(16).after(429, 0.0, 1.0)
+@pytest.mark.parametrize("status", [200, 302, 404, 408, 500, 502, 504])
+def test_concurrency_is_halved_by_a_refusal_and_regained_one_per_round_of_answers(status: int) -> None:
+    limit = Concurrency.start(16).after(answered(429), 0.0, 1.0)
     assert limit.room(0) == 8
     for _ in range(9):
-        limit = limit.after(200, 1.0, 2.0)
+        limit = limit.after(answered(status), 1.0, 2.0)
     assert limit.room(0) == 9
 
 
 def test_concurrency_is_cut_once_by_a_burst_of_refusals() -> None:
     limit = Concurrency.start(16)
     for _ in range(15):
-        limit = limit.after(429, 0.0, 1.0)
+        limit = limit.after(answered(429), 0.0, 1.0)
     assert limit.room(0) == 8
-    assert limit.after(503, 1.5, 2.0).room(0) == 4
+    assert limit.after(answered(503), 1.5, 2.0).room(0) == 4
 
 
-@pytest.mark.parametrize("status", [302, 404, 408, 500, 502, 504])
-def test_concurrency_does_not_move_for(status: int) -> None:
-    assert Concurrency.start(16).after(status, 0.0, 1.0) == Concurrency.start(16)
+@pytest.mark.parametrize("outcome", [UNREACHABLE, TIMED_OUT, LOST, FAULT, PREVENTED, answered(502, internal=True)])
+def test_concurrency_does_not_move_for_a_call_that_the_function_did_not_answer(outcome: Outcome) -> None:
+    limit = Concurrency(16, 4.0)
+    assert limit.after(outcome, 0.0, 1.0) == limit
 
 
 def test_concurrency_has_no_room_beside_enough_running_calls() -> None:
@@ -405,9 +412,9 @@ def test_concurrency_stays_between_one_and_its_ceiling(ceiling: int, answers: li
     limit, now_s = Concurrency.start(ceiling), 0.0
     for status, took_s in answers:
         now_s += 1.0
-        after = limit.after(status, now_s - took_s, now_s)
+        after = limit.after(answered(status), now_s - took_s, now_s)
         assert 1 <= after.room(0) <= ceiling
-        if status < 300:
+        if status not in (429, 503):
             assert limit.limit <= after.limit <= limit.limit + 1
         else:
             assert after.limit <= limit.limit
@@ -421,7 +428,8 @@ def test_concurrency_settles_near_what_the_function_bears(ceiling: int, capacity
         running = limit.room(0)
         sizes.append(running)
         for place in range(running):
-            limit = limit.after(200 if place < capacity else 429, float(round_s), round_s + 0.5)
+            outcome = answered(200 if place < capacity else 429)
+            limit = limit.after(outcome, float(round_s), round_s + 0.5)
     settled = sizes[100:]
     assert max(settled) <= min(capacity + 1, ceiling)
     assert sum(settled) / len(settled) >= min(capacity, ceiling) / 2

@@ -25,6 +25,7 @@ from faashound.watchdog import (
     parse_settings,
     parse_size,
     settings_table,
+    without_credentials,
 )
 from tests.harness import run
 
@@ -71,6 +72,39 @@ def problems_of(**environ: str) -> tuple[str, ...]:
     with pytest.raises(BadSettings) as caught:
         parse(**environ)
     return caught.value.problems
+
+
+@pytest.mark.parametrize(
+    ("program", "name", "value"),
+    [
+        ("gateway", "function_url", "http://user:s3cret@{name}:8080"),
+        ("gateway", "queue_url", "nats://user:s3cret@one,user:s3cret@two"),
+        ("gateway", "queue_url", "amqp://user:s3cret@one"),
+        ("worker", "gateway_url", "http://user:s3cret@gateway"),
+        ("worker", "gateway_url", "http://user:s3cret/more@gateway"),
+        ("worker", "gateway_url", "user:s3cret@gateway"),
+        ("worker", "queue_url", "nats:user:s3cret@one"),
+    ],
+)
+def test_password_is_not_shown_when_the_url_that_has_it_is_refused(program: str, name: str, value: str) -> None:
+    ended = run(program, settings={name: value})
+    assert (ended.returncode, name in ended.stderr, "allowed" in ended.stderr) == (2, True, True)
+    assert "s3cret" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://u:p@h/x", "http://***@h/x"),
+        ("http://u:p@one,u:p@two", "http://***@two"),
+        ("u:p@h", "***@h"),
+        ("mail me@home", "mail me@home"),
+        ("http://h", "http://h"),
+        ("", ""),
+    ],
+)
+def test_refused_value_is_shown_without_credentials(text: str, shown: str) -> None:
+    assert without_credentials(text) == shown
 
 
 @given(DURATIONS_NS)

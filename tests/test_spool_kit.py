@@ -27,6 +27,15 @@ __all__ = ["LEASE_S", "QUEUE", "START_S", "Clock", "Desk", "Remote", "finish", "
 class Desk(SpoolDesk):
     """A desk with a spool that is looked into."""
 
+    @classmethod
+    def create(cls, directory: Path) -> None:
+        """Leaves an empty queue."""
+        asyncio.run(cls.create_spool(directory))
+
+    @staticmethod
+    async def create_spool(directory: Path) -> None:
+        await (await Spool.open(directory)).close()
+
     @property
     def spool(self) -> Spool:
         return as_spool(self.queue)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,14 @@ from faashound.spool import (
     LeaseLost,
     RunEnd,
     State,
+    lost_wait_s,
     new_call_id,
 )
 from tests.test_spool_kit import LEASE_S, QUEUE, START_S, Remote, inline, new_call
 
 ATTEMPT = Attempt(START_S, START_S, 500, "failed")
-FUNCTIONS = ("f", "g", "h")
+FUNCTIONS = ("f", "g", "f.other")
+RECEIVERS = ("a", "b")
 
 
 @dataclass
@@ -44,7 +47,7 @@ class Row:
 
     function: str
     due_s: float
-    has_callback: bool
+    receiver: str | None  # of the callback
     key: str | None
     state: State = State.QUEUED
     attempts: int = 0
@@ -52,6 +55,7 @@ class Row:
     cancel: bool = False
     callback: CallbackState | None = None
     callback_attempts: int = 0
+    callback_due_s: float = START_S
     fence: int | None = None
 
     def seen(self) -> tuple[object, ...]:
@@ -90,6 +94,14 @@ class Model:
                 lanes.setdefault(self.rows[call_id].function, []).append(call_id)
         return lanes
 
+    def owed(self) -> dict[str, list[str]]:
+        """Per receiver, the calls whose outcome may be delivered, in their order."""
+        flows: dict[str, list[str]] = {}
+        for call_id, row in self.rows.items():
+            if row.callback is CallbackState.PENDING and row.receiver is not None and row.callback_due_s <= START_S:
+                flows.setdefault(row.receiver, []).append(call_id)
+        return flows
+
     def claim(self, call_id: str, fence: int) -> None:
         row = self.rows[call_id]
         row.state, row.attempts, row.fence = MOVES[row.state, Event.CLAIM], row.attempts + 1, fence
@@ -108,8 +120,8 @@ class Model:
             event = Event.STOP
         row.state = MOVES[State.RUNNING, event]
         row.cancel |= event is Event.STOP
-        if row.has_callback and event in (Event.SUCCEED, Event.GIVE_UP):
-            row.callback, row.callback_attempts = CallbackState.PENDING, 0
+        if row.receiver is not None and event in (Event.SUCCEED, Event.GIVE_UP):
+            row.callback, row.callback_attempts, row.callback_due_s = CallbackState.PENDING, 0, START_S
         return True
 
     def end_callback(self, lease: Lease, event: Event) -> bool:
@@ -117,7 +129,7 @@ class Model:
         if row is None or row.fence != lease.fence:
             return False
         row.fence = None
-        row.callback = CALLBACK_MOVES[CallbackState.RUNNING, event]
+        row.callback, row.callback_due_s = CALLBACK_MOVES[CallbackState.RUNNING, event], START_S
         return True
 
     def cancel(self, call_id: str) -> bool:
@@ -147,7 +159,8 @@ class Model:
         for row in self.rows.values():
             row.fence = None
             if row.callback is CallbackState.RUNNING:
-                row.callback = CallbackState.PENDING
+                row.callback = CALLBACK_MOVES[CallbackState.RUNNING, Event.HAND_BACK]
+                row.callback_due_s = START_S + lost_wait_s(row.callback_attempts)
             if row.state is State.RUNNING:
                 row.runs += 1
                 row.state = State.CANCELLED if row.cancel else State.QUEUED
@@ -197,24 +210,24 @@ class SpoolMachine(RuleBasedStateMachine):
         target=ids,
         function=st.sampled_from(FUNCTIONS),
         delay_s=st.sampled_from([-1.0, 0.0, 60.0]),
-        callback=st.booleans(),
+        receiver=st.sampled_from([None, *RECEIVERS]),
         key=st.sampled_from([None, None, "k1", "k2"]),
     )
-    def put(self, function: str, delay_s: float, callback: bool, key: str | None) -> str:
-        call, row = self.make(function, delay_s, callback, key)
+    def put(self, function: str, delay_s: float, receiver: str | None, key: str | None) -> str:
+        call, row = self.make(function, delay_s, receiver, key)
         told = self.model.put(call.id, row)
         assert self.remote.call("put", call).id == told
         return told
 
-    def make(self, function: str, delay_s: float, callback: bool, key: str | None) -> tuple[Any, Row]:
+    def make(self, function: str, delay_s: float, receiver: str | None, key: str | None) -> tuple[Any, Row]:
         call = new_call(
             function,
             id=new_call_id(),
             due_s=START_S + delay_s,
-            callback_url="http://caller/" if callback else None,
+            callback_url=receiver and f"http://{receiver}/",
             idempotency_key=key,
         )
-        return call, Row(function, call.due_s, callback, key)
+        return call, Row(call.function, call.due_s, receiver, key)
 
     @rule(call_id=ids)
     def cancel(self, call_id: str) -> None:
@@ -238,12 +251,7 @@ class SpoolMachine(RuleBasedStateMachine):
     def claim(self, limit: int) -> Any:
         lanes = self.model.due(START_S)
         taken: list[Lease] = self.remote.call("claim", [QUEUE], self.remote.owner, LEASE_S, limit)
-        assert len(taken) == min(limit, sum(map(len, lanes.values())))
-        per_function = {function: [x.call.id for x in taken if x.call.function == function] for function in lanes}
-        for function, call_ids in per_function.items():
-            assert call_ids == lanes[function][: len(call_ids)]
-        most = max(map(len, per_function.values()), default=0)
-        assert all(len(got) >= min(most - 1, len(lanes[function])) for function, got in per_function.items())
+        check_turns(taken, limit, lanes, lambda lease: lease.call.function)
         for lease in taken:
             self.model.claim(lease.call.id, lease.fence)
         return multiple(*taken)
@@ -253,11 +261,14 @@ class SpoolMachine(RuleBasedStateMachine):
         method, args, kwargs = ending(lease, event)
         self.expect(self.model.end(lease, event), LeaseLost, method, *args, **kwargs)
 
-    @rule(target=deliveries, limit=st.integers(1, 3))
-    def claim_callbacks(self, limit: int) -> Any:
-        pending = [row for row in self.model.rows.values() if row.callback is CallbackState.PENDING]
-        taken: list[Lease] = self.remote.call("claim_callbacks", self.remote.owner, LEASE_S, limit)
-        assert len(taken) == min(limit, len(pending))
+    @rule(target=deliveries, limit=st.integers(1, 3), shut=st.sampled_from([None, *RECEIVERS]))
+    def claim_callbacks(self, limit: int, shut: str | None) -> Any:
+        owed = self.model.owed()
+        if shut is not None:
+            owed.pop(shut, None)
+        arguments = [QUEUE], self.remote.owner, LEASE_S, limit, {f"{shut}:80": 0}
+        taken: list[Lease] = self.remote.call("claim_callbacks", *arguments)
+        check_turns(taken, limit, owed, lambda lease: self.model.rows[lease.call.id].receiver)
         for lease in taken:
             row = self.model.rows[lease.call.id]
             row.callback, row.fence = CALLBACK_MOVES[CallbackState.PENDING, Event.CLAIM], lease.fence
@@ -296,9 +307,14 @@ class SpoolMachine(RuleBasedStateMachine):
         self.reopen()
         self.model.lose_owner()
 
-    @rule(target=ids, function=st.sampled_from(FUNCTIONS), callback=st.booleans(), statement=st.integers(1, 12))
-    def kill_while_putting(self, function: str, callback: bool, statement: int) -> Any:
-        call, row = self.make(function, 0.0, callback, None)
+    @rule(
+        target=ids,
+        function=st.sampled_from(FUNCTIONS),
+        receiver=st.sampled_from([None, *RECEIVERS]),
+        statement=st.integers(1, 12),
+    )
+    def kill_while_putting(self, function: str, receiver: str | None, statement: int) -> Any:
+        call, row = self.make(function, 0.0, receiver, None)
         after = copy.deepcopy(self.model)
         after.put(call.id, row)
         self.kill_inside(after, statement, "put", call)
@@ -346,6 +362,19 @@ class SpoolMachine(RuleBasedStateMachine):
     @invariant()
     def agree(self) -> None:
         assert self.look() == self.model.seen()
+
+
+def check_turns(
+    taken: list[Lease], limit: int, waiting: dict[str, list[str]], flow_of: Callable[[Lease], str | None]
+) -> None:
+    """As many as there are, of each flow the first ones, and of none two more than of another that has some left."""
+    assert len(taken) == min(limit, sum(map(len, waiting.values())))
+    got = {flow: [lease.call.id for lease in taken if flow_of(lease) == flow] for flow in waiting}
+    assert sum(map(len, got.values())) == len(taken)
+    for flow, call_ids in got.items():
+        assert call_ids == waiting[flow][: len(call_ids)]
+    most = max(map(len, got.values()), default=0)
+    assert all(len(call_ids) >= min(most - 1, len(waiting[flow])) for flow, call_ids in got.items())
 
 
 def ending(lease: Lease, event: Event) -> tuple[str, tuple[Any, ...], dict[str, Any]]:

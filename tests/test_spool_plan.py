@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from faashound import spool
-from faashound.spool import MIGRATIONS
+from faashound.spool import CALLBACKS_LINE, CALLS_LINE
 
 NOW_S = 1000.0
 
@@ -16,8 +17,7 @@ NOW_S = 1000.0
 @pytest.fixture
 def db() -> Iterator[sqlite3.Connection]:
     db = sqlite3.connect(":memory:", isolation_level=None)
-    for script in MIGRATIONS:
-        db.executescript(script)
+    spool._migrate(db)
     yield db
     db.close()
 
@@ -51,17 +51,19 @@ def steps(db: sqlite3.Connection, work: Callable[[], object]) -> int:
     return count
 
 
+AFTER = {"queue": "q", "after": "", "now_s": 1}
 OLD = {"before_s": 1, "after_s": 0, "after_seq": 0, "limit": 9}
 
 
 @pytest.mark.parametrize(
     ("sql", "values", "index"),
     [
-        pytest.param(spool.SQL_LANES, {"queue": "q", "after": "", "now_s": 1}, "calls_queued", id="lanes"),
-        pytest.param(spool.SQL_DUE, ("q", "f", 1, 1, 1), "calls_queued", id="due"),
+        pytest.param(CALLS_LINE.flows, AFTER, "calls_queued", id="functions"),
+        pytest.param(CALLS_LINE.due, ("q", "f", 1, 1), "calls_queued", id="due"),
+        pytest.param(CALLBACKS_LINE.flows, AFTER, "callbacks_ready", id="destinations"),
+        pytest.param(CALLBACKS_LINE.due, ("q", "a:80", 1, 1), "callbacks_ready", id="due-callbacks"),
         pytest.param(spool.SQL_NEXT_DUE, {"after_s": 1}, "calls_queued", id="next-due"),
-        pytest.param(spool.SQL_NEXT_CALLBACK, {"after_s": 1}, "callbacks_pending", id="next-callback"),
-        pytest.param(spool.SQL_DUE_CALLBACKS, (1, 1), "callbacks_pending", id="due-callbacks"),
+        pytest.param(spool.SQL_NEXT_CALLBACK, {"after_s": 1}, "callbacks_due", id="next-callback"),
         pytest.param(spool.SQL_OLD_RESULTS, OLD, "results_stored", id="old-results"),
         pytest.param(spool.SQL_OLD_CALLS, OLD, "calls_finished", id="old-calls"),
     ],
@@ -72,23 +74,29 @@ def test_statement_searches_by_its_index(db: sqlite3.Connection, sql: str, value
     assert all(f"INDEX {index}" in step for step in found)
 
 
-def test_expiry_searches_by_its_index(db: sqlite3.Connection) -> None:
-    found = plan(db, spool.SQL_EXPIRE, {"state": "expired", "now_s": 1, "limit": 1})
-    assert any("SEARCH calls USING" in step and "INDEX calls_expiring (" in step for step in found)
+@pytest.mark.parametrize(
+    ("sql", "index"),
+    [
+        pytest.param(spool.SQL_EXPIRE, "calls_expiring", id="expire"),
+        pytest.param(spool.SQL_READY_CALLBACKS, "callbacks_due", id="ready-callbacks"),
+    ],
+)
+def test_update_searches_by_its_index(db: sqlite3.Connection, sql: str, index: str) -> None:
+    found = plan(db, sql, {"state": "expired", "now_s": 1, "limit": 1})
+    assert any("SEARCH" in step and f"INDEX {index} (" in step for step in found)
     assert not any("SCAN" in step or "TEMP" in step for step in found)
 
 
 def claim_cost(backlog: Callable[[sqlite3.Connection], None]) -> int:
     """What it takes to pick eight calls of three functions, with a backlog beside them."""
     db = sqlite3.connect(":memory:", isolation_level=None)
-    for script in MIGRATIONS:
-        db.executescript(script)
+    spool._migrate(db)
     for function in "abc":
         add_calls(db, function, 20, 10.0)
     backlog(db)
     wanted = spool._Wanted(("q",), 8, {})
     picked: list[object] = []
-    cost = steps(db, lambda: picked.extend(spool._pick(db, wanted, ("", ""), NOW_S)))
+    cost = steps(db, lambda: picked.extend(spool._pick(db, CALLS_LINE, wanted, ("", ""), NOW_S)))
     assert len(picked) == 8
     db.close()
     return cost
@@ -107,6 +115,47 @@ def test_claim_costs_the_same_with_a_backlog_a_hundred_times_as_long(function: s
     short = claim_cost(lambda db: add_calls(db, function, 500, due_s, state))
     long = claim_cost(lambda db: add_calls(db, function, 50_000, due_s, state))
     assert long == short
+
+
+def add_callbacks(db: sqlite3.Connection, destination: str, count: int, due_s: float, ready: bool) -> None:
+    (first,) = db.execute("SELECT coalesce(max(seq), 0) FROM calls").fetchone()
+    add_calls(db, "f", count, float(first), "done")
+    db.execute(
+        "INSERT INTO callbacks (seq, state, due_s, queue, destination, ready)"
+        " SELECT seq, 'pending', ?, 'q', replace(?, '*', seq), ? FROM calls WHERE seq > ?",
+        (due_s, destination, ready, first),
+    )
+
+
+@pytest.mark.parametrize(
+    ("destination", "due_s", "ready"),
+    [
+        pytest.param("b:80", 20.0, True, id="due"),
+        pytest.param("b:80", NOW_S + 1, False, id="delayed"),
+        pytest.param("down*:80", NOW_S + 1, False, id="delayed-of-as-many-destinations"),
+    ],
+)
+def test_claim_of_callbacks_costs_the_same_with_a_backlog_a_hundred_times_as_long(
+    destination: str, due_s: float, ready: bool
+) -> None:
+    def cost(count: int) -> int:
+        with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
+            spool._migrate(db)
+            for name in "abc":
+                add_callbacks(db, f"{name}:80", 20, 10.0, True)
+            add_callbacks(db, destination, count, due_s, ready)
+            wanted, claimant = spool._Wanted(("q",), 8, {}), spool._Claimant("w", NOW_S, "boot", 1.0)
+            taken: list[object] = []
+
+            def claim() -> None:
+                db.execute(spool.SQL_READY_CALLBACKS, {"now_s": claimant.now_s, "limit": 500})
+                taken.extend(spool._pick(db, CALLBACKS_LINE, wanted, ("", ""), NOW_S))
+
+            spent = steps(db, claim)
+            assert len(taken) == 8
+            return spent
+
+    assert cost(50_000) == cost(500)
 
 
 def test_sleep_until_the_next_call_costs_the_same_with_a_long_backlog(db: sqlite3.Connection) -> None:

@@ -76,7 +76,7 @@ def test_idle_worker_notices_the_death_of_another(desk: Desk, remote: Remote) ->
 def test_callback_of_a_killed_worker_is_taken_over(desk: Desk, remote: Remote) -> None:
     desk.put(callback_url="http://caller/")
     desk.finish(desk.claim_one())
-    assert len(remote.call("claim_callbacks", remote.owner, 3600.0, 1)) == 1
+    assert len(remote.call("claim_callbacks", [QUEUE], remote.owner, 3600.0, 1)) == 1
     remote.kill()
     assert desk.do(desk.spool.reclaim()) == 1
     assert desk.claim_callback().call.state is State.DONE

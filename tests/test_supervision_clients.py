@@ -17,11 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.harness import (
-    NOISE_S,
     Program,
     connect,
+    crowding,
     free_port,
     http_request,
+    noise_s,
     parse,
     raw,
     read_all,
@@ -76,7 +77,7 @@ REQUESTS = {
     "pipelined": HEAD + b"\r\n" + HEAD + b"\r\n",
     "body-that-nobody-reads": HEAD + b"Content-Length: 800000\r\n\r\n" + bytes(800_000),
     "half-a-body-that-nobody-reads": HEAD + b"Content-Length: 1600000\r\n\r\n" + bytes(800_000),
-    "pipelined-more-than-is-read": (HEAD + b"\r\n") * 12_000,
+    "pipelined-until-reading-stops": (HEAD + b"\r\n") * 3_500,  # what is not read fits into the kernel, with the FIN
 }
 # What the kernels do not hold keeps a FIN behind it, so only a reset can tell of this client's end.
 LARGE_REQUESTS = {
@@ -253,7 +254,7 @@ def test_nothing_of_an_answer_is_held_when_nobody_reads_it(large: Program, leave
         assert client.recv(1) == b"H"
     for client in clients:
         if leave is None:
-            wait_closed(client, 0.6 + NOISE_S)
+            wait_closed(client, 0.6 + noise_s())
         (leave or close)(client)
     wait_until(lambda: large.descriptors() <= descriptors and is_free(large), GONE_S, "all given back")
     assert len(http_request(large.port, "POST").body) == 20_000_000
@@ -294,8 +295,8 @@ def test_good_request_is_quick_when_a_thousand_connections_idle(cat: Program) ->
                 client.sendall(HEAD + b"X-Half: ")
         answers = [http_request(cat.port, "POST", body=b"good") for _ in range(20)]
         assert {answer.text for answer in answers} == {"good"}
-        assert sorted(answer.elapsed_s for answer in answers)[10] < 0.1
-        assert max(answer.elapsed_s for answer in answers) < NOISE_S
+        assert sorted(answer.elapsed_s for answer in answers)[10] < 0.1 * crowding()
+        assert max(answer.elapsed_s for answer in answers) < noise_s()
     wait_until(lambda: cat.descriptors() < 100, 2.0, "the connections given up")
 
 
@@ -310,7 +311,7 @@ def test_tree_is_gone_when_the_rest_of_a_body_does_not_come() -> None:
         client.sendall(HEAD + b"Content-Length: 8\r\n\r\nhalf")
         program.wait_started(3)
         assert parse(read_all(client))[0].status == 408
-        assert 0.5 <= time.monotonic() - start_s <= 0.5 + NOISE_S
+        assert 0.5 <= time.monotonic() - start_s <= 0.5 + noise_s()
         program.wait_idle(GONE_S)
 
 
@@ -347,5 +348,5 @@ def test_others_are_answered_when_a_client_sends_a_byte_at_a_time(shell: Program
         for byte in HEAD + b"Content-Length: 9\r\n\r\necho slow":
             client.sendall(bytes([byte]))
             wait_read(client)
-            assert http_request(shell.port, "GET", "/_/health").elapsed_s < NOISE_S
+            assert http_request(shell.port, "GET", "/_/health").elapsed_s < noise_s()
         assert parse(read_until(client, b"slow\n"))[0].status == 200

@@ -19,6 +19,7 @@ from tests.harness import (
     clean_environment,
     command_of,
     connect,
+    crowding,
     free_port,
     http_request,
     wait_until,
@@ -74,6 +75,13 @@ def test_functions_are_gone_when_the_guard_was_killed_before_the_watchdog() -> N
             call.result()
 
 
+def test_guard_holds_nothing_but_its_pipe_when_the_watchdog_was_given_descriptors_far_apart() -> None:
+    far = ["/bin/sh", "-c", 'exec 7</dev/null; exec "$@"', "sh"]
+    with Program("watchdog", {"fprocess": "sh"}, prefix=far) as program:
+        held = Path(f"/proc/{guard_of(program)}/fd")
+        wait_until(lambda: len(list(held.iterdir())) == 1, 2.0, "all others closed")
+
+
 def test_trees_are_gone_when_the_watchdog_is_killed_while_they_grow(tmp_path: Path) -> None:
     described = b'{"children": [%b]}' % b", ".join([b'{"traits": ["orphan", "setsid"], "children": [{}, {}]}'] * 30)
     for count in (1, 20, 60):
@@ -96,7 +104,7 @@ def test_watchdog_and_functions_end_at_once_when_told_twice(running: Program, nu
     start_s = time.monotonic()
     running.process.send_signal(numbers[1])
     assert running.wait_exit(5) == 1
-    assert time.monotonic() - start_s < GONE_S
+    assert time.monotonic() - start_s < GONE_S * crowding()
     wait_until(lambda: not running.survivors(), 0.5, "functions and guard gone")
 
 
@@ -109,7 +117,7 @@ def test_stuck_functions_do_not_hold_the_watchdog_when_it_drains(grace: str) -> 
         start_s = time.monotonic()
         program.terminate()
         assert program.wait_exit(5) == 1
-        assert 0.8 <= time.monotonic() - start_s < 0.8 + GONE_S
+        assert 0.8 <= time.monotonic() - start_s < 0.8 + GONE_S * crowding()
         wait_until(lambda: not program.survivors(), 0.5, "functions and guard gone")
         for each in calls:
             with pytest.raises(ConnectionError):

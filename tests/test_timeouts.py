@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.harness import (
-    NOISE_S,
     Answer,
     InBackground,
     Program,
     connect,
     http_request,
+    noise_s,
     parse,
     read_all,
     read_until,
@@ -52,12 +52,12 @@ def test_caller_is_answered_in_time_and_justly_when_run_and_limit_are_close(
     calls = [InBackground(lambda pair=pair: call(shell, pair[0] / 10, pair[1] / 10)) for pair in batch]  # type: ignore[misc]
     for (run_tenths, limit_tenths), background in zip(batch, calls, strict=True):
         answer, run_s, limit_s = background.result(), run_tenths / 10, limit_tenths / 10
-        assert answer.elapsed_s <= min(run_s, limit_s) + GRACE_S + NOISE_S
+        assert answer.elapsed_s <= min(run_s, limit_s) + GRACE_S + noise_s()
         assert answer.status in (200, 408)
         assert answer.text == ("done\n" if answer.status == 200 else "Killed process.\n")
         if answer.status == 408:
             assert answer.elapsed_s >= limit_s
-            assert run_s + NOISE_S > limit_s, f"killed although done at {run_s} of {limit_s} s"
+            assert run_s + noise_s() > limit_s, f"killed although done at {run_s} of {limit_s} s"
         else:
             assert run_s <= limit_s
 
@@ -68,7 +68,7 @@ def test_caller_is_answered_at_exec_timeout_when_function_runs_on(limit_s: float
     with Program("watchdog", {"fprocess": "sleep 600", "exec_timeout": f"{round(limit_s * 1000)}ms"}) as program:
         answer = http_request(program.port)
         assert (answer.status, answer.text) == (408, "Killed process.\n")
-        assert limit_s <= answer.elapsed_s <= limit_s + GRACE_S + NOISE_S
+        assert limit_s <= answer.elapsed_s <= limit_s + GRACE_S + noise_s()
         program.wait_idle(1.0)
 
 
@@ -86,7 +86,7 @@ def test_caller_is_answered_at_exec_timeout_when_function_runs_on(limit_s: float
 def test_caller_is_answered_at_its_limit_when_function_is_stubborn(shell: Program, script: bytes) -> None:
     answer = http_request(shell.port, "POST", "/", {"X-Timeout": "300ms"}, script)
     assert (answer.status, answer.text) == (408, "Killed process.\n")
-    assert 0.3 <= answer.elapsed_s <= 0.3 + GRACE_S + NOISE_S
+    assert 0.3 <= answer.elapsed_s <= 0.3 + GRACE_S + noise_s()
     shell.wait_idle(1.0)
 
 
@@ -96,7 +96,7 @@ def test_caller_is_answered_at_its_limit_when_it_still_sends_its_body(shell: Pro
         client.sendall(HEAD + b"X-Timeout: 300ms\r\nContent-Length: 1000\r\n\r\nexec sleep 600\n")
         (answer,) = parse(read_until(client, b"Killed process.\n"))
         assert answer.status == 408
-        assert 0.3 <= time.monotonic() - start_s <= 0.3 + GRACE_S + NOISE_S
+        assert 0.3 <= time.monotonic() - start_s <= 0.3 + GRACE_S + noise_s()
 
 
 def test_caller_is_answered_at_its_limit_when_function_ignores_a_large_body() -> None:
@@ -108,7 +108,7 @@ def test_caller_is_answered_at_its_limit_when_function_ignores_a_large_body() ->
 def test_others_are_served_when_one_function_floods(shell: Program) -> None:
     flood = InBackground(lambda: http_request(shell.port, "POST", "/", {"X-Timeout": "1s"}, b"exec cat /dev/zero"))
     shell.wait_started()
-    assert http_request(shell.port, "POST", body=b"echo quick").elapsed_s < NOISE_S
+    assert http_request(shell.port, "POST", body=b"echo quick").elapsed_s < noise_s()
     assert flood.result().status == 408
 
 
@@ -118,9 +118,9 @@ def test_function_may_tidy_up_but_caller_does_not_wait_when_term_grace_is_set() 
     with Program("watchdog", settings_) as program:
         answer = http_request(program.port)
         assert (answer.status, answer.text) == (408, "Killed process.\n")
-        assert 0.3 <= answer.elapsed_s <= 0.3 + 0.6 + GRACE_S + NOISE_S
+        assert 0.3 <= answer.elapsed_s <= 0.3 + 0.6 + GRACE_S + noise_s()
         wait_until(lambda: (program.temporary / "tidied").exists(), 1.0, "the function tidied up")
-        program.wait_idle(0.6 + NOISE_S)
+        program.wait_idle(0.6 + noise_s())
 
 
 # read_timeout
@@ -140,7 +140,7 @@ def test_client_gets_408_and_is_cut_when_it_stops_amid_a_request(impatient: Prog
         elapsed_s = time.monotonic() - start_s
     assert [answer.status for answer in answers] == [408]
     assert answers[0].headers["connection"] == "close"
-    assert 0.5 <= elapsed_s <= 0.5 + GRACE_S + NOISE_S
+    assert 0.5 <= elapsed_s <= 0.5 + GRACE_S + noise_s()
     impatient.wait_idle(1.0)
 
 
@@ -150,7 +150,7 @@ def test_client_gets_408_when_it_drips(impatient: Program, start: bytes) -> None
         start_s = time.monotonic()
         client.sendall(start)
         received = drip(client)
-        assert 0.5 <= time.monotonic() - start_s <= 0.5 + GRACE_S + NOISE_S
+        assert 0.5 <= time.monotonic() - start_s <= 0.5 + GRACE_S + noise_s()
     assert received.startswith(b"HTTP/1.1 408 ")
 
 
@@ -180,7 +180,7 @@ def test_connection_is_closed_without_a_word_when_no_request_begins_for_as_long(
     start_s = time.monotonic()
     with connect(impatient.port) as client:
         assert read_all(client) == b""
-        assert 0.5 <= time.monotonic() - start_s <= 0.5 + GRACE_S + NOISE_S
+        assert 0.5 <= time.monotonic() - start_s <= 0.5 + GRACE_S + noise_s()
 
 
 def test_limit_does_not_count_the_run_when_request_was_whole(impatient: Program) -> None:
@@ -206,7 +206,7 @@ def test_reader_is_cut_when_it_does_not_read() -> None:
         client.sendall(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
         client.recv(1)
         start_s = time.monotonic()
-        wait_closed(client, 0.7 + GRACE_S + NOISE_S)
+        wait_closed(client, 0.7 + GRACE_S + noise_s())
         assert time.monotonic() - start_s > 0.3
         assert http_request(program.port, "GET", "/_/health").status == 200
 
@@ -232,5 +232,5 @@ def test_every_call_ends_when_many_time_out_at_once(shell: Program) -> None:
     calls = [InBackground(lambda: call(shell, 600, 0.5)) for _ in range(30)]
     answers = [background.result() for background in calls]
     assert {answer.status for answer in answers} == {408}
-    assert max(answer.elapsed_s for answer in answers) <= 0.5 + GRACE_S + NOISE_S * 2
+    assert max(answer.elapsed_s for answer in answers) <= 0.5 + GRACE_S + noise_s() * 2
     shell.wait_idle(2.0)

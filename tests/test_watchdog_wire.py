@@ -13,7 +13,7 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
@@ -23,15 +23,16 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from tests.harness import (
-    NOISE_S,
     REPLY_DEADLINE_S,
     Answer,
     InBackground,
     Program,
     connect,
+    crowding,
     free_port,
     http_over,
     http_request,
+    noise_s,
     parse,
     raw,
     read_all,
@@ -53,6 +54,12 @@ def environment_of(body: bytes) -> dict[str, str]:
     """Return what `env -0` printed, without the mark by which the watchdog knows its own."""
     pairs = (entry.decode("utf-8", "surrogateescape").partition("=") for entry in body.split(b"\0") if entry)
     return {name: value for name, _, value in pairs if name != "FAASHOUND_CALL"}
+
+
+def theirs(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return what a function sees of its watchdog's environment, here all but the settings that tests begin with."""
+    ours = ("fprocess", "port", "metrics_port", "workers", "cgi_headers")
+    return {name: value for name, value in environment.items() if name not in ours}
 
 
 def facts(program: Program, request: bytes) -> dict[str, str]:
@@ -263,10 +270,9 @@ def test_body_comes_back_unchanged_when_any_bytes(cat: Program, body: bytes) -> 
 
 
 def test_requests_run_side_by_side_when_they_come_at_once(shell: Program) -> None:
-    calls = [InBackground(lambda: post(shell, b"sleep 0.5; echo done")) for _ in range(8)]
-    answers = [call.result() for call in calls]
-    assert all(answer.text == "done\n" for answer in answers)
-    assert max(answer.elapsed_s for answer in answers) < 0.5 * 8 / 2
+    others = b'touch "$TMPDIR/side-$$"; until [ "$(ls "$TMPDIR" | grep -c side-)" = 8 ]; do sleep 0.05; done; echo done'
+    calls = [InBackground(lambda: post(shell, others)) for _ in range(8)]
+    assert all(call.result().text == "done\n" for call in calls)
 
 
 # Content-Type of the response
@@ -383,13 +389,13 @@ def test_dashed_header_keeps_its_value_when_its_underscored_twin_comes_first(pri
 def test_function_inherits_the_environment_of_the_watchdog_when_started(printenv: Program) -> None:
     inherited = environment_of(http_request(printenv.port).body)
     facts_removed = {name: value for name, value in inherited.items() if not name.startswith("Http_")}
-    assert facts_removed == printenv.environment
+    assert facts_removed == theirs(printenv.environment)
 
 
 def test_function_gets_no_facts_when_cgi_headers_is_false() -> None:
     with Program("watchdog", {"fprocess": "env -0", "cgi_headers": "false"}) as program:
         answer = http_request(program.port, "GET", "/p?q", {"X-A": "1"})
-        assert environment_of(answer.body) == program.environment
+        assert environment_of(answer.body) == theirs(program.environment)
 
 
 @pytest.mark.parametrize("size_bytes", [200_000, 3_000_000])
@@ -456,16 +462,17 @@ def limited() -> Iterator[Program]:
 def test_answer_is_408_at_the_deadline_when_function_runs_on(limited: Program) -> None:
     answer = post(limited, b"echo out; " + UNTIL_GONE)
     assert (answer.status, answer.text) == (408, "Killed process.\n")
-    assert 0.4 <= answer.elapsed_s < 0.4 + NOISE_S
+    assert 0.4 <= answer.elapsed_s < 0.4 + noise_s()
     limited.wait_idle(1.0)
 
 
 @pytest.mark.parametrize("given", ["100ms", "0.1s", "100000us"])
-def test_caller_shortens_its_limit_when_it_sends_x_timeout(limited: Program, shell: Program, given: str) -> None:
-    for program in (limited, shell):
-        answer = post(program, UNTIL_GONE, {"X-Timeout": given})
-        assert answer.status == 408
-        assert 0.1 <= answer.elapsed_s < 0.4
+def test_caller_shortens_its_limit_when_it_sends_x_timeout(shell: Program, given: str) -> None:
+    with Program("watchdog", {"fprocess": "/bin/sh", "exec_timeout": "1m"}) as limited:
+        for program in (limited, shell):
+            answer = post(program, UNTIL_GONE, {"X-Timeout": given})
+            assert answer.status == 408
+            assert 0.1 <= answer.elapsed_s < 0.1 + noise_s()
     shell.wait_idle()
 
 
@@ -473,7 +480,7 @@ def test_caller_shortens_its_limit_when_it_sends_x_timeout(limited: Program, she
 def test_caller_does_not_lengthen_its_limit_when_it_sends_x_timeout(limited: Program, given: str) -> None:
     answer = post(limited, UNTIL_GONE, {"X-Timeout": given})
     assert answer.status in ((400, 408) if given == "0" else (408,))
-    assert answer.elapsed_s < 0.4 + NOISE_S
+    assert answer.elapsed_s < 0.4 + noise_s()
 
 
 @pytest.mark.parametrize("given", ["banana", "-1s", "1d", "1 s", "5,5", "9" * 400, "1" * 15_000 + "x"])
@@ -482,7 +489,7 @@ def test_answer_is_400_and_nothing_runs_when_x_timeout_makes_no_sense(shell: Pro
     answer = post(shell, b"true", {"X-Timeout": given})
     assert answer.status == 400
     assert "X-Timeout" in answer.text
-    assert answer.elapsed_s < NOISE_S
+    assert answer.elapsed_s < noise_s()
     assert shell.log().count("Forking") == forks_before
 
 
@@ -519,7 +526,7 @@ def test_second_call_gets_429_when_one_is_the_limit(one_at_a_time: Program) -> N
         answer = post(one_at_a_time, b"true")
         assert (answer.status, answer.text) == (429, "Concurrent request limit exceeded. Max concurrent requests: 1\n")
         assert answer.headers["x-openfaas-internal"] == "faas-middleware"
-        assert answer.elapsed_s < NOISE_S
+        assert answer.elapsed_s < noise_s()
         assert http_request(port, "GET", "/_/ready").status == 429
         assert http_request(port, "GET", "/_/health").status == 200
     one_at_a_time.wait_idle()
@@ -582,14 +589,50 @@ def test_start_succeeds_when_an_old_lock_file_is_there() -> None:
         assert http_request(program.port, "GET", "/_/health").status == 200
 
 
-def test_start_fails_with_a_reason_when_the_lock_file_cannot_be_written(tmp_path: Path) -> None:
+def test_lock_file_is_of_one_port_when_two_watchdogs_share_a_directory() -> None:
+    port = free_port()
+    with Program("watchdog", {"fprocess": "cat"}) as first:
+        here = {"TMPDIR": str(first.temporary), "port": str(port)}
+        with Program("watchdog", {"fprocess": "cat", "healthcheck_interval": "0", **here}) as second:
+            assert run("watchdog", ["--run-healthcheck"], here).returncode == 0
+            second.terminate()
+            assert second.wait_exit() == 0
+        assert run("watchdog", ["--run-healthcheck"], here).returncode == 1
+        assert http_request(first.port, "GET", "/_/health").status == 200
+
+
+def to_a_file(lock: Path) -> None:
+    (lock.parent / "precious").touch()
+    lock.symlink_to("precious")
+
+
+def of_another_user(lock: Path) -> None:
+    lock.touch()
+    os.chown(lock, 65534, 65534)
+
+
+PLANTED = {
+    "directory": Path.mkdir,
+    "link": to_a_file,
+    "dangling-link": lambda lock: lock.symlink_to("nowhere"),
+    "fifo": os.mkfifo,
+    "another-user's": pytest.param(of_another_user, marks=pytest.mark.skipif(os.geteuid() != 0, reason="needs root")),
+}
+
+
+@pytest.mark.parametrize("plant", PLANTED.values(), ids=PLANTED)
+def test_start_fails_with_a_reason_when_the_lock_file_is_not_ours(
+    tmp_path: Path, plant: Callable[[Path], None]
+) -> None:
     settings = {"fprocess": "cat", "port": "0", "metrics_port": "0", "TMPDIR": str(tmp_path)}
-    (tmp_path / ".lock").mkdir()
+    plant(tmp_path / ".lock")
+    before = sorted(path.name for path in tmp_path.iterdir())
     done = run("watchdog", settings=settings)
     assert done.returncode == 1
     assert ".lock" in done.stderr
     assert "suppress_lock" in done.stderr
     assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 # marshal_request, combine_output
@@ -935,4 +978,4 @@ def test_many_clients_are_served_when_each_keeps_its_connection(cat: Program) ->
 
     calls = [InBackground(functools.partial(client, number)) for number in range(16)]
     assert all(call.result() for call in calls)
-    assert time.monotonic() - start_s < 15
+    assert time.monotonic() - start_s < 15 * crowding()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import uuid
+from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.harness import ROOT, free_port, http_request, wait_until
-from tests.images.conftest import Engine, Images, call_later, said, tool
+from tests.images.conftest import Engine, Images, call_later, said
+from tests.needed import tool
 
 UP_DEADLINE_S = 60.0
 SERVICES = ("gateway", "worker", "nats", "example-shell", "example-chain", "example-python", "example-picture")
@@ -100,13 +102,17 @@ def test_calls_are_made_now_and_later_when_a_swarm_runs_the_stack(
     port = int(environment["GATEWAY_PORT"])
     override = tmp_path / "without-ipvs.yml"
     override.write_text(WITHOUT_IPVS.format(port=port))
-    files = ["--compose-file", str(ROOT / "deploy" / "compose.yml"), "--compose-file", str(override)]
+    paths = (ROOT / "deploy" / "compose.yml", ROOT / "deploy" / "stack.yml", override)
+    files = [word for path in paths for word in ("--compose-file", str(path))]
     with swarm(engine):
+        for name in ("basic-auth-user", "basic-auth-password"):
+            engine.docker("secret", "create", name, "-", stdin=b"known\n")
         said(
             [*engine.command, "stack", "deploy", "--resolve-image=never", *files, "faashound"], environment=environment
         )
         wait_until(lambda: is_served(port), UP_DEADLINE_S, "the gateway and a function answer")
-        assert call_later(port) == "2 words\n"
+        assert http_request(port, "GET", "/system/calls").status == 401
+        assert call_later(port, {"Authorization": f"Basic {b64encode(b'known:known').decode()}"}) == "2 words\n"
         tell("the stack ran as a swarm: calls made now and later")
 
 
