@@ -162,6 +162,7 @@ class State(Enum):
 
 
 FINAL = frozenset({State.DONE, State.DEAD, State.CANCELLED, State.EXPIRED})
+CALLS_BACK = FINAL - {State.CANCELLED}  # the ends that a callback URL is told of: the caller who cancelled knows
 
 
 class CallbackState(Enum):
@@ -331,8 +332,8 @@ class Stats:
 # States
 #
 # A call and its callback are two small machines; this is their law, and nothing below changes a state except through
-# it. The callback's machine starts when the call ends (done or dead), in the same commit. Who holds a lease is not a
-# state: a RUNNING row has exactly one row in `leases`, and losing that row is the event HAND_BACK.
+# it. The callback's machine starts when the call ends in one of `CALLS_BACK`, in the same commit. Who holds a lease is
+# not a state: a RUNNING row has exactly one row in `leases`, and losing that row is the event HAND_BACK.
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -372,6 +373,9 @@ CALLBACK_TRANSITIONS: Mapping[tuple[CallbackState, Event], CallbackState] = {
     (CallbackState.DEAD, Event.REQUEUE): CallbackState.PENDING,
 }
 
+
+EXPIRED_STATUS = 504  # of a call that no attempt has given a status: its time was up before there was an answer
+EXPIRED_ERROR = "expired before it was run"
 
 _ENDS: Mapping[State, Event] = {State.DONE: Event.SUCCEED, State.DEAD: Event.GIVE_UP}  # how a run ends by itself
 
@@ -685,9 +689,18 @@ SQL_NEXT_DUE = """
 """
 
 SQL_EXPIRE = """
-    UPDATE calls SET state = :state, finished_s = :now_s WHERE seq IN (
+    UPDATE calls SET state = :state, finished_s = :now_s, status = coalesce(status, :status),
+        error = coalesce(error, :error)
+    WHERE seq IN (
         SELECT seq FROM calls INDEXED BY calls_expiring
         WHERE state = 'queued' AND expires_s IS NOT NULL AND expires_s <= :now_s ORDER BY expires_s LIMIT :limit)
+    RETURNING seq
+"""
+
+SQL_OPEN_CALLBACK = """
+    INSERT INTO callbacks (seq, state, due_s, queue, destination, ready)
+    SELECT seq, 'pending', ?2, queue, destination_of(callback_url), ?3 FROM calls JOIN requests USING (seq)
+    WHERE seq = ?1 AND callback_url IS NOT NULL
 """
 
 SQL_READY_CALLBACKS = """
@@ -1043,11 +1056,18 @@ def _walk_flows(db: sqlite3.Connection, line: Line, wanted: _Wanted, last: _Flow
 
 def _expire(tx: _Transaction, now_s: float) -> int:
     state = next_state(State.QUEUED, Event.EXPIRE).value
-    values = {"state": state, "now_s": now_s, "limit": STEP_COUNT}
-    count = tx.db.execute(SQL_EXPIRE, values).rowcount
-    if count:
+    values = {"state": state, "now_s": now_s, "limit": STEP_COUNT, "status": EXPIRED_STATUS, "error": EXPIRED_ERROR}
+    rows = tx.db.execute(SQL_EXPIRE, values).fetchall()
+    for (seq,) in rows:
+        _open_callback(tx, seq, now_s)
         tx.ring |= Ring.FINISHED
-    return count
+    return len(rows)
+
+
+def _open_callback(tx: _Transaction, seq: int, due_s: float, ready: bool = True) -> None:
+    """A call has ended: its outcome is to be delivered, if that was asked for."""
+    if tx.db.execute(SQL_OPEN_CALLBACK, (seq, due_s, ready)).rowcount:
+        tx.ring |= Ring.WORK
 
 
 def _end_lease(tx: _Transaction, lease: Lease, kind: Kind) -> int:
@@ -1103,12 +1123,7 @@ def _finish(tx: _Transaction, lease: Lease, ending: _Ending) -> None:
     _store_result(tx, seq, ending)
     tx.ring |= Ring.FINISHED
     if lease.call.callback_url is not None:
-        destination, is_due = destination_of(lease.call.callback_url), run.callback_due_s is None
-        tx.db.execute(
-            "INSERT INTO callbacks (seq, state, due_s, queue, destination, ready) VALUES (?, 'pending', ?, ?, ?, ?)",
-            (seq, ending.callback_due_s, lease.call.queue, destination, is_due),
-        )
-        tx.ring |= Ring.WORK
+        _open_callback(tx, seq, ending.callback_due_s, ready=run.callback_due_s is None)
 
 
 def _store_result(tx: _Transaction, seq: int, ending: _Ending) -> None:
@@ -1837,7 +1852,7 @@ def _missing_pages(path: Path, page_count: int, page_bytes: int) -> set[int]:
 
 
 def _migrate(db: sqlite3.Connection) -> None:
-    """Brings an older file to the newest version, one version per transaction."""
+    """Brings an older file to the newest version, one version per transaction; lends SQL what the law needs of us."""
     db.create_function("destination_of", 1, destination_of, deterministic=True)
     (version,) = db.execute("PRAGMA user_version").fetchone()
     for number, script in enumerate(MIGRATIONS[version:], version + 1):

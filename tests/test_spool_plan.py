@@ -82,7 +82,7 @@ def test_statement_searches_by_its_index(db: sqlite3.Connection, sql: str, value
     ],
 )
 def test_update_searches_by_its_index(db: sqlite3.Connection, sql: str, index: str) -> None:
-    found = plan(db, sql, {"state": "expired", "now_s": 1, "limit": 1})
+    found = plan(db, sql, {"state": "expired", "status": 504, "error": "", "now_s": 1, "limit": 1})
     assert any("SEARCH" in step and f"INDEX {index} (" in step for step in found)
     assert not any("SCAN" in step or "TEMP" in step for step in found)
 
