@@ -34,7 +34,6 @@ import dataclasses
 import difflib
 import re
 import socket
-import sys
 import tomllib
 import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -42,11 +41,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .keeper import Child, Keeper, listen_on_loopback
+from .keeper import Child, Keeper, listen_on_loopback, python_command
 from .names import DEFAULT_NAMESPACE, BadFunctionName, FunctionName, parse_function_name
 from .retries import BadAnnotations, parse_annotations
 from .spool import parse_queue_name
-from .watchdog import BadSettings, FaashoundError, Settings, parse_settings, settings_table, without_credentials
+from .watchdog import (
+    FUNCTION_VARIABLE,
+    BadSettings,
+    FaashoundError,
+    Settings,
+    parse_settings,
+    settings_table,
+    without_credentials,
+)
 
 
 class BadFunctions(FaashoundError):
@@ -454,7 +461,7 @@ class LocalFunctions:
         *,
         environ: Mapping[str, str],
         hidden: Collection[str] = (),
-        watchdog: Sequence[str] = (sys.executable, "-m", "faashound.watchdog"),  # a module is compiled only once
+        watchdog: Sequence[str] = python_command("faashound.watchdog"),
     ) -> None:
         self.table: Mapping[FunctionName, Function] = table
         self._command = tuple(watchdog)
@@ -512,7 +519,8 @@ class LocalFunctions:
         return dataclasses.replace(function, url=f"http://{host}:{port}")
 
     def _environ(self, function: Function) -> dict[str, str]:
-        """Return the whole environment of a function's watchdog."""
+        """Return the whole environment of a function's watchdog, which hands the function its part of it."""
         settings = watchdog_settings(function.settings or {})
+        given = {FUNCTION_VARIABLE + name: value for name, value in function.environment.items()}
         names = {"OPENFAAS_NAME": function.name.name, "OPENFAAS_NAMESPACE": function.name.namespace}
-        return {**self._base, **settings, **function.environment, **names}
+        return {**self._base, **settings, **given, **names}

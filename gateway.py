@@ -12,7 +12,8 @@ Routes, with the names, codes and headers of the OpenFaaS gateway:
     GET    /async-function/ID/result       the response of the function
     DELETE /async-function/ID              cancels, queued or running
     GET    /system/functions               the functions of the table; /system/function/NAME for one
-    GET    /system/calls                   calls by ?state= ?function= ?callback= ?limit= ?before=; DELETE deletes
+    GET    /system/calls                   calls by ?state= ?function= ?callback= ?limit= ?before=; DELETE deletes what
+                                           has ended, or with ?state=queued cancels
     GET    /system/calls/ID                payload, headers, attempts; POST .../retry for dead letters; DELETE
     GET    /healthz                        200 while it serves
 
@@ -24,7 +25,6 @@ anything itself, retry, or follow redirects.
 from __future__ import annotations
 
 import asyncio
-import base64
 import hmac
 import json
 import math
@@ -45,6 +45,16 @@ from typing import Any, NamedTuple, TypeVar
 import uvloop
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
+from .addresses import AddressRefused, guard_functions, parse_literal
+from .browsers import (
+    BrowserRules,
+    PageRefused,
+    UnknownHost,
+    check_own_page,
+    parse_hosts,
+    parse_origins,
+    with_fields,
+)
 from .callbacks import (
     CALLBACK_PROOF,
     CallbackAllow,
@@ -72,13 +82,17 @@ from .functions import (
     parse_function_url,
     read_functions,
 )
-from .keeper import Keeper
-from .names import FunctionName
-from .queues import NatsSettings, Queue, QueueUrl, is_healthy, open_queue, parse_queue_url
+from .keeper import Keeper, python_command
+from .names import DEFAULT_NAMESPACE, FunctionName, parse_namespaces
+from .passwords import Credentials, PasswordDoor
+from .proxying import build_via, check_path, forwarded
+from .queues import QUEUE_RESERVE_HELP, NatsSettings, Queue, QueueUrl, open_queue, parse_queue_url, trouble_of
 from .spool import (
     FINAL,
+    Bounds,
     Call,
     NewCall,
+    QueueLimits,
     QueueUnavailable,
     State,
     Stats,
@@ -129,6 +143,7 @@ from .watchdog import (
     parse_choice,
     parse_duration,
     parse_port,
+    parse_positive_count,
     parse_positive_duration,
     parse_settings,
     parse_size,
@@ -136,10 +151,12 @@ from .watchdog import (
     parse_url,
     parse_workers,
     read_file,
+    resolve_any,
     run_members,
     serve_metrics,
     setting,
     settings_table,
+    settle_descriptors,
     start_metrics,
     watch_lifeline,
     whole,
@@ -151,6 +168,7 @@ T = TypeVar("T")
 
 MAX_PUT_S = 10.0  # for a queue to take a call; a disk, or whoever holds the queue's lock, may be stuck
 MAX_WAIT_S = 600.0  # of ?wait: longer than proxies keep a silent connection
+LONG_POLL_RETRY_S = 5  # after so long a caller may try to wait again, if there are too many
 MAX_KEY_CHARS = 255  # of an Idempotency-Key, as the drafts and peers have it
 SWEEP_EVERY_S = 60.0  # between two rounds of housekeeping in the queue
 WORKER_METRICS_PORT = 8083
@@ -179,7 +197,13 @@ class Settings(NatsSettings):
     )
     functions: str = setting("functions", "functions.toml", parse_text, "path of the functions file")
     function_url: str | None = setting(
-        "function_url", "", parse_function_url, "where functions answer that the file does not list: http://{name}:8080"
+        "function_url",
+        "",
+        parse_function_url,
+        "where functions answer that the file does not list: http://{name}.{namespace}.svc.cluster.local:8080",
+    )
+    namespaces: frozenset[str] = setting(
+        "namespaces", DEFAULT_NAMESPACE, parse_namespaces, "namespaces in which function_url finds functions, by commas"
     )
     queue_url: QueueUrl = setting(
         "queue_url", "spool:./spool", parse_queue_url, "the queue: spool:DIRECTORY, or nats://HOST[:PORT][,HOST...]"
@@ -202,10 +226,44 @@ class Settings(NatsSettings):
         "port of the local worker's /metrics; 0 disables it",
         default_note="8083, or 0 if metrics_port is 0",
     )
+    max_delay_s: float = setting("max_delay", "744h", parse_positive_duration, "longest X-Delay, above it 400")
+    max_queued: int = setting(
+        "max_queued", "1000000", parse_positive_count, "calls that one function may have waiting, above it 429"
+    )
+    max_queued_bytes: int = setting(
+        "max_queued_bytes", "16GiB", parse_size, "bytes of payload that one function may have waiting, above it 507"
+    )
+    max_queue_age_s: float = setting(
+        "max_queue_age", "744h", parse_positive_duration, "how long a call may be due and not be run; then it expires"
+    )
+    queue_reserve_bytes: int = setting("queue_reserve", "8MiB", parse_size, QUEUE_RESERVE_HELP)
+    keep_dead_s: float = setting(
+        "keep_dead", "2160h", parse_positive_duration, "how long dead letters and undelivered results are kept"
+    )
+    keep_dead_bytes: int = setting(
+        "keep_dead_bytes", "4GiB", parse_size, "how many bytes of them are kept, the newest first"
+    )
     keep_results_s: float = setting("keep_results", "1h", parse_duration, "how long a result can be fetched")
     retention_s: float = setting("retention", "24h", parse_duration, "how long a finished call is remembered")
     callback_allow: CallbackAllow | None = setting(
         "callback_allow", "", parse_callback_allow, "hosts and networks that callbacks may go to besides public ones"
+    )
+    allowed_hosts: frozenset[str] | None = setting(
+        "allowed_hosts",
+        "",
+        parse_hosts,
+        "host names that we answer to, by commas, besides localhost and addresses",
+        default_note="none on loopback without basic_auth, else any",
+    )
+    allowed_origins: frozenset[bytes] | None = setting(
+        "allowed_origins",
+        "",
+        parse_origins,
+        "origins of web pages that may call functions, by commas",
+        default_note="none on loopback without basic_auth, else as functions say",
+    )
+    max_long_polls: int = setting(
+        "max_long_polls", "1000", parse_positive_count, "callers that wait for a call by ?wait= at once; above it 503"
     )
     basic_auth: bool = setting(
         "basic_auth", "false", parse_bool, "ask for a password for /system and for reading and cancelling calls"
@@ -266,10 +324,26 @@ class BadField(FaashoundError):
     status = 400
 
 
+class Forbidden(FaashoundError):
+    """Whoever asks may not have this."""
+
+    status = 403
+
+
 class Conflict(FaashoundError):
     """The call is not in a state for this."""
 
     status = 409
+
+
+class TooManyWaits(FaashoundError):
+    """As many callers as may wait for calls to end already do; each holds a connection for minutes."""
+
+    status = 503
+    headers = ((b"Retry-After", b"%d" % LONG_POLL_RETRY_S),)
+
+    def __init__(self, limit_count: int) -> None:
+        super().__init__(f"{limit_count} callers wait for calls to end, which is max_long_polls; ask without wait")
 
 
 class Gone(FaashoundError):
@@ -278,21 +352,12 @@ class Gone(FaashoundError):
     status = 410
 
 
-class Unauthorized(FaashoundError):
-    """No credentials, or the wrong ones (RFC 7617)."""
-
-    status = 401
-    headers = ((b"WWW-Authenticate", b'Basic realm="faashound", charset="UTF-8"'),)
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Reading a submission and showing a call (pure).
 # ---------------------------------------------------------------------------------------------------------------
 
 _UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", re.ASCII)
 _KEY = re.compile(rf"[\x21-\x7e](?:[\x20-\x7e]{{0,{MAX_KEY_CHARS - 2}}}[\x21-\x7e])?", re.ASCII)
-
-_DOTS = re.compile(rb"/(?:\.|%2e){1,2}(?:/|$)", re.IGNORECASE)
 
 # Ours, or meant for the queue: not the function's business when the call is made.
 _SUBMISSION_FIELDS = (b"x-delay", b"x-expires", b"idempotency-key")
@@ -329,24 +394,14 @@ def parse_wait(query: bytes) -> float:
     wait_s = 0.0
     for name, value in urllib.parse.parse_qsl(query.decode("latin-1"), keep_blank_values=True):
         if name != "wait":
-            raise BadField(f"unknown query parameter {name!r}; allowed: wait")
+            raise BadField(f"unknown query parameter {name[:100]!r}; allowed: wait")
         try:
             wait_s = parse_duration(value)
         except ValueError as error:
-            raise BadField(f"wait={value!r}: {error}") from None
+            raise BadField(f"wait={value[:100]!r}: {error}") from None
     if wait_s > MAX_WAIT_S:
         raise BadField(f"wait: allowed: up to {MAX_WAIT_S:g}s")
     return wait_s
-
-
-def forwarded(request: Request) -> list[Header]:
-    """Return the fields that tell the function who asked: X-Forwarded-For, -Host and -Proto."""
-    before = [value for name, value in request.headers if name == b"x-forwarded-for"]
-    chain = b", ".join(part for part in (*before, request.peer.encode()) if part)
-    fields = [(b"X-Forwarded-For", chain)] if chain else []
-    fields.append((b"X-Forwarded-Host", request.header(b"x-forwarded-host") or request.host))
-    fields.append((b"X-Forwarded-Proto", request.header(b"x-forwarded-proto") or b"http"))
-    return [field for field in fields if field[1]]
 
 
 def describe_function(function: Function) -> dict[str, object]:
@@ -379,21 +434,6 @@ def function_target(function: Function, request: Request, rest: bytes) -> Url:
     base = base_url(function.url)
     target = base.target.rstrip("/") + (rest.decode() or "/") + (f"?{request.query.decode()}" if request.query else "")
     return Url(base.scheme, base.host, base.port, target)
-
-
-def check_path(path: bytes) -> None:
-    """Raise BadField for a path with dot segments: whatever resolves them further on would leave the function's own.
-
-    Clients resolve them before they ask (RFC 3986 5.2.4), so nobody but a trespasser is turned away.
-    """
-    if _DOTS.search(path):
-        raise BadField("the path has dot segments; allowed: a path without . and .. (RFC 3986 3.3)")
-
-
-def via(request: Request) -> Header:
-    """Return the Via field of the request as passed on: each gateway adds itself (RFC 9110 7.6.3)."""
-    before = [value for name, value in request.headers if name == b"via"]
-    return b"Via", b", ".join([*before, b"1.1 faashound"])
 
 
 def split_path(path: bytes) -> tuple[str, str, bytes]:
@@ -439,6 +479,10 @@ class GatewayMetrics:
         """Count a submission."""
         self._seat.cell(f"submitted {status}", 1)[0] += 1
 
+    def dropped(self, count: int) -> None:
+        """Count dead letters that `keep_dead` has ended."""
+        self._seat.cell("dropped", 1)[0] += count
+
     def show_queue(self, stats: Stats) -> None:
         """Have the figures of the queue shown, from now on."""
         self._stats = stats
@@ -455,6 +499,14 @@ class GatewayMetrics:
         submitted = CounterMetricFamily(
             "gateway_async_submissions", "Asynchronous calls submitted, by outcome", labels=("code",)
         )
+        dropped = CounterMetricFamily(
+            "gateway_queue_dropped_letters", "Dead letters and undelivered results that keep_dead has ended"
+        )
+        counters: Mapping[str, CounterMetricFamily | GaugeMetricFamily] = {
+            "started": started,
+            "submitted": submitted,
+            "dropped": dropped,
+        }
         for key, numbers in self._seat.board.tally.totals().items():
             kind, *label = key.split()
             if kind == "seconds":
@@ -462,8 +514,8 @@ class GatewayMetrics:
                 total.add_metric(label, buckets[-1][1])
                 seconds.add_metric(label, buckets, sum_s)
             else:
-                (started if kind == "started" else submitted).add_metric(label, numbers[0])
-        yield from (total, started, seconds, submitted)
+                counters[kind].add_metric(label, numbers[0])
+        yield from (total, started, seconds, submitted, dropped)
         if self._stats is not None:
             yield from queue_metrics(self._stats)
 
@@ -480,20 +532,12 @@ def queue_metrics(stats: Stats) -> Iterator[Metric]:
     yield GaugeMetricFamily(
         "gateway_queue_oldest_due_seconds", "How long the oldest due call has waited", value=stats.oldest_due_age_s or 0
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Credentials:
-    """The one user that may see and end the calls of others."""
-
-    user: str
-    password: str
-
-    def match(self, request: Request) -> bool:
-        """Tell whether a request carries them (RFC 7617), in constant time."""
-        scheme, _, given = (request.header(b"authorization") or b"").partition(b" ")
-        expected = base64.b64encode(f"{self.user}:{self.password}".encode())
-        return scheme.lower() == b"basic" and hmac.compare_digest(given.strip(), expected)
+    if stats.free_bytes is not None:
+        yield GaugeMetricFamily("gateway_queue_free_bytes", "Room on the queue's disk", value=stats.free_bytes)
+    if stats.reserve_bytes is not None:
+        yield GaugeMetricFamily(
+            "gateway_queue_reserve_bytes", "Room that is kept for ending calls", value=stats.reserve_bytes
+        )
 
 
 class Trace(NamedTuple):
@@ -559,44 +603,81 @@ class Gateway:
         functions: Functions,
         queue: Queue,
         policy: CallbackPolicy,
-        credentials: Credentials | None,
+        door: PasswordDoor | None,
+        pages: BrowserRules,
         seat: Seat,
     ) -> None:
         self.metrics = GatewayMetrics(seat)
-        self.client = Client()
+        self._client = Client()
+        self._guarded_client = Client(guard_functions(resolve_any))
         self.draining = False
+        self._pages = pages
         self._waits: set[asyncio.Timeout] = set()
+        self._seat = seat
         self._put_limit = SharedLimit(MAX_PUT_S)
         self._settings = settings
         self._functions = functions
         self._listed = frozenset(function.name for function in functions)
         self._queue = queue
         self._policy = policy
-        self._credentials = credentials
+        self._door = door
         self._token = queue.token.encode()
+        self._via = build_via(queue.token)
 
     async def __call__(self, request: Request) -> Response:
         """Answer one request; cancelled when the client has gone."""
+        try:
+            return await self._route(request)
+        except PageRefused as error:
+            log.warning(
+                f"Refused [{request.method[:20]}] {request.path[:100].decode('latin-1')} - [{error.status}]",
+                host=request.host[:100].decode("latin-1"),
+                origin=(request.header(b"origin") or b"")[:100].decode("latin-1"),
+                peer=request.peer,
+            )
+            raise
+
+    async def _route(self, request: Request) -> Response:
+        self._check_host(request)
         area, name, rest = split_path(request.path)
-        if area == "function":
-            return await self._invoke(request, name, rest)
+        if area == "function" or (area == "async-function" and not _UUID.fullmatch(name)):
+            fields = self._pages.check_call(request)
+            response = self._pages.answer_preflight(request)
+            if response is None:
+                response = await (self._invoke if area == "function" else self._on_submission)(request, name, rest)
+            return with_fields(response, fields)
+        if request.header(CALLBACK_PROOF.lower()) is not None:
+            raise Forbidden("callbacks reach /function/NAME and /async-function/NAME, nothing else")
         if area == "async-function":
-            if _UUID.fullmatch(name):
-                return await self._on_call(request, name.lower(), rest)
-            return await self._on_submission(request, name, rest)
+            check_own_page(request)
+            return await self._on_call(request, name.lower(), rest)
         if area == "system":
+            check_own_page(request)
             return await self._system(request, name, rest.decode("latin-1"))
         if request.path == b"/healthz":
             return self._health(request)
         raise NotFound("not found; allowed: /function/NAME, /async-function/NAME, /async-function/CALL-ID, /healthz")
 
+    def _check_host(self, request: Request) -> None:
+        try:
+            self._pages.check_host(request)
+        except UnknownHost:
+            if not self._is_worker(request):  # which is no browser, and may know us by another name
+                raise
+
     def _health(self, request: Request) -> Response:
         allow(request, "GET")
         if self.draining:
             raise NotReady("draining")
-        if not is_healthy(self._queue):
-            raise NotReady("the queue cannot be reached")
+        trouble = trouble_of(self._queue)
+        if trouble is not None:
+            raise NotReady(trouble)
         return Response(200, (TEXT_PLAIN,), b"OK")
+
+    async def close(self) -> None:
+        """Let go of the connections to functions."""
+        await self._client.close()
+        await self._guarded_client.close()
 
     def drain(self) -> None:
         """Be unhealthy, and let nobody wait any longer for a call to end; everything else goes on."""
@@ -606,6 +687,7 @@ class Gateway:
 
     async def serve_metrics(self, request: Request) -> Response:
         """Answer GET /metrics, on a port of its own."""
+        self._check_host(request)
         try:
             self.metrics.show_queue(await self._queue.stats())
         except FaashoundError as error:  # the other figures matter most when the queue is in trouble
@@ -614,12 +696,11 @@ class Gateway:
 
     def _is_worker(self, request: Request) -> bool:
         given = request.header(WORKER_TOKEN.lower())  # an empty field is none: it must never be equal to anything
-        return bool(given) and hmac.compare_digest(given, self._token)
+        return given is not None and given != b"" and hmac.compare_digest(given, self._token)
 
-    def _authorize(self, request: Request) -> None:
-        if self._credentials is None or self._credentials.match(request) or self._is_worker(request):
-            return
-        raise Unauthorized("credentials are needed: basic-auth-user and basic-auth-password")
+    async def _authorize(self, request: Request) -> None:
+        if self._door is not None and not self._is_worker(request):
+            await self._door.check(request)
 
     # Now.
 
@@ -641,7 +722,7 @@ class Gateway:
             duration_s = time.perf_counter() - started_s
             self.metrics.end(label, status, duration_s)
             log.info(
-                f"Forwarded [{request.method}] to /function/{name[:100]} - [{status}] - {duration_s:f}s",
+                f"Forwarded [{request.method[:20]}] to /function/{name[:100]} - [{status}] - {duration_s:f}s",
                 call_id=trace.call_id,
                 **reason,
             )
@@ -656,6 +737,8 @@ class Gateway:
         if function is None:
             raise OurFailure(404, "no function has this name")
         check_path(rest)
+        if not trace.by_worker:  # whose request bears our entry since its submission
+            self._via.check(request)
         response = await self._ask(request, function, rest, trace)
         self.metrics.answered(function.name)
         headers = [*end_to_end(response.headers, *_TRACED, b"date"), *trace.fields]
@@ -671,17 +754,27 @@ class Gateway:
             deadline_s = time.monotonic() + limit_s
             headers = end_to_end(request.headers, *_NEVER_PASSED_ON, *_TRACED, *_FORWARDED, b"via")
             headers += forwarded(request)
-        headers += [*trace.fields, via(request)]
+        headers += [*trace.fields, self._via.extend(request)]
         target = function_target(function, request, rest)
         try:
-            return await self.client.request(
+            return await self._client_of(function).request(
                 request.method, target, headers, request.body, request.body.length, deadline_s
             )
         except UpstreamTimeout as error:
             text = f"{function.name.short} did not answer within upstream_timeout ({format_duration(limit_s)})"
             raise OurFailure(504, text) from error
-        except (Unreachable, PeerGone) as error:  # whose text names addresses: for the log, and for our worker
+        except (
+            Unreachable,
+            PeerGone,
+            AddressRefused,
+        ) as error:  # whose text names addresses: for the log, and for our worker
             raise OurFailure(502, f"{function.name.short}: {error if trace.by_worker else 'no answer'}") from error
+
+    def _client_of(self, function: Function) -> Client:
+        """Return what reaches a function: with its address judged first, where a caller has completed the host."""
+        pattern = self._settings.function_url or ""
+        completed = function.name not in self._listed and "{" in urllib.parse.urlsplit(pattern).netloc
+        return self._guarded_client if completed else self._client
 
     # Later.
 
@@ -703,7 +796,7 @@ class Gateway:
         finally:
             self.metrics.submitted(status)
             log.info(
-                f"Queued [{request.method}] for /async-function/{name[:100]} - [{status}]",
+                f"Queued [{request.method[:20]}] for /async-function/{name[:100]} - [{status}]",
                 call_id=call_id or "none",
                 **reason,
             )
@@ -714,6 +807,7 @@ class Gateway:
         if function is None:
             raise NotFound("no function has this name")
         check_path(rest)
+        self._via.check(request)
         limit_bytes = self._settings.max_body_bytes
         if request.body.length is not None and request.body.length > limit_bytes:
             raise BodyTooLarge(limit_bytes)
@@ -727,7 +821,7 @@ class Gateway:
     def _parse_submission(self, request: Request, function: Function, rest: bytes) -> Callable[..., NewCall]:
         """Return what builds the call that a request asks for, once given its `body`; all else has been checked."""
         now_s = time.time()
-        delay_s = parse_span(request, "X-Delay", parse_duration)
+        delay_s = parse_span(request, "X-Delay", self._parse_delay)
         expires_s = parse_span(request, "X-Expires", parse_positive_duration)
         if delay_s is not None and expires_s is not None and expires_s <= delay_s:
             raise BadField("X-Expires is not longer than X-Delay: the call could never run")
@@ -735,8 +829,9 @@ class Gateway:
         callback_url = (request.header(b"x-callback-url") or b"").decode("latin-1") or None
         if callback_url is not None:
             self._policy.check_url(callback_url)
-        fields = end_to_end(request.headers, *_NEVER_PASSED_ON, *_SUBMISSION_FIELDS, *_TRACED, *_FORWARDED)
+        fields = end_to_end(request.headers, *_NEVER_PASSED_ON, *_SUBMISSION_FIELDS, *_TRACED, *_FORWARDED, b"via")
         fields += [(b"X-Call-Id", call_id.encode()), (b"X-Start-Time", _start_time(now_s)), *forwarded(request)]
+        fields.append(self._via.extend(request))
         return partial(
             NewCall,
             id=call_id,
@@ -752,6 +847,12 @@ class Gateway:
             idempotency_key=key,
             accepted_s=now_s,
         )
+
+    def _parse_delay(self, text: str) -> float:
+        delay_s, longest_s = parse_duration(text), self._settings.max_delay_s
+        if delay_s > longest_s:
+            raise ValueError(f"allowed: up to {format_duration(longest_s)} (max_delay)")
+        return delay_s
 
     def _identify(self, request: Request) -> tuple[str, str | None]:
         """Return a call's id and its idempotency key.
@@ -772,18 +873,20 @@ class Gateway:
         if rest not in (b"", b"/result"):
             raise NotFound("not found; allowed: /async-function/CALL-ID and /async-function/CALL-ID/result")
         allow(request, *(("GET",) if rest else ("GET", "DELETE")))
-        self._authorize(request)
+        await self._authorize(request)
         if request.method == "DELETE":
             state = await self._queue.cancel(call_id)
             return json_response(202, {"id": call_id, "state": state.value, "cancel_requested": True})
         call = await self._wait(call_id, parse_wait(request.query))
-        return await self._result(call) if rest else json_response(200, describe_call(call))
+        return await self._result(request, call) if rest else json_response(200, describe_call(call))
 
     async def _wait(self, call_id: str, wait_s: float) -> Call:
         """Return the call when it has ended, or as it is after `wait_s` or when we begin to drain."""
         call = await find_call(self._queue, call_id)
         if not wait_s or self.draining or call.state in FINAL:
             return call
+        if len(self._waits) >= self._seat.share_of(self._settings.max_long_polls):
+            raise TooManyWaits(self._settings.max_long_polls)
         limit = asyncio.timeout(wait_s)
         self._waits.add(limit)
         try:
@@ -794,7 +897,7 @@ class Gateway:
         finally:
             self._waits.discard(limit)
 
-    async def _result(self, call: Call) -> Response:
+    async def _result(self, request: Request, call: Call) -> Response:
         """Return what the function answered, as it answered."""
         if call.state not in FINAL:
             raise Conflict(f"the call is {call.state.value}; ?wait=30s waits for its end")
@@ -805,12 +908,13 @@ class Gateway:
             raise NotFound(f"the call is {call.state.value} and has no result: {call.error or 'it never ran'}")
         fields = [(name.encode(), value.encode("latin-1")) for name, value in call.result_headers]
         fields = [*end_to_end(fields, b"x-call-id", b"date"), (b"X-Call-Id", call.id.encode())]
-        return Response(call.status, fields, self._queue.open_body(call.result), call.result.bytes_count)
+        body = b"" if request.method == "HEAD" else self._queue.open_body(call.result)
+        return Response(call.status, fields, body, call.result.bytes_count)
 
     # For operators and workers.
 
     async def _system(self, request: Request, name: str, rest: str) -> Response:
-        self._authorize(request)
+        await self._authorize(request)
         if name == "functions" and not rest:
             allow(request, "GET")
             return json_response(200, [describe_function(function) for function in self._functions])
@@ -851,17 +955,23 @@ class Gateway:
         return json_response(200, {"calls": [describe_call(call) for call in calls], "before": before})
 
     async def _purge(self, choice: Choice) -> Response:
+        """Delete what has ended, or cancel what is queued."""
+        if choice == Choice(State.QUEUED, choice.function):
+            return json_response(200, {"cancelled": await self._queue.cancel_queued(function=choice.function)})
         if choice.state not in FINAL or choice != Choice(choice.state, choice.function):
             states = ", ".join(sorted(state.value for state in FINAL))
-            raise BadField(f"allowed: ?state= and, if need be, &function=; state must be one of {states}")
+            raise BadField(
+                f"allowed: ?state= and, if need be, &function=; state must be queued, which cancels, or one of {states}"
+            )
         count = await self._queue.purge(state=choice.state, function=choice.function)
         return json_response(200, {"deleted": count})
 
 
 def allow(request: Request, *methods: str) -> None:
-    """Raise MethodNotAllowed unless the request's method is one of `methods`."""
-    if request.method not in methods:
-        raise MethodNotAllowed(methods)
+    """Raise MethodNotAllowed unless the request's method is one of `methods`, or HEAD where GET is (RFC 9110 9.3.2)."""
+    allowed = [each for method in methods for each in (("GET", "HEAD") if method == "GET" else (method,))]
+    if request.method not in allowed:
+        raise MethodNotAllowed(allowed)
 
 
 def _start_time(epoch_s: float) -> bytes:
@@ -930,8 +1040,8 @@ def worker_environment(
     return base
 
 
-def load_credentials(settings: Settings) -> Credentials | None:
-    """Return who may see and end the calls of others; None if anybody may.  Raises CannotStart."""
+def load_door(settings: Settings) -> PasswordDoor | None:
+    """Return what asks for the password before calls and functions; None if nothing does.  Raises CannotStart."""
     if not settings.basic_auth:
         return None
     texts = []
@@ -941,7 +1051,7 @@ def load_credentials(settings: Settings) -> Credentials | None:
         if not text:
             raise CannotStart(f"{path} is empty (basic_auth=true needs it)")
         texts.append(text)
-    return Credentials(*texts)
+    return PasswordDoor(Credentials(*texts))
 
 
 def local_url(sockets: Iterable[socket.socket]) -> str | None:
@@ -974,15 +1084,17 @@ def hidden_names() -> set[str]:
 
 WORKER_GONE_POLL_S = 0.05
 FUNCTIONS_GRACE_S = 10.0  # for watchdogs whose requests are over already
-WORKER_COMMAND = (sys.executable, "-m", "faashound.worker")
+WORKER_COMMAND = python_command("faashound.worker")
 
 
-async def keep_house(queue: Queue, settings: Settings) -> None:
+async def keep_house(queue: Queue, settings: Settings, metrics: GatewayMetrics) -> None:
     """Drop what is past its time from the queue, for ever."""
+    bounds = Bounds(settings.max_queue_age_s, settings.keep_dead_s, settings.keep_dead_bytes)
     shortest_s = min(settings.keep_results_s, settings.retention_s)
     while True:
         try:
-            await queue.sweep(settings.keep_results_s, settings.retention_s)
+            swept = await queue.sweep(settings.keep_results_s, settings.retention_s, bounds)
+            metrics.dropped(swept.dead_count)
         except FaashoundError as error:
             log.warning(f"housekeeping in the queue failed: {error}")
         await asyncio.sleep(min(SWEEP_EVERY_S, max(shortest_s, 1.0)))
@@ -1030,7 +1142,7 @@ async def serve(plan: Plan, local: LocalFunctions, doors: Doors, duty: Duty) -> 
     watch_lifeline(loop, duty.lifeline_fd, signals.stop_now)
     url = local_url(doors.own)
     async with AsyncExitStack() as stack:
-        gateway = await assemble(stack, plan, local, url, duty.seat)
+        gateway = await assemble(stack, plan, local, doors.own, duty.seat)
         metrics_server = start_metrics(doors.metrics, gateway.serve_metrics)
         stack.callback(metrics_server.abort)
         timeouts = ServerTimeouts(settings.read_timeout_s, settings.write_timeout_s, settings.read_timeout_s)
@@ -1059,24 +1171,38 @@ async def worker_gone(keeper: Keeper, seat: Seat) -> None:
         await asyncio.sleep(WORKER_GONE_POLL_S)
 
 
-async def assemble(stack: AsyncExitStack, plan: Plan, local: LocalFunctions, url: str | None, seat: Seat) -> Gateway:
-    """Return the gateway with all that is behind it at work: the queue and, in the first process, what there is once.
+async def assemble(
+    stack: AsyncExitStack, plan: Plan, local: LocalFunctions, sockets: Sequence[socket.socket], seat: Seat
+) -> Gateway:
+    """Return the gateway of `sockets` with all that is behind it at work.
 
-    That is the local functions and the housekeeping.  `stack` ends it all.  Raises CannotStart and the queue's errors.
+    That is the queue and, in the first process, the local functions and the housekeeping.  `stack` ends it all.
+    Raises CannotStart and the queue's errors.
     """
-    settings = plan.settings
-    credentials = load_credentials(settings)
-    queue = await open_queue(settings.queue_url, settings)
+    settings, url = plan.settings, local_url(sockets)
+    door = load_door(settings)
+    limits = QueueLimits(settings.queue_reserve_bytes, settings.max_queued, settings.max_queued_bytes)
+    queue = await open_queue(settings.queue_url, settings, limits=limits)
     stack.push_async_callback(queue.close)
     if seat.is_first:
         local.start()
         stack.push_async_callback(local.stop, FUNCTIONS_GRACE_S)
-        stack.callback(asyncio.create_task(keep_house(queue, settings)).cancel)
     policy = build_policy([url] if url else [], settings.callback_allow)
-    functions = Functions(local.table, settings.function_url)
-    gateway = Gateway(settings, functions, queue, policy, credentials, seat)
-    stack.push_async_callback(gateway.client.close)
+    functions = Functions(local.table, settings.function_url, settings.namespaces)
+    gateway = Gateway(settings, functions, queue, policy, door, browser_rules(settings, sockets), seat)
+    stack.push_async_callback(gateway.close)
+    if seat.is_first:
+        stack.callback(asyncio.create_task(keep_house(queue, settings, gateway.metrics)).cancel)
     return gateway
+
+
+def browser_rules(settings: Settings, sockets: Sequence[socket.socket]) -> BrowserRules:
+    """Return what browsers' pages may do at the gateway of `sockets`."""
+    on_loopback = local_url(sockets) is not None and not is_open_to_others(sockets) and not settings.basic_auth
+    names = settings.allowed_hosts or frozenset()
+    if on_loopback and settings.host and parse_literal(settings.host) is None:
+        names |= {settings.host.lower()}  # that it listens on this name is the operator's word
+    return BrowserRules(on_loopback, names, settings.allowed_origins or frozenset())
 
 
 PURPOSE = "Serves every function under one address, now (/function/NAME) or later (/async-function/NAME)."
@@ -1086,6 +1212,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     """Run the gateway and return its exit status: 0 stopped, 1 failed or cut calls, 2 bad settings."""
     argv = list(sys.argv[1:] if argv is None else argv)
     environ = os.environ if environ is None else environ
+    settle_descriptors()
     answer = flag_answer(argv, help_text("fgateway", PURPOSE, Settings))
     if answer is not None:
         return answer

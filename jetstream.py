@@ -69,6 +69,7 @@ from .spool import (
     ORPHAN_S,
     TRANSITIONS,
     Attempt,
+    Bounds,
     Call,
     Callback,
     CallbackState,
@@ -1820,6 +1821,12 @@ class JetStream:
             stack.pop_all()
         return StoredBody(total, None, writer.name)
 
+    async def store_result(
+        self, chunks: AsyncIterator[bytes], limit_bytes: int | None = None, length: int | None = None
+    ) -> StoredBody:
+        """As `store_body`; it does not wait for room yet, and `length` does not matter."""
+        return await self.store_body(chunks, limit_bytes)
+
     async def open_body(self, body: StoredBody, chunk_bytes: int = CHUNK_BYTES) -> AsyncGenerator[bytes, None]:
         """The bytes of a stored body, in pieces of at most `chunk_bytes`; QueueDamaged if not all are there."""
         if body.file is None:
@@ -1964,6 +1971,15 @@ class JetStream:
                 subject = self._names.subject("owner", build_token(record.hold.owner))
                 await self._link.client.publish(subject, call_id.encode())
         return record.call.state
+
+    async def cancel_queued(self, *, function: FunctionName | None = None) -> int:
+        """Cancel every queued call, of one function or of all; return how many."""
+        count = 0
+        queued = await self._scan(lambda each: each.state is State.QUEUED and function in (None, each.function))
+        for call_id in queued:
+            with contextlib.suppress(CallFinished, CallUnknown):
+                count += await self.cancel(call_id) is State.CANCELLED
+        return count
 
     # -- owners and leases
 
@@ -2295,8 +2311,8 @@ class JetStream:
 
     # -- housekeeping
 
-    async def sweep(self, keep_results_s: float, retention_s: float) -> Swept:
-        """Drop results and calls that have been final for longer, and bodies that no call names."""
+    async def sweep(self, keep_results_s: float, retention_s: float, bounds: Bounds | None = None) -> Swept:
+        """Drop results and calls that have been final for longer, and bodies of no call; `bounds` are a spool's."""
         now_s, before_bytes = self._now(), await self._size_bytes()
         expired = await self._expire_all(now_s)
         results = await self._drop_results(now_s - keep_results_s)

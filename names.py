@@ -71,3 +71,11 @@ def parse_function_name(text: str, namespace: str = DEFAULT_NAMESPACE) -> Functi
     if not is_label(name) or not is_label(wanted):
         raise BadFunctionName(f"{text!r:.200} is no function's name; allowed: {NAME_HELP}")
     return FunctionName(f"{name}.{wanted}")
+
+
+def parse_namespaces(text: str) -> frozenset[str]:
+    """Return the namespaces of a setting; ValueError says what is allowed."""
+    words = frozenset(word.strip() for word in text.split(","))
+    if not all(map(is_label, words)):
+        raise ValueError("allowed: namespaces, by commas: each 1 to 63 of a-z, 0-9, '-' and '_', and no number")
+    return words

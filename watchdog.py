@@ -24,6 +24,14 @@ above it: limits, errors, settings, HTTP policy, HTTP drivers, process rules, pr
 
 from __future__ import annotations
 
+import os
+import sys
+
+if __name__ == "__main__":  # a `token.py` beside this file, or in PYTHONPATH, is a function's: look there last
+    _stdlib = os.path.dirname(os.__file__)
+    if _stdlib in sys.path:
+        sys.path[:] = sys.path[sys.path.index(_stdlib) :] + sys.path[: sys.path.index(_stdlib)]
+
 import asyncio
 import base64
 import ctypes
@@ -39,7 +47,6 @@ import itertools
 import json
 import math
 import mmap
-import os
 import re
 import select
 import shlex
@@ -47,7 +54,7 @@ import shutil
 import signal
 import socket
 import ssl
-import sys
+import stat
 import time
 import traceback
 import urllib.parse
@@ -72,8 +79,11 @@ VERSION = "0.1.0"
 # Limits, each with its reason.
 # ---------------------------------------------------------------------------------------------------------------
 
+MAX_FIELDS_COUNT = 500  # of a head or a trailer; Apache and Tomcat allow 100, Node 2000; each costs as much as 1 KiB
 MAX_HEAD_BYTES = 65536  # request line and fields; nginx allows 32 KiB, Go 1 MiB, one variable of execve 128 KiB
 BUFFERED_BYTES = 262144  # of a body that waits for its consumer before reading stops: four reads of the loop
+EVENTS_AT_ONCE_COUNT = 64  # heads and chunks of one connection in one turn of the loop: half a millisecond
+FRAMING_BYTES = 262144  # of a chunked body that are not its data, besides two for each byte of data
 BACKLOG = 1024  # connections that the kernel keeps for us while the loop is busy (capped by net.core.somaxconn)
 MAX_LISTEN_FDS_COUNT = 64  # of socket activation
 MAX_WORKERS_COUNT = 64  # processes that share a port
@@ -334,6 +344,11 @@ def settings_table(kind: type) -> dict[str, Setting]:
 S = TypeVar("S")
 
 
+def setting_names(kind: type) -> frozenset[str]:
+    """Return every name and alias by which a setting of `kind` can be given."""
+    return frozenset(name for row in settings_table(kind).values() for name in (row.name, row.alias) if name)
+
+
 def parse_settings(kind: type[S], environ: Mapping[str, str]) -> S:
     """Return `kind`, a settings dataclass, filled from `environ`.
 
@@ -391,8 +406,7 @@ def without_credentials(text: str) -> str:
 
 def lookalikes(kind: type, environ: Mapping[str, str]) -> list[str]:
     """Return a warning for each variable of `environ` that is not ours but nearly spelled like one of ours."""
-    rows = settings_table(kind).values()
-    known = {name for row in rows for name in (row.name, row.alias) if name}
+    known = setting_names(kind)
     warnings = []
     for name in sorted(set(environ) - known):
         close = [name.lower()] if name.lower() in known else difflib.get_close_matches(name, known, 1, cutoff=0.85)
@@ -781,26 +795,40 @@ class Seat:
 Header = tuple[bytes, bytes]
 Headers = Sequence[Header]
 
+# What repeats gives nothing back (`++`, `*+`): a run that can be divided in two ways costs the square of its length.
 _TEXT = r"[\x21-\x7e\x80-\xff]"
-_VALUE = rf"(?:{_TEXT}+(?:[ \t]+{_TEXT}+)*)?"
+_VALUE = rf"(?:{_TEXT}++(?:[ \t]++{_TEXT}++)*+)?"
 _TARGET = r"(?:/[\x21-\x7e]*|[Hh][Tt][Tt][Pp][Ss]?://[\x21-\x7e]+|(?<=^OPTIONS )\*)"
 
 
 def _tighten_h11_grammar() -> None:
-    """Replace three patterns of h11 0.16, which setup.py pins, by the strict ones; h11 goes on doing all framing."""
-    for name in ("request_line_re", "header_field_re", "chunk_header_re"):
-        if not isinstance(getattr(h11._readers, name, None), re.Pattern):
-            raise ImportError(f"this h11 has no _readers.{name} to tighten; install h11 0.16")
+    """Replace three patterns of h11 0.16.0, which setup.py pins, by strict ones, and have it count a head's fields.
+
+    h11 goes on doing all framing.
+    """
+    readers = h11._readers
+    for name in ("request_line_re", "header_field_re", "chunk_header_re", "_decode_header_lines"):
+        if not hasattr(readers, name):
+            raise ImportError(f"this h11 has no _readers.{name} to tighten; install h11 0.16.0")
     token = h11._abnf.token
-    h11._readers.request_line_re = re.compile(
+    readers.request_line_re = re.compile(
         rf"(?P<method>{token}) (?P<target>{_TARGET}) HTTP/(?P<http_version>1\.[01])".encode()
     )
-    h11._readers.header_field_re = re.compile(
-        rf"(?P<field_name>{token}):[ \t]*(?P<field_value>{_VALUE})[ \t]*".encode("latin-1")
+    readers.header_field_re = re.compile(
+        rf"(?P<field_name>{token}):[ \t]*+(?P<field_value>{_VALUE})[ \t]*+".encode("latin-1")
     )
-    h11._readers.chunk_header_re = re.compile(
-        rb"(?P<chunk_size>[0-9A-Fa-f]{1,16})(?P<chunk_ext>[ \t]*;[\t\x20-\x7e\x80-\xff]*)?[ \t]*\r\n"
+    readers.chunk_header_re = re.compile(
+        rb"(?P<chunk_size>[0-9A-Fa-f]{1,16})(?P<chunk_ext>[ \t]*+;[\t\x20-\x7e\x80-\xff]*+)?[ \t]*+\r\n"
     )
+    readers._decode_header_lines = partial(_decode_few_lines, readers._decode_header_lines)
+
+
+def _decode_few_lines(
+    decode: Callable[[Sequence[bytes]], Iterable[Header]], lines: Sequence[bytes]
+) -> Iterable[Header]:
+    if len(lines) > MAX_FIELDS_COUNT:
+        raise h11.LocalProtocolError("too many header fields", error_status_hint=431)
+    return decode(lines)
 
 
 _tighten_h11_grammar()
@@ -822,12 +850,13 @@ class UnknownCoding(BadRequest):
 
 
 class HeadTooLarge(BadRequest):
-    """The request line and the fields together are over MAX_HEAD_BYTES."""
+    """The request line and the fields together are over MAX_HEAD_BYTES, or there are too many of them."""
 
     status = 431
 
     def __init__(self) -> None:
-        super().__init__(f"request line and headers too large; allowed: {MAX_HEAD_BYTES} bytes in all")
+        limits = f"{MAX_HEAD_BYTES} bytes in all, {MAX_FIELDS_COUNT} headers"
+        super().__init__(f"request line and headers too large; allowed: {limits}")
 
 
 class ExpectationFailed(BadRequest):
@@ -840,6 +869,15 @@ class ReadTimeout(FaashoundError):
     """The request did not arrive whole within the read timeout."""
 
     status = 408
+
+
+class TooMuchFraming(BadRequest):
+    """The chunks of a body are so small, or their extensions so long, that reading them is mostly waste."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            f"bad request: chunks too small; allowed: {FRAMING_BYTES} bytes of framing, and two for each byte of data"
+        )
 
 
 class BodyTooLarge(FaashoundError):
@@ -1150,7 +1188,7 @@ class CountedBody:
 
     def feed(self, data: bytes) -> bytes:
         """Take what belongs to the body; return the rest, which is h11's."""
-        if not self._reader._remaining or self._waiting or self._conn.trailing_data[0]:
+        if not self._reader._remaining or self._waiting or self._conn._receive_buffer:
             return data
         self._waiting = self._counted(data[: self._reader._remaining])
         return data[len(self._waiting) :]
@@ -1159,6 +1197,27 @@ class CountedBody:
         """Return what has come since the last time."""
         taken, self._waiting = self._waiting, b""
         return taken
+
+
+class ChunkedBody:
+    """Weighs what an incoming chunked body spends on framing against its data; h11 reads it.
+
+    A chunk costs the same however little it holds.  Go's net/http keeps such accounts too (ErrLineTooLong of its
+    chunked reader), though only of what a chunk's line has beyond its size.
+    """
+
+    def __init__(self, conn: h11.Connection) -> None:
+        self._conn = conn
+        self._data_bytes = 0
+        self.fed_bytes = len(conn._receive_buffer)
+
+    def take(self, data: bytes) -> bytes:
+        """Return `data`, a chunk that h11 gave; raises TooMuchFraming."""
+        self._data_bytes += len(data)
+        framing_bytes = self.fed_bytes - len(self._conn._receive_buffer) - self._data_bytes
+        if framing_bytes > FRAMING_BYTES + 2 * self._data_bytes:
+            raise TooMuchFraming
+        return data
 
 
 class ServerWire:
@@ -1173,13 +1232,19 @@ class ServerWire:
         self._lead_ignored = False
         self._plain = self._whole = False
         self._counted: CountedBody | None = None
+        self._chunked: ChunkedBody | None = None
         self._ended = False
         self.head_request = False
 
     @property
     def started(self) -> bool:
         """True once the first byte of a request has come and until the exchange is over."""
-        return self._conn.their_state is not h11.IDLE or bool(self._conn.trailing_data[0])
+        return self._conn.their_state is not h11.IDLE or self.waiting_bytes > 0
+
+    @property
+    def waiting_bytes(self) -> int:
+        """What was fed and has not become an event yet."""
+        return len(self._conn._receive_buffer)
 
     def feed(self, data: bytes) -> None:
         """Take bytes from the peer; b"" is its end of stream."""
@@ -1191,6 +1256,8 @@ class ServerWire:
             data = self._counted.feed(data)
             if not data:
                 return
+        if self._chunked is not None:
+            self._chunked.fed_bytes += len(data)
         if self._conn.their_state is not h11.MUST_CLOSE:  # else it asked to close, and what follows is void
             self._conn.receive_data(data)
 
@@ -1231,7 +1298,10 @@ class ServerWire:
         if type(event) is h11.Request:
             head = self._checked_head(event)
             self._counted = CountedBody.of(self._conn)
+            self._chunked = ChunkedBody(self._conn) if self._counted is None else None
             return head
+        if type(event) is h11.Data and self._chunked is not None:
+            return self._chunked.take(bytes(event.data))
         return _meaning(event)
 
     def _checked_head(self, event: h11.Request) -> tuple[bytes, bytes, Headers]:
@@ -1286,7 +1356,7 @@ class ServerWire:
         next request, at a fraction of what it costs to walk the old one through an answer.
         """
         plain = self._plain and not close and status >= 200 and status not in (204, 304) and length == len(body)
-        if not plain or not self.peer_done or self._conn.trailing_data[1]:
+        if not plain or not self.peer_done or self._conn._receive_buffer_closed:
             head = self.build_head(status, headers, length, close)
             return head + (self.build_chunk(body) if body else b"") + self.end()
         start = b"HTTP/1.1 %d %b\r\n%bContent-Length: %d\r\n\r\n"
@@ -1319,7 +1389,7 @@ class ServerWire:
         if self._conn.our_state is not h11.DONE or self._conn.their_state is not h11.DONE:
             return False
         self._conn.start_next_cycle()
-        self._counted, self._ended = None, False
+        self._counted, self._chunked, self._ended = None, None, False
         waiting = self._conn.trailing_data[0]
         self._lead_ignored = bool(waiting)  # an empty line can only lead, not stand in what has begun to arrive
         if waiting[:1] == b"\r":
@@ -1331,7 +1401,7 @@ class ServerWire:
         waiting, closed = self._conn.trailing_data
         self._conn = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
         self._lead_ignored = self._whole = self._ended = False
-        self._counted = None
+        self._counted = self._chunked = None
         if waiting:
             self.feed(waiting)
         if closed:
@@ -1448,6 +1518,51 @@ class ClientWire:
         return True
 
 
+# What h11 must not let through, on each of the ways that are tightened from outside, and some of its own.
+_FIELD_FLAWS = (b"X-A: a\x01", b"X-A : a", b"Content-Length: 1\r\nContent-Length: 2", b"Transfer-Encoding: gzip")
+_CHUNK_FLAWS = (b"1;a\rb\r\nx\r\n", b"0x1\r\nx\r\n", b"1\r\nxx\r\n")
+_CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n"
+HOSTILE_REQUESTS = (
+    b"GET / HTTP/2.0\r\nHost: h\r\n\r\n",
+    b"GET path HTTP/1.1\r\nHost: h\r\n\r\n",
+    b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 0\r\n" + _CHUNKED + b"0\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: h\r\n" + b"X-A: a\r\n" * MAX_FIELDS_COUNT + b"\r\n",
+    *(b"POST / HTTP/1.1\r\nHost: h\r\n%b\r\n\r\n" % flaw for flaw in _FIELD_FLAWS),
+    *(b"POST / HTTP/1.1\r\nHost: h\r\n" + _CHUNKED + flaw for flaw in _CHUNK_FLAWS),
+)
+HOSTILE_RESPONSES = (
+    b"HTTP/1.1 2000 OK\r\n\r\n",
+    *(b"HTTP/1.1 200 OK\r\n%b\r\n\r\n" % flaw for flaw in _FIELD_FLAWS),
+    *(b"HTTP/1.1 200 OK\r\n" + _CHUNKED + flaw for flaw in _CHUNK_FLAWS),
+)
+
+
+def _refuses(wire: ServerWire | ClientWire, hostile: bytes) -> bool:
+    try:
+        wire.feed(hostile)
+        while wire.next_event() not in (Sign.NEED_DATA, Sign.PAUSED, Sign.CLOSED):
+            continue
+    except (BadRequest, PeerGone):
+        return True
+    return False
+
+
+def _asking_wire() -> ClientWire:
+    wire = ClientWire()
+    wire.build_whole(b"GET", b"/", [(b"Host", b"h")], b"", None)
+    return wire
+
+
+def _try_h11_grammar() -> None:
+    """Raise ImportError unless both wires refuse what no h11 of another version may start to let through."""
+    passed = [hostile for hostile in HOSTILE_REQUESTS if not _refuses(ServerWire(), hostile)]
+    passed += [hostile for hostile in HOSTILE_RESPONSES if not _refuses(_asking_wire(), hostile)]
+    if passed:
+        raise ImportError(f"h11 {h11.__version__} lets through {passed[0][:80]!r}; install h11 0.16.0")
+
+
+_try_h11_grammar()
+
 # ---------------------------------------------------------------------------------------------------------------
 # HTTP drivers: they read, feed, write and arm timers.  They know nothing of processes.
 #
@@ -1456,7 +1571,9 @@ class ClientWire:
 # when its answer can reach nobody (the client hung up) or is already known (the rest of the request is broken or
 # late), so a handler needs no other sign.  An end of stream from the client counts as hanging up, as in Go: TCP
 # cannot tell a half-closed connection from a closed one.
-# Back-pressure: no reading while a body has BUFFERED_BYTES waiting, no writing while the transport has bytes unsent.
+# Back-pressure: no reading while a body has BUFFERED_BYTES waiting, or more than a head of what was read is still to be
+# parsed, in whatever phase; no writing while the transport has bytes unsent.
+# Fairness: of one connection only so many heads and chunks are taken in one turn of the loop, the rest in the next.
 # Deadlines: `read` runs from a request's first byte to its last, but stands still while we do not read; `write`
 # from a response's first byte until the kernel has the last; `idle` between requests.
 # ---------------------------------------------------------------------------------------------------------------
@@ -1804,12 +1921,12 @@ class ServerConnection(asyncio.Protocol):
         self._handled = False
         self._phase = Phase.IDLE
         self._refusal: FaashoundError | None = None
-        self._unread_bytes = 0
+        self._advancing = False
         self._read_left_s: float | None = None
         self._discarded_bytes = 0
         self._writable: asyncio.Future[None] | None = None
         self._write_paused = False
-        self._hangup_watched = False
+        self._reading_paused = self._hangup_watched = False
         self.closed = asyncio.Event()
 
     # Callbacks of the transport.
@@ -1830,14 +1947,16 @@ class ServerConnection(asyncio.Protocol):
             return
         if self._phase is Phase.IDLE:
             self._begin_receiving()
-        elif self._phase is Phase.HANDLING:
-            self._unread_bytes += len(data)
         self._wire.feed(data)
-        self._advance()
+        if self._advancing:
+            self._throttle()
+        else:
+            self._advance()
 
     def eof_received(self) -> bool:
         if self._phase is Phase.SENDING:
-            return True  # the answer is on its way, and whoever half-closed may still read it
+            self._reading_paused = True  # by the transport; it will say so again when we read on after the answer
+            return True  # whoever half-closed may still read it
         self._cancel()
         return False
 
@@ -1869,21 +1988,36 @@ class ServerConnection(asyncio.Protocol):
         self._alarm.set(self._loop.time() + self._server.timeouts.read_s)
 
     def _advance(self) -> None:
+        """Take what the wire has, up to EVENTS_AT_ONCE_COUNT; then others are served before the rest."""
+        pieces: list[bytes] = []
+        sign = None
         try:
-            while True:
+            for _ in range(EVENTS_AT_ONCE_COUNT):
                 event = self._wire.next_event()
                 if isinstance(event, bytes):
-                    cast(Request, self._request).body.feed(event)
-                elif event is Sign.END:
-                    self._received_whole()
-                    break  # what follows waits for the end of this exchange
+                    pieces.append(event)
                 elif isinstance(event, Sign):
-                    break
+                    sign = event
+                    break  # after END too: what follows waits for the end of this exchange
                 else:
                     self._begin(*event)
         except BadRequest as error:
             self._refuse(error)
+            return
+        if pieces:
+            cast(Request, self._request).body.feed(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+        if sign is Sign.END:
+            self._received_whole()
+        elif sign is None:
+            self._advancing = True
+            self._loop.call_soon(self._go_on)
         self._throttle()
+
+    def _go_on(self) -> None:
+        """Take the rest, unless the exchange has ended meanwhile."""
+        self._advancing = False
+        if self._refusal is None and self._phase in (Phase.HEAD, Phase.BODY, Phase.SENDING):
+            self._advance()
 
     def _begin(self, method: bytes, target: bytes, headers: Headers) -> None:
         path, query, host = split_target(target, field_value(headers, b"host") or b"")
@@ -1902,25 +2036,29 @@ class ServerConnection(asyncio.Protocol):
         cast(Request, self._request).body.finish()
 
     def _throttle(self) -> None:
-        """Stop reading while enough waits; the read deadline stands still meanwhile."""
+        """Read only while there is room for what comes; the read deadline stands still while the handler is slow."""
         body_bytes = 0 if self._request is None else self._request.body.buffered_bytes
-        too_much = body_bytes >= BUFFERED_BYTES or self._unread_bytes >= MAX_HEAD_BYTES
-        if not too_much or not self._transport.is_reading() or self._transport.is_closing():
-            return
-        self._transport.pause_reading()
-        self._watch_hangup(True)
-        if self._phase is Phase.BODY and self._alarm.when_s is not None:
+        is_full = body_bytes >= BUFFERED_BYTES
+        if is_full and self._phase is Phase.BODY and self._alarm.when_s is not None:
             self._read_left_s = self._alarm.when_s - self._loop.time()
             self._alarm.set(None)
+        if not is_full and self._wire.waiting_bytes <= MAX_HEAD_BYTES:
+            if self._reading_paused:
+                self._resume_reading()
+        elif not self._reading_paused and not self._transport.is_closing():
+            self._reading_paused = True
+            self._transport.pause_reading()
+            self._watch_hangup(True)
 
     def _on_drained(self) -> None:
         """The handler wants more of the body."""
         if self._wire.awaits_continue and self._phase is Phase.BODY:
             self._transport.write(self._wire.build_continue())
-        self._resume_reading()
+        self._throttle()
 
     def _resume_reading(self) -> None:
-        if self._transport.is_reading() or self._transport.is_closing():
+        self._reading_paused = False
+        if self._transport.is_closing():
             return
         self._watch_hangup(False)
         self._transport.resume_reading()
@@ -2031,16 +2169,16 @@ class ServerConnection(asyncio.Protocol):
 
     def _end_exchange(self) -> None:
         self._task = self._request = None
-        self._unread_bytes = 0
         if self._refusal is not None or self._server.draining or not self._wire.next_cycle():
             self._linger()
             return
         self._enter(Phase.IDLE)
         self._alarm.set(self._loop.time() + self._server.timeouts.idle_s)
-        self._resume_reading()
         if self._wire.started:
             self._begin_receiving()
             self._advance()
+        else:
+            self._throttle()
 
     def _refuse(self, error: FaashoundError) -> None:
         """Answer `error` instead of whatever the handler would have said, and close."""
@@ -2085,7 +2223,8 @@ class ServerConnection(asyncio.Protocol):
         # A client that has broken a rule gets a moment; one whose answer came early may send all that it has to.
         limit_s = LINGER_S if self._refusal is not None else self._server.timeouts.read_s
         self._alarm.set(self._loop.time() + limit_s)
-        self._resume_reading()
+        if self._reading_paused:
+            self._resume_reading()
 
     def _discard(self, count: int) -> None:
         self._discarded_bytes += count
@@ -3550,14 +3689,14 @@ class Spawner:
         self._term_grace_s = term_grace_s
         self._program: str | None = None
         self._defaults = signals_at_default()
-        self._count = itertools.count(1)
 
     def spawn(self, facts: Mapping[bytes, bytes], on_stderr: Callable[[str], None] | None) -> Process:
         """Start a process with `facts` added to its environment; raises StartFailed, or FactsTooLarge (431).
 
         `on_stderr` gets the lines that it writes on stderr; None: stderr joins its output.
         """
-        mark = b"%s.%d" % (self._instance, next(self._count))
+        # Not a number: a process that knows the mark of another call would pass for that call's, and outlive its own.
+        mark = b"%s.%s" % (self._instance, os.urandom(8).hex().encode())
         environ = {**self._environ, **facts, MARK: mark}
         started_s = math.floor(time.clock_gettime(time.CLOCK_BOOTTIME) * _TICKS_PER_S) / _TICKS_PER_S
         try:
@@ -3831,8 +3970,8 @@ async def serve_metrics(collector: Collector, request: Request) -> Response:
     """Answer GET /metrics with Prometheus text."""
     if request.path != b"/metrics":
         return Response(404, (TEXT_PLAIN,), b"only /metrics is here\n")
-    if request.method != "GET":
-        raise MethodNotAllowed(("GET",))
+    if request.method not in ("GET", "HEAD"):
+        raise MethodNotAllowed(("GET", "HEAD"))
     # Only here, and beside the loop: it takes 27 ms and 4 MiB, for which a function that nobody watches has no use.
     prometheus = await asyncio.get_running_loop().run_in_executor(None, importlib.import_module, "prometheus_client")
     registry = prometheus.CollectorRegistry()
@@ -3896,7 +4035,7 @@ class Watchdog:
             raise MethodNotAllowed(("GET",))
         if not self.accepting:
             raise NotReady("draining")
-        if self._lock_path is not None and not os.path.exists(self._lock_path):
+        if self._lock_path is not None and not is_locked(self._lock_path):
             raise NotReady(f"the lock file {self._lock_path} has gone")
         return Response(200, (TEXT_PLAIN,), b"OK")
 
@@ -3958,6 +4097,19 @@ def output_response(status: int, headers: Sequence[Header], prefix: bytes, outpu
     return Response(status, headers, FileBody(prefix, output.file), len(prefix) + output.bytes_count)
 
 
+def log_prefix(settings: Settings, call_id: str | None) -> str:
+    """Return what stands before each line of a call, or, without an id, of a process that waits for one."""
+    return f"[{call_id or 'none'}] " if settings.log_callid else ""
+
+
+def log_stderr(settings: Settings, prefix: str, line: str) -> None:
+    """Log a line of a function, which says so unless the operator wants it as it is."""
+    if settings.prefix_logs:
+        log.info(f"{prefix}stderr: {line}")
+    else:
+        log.raw(prefix + line)
+
+
 class CallLog:
     """What the log says of one call: a line at its start, one at its end whatever the outcome."""
 
@@ -3966,7 +4118,7 @@ class CallLog:
         self._request = request
         self._settings = settings
         self._call_id = call_id_of(request)
-        self._prefix = f"[{self._call_id or 'none'}] " if settings.log_callid else ""
+        self._prefix = log_prefix(settings, self._call_id)
         self._started_s = time.perf_counter()
 
     def elapsed_s(self) -> float:
@@ -3981,10 +4133,7 @@ class CallLog:
 
     def on_stderr(self, line: str) -> None:
         """The process wrote a line on stderr, which does not join the response."""
-        if self._settings.prefix_logs:
-            log.info(f"{self._prefix}stderr: {line}")
-        else:
-            log.raw(self._prefix + line)
+        log_stderr(self._settings, self._prefix, line)
 
     def ended(self, response: Response, ending: Ending) -> None:
         """The process ended by itself."""
@@ -4145,8 +4294,10 @@ class Guard(Aftercare):
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)
             _list_processes()  # loads what it takes while there is time
-            os.closerange(0, watched)
-            os.closerange(watched + 1, os.sysconf("SC_OPEN_MAX"))
+            for fd in open_descriptors():  # not up to SC_OPEN_MAX, which may be 10^9 (musl, an old glibc)
+                if fd != watched:
+                    with suppress(OSError):
+                        os.close(fd)
             os.read(watched, 1)
             kill_left(self.instance + b".", frozenset().union(*(table.pids() for table in self.roots)))
         finally:
@@ -4187,12 +4338,26 @@ def kill_left(mark_prefix: bytes, sessions: frozenset[int]) -> None:
     """Kill every process that has one of our marks or belongs to one of `sessions`, until two looks find none."""
     empty_count, limit_s = 0, time.monotonic() + SWEEP_LIMIT_S
     while empty_count < 2 and time.monotonic() < limit_s:
-        found = [pid for pid in _list_processes() if _is_left(pid, mark_prefix, sessions)]
+        is_left = partial(_is_left, mark_prefix=mark_prefix, sessions=sessions)
+        found = [pid for pid in _list_processes() if is_left(pid)]
         for pid in found:
-            with suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
+            signal_if(pid, signal.SIGKILL, is_left)
         empty_count = 0 if found else empty_count + 1
         time.sleep(0.005)
+
+
+def signal_if(pid: int, number: signal.Signals, condition: Callable[[int], bool]) -> None:
+    """Signal a process that need not be our child if it meets `condition`, and no other that has got its number since.
+
+    A pidfd means the same process for ever (pidfd_open(2)), so what is found out after it was opened holds for it.
+    """
+    with suppress(ProcessLookupError, PermissionError):
+        pidfd = os.pidfd_open(pid)
+        try:
+            if condition(pid):
+                signal.pidfd_send_signal(pidfd, number)
+        finally:
+            os.close(pidfd)
 
 
 def _is_left(pid: int, mark_prefix: bytes, sessions: frozenset[int]) -> bool:
@@ -4202,6 +4367,11 @@ def _is_left(pid: int, mark_prefix: bytes, sessions: frozenset[int]) -> bool:
         return _read_stat(pid)[0] != b"Z"
     except (ProcessLookupError, FileNotFoundError):
         return False
+
+
+def open_descriptors() -> list[int]:
+    """Return the descriptors that are open in this process, and that of the listing, which is closed again."""
+    return list(map(int, os.listdir("/proc/self/fd")))
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -4262,18 +4432,44 @@ def watch_lifeline(loop: asyncio.AbstractEventLoop, fd: int | None, on_end: Call
     loop.add_reader(fd, on_readable)
 
 
+# A variable of the function that must not be its watchdog's, since it would change our interpreter (PYTHONHOME,
+# LD_PRELOAD), comes behind this prefix.  What else begins like it is between our programs.
+FUNCTION_VARIABLE = "FAASHOUND_FUNCTION_"
+OUR_PREFIX = "FAASHOUND_"
+
+# What systemd means for the process that it has started, and for no child of it (sd_notify(3), sd_listen_fds(3),
+# systemd.exec(5)): a function must not report for us, nor read our credentials.
+_SYSTEMD_ONLY = ("LISTEN_", "NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "CREDENTIALS_DIRECTORY")
+
+# Settings that are no secret of ours, and by which OpenFaaS' own templates (Go's, for one) set their time limits.
+_TOLD_FUNCTIONS = frozenset(("read_timeout", "write_timeout", "exec_timeout", "healthcheck_interval"))
+
+
+def is_ours_alone(name: str) -> bool:
+    """Tell whether a variable of the watchdog's environment is none of its functions' business."""
+    if name.startswith((OUR_PREFIX, *_SYSTEMD_ONLY)):
+        return True
+    return name in setting_names(Settings) and name not in _TOLD_FUNCTIONS
+
+
 def function_environment(environ: Mapping[str, str]) -> dict[bytes, bytes]:
-    """Return the environment that functions start from: ours without what was meant for us alone.
+    """Return the environment that functions start from: ours without what was meant for us alone, and what is theirs.
 
     LC_CTYPE is left out if it came with our interpreter, which sets it in a bare environment (PEP 538).
     """
     with open("/proc/self/environ", "rb") as file:
         coerced = "LC_CTYPE" in os.environ and not re.search(rb"(?:^|\0)LC_CTYPE=", file.read())
-    return {
-        os.fsencode(name): os.fsencode(value)
+    inherited = {
+        name: value
         for name, value in environ.items()
-        if not name.startswith(("LISTEN_", "FAASHOUND_")) and not (coerced and name == "LC_CTYPE")
+        if not is_ours_alone(name) and not (coerced and name == "LC_CTYPE")
     }
+    given = {
+        name.removeprefix(FUNCTION_VARIABLE): value
+        for name, value in environ.items()
+        if name.startswith(FUNCTION_VARIABLE)
+    }
+    return {os.fsencode(name): os.fsencode(value) for name, value in (inherited | given).items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -4510,7 +4706,7 @@ async def serve(settings: Settings, environ: Mapping[str, str], doors: Doors, gu
     spawner = Spawner(reaper, mark, settings.fprocess, function_environment(environ), settings.term_grace_s)
     with ExitStack() as cleanup:
         cleanup.callback(reaper.close)
-        on_stderr = None if settings.combine_output else log.raw
+        on_stderr = None if settings.combine_output else partial(log_stderr, settings, log_prefix(settings, None))
         pool = Pool(reaper, spawner, seat.share_of(settings.prewarm), on_stderr)
         cleanup.callback(pool.close)
         lock_path = None if settings.suppress_lock else lock_file_path(environ)
@@ -4579,30 +4775,57 @@ def start_metrics(sockets: Iterable[socket.socket], handler: Handler) -> Server:
 
 
 def settle_descriptors() -> None:
-    """Make sure that 0, 1 and 2 are open, and that functions inherit nothing else from whoever started us."""
+    """Make sure that 0, 1 and 2 are open, and that functions inherit nothing else from the process that started us.
+
+    First of all in each program: a socket that got the number 2 would be sent the log, and libuv aborts when it gets
+    one of these numbers for itself.
+    """
     while (fd := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) <= 2:
         os.set_inheritable(fd, True)
     os.close(fd)
-    for name in os.listdir("/proc/self/fd"):
-        if int(name) > 2:
+    for fd in open_descriptors():
+        if fd > 2:
             with suppress(OSError):  # the listing's own
-                os.set_inheritable(int(name), False)
+                os.set_inheritable(fd, False)
 
 
 def lock_file_path(environ: Mapping[str, str]) -> str:
-    """Return the path of the lock file, whose existence is what --run-healthcheck looks at."""
-    return os.path.join(environ.get("TMPDIR") or "/tmp", ".lock")  # noqa: S108 - the name is OpenFaaS's
+    """Return the path of the lock file, whose existence is what --run-healthcheck looks at.
+
+    OpenFaaS's name for OpenFaaS's port, which probes know (`cat /tmp/.lock`); another port has a file of its own, or
+    the first of two watchdogs that ended would make the other unhealthy.  It goes by the setting, since a health check
+    has our environment and not our socket.
+    """
+    port = environ.get("port") or settings_table(Settings)["port"].default
+    name = ".lock" if port in ("8080", "0") else f".lock.{port}"
+    return os.path.join(environ.get("TMPDIR") or "/tmp", name)  # noqa: S108 - the name is OpenFaaS's
 
 
 def create_lock_file(environ: Mapping[str, str]) -> str:
-    """Create the lock file and return its path; raises CannotStart."""
+    """Create the lock file and return its path; raises CannotStart.
+
+    $TMPDIR may be writable for others: nothing is followed, waited for (a FIFO) or taken over that is not ours.
+    """
     path = lock_file_path(environ)
     log.info(f"Writing lock-file to: {path}")
     try:
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o660))
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o660)
+        found = os.fstat(fd)
+        os.close(fd)
     except OSError as error:
-        raise CannotStart(f"cannot write {path}: {error.strerror}; suppress_lock=true does without it") from None
-    return path
+        reason = "it is a symbolic link" if error.errno == errno.ELOOP else _strerror(error)
+    else:
+        if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid():
+            return path
+        reason = "it is there already and no file of ours"
+    raise CannotStart(f"cannot write {path}: {reason}; suppress_lock=true does without it")
+
+
+def is_locked(path: str) -> bool:
+    """Tell whether the lock file is there; a symbolic link or a FIFO is none."""
+    with suppress(OSError):
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    return False
 
 
 def remove_lock_file(path: str) -> None:
@@ -4683,7 +4906,7 @@ def read_file(path: str, meaning: str) -> str:
 
 def run_healthcheck(environ: Mapping[str, str]) -> int:
     """Return 0 if the lock file is there, else 1 (the texts are OpenFaaS's)."""
-    if os.path.exists(lock_file_path(environ)):
+    if is_locked(lock_file_path(environ)):
         return 0
     print("unable to find lock file.", file=sys.stderr)
     return 1
@@ -4712,6 +4935,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     """Run the watchdog and return its exit status: 0 stopped, 1 failed or cut calls, 2 bad settings."""
     argv = list(sys.argv[1:] if argv is None else argv)
     environ = os.environ if environ is None else environ
+    settle_descriptors()
     if argv == ["--run-healthcheck"]:
         return run_healthcheck(environ)
     answer = flag_answer(argv, help_text("fwatchdog [--run-healthcheck]", PURPOSE, Settings))
@@ -4721,7 +4945,6 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     if settings is None:
         return 2
     try:
-        settle_descriptors()
         signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whoever started us may have blocked SIGCHLD or SIGTERM
         with ExitStack() as cleanup:
             doors = open_doors(settings.host, settings.port, settings.metrics_port, environ)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import select
 import socket
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 
 import pytest
 
@@ -37,17 +38,19 @@ def test_accepted_connection_is_watched_when_its_listening_socket_was() -> None:
 
 
 def test_connection_outlives_a_reader_that_stalls_when_stalls_are_expected() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener, connect(listener.getsockname()[1]) as sender:
-        with listener.accept()[0]:  # which never reads
-            sender.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 200)
-            expect_stalls(sender, True)
-            sender.setblocking(False)
-            with pytest.raises(BlockingIOError):
-                while True:
-                    sender.send(b"x" * 65536)
-            poller = select.poll()
-            poller.register(sender, select.POLLERR)
-            assert not poller.poll(1000)  # after the second probe of the window it would be ETIMEDOUT
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        sender = stack.enter_context(connect(listener.getsockname()[1]))
+        stack.enter_context(listener.accept()[0])  # which never reads
+        sender.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 200)
+        expect_stalls(sender, True)
+        sender.setblocking(False)
+        with suppress(BlockingIOError):
+            while True:
+                sender.send(b"x" * 65536)
+        poller = select.poll()
+        poller.register(sender, select.POLLERR)
+        assert not poller.poll(1000)  # after the second probe of the window it would be ETIMEDOUT
 
 
 def test_unix_socket_is_left_alone_when_watched() -> None:

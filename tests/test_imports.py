@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Of ours, what each module may import.  Imports run one way: watchdog <- parts <- programs.
 _PARTS = {"watchdog", "names", "spool", "queues", "keeper", "functions", "addresses", "callbacks", "retries", "calls"}
+_PARTS |= {"shares", "breakers"}
 OURS: dict[str, set[str]] = {
     "__init__": set(),
     "watchdog": set(),
@@ -23,12 +24,18 @@ OURS: dict[str, set[str]] = {
     "addresses": {"watchdog"},
     "callbacks": {"watchdog", "names", "addresses"},
     "retries": {"watchdog", "names"},
+    "proxying": {"watchdog"},
+    "browsers": {"watchdog", "addresses"},
+    "passwords": {"watchdog"},
+    "shares": set(),
+    "breakers": set(),
     "jetstream": {"watchdog", "names", "spool"},
     "queues": {"watchdog", "names", "spool", "jetstream"},  # which of the two a URL names
     "calls": {"watchdog", "names", "spool", "queues"},
     "migrate": {"watchdog", "names", "spool", "queues", "calls"},
     "worker": _PARTS | {"migrate"},
-    "gateway": _PARTS | {"worker"},  # it may start a worker beside itself, and knows its settings
+    "gateway": _PARTS
+    | {"worker", "proxying", "browsers", "passwords"},  # it may start a worker beside itself, and knows its settings
 }
 
 # Of others, what each may import besides the standard library.  HTTP is spoken in one place: only watchdog has h11.

@@ -1,0 +1,100 @@
+"""What a gateway checks and changes in a request that it passes on to a function.
+
+    check_path(rest)                                  # BadPath for what would leave the function's own paths
+    fields = [*forwarded(request), *our_via.extend(request)]       # LoopDetected for what has come through us already
+
+Contract: pure, from the request's fields to the fields that go on.  A function sees who asked (X-Forwarded-*) and
+through whom (Via, RFC 9110 7.6.3), and nothing under another path than its own, however an upstream decodes paths.
+
+What it refuses: to pass on what comes round.  Every gateway of one deployment has the same pseudonym, made from what
+only they know, so a call that returns to any of them ends there.  A function that calls the gateway on purpose makes a
+request of its own, without the Via of the one it got; one that passes on fields as a proxy does must leave Via out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import urllib.parse
+from dataclasses import dataclass
+
+from .watchdog import FaashoundError, Header, Request
+
+DECODINGS_COUNT = 3  # of a path: upstreams decode once, careless ones twice
+
+
+class BadPath(FaashoundError):
+    """The path would lead out of the function's own."""
+
+    status = 400
+
+
+class LoopDetected(FaashoundError):
+    """The request has been here before (RFC 5842 7.2).  Not marked as ours: to try again would be another round."""
+
+    status = 508
+
+
+# Segments as the widest of upstreams see them: `\\` separates like `/` (IIS), and `..;x` is `..` (Tomcat).
+_DOTS = re.compile(rb"[/\\]\.{1,2}(?=[/\\;]|$)")
+
+
+def check_path(path: bytes) -> None:
+    """Raise BadPath for a path with dot segments, plain or encoded: something further on may resolve them.
+
+    Clients resolve them before they ask (RFC 3986 5.2.4), so nothing is lost to an honest caller.
+    """
+    if b"." not in path and b"%" not in path:
+        return
+    for _ in range(DECODINGS_COUNT + 1):
+        if _DOTS.search(path):
+            raise BadPath("the path has dot segments; allowed: a path without . and .., encoded or not (RFC 3986 3.3)")
+        if b"%" not in path:
+            return
+        path = urllib.parse.unquote_to_bytes(path)
+
+
+def forwarded(request: Request) -> list[Header]:
+    """Return the fields that tell the function who asked: X-Forwarded-For, -Host and -Proto."""
+    before = [value for name, value in request.headers if name == b"x-forwarded-for"]
+    chain = b", ".join(part for part in (*before, request.peer.encode()) if part)
+    fields = [(b"X-Forwarded-For", chain)] if chain else []
+    fields.append((b"X-Forwarded-Host", request.header(b"x-forwarded-host") or request.host))
+    fields.append((b"X-Forwarded-Proto", request.header(b"x-forwarded-proto") or b"http"))
+    return [field for field in fields if field[1]]
+
+
+@dataclass(frozen=True, slots=True)
+class OurVia:
+    """The entry that this deployment adds to Via.  Made by `build_via`."""
+
+    pseudonym: bytes
+
+    def has_passed(self, request: Request) -> bool:
+        """Tell whether a request has come through this deployment before."""
+        return any(self.pseudonym in re.split(rb"[\s,]+", value.lower()) for value in _entries(request))
+
+    def check(self, request: Request) -> None:
+        """Raise LoopDetected for a request that has come through this deployment before."""
+        if self.has_passed(request):
+            raise LoopDetected(
+                "loop detected: this request has come through this gateway already (RFC 9110 7.6.3); a function's"
+                " address leads back here, or a function passes on the Via of the request that it got"
+            )
+
+    def extend(self, request: Request) -> Header:
+        """Return the Via of a request as it is passed on; one that was here before (a worker's) stays as it is."""
+        entries = _entries(request)
+        if not entries or not self.has_passed(request):
+            entries.append(b"1.1 " + self.pseudonym)
+        return b"Via", b", ".join(entries)
+
+
+def _entries(request: Request) -> list[bytes]:
+    return [value for name, value in request.headers if name == b"via"]
+
+
+def build_via(token: str) -> OurVia:
+    """Return the entry of the deployment whose gateways and workers share `token`, of which it tells nothing."""
+    return OurVia(b"faashound-" + hmac.new(token.encode(), b"via", hashlib.sha256).hexdigest()[:16].encode())
