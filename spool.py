@@ -70,6 +70,7 @@ from functools import lru_cache, partial, reduce
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol, TypeVar, cast
 
+from .addresses import parse_address, parse_numeric_host
 from .names import FunctionName
 from .watchdog import BodyTooLarge, FaashoundError, log
 
@@ -513,7 +514,18 @@ def destination_of(url: str) -> str:
     lead to one machine only a resolver could tell.
     """
     found = _AUTHORITY.match(url.lower())
-    return f"{found['host']}:{found['port'] or _PORTS[found['scheme']]}" if found else ""
+    return f"{_one_spelling(found['host'])}:{found['port'] or _PORTS[found['scheme']]}" if found else ""
+
+
+def _one_spelling(host: str) -> str:
+    """The host as it is, or the address that it spells: of many spellings, each would else have its own turn."""
+    try:
+        address = parse_address(host[1:-1]) if host.startswith("[") else parse_numeric_host(host)
+    except ValueError:
+        return host
+    if address is None:
+        return host
+    return f"[{address}]" if address.version == 6 else str(address)
 
 
 # --------------------------------------------------------------------------------------------------------------------
