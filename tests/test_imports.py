@@ -19,7 +19,7 @@ OURS: dict[str, set[str]] = {
     "__init__": set(),
     "watchdog": set(),
     "names": {"watchdog"},
-    "spool": {"watchdog", "names"},
+    "spool": {"watchdog", "names", "addresses"},
     "keeper": {"watchdog"},
     "functions": {"watchdog", "names", "keeper", "spool", "retries"},
     "addresses": {"watchdog"},
