@@ -15,7 +15,10 @@ Routes, with the names, codes and headers of the OpenFaaS gateway:
     GET    /system/calls                   calls by ?state= ?function= ?callback= ?limit= ?before=; DELETE deletes what
                                            has ended, or with ?state=queued cancels
     GET    /system/calls/ID                payload, headers, attempts; POST .../retry for dead letters; DELETE
-    GET    /healthz                        200 while it serves
+    GET    /healthz                        200 while it and what is behind it work, else 503 and what does not
+
+HEAD works wherever GET does.  What comes round through us again is answered with 508, a browser's page that is a
+stranger's with 403, one that has bound its own name to our address with 421 (see browsers.py).
 
 What it promises: a 202 is never given for a call that a crash could lose.  Beside itself it runs a watchdog for each
 local function and, with a spool, a worker; all of them end when it ends, whatever way.  What it refuses to do: run
@@ -728,8 +731,9 @@ class Gateway:
             limit.reschedule(asyncio.get_running_loop().time())
 
     async def serve_metrics(self, request: Request) -> Response:
-        """Answer GET /metrics, on a port of its own."""
-        self._check_host(request)
+        """Answer GET /metrics, on a port of its own, which others may know by other names than they call us by."""
+        if self._pages.on_loopback:
+            self._check_host(request)
         try:
             self.metrics.show_queue(await self._queue.stats())
         except FaashoundError as error:  # the other figures matter most when the queue is in trouble
