@@ -91,6 +91,7 @@ TURN_PAUSE_S = 0.0002  # between two tries
 BUSY_S = 5.0  # only strangers (a backup, a shell) can hold SQLite's lock: ours take turns by `writer.lock`
 IDLE_S = 30.0  # longest sleep without a look at the queue: bounds the harm of a wall clock that is set
 SET_BACK_S = 60.0  # a wall clock that is set back by less only delays what is due
+LOST_WAIT_S = 60.0  # longest wait of a callback whose workers die
 RECLAIM_S = 1.0  # shortest time between two looks for dead owners
 LETTER_BYTES = 1024  # what a dead letter without bodies is reckoned to take
 ORPHAN_S = 3600.0  # a stored body that no row names after this time is a crash's leftover
@@ -201,6 +202,7 @@ class State(Enum):
 
 
 FINAL = frozenset({State.DONE, State.DEAD, State.CANCELLED, State.EXPIRED})
+CALLS_BACK = FINAL - {State.CANCELLED}  # the ends that a callback URL is told of: the caller who cancelled knows
 
 
 class CallbackState(Enum):
@@ -403,8 +405,8 @@ class Stats:
 # States
 #
 # A call and its callback are two small machines; this is their law, and nothing below changes a state except through
-# it. The callback's machine starts when the call ends (done or dead), in the same commit. Who holds a lease is not a
-# state: a RUNNING row has exactly one row in `leases`, and losing that row is the event HAND_BACK.
+# it. The callback's machine starts when the call ends in one of `CALLS_BACK`, in the same commit. Who holds a lease is
+# not a state: a RUNNING row has exactly one row in `leases`, and losing that row is the event HAND_BACK.
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -445,6 +447,9 @@ CALLBACK_TRANSITIONS: Mapping[tuple[CallbackState, Event], CallbackState] = {
 }
 
 
+EXPIRED_STATUS = 504  # of a call that no attempt has given a status: its time was up before there was an answer
+EXPIRED_ERROR = "expired before it was run"
+
 _ENDS: Mapping[State, Event] = {State.DONE: Event.SUCCEED, State.DEAD: Event.GIVE_UP}  # how a run ends by itself
 
 
@@ -462,6 +467,15 @@ def next_callback_state(state: CallbackState, event: Event) -> CallbackState:
         return CALLBACK_TRANSITIONS[state, event]
     except KeyError:
         raise AssertionError(f"a callback that is {state.value} cannot {event.value}") from None
+
+
+def lost_wait_s(attempts: int) -> float:
+    """How long a callback waits whose worker has died with it, at its attempt number `attempts`.
+
+    Not at all after the first, since workers are restarted; then longer each time, as it may be what kills them. It is
+    the worker that gives it up in the end, by the attempts that were begun.
+    """
+    return min(2.0 ** (min(attempts, 60) - 2), LOST_WAIT_S) if attempts > 1 else 0.0
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -799,10 +813,15 @@ SQL_LETTER_SIZES = """
     ORDER BY finished_s DESC
 """
 
-SQL_EXPIRE = """
-    UPDATE calls SET state = :state, finished_s = :now_s WHERE seq IN (
-        SELECT seq FROM calls INDEXED BY calls_expiring
-        WHERE state = 'queued' AND expires_s IS NOT NULL AND expires_s <= :now_s ORDER BY expires_s LIMIT :limit)
+SQL_EXPIRING = """
+    SELECT seq FROM calls INDEXED BY calls_expiring
+    WHERE state = 'queued' AND expires_s IS NOT NULL AND expires_s <= :now_s ORDER BY expires_s LIMIT :limit
+"""
+
+SQL_OPEN_CALLBACK = """
+    INSERT INTO callbacks (seq, state, due_s, queue, destination, ready)
+    SELECT seq, 'pending', ?2, queue, destination_of(callback_url), ?3 FROM calls JOIN requests USING (seq)
+    WHERE seq = ?1 AND callback_url IS NOT NULL
 """
 
 SQL_READY_CALLBACKS = """
@@ -1188,12 +1207,27 @@ def _walk_flows(db: sqlite3.Connection, line: Line, wanted: _Wanted, last: _Flow
 
 
 def _expire(tx: _Transaction, now_s: float) -> int:
+    rows = tx.db.execute(SQL_EXPIRING, {"now_s": now_s, "limit": tx.step_count}).fetchall()
+    return _end_expired(tx, rows, now_s, EXPIRED_ERROR)
+
+
+def _end_expired(tx: _Transaction, rows: Sequence[tuple[int]], now_s: float, error: str) -> int:
     state = next_state(State.QUEUED, Event.EXPIRE).value
-    values = {"state": state, "now_s": now_s, "limit": tx.step_count}
-    count = tx.db.execute(SQL_EXPIRE, values).rowcount
-    if count:
+    tx.db.executemany(
+        "UPDATE calls SET state = ?, finished_s = ?, status = coalesce(status, ?), error = coalesce(error, ?)"
+        " WHERE seq = ?",
+        [(state, now_s, EXPIRED_STATUS, error, seq) for (seq,) in rows],
+    )
+    for (seq,) in rows:
+        _open_callback(tx, seq, now_s)
         tx.ring |= Ring.FINISHED
-    return count
+    return len(rows)
+
+
+def _open_callback(tx: _Transaction, seq: int, due_s: float, ready: bool = True) -> None:
+    """A call has ended: its outcome is to be delivered, if that was asked for."""
+    if tx.db.execute(SQL_OPEN_CALLBACK, (seq, due_s, ready)).rowcount:
+        tx.ring |= Ring.WORK
 
 
 STALE_ERROR = "it was not run within max_queue_age"
@@ -1202,14 +1236,7 @@ STALE_ERROR = "it was not run within max_queue_age"
 def _expire_stale(tx: _Transaction, now_s: float, before_s: float) -> int:
     """Ends calls that have been due since `before_s`: their queue has no worker, or none that keeps up."""
     rows = tx.db.execute(SQL_STALE, {"before_s": before_s, "limit": tx.step_count}).fetchall()
-    state = next_state(State.QUEUED, Event.EXPIRE).value
-    tx.db.executemany(
-        "UPDATE calls SET state = ?, finished_s = ?, error = ? WHERE seq = ?",
-        [(state, now_s, STALE_ERROR, seq) for (seq,) in rows],
-    )
-    if rows:
-        tx.ring |= Ring.FINISHED
-    return len(rows)
+    return _end_expired(tx, rows, now_s, STALE_ERROR)
 
 
 def _end_lease(tx: _Transaction, lease: Lease, kind: Kind) -> int:
@@ -1270,12 +1297,7 @@ def _finish(tx: _Transaction, lease: Lease, ending: _Ending) -> tuple[str, ...]:
     _store_result(tx, seq, ending)
     tx.ring |= Ring.FINISHED
     if lease.call.callback_url is not None:
-        destination, is_due = destination_of(lease.call.callback_url), run.callback_due_s is None
-        tx.db.execute(
-            "INSERT INTO callbacks (seq, state, due_s, queue, destination, ready) VALUES (?, 'pending', ?, ?, ?, ?)",
-            (seq, ending.callback_due_s, lease.call.queue, destination, is_due),
-        )
-        tx.ring |= Ring.WORK
+        _open_callback(tx, seq, ending.callback_due_s, ready=run.callback_due_s is None)
     return files
 
 
@@ -1384,14 +1406,15 @@ def _take_back(tx: _Transaction, dead: Collection[str], boot: str, boot_s: float
     """Ends every lease whose owner is in `dead`, whose deadline has passed, or which is of an earlier boot."""
     rows = tx.db.execute(
         "SELECT leases.fence, leases.seq, leases.kind, leases.owner, leases.boot, leases.until_s,"
-        " calls.started_s, calls.due_s FROM leases JOIN calls USING (seq)"
+        " calls.started_s, calls.due_s, callbacks.attempts"
+        " FROM leases JOIN calls USING (seq) LEFT JOIN callbacks USING (seq)"
     ).fetchall()
     lapsed = [row for row in rows if row[3] in dead or row[4] != boot or row[5] <= boot_s]
-    for fence, seq, kind, _, _, _, started_s, due_s in lapsed:
+    for fence, seq, kind, _, _, _, started_s, due_s, attempts in lapsed:
         _unlease(tx, fence)
         if kind == "callback":
-            tx.db.execute("UPDATE callbacks SET error = ? WHERE seq = ?", (LOST_ERROR, seq))
-            _callback_again(tx, seq, Event.HAND_BACK, now_s)
+            tx.db.execute("UPDATE callbacks SET status = NULL, error = ? WHERE seq = ?", (LOST_ERROR, seq))
+            _callback_again(tx, seq, Event.HAND_BACK, now_s + lost_wait_s(attempts))
         else:
             _add_attempt(tx, seq, Attempt(started_s, now_s, None, LOST_ERROR))
             tx.db.execute("UPDATE calls SET status = NULL, error = ? WHERE seq = ?", (LOST_ERROR, seq))
@@ -1448,7 +1471,7 @@ def _cancel(tx: _Transaction, call_id: str, now_s: float) -> State:
     return next_state(state, Event.CANCEL)
 
 
-def _cancel_queued(tx: _Transaction, function: str | None, now_s: float, after_seq: int) -> _Dropped:
+def _cancel_queued(tx: _Transaction, function: FunctionName | None, now_s: float, after_seq: int) -> _Dropped:
     """One step of cancelling what is queued. Payloads go at once: on a full disk it is them that someone wants gone."""
     rows = tx.db.execute(
         "SELECT seq FROM calls WHERE state = 'queued' AND seq > :after AND (:function IS NULL OR function = :function)"
@@ -2198,7 +2221,7 @@ def _missing_pages(path: Path, page_count: int, page_bytes: int) -> set[int]:
 
 
 def _migrate(db: sqlite3.Connection) -> None:
-    """Brings an older file to the newest version, one version per transaction."""
+    """Brings an older file to the newest version, one version per transaction; lends SQL what the law needs of us."""
     db.create_function("destination_of", 1, destination_of, deterministic=True)
     (version,) = db.execute("PRAGMA user_version").fetchone()
     for number, script in enumerate(MIGRATIONS[version:], version + 1):
@@ -3128,7 +3151,7 @@ class Spool:
         """CANCELLED: it was queued and will not run. RUNNING: its worker is told. Raises CallFinished, CallUnknown."""
         return await self._write(partial(_cancel, call_id=call_id, now_s=self._now()))
 
-    async def cancel_queued(self, *, function: str | None = None) -> int:
+    async def cancel_queued(self, *, function: FunctionName | None = None) -> int:
         """Cancels every queued call, of one function or of all, and drops their payloads; returns how many.
 
         In steps, so calls that come meanwhile may be among them. What runs goes on.
