@@ -61,7 +61,7 @@ import time
 import traceback
 import urllib.parse
 from bisect import bisect_left
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, aclosing, suppress
 from dataclasses import dataclass, field
@@ -120,6 +120,8 @@ SESSIONS_COUNT = 4096  # ended calls whose session numbers are remembered, for o
 CHILDREN_BYTES = 4096  # of a list of our children, at the first reading: some hundred of them
 SWEEP_PAUSE_S = 0.001  # between two sweeps while trees die: each level that dies uncovers the next
 LONGEST_SWEEP_PAUSE_S = 0.05
+FREEZE_AFTER_COUNT = 3  # sweeps that have found something: then it forks faster than we follow, or is a deep tree
+FREEZE_LIMIT_S = 2.0  # for stopping all of it before it is killed
 SWEEP_LIMIT_S = 5.0  # after that, what SIGKILL does not end (uninterruptible sleep) is reported and left
 MAX_EXEC_STRING_BYTES = 131072  # one argument or variable (execve(2), MAX_ARG_STRLEN)
 MAX_LOG_LINE_BYTES = 8192  # a longer line of a function's stderr is cut into pieces
@@ -2685,6 +2687,7 @@ class DeadlineReached(FaashoundError):
 # daemonised.  So everything a call started is either below its root or a direct child of ours, and killing
 # goes by levels: SIGKILL to the root's process group, then to every adopted orphan of that call, whose children are
 # thereby adopted and found in the next sweep, until two sweeps find nothing.
+# What forks faster than that (each killed process makes room for another) is stopped first, all of it, and then killed.
 # Whose an orphan is, its mark tells, or its session.  One that wiped its environment and left its session is
 # nobody's for certain only when every call that ran at its start has ended; then it is killed too.  One that started
 # while no call ran is a stranger (an entrypoint's sidecar, a `docker exec`): it is reaped, but left in peace.
@@ -2982,8 +2985,20 @@ class Reaper:
         return dying.gone
 
     async def _ask_first(self, dying: Dying, term_grace_s: float) -> None:
-        self.signal_group(dying.process, signal.SIGTERM)
-        await asyncio.wait((dying.process.exited,), timeout=term_grace_s)
+        """Send SIGTERM to all of a call, once each, and give all of it the time to end that it was granted."""
+        process, until_s = dying.process, time.monotonic() + term_grace_s
+        adopted = [pid for pid in self.orphans() if _read_mark(pid) == process.mark]
+        family = [each for each in map(read_relative, adopted) if each is not None]
+        with suppress(RuntimeError):  # no thread to be had: then SIGKILL has to do for what has left the group
+            family += await self.loop.run_in_executor(None, read_descendants, [process.pid, *adopted])
+        self.signal_group(process, signal.SIGTERM)  # not before: what exits leaves its children to us
+        for each in family:
+            if not each.is_in_group(process.pid):
+                each.signal(signal.SIGTERM)
+        pause_s = SWEEP_PAUSE_S
+        while time.monotonic() < until_s and (not process.exited.done() or any(each.is_alive() for each in family)):
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, LONGEST_SWEEP_PAUSE_S)
         self._kill_now(dying)
 
     def _kill_now(self, dying: Dying) -> None:
@@ -3000,10 +3015,14 @@ class Reaper:
 
     async def _sweep_out(self) -> None:
         """Sweep until two sweeps in a row were clean and nobody is dying any more: one sweeper for all calls."""
-        pause_s = SWEEP_PAUSE_S
+        pause_s, found_count = SWEEP_PAUSE_S, 0
         while self._dying or self._clean_count < 2:
             await asyncio.sleep(pause_s)
             present = self._sweep()
+            found_count = found_count + 1 if present else 0
+            if found_count >= FREEZE_AFTER_COUNT:
+                found_count = 0
+                await self._freeze()
             for dying in self._dying:
                 self._look_after(dying, present)
             self._dying = [dying for dying in self._dying if not dying.gone.done()]
@@ -3026,16 +3045,45 @@ class Reaper:
     def _sweep(self) -> set[bytes | None]:
         """Kill every orphan that is nobody's; return the marks of those that were there, None for one without."""
         present = set()
+        for pid, orphan in self._condemned():
+            if not orphan.killed:
+                _kill_orphan(pid)
+                orphan.killed = True
+            present.add(orphan.mark)
+        return present
+
+    def _condemned(self) -> Iterator[tuple[int, Orphan]]:
+        """Yield every orphan that is no running call's."""
         for pid in self.orphans():
             orphan = self._adopted.setdefault(pid, Orphan())
             if not orphan.killed:
                 orphan.mark = orphan.mark or _read_mark(pid)
                 if self._is_owned(pid, orphan.mark):
                     continue
-                _kill_orphan(pid)
-                orphan.killed = True
-            present.add(orphan.mark)
-        return present
+            yield pid, orphan
+
+    async def _freeze(self) -> None:
+        """Stop all that is to die, until a look finds nothing new, and kill it then.
+
+        What is stopped does not fork, and keeps its place among the processes that a limit allows; what is killed gives
+        its place to the next.
+        """
+        stopped: set[Relative] = set()
+        limit_s = time.monotonic() + FREEZE_LIMIT_S
+        while time.monotonic() < limit_s:
+            roots = [pid for pid, _ in self._condemned()]
+            for pid in roots:  # at once, they are our children: there is less to read then, and we get a processor
+                os.kill(pid, signal.SIGSTOP)
+            roots += [each.process.pid for each in self._dying if each.process.pid in self._roots]
+            found = set(read_family(roots)) - stopped
+            for each in found:
+                each.signal(signal.SIGSTOP)
+            stopped |= found
+            if not found:
+                break
+            await asyncio.sleep(0)
+        for each in stopped:
+            each.signal(signal.SIGKILL)
 
     def orphans(self) -> list[int]:
         """Return the children that we have adopted (the `children` file of proc(5); sweeps are repeated)."""
@@ -3114,6 +3162,79 @@ def _read_mark(pid: int) -> bytes | None:
     except OSError:
         return None
     return next((each[len(MARK) + 1 :] for each in variables if each.startswith(MARK + b"=")), None)
+
+
+def signal_if(pid: int, number: signal.Signals, condition: Callable[[int], bool]) -> None:
+    """Signal a process that need not be our child if it meets `condition`, and no other that has got its number since.
+
+    A pidfd means the same process for ever (pidfd_open(2)), so what is found out after it was opened holds for it.
+    """
+    with suppress(ProcessLookupError, PermissionError):
+        pidfd = os.pidfd_open(pid)
+        try:
+            if condition(pid):
+                signal.pidfd_send_signal(pidfd, number)
+        finally:
+            os.close(pidfd)
+
+
+class Relative(NamedTuple):
+    """A process as a look at /proc has found it; no other has had this number and this start."""
+
+    pid: int
+    start: bytes
+
+    def is_alive(self) -> bool:
+        """Tell whether it is still there, and no zombie."""
+        with suppress(ProcessLookupError, FileNotFoundError):
+            fields = _read_stat(self.pid)
+            return fields[19] == self.start and fields[0] not in (b"Z", b"X")
+        return False
+
+    def is_in_group(self, group: int) -> bool:
+        """Tell whether it is in a process group."""
+        with suppress(ProcessLookupError):
+            return os.getpgid(self.pid) == group
+        return False
+
+    def signal(self, number: signal.Signals) -> None:
+        """Signal it, if it is still there."""
+        signal_if(self.pid, number, lambda _: self.is_alive())
+
+
+def read_relative(pid: int) -> Relative | None:
+    """Return the process that has the number `pid` now; None if there is none."""
+    with suppress(ProcessLookupError, FileNotFoundError):
+        return Relative(pid, _read_stat(pid)[19])
+    return None
+
+
+def read_descendants(pids: Iterable[int]) -> list[Relative]:
+    """Return what descends from `pids`, whatever session or group it has gone to; some ms for each, for a thread."""
+    import psutil  # only here, and in the guard: most calls end by themselves
+
+    found: list[Relative | None] = []
+    for pid in pids:
+        with suppress(psutil.NoSuchProcess):
+            found += [read_relative(each.pid) for each in psutil.Process(pid).children(recursive=True)]
+    return [each for each in found if each is not None]
+
+
+def read_family(pids: Iterable[int]) -> list[Relative]:
+    """Return `pids` and all that descends from them: one look at /proc.
+
+    Beside a fork bomb, where loading psutil takes seconds and there may be no place for a thread.
+    """
+    found, children = {}, defaultdict(list)
+    for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
+        with suppress(ProcessLookupError, FileNotFoundError):
+            fields = _read_stat(pid)
+            found[pid] = Relative(pid, fields[19])
+            children[int(fields[1])].append(found[pid])
+    family = [found[pid] for pid in pids if pid in found]
+    for each in family:  # which grows meanwhile
+        family += children.pop(each.pid, ())
+    return family
 
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
@@ -3551,8 +3672,8 @@ class Spawner:
     With `user` a function must differ from its watchdog in the real, effective and saved user, and for no moment may
     the two be alike, or a function could signal us: kill(2) compares with real and saved.  posix_spawn(3) can only make
     the effective user the real one, so our own real user would have to be the function's; only fork(2) keeps the two
-    apart.  It copies our page tables (2 to 4 ms at 30 MB on a virtual machine, which calls without `user` do not pay and
-    `prewarm` hides); a helper like setpriv(1) would be cheaper, but runs as root with the function's LD_PRELOAD.
+    apart.  It copies our page tables (2 to 4 ms at 30 MB on a virtual machine, which only calls with `user` pay, and
+    `prewarm` hides).  A helper such as setpriv(1) would be cheaper, but run as root with the function's LD_PRELOAD.
     """
 
     def __init__(self, reaper: Reaper, instance: bytes, settings: Settings, environ: Mapping[bytes, bytes]) -> None:
@@ -4235,35 +4356,30 @@ class Guard(Aftercare):
 
 
 def _list_processes() -> list[int]:
-    import psutil  # only here: the guard loads it beside us while we start, and we need it when a worker has died
+    import psutil  # the guard loads it beside us while we start
 
     return psutil.pids()
 
 
 def kill_left(mark_prefix: bytes, sessions: frozenset[int]) -> None:
     """Kill every process that has one of our marks or belongs to one of `sessions`, until two looks find none."""
+    is_left = partial(_is_left, mark_prefix=mark_prefix, sessions=sessions)
+    stopped: set[int] = set()
+    limit_s = time.monotonic() + FREEZE_LIMIT_S
+    while time.monotonic() < limit_s:  # see `Reaper._freeze`
+        found = [pid for pid in _list_processes() if pid not in stopped and is_left(pid)]
+        for pid in found:
+            signal_if(pid, signal.SIGSTOP, is_left)
+        stopped.update(found)
+        if not found:
+            break
     empty_count, limit_s = 0, time.monotonic() + SWEEP_LIMIT_S
     while empty_count < 2 and time.monotonic() < limit_s:
-        is_left = partial(_is_left, mark_prefix=mark_prefix, sessions=sessions)
         found = [pid for pid in _list_processes() if is_left(pid)]
         for pid in found:
             signal_if(pid, signal.SIGKILL, is_left)
         empty_count = 0 if found else empty_count + 1
         time.sleep(0.005)
-
-
-def signal_if(pid: int, number: signal.Signals, condition: Callable[[int], bool]) -> None:
-    """Signal a process that need not be our child if it meets `condition`, and no other that has got its number since.
-
-    A pidfd means the same process for ever (pidfd_open(2)), so what is found out after it was opened holds for it.
-    """
-    with suppress(ProcessLookupError, PermissionError):
-        pidfd = os.pidfd_open(pid)
-        try:
-            if condition(pid):
-                signal.pidfd_send_signal(pidfd, number)
-        finally:
-            os.close(pidfd)
 
 
 def _is_left(pid: int, mark_prefix: bytes, sessions: frozenset[int]) -> bool:

@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,35 @@ def test_tree_of_another_user_is_gone_when_the_watchdog_is_killed() -> None:
         for call in calls:
             with pytest.raises(ConnectionError):
                 call.result()
+
+
+BOMB = "use POSIX; while (1) { my $pid = fork; POSIX::setsid() if defined $pid && !$pid }"
+
+
+@pytest.mark.parametrize("end", ["deadline", "told-twice", "killed"])
+def test_nothing_is_left_when_a_function_is_a_fork_bomb_in_sessions_of_its_own(end: str) -> None:
+    """Root is not held by the limit of processes that bounds it, so it takes another user."""
+    settings = {"fprocess": f"prlimit --nproc=100 perl -e '{BOMB}'", "user": USER, "exec_timeout": "1s"}
+    with Program("watchdog", settings) as program:
+        call = InBackground(lambda: http_request(program.port))
+        try:
+            wait_until(lambda: len(of_user()) > 90, 5.0, "the limit reached")
+            if end == "deadline":
+                assert call.result().status == 408
+            elif end == "killed":
+                program.kill()
+            else:
+                program.terminate()
+                program.wait_log("raining")
+                program.terminate()
+                program.wait_exit()
+            wait_until(lambda: all(state_of(pid) in "ZX" for pid in of_user()), 3.0, "nothing left")
+        finally:
+            while alive := [pid for pid in of_user() if state_of(pid) not in "ZX"]:
+                for number in (signal.SIGSTOP, signal.SIGKILL):
+                    for pid in alive:
+                        with suppress(ProcessLookupError):
+                            os.kill(pid, number)
 
 
 def test_no_exit_is_overlooked_when_many_calls_end_while_others_start(guarded: Program) -> None:
