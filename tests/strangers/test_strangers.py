@@ -173,7 +173,7 @@ REFUSED_TARGETS = [
     *("http://[::ffff:169.254.169.254]/", "http://[::ffff:a9fe:a9fe]/", "http://[64:ff9b::a9fe:a9fe]/"),
     *("http://10.0.0.1/", "http://192.168.1.1/", "http://100.100.100.200/", "http://0/", "http://[::]/"),
     *("http://224.0.0.1/", "http://255.255.255.255/", "file:///etc/passwd", "gopher://127.0.0.1/", "//10.0.0.1/"),
-    *("http://user:password@169.254.169.254/", "http://169.254.169.254%2f@127.0.0.1/", "http:///x", "http://10.1/"),
+    *("http://user:s3cret@169.254.169.254/", "http://169.254.169.254%2f@127.0.0.1/", "http:///x", "http://10.1/"),
 ]
 
 
@@ -181,7 +181,7 @@ REFUSED_TARGETS = [
 def test_submission_is_refused_when_its_callback_may_not_go_there(world: World, url: str) -> None:
     answer = world.gateway.request("POST", "/async-function/cat", b"x", {"X-Callback-Url": url})
     assert answer.status == 400, answer
-    assert "password" not in answer.text
+    assert "s3cret" not in answer.text
 
 
 @pytest.mark.parametrize("host", ["rebound", "inner"])
