@@ -47,6 +47,7 @@ import itertools
 import json
 import math
 import mmap
+import pwd
 import re
 import select
 import shlex
@@ -55,6 +56,7 @@ import signal
 import socket
 import ssl
 import stat
+import subprocess
 import time
 import traceback
 import urllib.parse
@@ -295,6 +297,50 @@ def parse_command(text: str) -> tuple[str, ...]:
     return tuple(words)
 
 
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """As whom functions run: the numbers of user, group and further groups, and the variables that tell of them."""
+
+    uid: int
+    gid: int
+    groups: Sequence[int] = ()
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+
+USER_HELP = "allowed: the name of a user, or UID:GID as numbers; not root"
+_LARGEST_ID = 2**32 - 2  # -1 means "leave it" to setresuid(2)
+
+
+def parse_user(text: str) -> Identity:
+    """Return the user that `text` names, with all groups, or that UID:GID stands for, with that group only."""
+    numbers = re.fullmatch(r"([0-9]{1,10}):([0-9]{1,10})", text, re.ASCII)
+    if numbers:
+        identity = Identity(int(numbers[1]), int(numbers[2]))
+    else:
+        try:
+            found = pwd.getpwnam(text)
+        except (KeyError, ValueError):
+            raise ValueError(f"there is no such user; {USER_HELP}") from None
+        variables = {"HOME": found.pw_dir, "USER": text, "LOGNAME": text}
+        groups = tuple(os.getgrouplist(text, found.pw_gid))
+        identity = Identity(found.pw_uid, found.pw_gid, groups, variables)
+    if not (0 < identity.uid <= _LARGEST_ID and identity.gid <= _LARGEST_ID):
+        raise ValueError(USER_HELP)
+    return identity
+
+
+# What it takes to run functions as another user (capabilities(7)): to become that user, to signal its processes, and
+# to read the mark in their environment.
+_USER_CAPABILITIES = {"CAP_KILL": 5, "CAP_SETGID": 6, "CAP_SETUID": 7, "CAP_SYS_PTRACE": 19}
+
+
+def missing_capabilities() -> list[str]:
+    """Return what this process lacks of the rights that `user` needs; root has them unless they were taken away."""
+    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+        held = int(next(line for line in file if line.startswith("CapEff:")).split()[1], 16)
+    return [name for name, number in _USER_CAPABILITIES.items() if not held >> number & 1]
+
+
 def parse_choice(*choices: str) -> Callable[[str], str]:
     """Return a parser that takes one of `choices` and nothing else."""
 
@@ -406,7 +452,7 @@ def without_credentials(text: str) -> str:
 
 def lookalikes(kind: type, environ: Mapping[str, str]) -> list[str]:
     """Return a warning for each variable of `environ` that is not ours but nearly spelled like one of ours."""
-    known = setting_names(kind)
+    known = setting_names(kind) | {"USER"}  # which every login shell sets
     warnings = []
     for name in sorted(set(environ) - known):
         close = [name.lower()] if name.lower() in known else difflib.get_close_matches(name, known, 1, cutoff=0.85)
@@ -451,6 +497,9 @@ class Settings:
         "after SIGTERM: time to stay up, unhealthy, before draining",
         default_note="5s, or write_timeout if shorter",
     )
+    user: Identity | None = setting(
+        "user", "", parse_user, "user that functions run as, by name or UID:GID", default_note="the watchdog's own"
+    )
     term_grace_s: float = setting(
         "term_grace", "0", parse_duration, "SIGTERM first and so long before SIGKILL; 0 is SIGKILL at once"
     )
@@ -473,6 +522,11 @@ class Settings:
         """Yield a line for each pair of settings that cannot both be meant."""
         if self.port and self.port == self.metrics_port:
             yield f"metrics_port={self.metrics_port} contradicts port={self.port}; allowed: two different ports"
+        if self.user is not None and (missing := missing_capabilities()):
+            yield (
+                f"user is set, but this process may not change users: it lacks {', '.join(missing)}; allowed: user"
+                " where the program runs as root, or not at all"
+            )
         if self.prewarm and self.cgi_headers:
             yield (
                 f"prewarm={self.prewarm} contradicts cgi_headers=true: a process that is started already cannot get"
@@ -2827,6 +2881,7 @@ class DeadlineReached(FaashoundError):
 # ---------------------------------------------------------------------------------------------------------------
 
 _PR_SET_CHILD_SUBREAPER = 36
+_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
 _IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)  # a program expects them at their defaults
 
 
@@ -2842,9 +2897,18 @@ def signals_at_default() -> tuple[int, ...]:
 
 def become_subreaper() -> None:
     """Make every descendant that loses its parent a child of this process (prctl(2), Linux 3.4)."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def drop_ambient_capabilities() -> None:
+    """Let no right of ours pass to what we execute as another user (capabilities(7), Linux 4.3)."""
+    _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
+
+
+def _prctl(option: int, value: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+    if libc.prctl(option, value, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), f"prctl({option})")
 
 
 def find_program(name: str, path: str | None) -> str:
@@ -3031,7 +3095,8 @@ class Reaper:
         self._spared[pid] = on_exit
 
     def _on_sigchld(self) -> None:
-        os.read(self._signal_fd, _SIGINFO_BYTES)
+        with suppress(BlockingIOError):  # taken back meanwhile, see `Spawner`
+            os.read(self._signal_fd, _SIGINFO_BYTES)
         self.reap()
 
     def reap(self) -> None:
@@ -3641,14 +3706,10 @@ class Pipes:
             raise
         self.stderr_lines = LineSplitter(on_stderr or (lambda line: None))
 
-    def actions(self) -> list[tuple[int, int, int]]:
-        """Return what posix_spawn does in the child: its ends become 0, 1 and 2 (all others close on exec)."""
-        child_in, child_out = self._theirs[:2]
-        return [
-            (os.POSIX_SPAWN_DUP2, child_in, 0),
-            (os.POSIX_SPAWN_DUP2, child_out, 1),
-            (os.POSIX_SPAWN_DUP2, self._theirs[-1], 2),
-        ]
+    @property
+    def theirs(self) -> tuple[int, int, int]:
+        """What become 0, 1 and 2 of the child (all others close on exec)."""
+        return self._theirs[0], self._theirs[1], self._theirs[-1]
 
     def close_theirs(self) -> None:
         """Close the child's ends in this process."""
@@ -3672,23 +3733,26 @@ class Pipes:
 
 
 class Spawner:
-    """Starts the function's processes: path resolved and environment encoded once, only the request's part added."""
+    """Starts the function's processes: path resolved and environment encoded once, only the request's part added.
 
-    def __init__(
-        self,
-        reaper: Reaper,
-        instance: bytes,
-        words: Sequence[str],
-        environ: Mapping[bytes, bytes],
-        term_grace_s: float = 0.0,
-    ) -> None:
+    With `user` a function must differ from its watchdog in the real, effective and saved user, and for no moment may
+    the two be alike, or a function could signal us: kill(2) compares with real and saved.  posix_spawn(3) can only make
+    the effective user the real one, so our own real user would have to be the function's; only fork(2) keeps the two
+    apart.  It copies our page tables (2 to 4 ms at 30 MB on a virtual machine, which calls without `user` do not pay and
+    `prewarm` hides); a helper like setpriv(1) would be cheaper, but runs as root with the function's LD_PRELOAD.
+    """
+
+    def __init__(self, reaper: Reaper, instance: bytes, settings: Settings, environ: Mapping[bytes, bytes]) -> None:
         self._instance = instance
         self._reaper = reaper
-        self._words = tuple(words)
+        self._words = settings.fprocess
         self._environ = dict(environ)
-        self._term_grace_s = term_grace_s
+        self._term_grace_s = settings.term_grace_s
+        self._user = settings.user
         self._program: str | None = None
         self._defaults = signals_at_default()
+        if self._user is not None:
+            drop_ambient_capabilities()
 
     def spawn(self, facts: Mapping[bytes, bytes], on_stderr: Callable[[str], None] | None) -> Process:
         """Start a process with `facts` added to its environment; raises StartFailed, or FactsTooLarge (431).
@@ -3704,7 +3768,7 @@ class Spawner:
         except OSError as error:
             raise StartFailed(f"no pipe: {_strerror(error)}") from None
         try:
-            pid = self._posix_spawn(environ, pipes.actions())
+            pid = self._start(environ, pipes.theirs)
         except OSError as error:
             pipes.close()
             raise self._explained(error, facts) from None
@@ -3714,16 +3778,18 @@ class Spawner:
         pipes.close_theirs()
         return Process(self._reaper, pid, mark, started_s, pipes, self._term_grace_s)
 
-    def _posix_spawn(self, environ: Mapping[bytes, bytes], actions: list[tuple[int, int, int]]) -> int:
+    def _start(self, environ: Mapping[bytes, bytes], streams: tuple[int, int, int]) -> int:
         remembered = self._program is not None
         if self._program is None:
             self._program = find_program(self._words[0], os.fsdecode(self._environ.get(b"PATH", b"")) or None)
         try:
+            if self._user is not None:
+                return self._fork_exec(self._program, self._user, environ, streams)
             return os.posix_spawn(
                 self._program,
                 self._words,
                 environ,
-                file_actions=actions,
+                file_actions=[(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(streams)],
                 setsid=True,
                 setsigmask=(),
                 setsigdef=self._defaults,
@@ -3732,7 +3798,34 @@ class Spawner:
             self._program = None  # it may have moved, or come, since PATH was searched
             if not remembered:
                 raise
-        return self._posix_spawn(environ, actions)
+        return self._start(environ, streams)
+
+    def _fork_exec(
+        self, program: str, user: Identity, environ: Mapping[bytes, bytes], streams: tuple[int, int, int]
+    ) -> int:
+        """Start a process as another user."""
+        for fd in streams:
+            os.fchown(fd, user.uid, user.gid)  # or `echo >/dev/stderr` would fail: that opens the pipe again
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGCHLD,))  # a fork inherits it
+        try:
+            process = subprocess.Popen(
+                self._words,
+                executable=program,
+                stdin=streams[0],
+                stdout=streams[1],
+                stderr=streams[2],
+                env=environ,
+                close_fds=False,
+                start_new_session=True,
+                user=user.uid,
+                group=user.gid,
+                extra_groups=user.groups,
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGCHLD,))
+            self._reaper.loop.call_soon(self._reaper.reap)  # what has exited meanwhile has not been told
+        process.returncode = 0  # it is the reaper's
+        return process.pid
 
     def _explained(self, error: OSError, facts: Mapping[bytes, bytes]) -> FaashoundError:
         if error.errno == errno.E2BIG and facts and self._fits_execve():
@@ -4452,8 +4545,10 @@ def is_ours_alone(name: str) -> bool:
     return name in setting_names(Settings) and name not in _TOLD_FUNCTIONS
 
 
-def function_environment(environ: Mapping[str, str]) -> dict[bytes, bytes]:
+def function_environment(environ: Mapping[str, str], user: Identity | None = None) -> dict[bytes, bytes]:
     """Return the environment that functions start from: ours without what was meant for us alone, and what is theirs.
+
+    As another user they have that user's HOME, USER and LOGNAME, or none.
 
     LC_CTYPE is left out if it came with our interpreter, which sets it in a bare environment (PEP 538).
     """
@@ -4464,6 +4559,9 @@ def function_environment(environ: Mapping[str, str]) -> dict[bytes, bytes]:
         for name, value in environ.items()
         if not is_ours_alone(name) and not (coerced and name == "LC_CTYPE")
     }
+    if user is not None:
+        inherited = {name: value for name, value in inherited.items() if name not in ("HOME", "USER", "LOGNAME")}
+        inherited |= user.variables
     given = {
         name.removeprefix(FUNCTION_VARIABLE): value
         for name, value in environ.items()
@@ -4703,7 +4801,7 @@ async def serve(settings: Settings, environ: Mapping[str, str], doors: Doors, gu
     if seat.is_alone:
         guard.keep(reaper)
     mark = guard.mark_of(seat.index)
-    spawner = Spawner(reaper, mark, settings.fprocess, function_environment(environ), settings.term_grace_s)
+    spawner = Spawner(reaper, mark, settings, function_environment(environ, settings.user))
     with ExitStack() as cleanup:
         cleanup.callback(reaper.close)
         on_stderr = None if settings.combine_output else partial(log_stderr, settings, log_prefix(settings, None))
