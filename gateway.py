@@ -71,7 +71,7 @@ from .functions import (
     parse_function_url,
     read_functions,
 )
-from .keeper import Keeper
+from .keeper import Keeper, python_command
 from .queues import NatsSettings, Queue, QueueUrl, is_healthy, open_queue, parse_queue_url
 from .retries import BadAnnotations, parse_annotations
 from .spool import (
@@ -139,6 +139,7 @@ from .watchdog import (
     serve_metrics,
     setting,
     settings_table,
+    settle_descriptors,
     start_metrics,
     watch_lifeline,
     whole,
@@ -990,7 +991,7 @@ def hidden_names() -> set[str]:
 
 WORKER_GONE_POLL_S = 0.05
 FUNCTIONS_GRACE_S = 10.0  # for watchdogs whose requests are over already
-WORKER_COMMAND = (sys.executable, "-m", "faashound.worker")
+WORKER_COMMAND = python_command("faashound.worker")
 
 
 async def keep_house(queue: Queue, settings: Settings) -> None:
@@ -1102,6 +1103,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     """Run the gateway and return its exit status: 0 stopped, 1 failed or cut calls, 2 bad settings."""
     argv = list(sys.argv[1:] if argv is None else argv)
     environ = os.environ if environ is None else environ
+    settle_descriptors()
     answer = flag_answer(argv, help_text("fgateway", PURPOSE, Settings))
     if answer is not None:
         return answer

@@ -20,6 +20,7 @@ import fcntl
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -34,6 +35,15 @@ BAD_SETTINGS_STATUS = 2  # our programs' exit status for settings that no restar
 
 LISTEN_FD = 3  # systemd's SD_LISTEN_FDS_START
 LIFELINE_FD = 4
+
+
+def python_command(module: str) -> tuple[str, ...]:
+    """Return the command that runs one of our modules, whatever lies in the working directory.
+
+    A module is compiled only once.  Without -P (or PYTHONSAFEPATH) Python would look for `email` and `token` in the
+    working directory first, where people keep their functions beside functions.toml.
+    """
+    return (sys.executable, "-I" if sys.flags.isolated else "-P", "-m", module)
 
 
 def next_restart_s(delay_s: float | None, lived_s: float, status: int) -> float:

@@ -24,6 +24,14 @@ above it: limits, errors, settings, HTTP policy, HTTP drivers, process rules, pr
 
 from __future__ import annotations
 
+import os
+import sys
+
+if __name__ == "__main__":  # a `token.py` beside this file, or in PYTHONPATH, is a function's: look there last
+    _stdlib = os.path.dirname(os.__file__)
+    if _stdlib in sys.path:
+        sys.path[:] = sys.path[sys.path.index(_stdlib) :] + sys.path[: sys.path.index(_stdlib)]
+
 import asyncio
 import base64
 import ctypes
@@ -39,7 +47,6 @@ import itertools
 import json
 import math
 import mmap
-import os
 import re
 import select
 import shlex
@@ -47,7 +54,7 @@ import shutil
 import signal
 import socket
 import ssl
-import sys
+import stat
 import time
 import traceback
 import urllib.parse
@@ -338,6 +345,11 @@ def settings_table(kind: type) -> dict[str, Setting]:
 S = TypeVar("S")
 
 
+def setting_names(kind: type) -> frozenset[str]:
+    """Return every name and alias by which a setting of `kind` can be given."""
+    return frozenset(name for row in settings_table(kind).values() for name in (row.name, row.alias) if name)
+
+
 def parse_settings(kind: type[S], environ: Mapping[str, str]) -> S:
     """Return `kind`, a settings dataclass, filled from `environ`.
 
@@ -382,8 +394,7 @@ def _parse_row(row: Setting, environ: Mapping[str, str]) -> Any:
 
 def lookalikes(kind: type, environ: Mapping[str, str]) -> list[str]:
     """Return a warning for each variable of `environ` that is not ours but nearly spelled like one of ours."""
-    rows = settings_table(kind).values()
-    known = {name for row in rows for name in (row.name, row.alias) if name}
+    known = setting_names(kind)
     warnings = []
     for name in sorted(set(environ) - known):
         close = [name.lower()] if name.lower() in known else difflib.get_close_matches(name, known, 1, cutoff=0.85)
@@ -3688,14 +3699,14 @@ class Spawner:
         self._term_grace_s = term_grace_s
         self._program: str | None = None
         self._defaults = signals_at_default()
-        self._count = itertools.count(1)
 
     def spawn(self, facts: Mapping[bytes, bytes], on_stderr: Callable[[str], None] | None) -> Process:
         """Start a process with `facts` added to its environment; raises StartFailed, or FactsTooLarge (431).
 
         `on_stderr` gets the lines that it writes on stderr; None: stderr joins its output.
         """
-        mark = b"%s.%d" % (self._instance, next(self._count))
+        # Not a number: a process that knows the mark of another call would pass for that call's, and outlive its own.
+        mark = b"%s.%s" % (self._instance, os.urandom(8).hex().encode())
         environ = {**self._environ, **facts, MARK: mark}
         started_s = math.floor(time.clock_gettime(time.CLOCK_BOOTTIME) * _TICKS_PER_S) / _TICKS_PER_S
         try:
@@ -4034,7 +4045,7 @@ class Watchdog:
             raise MethodNotAllowed(("GET",))
         if not self.accepting:
             raise NotReady("draining")
-        if self._lock_path is not None and not os.path.exists(self._lock_path):
+        if self._lock_path is not None and not is_locked(self._lock_path):
             raise NotReady(f"the lock file {self._lock_path} has gone")
         return Response(200, (TEXT_PLAIN,), b"OK")
 
@@ -4096,6 +4107,19 @@ def output_response(status: int, headers: Sequence[Header], prefix: bytes, outpu
     return Response(status, headers, FileBody(prefix, output.file), len(prefix) + output.bytes_count)
 
 
+def log_prefix(settings: Settings, call_id: str | None) -> str:
+    """Return what stands before each line of a call, or, without an id, of a process that waits for one."""
+    return f"[{call_id or 'none'}] " if settings.log_callid else ""
+
+
+def log_stderr(settings: Settings, prefix: str, line: str) -> None:
+    """Log a line of a function, which says so unless the operator wants it as it is."""
+    if settings.prefix_logs:
+        log.info(f"{prefix}stderr: {line}")
+    else:
+        log.raw(prefix + line)
+
+
 class CallLog:
     """What the log says of one call: a line at its start, one at its end whatever the outcome."""
 
@@ -4104,7 +4128,7 @@ class CallLog:
         self._request = request
         self._settings = settings
         self._call_id = call_id_of(request)
-        self._prefix = f"[{self._call_id or 'none'}] " if settings.log_callid else ""
+        self._prefix = log_prefix(settings, self._call_id)
         self._started_s = time.perf_counter()
 
     def elapsed_s(self) -> float:
@@ -4119,10 +4143,7 @@ class CallLog:
 
     def on_stderr(self, line: str) -> None:
         """The process wrote a line on stderr, which does not join the response."""
-        if self._settings.prefix_logs:
-            log.info(f"{self._prefix}stderr: {line}")
-        else:
-            log.raw(self._prefix + line)
+        log_stderr(self._settings, self._prefix, line)
 
     def ended(self, response: Response, ending: Ending) -> None:
         """The process ended by itself."""
@@ -4284,8 +4305,10 @@ class Guard(Aftercare):
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)
             _list_processes()  # loads what it takes while there is time
-            os.closerange(0, watched)
-            os.closerange(watched + 1, os.sysconf("SC_OPEN_MAX"))
+            for fd in open_descriptors():  # not up to SC_OPEN_MAX, which may be 10^9 (musl, an old glibc)
+                if fd != watched:
+                    with suppress(OSError):
+                        os.close(fd)
             os.read(watched, 1)
             kill_left(self.instance + b".", frozenset().union(*(table.pids() for table in self.roots)))
         finally:
@@ -4326,12 +4349,26 @@ def kill_left(mark_prefix: bytes, sessions: frozenset[int]) -> None:
     """Kill every process that has one of our marks or belongs to one of `sessions`, until two looks find none."""
     empty_count, limit_s = 0, time.monotonic() + SWEEP_LIMIT_S
     while empty_count < 2 and time.monotonic() < limit_s:
-        found = [pid for pid in _list_processes() if _is_left(pid, mark_prefix, sessions)]
+        is_left = partial(_is_left, mark_prefix=mark_prefix, sessions=sessions)
+        found = [pid for pid in _list_processes() if is_left(pid)]
         for pid in found:
-            with suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
+            signal_if(pid, signal.SIGKILL, is_left)
         empty_count = 0 if found else empty_count + 1
         time.sleep(0.005)
+
+
+def signal_if(pid: int, number: signal.Signals, condition: Callable[[int], bool]) -> None:
+    """Signal a process that need not be our child if it meets `condition`, and no other that has got its number since.
+
+    A pidfd means the same process for ever (pidfd_open(2)), so what is found out after it was opened holds for it.
+    """
+    with suppress(ProcessLookupError, PermissionError):
+        pidfd = os.pidfd_open(pid)
+        try:
+            if condition(pid):
+                signal.pidfd_send_signal(pidfd, number)
+        finally:
+            os.close(pidfd)
 
 
 def _is_left(pid: int, mark_prefix: bytes, sessions: frozenset[int]) -> bool:
@@ -4341,6 +4378,11 @@ def _is_left(pid: int, mark_prefix: bytes, sessions: frozenset[int]) -> bool:
         return _read_stat(pid)[0] != b"Z"
     except (ProcessLookupError, FileNotFoundError):
         return False
+
+
+def open_descriptors() -> list[int]:
+    """Return the descriptors that are open in this process, and that of the listing, which is closed again."""
+    return list(map(int, os.listdir("/proc/self/fd")))
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -4401,18 +4443,44 @@ def watch_lifeline(loop: asyncio.AbstractEventLoop, fd: int | None, on_end: Call
     loop.add_reader(fd, on_readable)
 
 
+# A variable of the function that must not be its watchdog's, since it would change our interpreter (PYTHONHOME,
+# LD_PRELOAD), comes behind this prefix.  What else begins like it is between our programs.
+FUNCTION_VARIABLE = "FAASHOUND_FUNCTION_"
+OUR_PREFIX = "FAASHOUND_"
+
+# What systemd means for the process that it has started, and for no child of it (sd_notify(3), sd_listen_fds(3),
+# systemd.exec(5)): a function must not report for us, nor read our credentials.
+_SYSTEMD_ONLY = ("LISTEN_", "NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "CREDENTIALS_DIRECTORY")
+
+# Settings that are no secret of ours, and by which OpenFaaS' own templates (Go's, for one) set their time limits.
+_TOLD_FUNCTIONS = frozenset(("read_timeout", "write_timeout", "exec_timeout", "healthcheck_interval"))
+
+
+def is_ours_alone(name: str) -> bool:
+    """Tell whether a variable of the watchdog's environment is none of its functions' business."""
+    if name.startswith((OUR_PREFIX, *_SYSTEMD_ONLY)):
+        return True
+    return name in setting_names(Settings) and name not in _TOLD_FUNCTIONS
+
+
 def function_environment(environ: Mapping[str, str]) -> dict[bytes, bytes]:
-    """Return the environment that functions start from: ours without what was meant for us alone.
+    """Return the environment that functions start from: ours without what was meant for us alone, and what is theirs.
 
     LC_CTYPE is left out if it came with our interpreter, which sets it in a bare environment (PEP 538).
     """
     with open("/proc/self/environ", "rb") as file:
         coerced = "LC_CTYPE" in os.environ and not re.search(rb"(?:^|\0)LC_CTYPE=", file.read())
-    return {
-        os.fsencode(name): os.fsencode(value)
+    inherited = {
+        name: value
         for name, value in environ.items()
-        if not name.startswith(("LISTEN_", "FAASHOUND_")) and not (coerced and name == "LC_CTYPE")
+        if not is_ours_alone(name) and not (coerced and name == "LC_CTYPE")
     }
+    given = {
+        name.removeprefix(FUNCTION_VARIABLE): value
+        for name, value in environ.items()
+        if name.startswith(FUNCTION_VARIABLE)
+    }
+    return {os.fsencode(name): os.fsencode(value) for name, value in (inherited | given).items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -4649,7 +4717,7 @@ async def serve(settings: Settings, environ: Mapping[str, str], doors: Doors, gu
     spawner = Spawner(reaper, mark, settings.fprocess, function_environment(environ), settings.term_grace_s)
     with ExitStack() as cleanup:
         cleanup.callback(reaper.close)
-        on_stderr = None if settings.combine_output else log.raw
+        on_stderr = None if settings.combine_output else partial(log_stderr, settings, log_prefix(settings, None))
         pool = Pool(reaper, spawner, seat.share_of(settings.prewarm), on_stderr)
         cleanup.callback(pool.close)
         lock_path = None if settings.suppress_lock else lock_file_path(environ)
@@ -4718,30 +4786,57 @@ def start_metrics(sockets: Iterable[socket.socket], handler: Handler) -> Server:
 
 
 def settle_descriptors() -> None:
-    """Make sure that 0, 1 and 2 are open, and that functions inherit nothing else from whoever started us."""
+    """Make sure that 0, 1 and 2 are open, and that functions inherit nothing else from the process that started us.
+
+    First of all in each program: a socket that got the number 2 would be sent the log, and libuv aborts when it gets
+    one of these numbers for itself.
+    """
     while (fd := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) <= 2:
         os.set_inheritable(fd, True)
     os.close(fd)
-    for name in os.listdir("/proc/self/fd"):
-        if int(name) > 2:
+    for fd in open_descriptors():
+        if fd > 2:
             with suppress(OSError):  # the listing's own
-                os.set_inheritable(int(name), False)
+                os.set_inheritable(fd, False)
 
 
 def lock_file_path(environ: Mapping[str, str]) -> str:
-    """Return the path of the lock file, whose existence is what --run-healthcheck looks at."""
-    return os.path.join(environ.get("TMPDIR") or "/tmp", ".lock")  # noqa: S108 - the name is OpenFaaS's
+    """Return the path of the lock file, whose existence is what --run-healthcheck looks at.
+
+    OpenFaaS's name for OpenFaaS's port, which probes know (`cat /tmp/.lock`); another port has a file of its own, or
+    the first of two watchdogs that ended would make the other unhealthy.  It goes by the setting, since a health check
+    has our environment and not our socket.
+    """
+    port = environ.get("port") or settings_table(Settings)["port"].default
+    name = ".lock" if port in ("8080", "0") else f".lock.{port}"
+    return os.path.join(environ.get("TMPDIR") or "/tmp", name)  # noqa: S108 - the name is OpenFaaS's
 
 
 def create_lock_file(environ: Mapping[str, str]) -> str:
-    """Create the lock file and return its path; raises CannotStart."""
+    """Create the lock file and return its path; raises CannotStart.
+
+    $TMPDIR may be writable for others: nothing is followed, waited for (a FIFO) or taken over that is not ours.
+    """
     path = lock_file_path(environ)
     log.info(f"Writing lock-file to: {path}")
     try:
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o660))
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o660)
+        found = os.fstat(fd)
+        os.close(fd)
     except OSError as error:
-        raise CannotStart(f"cannot write {path}: {error.strerror}; suppress_lock=true does without it") from None
-    return path
+        reason = "it is a symbolic link" if error.errno == errno.ELOOP else _strerror(error)
+    else:
+        if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid():
+            return path
+        reason = "it is there already and no file of ours"
+    raise CannotStart(f"cannot write {path}: {reason}; suppress_lock=true does without it")
+
+
+def is_locked(path: str) -> bool:
+    """Tell whether the lock file is there; a symbolic link or a FIFO is none."""
+    with suppress(OSError):
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    return False
 
 
 def remove_lock_file(path: str) -> None:
@@ -4786,7 +4881,7 @@ def read_file(path: str, meaning: str) -> str:
 
 def run_healthcheck(environ: Mapping[str, str]) -> int:
     """Return 0 if the lock file is there, else 1 (the texts are OpenFaaS's)."""
-    if os.path.exists(lock_file_path(environ)):
+    if is_locked(lock_file_path(environ)):
         return 0
     print("unable to find lock file.", file=sys.stderr)
     return 1
@@ -4809,6 +4904,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     """Run the watchdog and return its exit status: 0 stopped, 1 failed or cut calls, 2 bad settings."""
     argv = list(sys.argv[1:] if argv is None else argv)
     environ = os.environ if environ is None else environ
+    settle_descriptors()
     if argv == ["--run-healthcheck"]:
         return run_healthcheck(environ)
     answer = flag_answer(argv, help_text("fwatchdog [--run-healthcheck]", PURPOSE, Settings))
@@ -4818,7 +4914,6 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     if settings is None:
         return 2
     try:
-        settle_descriptors()
         signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whoever started us may have blocked SIGCHLD or SIGTERM
         with ExitStack() as cleanup:
             doors = open_doors(settings.host, settings.port, settings.metrics_port, environ)
