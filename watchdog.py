@@ -104,6 +104,7 @@ WATCH_IDLE_S = 30  # a connection without traffic is asked so often whether its 
 WATCH_EVERY_S = 10  # ... and again, while there is no answer
 WATCH_COUNT = 3  # ... and as many unanswered questions end it
 SILENT_S = WATCH_IDLE_S + WATCH_EVERY_S * WATCH_COUNT  # what was sent may stay unconfirmed so long
+FAREWELL_S = 1.0  # at the end of a drain: for the answers to requests that did not finish
 CONNECT_TIMEOUT_S = 10.0  # curl waits 300 s, Go's default transport 30 s; behind us is a local network
 KEPT_S = 20.0  # an idle connection to an upstream; below the 30 s after which a watchdog closes its side
 KEPT_CONNECTIONS_COUNT = 64  # idle connections kept for each upstream
@@ -941,6 +942,16 @@ class BodyTooLarge(FaashoundError):
 
     def __init__(self, limit_bytes: int) -> None:
         super().__init__(f"request body too large; allowed: {limit_bytes} bytes")
+
+
+class Stopping(FaashoundError):
+    """The request did not finish before this server had to end."""
+
+    status = 503
+    headers = ((b"Retry-After", b"1"),)
+
+    def __init__(self) -> None:
+        super().__init__("the server is stopping; the request was given up")
 
 
 class PeerGone(FaashoundError):
@@ -1873,7 +1884,7 @@ class Server:
 
     `on_refused` is told of each request that was answered without a handler: the request, None if it had no valid head,
     and the error.  `seat` tells of the other processes that serve the same sockets.
-    Obligations: `listen` each socket, then at the end `stop_accepting`, `drained`, `abort`, in this order.
+    Obligations: `listen` each socket, then at the end `stop_accepting`, `drained`, `give_up`, in this order.
     """
 
     def __init__(
@@ -1920,6 +1931,18 @@ class Server:
         except TimeoutError:
             return False
         return True
+
+    @property
+    def busy_count(self) -> int:
+        """The connections on which a request is arriving, handled or answered."""
+        return sum(connection.is_busy for connection in self.connections)
+
+    async def give_up(self) -> None:
+        """Answer 503 to every request whose answer has not begun, then cut what is left after FAREWELL_S."""
+        for connection in list(self.connections):
+            connection.give_up()
+        await self.drained(asyncio.get_running_loop().time() + FAREWELL_S)
+        self.abort()
 
     def abort(self) -> None:
         """Cut every connection; their handlers are cancelled."""
@@ -2241,7 +2264,8 @@ class ServerConnection(asyncio.Protocol):
         if self._phase is Phase.SENDING:
             self._transport.close()
             return
-        self._enter(Phase.HANDLING)
+        if self._phase is not Phase.HANDLING:
+            self._enter(Phase.HANDLING)
         if self._task is None:
             self._answer_refusal(None)
         else:
@@ -2269,7 +2293,8 @@ class ServerConnection(asyncio.Protocol):
 
     def _linger(self) -> None:
         """Close so that the client can read the answer: unread input would make the kernel reset the connection."""
-        if (self._wire.peer_done and self._refusal is None) or not self._transport.can_write_eof():
+        in_step = self._wire.peer_done and not isinstance(self._refusal, BadRequest)
+        if in_step or not self._transport.can_write_eof():
             self._transport.close()
             return
         self._enter(Phase.LINGERING)
@@ -2289,6 +2314,18 @@ class ServerConnection(asyncio.Protocol):
         """Close unless an exchange is going on or beginning."""
         if self._phase is Phase.IDLE:
             self._transport.close()
+
+    @property
+    def is_busy(self) -> bool:
+        """True while an exchange is going on or beginning."""
+        return self._phase not in (Phase.IDLE, Phase.LINGERING) and not self._transport.is_closing()
+
+    def give_up(self) -> None:
+        """Answer that we are stopping, where the answer has not begun; else cut the connection."""
+        if self._phase not in (Phase.HEAD, Phase.BODY, Phase.HANDLING):
+            self.abort()
+        elif self._refusal is None:
+            self._refuse(Stopping())
 
     def abort(self) -> None:
         """Cut the connection now; a running handler is cancelled."""
@@ -4291,7 +4328,8 @@ def open_sockets(host: str | None, port: int, environ: Mapping[str, str]) -> lis
         if host is None:
             return [_listen_everywhere(port)]
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        return [_listen(family, sockaddr) for family, _, _, _, sockaddr in found]
+        once = dict.fromkeys((family, sockaddr) for family, _, _, _, sockaddr in found)  # /etc/hosts may repeat itself
+        return [_listen(family, sockaddr) for family, sockaddr in once]
     except (OSError, UnicodeError) as error:
         raise CannotStart(f"cannot listen on {host or 'all interfaces'} port {port}: {error}") from None
 
@@ -4322,7 +4360,7 @@ def _listen_everywhere(port: int) -> socket.socket:
 
 
 def _listen(family: socket.AddressFamily, sockaddr: Any) -> socket.socket:
-    return socket.create_server(sockaddr[:2], family=family, backlog=BACKLOG)
+    return socket.create_server(sockaddr, family=family, backlog=BACKLOG)  # whole: fe80:: means nothing without scope
 
 
 def describe_socket(sock: socket.socket) -> str:
@@ -4839,15 +4877,15 @@ async def drain(settings: Settings, signals: Signals, server: Server) -> int:
 
 
 async def drain_server(server: Server, signals: Signals, limit_s: float) -> int:
-    """Stop accepting, let what is in flight finish within `limit_s` or until the second signal, cut the rest.
+    """Stop accepting, let what is in flight finish within `limit_s` or until the second signal, give up the rest.
 
-    Returns 0 if nothing was cut, else 1: the exit status.
+    Returns 0 if nothing was given up, else 1: the exit status.
     """
     server.stop_accepting()
-    log.info(f"No new connections allowed, draining: {len(server.connections)} requests")
+    log.info(f"No new connections allowed, draining: {server.busy_count} requests")
     await finished_first(server.drained(time.monotonic() + limit_s), signals.second.wait())
     cut_count = len(server.connections)
-    server.abort()
+    await server.give_up()
     log.info(f"Exiting. Active connections: {cut_count}")
     return 1 if cut_count else 0
 
