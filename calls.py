@@ -4,6 +4,7 @@
     fworker dead show ID                                  one of them: payload, headers, attempts, the last response
     fworker dead retry ID... | --all [--function NAME]    again, as if new; of an undelivered result only the delivery
     fworker dead purge ID... | --all [--function NAME]    deletes
+    fworker cancel --all | --function NAME                cancels what waits in the queue, and drops the payloads
 
 A letter is a call that was given up (its state is `dead`), or one whose callback was (`callback.state` is `dead`, while
 the call itself may be done).  Both stay until somebody retries or purges them.  The commands open the queue that
@@ -457,8 +458,28 @@ class Target(NatsSettings):
 
 def dead_letters(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Carry out `fworker dead ...`; return its exit status: 0 done, 1 failed, 2 not understood."""
+    return _run(_build_parser(), argv, environ)
+
+
+def cancel_calls(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Carry out `fworker cancel ...`; return its exit status: 0 done, 1 failed, 2 not understood."""
+    parser = CommandParser("fworker cancel", description="Cancels every call that waits in the queue of queue_url.")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--all", action="store_true", help="of every function")
+    which.add_argument("--function", metavar="NAME", type=_function_argument, help="only those of this function")
+    parser.set_defaults(work=cancel_queued)
+    return _run(parser, argv, environ)
+
+
+async def cancel_queued(queue: Queue, options: argparse.Namespace) -> None:
+    """Cancel what waits, and print how many calls that were."""
+    count = await queue.cancel_queued(function=options.function)
+    write_out(f"{count} cancelled")
+
+
+def _run(parser: argparse.ArgumentParser, argv: Sequence[str], environ: Mapping[str, str]) -> int:
     try:
-        options = _build_parser().parse_args(argv)
+        options = parser.parse_args(argv)
     except SystemExit as end:  # argparse has printed what there is to say
         return int(end.code or 0)
     except OutputFailed as error:

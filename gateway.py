@@ -12,7 +12,8 @@ Routes, with the names, codes and headers of the OpenFaaS gateway:
     GET    /async-function/ID/result       the response of the function
     DELETE /async-function/ID              cancels, queued or running
     GET    /system/functions               the functions of the table; /system/function/NAME for one
-    GET    /system/calls                   calls by ?state= ?function= ?callback= ?limit= ?before=; DELETE deletes
+    GET    /system/calls                   calls by ?state= ?function= ?callback= ?limit= ?before=; DELETE deletes what
+                                           has ended, or with ?state=queued cancels
     GET    /system/calls/ID                payload, headers, attempts; POST .../retry for dead letters; DELETE
     GET    /healthz                        200 while it serves
 
@@ -85,11 +86,13 @@ from .keeper import Keeper, python_command
 from .names import DEFAULT_NAMESPACE, FunctionName, parse_namespaces
 from .passwords import Credentials, PasswordDoor
 from .proxying import build_via, check_path, forwarded
-from .queues import NatsSettings, Queue, QueueUrl, is_healthy, open_queue, parse_queue_url
+from .queues import QUEUE_RESERVE_HELP, NatsSettings, Queue, QueueUrl, open_queue, parse_queue_url, trouble_of
 from .spool import (
     FINAL,
+    Bounds,
     Call,
     NewCall,
+    QueueLimits,
     QueueUnavailable,
     State,
     Stats,
@@ -222,6 +225,23 @@ class Settings(NatsSettings):
         parse_port,
         "port of the local worker's /metrics; 0 disables it",
         default_note="8083, or 0 if metrics_port is 0",
+    )
+    max_delay_s: float = setting("max_delay", "744h", parse_positive_duration, "longest X-Delay, above it 400")
+    max_queued: int = setting(
+        "max_queued", "1000000", parse_positive_count, "calls that one function may have waiting, above it 429"
+    )
+    max_queued_bytes: int = setting(
+        "max_queued_bytes", "16GiB", parse_size, "bytes of payload that one function may have waiting, above it 507"
+    )
+    max_queue_age_s: float = setting(
+        "max_queue_age", "744h", parse_positive_duration, "how long a call may be due and not be run; then it expires"
+    )
+    queue_reserve_bytes: int = setting("queue_reserve", "8MiB", parse_size, QUEUE_RESERVE_HELP)
+    keep_dead_s: float = setting(
+        "keep_dead", "2160h", parse_positive_duration, "how long dead letters and undelivered results are kept"
+    )
+    keep_dead_bytes: int = setting(
+        "keep_dead_bytes", "4GiB", parse_size, "how many bytes of them are kept, the newest first"
     )
     keep_results_s: float = setting("keep_results", "1h", parse_duration, "how long a result can be fetched")
     retention_s: float = setting("retention", "24h", parse_duration, "how long a finished call is remembered")
@@ -459,6 +479,10 @@ class GatewayMetrics:
         """Count a submission."""
         self._seat.cell(f"submitted {status}", 1)[0] += 1
 
+    def dropped(self, count: int) -> None:
+        """Count dead letters that `keep_dead` has ended."""
+        self._seat.cell("dropped", 1)[0] += count
+
     def show_queue(self, stats: Stats) -> None:
         """Have the figures of the queue shown, from now on."""
         self._stats = stats
@@ -475,6 +499,14 @@ class GatewayMetrics:
         submitted = CounterMetricFamily(
             "gateway_async_submissions", "Asynchronous calls submitted, by outcome", labels=("code",)
         )
+        dropped = CounterMetricFamily(
+            "gateway_queue_dropped_letters", "Dead letters and undelivered results that keep_dead has ended"
+        )
+        counters: Mapping[str, CounterMetricFamily | GaugeMetricFamily] = {
+            "started": started,
+            "submitted": submitted,
+            "dropped": dropped,
+        }
         for key, numbers in self._seat.board.tally.totals().items():
             kind, *label = key.split()
             if kind == "seconds":
@@ -482,8 +514,8 @@ class GatewayMetrics:
                 total.add_metric(label, buckets[-1][1])
                 seconds.add_metric(label, buckets, sum_s)
             else:
-                (started if kind == "started" else submitted).add_metric(label, numbers[0])
-        yield from (total, started, seconds, submitted)
+                counters[kind].add_metric(label, numbers[0])
+        yield from (total, started, seconds, submitted, dropped)
         if self._stats is not None:
             yield from queue_metrics(self._stats)
 
@@ -500,6 +532,12 @@ def queue_metrics(stats: Stats) -> Iterator[Metric]:
     yield GaugeMetricFamily(
         "gateway_queue_oldest_due_seconds", "How long the oldest due call has waited", value=stats.oldest_due_age_s or 0
     )
+    if stats.free_bytes is not None:
+        yield GaugeMetricFamily("gateway_queue_free_bytes", "Room on the queue's disk", value=stats.free_bytes)
+    if stats.reserve_bytes is not None:
+        yield GaugeMetricFamily(
+            "gateway_queue_reserve_bytes", "Room that is kept for ending calls", value=stats.reserve_bytes
+        )
 
 
 class Trace(NamedTuple):
@@ -631,8 +669,9 @@ class Gateway:
         allow(request, "GET")
         if self.draining:
             raise NotReady("draining")
-        if not is_healthy(self._queue):
-            raise NotReady("the queue cannot be reached")
+        trouble = trouble_of(self._queue)
+        if trouble is not None:
+            raise NotReady(trouble)
         return Response(200, (TEXT_PLAIN,), b"OK")
 
     async def close(self) -> None:
@@ -657,7 +696,7 @@ class Gateway:
 
     def _is_worker(self, request: Request) -> bool:
         given = request.header(WORKER_TOKEN.lower())  # an empty field is none: it must never be equal to anything
-        return bool(given) and hmac.compare_digest(given, self._token)
+        return given is not None and given != b"" and hmac.compare_digest(given, self._token)
 
     async def _authorize(self, request: Request) -> None:
         if self._door is not None and not self._is_worker(request):
@@ -782,7 +821,7 @@ class Gateway:
     def _parse_submission(self, request: Request, function: Function, rest: bytes) -> Callable[..., NewCall]:
         """Return what builds the call that a request asks for, once given its `body`; all else has been checked."""
         now_s = time.time()
-        delay_s = parse_span(request, "X-Delay", parse_duration)
+        delay_s = parse_span(request, "X-Delay", self._parse_delay)
         expires_s = parse_span(request, "X-Expires", parse_positive_duration)
         if delay_s is not None and expires_s is not None and expires_s <= delay_s:
             raise BadField("X-Expires is not longer than X-Delay: the call could never run")
@@ -808,6 +847,12 @@ class Gateway:
             idempotency_key=key,
             accepted_s=now_s,
         )
+
+    def _parse_delay(self, text: str) -> float:
+        delay_s, longest_s = parse_duration(text), self._settings.max_delay_s
+        if delay_s > longest_s:
+            raise ValueError(f"allowed: up to {format_duration(longest_s)} (max_delay)")
+        return delay_s
 
     def _identify(self, request: Request) -> tuple[str, str | None]:
         """Return a call's id and its idempotency key.
@@ -910,9 +955,14 @@ class Gateway:
         return json_response(200, {"calls": [describe_call(call) for call in calls], "before": before})
 
     async def _purge(self, choice: Choice) -> Response:
+        """Delete what has ended, or cancel what is queued."""
+        if choice == Choice(State.QUEUED, choice.function):
+            return json_response(200, {"cancelled": await self._queue.cancel_queued(function=choice.function)})
         if choice.state not in FINAL or choice != Choice(choice.state, choice.function):
             states = ", ".join(sorted(state.value for state in FINAL))
-            raise BadField(f"allowed: ?state= and, if need be, &function=; state must be one of {states}")
+            raise BadField(
+                f"allowed: ?state= and, if need be, &function=; state must be queued, which cancels, or one of {states}"
+            )
         count = await self._queue.purge(state=choice.state, function=choice.function)
         return json_response(200, {"deleted": count})
 
@@ -1037,12 +1087,14 @@ FUNCTIONS_GRACE_S = 10.0  # for watchdogs whose requests are over already
 WORKER_COMMAND = python_command("faashound.worker")
 
 
-async def keep_house(queue: Queue, settings: Settings) -> None:
+async def keep_house(queue: Queue, settings: Settings, metrics: GatewayMetrics) -> None:
     """Drop what is past its time from the queue, for ever."""
+    bounds = Bounds(settings.max_queue_age_s, settings.keep_dead_s, settings.keep_dead_bytes)
     shortest_s = min(settings.keep_results_s, settings.retention_s)
     while True:
         try:
-            await queue.sweep(settings.keep_results_s, settings.retention_s)
+            swept = await queue.sweep(settings.keep_results_s, settings.retention_s, bounds)
+            metrics.dropped(swept.dead_count)
         except FaashoundError as error:
             log.warning(f"housekeeping in the queue failed: {error}")
         await asyncio.sleep(min(SWEEP_EVERY_S, max(shortest_s, 1.0)))
@@ -1129,16 +1181,18 @@ async def assemble(
     """
     settings, url = plan.settings, local_url(sockets)
     door = load_door(settings)
-    queue = await open_queue(settings.queue_url, settings)
+    limits = QueueLimits(settings.queue_reserve_bytes, settings.max_queued, settings.max_queued_bytes)
+    queue = await open_queue(settings.queue_url, settings, limits=limits)
     stack.push_async_callback(queue.close)
     if seat.is_first:
         local.start()
         stack.push_async_callback(local.stop, FUNCTIONS_GRACE_S)
-        stack.callback(asyncio.create_task(keep_house(queue, settings)).cancel)
     policy = build_policy([url] if url else [], settings.callback_allow)
     functions = Functions(local.table, settings.function_url, settings.namespaces)
     gateway = Gateway(settings, functions, queue, policy, door, browser_rules(settings, sockets), seat)
     stack.push_async_callback(gateway.close)
+    if seat.is_first:
+        stack.callback(asyncio.create_task(keep_house(queue, settings, gateway.metrics)).cancel)
     return gateway
 
 

@@ -67,6 +67,7 @@ from .spool import (
     ORPHAN_S,
     TRANSITIONS,
     Attempt,
+    Bounds,
     Call,
     Callback,
     CallbackState,
@@ -75,6 +76,7 @@ from .spool import (
     CallNotDead,
     CallUnknown,
     Event,
+    KeyReused,
     Kind,
     Lease,
     LeaseLost,
@@ -88,6 +90,7 @@ from .spool import (
     Stats,
     StoredBody,
     Swept,
+    check_same_request,
     destination_of,
     next_callback_state,
     next_state,
@@ -255,6 +258,7 @@ def build_payload(record: Record) -> bytes:
     excerpt = None if call.excerpt == _build_excerpt(call.result) else call.excerpt
     facts: Json = {name: getattr(call, name) for name in _JSON_FIELDS}
     facts["body"] = _build_body(call.body)
+    facts["body_digest"] = call.body_digest
     facts["result"] = call.result and _build_body(call.result)
     facts["excerpt"] = None if excerpt is None else len(excerpt)
     facts["stored_s"] = record.stored_s
@@ -284,6 +288,7 @@ def parse_record(call_id: str, revision: int, headers: Mapping[str, str], payloa
             queue=entry.queue,
             headers=tuple((name, value) for name, value in facts["headers"]),
             body=body or StoredBody(0, b"", None),
+            body_digest=facts.get("body_digest"),  # records of earlier versions have none
             due_s=entry.due_s,
             expires_s=entry.expires_s,
             accepted_s=entry.accepted_s,
@@ -1802,6 +1807,12 @@ class JetStream:
             stack.pop_all()
         return StoredBody(total, None, writer.name)
 
+    async def store_result(
+        self, chunks: AsyncIterator[bytes], limit_bytes: int | None = None, length: int | None = None
+    ) -> StoredBody:
+        """As `store_body`; it does not wait for room yet, and `length` does not matter."""
+        return await self.store_body(chunks, limit_bytes)
+
     async def open_body(self, body: StoredBody, chunk_bytes: int = CHUNK_BYTES) -> AsyncGenerator[bytes, None]:
         """The bytes of a stored body, in pieces of at most `chunk_bytes`; QueueDamaged if not all are there."""
         if body.file is None:
@@ -1849,7 +1860,7 @@ class JetStream:
             if call.idempotency_key is None:
                 return (await self._records.create(record)).call
             earlier = await self._put_keyed(record, call.idempotency_key)
-        except CallExists:
+        except (CallExists, KeyReused):
             await self.drop_body(call.body)
             raise
         if earlier.body.file != call.body.file:
@@ -1873,6 +1884,7 @@ class JetStream:
                     continue  # deleted meanwhile
                 known = found.call
             if (known.function, known.idempotency_key) == (record.call.function, key):
+                check_same_request(known, record.call)
                 return known
             await self._link.erase(self._names.calls, revision)  # a key for an id that belongs to another call
             if first_id == own_id:
@@ -1945,6 +1957,15 @@ class JetStream:
                 subject = self._names.subject("owner", build_token(record.hold.owner))
                 await self._link.client.publish(subject, call_id.encode())
         return record.call.state
+
+    async def cancel_queued(self, *, function: str | None = None) -> int:
+        """Cancel every queued call, of one function or of all; return how many."""
+        count = 0
+        queued = await self._scan(lambda each: each.state is State.QUEUED and function in (None, each.function))
+        for call_id in queued:
+            with contextlib.suppress(CallFinished, CallUnknown):
+                count += await self.cancel(call_id) is State.CANCELLED
+        return count
 
     # -- owners and leases
 
@@ -2276,8 +2297,8 @@ class JetStream:
 
     # -- housekeeping
 
-    async def sweep(self, keep_results_s: float, retention_s: float) -> Swept:
-        """Drop results and calls that have been final for longer, and bodies that no call names."""
+    async def sweep(self, keep_results_s: float, retention_s: float, bounds: Bounds | None = None) -> Swept:
+        """Drop results and calls that have been final for longer, and bodies of no call; `bounds` are a spool's."""
         now_s, before_bytes = self._now(), await self._size_bytes()
         expired = await self._expire_all(now_s)
         results = await self._drop_results(now_s - keep_results_s)

@@ -23,9 +23,11 @@ from typing import Any, Protocol
 from .names import FunctionName
 from .spool import (
     Attempt,
+    Bounds,
     Call,
     Lease,
     NewCall,
+    QueueLimits,
     Renewal,
     RunEnd,
     Spool,
@@ -45,6 +47,9 @@ class Queue(Protocol):
     async def close(self) -> None: ...
 
     async def store_body(self, chunks: AsyncIterator[bytes] | bytes, limit_bytes: int | None = None) -> StoredBody: ...
+    async def store_result(
+        self, chunks: AsyncIterator[bytes], limit_bytes: int | None = None, length: int | None = None
+    ) -> StoredBody: ...
     def open_body(self, body: StoredBody, chunk_bytes: int = ...) -> AsyncGenerator[bytes, None]: ...
     async def drop_body(self, body: StoredBody) -> None: ...
 
@@ -52,6 +57,7 @@ class Queue(Protocol):
     async def get(self, call_id: str) -> Call | None: ...
     async def wait(self, call_id: str, timeout_s: float) -> Call: ...
     async def cancel(self, call_id: str) -> State: ...
+    async def cancel_queued(self, *, function: str | None = None) -> int: ...
 
     async def enlist(self, owner: str | None = None) -> str: ...
     async def claim(
@@ -88,7 +94,7 @@ class Queue(Protocol):
     async def requeue_callback(self, call_id: str) -> Call: ...
     async def purge(self, *, state: State, function: FunctionName | None = None, call_id: str | None = None) -> int: ...
     async def stats(self) -> Stats: ...
-    async def sweep(self, keep_results_s: float, retention_s: float) -> Swept: ...
+    async def sweep(self, keep_results_s: float, retention_s: float, bounds: Bounds | None = None) -> Swept: ...
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -96,6 +102,7 @@ class Queue(Protocol):
 # ---------------------------------------------------------------------------------------------------------------
 
 QUEUE_URL_HELP = "spool:DIRECTORY (~/ is the home directory), or nats://HOST[:PORT][,HOST2[:PORT]...], or tls://..."
+QUEUE_RESERVE_HELP = "room on a spool's disk that is kept for ending calls; an eighth of a small disk"
 NATS_PORT = 4222
 
 _SERVER = re.compile(r"(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::(?P<port>[0-9]{1,5}))?", re.ASCII)
@@ -249,13 +256,20 @@ def read_login(settings: NatsSettings) -> dict[str, Any]:
     return login
 
 
-async def open_queue(url: QueueUrl, nats: NatsSettings | None = None, *, now: Callable[[], float] = time.time) -> Queue:
+async def open_queue(
+    url: QueueUrl,
+    nats: NatsSettings | None = None,
+    *,
+    limits: QueueLimits | None = None,
+    now: Callable[[], float] = time.time,
+) -> Queue:
     """Open the queue that `url` names, or create it; `now` is the wall clock, in seconds since the epoch.
 
+    A spool keeps to `limits`; without, it takes what comes, and leaves the reserve to the programs that set its size.
     Raises the queue's errors, and CannotStart when a secret file cannot be read or nats-py is not installed.
     """
     if isinstance(url, Path):
-        return await Spool.open(url, now=now)
+        return await Spool.open(url, limits=limits or QueueLimits(reserve_bytes=None), now=now)
     try:
         from .jetstream import JetStream, Options
     except ImportError as error:
@@ -268,6 +282,9 @@ async def open_queue(url: QueueUrl, nats: NatsSettings | None = None, *, now: Ca
     return await JetStream.open(options, now=now)
 
 
-def is_healthy(queue: Queue) -> bool:
-    """Tell whether the queue can be reached as far as is known, for /healthz: a spool always can."""
-    return bool(getattr(queue, "healthy", True))
+def trouble_of(queue: Queue) -> str | None:
+    """Return what keeps a queue from its work as far as is known, for /healthz; None if nothing does."""
+    if not getattr(queue, "healthy", True):
+        return "the queue cannot be reached"
+    trouble: str | None = getattr(queue, "trouble", None)
+    return trouble

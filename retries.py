@@ -41,6 +41,7 @@ class End(Enum):
     UNREACHABLE = "unreachable"  # no connection, or none that lasted until the end of the answer
     TIMED_OUT = "timed out"  # by the worker's own limit
     UNREADABLE = "unreadable"  # the queue has lost the body that was to be sent
+    UNSTORED = "unstored"  # the function has answered, but its answer cannot be kept: it must not run again
     FAILED = "failed"  # the worker has a fault: something was raised that nothing foresees
     PREVENTED = "prevented"  # this machine lacks something that it will have again; nothing was sent
     REFUSED = "refused"  # only callbacks: the address is not permitted
@@ -65,7 +66,7 @@ class Outcome:
         """The status that stands for this outcome towards the caller (X-Function-Status)."""
         if self.end is End.TIMED_OUT:
             return 504
-        if self.end in (End.UNREADABLE, End.FAILED):
+        if self.end in (End.UNREADABLE, End.UNSTORED, End.FAILED):
             return 500
         if self.end is End.UNREACHABLE or (self.internal and self.status in (502, 503)):
             return 503
@@ -185,7 +186,7 @@ def _calls_for_retry(policy: RetryPolicy, outcome: Outcome) -> bool:
             return outcome.reported_status in policy.codes
         case End.UNREACHABLE | End.FAILED:
             return True
-        case End.UNREADABLE:
+        case End.UNREADABLE | End.UNSTORED:
             return False
         case _:
             raise AssertionError(f"the call of a function cannot end as {outcome.end}")

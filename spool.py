@@ -17,12 +17,15 @@ Contract:
 - Within a function calls run in the order (due_s, id); between functions they take turns.
 - A write either happens whole or raises: `QueueFull` (no room), `QueueUnavailable` (any other trouble with the disk),
   `QueueDamaged`. After the first two the queue goes on by itself as soon as the disk lets it.
+- On a full disk only new calls are refused. What ends calls (claim, finish, cancel, purge, sweep) uses the reserve, and
+  a result that finds no room waits for it: a queue that has filled its own disk drains.
 
 It refuses to: start on a file that is damaged, foreign or newer than this program (`set_aside` is the operator's
 remedy, never ours); empty or overwrite such a file; drop a dead letter or an undelivered callback unasked.
 
 In the directory (0700): `spool.sqlite3` and its `-wal` and `-shm`; `bodies/`, what is longer than `INLINE_BYTES`;
-`owners/`, one locked file per live worker; `bells/`, one datagram socket per open Spool; `writer.lock`; `token`.
+`owners/`, one locked file per live worker; `bells/`, one datagram socket per open Spool; `writer.lock`; `token`;
+`reserve`, which has no content but its size.
 
 A Spool belongs to the event loop it was opened on, and does not survive a fork: locks and connections would be shared.
 """
@@ -48,11 +51,22 @@ import stat
 import threading
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, fields, replace
 from enum import Enum, IntFlag
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol, TypeVar, cast
 
@@ -78,9 +92,17 @@ BUSY_S = 5.0  # only strangers (a backup, a shell) can hold SQLite's lock: ours 
 IDLE_S = 30.0  # longest sleep without a look at the queue: bounds the harm of a wall clock that is set
 SET_BACK_S = 60.0  # a wall clock that is set back by less only delays what is due
 RECLAIM_S = 1.0  # shortest time between two looks for dead owners
+LETTER_BYTES = 1024  # what a dead letter without bodies is reckoned to take
 ORPHAN_S = 3600.0  # a stored body that no row names after this time is a crash's leftover
 SETTLED_NS = 1_000_000_000  # a directory not changed for so long shows its next change by another time stamp
 FILE_CHUNK_BYTES = 256 * 1024  # bodies go to and from files in pieces of this size, one thread hop each
+RESERVE_BYTES = 8 << 20  # kept free for ending calls: a hundred of the largest results that a row holds
+RESERVE_PART = 8  # of a small disk, the part that the reserve takes at most
+SLACK_PART = 4  # of the reserve, the part that is to be free besides: for the rows that are written beside bodies
+PAGE_BYTES = 4096  # of SQLite's file
+TOLD_S = 60.0  # between two lines about the same disk
+ROOM_PAUSE_S = 1.0  # before a result that has found no room is tried again
+SHORT_STEP_COUNT = 32  # the same while the reserve is in use, which has to hold all that a commit changes
 
 # --------------------------------------------------------------------------------------------------------------------
 # Errors
@@ -99,6 +121,24 @@ class QueueFull(FaashoundError):
     status = 507
 
 
+class TooManyQueued(FaashoundError):
+    """The function has as many calls waiting as it may have. Nothing was accepted."""
+
+    status = 429
+
+
+class TooManyBytesQueued(TooManyQueued):
+    """The bodies of the function's calls that wait are as long as they may be. Nothing was accepted."""
+
+    status = 507
+
+
+class ResultLost(FaashoundError):
+    """The answer of a function broke off while it waited for room: the function has run, and must not run again."""
+
+    status = 507
+
+
 class QueueDamaged(FaashoundError):
     """The queue's file is damaged, foreign, or newer than this program. It has been left as it is."""
 
@@ -109,6 +149,12 @@ class CallExists(FaashoundError):
     """The call id is in use."""
 
     status = 409
+
+
+class KeyReused(FaashoundError):
+    """The idempotency key stands for a call of this function with another request."""
+
+    status = 422
 
 
 class CallUnknown(FaashoundError):
@@ -198,7 +244,11 @@ class Callback:
 
 @dataclass(frozen=True, slots=True)
 class NewCall:
-    """A call as it was accepted. Times are seconds since the epoch; `headers` are latin-1 text, as received."""
+    """A call as it was accepted. Times are seconds since the epoch; `headers` are latin-1 text, as received.
+
+    `body_digest` is what `idempotency_key` stands for besides the function: a SHA-256 in hexadecimal, over all that
+    makes it the same request (method, path, query, content type, body). None without a key.
+    """
 
     id: str
     function: FunctionName
@@ -213,6 +263,7 @@ class NewCall:
     expires_s: float | None
     idempotency_key: str | None
     accepted_s: float
+    body_digest: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +288,18 @@ class Call(NewCall):
     excerpt: bytes | None = None
     callback: Callback | None = None
     history: tuple[Attempt, ...] = ()
+
+
+def check_same_request(earlier: Call, call: NewCall) -> None:
+    """Raise KeyReused unless `call`, which has the key of `earlier`, is the same request.
+
+    What has no digest, as calls of earlier versions, is the same as any.
+    """
+    if None not in (earlier.body_digest, call.body_digest) and earlier.body_digest != call.body_digest:
+        raise KeyReused(
+            f"this idempotency key came with another request to {call.function.short} before; allowed: the same"
+            " method, path, query, content type and body, or a new key"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,6 +344,33 @@ class Renewal:
 
 
 @dataclass(frozen=True, slots=True)
+class QueueLimits:
+    """What a queue takes at most.
+
+    `reserve_bytes` of its disk are kept free for ending calls, an eighth of a small disk; 0: none; None: what other
+    processes keep is used, and nothing is added to it. `calls_count` and `bytes_count` are what one function may have
+    queued and running; None: no limit.
+    """
+
+    reserve_bytes: int | None = RESERVE_BYTES
+    calls_count: int | None = None
+    bytes_count: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What `sweep` leaves at most of what would wait for ever.
+
+    `queue_age_s`: how long a call may have been due without being run; then it expires. `dead_s` and `dead_bytes`: how
+    long dead letters and calls with a dead callback are kept, and how much of them, the newest first.
+    """
+
+    queue_age_s: float = float("inf")
+    dead_s: float = float("inf")
+    dead_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Swept:
     """What one `sweep` removed."""
 
@@ -289,11 +379,15 @@ class Swept:
     call_count: int
     file_count: int
     freed_bytes: int
+    dead_count: int = 0  # of dead letters, and of calls whose callback is dead
 
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """The queue in figures. Pending callbacks include those on their way; `commit_count` is of this Spool alone."""
+    """The queue in figures. Pending callbacks include those on their way; `commit_count` is of this Spool alone.
+
+    `free_bytes` of the queue's disk, and `reserve_bytes` of the room that is kept for ending calls; None: not known.
+    """
 
     by_state: Mapping[State, int]
     by_function: Mapping[tuple[FunctionName, State], int]
@@ -301,6 +395,8 @@ class Stats:
     callback_pending_count: int
     callback_dead_count: int
     commit_count: int
+    free_bytes: int | None = None
+    reserve_bytes: int | None = None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -474,6 +570,7 @@ def _next_id(last: tuple[int, int], now_ms: int) -> tuple[int, int]:
 #   calls_idempotent  has this key been seen for this function?
 #   calls_state       lists and counts by state and function
 #   calls_finished    which rows may retention drop? (never dead letters: they are not in it)
+#   calls_dead        which dead letters are past their `keep_dead`?
 #   callbacks_ready   which destinations have a delivery due, and which is the first of each? As `calls_queued`, but
 #                     only what has been found due is in it (`ready`): receivers that are down for hours, thousands of
 #                     them, are not passed over by each claim.
@@ -583,6 +680,29 @@ MIGRATIONS: tuple[str, ...] = (
     """
     UPDATE calls SET function = function || '.openfaas-fn' WHERE instr(function, '.') = 0;
     """,
+    """
+    ALTER TABLE requests ADD COLUMN body_digest TEXT;
+    """,
+    # What each function has waiting, that is queued or running, so that a put need not count. Only puts write to it
+    # themselves, many at once; ends are seen by their state, whatever ends a call.
+    """
+    CREATE TABLE waiting (function TEXT PRIMARY KEY, calls INTEGER NOT NULL, bytes INTEGER NOT NULL)
+    STRICT, WITHOUT ROWID;
+    INSERT INTO waiting SELECT function, count(*), sum(bytes_count) FROM calls JOIN requests USING (seq)
+        WHERE state IN ('queued', 'running') GROUP BY function;
+    CREATE TRIGGER calls_ended AFTER UPDATE OF state ON calls
+    WHEN old.state IN ('queued', 'running') AND new.state NOT IN ('queued', 'running') BEGIN
+        UPDATE waiting SET calls = calls - 1,
+            bytes = bytes - (SELECT bytes_count FROM requests WHERE requests.seq = new.seq)
+        WHERE function = new.function;
+    END;
+    CREATE TRIGGER calls_requeued AFTER UPDATE OF state ON calls
+    WHEN new.state IN ('queued', 'running') AND old.state NOT IN ('queued', 'running') BEGIN
+        INSERT INTO waiting SELECT new.function, 1, bytes_count FROM requests WHERE requests.seq = new.seq
+        ON CONFLICT (function) DO UPDATE SET calls = calls + 1, bytes = bytes + excluded.bytes;
+    END;
+    CREATE INDEX calls_dead ON calls (finished_s) WHERE state = 'dead';
+    """,
 )
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -648,6 +768,37 @@ SQL_NEXT_DUE = """
     FROM lane WHERE lane.function IS NOT NULL
 """
 
+SQL_ADD_WAITING = """
+    INSERT INTO waiting (function, calls, bytes) VALUES (?, ?, ?)
+    ON CONFLICT (function) DO UPDATE SET calls = calls + excluded.calls, bytes = bytes + excluded.bytes
+"""
+
+SQL_STALE = f"""
+    {SQL_NEXT_DUE[: SQL_NEXT_DUE.rindex("SELECT min((")]}
+    SELECT seq FROM lane CROSS JOIN calls INDEXED BY calls_queued
+    WHERE state = 'queued' AND calls.queue = lane.queue AND calls.function = lane.function AND due_s < :before_s
+    LIMIT :limit
+"""
+
+SQL_OLD_LETTERS = """
+    SELECT seq, id, function FROM calls INDEXED BY calls_dead WHERE state = 'dead' AND finished_s <= :before_s
+    AND NOT EXISTS (SELECT 1 FROM callbacks WHERE callbacks.seq = calls.seq AND state IN ('pending', 'running'))
+    LIMIT :limit
+"""
+
+SQL_OLD_DEAD_CALLBACKS = """
+    SELECT seq, id, function FROM callbacks INDEXED BY callbacks_state CROSS JOIN calls USING (seq)
+    WHERE callbacks.state = 'dead' AND calls.state <> 'dead' AND finished_s <= :before_s LIMIT :limit
+"""
+
+SQL_LETTER_SIZES = """
+    SELECT finished_s, requests.bytes_count + coalesce(results.bytes_count, 0)
+    FROM calls JOIN requests USING (seq) LEFT JOIN results USING (seq)
+    WHERE seq IN (SELECT seq FROM calls INDEXED BY calls_dead WHERE state = 'dead')
+    OR seq IN (SELECT seq FROM callbacks INDEXED BY callbacks_state WHERE state = 'dead')
+    ORDER BY finished_s DESC
+"""
+
 SQL_EXPIRE = """
     UPDATE calls SET state = :state, finished_s = :now_s WHERE seq IN (
         SELECT seq FROM calls INDEXED BY calls_expiring
@@ -670,7 +821,7 @@ SQL_NEXT_CALLBACK = """
 """
 
 _SQL_CALL = """
-    SELECT calls.*, requests.method, {long}, requests.bytes_count, requests.file,
+    SELECT calls.*, requests.method, {long}, requests.body_digest, requests.bytes_count, requests.file,
         results.bytes_count AS result_bytes_count, results.file AS result_file,
         callbacks.state AS callback_state, callbacks.attempts AS callback_attempts, callbacks.due_s AS callback_due_s,
         callbacks.status AS callback_status, callbacks.error AS callback_error
@@ -729,6 +880,11 @@ class _Transaction:
 
     db: sqlite3.Connection
     ring: Ring = Ring.NOTHING
+    short: bool = False  # the reserve is in use: give room back where it costs nobody a result
+
+    @property
+    def step_count(self) -> int:
+        return SHORT_STEP_COUNT if self.short else STEP_COUNT
 
 
 _encode_json = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps would make an encoder for each call
@@ -757,6 +913,7 @@ def _parse_call(row: sqlite3.Row, history: tuple[Attempt, ...]) -> Call:
         expires_s=row["expires_s"],
         idempotency_key=row["idempotency_key"],
         accepted_s=row["accepted_s"],
+        body_digest=row["body_digest"],
         state=State(row["state"]),
         attempts=row["attempts"],
         started_s=row["started_s"],
@@ -849,14 +1006,14 @@ def _calls_values(call: NewCall) -> tuple[object, ...]:
 
 @lru_cache
 def _sql_put_requests(count: int) -> str:
-    columns = "seq, method, path, query, callback_url, headers, bytes_count, file, inline"
-    return f"INSERT INTO requests ({columns}) VALUES " + ", ".join(["(?, ?, ?, ?, ?, ?, ?, ?, ?)"] * count)
+    columns = "seq, method, path, query, callback_url, headers, bytes_count, file, inline, body_digest"
+    return f"INSERT INTO requests ({columns}) VALUES " + ", ".join(["(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"] * count)
 
 
 def _requests_values(seq: int, put: _Put) -> tuple[object, ...]:
     call, body = put.call, put.call.body
     address = call.method, call.path, call.query, call.callback_url
-    return seq, *address, put.headers, body.bytes_count, body.file, body.inline
+    return seq, *address, put.headers, body.bytes_count, body.file, body.inline, call.body_digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -865,6 +1022,7 @@ class _Put:
 
     call: NewCall
     headers: str
+    limits: QueueLimits
 
     def __call__(self, tx: _Transaction) -> Call | None:
         """None: the call is in the queue. A Call: this is the one that its idempotency key stands for."""
@@ -873,21 +1031,47 @@ class _Put:
             key = call.function, call.idempotency_key
             row = tx.db.execute("SELECT seq FROM calls WHERE function = ? AND idempotency_key = ?", key).fetchone()
             if row is not None:
-                return _load(tx.db, row[0])
+                earlier = _load(tx.db, row[0])
+                check_same_request(earlier, call)
+                return earlier
+        waiting = _check_limits(tx.db, call.function, 1, call.body.bytes_count, self.limits)
         cursor = tx.db.execute(_sql_put_calls(1) + " ON CONFLICT (id) DO NOTHING", _calls_values(call))
         if cursor.rowcount == 0:
             raise CallExists(f"the call id {call.id} is in use")
         tx.db.execute(_sql_put_requests(1), _requests_values(cast(int, cursor.lastrowid), self))
+        tx.db.execute(SQL_ADD_WAITING, waiting)
         tx.ring |= Ring.WORK
         return None
 
 
+def _check_limits(
+    db: sqlite3.Connection, function: FunctionName, calls_count: int, bytes_count: int, limits: QueueLimits
+) -> tuple[FunctionName, int, int]:
+    """What `SQL_ADD_WAITING` adds for so many new calls of a function; TooManyQueued if it may not have them."""
+    row = db.execute("SELECT calls, bytes FROM waiting WHERE function = ?", (function,)).fetchone()
+    calls, total_bytes = row or (0, 0)
+    if limits.calls_count is not None and calls + calls_count > limits.calls_count:
+        raise TooManyQueued(f"{function} has {calls} calls waiting; max_queued allows {limits.calls_count}")
+    if limits.bytes_count is not None and total_bytes + bytes_count > limits.bytes_count:
+        raise TooManyBytesQueued(
+            f"the calls of {function} that wait have {total_bytes} bytes, this one {bytes_count};"
+            f" max_queued_bytes allows {limits.bytes_count}"
+        )
+    return function, calls_count, bytes_count
+
+
 def _put_all(tx: _Transaction, puts: Sequence[_Put]) -> None:
-    """Queues calls without an idempotency key, all or none; sqlite3.IntegrityError if an id is in use.
+    """Queues calls without an idempotency key, all or none; TooManyQueued, sqlite3.IntegrityError if an id is in use.
 
     Python gives its lock away for each row that a statement yields or is run for, and a busy event loop takes its time
     to hand it back: so there is a statement for many rows, of few different lengths, as each has to be prepared.
     """
+    totals: dict[FunctionName, tuple[int, int]] = {}
+    for put in puts:
+        calls_count, bytes_count = totals.get(put.call.function, (0, 0))
+        totals[put.call.function] = calls_count + 1, bytes_count + put.call.body.bytes_count
+    for function, total in totals.items():
+        tx.db.execute(SQL_ADD_WAITING, _check_limits(tx.db, function, *total, puts[0].limits))
     done_count = 0
     while done_count < len(puts):
         count = min(1 << (len(puts) - done_count).bit_length() - 1, ROWS_COUNT)
@@ -937,7 +1121,7 @@ _Claimed = tuple[list[Lease], _Flow]  # and the flow that was served last
 
 def _claim(tx: _Transaction, wanted: _Wanted, last: _Flow, claimant: _Claimant) -> _Claimed:
     """Takes calls in turns, beginning behind the flow that was served `last`."""
-    if _expire(tx, claimant.now_s) == STEP_COUNT:
+    if _expire(tx, claimant.now_s) == tx.step_count:
         tx.ring |= Ring.WORK  # more are waiting to be expired, and may hide live ones: come again
     picked = _pick(tx.db, CALLS_LINE, wanted, last, claimant.now_s)
     state = next_state(State.QUEUED, Event.CLAIM).value
@@ -951,7 +1135,8 @@ def _claim(tx: _Transaction, wanted: _Wanted, last: _Flow, claimant: _Claimant) 
 
 def _claim_callbacks(tx: _Transaction, wanted: _Wanted, last: _Flow, claimant: _Claimant) -> _Claimed:
     """Takes callbacks in turns, as `_claim` takes calls."""
-    if tx.db.execute(SQL_READY_CALLBACKS, {"now_s": claimant.now_s, "limit": STEP_COUNT}).rowcount == STEP_COUNT:
+    ready = {"now_s": claimant.now_s, "limit": tx.step_count}
+    if tx.db.execute(SQL_READY_CALLBACKS, ready).rowcount == tx.step_count:
         tx.ring |= Ring.WORK  # more are due than one step may touch: come again
     picked = _pick(tx.db, CALLBACKS_LINE, wanted, last, claimant.now_s)
     state = next_callback_state(CallbackState.PENDING, Event.CLAIM).value
@@ -1004,11 +1189,27 @@ def _walk_flows(db: sqlite3.Connection, line: Line, wanted: _Wanted, last: _Flow
 
 def _expire(tx: _Transaction, now_s: float) -> int:
     state = next_state(State.QUEUED, Event.EXPIRE).value
-    values = {"state": state, "now_s": now_s, "limit": STEP_COUNT}
+    values = {"state": state, "now_s": now_s, "limit": tx.step_count}
     count = tx.db.execute(SQL_EXPIRE, values).rowcount
     if count:
         tx.ring |= Ring.FINISHED
     return count
+
+
+STALE_ERROR = "it was not run within max_queue_age"
+
+
+def _expire_stale(tx: _Transaction, now_s: float, before_s: float) -> int:
+    """Ends calls that have been due since `before_s`: their queue has no worker, or none that keeps up."""
+    rows = tx.db.execute(SQL_STALE, {"before_s": before_s, "limit": tx.step_count}).fetchall()
+    state = next_state(State.QUEUED, Event.EXPIRE).value
+    tx.db.executemany(
+        "UPDATE calls SET state = ?, finished_s = ?, error = ? WHERE seq = ?",
+        [(state, now_s, STALE_ERROR, seq) for (seq,) in rows],
+    )
+    if rows:
+        tx.ring |= Ring.FINISHED
+    return len(rows)
 
 
 def _end_lease(tx: _Transaction, lease: Lease, kind: Kind) -> int:
@@ -1046,9 +1247,14 @@ class _Ending:
     callback_due_s: float
 
 
-def _finish(tx: _Transaction, lease: Lease, ending: _Ending) -> None:
+def _finish(tx: _Transaction, lease: Lease, ending: _Ending) -> tuple[str, ...]:
+    """Ends a call, with its result; returns files that nothing names now.
+
+    On a disk that is short of room a call that is done gives its payload, which will not be sent again, for its result.
+    """
     seq = _end_lease(tx, lease, "call")
     run, attempt = ending.run, ending.run.attempt
+    files = _drop_payloads(tx, [seq]) if tx.short and run.state is State.DONE else ()
     _add_attempt(tx, seq, attempt)
     tx.db.execute(
         "UPDATE calls SET state = ?, finished_s = ?, status = ?, error = ?, duration_s = ? WHERE seq = ?",
@@ -1070,6 +1276,18 @@ def _finish(tx: _Transaction, lease: Lease, ending: _Ending) -> None:
             (seq, ending.callback_due_s, lease.call.queue, destination, is_due),
         )
         tx.ring |= Ring.WORK
+    return files
+
+
+def _drop_payloads(tx: _Transaction, rows: Sequence[int]) -> tuple[str, ...]:
+    """Forgets the bodies of calls that will not run again, but not how long they were; returns the files they named."""
+    files: list[str] = []
+    for seq in rows:
+        files.extend(
+            file for (file,) in tx.db.execute("SELECT file FROM requests WHERE seq = ? AND file IS NOT NULL", (seq,))
+        )
+        tx.db.execute("UPDATE requests SET file = NULL, inline = NULL WHERE seq = ?", (seq,))
+    return tuple(files)
 
 
 def _store_result(tx: _Transaction, seq: int, ending: _Ending) -> None:
@@ -1230,6 +1448,19 @@ def _cancel(tx: _Transaction, call_id: str, now_s: float) -> State:
     return next_state(state, Event.CANCEL)
 
 
+def _cancel_queued(tx: _Transaction, function: str | None, now_s: float, after_seq: int) -> _Dropped:
+    """One step of cancelling what is queued. Payloads go at once: on a full disk it is them that someone wants gone."""
+    rows = tx.db.execute(
+        "SELECT seq FROM calls WHERE state = 'queued' AND seq > :after AND (:function IS NULL OR function = :function)"
+        " ORDER BY seq LIMIT :limit",
+        {"after": after_seq, "function": function, "limit": tx.step_count},
+    ).fetchall()
+    for (seq,) in rows:
+        _end_cancelled(tx, seq, State.QUEUED, Event.CANCEL, now_s)
+    files = _drop_payloads(tx, [seq for (seq,) in rows])
+    return _Dropped(len(rows), files, (0.0, rows[-1][0]) if len(rows) == tx.step_count else None)
+
+
 def _cancelled_ids(db: sqlite3.Connection, owner: str) -> frozenset[str]:
     rows = db.execute(
         "SELECT calls.id FROM leases JOIN calls USING (seq)"
@@ -1357,26 +1588,46 @@ class _Step(Protocol):
     def __call__(self, tx: _Transaction, before_s: float, after: _Position) -> _Dropped: ...
 
 
-def _step(db: sqlite3.Connection, sql: str, before_s: float, after: _Position) -> list[tuple[Any, ...]]:
-    values = {"before_s": before_s, "after_s": after[0], "after_seq": after[1], "limit": STEP_COUNT}
-    return db.execute(sql, values).fetchall()
+def _step(tx: _Transaction, sql: str, before_s: float, after: _Position) -> list[tuple[Any, ...]]:
+    values = {"before_s": before_s, "after_s": after[0], "after_seq": after[1], "limit": tx.step_count}
+    return tx.db.execute(sql, values).fetchall()
 
 
 def _drop_results(tx: _Transaction, before_s: float, after: _Position) -> _Dropped:
-    rows = _step(tx.db, SQL_OLD_RESULTS, before_s, after)
+    rows = _step(tx, SQL_OLD_RESULTS, before_s, after)
     tx.db.executemany(
         "UPDATE results SET excerpt = coalesce(excerpt, substr(inline, 1, ?)), headers = '[]',"
         " bytes_count = NULL, file = NULL, inline = NULL WHERE seq = ?",
         [(EXCERPT_BYTES, seq) for seq, _, _ in rows],
     )
     files = tuple(file for _, _, file in rows if file is not None)
-    return _Dropped(len(rows), files, (rows[-1][1], rows[-1][0]) if len(rows) == STEP_COUNT else None)
+    return _Dropped(len(rows), files, (rows[-1][1], rows[-1][0]) if len(rows) == tx.step_count else None)
 
 
 def _drop_calls(tx: _Transaction, before_s: float, after: _Position) -> _Dropped:
-    rows = _step(tx.db, SQL_OLD_CALLS, before_s, after)
+    rows = _step(tx, SQL_OLD_CALLS, before_s, after)
     files = _delete(tx, [seq for seq, _ in rows])
-    return _Dropped(len(rows), files, (rows[-1][1], rows[-1][0]) if len(rows) == STEP_COUNT else None)
+    return _Dropped(len(rows), files, (rows[-1][1], rows[-1][0]) if len(rows) == tx.step_count else None)
+
+
+def _letters_before(db: sqlite3.Connection, now_s: float, bounds: Bounds) -> float:
+    """The time up to which letters are too old, or too many with those that are newer."""
+    before_s = now_s - bounds.dead_s
+    left_bytes = float("inf") if bounds.dead_bytes is None else bounds.dead_bytes
+    if left_bytes != float("inf"):
+        for finished_s, bytes_count in db.execute(SQL_LETTER_SIZES):
+            left_bytes -= bytes_count + LETTER_BYTES
+            if left_bytes < 0 or finished_s <= before_s:
+                return max(before_s, float(finished_s))
+    return before_s
+
+
+def _drop_letters(tx: _Transaction, before_s: float) -> tuple[list[tuple[str, str]], tuple[str, ...]]:
+    """One step of dropping letters; returns id and function of each, and files that nothing names now."""
+    values = {"before_s": before_s, "limit": tx.step_count}
+    rows = tx.db.execute(SQL_OLD_LETTERS, values).fetchall() or tx.db.execute(SQL_OLD_DEAD_CALLBACKS, values).fetchall()
+    files = _delete(tx, [seq for seq, _, _ in rows])
+    return [(call_id, function) for _, call_id, function in rows], files
 
 
 def _delete(tx: _Transaction, rows: Sequence[int]) -> tuple[str, ...]:
@@ -1395,10 +1646,24 @@ def _purge(
         "SELECT seq FROM calls WHERE state = :state AND seq > :after AND (:function IS NULL OR function = :function)"
         " AND (:id IS NULL OR id = :id) AND NOT EXISTS (SELECT 1 FROM callbacks"
         " WHERE callbacks.seq = calls.seq AND callbacks.state IN ('pending', 'running')) ORDER BY seq LIMIT :limit",
-        {"state": state.value, "after": after_seq, "function": function, "id": call_id, "limit": STEP_COUNT},
+        {"state": state.value, "after": after_seq, "function": function, "id": call_id, "limit": tx.step_count},
     ).fetchall()
     files = _delete(tx, [seq for (seq,) in rows])
-    return _Dropped(len(rows), files, (0.0, rows[-1][0]) if len(rows) == STEP_COUNT else None)
+    return _Dropped(len(rows), files, (0.0, rows[-1][0]) if len(rows) == tx.step_count else None)
+
+
+def _truncate_journal(db: sqlite3.Connection) -> None:
+    """Writes the journal back and cuts it to nothing, unless someone reads from it just now: then the next time."""
+    db.execute("PRAGMA busy_timeout = 0")  # else it would wait for readers, and all writers with it
+    try:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    finally:
+        db.execute(f"PRAGMA busy_timeout = {int(BUSY_S * 1000)}")
+
+
+def _forget_idle(tx: _Transaction) -> None:
+    """Functions that have nothing waiting need no row: strangers can make up names."""
+    tx.db.execute("DELETE FROM waiting WHERE calls <= 0")
 
 
 def _unnamed(db: sqlite3.Connection, files: Sequence[str]) -> list[str]:
@@ -1411,7 +1676,7 @@ def _unnamed(db: sqlite3.Connection, files: Sequence[str]) -> list[str]:
 def _vacuum(tx: _Transaction) -> int:
     """Gives some free pages back to the disk; returns how many, 0 when only the spare ones are left."""
     (free,) = tx.db.execute("PRAGMA freelist_count").fetchone()
-    count: int = max(0, min(free - SPARE_PAGE_COUNT, STEP_COUNT))
+    count: int = max(0, min(free - SPARE_PAGE_COUNT, tx.step_count))
     if count:
         tx.db.execute(f"PRAGMA incremental_vacuum({count})").fetchall()
     return count
@@ -1583,6 +1848,131 @@ def _not_ours(path: Path, info: os.stat_result) -> QueueUnavailable:
     )
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# The reserve
+#
+# On a full disk nothing can be written, and so nothing can end: a claim, a cancel, even a deletion goes to SQLite's
+# journal first. So a file takes up room that is let go of when a step that ends calls fails for want of it. The step is
+# done again, the journal is written back and cut, and the file takes up its room again, if there is any. Until it has
+# all of it, the queue takes no calls: what ends gives room back, what comes would take the last of it.
+#
+# Everything is written twice, to the journal and from there to its place. Pages that found room in the one and have
+# none in the other would be stuck, and the reserve with them. So a group is let in only if there is room for both, what
+# stands in the journal already included, and the journal is written back before it holds more than half the reserve.
+#
+# A long result may take the other half, no more, as it needs a commit to be of use. Only the writer fills the file,
+# inside a turn: between letting go and using, no other process can take the room back.
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class _Reserve:
+    """The file `reserve`. Its size is all there is to it: whole, or let go of in part; every process sees it."""
+
+    def __init__(self, tree: _Tree, wanted_bytes: int | None) -> None:
+        """`wanted_bytes` is taken from disks that are large enough for it; None: take what is there for the whole."""
+        self._tree = tree
+        self._journal = tree.path / f"{DATABASE}-wal"
+        self._fd = -1
+        self._full_since_s: float | None = None
+        self.whole_bytes = 0
+        with contextlib.suppress(FileNotFoundError):
+            flags = os.O_RDWR | (os.O_CREAT if wanted_bytes else 0)
+            self._fd = _open_ours(tree.root_fd, tree.path / "reserve", flags)
+        if self._fd >= 0 and wanted_bytes:
+            disk = os.fstatvfs(tree.root_fd)
+            self.whole_bytes = min(wanted_bytes, disk.f_blocks * disk.f_frsize // RESERVE_PART)
+
+    def open(self) -> None:
+        """Takes up the room, also where a copy of the directory has left a hole instead; inside a turn."""
+        try:
+            if self.held_bytes > self.whole_bytes > 0:  # the operator wants less of it now
+                os.ftruncate(self._fd, self.whole_bytes)
+            self._fill(1)
+            self.tell()
+        except OSError as error:
+            log.warning(f"no room can be kept for ending calls in {self._tree.path}: {error.strerror}")
+            self.whole_bytes = 0
+
+    @property
+    def held_bytes(self) -> int:
+        return os.fstat(self._fd).st_size if self._fd >= 0 else 0
+
+    @property
+    def free_bytes(self) -> int:
+        disk = os.fstatvfs(self._tree.root_fd)
+        return disk.f_bavail * disk.f_frsize
+
+    @property
+    def journal_pages(self) -> int:
+        """After how many the journal is to be written back; SQLite's own 1000 where the reserve has room for them."""
+        return min(1000, self.whole_bytes // 2 // PAGE_BYTES) if self.whole_bytes else 1000
+
+    def has_room(self, bytes_count: int) -> bool:
+        """Whether so much may be written: to the journal, and from there to its place. No promise, but a good guess."""
+        if self._full_since_s is not None:
+            self.tell()
+        return self._fits(bytes_count)
+
+    def _fits(self, bytes_count: int) -> bool:
+        if not self.whole_bytes:
+            return True
+        needed_bytes = self.whole_bytes // SLACK_PART + 2 * bytes_count + (_size_bytes(self._journal) or 0)
+        return self._is_whole and self.free_bytes >= needed_bytes
+
+    @property
+    def _is_whole(self) -> bool:
+        return self.held_bytes >= self.whole_bytes
+
+    @property
+    def has_half(self) -> bool:
+        return self.held_bytes >= self.whole_bytes // 2
+
+    def refill(self) -> None:
+        """Takes the room up again, all of it, or if there is less the half that results may not have. Inside a turn."""
+        if not self._is_whole and not self._fill(1) and not self.has_half:
+            self._fill(2)
+
+    def _fill(self, divisor: int) -> bool:
+        if not self.whole_bytes:
+            return True
+        held_bytes = self.held_bytes
+        try:
+            os.posix_fallocate(self._fd, 0, self.whole_bytes // divisor)
+        except OSError as error:
+            os.ftruncate(self._fd, held_bytes)  # some file systems keep what they could get
+            if not isinstance(_disk_error(error), QueueFull):
+                raise
+            return False
+        return True
+
+    def release(self, part: float = 1.0) -> None:
+        """Lets go of a part of the whole; of nothing if that is gone already."""
+        left_bytes = int(self.whole_bytes * (1 - part))
+        if self.held_bytes > left_bytes:
+            os.ftruncate(self._fd, left_bytes)
+
+    def trouble(self) -> str | None:
+        """What keeps calls from being taken, for people; None if nothing does."""
+        if self._fits(PAGE_BYTES):  # what a small call takes
+            return None
+        return f"{DISK_FULL}: {self.free_bytes} bytes are free, and new calls are refused until there are more"
+
+    def tell(self) -> None:
+        """A line in the log when that changes, not one for each call that is refused, nor at every turn of the tide."""
+        trouble, now_s = self.trouble(), time.monotonic()
+        if trouble is not None and self._full_since_s is None:
+            self._full_since_s = now_s
+            log.error(trouble)
+        elif trouble is None and self._full_since_s is not None and now_s - self._full_since_s > TOLD_S:
+            log.info(f"the queue has room again: calls were refused in the last {now_s - self._full_since_s:.0f} s")
+            self._full_since_s = None
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+
+
 def _sync_directory(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -1626,11 +2016,12 @@ def _create_token(tree: _Tree) -> None:
 
 
 NO_MEMORY = "the queue cannot be used: no memory"
+DISK_FULL = "the queue's disk is full"
 
 
 def _disk_error(error: OSError) -> FaashoundError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return QueueFull("the queue's disk is full")
+        return QueueFull(DISK_FULL)
     return QueueUnavailable(f"the queue cannot use its disk: {error.strerror or type(error).__name__}")
 
 
@@ -1638,7 +2029,7 @@ def _sqlite_error(error: sqlite3.Error) -> FaashoundError:
     # Python hands on extended codes; the primary code is the low byte. Errors of Python's own have none.
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
     if code & 0xFF == sqlite3.SQLITE_FULL or code == sqlite3.SQLITE_IOERR_SHMSIZE:
-        return QueueFull("the queue's disk is full")
+        return QueueFull(DISK_FULL)
     if code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         return QueueDamaged(f"the queue's file {DATABASE} is damaged ({error}): stop what uses it, then set it aside")
     return QueueUnavailable(f"the queue cannot be used: {error}")
@@ -1712,6 +2103,7 @@ def _connect(path: Path) -> sqlite3.Connection:
     with contextlib.ExitStack() as stack:
         stack.callback(db.close)
         db.execute("PRAGMA synchronous = FULL")
+        db.execute("PRAGMA secure_delete = FAST")  # zeros over what is deleted would go to the journal first
         db.execute("PRAGMA foreign_keys = ON")
         stack.pop_all()
     return db
@@ -1745,6 +2137,15 @@ def _size_bytes(path: Path) -> int | None:
         return path.lstat().st_size
     except FileNotFoundError:
         return None
+
+
+def _open_in_room(tree: _Tree, reserve: _Reserve) -> sqlite3.Connection:
+    """Opens the file with the reserve's room if need be: its journal and the index of that are made by the first."""
+    try:
+        return _open_database(tree)
+    except QueueFull:
+        reserve.release()
+        return _open_database(tree)
 
 
 def _create_database(path: Path) -> None:
@@ -1950,24 +2351,41 @@ def _boot_s() -> float:
 
 
 class _BodyFile:
-    """A body on its way to disk. Its methods block, so run in a thread, one at a time; `keep` or `discard` ends it."""
+    """A body on its way to disk. Its methods block, so run in a thread, one at a time; `keep` or `discard` ends it.
 
-    def __init__(self, bodies_fd: int) -> None:
+    One that has failed for want of room may be called again: it goes on where it stopped.
+    """
+
+    def __init__(self, bodies_fd: int, length: int = 0) -> None:
+        """If its `length` is known, `create` takes all the room at once, or fails."""
         self._bodies_fd = bodies_fd
         self._fd = -1
+        self._length = length
+        self._written = 0
+        self._left = memoryview(b"")
         self.name = uuid.uuid4().hex
 
     def create(self) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        self._fd = os.open(self.name, flags, 0o600, dir_fd=self._bodies_fd)
-        fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if self._fd < 0:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            self._fd = os.open(self.name, flags, 0o600, dir_fd=self._bodies_fd)
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if self._length:
+            _allocate(self._fd, self._length)
 
-    def write(self, pieces: Sequence[bytes]) -> None:
-        view = memoryview(b"".join(pieces))
-        while view:
-            view = view[os.write(self._fd, view) :]
+    def add(self, pieces: Sequence[bytes]) -> None:
+        """What is to be written next; only once all before it is."""
+        self._left = memoryview(b"".join(pieces))
+
+    def write(self) -> None:
+        while self._left:
+            count = os.write(self._fd, self._left)
+            self._left = self._left[count:]
+            self._written += count
 
     def keep(self) -> None:
+        if self._length:
+            os.ftruncate(self._fd, self._written)  # it may have had less to say than it announced
         os.utime(self._fd)  # the last bytes may be hours old; the time to name the file begins now
         os.fsync(self._fd)
         os.fsync(self._bodies_fd)
@@ -1981,6 +2399,18 @@ class _BodyFile:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             os.close(fd)
+
+
+def _allocate(fd: int, bytes_count: int) -> None:
+    """Takes up room for a file, all of it or none; OSError if there is not as much."""
+    before_bytes = os.fstat(fd).st_size
+    try:
+        os.posix_fallocate(fd, 0, bytes_count)
+    except OSError as error:
+        os.ftruncate(fd, before_bytes)  # some file systems keep what they could get
+        if isinstance(_disk_error(error), QueueFull):
+            raise
+        log.warning(f"no room can be taken up beforehand: {error.strerror}")
 
 
 def _unlink_bodies(bodies_fd: int, files: Iterable[str]) -> int:
@@ -2063,6 +2493,7 @@ class _Operation:
     future: asyncio.Future[Any]
     alone: bool
     joins: bool = False
+    bytes_count: int = 0  # of a body that goes into a row
     answer: Any = None
     error: BaseException | None = None
 
@@ -2087,10 +2518,12 @@ class _Operation:
 class _Writer:
     """The thread that writes. `on_ring` is called on the event loop with what each commit has to tell."""
 
-    def __init__(self, tree: _Tree, db: sqlite3.Connection, bells: _Bells, on_ring: Callable[[Ring], None]) -> None:
+    def __init__(self, parts: _Parts, on_ring: Callable[[Ring], None]) -> None:
+        tree = parts.tree
         self._tree = tree
-        self._db = db
-        self._bells = bells
+        self._db = parts.db
+        self._reserve = parts.reserve
+        self._bells = parts.bells
         self._on_ring = on_ring
         self._loop = asyncio.get_running_loop()
         self._path = tree.database
@@ -2101,13 +2534,17 @@ class _Writer:
         self._thread = threading.Thread(target=self._work, name="spool-writer", daemon=True)
         self._thread.start()
 
-    def submit(self, run: Callable[[_Transaction], T], *, alone: bool = False) -> asyncio.Future[T]:
-        """The future of what `run` returns, done once that is on disk."""
+    def submit(
+        self, run: Callable[[_Transaction], T], *, alone: bool = False, body: StoredBody | None = None
+    ) -> asyncio.Future[T]:
+        """The future of what `run` returns, done once that is on disk; `body`: what it writes that may be large."""
         future: asyncio.Future[T] = self._loop.create_future()
         joins = isinstance(run, _Put) and run.call.idempotency_key is None
+        body = run.call.body if isinstance(run, _Put) else body
+        bytes_count = 0 if body is None or body.inline is None else body.bytes_count
         if not self._gathered:
             self._loop.call_soon(self.hand_over)
-        self._gathered.append(_Operation(run, future, alone, joins))
+        self._gathered.append(_Operation(run, future, alone, joins, bytes_count))
         return future
 
     def hand_over(self) -> None:
@@ -2170,12 +2607,64 @@ class _Writer:
             if operation.future.cancelled():
                 operation.error = QueueUnavailable("its caller has gone")
         group = [operation for operation in group if operation.error is None]
-        for operation in group:
-            if operation.alone:
-                self._guard([operation], partial(self._run, operation, _Transaction(self._db)))
+        rings = [
+            self._guard([operation], partial(self._run_alone, operation)) for operation in group if operation.alone
+        ]
         together = [operation for operation in group if not operation.alone]
-        ring = self._guard(together, partial(self._commit, together)) if together else None
-        return ring or Ring.NOTHING
+        if together and self._reserve.has_room(sum(operation.bytes_count for operation in together)):
+            rings.append(self._guard(together, partial(self._commit, together)))
+        else:
+            _refuse(together)
+        refused = [operation for operation in group if isinstance(operation.error, QueueFull)]
+        if refused:
+            rings += self._serve_without_room(refused)
+        return reduce(operator.or_, filter(None, rings), Ring.NOTHING)
+
+    def _serve_without_room(self, group: Sequence[_Operation]) -> list[Ring | None]:
+        """Steps that end calls go first and one by one: a group may need more than the reserve has, a step does not."""
+        puts = [operation for operation in group if isinstance(operation.run, _Put)]
+        others = [operation for operation in group if not isinstance(operation.run, _Put)]
+        rings = [self._guard([operation], partial(self._work_without_room, operation)) for operation in others]
+        self._guard((), self.tidy)
+        if puts and self._reserve.has_room(sum(operation.bytes_count for operation in puts)):
+            for operation in puts:
+                operation.error = None
+            rings.append(self._guard(puts, partial(self._commit, puts)))
+        self._reserve.tell()
+        return rings
+
+    def _work_without_room(self, operation: _Operation) -> Ring:
+        """Does a step, if need be with the reserve. First the journal's pages go to their places, which takes room."""
+        operation.error = None
+        work = (
+            partial(self._run_alone, operation) if operation.alone else partial(self._commit, [operation], short=True)
+        )
+        try:
+            ring = work()
+        except sqlite3.Error as error:
+            if not isinstance(_sqlite_error(error), QueueFull):
+                raise
+        else:
+            if not isinstance(operation.error, QueueFull):
+                return ring
+        operation.error = None
+        self._reserve.release()
+        self.tidy(refill=False)
+        try:
+            return work()
+        finally:
+            self.tidy()
+
+    def tidy(self, *, refill: bool = True) -> None:
+        """Gives the journal's room back, to the reserve; what cannot be done now is done behind a later step."""
+        with contextlib.suppress(sqlite3.Error, OSError):
+            _truncate_journal(self._db)
+            if refill:
+                self._reserve.refill()
+
+    def _run_alone(self, operation: _Operation) -> Ring:
+        self._run(operation, _Transaction(self._db))
+        return Ring.NOTHING
 
     def _guard(self, operations: Sequence[_Operation], work: Callable[[], T]) -> T | None:
         """What `work` returns from inside a turn; None if the disk fails, which fails all of `operations`."""
@@ -2184,8 +2673,9 @@ class _Writer:
                 self._check_place()
                 return work()
         except sqlite3.Error as error:
-            log.error(f"the queue in {self._tree.path} cannot be written: {error}")
             problem: Exception = _sqlite_error(error)
+            if not isinstance(problem, QueueFull):  # of which the reserve tells, once
+                log.error(f"the queue in {self._tree.path} cannot be written: {error}")
         except OSError as error:
             problem = _disk_error(error)
         except QueueUnavailable as error:
@@ -2208,9 +2698,9 @@ class _Writer:
             pass
         raise QueueUnavailable("the queue's file was moved or removed: restart what uses it")
 
-    def _commit(self, group: Sequence[_Operation]) -> Ring:
+    def _commit(self, group: Sequence[_Operation], *, short: bool = False) -> Ring:
         while True:
-            tx = _Transaction(self._db)
+            tx = _Transaction(self._db, short=short)
             before = self._db.total_changes
             try:
                 self._db.execute("BEGIN IMMEDIATE")
@@ -2265,6 +2755,11 @@ class _Writer:
             operation.error = error
 
 
+def _refuse(operations: Iterable[_Operation]) -> None:
+    for operation in operations:
+        operation.error = QueueFull(DISK_FULL)
+
+
 def _is_disk_trouble(error: Exception) -> bool:
     """Tell whether the disk or the file is in trouble, not the operation."""
     return type(error) in (sqlite3.OperationalError, sqlite3.InternalError, sqlite3.DatabaseError)
@@ -2317,14 +2812,16 @@ class _Readers:
 class _Parts:
     """What opening a queue yields, before there is a thread or a socket."""
 
+    limits: QueueLimits
     tree: _Tree
     token: str
     db: sqlite3.Connection
+    reserve: _Reserve
     readers: _Readers
     bells: _Bells
 
 
-def _open_parts(path: Path) -> _Parts:
+def _open_parts(path: Path, limits: QueueLimits) -> _Parts:
     path = path.absolute()
     if sqlite3.sqlite_version_info < SQLITE_VERSION:
         raise QueueUnavailable(
@@ -2334,8 +2831,11 @@ def _open_parts(path: Path) -> _Parts:
         with contextlib.ExitStack() as stack:
             tree = stack.enter_context(contextlib.closing(_open_tree(path)))
             with tree.turn():
-                db = stack.enter_context(contextlib.closing(_open_database(tree)))
+                reserve = stack.enter_context(contextlib.closing(_Reserve(tree, limits.reserve_bytes)))
+                db = stack.enter_context(contextlib.closing(_open_in_room(tree, reserve)))
                 token = _read_token(tree)
+                reserve.open()
+                db.execute(f"PRAGMA wal_autocheckpoint = {reserve.journal_pages}")
             readers = stack.enter_context(contextlib.closing(_Readers(tree.database)))
             bells = _Bells(tree.bells_fd)
             stack.pop_all()
@@ -2343,7 +2843,7 @@ def _open_parts(path: Path) -> _Parts:
         raise _open_error(path, error) from error
     except sqlite3.Error as error:
         raise _sqlite_error(error) from error
-    return _Parts(tree, token, db, readers, bells)
+    return _Parts(limits, tree, token, db, reserve, readers, bells)
 
 
 class Spool:
@@ -2356,13 +2856,16 @@ class Spool:
         """Not for callers: use `Spool.open`."""
         self.token = parts.token  # known only to those who can open the queue: how gateway and worker trust each other
         self._tree = parts.tree
+        self._limits = parts.limits
+        self._reserve = parts.reserve
         self._readers = parts.readers
         self._now = now
         self._boot = _read_boot_id()
         self._loop = asyncio.get_running_loop()
         self._bells = parts.bells
-        self._writer = _Writer(parts.tree, parts.db, self._bells, self._on_ring)
+        self._writer = _Writer(parts, self._on_ring)
         self._files = ThreadPoolExecutor(4, thread_name_prefix="spool-files")
+        self._result_turn = asyncio.Lock()  # of results that have found no room
         self._owners: dict[str, int] = {}
         self._last_flow: dict[Kind, _Flow] = {"call": ("", ""), "callback": ("", "")}
         self._reclaimed_s = -RECLAIM_S
@@ -2379,13 +2882,15 @@ class Spool:
     # -- opening and closing
 
     @classmethod
-    async def open(cls, directory: Path, *, now: Callable[[], float] = time.time) -> Spool:
+    async def open(
+        cls, directory: Path, *, limits: QueueLimits | None = None, now: Callable[[], float] = time.time
+    ) -> Spool:
         """Opens the queue in `directory`, or creates it (0700); `now` is the wall clock, in seconds since the epoch.
 
         Brings an older file to the newest version. Raises QueueDamaged, naming file and remedy, for a file that is
         damaged, foreign or newer; QueueUnavailable, naming path and owner, when it may not be used.
         """
-        spool = cls(await asyncio.to_thread(_open_parts, Path(directory)), now)
+        spool = cls(await asyncio.to_thread(_open_parts, Path(directory), limits or QueueLimits()), now)
         try:
             await spool.reclaim()
         except QueueFull:
@@ -2416,12 +2921,15 @@ class Spool:
                 os.unlink(owner, dir_fd=self._tree.owners_fd)  # an owner without a file is dead
         for fd in self._owners.values():
             os.close(fd)
+        self._reserve.close()
         self._tree.close()
 
-    def _write(self, run: Callable[[_Transaction], T], *, alone: bool = False) -> asyncio.Future[T]:
+    def _write(
+        self, run: Callable[[_Transaction], T], *, alone: bool = False, body: StoredBody | None = None
+    ) -> asyncio.Future[T]:
         if self._closed:
             raise QueueUnavailable("the queue is closed")
-        return self._writer.submit(run, alone=alone)
+        return self._writer.submit(run, alone=alone, body=body)
 
     async def _read(self, read: Callable[[sqlite3.Connection], T]) -> T:
         if self._closed:
@@ -2459,32 +2967,99 @@ class Spool:
                 raise BodyTooLarge(limit_bytes)
             return StoredBody(len(chunks), chunks, None)
         source = _once(chunks) if isinstance(chunks, bytes) else chunks
+        return await self._store(source, limit_bytes, _BodyFile(self._tree.bodies_fd), self._write_body)
+
+    async def store_result(
+        self, chunks: AsyncIterator[bytes], limit_bytes: int | None = None, length: int | None = None
+    ) -> StoredBody:
+        """As `store_body`, for what a function has answered: it waits for room, however long.
+
+        It may use half of the reserve. If its `length` is known it takes all its room at once or none: results that
+        hold a part each, and wait for the rest, would wait for one another. The others are written one after another.
+        Raises ResultLost if `chunks` breaks off after it has been kept waiting.
+        """
+        if length is not None and limit_bytes is not None and length > limit_bytes:
+            raise BodyTooLarge(limit_bytes)
+        waited = False
+
+        async def write(work: Callable[[], None]) -> None:
+            nonlocal waited
+            waited |= await self._write_result(work, contextlib.nullcontext() if length else self._result_turn)
+
+        try:
+            return await self._store(chunks, limit_bytes, _BodyFile(self._tree.bodies_fd, length or 0), write)
+        except BodyTooLarge:
+            raise
+        except FaashoundError as error:
+            if not waited or self._closed:
+                raise
+            raise ResultLost(f"the answer broke off while it waited for room in the queue: {error}") from error
+
+    async def _write_body(self, work: Callable[[], None]) -> None:
+        """A body that is on its way when the disk gets full is refused as well: its call could not be put."""
+        if not self._reserve.has_room(FILE_CHUNK_BYTES):
+            await self._write(lambda _: self._writer.tidy(), alone=True)
+            if not self._reserve.has_room(FILE_CHUNK_BYTES):
+                raise QueueFull(DISK_FULL)
+        await self._in_thread(work)
+
+    async def _write_result(self, work: Callable[[], None], turn: AbstractAsyncContextManager[None]) -> bool:
+        """Does `work`, which goes on where it stopped, until it succeeds; whether it had to wait."""
+
+        def write() -> None:
+            if not self._reserve.has_half:  # the journal's half is let go of just now: it is not for us
+                raise QueueFull(DISK_FULL)
+            work()
+
+        try:
+            await self._in_thread(write)
+            return False
+        except (QueueFull, QueueUnavailable) as error:
+            log.warning(f"a result waits to be stored: {error}")
+        async with turn:
+            while True:
+                self._reserve.release(0.5)
+                try:
+                    await self._in_thread(write)
+                    return True
+                except (QueueFull, QueueUnavailable):
+                    if self._closed:
+                        raise
+                await asyncio.sleep(ROOM_PAUSE_S)
+
+    async def _store(
+        self,
+        source: AsyncIterator[bytes],
+        limit_bytes: int | None,
+        file: _BodyFile,
+        write: Callable[[Callable[[], None]], Awaitable[None]],
+    ) -> StoredBody:
+        """Collects a body, by `write` in `file` if it is long; `write` has the file's methods run in a thread."""
         pieces: list[bytes] = []
         total = held = 0
+        begun = False
         async with contextlib.AsyncExitStack() as stack:
-            file: _BodyFile | None = None
             async for piece in source:
                 pieces.append(piece)
                 total += len(piece)
                 held += len(piece)
                 if limit_bytes is not None and total > limit_bytes:
                     raise BodyTooLarge(limit_bytes)
-                if held > (INLINE_BYTES if file is None else FILE_CHUNK_BYTES):
-                    file = file or await self._begin_body(stack)
-                    await self._in_thread(partial(file.write, pieces))
+                if held > (FILE_CHUNK_BYTES if begun else INLINE_BYTES):
+                    if not begun:
+                        stack.push_async_callback(self._in_thread, file.discard)
+                        await write(file.create)
+                        begun = True
+                    file.add(pieces)
+                    await write(file.write)
                     pieces, held = [], 0
-            if file is None:
+            if not begun:
                 return StoredBody(total, b"".join(pieces), None)
-            await self._in_thread(partial(file.write, pieces))
-            await self._in_thread(file.keep)
+            file.add(pieces)
+            await write(file.write)
+            await write(file.keep)
             stack.pop_all()
         return StoredBody(total, None, file.name)
-
-    async def _begin_body(self, stack: contextlib.AsyncExitStack) -> _BodyFile:
-        file = _BodyFile(self._tree.bodies_fd)
-        stack.push_async_callback(self._in_thread, file.discard)
-        await self._in_thread(file.create)
-        return file
 
     async def open_body(self, body: StoredBody, chunk_bytes: int = FILE_CHUNK_BYTES) -> AsyncGenerator[bytes, None]:
         """The bytes of a stored body, in pieces of at most `chunk_bytes`; `aclose` it if you stop early.
@@ -2520,10 +3095,11 @@ class Spool:
         """Queues a call; it is on disk when this returns.
 
         The same idempotency key for the same function, while that call is remembered: the earlier Call is returned
-        and the new body dropped. Raises CallExists when the id is in use. Whatever this raises, the body is gone, also
-        when the caller is cancelled, unless the call got into the queue all the same.
+        and the new body dropped. Raises KeyReused when that was another request, CallExists when the id is in use,
+        TooManyQueued when the function has as many calls or bytes waiting as it may. Whatever this raises, the body is
+        gone, also when the caller is cancelled, unless the call got into the queue all the same.
         """
-        earlier = await self._write(_Put(call, _headers_text(call.headers)))
+        earlier = await self._write(_Put(call, _headers_text(call.headers), self._limits))
         return _accepted(call) if earlier is None else earlier
 
     async def get(self, call_id: str) -> Call | None:
@@ -2551,6 +3127,21 @@ class Spool:
     async def cancel(self, call_id: str) -> State:
         """CANCELLED: it was queued and will not run. RUNNING: its worker is told. Raises CallFinished, CallUnknown."""
         return await self._write(partial(_cancel, call_id=call_id, now_s=self._now()))
+
+    async def cancel_queued(self, *, function: str | None = None) -> int:
+        """Cancels every queued call, of one function or of all, and drops their payloads; returns how many.
+
+        In steps, so calls that come meanwhile may be among them. What runs goes on.
+        """
+        total, position = 0, -1
+        while True:
+            step = partial(_cancel_queued, function=function, now_s=self._now(), after_seq=position)
+            dropped = await self._write(step)
+            await self._drop_files(dropped.files)
+            total += dropped.count
+            if dropped.next is None:
+                return total
+            position = dropped.next[1]
 
     # -- owners and leases
 
@@ -2667,11 +3258,12 @@ class Spool:
             excerpt = await self._in_thread(partial(_read_excerpt, self._tree, result.file, result.bytes_count))
         due_s = self._now() if end.callback_due_s is None else end.callback_due_s
         try:
-            await self._write(partial(_finish, lease=lease, ending=_Ending(end, excerpt, due_s)))
+            files = await self._write(partial(_finish, lease=lease, ending=_Ending(end, excerpt, due_s)), body=result)
         except LeaseLost:
             if result is not None:
                 await self.drop_body(result)
             raise
+        await self._drop_files(files)
 
     async def retry(self, lease: Lease, *, attempt: Attempt, due_s: float, excerpt: bytes | None = None) -> State:
         """Back into the queue until `due_s`; or CANCELLED, if asked for. `excerpt`: how the failed response begins."""
@@ -2827,26 +3419,52 @@ class Spool:
 
     async def stats(self) -> Stats:
         """The queue in figures; reads an index from end to end, so not for every request."""
-        return await self._read(partial(_count, now_s=self._now(), commit_count=self._writer.commit_count))
+        stats = await self._read(partial(_count, now_s=self._now(), commit_count=self._writer.commit_count))
+        disk = await self._in_thread(partial(os.fstatvfs, self._tree.root_fd))
+        free_bytes = disk.f_bavail * disk.f_frsize
+        return replace(stats, free_bytes=free_bytes, reserve_bytes=self._reserve.held_bytes)
+
+    @property
+    def trouble(self) -> str | None:
+        """What keeps the queue from taking calls, for /healthz; None if nothing is known to."""
+        return None if self._closed else self._reserve.trouble()
 
     # -- housekeeping
 
-    async def sweep(self, keep_results_s: float, retention_s: float) -> Swept:
+    async def sweep(self, keep_results_s: float, retention_s: float, bounds: Bounds | None = None) -> Swept:
         """Drops results and calls that have been final for longer, leftovers of crashes, and gives their room back.
 
-        Never touches dead letters or calls whose callback is not delivered, except for a dead letter's result. Works
-        in small steps: writers are never kept waiting for more than one.
+        Never touches dead letters or calls whose callback is not delivered, except for a dead letter's result, unless
+        `bounds` says so; each of those that goes is logged. Works in small steps: writers are never kept waiting for
+        more than one.
         """
-        now_s = self._now()
-        expired = count = await self._write(partial(_expire, now_s=now_s))
-        while count == STEP_COUNT:
-            count = await self._write(partial(_expire, now_s=now_s))
+        now_s, bounds = self._now(), bounds or Bounds()
+        expired = 0
+        while count := await self._write(partial(_expire, now_s=now_s)):
+            expired += count
+        while count := await self._write(partial(_expire_stale, now_s=now_s, before_s=now_s - bounds.queue_age_s)):
             expired += count
         results, files = await self._drop_old(_drop_results, now_s - keep_results_s)
         calls, more_files = await self._drop_old(_drop_calls, now_s - retention_s)
-        files += more_files + await self._drop_orphans()
+        letters, letter_files = await self._drop_letters(now_s, bounds)
+        files += more_files + letter_files + await self._drop_orphans()
+        await self._write(_forget_idle)
         await self._write(lambda _: _remove_dead_owners(self._tree), alone=True)
-        return Swept(expired, results, calls, files, await self._shrink())
+        return Swept(expired, results, calls, files, await self._shrink(), letters)
+
+    async def _drop_letters(self, now_s: float, bounds: Bounds) -> tuple[int, int]:
+        if bounds.dead_s == float("inf") and bounds.dead_bytes is None:
+            return 0, 0
+        before_s = await self._read(partial(_letters_before, now_s=now_s, bounds=bounds))
+        count = files_count = 0
+        while True:
+            letters, files = await self._write(partial(_drop_letters, before_s=before_s))
+            if not letters:
+                return count, files_count
+            for call_id, function in letters:
+                log.warning("a dead letter was dropped: keep_dead is over", call_id=call_id, function=function)
+            files_count += await self._drop_files(files)
+            count += len(letters)
 
     async def _drop_old(self, step: _Step, before_s: float) -> tuple[int, int]:
         """Repeats a step to its end; returns how many rows and files it has dropped."""
@@ -2867,23 +3485,15 @@ class Spool:
     async def _shrink(self) -> int:
         """Returns bytes given back: free pages at the end of the file, and the journal."""
         before = self._size_bytes()
-        while await self._write(_vacuum):
-            pass
-        await self._write(_truncate_journal, alone=True)
+        with contextlib.suppress(QueueFull):  # moving pages takes room; the rest is moved when there is some
+            while await self._write(_vacuum):
+                pass
+        await self._write(lambda tx: _truncate_journal(tx.db), alone=True)
         return max(0, before - self._size_bytes())
 
     def _size_bytes(self) -> int:
         journal = self._tree.path / f"{DATABASE}-wal"
         return sum(path.stat().st_size for path in (self._tree.database, journal) if path.exists())
-
-
-def _truncate_journal(tx: _Transaction) -> None:
-    """Writes the journal back and cuts it to nothing, unless someone reads from it just now: then the next time."""
-    tx.db.execute("PRAGMA busy_timeout = 0")  # else it would wait for readers, and all writers with it
-    try:
-        tx.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-    finally:
-        tx.db.execute(f"PRAGMA busy_timeout = {int(BUSY_S * 1000)}")
 
 
 async def _once(body: bytes) -> AsyncIterator[bytes]:

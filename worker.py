@@ -3,6 +3,7 @@
     fworker                                   # or: python -m faashound.worker
     queue_url=spool:/var/lib/faashound gateway_url=http://gateway:8080 max_inflight=32 fworker
     fworker dead list|show|retry|purge        # what was given up; see calls.py
+    fworker cancel --all | --function NAME    # what waits in the queue
 
 For each call that is due: lease it, send it to the function through the gateway, and record what follows from the
 answer (`retries.next_step`): done, again at some time, or a dead letter.  A result that somebody asked for is
@@ -24,7 +25,7 @@ import os
 import random
 import sys
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from typing import cast
 import prometheus_client
 import uvloop
 
+from .breakers import Breakers
 from .callbacks import (
     CALLBACK_PROOF,
     MAX_REDIRECTS_COUNT,
@@ -48,10 +50,10 @@ from .callbacks import (
     parse_callback_allow,
     parse_secrets,
 )
-from .calls import dead_letters
+from .calls import cancel_calls, dead_letters
 from .migrate import migrate_queue
 from .names import FunctionName
-from .queues import NatsSettings, Queue, QueueUrl, is_healthy, open_queue, parse_queue_url
+from .queues import QUEUE_RESERVE_HELP, NatsSettings, Queue, QueueUrl, open_queue, parse_queue_url, trouble_of
 from .retries import (
     CALLBACK_POLICY,
     Concurrency,
@@ -72,6 +74,7 @@ from .retries import (
     poison_step,
     policy_for,
 )
+from .shares import Slots
 from .spool import (
     EXCERPT_BYTES,
     Attempt,
@@ -81,14 +84,18 @@ from .spool import (
     LeaseLost,
     QueueDamaged,
     QueueFull,
+    QueueLimits,
     QueueUnavailable,
+    ResultLost,
     RunEnd,
     State,
     StoredBody,
+    destination_of,
     parse_queue_names,
 )
 from .watchdog import (
     TEXT_PLAIN,
+    BodyTooLarge,
     CannotStart,
     Client,
     ClientResponse,
@@ -119,6 +126,7 @@ from .watchdog import (
     parse_port,
     parse_positive_count,
     parse_positive_duration,
+    parse_size,
     parse_text,
     parse_url,
     read_file,
@@ -136,6 +144,7 @@ RENEWALS_COUNT = 3  # in the time of one lease: two may fail before it runs out
 PAUSE_S = 1.0  # before the queue is asked again after it failed
 PREVENTED_S = 2.0  # before a lease is handed back for want of something that this machine will have again
 REFUSED_TEXT = "refused: not allowed by callback_allow"  # which names lead to inner addresses is not for strangers
+PROBES_PART = 4  # one slot for so many is for trying destinations again that could not be reached
 MAX_KNOWN_COUNT = 1000  # functions whose annotations and metrics are kept apart: callers can make up names
 ANSWER_READ_BYTES = 1 << 20  # of the answer to a callback, which nobody wants but whose sender wants to be rid of it
 WORKER_TOKEN = b"X-Worker-Token"  # who has it can open the queue, so it is a worker of ours
@@ -183,6 +192,10 @@ class Settings(NatsSettings):
     callback_allow: CallbackAllow | None = setting(
         "callback_allow", "", parse_callback_allow, "hosts and networks that callbacks may go to besides public ones"
     )
+    max_result_bytes: int = setting(
+        "max_result", "512MiB", parse_size, "longest answer that is kept; the call of a longer one is a dead letter"
+    )
+    queue_reserve_bytes: int = setting("queue_reserve", "8MiB", parse_size, QUEUE_RESERVE_HELP)
     host: str | None = setting("host", "127.0.0.1", parse_text, "address of /metrics and /healthz")
     metrics_port: int = setting("metrics_port", "8083", parse_port, "port of /metrics and /healthz; 0 disables it")
     drain_timeout_s: float = setting("drain_timeout", "30s", parse_duration, "after SIGTERM: time for what runs")
@@ -287,13 +300,15 @@ class Annotations:
 class Running:
     """A lease at work.  `ended_by` says why its task was cancelled: "cancel", "lost" or "drain".
 
-    `answered`: the function has answered, and only the outcome is still to be recorded, so its place is free.
+    `flow` is whose slot it holds.  Once the function has answered, and only the outcome is still to be recorded, it
+    holds none.
     """
 
     lease: Lease
+    flow: str
     task: asyncio.Task[None] | None = None
     begun: bool = False
-    answered: bool = False
+    holds_slot: bool = False
     ended_by: str = ""
 
     def end(self, why: str) -> None:
@@ -325,6 +340,11 @@ class WorkerMetrics:
         )
         self._callbacks = prometheus_client.Counter(
             "worker_callbacks", "Attempts at callbacks, by outcome", ("outcome",), registry=self.registry
+        )
+        self.held_back = prometheus_client.Gauge(
+            "worker_callback_destinations_held_back",
+            "Destinations of callbacks that are tried less often, since they could not be reached",
+            registry=self.registry,
         )
         in_flight = prometheus_client.Gauge(
             "worker_in_flight", "Calls and callbacks at work", ("kind",), registry=self.registry
@@ -375,8 +395,12 @@ class Worker:
         self._callback_policy = dataclasses.replace(CALLBACK_POLICY, max_attempts=settings.callback_retry_attempts)
         self._running: dict[int, Running] = {}  # by the lease's fence
         self._cancelled_early: frozenset[str] = frozenset()  # calls that are ours but have not reached us yet
-        self._limits: dict[FunctionName, Concurrency] = {}
-        self._may_wait: set[Kind] = {"call", "callback"}  # what there may be more of in the queue
+        self._limits: OrderedDict[str, Concurrency] = OrderedDict()
+        self._slots: Mapping[Kind, Slots] = {
+            "call": Slots(settings.max_inflight),
+            "callback": Slots(settings.max_inflight),
+        }
+        self._breakers = Breakers(max(settings.max_inflight // PROBES_PART, 1))
         self._stirred = asyncio.Event()  # there is room, or maybe work, or an end: look again
         self._stopping = False
         self._complaint = ""
@@ -416,54 +440,54 @@ class Worker:
             running.end("drain")
 
     async def _claim(self) -> bool:
-        """Start as much as there is and as there is room for; tell whether that was anything."""
-        lease_s = self._settings.ack_wait_s
+        """Start as much as there is and as there is room for; tell whether to look again at once."""
         try:
-            calls = callbacks = False
-            if room := self._room_to_claim("call"):
-                calls = self._start_all(
-                    "call",
-                    await self.queue.claim(self._settings.queues, self._owner, lease_s, room, self._rooms()),
-                )
-            if room := self._room_to_claim("callback"):
-                callbacks = self._start_all(
-                    "callback", await self.queue.claim_callbacks(self._settings.queues, self._owner, lease_s, room)
-                )
+            again = [await self._claim_kind(kind) for kind in self._slots]
         except FaashoundError as error:
-            self._may_wait = {"call", "callback"}
+            self._hear()
             self._complain(error)
             return False
         self._complaint = ""
-        return calls or callbacks
+        return any(again)
 
-    def _room_to_claim(self, kind: Kind) -> int:
-        """Return how many leases of a kind are to be claimed now; 0 if none may wait, for all that has been heard."""
-        busy_count = sum(running.lease.kind == kind and not running.answered for running in self._running.values())
-        room = self._settings.max_inflight - busy_count
-        if room <= 0 or kind not in self._may_wait:
-            return 0
-        self._may_wait.discard(kind)  # before the claim: what is heard of while it is made is claimed by the next
-        return room
+    async def _claim_kind(self, kind: Kind) -> bool:
+        slots = self._slots[kind]
+        allotment = slots.next_claim(time.monotonic())
+        if allotment is None:
+            return False
+        rooms = self._rooms(kind)
+        wanted = allotment.narrowed(rooms)
+        claim = self.queue.claim if kind == "call" else self.queue.claim_callbacks
+        leases = await claim(self._settings.queues, self._owner, self._settings.ack_wait_s, wanted.limit, wanted.rooms)
+        for lease in leases:
+            self._start(lease)
+        return slots.found(allotment, len(leases), passed_over=0 in rooms.values())
 
-    def _rooms(self) -> dict[str, int]:
-        """Return how many more calls each function may get whose limit is known to be below ours."""
-        if not self._limits:
-            return {}
-        at_work = [running.lease for running in self._running.values() if not running.answered]
-        counts = Counter(lease.call.function for lease in at_work if lease.kind == "call")
-        return {name: limit.room(counts[name]) for name, limit in self._limits.items()}
+    def _rooms(self, kind: Kind) -> dict[str, int]:
+        """Return how many more each function may get that refuses calls, or each destination that is in trouble."""
+        held = self._slots[kind].held
+        if kind == "callback":
+            return self._breakers.rooms(held, time.monotonic())
+        return {name: limit.room(held[name]) for name, limit in self._limits.items()}
+
+    def _hear(self) -> None:
+        for slots in self._slots.values():
+            slots.hear()
 
     async def _wait_for_change(self) -> None:
         """Wait until there may be something to claim, or if the queue is in trouble for a moment."""
+        now_s = time.monotonic()
+        changes_s = [slots.lends_at_s for slots in self._slots.values()]
+        changes_s += [self._breakers.next_probe_s(now_s), now_s + PAUSE_S if self._complaint else None]
         with suppress(TimeoutError):
-            async with asyncio.timeout(PAUSE_S if self._complaint else None):
+            async with asyncio.timeout_at(min((at_s for at_s in changes_s if at_s is not None), default=None)):
                 await self._stirred.wait()
 
     async def _listen(self) -> None:
         """Pass on what the queue has to tell."""
         while True:
             await self._hear_of_work()
-            self._may_wait = {"call", "callback"}
+            self._hear()
             self._stirred.set()
 
     async def _hear_of_work(self) -> None:
@@ -482,28 +506,32 @@ class Worker:
             log.error(f"the queue cannot be asked for work: {error}")
         self._complaint = str(error)
 
-    def _start_all(self, kind: Kind, leases: Sequence[Lease]) -> bool:
-        """Start what a claim has brought; tell whether that was anything.  Where something was, there may be more."""
-        if leases or (kind == "call" and self._limits):  # a function without room is passed over
-            self._may_wait.add(kind)
-        for lease in leases:
-            self._start(lease)
-        return bool(leases)
-
     def _start(self, lease: Lease) -> None:
         for earlier in list(self._running.values()):
             if (earlier.lease.kind, earlier.lease.call.id) == (lease.kind, lease.call.id):
                 earlier.end("lost")  # we slept past our own lease
-        running = Running(lease)
+        flow = lease.call.function if lease.kind == "call" else destination_of(lease.call.callback_url or "")
+        running = Running(lease, flow)
         self._running[lease.fence] = running
+        self._hold(running)
         running.task = asyncio.create_task(self._see_to_end(running))
         running.task.add_done_callback(partial(self._on_end, lease))
         if lease.kind == "call" and lease.call.id in self._cancelled_early:
             running.end("cancel")
         self.metrics.in_flight[lease.kind].inc()
 
+    def _hold(self, running: Running) -> None:
+        if not running.holds_slot:
+            running.holds_slot = True
+            self._slots[running.lease.kind].take(running.flow)
+
+    def _free(self, running: Running) -> None:
+        if running.holds_slot:
+            running.holds_slot = False
+            self._slots[running.lease.kind].give_back(running.flow, time.monotonic())
+
     def _on_end(self, lease: Lease, task: asyncio.Task[None]) -> None:
-        del self._running[lease.fence]
+        self._free(self._running.pop(lease.fence))
         self.metrics.in_flight[lease.kind].dec()
         self._stirred.set()
         if not task.cancelled() and task.exception() is not None:
@@ -516,7 +544,7 @@ class Worker:
         try:
             if running.ended_by:
                 raise asyncio.CancelledError
-            await (self._make_call(running) if lease.kind == "call" else self._make_callback(lease))
+            await (self._make_call(running) if lease.kind == "call" else self._make_callback(running))
         except asyncio.CancelledError:
             await self._end_early(running, started_s)
         except LeaseLost:
@@ -601,7 +629,7 @@ class Worker:
 
     async def _make_room(self, running: Running) -> None:
         """Let another call take the place of one that was answered, claimed in the commit that records the outcome."""
-        running.answered = True
+        self._free(running)
         self._stirred.set()
         await asyncio.sleep(0)  # the claim is submitted now, the outcome right behind it
 
@@ -641,14 +669,17 @@ class Worker:
                 if str(error) != complaint:
                     log.error(f"the outcome cannot be recorded yet: {error}", call_id=lease.call.id)
                 complaint = str(error)
-                self._running[
-                    lease.fence
-                ].answered = False  # what cannot be recorded keeps its place, or all would pile up
+                self._hold(self._running[lease.fence])  # what cannot be recorded keeps its slot, or all would pile up
                 await asyncio.sleep(PAUSE_S)
 
     async def _finish(self, lease: Lease, state: State, status: int, attempt: Attempt, answer: Answer) -> None:
         end = RunEnd(state, attempt, status, answer.duration_s, answer.body, answer.headers)
-        await self._insist(lease, partial(self.queue.finish, lease, end))
+        try:
+            await self._insist(lease, partial(self.queue.finish, lease, end))
+        except QueueDamaged as error:  # the result was taken away from under us: no reason to run the function again
+            attempt = dataclasses.replace(attempt, error=str(error))
+            end = RunEnd(State.DEAD, attempt, status, answer.duration_s)
+            await self._insist(lease, partial(self.queue.finish, lease, end))
 
     async def _excerpt(self, answer: Answer) -> bytes | None:
         """Return the beginning of a failed response, and drop the rest."""
@@ -686,7 +717,14 @@ class Worker:
             )
             async with response:
                 try:
-                    stored = await self.queue.store_body(response.body)
+                    stored = await self.queue.store_result(
+                        response.body, self._settings.max_result_bytes, response.body.length
+                    )
+                except BodyTooLarge:
+                    text = f"the answer is longer than max_result, which is {self._settings.max_result_bytes} bytes"
+                    return failed(Outcome(End.UNSTORED, error=text))
+                except ResultLost as error:
+                    return failed(Outcome(End.UNSTORED, error=str(error)))
                 except (QueueUnavailable, QueueFull) as error:  # the function has run: this was an attempt
                     return failed(Outcome(End.UNREACHABLE, error=f"the answer could not be stored: {error}"))
         except Exception as error:  # noqa: BLE001 - an attempt's boundary: what it raises is recorded, whatever it is
@@ -705,16 +743,18 @@ class Worker:
         """Adapt how many calls of a function run at once to how it answers."""
         before = self._limits.get(function) or Concurrency.start(self._settings.max_inflight)
         after = before.after(outcome, started, time.monotonic())
-        if after.limit >= after.ceiling:
-            self._limits.pop(function, None)
-        else:
+        self._limits.pop(function, None)
+        if after.limit < after.ceiling:
             self._limits[function] = after
+            if len(self._limits) > MAX_KNOWN_COUNT:
+                self._limits.popitem(last=False)
         if after.limit < before.limit:
             log.info(f"{function} refuses calls: at most {int(after.limit)} at once")
 
     def show_limits(self) -> None:
-        """Bring the metrics of the functions' limits up to date."""
+        """Bring the metrics of the functions' limits, and of destinations in trouble, up to date."""
         self.metrics.show_limits(self._limits)
+        self.metrics.held_back.set(self._breakers.open_count)
 
     def _log_step(self, call: Call, step: object, answer: Answer) -> None:
         text = {Done: "done", RetryAt: "to be tried again", Dead: "dead letter", HandBack: "handed back"}[type(step)]
@@ -725,14 +765,15 @@ class Worker:
 
     # A callback.
 
-    async def _make_callback(self, lease: Lease) -> None:
+    async def _make_callback(self, running: Running) -> None:
+        lease = running.lease
         call, callback, started_s = lease.call, lease.call.callback, time.time()
         if callback is None or call.callback_url is None:
             raise AssertionError("a lease on a callback is of a call that has one")
         if is_poison(callback.attempts, self._callback_policy):
             outcome, step = Outcome(End.FAILED), cast(Step, poison_step(callback.attempts))
         else:
-            outcome = await self._post(call)
+            outcome = await self._post_or_not(call, running.flow)
             step = next_callback_step(callback.attempts, self._callback_policy, outcome, time.time(), random.random)
         self.metrics.callback(outcome)
         await self._record_callback(lease, step, attempt_of(started_s, time.time(), outcome, step))
@@ -751,6 +792,20 @@ class Worker:
                 await self._insist(lease, partial(self.queue.callback_dead, lease, attempt))
             case HandBack():
                 await self._hand_back(lease)
+
+    async def _post_or_not(self, call: Call, destination: str) -> Outcome:
+        """Post a result unless its destination has been given up for now, and learn how that one is."""
+        started_s = time.monotonic()
+        objection = self._breakers.objection(destination, started_s)
+        if objection is not None:
+            return Outcome(End.HELD_BACK, error=objection)
+        outcome = await self._post(call)
+        if outcome.end is End.ANSWERED and self._breakers.on_answer(destination):
+            log.info(f"callbacks to {destination} are sent again")
+        is_failure = outcome.end in (End.UNREACHABLE, End.TIMED_OUT)
+        if is_failure and self._breakers.on_failure(destination, str(outcome), started_s, time.monotonic()):
+            log.warning(f"callbacks to {destination} are held back, and tried one at a time: {outcome}")
+        return outcome
 
     async def _post(self, call: Call) -> Outcome:
         """Post a result to its callback; whatever goes wrong is an outcome too."""
@@ -863,8 +918,9 @@ async def serve_status(worker: Worker, request: Request) -> Response:
         return await serve_metrics(worker.metrics.registry, request)
     if request.method != "GET":
         raise MethodNotAllowed(("GET",))
-    if not is_healthy(worker.queue):
-        raise NotReady("the queue cannot be reached")
+    trouble = trouble_of(worker.queue)
+    if trouble is not None:
+        raise NotReady(trouble)
     return Response(200, (TEXT_PLAIN,), b"OK")
 
 
@@ -876,7 +932,8 @@ async def serve(settings: Settings, environ: Mapping[str, str], doors: Doors) ->
     signer = load_signer(settings)
     policy = build_policy([settings.gateway_url], settings.callback_allow)
     async with AsyncExitStack() as stack:
-        queue = await open_queue(settings.queue_url, settings)
+        limits = QueueLimits(settings.queue_reserve_bytes)
+        queue = await open_queue(settings.queue_url, settings, limits=limits)
         stack.push_async_callback(queue.close)
         worker = Worker(settings, queue, await queue.enlist(), policy, signer)
         status_server = start_metrics(doors.metrics, partial(serve_status, worker))
@@ -903,9 +960,11 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     settle_descriptors()
     if argv[:1] == ["dead"]:
         return dead_letters(argv[1:], environ)
+    if argv[:1] == ["cancel"]:
+        return cancel_calls(argv[1:], environ)
     if argv[:1] == ["migrate"]:
         return migrate_queue(argv[1:], environ)
-    answer = flag_answer(argv, help_text("fworker [dead ... | migrate ...]", PURPOSE, Settings))
+    answer = flag_answer(argv, help_text("fworker [dead ... | cancel ... | migrate ...]", PURPOSE, Settings))
     if answer is not None:
         return answer
     settings = load_settings(Settings, environ)

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Of ours, what each module may import.  Imports run one way: watchdog <- parts <- programs.
 _PARTS = {"watchdog", "names", "spool", "queues", "keeper", "functions", "addresses", "callbacks", "retries", "calls"}
+_PARTS |= {"shares", "breakers"}
 OURS: dict[str, set[str]] = {
     "__init__": set(),
     "watchdog": set(),
@@ -26,6 +27,8 @@ OURS: dict[str, set[str]] = {
     "proxying": {"watchdog"},
     "browsers": {"watchdog", "addresses"},
     "passwords": {"watchdog"},
+    "shares": set(),
+    "breakers": set(),
     "jetstream": {"watchdog", "names", "spool"},
     "queues": {"watchdog", "names", "spool", "jetstream"},  # which of the two a URL names
     "calls": {"watchdog", "names", "spool", "queues"},

@@ -39,7 +39,7 @@ from faashound.jetstream import (
     take,
 )
 from faashound.names import parse_function_name
-from faashound.queues import NatsSettings, NatsUrl, is_healthy, open_queue, parse_queue_url
+from faashound.queues import NatsSettings, NatsUrl, open_queue, parse_queue_url, trouble_of
 from faashound.spool import (
     EXCERPT_BYTES,
     Attempt,
@@ -592,7 +592,7 @@ def test_queue_opens_with_what_the_settings_say_and_not_without(
 
         async def scenario() -> None:
             queue = await open_queue(url, parse_settings(NatsSettings, environ))
-            assert is_healthy(queue)
+            assert trouble_of(queue) is None
             await queue.put(new_call())
             await queue.close()
             with pytest.raises(QueueUnavailable) as caught:

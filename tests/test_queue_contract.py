@@ -27,6 +27,7 @@ from faashound.spool import (
     CallFinished,
     CallNotDead,
     CallUnknown,
+    KeyReused,
     Lease,
     LeaseLost,
     QueueUnavailable,
@@ -114,6 +115,30 @@ def test_put_returns_the_call_as_it_is_now_when_the_key_is_known(desk: Desk) -> 
 
 def test_put_makes_a_new_call_when_the_key_belongs_to_another_function(desk: Desk) -> None:
     assert desk.put("f", idempotency_key="k").id != desk.put("g", idempotency_key="k").id
+
+
+def test_put_returns_the_first_call_when_the_key_comes_with_the_same_request(desk: Desk) -> None:
+    first = desk.put(idempotency_key="k", body_digest="a" * 64)
+    desk.finish(desk.claim_one())
+    again = desk.put(idempotency_key="k", body_digest="a" * 64)
+    assert (again.id, again.body_digest) == (first.id, "a" * 64)
+
+
+def test_put_is_refused_and_drops_the_body_when_the_key_comes_with_another_request(desk: Desk) -> None:
+    first = desk.put(idempotency_key="k", body_digest="a" * 64)
+    body = desk.do(desk.queue.store_body(desk.big()))
+    with pytest.raises(KeyReused, match="another request to f before") as refusal:
+        desk.put(idempotency_key="k", body_digest="b" * 64, body=body)
+    assert refusal.value.status == 422
+    assert first.id not in str(refusal.value)  # it may be another caller's
+    assert desk.bodies() == set()
+    assert desk.put("f.prod", idempotency_key="k", body_digest="b" * 64).id != first.id
+
+
+@pytest.mark.parametrize("digests", [(None, "b" * 64), ("a" * 64, None)], ids=["of-an-earlier-version", "unknown"])
+def test_put_takes_a_request_without_a_digest_for_the_same(desk: Desk, digests: tuple[str | None, str | None]) -> None:
+    first, second = (desk.put(idempotency_key="k", body_digest=digest) for digest in digests)
+    assert second.id == first.id
 
 
 def test_put_makes_a_new_call_when_the_key_belongs_to_another_namespace(desk: Desk) -> None:

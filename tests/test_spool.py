@@ -12,6 +12,7 @@ import socket
 import time
 import tracemalloc
 import uuid
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -330,7 +331,7 @@ def no_descriptors(_: Desk) -> Iterator[None]:
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.ExitStack() as stack:
         gaps = [os.open("/dev/null", os.O_RDONLY)]  # every free number below the highest in use
-        stack.callback(lambda: [os.close(fd) for fd in gaps])
+        stack.callback(lambda: deque(map(os.close, gaps), 0))
         highest = max(map(int, os.listdir("/proc/self/fd")))
         while gaps[-1] <= highest:
             gaps.append(os.open("/dev/null", os.O_RDONLY))

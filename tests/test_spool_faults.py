@@ -583,7 +583,7 @@ def test_open_and_close_leave_no_descriptors_and_no_threads(tmp_path: Path) -> N
     desk.close()
     assert (sorted(os.listdir("/proc/self/fd")), threading.enumerate()) == before
     assert sorted(path.name for path in (tmp_path / "spool").iterdir()) == sorted(
-        [DATABASE, "bells", "bodies", "owners", "token", "writer.lock"]
+        [DATABASE, "bells", "bodies", "owners", "reserve", "token", "writer.lock"]
     )
     assert list((tmp_path / "spool" / "owners").iterdir()) == list((tmp_path / "spool" / "bells").iterdir()) == []
 

@@ -21,8 +21,10 @@ from typing import Any
 import pytest
 import standardwebhooks
 
+from faashound.breakers import FAILURES_COUNT
 from faashound.callbacks import CallbackRefused
 from faashound.retries import End, Outcome
+from faashound.shares import LEND_AFTER_S
 from faashound.spool import QueueDamaged, QueueFull, QueueUnavailable
 from faashound.watchdog import OutOfResources, PeerGone, Unreachable, UpstreamTimeout
 from faashound.worker import REFUSED_TEXT, outcome_of_error
@@ -252,7 +254,7 @@ def test_callback_follows_no_other_redirect_and_is_tried_again(system: System) -
     ("reply", "error"),
     [
         ((410, {}, b""), "status 410"),
-        ((307, {"Location": "http://169.254.169.254/"}, b""), "link-local"),
+        ((307, {"Location": "http://169.254.169.254/"}, b""), REFUSED_TEXT),
     ],
 )
 def test_callback_ends_when_nobody_wants_it_or_it_would_go_where_it_may_not(
@@ -268,9 +270,10 @@ def test_callback_ends_when_nobody_wants_it_or_it_would_go_where_it_may_not(
 def test_worker_judges_the_address_itself_whatever_the_gateway_let_through() -> None:
     with Receiver() as receiver, System(settings={"worker": "none"}) as system:
         call_id = system.submit("cat", b"", {"X-Callback-Url": receiver.url()})
-        with Worker(system, {"callback_allow": "example.com"}):
+        with Worker(system, {"callback_allow": "example.com"}) as worker:
             status = system.until(call_id, lambda status: status.get("callback", {}).get("state") == "dead")
-        assert "callback_allow" in status["callback"]["error"]
+            assert "127.0.0.1 is loopback; callback_allow can permit it" in worker.wait_log("callback to")
+        assert status["callback"]["error"] == REFUSED_TEXT, "what it resolved to is not for strangers"
         assert receiver.received() == []
 
 
@@ -297,17 +300,57 @@ def test_callback_reaches_a_function_of_the_same_gateway_without_callback_allow(
 
 def test_callback_whose_stored_result_is_lost_is_given_up_with_the_reason_after_its_attempts() -> None:
     def lose(_: Received) -> Reply:
-        for path in (system.spool / "bodies").iterdir():
+        for path in (settled.spool / "bodies").iterdir():
             path.unlink()
         return 500, {}, b""
 
-    system = System(settings={"callback_retry_attempts": "2"})
-    with Receiver(lose) as receiver, system:
+    settled = System(settings={"callback_retry_attempts": "2"})
+    with Receiver(lose) as receiver, settled as system:
         call_id = system.submit("cat", b"x" * 200_000, {"X-Callback-Url": receiver.url()})
         status = system.until(call_id, lambda status: status.get("callback", {}).get("state") == "dead")
         assert (status["state"], status["status"], status["callback"]["attempts"]) == ("done", 200, 2)
         assert status["callback"]["error"] == "gave up after 2 attempts: the file of a stored body is gone"
         assert len(receiver.received()) == 1, "nothing goes out under the function's status that is not its answer"
+
+
+def test_callback_is_delivered_at_once_beside_a_receiver_that_hangs() -> None:
+    waits = threading.Event()
+
+    def stalls(_: Received) -> Reply:
+        waits.wait(60)
+        return 200, {}, b""
+
+    system = System(settings={"max_inflight": "4"})
+    with Receiver(stalls) as hanging, Receiver() as healthy, system:
+        for call_id in [system.submit("cat", b"", {"X-Callback-Url": hanging.url()}) for _ in range(12)]:
+            system.ended(call_id)
+        hanging.wait_for(4)
+        for count in range(1, 4):
+            call_id = system.submit("cat", b"", {"X-Callback-Url": healthy.url()})
+            assert system.ended(call_id)["state"] == "done"
+            healthy.wait_for(count, LEND_AFTER_S + NOISE_S)
+        assert len(hanging.received()) == 4
+        waits.set()
+
+
+def test_callbacks_to_a_receiver_that_hangs_wait_until_it_answers_again() -> None:
+    answers = threading.Event()
+
+    def stalls(_: Received) -> Reply:
+        answers.wait(60)
+        return 200, {}, b""
+
+    with Receiver(stalls) as receiver, System(settings={"callback_timeout": "200ms"}) as system:
+        for _ in range(FAILURES_COUNT):
+            system.submit("cat", b"", {"X-Callback-Url": receiver.url()})
+        system.wait_log(f"callbacks to 127.0.0.1:{receiver.port} are held back")
+        call_id = system.submit("cat", b"", {"X-Callback-Url": receiver.url("/later")})
+        assert system.ended(call_id)["state"] == "done"
+        answers.set()
+        status = system.until(call_id, lambda status: status["callback"]["state"] == "delivered", 15)
+        assert status["callback"]["attempts"] == 1
+        system.wait_log(f"callbacks to 127.0.0.1:{receiver.port} are sent again")
+        assert [got.path for got in receiver.received()].count("/later") == 1
 
 
 def test_callback_that_kills_each_worker_is_given_up() -> None:
@@ -358,6 +401,18 @@ def test_calls_of_a_function_run_in_the_order_of_submission_and_functions_take_t
         order = runs(system)
     assert [call_id for call_id in order if call_id != other] == first
     assert order.index(other) <= 2, "it waits for no more than its turn"
+
+
+def test_call_runs_soon_though_another_function_hangs_in_every_slot() -> None:
+    functions = FUNCTIONS + '[hangs]\nfprocess = "sleep 60"\n[also-hangs]\nfprocess = "sleep 60"'
+    with System(functions, {"worker": "none"}) as system, Worker(system, {"max_inflight": "8", "drain_timeout": "0"}):
+        hanging = [system.submit("hangs") for _ in range(20)]
+        system.until(hanging[7], lambda status: status["state"] == "running")
+        also = [system.submit("also-hangs") for _ in range(20)]
+        for _ in range(3):
+            assert system.ended(system.submit("cat"), "5s")["state"] == "done"
+        states = [[system.status(call_id)["state"] for call_id in calls].count("running") for calls in (hanging, also)]
+        assert states == [8, 1]
 
 
 def test_local_worker_drains_every_queue_that_a_function_names() -> None:
