@@ -2,7 +2,7 @@
 
     classify_address(parse_address("::ffff:169.254.169.254")).kind     # Kind.LINK_LOCAL
     parse_numeric_host("0x7f.1")                                       # 127.0.0.1
-    Client(guard_functions(resolve_any))                               # for URLs whose host a stranger completes
+    Client(guard_functions(strangers_names()))                         # for URLs whose host a stranger completes
 
 Contract: a host that could be read as a number is a number, an IPv6 address that carries an IPv4 one is as bad as the
 worse of the two, and a public address of this machine counts as private: what listens on it believes its callers to be
@@ -21,8 +21,6 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
-
-import psutil
 
 from .watchdog import Address as SocketAddress
 from .watchdog import FaashoundError, Resolver, Url
@@ -232,6 +230,8 @@ class _OwnAddresses:
 
 
 def _read_interface_addresses() -> Iterable[Address]:
+    import psutil  # only here: it takes ten milliseconds to load, and only judging a stranger's address needs it
+
     for interface in psutil.net_if_addrs().values():
         for entry in interface:
             address = parse_literal(entry.address.partition("%")[0])  # fe80::1%eth0; a hardware address is none

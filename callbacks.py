@@ -5,6 +5,8 @@ post to.  So each address is judged by what it is (addresses.py):
 
     public                          allowed, unless `callback_allow` says `only`
     loopback, private, our own      refused, unless the host is the gateway's or callback_allow covers host or address
+    the gateway itself              by its own name or address only, and there /function/ and /async-function/ only,
+                                    whatever callback_allow says: its /system believes that who asks is inside
     link-local, cloud metadata,     refused; only a network of callback_allow that lies wholly inside the refused range
     multicast, unspecified,         opens it.  A host pattern does not (whoever runs that name's DNS would decide), nor
     reserved                        does a wide network such as 0.0.0.0/0 (nobody means the metadata service by that)
@@ -12,7 +14,7 @@ post to.  So each address is judged by what it is (addresses.py):
 The order of use, and the caller's obligations:
 
     url = policy.check_url(text)                        at submission, and again before each post
-    client = Client(policy.guard(resolve_any))          for callbacks alone: it connects to checked addresses, without
+    client = Client(policy.guard(lookup))               for callbacks alone: it connects to checked addresses, without
                                                         a second look-up (rebinding), and keeps its connections apart
     url = policy.check_redirect(url, status, location)  then post again
 
@@ -30,10 +32,10 @@ import hashlib
 import hmac
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
 from typing import ClassVar
-from urllib.parse import urljoin
+from urllib.parse import unquote, urljoin
 
 from .addresses import (
     Address,
@@ -48,7 +50,8 @@ from .addresses import (
     parse_literal,
     parse_numeric_host,
 )
-from .watchdog import VERSION, FaashoundError, Resolver, Url
+from .watchdog import SECRET_FIELDS, VERSION, FaashoundError, Resolver, Url
+from .watchdog import Address as SocketAddress
 
 Headers = tuple[tuple[str, str], ...]
 
@@ -186,14 +189,14 @@ def _parse_allow_entry(word: str) -> AllowEntry:
 # ---------------------------------------------------------------------------------------------------------------
 
 _LOOPBACK = (IPv4Address("127.0.0.1"), IPv6Address("::1"))
-_LOOPBACK_NAMES = ("localhost", *map(str, _LOOPBACK))
+_DOTS = re.compile(r"[/\\]\.{1,2}(?:[/\\]|$)")
 
 
 @dataclass(frozen=True, slots=True)
 class CallbackPolicy:
     """Decides where callbacks may go; see the head of this module.  Made by `build_policy`."""
 
-    gateway_hosts: frozenset[tuple[str, int]]
+    gateways: tuple[Url, ...]
     allow: CallbackAllow = CallbackAllow()
     own: Callable[[], Collection[Address]] = own_addresses
 
@@ -204,22 +207,82 @@ class CallbackPolicy:
         Raises CallbackRefused.  Passing here permits nothing yet: what `guard` returns does, at the time of the post.
         """
         url = parse_callback_url(text)
+        gateway = self._gateway_of(url)
+        if gateway is not None and not _is_function_path(url.target, gateway.target):
+            raise CallbackRefused(
+                _refusal_text(url, "it is the gateway; allowed there: /function/ and /async-function/")
+            )
         literal = parse_literal(url.host)
         if literal is not None:
             self._check_known(url, literal)
         elif f".{url.host}".endswith(".localhost"):
             self._check_known(url, *_LOOPBACK)
-        elif self.allow.only and not self._is_named(url) and not any(entry.network for entry in self.allow.entries):
+        elif (
+            self.allow.only
+            and gateway is None
+            and not self._is_listed(url)
+            and not any(entry.network for entry in self.allow.entries)
+        ):
             raise CallbackRefused(_refusal_text(url, f"{url.host} is not in callback_allow"))
         return url
+
+    def is_written_out(self, url: Url) -> bool:
+        """Tell whether the operator wrote the host's name: then it does not share its look-up with strangers' names."""
+        return any(gateway.host == url.host for gateway in self.gateways) or any(
+            entry.pattern == url.host for entry in self.allow.entries
+        )
 
     def guard(self, lookup: Resolver) -> Resolver:
         """Return a resolver for the client of callbacks: what `lookup` finds, as far as one may connect to it.
 
-        It raises CallbackRefused when nothing is left, and whatever `lookup` raises.
+        It raises CallbackRefused when nothing is left, and whatever `lookup` raises.  A name that leads to the gateway,
+        and is not the gateway's, is refused: its path cannot be judged each time, since connections are kept by name.
         """
 
-        return guard(lookup, self._refusal, lambda url, reason: CallbackRefused(_refusal_text(url, reason)))
+        async def resolve(url: Url) -> Sequence[SocketAddress]:
+            disguised = await self._find_gateways(url, lookup)
+
+            def refusal(url: Url, address: Address) -> str | None:
+                if address in disguised or (
+                    disguised and self._is_here(address) and any(map(self._is_here, disguised))
+                ):
+                    return f"{address} is the gateway; allowed: its own name, {self.gateways[0].authority}"
+                return self._refusal(url, address)
+
+            return await guard(lookup, refusal, lambda url, reason: CallbackRefused(_refusal_text(url, reason)))(url)
+
+        return resolve
+
+    async def _find_gateways(self, url: Url, lookup: Resolver) -> set[Address]:
+        """Return the addresses of gateways that have the port of `url`, but not its name."""
+        found: set[Address] = set()
+        if self._gateway_of(url) is None:
+            for gateway in self.gateways:
+                if gateway.port == url.port:
+                    found.update(parse_address(address) for _, address in await lookup(gateway))
+        return found
+
+    def _gateway_of(self, url: Url) -> Url | None:
+        """Return the gateway that `url` names, by its name or, if it is on this machine, by any address of that."""
+        literal = parse_literal(url.host)
+        for gateway in self.gateways:
+            known = parse_literal(gateway.host)
+            is_same = url.host == gateway.host or (
+                known is not None
+                and self._is_here(known)
+                and (url.host == "localhost" or (literal is not None and self._is_here(literal)))
+            )
+            if url.port == gateway.port and is_same:
+                return gateway
+        return None
+
+    def _is_here(self, address: Address) -> bool:
+        return address.is_loopback or address in self.own()
+
+    def _is_gateway(self, url: Url, address: Address) -> bool:
+        """Tell whether the gateway listens at `address`, as far as is known: on loopback only where it was said to."""
+        gateway = self._gateway_of(url)
+        return gateway is not None and parse_literal(gateway.host) in (None, address)
 
     def _check_known(self, url: Url, *addresses: Address) -> None:
         reasons = [self._refusal(url, address) for address in addresses]
@@ -243,9 +306,7 @@ class CallbackPolicy:
             raise CallbackRefused(_refusal_text(url, "it redirects from https to http"))
         return url
 
-    def _is_named(self, url: Url) -> bool:
-        if (url.host, url.port) in self.gateway_hosts:
-            return True
+    def _is_listed(self, url: Url) -> bool:
         return any(entry.names(url.host, url.port) for entry in self.allow.entries)
 
     def _refusal(self, url: Url, address: Address) -> str | None:
@@ -256,7 +317,7 @@ class CallbackPolicy:
             return (
                 f"{address} is {verdict.kind}; only a network inside {verdict.network} in callback_allow can permit it"
             )
-        if self._is_named(url):
+        if self._is_listed(url) or self._is_gateway(url, address):
             return None
         if verdict.level is Level.PRIVATE:
             return f"{address} is {verdict.kind}; callback_allow can permit it"
@@ -267,16 +328,19 @@ def _refusal_text(url: Url, reason: str) -> str:
     return f"callback to {url.authority} refused: {reason}"
 
 
-def build_policy(gateway_urls: Iterable[str], allow: CallbackAllow | None = None) -> CallbackPolicy:
-    """Return the policy of a system whose gateway is reached at `gateway_urls`, by host name and port.
+def _is_function_path(target: str, base: str) -> bool:
+    """Tell whether `target` is a function's at a gateway that is reached at the path `base`, however it is decoded."""
+    path = target.partition("?")[0]
+    begins = (f"{base.rstrip('/')}/{area}/" for area in ("function", "async-function"))
+    return path.startswith(tuple(begins)) and not _DOTS.search(unquote(unquote(path)))
 
-    One that is reached on loopback is so by each of loopback's names.  Raises CallbackRefused for a malformed URL.
+
+def build_policy(gateway_urls: Iterable[str], allow: CallbackAllow | None = None) -> CallbackPolicy:
+    """Return the policy of a system whose gateway is reached at `gateway_urls`.
+
+    One at an address of loopback is so by the name localhost too.  Raises CallbackRefused for a malformed URL.
     """
-    hosts: set[tuple[str, int]] = set()
-    for url in map(parse_callback_url, gateway_urls):
-        names = _LOOPBACK_NAMES if url.host in _LOOPBACK_NAMES else (url.host,)
-        hosts.update((name, url.port) for name in names)
-    return CallbackPolicy(frozenset(hosts), allow or CallbackAllow())
+    return CallbackPolicy(tuple(map(parse_callback_url, gateway_urls)), allow or CallbackAllow())
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -299,10 +363,7 @@ _HOP_BY_HOP = {"connection", "keep-alive", "te", "trailer", "transfer-encoding",
 # They mean nothing in a response, but would steer the request that the callback is.
 _REQUEST_ONLY = {"host", "expect"}
 # Credentials and what asks for them: meant for the function's caller, not for a third party.
-_CREDENTIALS = {
-    *("authorization", "authentication-info", "www-authenticate", "cookie", "cookie2", "set-cookie", "set-cookie2"),
-    *("x-api-key", "x-auth-token", "x-access-token", "x-csrf-token", "x-amz-security-token"),
-}
+_CREDENTIALS = {name.decode() for name in SECRET_FIELDS} | {"www-authenticate"}
 # Ours: the function cannot override them, nor pretend to a signature where there is none.
 _OURS = {
     *("x-call-id", "x-duration-seconds", "x-function-status", "x-function-name", "x-retry", "x-retry-max"),
@@ -351,34 +412,84 @@ def _is_dropped(name: str, dropped: frozenset[str]) -> bool:
 # ---------------------------------------------------------------------------------------------------------------
 # Signing (Standard Webhooks, symmetric scheme v1): HMAC-SHA256 over `id.timestamp.body`, base64.  The signature is
 # a header and so goes out before the body: a large body is read twice, once to sign it and once to send it.
+#
+# It proves that a worker with this secret posted this body, at that time, to one of those for whom the secret is.  It
+# does not prove who submitted the call: anybody who may submit one chooses the body, and with a secret for every host
+# the receiver too, and could post there what another function has had signed.
 # ---------------------------------------------------------------------------------------------------------------
 
 _SECRET_PREFIX = "whsec_"  # noqa: S105 - the public prefix, no secret
 MIN_SECRET_BYTES = 24  # the specification's lower bound
 
 
-def parse_secrets(text: str) -> tuple[bytes, ...]:
-    """Return the keys in a secret file, newest first: words of `whsec_<base64>`, or raw, separated by white space.
+SECRETS_HELP = "allowed, one a line: SECRET, for every host, or HOST SECRET; a secret is whsec_<base64>, or raw"
 
-    Several are for rotation: each signs, and a receiver accepts what one of them signed.
-    Raises ValueError, without a word of the secret in it, for none, for bad base64 and for a key that is too short.
+
+@dataclass(frozen=True, slots=True)
+class Secret:
+    """A key that signs, and for which host: a name, pattern or address as in callback_allow; None is every host."""
+
+    key: bytes = field(repr=False)
+    host: AllowEntry | None = None
+
+    def signs_for(self, url: Url) -> bool:
+        """Tell whether posts to `url` are signed with this key."""
+        if self.host is None or self.host.names(url.host, url.port):
+            return True
+        literal = parse_literal(url.host)
+        is_at_host = self.host.network is not None and literal is not None and literal in self.host.network
+        return is_at_host and self.host.port in (None, url.port)
+
+
+def parse_secrets(text: str) -> tuple[Secret, ...]:
+    """Return the secrets of a file, newest first: a line for each, with a host before it if it is for that one only.
+
+    Several for one host are for rotation: each signs, and a receiver accepts what one of them signed.
+    Raises ValueError with all that is wrong, each by its line and without a word of a secret: bad base64, a key that
+    is too short, a host that is none, or a file without a secret.
     """
-    words = text.split()
-    if not words:
-        raise ValueError("holds no secret; allowed: whsec_<base64>, or a raw secret")
-    return tuple(_parse_secret(word, place) for place, word in enumerate(words, 1))
+    secrets: list[Secret] = []
+    problems: list[str] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            secrets += _parse_secret_line(line.split())
+        except ValueError as error:
+            problems.append(f"line {number}: {error}")
+    if problems:
+        raise ValueError("; ".join(problems))
+    if not secrets:
+        raise ValueError(f"holds no secret; {SECRETS_HELP}")
+    return tuple(secrets)
 
 
-def _parse_secret(word: str, place: int) -> bytes:
+def _parse_secret_line(words: Sequence[str]) -> list[Secret]:
+    if len(words) < 2 or words[0].startswith(_SECRET_PREFIX):
+        return [Secret(_parse_secret(word)) for word in words]
+    host = _parse_secret_host(words[0])
+    return [Secret(_parse_secret(word), host) for word in words[1:]]
+
+
+def _parse_secret_host(word: str) -> AllowEntry:
+    """Return the host that a line begins with; one that may well be a secret is not taken for a name, nor shown."""
+    may_be_secret = len(word) >= MIN_SECRET_BYTES and not set(word) & set(".:")
+    try:
+        if may_be_secret or "/" in word:
+            raise ValueError
+        return _parse_allow_entry(word)
+    except ValueError:
+        raise ValueError(f"the first of several words is no host; {SECRETS_HELP}") from None
+
+
+def _parse_secret(word: str) -> bytes:
     key = word.encode()
     if word.startswith(_SECRET_PREFIX):
         encoded = word.removeprefix(_SECRET_PREFIX).rstrip("=")
         try:
             key = base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=True)
         except (binascii.Error, ValueError):
-            raise ValueError(f"secret {place} is no base64 after {_SECRET_PREFIX}") from None
+            raise ValueError(f"the secret is no base64 after {_SECRET_PREFIX}") from None
     if len(key) < MIN_SECRET_BYTES:
-        raise ValueError(f"secret {place} is {len(key)} bytes long; allowed: {MIN_SECRET_BYTES} bytes or more")
+        raise ValueError(f"the secret is {len(key)} bytes long; allowed: {MIN_SECRET_BYTES} bytes or more")
     return key
 
 
@@ -408,15 +519,18 @@ class Signature:
 
 
 class Signer:
-    """Signs callbacks with the keys of `parse_secrets`; says nothing of them in its repr."""
+    """Signs callbacks with the secrets of `parse_secrets`; says nothing of them in its repr."""
 
-    def __init__(self, keys: Sequence[bytes]) -> None:
-        self._keys = tuple(keys)
+    def __init__(self, secrets: Sequence[Secret]) -> None:
+        self._secrets = tuple(secrets)
 
-    def start(self, call_id: str, now_s: float) -> Signature:
-        """Return a signature to feed, for a post made at `now_s` (epoch seconds; each retry is signed anew).
+    def start(self, url: Url, call_id: str, now_s: float) -> Signature | None:
+        """Return a signature to feed, for a post to `url` at `now_s` (epoch seconds; each retry is signed anew).
+
+        None for a host that no secret is for.
 
         The receiver's key for telling repeats is the call's id.  A full stop in it, which only a caller's own id can
         have, becomes a colon: the specification forbids it, because `a.1` at 2 would sign the same text as `a` at 1.
         """
-        return Signature(self._keys, call_id.replace(".", ":"), int(now_s))
+        keys = [secret.key for secret in self._secrets if secret.signs_for(url)]
+        return Signature(keys, call_id.replace(".", ":"), int(now_s)) if keys else None

@@ -106,6 +106,11 @@ def parse_function_url(text: str) -> str:
     return text.rstrip("/")
 
 
+def completes_host(pattern: str | None) -> bool:
+    """Return whether the host of a URL depends on the name of the function, which is a caller's word."""
+    return pattern is not None and "{" in urllib.parse.urlsplit(pattern).netloc
+
+
 def _fill(pattern: str, name: FunctionName) -> str:
     return pattern.replace("{name}", name.name).replace("{namespace}", name.namespace)
 

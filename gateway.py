@@ -25,6 +25,7 @@ anything itself, retry, or follow redirects.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
 import json
 import math
@@ -34,7 +35,7 @@ import socket
 import sys
 import time
 import urllib.parse
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -79,10 +80,13 @@ from .functions import (
     Function,
     Functions,
     LocalFunctions,
+    completes_host,
     parse_function_url,
     read_functions,
 )
+from .health import TROUBLE_KEY, Health, stray_queues
 from .keeper import Keeper, python_command
+from .lookups import strangers_names, system_names
 from .names import DEFAULT_NAMESPACE, FunctionName, parse_namespaces
 from .passwords import Credentials, PasswordDoor
 from .proxying import build_via, check_path, forwarded
@@ -105,6 +109,7 @@ from .watchdog import (
     WORKERS_HELP,
     Aftercare,
     BadSettings,
+    Body,
     BodyTooLarge,
     CannotStart,
     Client,
@@ -151,7 +156,6 @@ from .watchdog import (
     parse_url,
     parse_workers,
     read_file,
-    resolve_any,
     run_members,
     serve_metrics,
     setting,
@@ -389,6 +393,29 @@ def parse_key(request: Request) -> str | None:
     return text
 
 
+class RequestDigest:
+    """What an Idempotency-Key stands for: method, path, query, content type and body, which is fed as it passes."""
+
+    def __init__(self, request: Request, rest: bytes) -> None:
+        self._hash = hashlib.sha256()
+        for part in (request.method.encode(), rest, request.query, request.header(b"content-type") or b""):
+            self._hash.update(b"%d:%b" % (len(part), part))  # with its length, or parts could be shifted
+
+    async def passing(self, body: Body | bytes) -> AsyncIterator[bytes]:
+        """Yield a body, and take note of it."""
+        if isinstance(body, bytes):
+            self._hash.update(body)
+            yield body
+            return
+        async for chunk in body:
+            self._hash.update(chunk)
+            yield chunk
+
+    def hex(self) -> str:
+        """Return the digest, once the body has passed."""
+        return self._hash.hexdigest()
+
+
 def parse_wait(query: bytes) -> float:
     """Return the seconds of ?wait=30s, 0 without it; BadField for anything else in the query."""
     wait_s = 0.0
@@ -499,6 +526,9 @@ class GatewayMetrics:
         submitted = CounterMetricFamily(
             "gateway_async_submissions", "Asynchronous calls submitted, by outcome", labels=("code",)
         )
+        trouble = GaugeMetricFamily(
+            "gateway_trouble", "Processes of ours that find a part behind the gateway not working", labels=("part",)
+        )
         dropped = CounterMetricFamily(
             "gateway_queue_dropped_letters", "Dead letters and undelivered results that keep_dead has ended"
         )
@@ -506,6 +536,7 @@ class GatewayMetrics:
             "started": started,
             "submitted": submitted,
             "dropped": dropped,
+            TROUBLE_KEY: trouble,
         }
         for key, numbers in self._seat.board.tally.totals().items():
             kind, *label = key.split()
@@ -515,7 +546,7 @@ class GatewayMetrics:
                 seconds.add_metric(label, buckets, sum_s)
             else:
                 counters[kind].add_metric(label, numbers[0])
-        yield from (total, started, seconds, submitted, dropped)
+        yield from (total, started, seconds, submitted, dropped, trouble)
         if self._stats is not None:
             yield from queue_metrics(self._stats)
 
@@ -526,6 +557,10 @@ def queue_metrics(stats: Stats) -> Iterator[Metric]:
     for state in State:
         calls.add_metric((state.value,), stats.by_state.get(state, 0))
     yield calls
+    waiting = GaugeMetricFamily("gateway_queue_waiting", "Calls and callbacks that wait, by queue", labels=("queue",))
+    for name, count in stats.waiting.items():
+        waiting.add_metric((name,), count)
+    yield waiting
     yield GaugeMetricFamily(
         "gateway_queue_dead_callbacks", "Results that could not be delivered", value=stats.callback_dead_count
     )
@@ -608,8 +643,12 @@ class Gateway:
         seat: Seat,
     ) -> None:
         self.metrics = GatewayMetrics(seat)
-        self._client = Client()
-        self._guarded_client = Client(guard_functions(resolve_any))
+        self.health = Health(seat)
+        self._names = system_names()
+        self._client = Client(self._names)
+        self._found_names = strangers_names()
+        guarded = completes_host(settings.function_url)
+        self._found_client = Client(guard_functions(self._found_names)) if guarded else self._client
         self.draining = False
         self._pages = pages
         self._waits: set[asyncio.Timeout] = set()
@@ -655,7 +694,7 @@ class Gateway:
             check_own_page(request)
             return await self._system(request, name, rest.decode("latin-1"))
         if request.path == b"/healthz":
-            return self._health(request)
+            return self._answer_health(request)
         raise NotFound("not found; allowed: /function/NAME, /async-function/NAME, /async-function/CALL-ID, /healthz")
 
     def _check_host(self, request: Request) -> None:
@@ -665,19 +704,22 @@ class Gateway:
             if not self._is_worker(request):  # which is no browser, and may know us by another name
                 raise
 
-    def _health(self, request: Request) -> Response:
+    def _answer_health(self, request: Request) -> Response:
         allow(request, "GET")
-        if self.draining:
-            raise NotReady("draining")
-        trouble = trouble_of(self._queue)
-        if trouble is not None:
-            raise NotReady(trouble)
+        found = (
+            "draining" if self.draining else None,
+            trouble_of(self._queue),
+            *self.health.problems(time.monotonic()),
+        )
+        problems = [problem for problem in found if problem is not None]
+        if problems:
+            raise NotReady("; ".join(problems))
         return Response(200, (TEXT_PLAIN,), b"OK")
 
     async def close(self) -> None:
         """Let go of the connections to functions."""
-        await self._client.close()
-        await self._guarded_client.close()
+        for each in (self._client, self._found_client, self._names, self._found_names):
+            await each.close()
 
     def drain(self) -> None:
         """Be unhealthy, and let nobody wait any longer for a call to end; everything else goes on."""
@@ -695,8 +737,8 @@ class Gateway:
         return await serve_metrics(self.metrics, request)
 
     def _is_worker(self, request: Request) -> bool:
-        given = request.header(WORKER_TOKEN.lower())  # an empty field is none: it must never be equal to anything
-        return given is not None and given != b"" and hmac.compare_digest(given, self._token)
+        given = request.header(WORKER_TOKEN.lower()) or b""
+        return given != b"" and hmac.compare_digest(given, self._token)  # an empty field is none, whatever our token
 
     async def _authorize(self, request: Request) -> None:
         if self._door is not None and not self._is_worker(request):
@@ -758,7 +800,7 @@ class Gateway:
         target = function_target(function, request, rest)
         try:
             return await self._client_of(function).request(
-                request.method, target, headers, request.body, request.body.length, deadline_s
+                request.method, target, headers, whole(request.body), request.body.length, deadline_s
             )
         except UpstreamTimeout as error:
             text = f"{function.name.short} did not answer within upstream_timeout ({format_duration(limit_s)})"
@@ -771,10 +813,8 @@ class Gateway:
             raise OurFailure(502, f"{function.name.short}: {error if trace.by_worker else 'no answer'}") from error
 
     def _client_of(self, function: Function) -> Client:
-        """Return what reaches a function: with its address judged first, where a caller has completed the host."""
-        pattern = self._settings.function_url or ""
-        completed = function.name not in self._listed and "{" in urllib.parse.urlsplit(pattern).netloc
-        return self._guarded_client if completed else self._client
+        """Return what reaches a function; the address of one that function_url found may have to be judged first."""
+        return self._client if function.name in self._listed else self._found_client
 
     # Later.
 
@@ -812,7 +852,24 @@ class Gateway:
         if request.body.length is not None and request.body.length > limit_bytes:
             raise BodyTooLarge(limit_bytes)
         build_call = self._parse_submission(request, function, rest)
-        call = build_call(body=await self._queue.store_body(whole(request.body), limit_bytes))
+        try:
+            taken = await self._put(await self._build_call(request, rest, build_call))
+        except QueueUnavailable:
+            self.health.queue_refused(time.monotonic())
+            raise
+        self.health.queue_took()
+        return taken
+
+    async def _build_call(self, request: Request, rest: bytes, build_call: Callable[..., NewCall]) -> NewCall:
+        """Store a request's body and return its call."""
+        limit_bytes, body = self._settings.max_body_bytes, whole(request.body)
+        if parse_key(request) is None:
+            return build_call(body=await self._queue.store_body(body, limit_bytes))
+        digest = RequestDigest(request, rest)
+        stored = await self._queue.store_body(digest.passing(body), limit_bytes)
+        return build_call(body=stored, body_digest=digest.hex())
+
+    async def _put(self, call: NewCall) -> Call:
         try:
             return await self._put_limit.run(self._queue.put(call))
         except TimeoutError:  # it may still get in; whoever asks again with the same id learns so by a 409
@@ -1087,17 +1144,37 @@ FUNCTIONS_GRACE_S = 10.0  # for watchdogs whose requests are over already
 WORKER_COMMAND = python_command("faashound.worker")
 
 
-async def keep_house(queue: Queue, settings: Settings, metrics: GatewayMetrics) -> None:
-    """Drop what is past its time from the queue, for ever."""
+async def keep_house(queue: Queue, settings: Settings, drained: Collection[str], metrics: GatewayMetrics) -> None:
+    """Drop what is past its time from the queue, for ever, and tell of calls in queues that are none of `drained`."""
     bounds = Bounds(settings.max_queue_age_s, settings.keep_dead_s, settings.keep_dead_bytes)
     shortest_s = min(settings.keep_results_s, settings.retention_s)
+    told: Mapping[str, int] = {}
     while True:
         try:
             swept = await queue.sweep(settings.keep_results_s, settings.retention_s, bounds)
             metrics.dropped(swept.dead_count)
+            stray = stray_queues((await queue.stats()).waiting, drained)
+            if stray.keys() != told.keys():
+                tell_of_stray_queues(stray)
+            told = stray
         except FaashoundError as error:
             log.warning(f"housekeeping in the queue failed: {error}")
         await asyncio.sleep(min(SWEEP_EVERY_S, max(shortest_s, 1.0)))
+
+
+def tell_of_stray_queues(stray: Mapping[str, int]) -> None:
+    """Log which queues have calls that may wait for ever."""
+    for name, count in stray.items():
+        log.warning(
+            f"{count} calls or callbacks wait in the queue {name}, which no function names any more and no worker of"
+            f" ours drains; a worker with queues={name} makes them"
+        )
+
+
+def drained_queues(plan: Plan) -> frozenset[str]:
+    """Return the queues that functions name or the worker beside us drains."""
+    named = {DEFAULT_QUEUE, *(function.queue for function in plan.functions.values())}
+    return frozenset(named.union(() if plan.worker is None else parse_settings(WorkerSettings, plan.worker).queues))
 
 
 def tell_what_is_served(plan: Plan, url: str | None, sockets: Sequence[socket.socket]) -> None:
@@ -1153,7 +1230,8 @@ async def serve(plan: Plan, local: LocalFunctions, doors: Doors, duty: Duty) -> 
         keeper = Keeper()
         stack.push_async_callback(keeper.stop, 0.0)
         if duty.seat.is_first and plan.worker is not None:
-            keeper.start("the worker", WORKER_COMMAND, {**plan.worker, "gateway_url": url or ""})
+            environ = {**plan.worker, "gateway_url": url or ""}
+            keeper.start("the worker", WORKER_COMMAND, environ, on_trouble=gateway.health.worker_trouble)
         await signals.first.wait()
         gateway.drain()
         await finished_first(worker_gone(keeper, duty.seat), signals.second.wait())
@@ -1192,7 +1270,8 @@ async def assemble(
     gateway = Gateway(settings, functions, queue, policy, door, browser_rules(settings, sockets), seat)
     stack.push_async_callback(gateway.close)
     if seat.is_first:
-        stack.callback(asyncio.create_task(keep_house(queue, settings, gateway.metrics)).cancel)
+        housekeeping = keep_house(queue, settings, drained_queues(plan), gateway.metrics)
+        stack.callback(asyncio.create_task(housekeeping).cancel)
     return gateway
 
 

@@ -92,6 +92,7 @@ from .spool import (
     Swept,
     check_same_request,
     destination_of,
+    lost_wait_s,
     next_callback_state,
     next_state,
 )
@@ -448,8 +449,10 @@ def take_back(record: Record, now_s: float) -> Record:
     """The owner is gone: what it held is due again, and the attempt counts."""
     if record.hold is None:
         raise AssertionError("only what is held can be taken back")
-    if record.hold.kind == "callback":
-        return _let_go(_with_callback(record, Event.HAND_BACK, due_s=now_s, error=LOST_ERROR))
+    callback = record.call.callback
+    if record.hold.kind == "callback" and callback is not None:
+        due_s = now_s + lost_wait_s(callback.attempts)
+        return _let_go(_with_callback(record, Event.HAND_BACK, due_s=due_s, status=None, error=LOST_ERROR))
     started_s = record.call.started_s if record.call.started_s is not None else now_s
     noted = note_attempt(record, Attempt(started_s, now_s, None, LOST_ERROR))
     return queue_again(noted, Event.HAND_BACK, record.call.due_s, now_s)
@@ -561,6 +564,12 @@ class Index:
         return Stats(
             by_state=by_state,
             by_function={key: count for key, count in self.by_function.items() if count},
+            waiting=Counter(
+                entry.queue
+                for entry in self.entries.values()
+                for waits in (entry.state is State.QUEUED, entry.callback is CallbackState.PENDING)
+                if waits
+            ),
             oldest_due_age_s=None if oldest_s is None or oldest_s > now_s else now_s - oldest_s,
             callback_pending_count=self.callbacks[CallbackState.PENDING] + self.callbacks[CallbackState.RUNNING],
             callback_dead_count=self.callbacks[CallbackState.DEAD],

@@ -22,7 +22,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .watchdog import BACKLOG, log
@@ -70,13 +70,22 @@ def describe_exit(status: int) -> str:
 
 
 class Child:
-    """One program that is kept running.  `pid` is None between two lives."""
+    """One program that is kept running.  `pid` is None between two lives.
+
+    `on_trouble` is told why it ended when it ends again before it has lived for PROVEN_AFTER_S, and "" once it has.
+    """
 
     def __init__(
-        self, name: str, command: Sequence[str], environ: Mapping[str, str], listener: socket.socket | None
+        self,
+        name: str,
+        command: Sequence[str],
+        environ: Mapping[str, str],
+        listener: socket.socket | None,
+        on_trouble: Callable[[str], None] = lambda trouble: None,
     ) -> None:
         self.name = name
         self.restart_count = 0
+        self.on_trouble = on_trouble
         self.pid: int | None = None
         self._pidfd: int | None = None
         self._command = tuple(command)
@@ -142,13 +151,18 @@ class Keeper:
         self._stopping = False
 
     def start(
-        self, name: str, command: Sequence[str], environ: Mapping[str, str], listener: socket.socket | None = None
+        self,
+        name: str,
+        command: Sequence[str],
+        environ: Mapping[str, str],
+        listener: socket.socket | None = None,
+        on_trouble: Callable[[str], None] = lambda trouble: None,
     ) -> Child:
         """Keep `command` running with the whole environment `environ`; it inherits `listener` as systemd hands it.
 
-        `name` is what the log calls it.
+        `name` is what the log calls it; `on_trouble` is described at `Child`.
         """
-        child = Child(name, command, environ, listener)
+        child = Child(name, command, environ, listener, on_trouble)
         self._tasks[child] = asyncio.create_task(self._keep(child), name=name)
         return child
 
@@ -177,14 +191,19 @@ class Keeper:
         delay_s: float | None = None
         while True:
             started_s = time.monotonic()
+            proven = asyncio.get_running_loop().call_later(PROVEN_AFTER_S, child.on_trouble, "")
             try:
                 status = await child.run(self._lifeline)
                 outcome = describe_exit(status)
             except OSError as error:
                 status, outcome = 1, f"cannot be started: {error.strerror}"
+            finally:
+                proven.cancel()
             if self._stopping:
                 return
             delay_s = next_restart_s(delay_s, time.monotonic() - started_s, status)
+            if delay_s > FIRST_RESTART_S:
+                child.on_trouble(outcome)
             log.error(f"{child.name} {outcome}; next start in {delay_s:g} s")
             await asyncio.sleep(delay_s)
             child.restart_count += 1

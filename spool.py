@@ -51,6 +51,7 @@ import stat
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
@@ -91,6 +92,7 @@ TURN_PAUSE_S = 0.0002  # between two tries
 BUSY_S = 5.0  # only strangers (a backup, a shell) can hold SQLite's lock: ours take turns by `writer.lock`
 IDLE_S = 30.0  # longest sleep without a look at the queue: bounds the harm of a wall clock that is set
 SET_BACK_S = 60.0  # a wall clock that is set back by less only delays what is due
+LOST_WAIT_S = 60.0  # longest wait of a callback whose workers die
 RECLAIM_S = 1.0  # shortest time between two looks for dead owners
 LETTER_BYTES = 1024  # what a dead letter without bodies is reckoned to take
 ORPHAN_S = 3600.0  # a stored body that no row names after this time is a crash's leftover
@@ -386,11 +388,13 @@ class Swept:
 class Stats:
     """The queue in figures. Pending callbacks include those on their way; `commit_count` is of this Spool alone.
 
+    `waiting` are the calls that are queued and the callbacks that are pending, by the name of their queue.
     `free_bytes` of the queue's disk, and `reserve_bytes` of the room that is kept for ending calls; None: not known.
     """
 
     by_state: Mapping[State, int]
     by_function: Mapping[tuple[FunctionName, State], int]
+    waiting: Mapping[str, int]
     oldest_due_age_s: float | None
     callback_pending_count: int
     callback_dead_count: int
@@ -462,6 +466,15 @@ def next_callback_state(state: CallbackState, event: Event) -> CallbackState:
         return CALLBACK_TRANSITIONS[state, event]
     except KeyError:
         raise AssertionError(f"a callback that is {state.value} cannot {event.value}") from None
+
+
+def lost_wait_s(attempts: int) -> float:
+    """How long a callback waits whose worker has died with it, at its attempt number `attempts`.
+
+    Not at all after the first, since workers are restarted; then longer each time, as it may be what kills them. It is
+    the worker that gives it up in the end, by the attempts that were begun.
+    """
+    return min(2.0 ** (min(attempts, 60) - 2), LOST_WAIT_S) if attempts > 1 else 0.0
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1384,14 +1397,15 @@ def _take_back(tx: _Transaction, dead: Collection[str], boot: str, boot_s: float
     """Ends every lease whose owner is in `dead`, whose deadline has passed, or which is of an earlier boot."""
     rows = tx.db.execute(
         "SELECT leases.fence, leases.seq, leases.kind, leases.owner, leases.boot, leases.until_s,"
-        " calls.started_s, calls.due_s FROM leases JOIN calls USING (seq)"
+        " calls.started_s, calls.due_s, callbacks.attempts"
+        " FROM leases JOIN calls USING (seq) LEFT JOIN callbacks USING (seq)"
     ).fetchall()
     lapsed = [row for row in rows if row[3] in dead or row[4] != boot or row[5] <= boot_s]
-    for fence, seq, kind, _, _, _, started_s, due_s in lapsed:
+    for fence, seq, kind, _, _, _, started_s, due_s, attempts in lapsed:
         _unlease(tx, fence)
         if kind == "callback":
-            tx.db.execute("UPDATE callbacks SET error = ? WHERE seq = ?", (LOST_ERROR, seq))
-            _callback_again(tx, seq, Event.HAND_BACK, now_s)
+            tx.db.execute("UPDATE callbacks SET status = NULL, error = ? WHERE seq = ?", (LOST_ERROR, seq))
+            _callback_again(tx, seq, Event.HAND_BACK, now_s + lost_wait_s(attempts))
         else:
             _add_attempt(tx, seq, Attempt(started_s, now_s, None, LOST_ERROR))
             tx.db.execute("UPDATE calls SET status = NULL, error = ? WHERE seq = ?", (LOST_ERROR, seq))
@@ -1555,10 +1569,13 @@ def _count(db: sqlite3.Connection, now_s: float, commit_count: int) -> Stats:
         by_function[FunctionName(function), State(state)] = count
         by_state[State(state)] += count
     callbacks = dict(db.execute("SELECT state, count(*) FROM callbacks GROUP BY state").fetchall())
+    waiting = Counter(dict(db.execute("SELECT queue, count(*) FROM calls WHERE state = 'queued' GROUP BY queue")))
+    waiting.update(dict(db.execute("SELECT queue, count(*) FROM callbacks WHERE state = 'pending' GROUP BY queue")))
     (oldest_s,) = db.execute(SQL_NEXT_DUE, {"after_s": -1e300}).fetchone()
     return Stats(
         by_state=by_state,
         by_function=by_function,
+        waiting=waiting,
         oldest_due_age_s=None if oldest_s is None or oldest_s > now_s else now_s - oldest_s,
         callback_pending_count=callbacks.get("pending", 0) + callbacks.get("running", 0),
         callback_dead_count=callbacks.get("dead", 0),

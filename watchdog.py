@@ -135,7 +135,11 @@ LINES_AT_ONCE_COUNT = 64  # lines of a function's stderr in one turn of the loop
 LAST_LINES_COUNT = 2000  # lines of it at the end of the call
 LOG_RETRY_S = 0.02  # between two tries of a log that nobody reads
 LOG_BACKLOG_BYTES = 1 << 20  # log lines that wait for a slow reader; more are dropped and counted
-SECRET_FIELDS = frozenset((b"authorization", b"cookie", b"set-cookie", b"proxy-authorization", b"x-api-key"))
+SECRET_FIELDS = frozenset(  # header fields that are never shown, logged, or passed on to third parties
+    b"authorization proxy-authorization authentication-info cookie cookie2 set-cookie set-cookie2 x-api-key api-key"
+    b" apikey x-functions-key x-goog-api-key x-auth-token x-access-token x-amz-security-token x-csrf-token x-xsrf-token"
+    b" private-token x-gitlab-token x-vault-token x-worker-token".split()
+)
 
 # ---------------------------------------------------------------------------------------------------------------
 # Errors: one root; each kind carries the status to answer and a text that is safe to show to a client.

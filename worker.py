@@ -51,6 +51,7 @@ from .callbacks import (
     parse_secrets,
 )
 from .calls import cancel_calls, dead_letters
+from .lookups import by_origin, strangers_names, system_names
 from .migrate import migrate_queue
 from .names import FunctionName
 from .queues import QUEUE_RESERVE_HELP, NatsSettings, Queue, QueueUrl, open_queue, parse_queue_url, trouble_of
@@ -130,7 +131,6 @@ from .watchdog import (
     parse_text,
     parse_url,
     read_file,
-    resolve_any,
     serve_metrics,
     setting,
     settle_descriptors,
@@ -187,7 +187,10 @@ class Settings(NatsSettings):
     callback_timeout_s: float = setting("callback_timeout", "30s", parse_positive_duration, "time for one callback")
     callback_retry_attempts: int = setting("callback_retry_attempts", "8", parse_count, "attempts of a callback in all")
     callback_secret_file: str | None = setting(
-        "callback_secret_file", "", parse_text, "file of the secrets that sign callbacks (Standard Webhooks)"
+        "callback_secret_file",
+        "",
+        parse_text,
+        "file with a line SECRET, or HOST SECRET, for each secret that signs callbacks",
     )
     callback_allow: CallbackAllow | None = setting(
         "callback_allow", "", parse_callback_allow, "hosts and networks that callbacks may go to besides public ones"
@@ -386,8 +389,10 @@ class Worker:
         self.queue = queue
         self._settings = settings
         self._owner = owner
-        self._client = Client()
-        self._callback_client = Client(policy.guard(resolve_any))
+        self._names, self._strangers_names = system_names(), strangers_names()
+        self._client = Client(self._names)
+        callback_names = by_origin(policy.is_written_out, self._names, self._strangers_names)
+        self._callback_client = Client(policy.guard(callback_names))
         self._policy = policy
         self._signer = signer
         self._gateway = parse_url(settings.gateway_url)
@@ -395,7 +400,7 @@ class Worker:
         self._callback_policy = dataclasses.replace(CALLBACK_POLICY, max_attempts=settings.callback_retry_attempts)
         self._running: dict[int, Running] = {}  # by the lease's fence
         self._cancelled_early: frozenset[str] = frozenset()  # calls that are ours but have not reached us yet
-        self._limits: OrderedDict[str, Concurrency] = OrderedDict()
+        self._limits: OrderedDict[FunctionName, Concurrency] = OrderedDict()
         self._slots: Mapping[Kind, Slots] = {
             "call": Slots(settings.max_inflight),
             "callback": Slots(settings.max_inflight),
@@ -426,8 +431,8 @@ class Worker:
         finally:
             for helper in helpers:
                 helper.cancel()
-            await self._client.close()
-            await self._callback_client.close()
+            for part in (self._client, self._callback_client, self._names, self._strangers_names):
+                await part.close()
 
     def stop(self) -> None:
         """Claim nothing more and drain."""
@@ -640,8 +645,13 @@ class Worker:
         await self._record(lease, step, Attempt(now_s, now_s, None, step.reason), Answer(Outcome(End.UNREACHABLE)))
 
     async def _hand_back(self, lease: Lease) -> None:
-        """Give up a lease on what this machine cannot do now, after a moment in which it is not asked to do more."""
-        await asyncio.sleep(PREVENTED_S)
+        """Give up a lease on what this machine cannot do now, after a moment in which it is not asked to do more.
+
+        The moments differ, or all would come back together and want the same again; what idles gives way to what works.
+        """
+        await self._client.close()
+        await self._callback_client.close()
+        await asyncio.sleep(PREVENTED_S * random.uniform(0.5, 1.5))  # noqa: S311 - a wait, and no secret
         await self._insist(lease, partial(self.queue.release, lease))
 
     async def _record(self, lease: Lease, step: Done | RetryAt | Dead, attempt: Attempt, answer: Answer) -> None:
@@ -836,15 +846,17 @@ class Worker:
         policy = await self._annotations.policy(call.function)
         headers = build_callback_headers(callback_facts(call, policy), call.result_headers)
         if self._signer is not None:
-            headers += await self._sign(self._signer, call)
+            headers += await self._sign(self._signer, url, call)
         fields = [(name.encode(), value.encode("latin-1")) for name, value in headers]
         fields.append((CALLBACK_PROOF, build_proof(self.queue.token, call.id).encode()))
         body = b"" if call.result is None else await self._sendable(call.result)
         length = 0 if call.result is None else call.result.bytes_count
         return await self._callback_client.request("POST", url, fields, body, length)
 
-    async def _sign(self, signer: Signer, call: Call) -> tuple[tuple[str, str], ...]:
-        signature = signer.start(call.id, time.time())
+    async def _sign(self, signer: Signer, url: Url, call: Call) -> tuple[tuple[str, str], ...]:
+        signature = signer.start(url, call.id, time.time())
+        if signature is None:
+            return ()
         if call.result is not None:
             async for chunk in self.queue.open_body(call.result):
                 signature.update(chunk)
@@ -908,7 +920,7 @@ def load_signer(settings: Settings) -> Signer | None:
     try:
         return Signer(parse_secrets(text))
     except ValueError as error:
-        raise CannotStart(f"callback_secret_file {settings.callback_secret_file} {error}") from None
+        raise CannotStart(f"callback_secret_file {settings.callback_secret_file}: {error}") from None
 
 
 async def serve_status(worker: Worker, request: Request) -> Response:

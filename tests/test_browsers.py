@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping
 import pytest
 
 from faashound.browsers import BrowserRules, UnknownHost, parse_hosts, parse_origins
-from faashound.spool import new_call_id
 from faashound.watchdog import Body, Request
 from tests.harness import free_port, http_request, raw
 from tests.system import Receiver, System, always
 
+NO_CALL = "0190a1b2-0000-7000-8000-000000000001"  # an id that no call has
 APP = "https://app.example"
 EVIL = {"Origin": "https://evil.example", "Sec-Fetch-Site": "cross-site"}
 
@@ -58,7 +58,7 @@ def test_rules_know_a_host_whose_owner_cannot_be_a_stranger(host: bytes, known: 
     [
         *(("GET", "/system/calls"), ("DELETE", "/system/calls?state=done"), ("GET", "/system/functions")),
         *(("POST", "/function/cat"), ("GET", "/function/cat"), ("POST", "/async-function/cat"), ("GET", "/healthz")),
-        *(("GET", f"/async-function/{new_call_id()}"), ("GET", "/nothing")),
+        *(("GET", f"/async-function/{NO_CALL}"), ("GET", "/nothing")),
     ],
 )
 def test_gateway_on_loopback_answers_421_to_a_name_that_was_bound_to_its_address(
@@ -208,7 +208,7 @@ def test_page_of_an_allowed_origin_gets_the_permission_that_it_asks_for(system: 
 
 def test_permission_does_not_reach_what_shows_and_changes_calls(system: System) -> None:
     asked = {"Origin": APP, "Access-Control-Request-Method": "DELETE"}
-    for path in ("/system/calls", f"/async-function/{new_call_id()}"):
+    for path in ("/system/calls", f"/async-function/{NO_CALL}"):
         answer = system.request("OPTIONS", path, headers=asked)
         assert (answer.status, "access-control-allow-origin" in answer.headers) == (403, False)
 

@@ -212,7 +212,7 @@ REFUSED_BY_DEFAULT = {
     "metadata mapped": "http://[::ffff:a9fe:a9fe]/",
     "metadata IPv6": "http://[fd00:ec2::254]/",
     "the gateway's address at another port": "http://127.0.0.1:8081/",
-    "the gateway over another scheme's port": "https://127.0.0.1/",
+    "the gateway over another scheme's port": "https://127.0.0.1/function/a",
 }
 
 
@@ -233,18 +233,93 @@ def test_policy_passes_public_addresses(url: str) -> None:
     assert policy().check_url(url) == parse_callback_url(url)
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "2130706433", "localhost", "[::1]", "[::ffff:127.0.0.1]"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "2130706433", "localhost", "[::ffff:127.0.0.1]"])
 def test_policy_passes_the_gateway_in_each_of_its_names(host: str) -> None:
     assert policy().check_url(f"http://{host}:8080/function/notify").port == 8080
+
+
+@pytest.mark.parametrize(
+    ("gateway_url", "url", "found"),
+    [
+        ("http://127.0.0.1:8080", "http://localhost:8080/function/a", "::1"),
+        ("http://127.0.0.1:8080", "http://[::1]:8080/function/a", "::1"),
+        ("http://[::1]:8080", "http://127.0.0.1:8080/function/a", "127.0.0.1"),
+        ("http://127.0.0.1:8080", "http://127.0.0.2:8080/function/a", "127.0.0.2"),
+    ],
+)
+def test_address_of_loopback_is_the_gateways_only_if_it_listens_there(gateway_url: str, url: str, found: str) -> None:
+    with pytest.raises(CallbackRefused, match="is loopback; callback_allow can permit it"):
+        resolve(policy(gateway_url=gateway_url), url, found)
+
+
+def test_policy_leaves_the_gateways_own_address_of_localhost() -> None:
+    assert resolve(policy(), "http://localhost:8080/function/a", "::1", "127.0.0.1") == ["127.0.0.1"]
+
+
+@pytest.mark.parametrize("area", ["function", "async-function"])
+def test_policy_passes_functions_of_the_gateway(area: str) -> None:
+    for path in (f"/{area}/notify", f"/{area}/notify.prod/a/b?c=/../d", f"/{area}/notify/..a/b.."):
+        assert policy().check_url(f"http://127.0.0.1:8080{path}").target == path
+    assert policy(gateway_url="http://gw/under/it/").check_url(f"http://gw/under/it/{area}/notify")
+
+
+ELSEWHERE_AT_THE_GATEWAY = {
+    "retry of a dead letter": "/system/calls/0192/retry",
+    "root": "/",
+    "no path": "",
+    "health": "/healthz",
+    "function without a name's slash": "/function",
+    "another case": "/FUNCTION/a",
+    "two slashes": "//system/calls",
+    "dots": "/function/../system/calls",
+    "dots at the end": "/function/a/..",
+    "encoded dots": "/function/%2e%2E/system/calls",
+    "dots that are encoded twice": "/function/%252e%252e/system/calls",
+    "encoded slash": "/function/..%2fsystem/calls",
+    "backslash": "/function/..%5csystem/calls",
+}
+
+
+@pytest.mark.parametrize("path", ELSEWHERE_AT_THE_GATEWAY.values(), ids=ELSEWHERE_AT_THE_GATEWAY)
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.0.0.9", "8.8.8.8"])
+@pytest.mark.parametrize("allow", ["", "*, 127.0.0.0/8, 8.8.8.8"])
+def test_policy_lets_callbacks_reach_nothing_but_functions_at_the_gateway(path: str, host: str, allow: str) -> None:
+    rules = replace(policy(allow), own=lambda: (ipaddress.ip_address("8.8.8.8"),))
+    with pytest.raises(CallbackRefused, match="it is the gateway; allowed there: /function/ and /async-function/"):
+        rules.check_url(f"http://{host}:8080{path}")
+
+
+@pytest.mark.parametrize(
+    ("gateway_url", "gateway_address", "found"),
+    [
+        ("http://127.0.0.1:8080", "127.0.0.1", "127.0.0.1"),
+        ("http://127.0.0.1:8080", "127.0.0.1", "127.0.0.2"),
+        ("http://127.0.0.1:8080", "127.0.0.1", "::1"),
+        ("http://gateway:8080", "10.1.2.3", "10.1.2.3"),
+        ("http://gateway:8080", "10.1.2.3", "::ffff:10.1.2.3"),
+    ],
+)
+def test_policy_refuses_the_gateway_under_another_name_whatever_is_allowed(
+    gateway_url: str, gateway_address: str, found: str
+) -> None:
+    names = {"evil.example": found, parse_callback_url(gateway_url).host: gateway_address}
+
+    async def lookup(url: Url) -> list[tuple[socket.AddressFamily, str]]:
+        return [(socket.AF_INET, names[url.host])]
+
+    rules = policy("*, 127.0.0.0/8, ::1, 10.0.0.0/8", gateway_url)
+    url = rules.check_url("http://evil.example:8080/system/calls")
+    with pytest.raises(CallbackRefused, match="is the gateway; allowed: its own name"):
+        asyncio.run(resolve_with(rules.guard(lookup), url))
 
 
 def test_policy_passes_the_gateway_by_name_whatever_private_address_it_has() -> None:
     rules = policy(gateway_url="http://gateway:8080")
     assert resolve(rules, "http://gateway:8080/function/notify", "10.1.2.3") == ["10.1.2.3"]
     with pytest.raises(CallbackRefused, match=r"10\.1\.2\.3 is private"):
-        resolve(rules, "http://other:8080/", "10.1.2.3")
+        resolve(rules, "http://gateway:8081/", "10.1.2.3")
     with pytest.raises(CallbackRefused, match="link-local"):
-        resolve(rules, "http://gateway:8080/", "169.254.169.254")
+        resolve(rules, "http://gateway:8080/function/notify", "169.254.169.254")
 
 
 ALLOWED = {
@@ -324,6 +399,20 @@ def test_policy_refuses_a_public_address_of_this_machine_until_it_is_allowed() -
 def test_policy_refuses_a_name_without_addresses() -> None:
     with pytest.raises(CallbackRefused, match="has no address"):
         resolve(policy(), "http://example.com/")
+
+
+@pytest.mark.parametrize(
+    ("url", "written_out"),
+    [
+        ("http://gateway:9/", True),
+        ("http://hooks.internal/", True),
+        ("http://a.example.com/", False),
+        ("http://other/", False),
+    ],
+)
+def test_policy_knows_the_names_that_the_operator_wrote(url: str, written_out: bool) -> None:
+    rules = policy("hooks.internal, *.example.com, 10.0.0.0/8", "http://gateway:8080")
+    assert rules.is_written_out(parse_callback_url(url)) is written_out
 
 
 def test_policy_passes_a_literal_address_through_the_systems_resolver() -> None:
@@ -468,8 +557,15 @@ SECRET = "whsec_" + base64.b64encode(KEY).decode()
 RAW_SECRET = "a raw secret has 24 bytes or more".replace(" ", "-")
 
 
-def sign(secrets: str, body: Iterable[bytes], call_id: str = "id-1", now_s: float | None = None) -> dict[str, str]:
-    signature = Signer(parse_secrets(secrets)).start(call_id, time.time() if now_s is None else now_s)
+RECEIVER = parse_callback_url("https://hooks.example.com/x")
+
+
+def sign(
+    secrets: str, body: Iterable[bytes], call_id: str = "id-1", now_s: float | None = None, url: Url = RECEIVER
+) -> dict[str, str]:
+    signature = Signer(parse_secrets(secrets)).start(url, call_id, time.time() if now_s is None else now_s)
+    if signature is None:
+        return {}
     for chunk in body:
         signature.update(chunk)
     return dict(signature.finish())
@@ -521,28 +617,79 @@ def test_signature_does_not_depend_on_how_the_body_is_cut(chunks: list[bytes]) -
     assert sign(SECRET, chunks, now_s=1.0) == sign(SECRET, [b"".join(chunks)], now_s=1.0)
 
 
-@pytest.mark.parametrize(
-    ("text", "keys"),
-    [
-        pytest.param(SECRET, (KEY,), id="whsec"),
-        pytest.param(SECRET + "\n", (KEY,), id="newline at the end"),
-        pytest.param("whsec_" + base64.b64encode(bytes(25)).decode().rstrip("="), (bytes(25),), id="without padding"),
-        pytest.param(RAW_SECRET, (RAW_SECRET.encode(),), id="raw"),
-        pytest.param(f" {RAW_SECRET}  {SECRET}", (RAW_SECRET.encode(), KEY), id="two"),
-    ],
-)
-def test_secrets_are_read(text: str, keys: tuple[bytes, ...]) -> None:
-    assert parse_secrets(text) == keys
+OTHER = "whsec_" + base64.b64encode(bytes(25)).decode().rstrip("=")
+
+SECRETS = {
+    "whsec": (SECRET, [(KEY, None)]),
+    "newline at the end": (SECRET + "\n", [(KEY, None)]),
+    "without padding": (OTHER, [(bytes(25), None)]),
+    "raw": (RAW_SECRET, [(RAW_SECRET.encode(), None)]),
+    "two lines": (f"{RAW_SECRET}\r\n\n {SECRET} ", [(RAW_SECRET.encode(), None), (KEY, None)]),
+    "two on a line, as before hosts could be named": (f"{SECRET} {OTHER}", [(KEY, None), (bytes(25), None)]),
+    "host": (f"a.example {SECRET}", [(KEY, "a.example")]),
+    "host in capitals, tab": (f"A.Example.\t{RAW_SECRET}", [(RAW_SECRET.encode(), "a.example")]),
+    "host, two secrets": (f"a.example {SECRET} {OTHER}", [(KEY, "a.example"), (bytes(25), "a.example")]),
+    "one for all, one for a host": (f"{SECRET}\n*.example {OTHER}", [(KEY, None), (bytes(25), "*.example")]),
+}
 
 
-@pytest.mark.parametrize(
-    "text", ["", " \n", "hunter2", "whsec_", "whsec_hunter2", "whsec_hunter2!" * 9, f"{SECRET} hunter2"]
-)
-def test_bad_secrets_are_refused_without_being_told(text: str) -> None:
-    with pytest.raises(ValueError, match="secret") as caught:
+@pytest.mark.parametrize(("text", "expected"), SECRETS.values(), ids=SECRETS)
+def test_secrets_are_read(text: str, expected: list[tuple[bytes, str | None]]) -> None:
+    assert [(each.key, each.host and each.host.pattern) for each in parse_secrets(text)] == expected
+
+
+SIGNED = {
+    "every host": (SECRET, "http://anything:99/", True),
+    "host": (f"a.example {SECRET}", "https://A.example:8443/x", True),
+    "another host": (f"a.example {SECRET}", "https://b.example/", False),
+    "a host that ends alike": (f"a.example {SECRET}", "https://evil-a.example/", False),
+    "host and port": (f"a.example:8443 {SECRET}", "https://a.example:8443/", True),
+    "another port": (f"a.example:8443 {SECRET}", "https://a.example/", False),
+    "pattern": (f"*.example {SECRET}", "https://a.b.example/", True),
+    "address": (f"10.0.0.5 {SECRET}", "http://10.0.0.5:99/", True),
+    "address in another spelling": (f"10.0.0.5 {SECRET}", "http://0x0a000005/", True),
+    "address and another port": (f"10.0.0.5:80 {SECRET}", "http://10.0.0.5:99/", False),
+    "IPv6 address and port": (f"[::1]:99 {SECRET}", "http://[::1]:99/", True),
+    "second line": (f"a.example {OTHER}\nb.example {SECRET}", "https://b.example/", True),
+}
+
+
+@pytest.mark.parametrize(("text", "url", "is_signed"), SIGNED.values(), ids=SIGNED)
+def test_post_is_signed_with_the_secrets_of_its_host_only(text: str, url: str, is_signed: bool) -> None:
+    headers = sign(text, [b"body"], url=parse_callback_url(url))
+    assert bool(headers) is is_signed
+    if is_signed:
+        Webhook(SECRET).verify(b"body", headers, json_parse=False)
+
+
+def test_secret_of_one_host_signs_nothing_for_another() -> None:
+    headers = sign(f"a.example {SECRET}\n{OTHER}", [b"body"])
+    Webhook(OTHER).verify(b"body", headers, json_parse=False)
+    with pytest.raises(WebhookVerificationError):
+        Webhook(SECRET).verify(b"body", headers, json_parse=False)
+
+
+BAD_SECRETS = {
+    "nothing": ("", ["holds no secret"]),
+    "white space": (" \n", ["holds no secret"]),
+    "short": ("hunter2", ["line 1: the secret is 7 bytes long"]),
+    "empty": ("whsec_", ["line 1: the secret is 0 bytes long"]),
+    "no base64": ("whsec_hunter2!hunter2!hunter2!", ["line 1: the secret is no base64"]),
+    "short, for a host": ("a.example hunter2", ["line 1: the secret is 7 bytes long"]),
+    "network": (f"10.0.0.0/8 {SECRET}", ["line 1: the first of several words is no host"]),
+    "no host": (f"a..b {SECRET}", ["line 1: the first of several words is no host"]),
+    "two raw ones on a line": ("hunter2" * 5 + f" {RAW_SECRET}", ["line 1: the first of several words is no host"]),
+    "several": (f"hunter2\n\n{SECRET}\na.example hunter2-hunter2", ["line 1: ", "line 4: the secret is 15 bytes"]),
+}
+
+
+@pytest.mark.parametrize(("text", "told"), BAD_SECRETS.values(), ids=BAD_SECRETS)
+def test_bad_secrets_are_refused_together_by_line_without_being_told(text: str, told: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"allowed|base64") as caught:
         parse_secrets(text)
+    assert all(part in str(caught.value) for part in told)
     assert "hunter2" not in str(caught.value)
 
 
 def test_signer_keeps_its_keys_out_of_its_repr() -> None:
-    assert "AAEC" not in repr(Signer(parse_secrets(SECRET))) + repr(Signer([KEY]).start("id", 0))
+    assert "AAEC" not in repr(Signer(parse_secrets(SECRET))) + repr(parse_secrets(SECRET))

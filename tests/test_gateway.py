@@ -345,11 +345,37 @@ def test_call_gets_a_uuid_when_the_callers_id_is_none(system: System) -> None:
 def test_idempotency_key_names_one_call_of_one_function(system: System) -> None:
     key = {"Idempotency-Key": f"order {uuid.uuid4()}"}
     first = system.request("POST", "/async-function/cat", b"first", key)
-    second = system.request("POST", "/async-function/cat", b"second", key)
+    second = system.request("POST", "/async-function/cat.openfaas-fn", b"first", key)
     assert (first.status, second.status) == (202, 202)
     assert second.headers["x-call-id"] == first.headers["x-call-id"]
     assert second.headers["x-start-time"] == first.headers["x-start-time"]
     assert system.submit("env", b"", key) != first.headers["x-call-id"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "content_type"),
+    [
+        ("/async-function/cat/a?q=1", b"second", "text/plain"),
+        ("/async-function/cat/a?q=1", b"first" * 100_000, "text/plain"),
+        ("/async-function/cat/b?q=1", b"first", "text/plain"),
+        ("/async-function/cat/a?q=2", b"first", "text/plain"),
+        ("/async-function/cat/a", b"first", "text/plain"),
+        ("/async-function/cat/a?q=1", b"first", "application/json"),
+        ("/async-function/cat/a?q=1t", b"first", "ext/plain"),
+    ],
+)
+def test_idempotency_key_with_another_request_is_refused_and_not_answered_with_the_first(
+    system: System, path: str, body: bytes, content_type: str
+) -> None:
+    key = {"Idempotency-Key": f"order {uuid.uuid4()}"}
+    first = {**key, "Content-Type": "text/plain"}
+    assert system.request("POST", "/async-function/cat/a?q=1", b"first", first).status == 202
+    answer = system.request("POST", path, body, {**key, "Content-Type": content_type})
+    assert answer.status == 422
+    assert "x-call-id" not in answer.headers
+    assert "key" in answer.text
+    again = http_request(system.port, "POST", "/async-function/cat/a?q=1", first, iter([b"fi", b"rst"]))
+    assert again.status == 202, "the pieces in which a body comes are no difference"
 
 
 def test_repeated_submission_with_id_and_key_is_the_same_call(system: System) -> None:
@@ -360,8 +386,8 @@ def test_repeated_submission_with_id_and_key_is_the_same_call(system: System) ->
 def test_gateway_forgets_what_a_caller_that_hangs_up_has_sent(system: System) -> None:
     call_id = str(uuid.uuid4())
     with connect(system.port) as client:
-        head = f"POST /async-function/cat HTTP/1.1\r\nHost: localhost\r\nX-Call-Id: {call_id}\r\nContent-Length: 200000\r\n\r\n"
-        client.sendall(head.encode() + b"x" * 100_000)
+        fields = f"Host: localhost\r\nX-Call-Id: {call_id}\r\nContent-Length: 200000"
+        client.sendall(f"POST /async-function/cat HTTP/1.1\r\n{fields}\r\n\r\n".encode() + b"x" * 100_000)
         wait_until(lambda: any((system.spool / "bodies").iterdir()), 5, "a body under way")
     system.wait_log("Queued [POST] for /async-function/cat - [499]")
     assert system.request("GET", f"/async-function/{call_id}").status == 404

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Of ours, what each module may import.  Imports run one way: watchdog <- parts <- programs.
 _PARTS = {"watchdog", "names", "spool", "queues", "keeper", "functions", "addresses", "callbacks", "retries", "calls"}
 _PARTS |= {"shares", "breakers"}
+_PARTS |= {"lookups"}
 OURS: dict[str, set[str]] = {
     "__init__": set(),
     "watchdog": set(),
@@ -22,11 +23,13 @@ OURS: dict[str, set[str]] = {
     "keeper": {"watchdog"},
     "functions": {"watchdog", "names", "keeper", "spool", "retries"},
     "addresses": {"watchdog"},
+    "lookups": {"watchdog", "addresses"},
     "callbacks": {"watchdog", "names", "addresses"},
     "retries": {"watchdog", "names"},
     "proxying": {"watchdog"},
     "browsers": {"watchdog", "addresses"},
     "passwords": {"watchdog"},
+    "health": {"watchdog"},
     "shares": set(),
     "breakers": set(),
     "jetstream": {"watchdog", "names", "spool"},
@@ -35,7 +38,13 @@ OURS: dict[str, set[str]] = {
     "migrate": {"watchdog", "names", "spool", "queues", "calls"},
     "worker": _PARTS | {"migrate"},
     "gateway": _PARTS
-    | {"worker", "proxying", "browsers", "passwords"},  # it may start a worker beside itself, and knows its settings
+    | {
+        "worker",
+        "proxying",
+        "browsers",
+        "passwords",
+        "health",
+    },  # it may start a worker beside itself, and knows its settings
 }
 
 # Of others, what each may import besides the standard library.  HTTP is spoken in one place: only watchdog has h11.

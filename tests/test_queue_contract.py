@@ -638,6 +638,25 @@ def test_released_callback_is_not_counted(desk: Desk) -> None:
     assert callback.attempts == 1
 
 
+def test_callback_whose_workers_die_counts_its_attempts_and_waits_longer_each_time(desk: Desk) -> None:
+    call = desk.owe("http://caller/")
+    desk.do(desk.queue.callback_retry(desk.claim_callback(), desk.attempt(500, "no"), START_S))
+    for attempts, wait_s in enumerate([1.0, 2.0, 4.0, 8.0], 2):
+        desk.claim_callback(lease_s=0.0)
+        assert desk.do(desk.queue.reclaim()) == 1
+        due_s = desk.clock.now_s + wait_s
+        assert desk.get(call.id).callback == Callback(CallbackState.PENDING, attempts, due_s, None, LOST_ERROR)
+        assert desk.claim_callbacks() == []
+        desk.clock.now_s = due_s
+
+
+def test_callback_whose_worker_has_died_once_is_due_at_once(desk: Desk) -> None:
+    desk.owe("http://caller/")
+    desk.claim_callback(lease_s=0.0)
+    assert desk.do(desk.queue.reclaim()) == 1
+    assert len(desk.claim_callbacks()) == 1
+
+
 def test_claim_callbacks_looks_only_into_the_queues_named(desk: Desk) -> None:
     ours, theirs = desk.owe("http://caller/"), desk.owe("http://caller/", "internal")
     assert [lease.call.id for lease in desk.claim_callbacks()] == [ours.id]

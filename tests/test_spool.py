@@ -32,6 +32,7 @@ from faashound.spool import (
     QueueUnavailable,
     State,
     destination_of,
+    lost_wait_s,
     new_call_id,
     next_callback_state,
     next_state,
@@ -142,6 +143,11 @@ def test_only_a_dead_letter_leaves_a_final_state() -> None:
 )
 def test_destination_of_a_callback_is_its_host_and_port(url: str, destination: str) -> None:
     assert destination_of(url) == destination
+
+
+@pytest.mark.parametrize(("attempts", "wait_s"), [(1, 0.0), (2, 1.0), (3, 2.0), (7, 32.0), (8, 60.0), (10_000, 60.0)])
+def test_callback_that_was_lost_waits_up_to_a_minute(attempts: int, wait_s: float) -> None:
+    assert lost_wait_s(attempts) == wait_s
 
 
 # -- putting

@@ -31,6 +31,7 @@ from faashound.spool import (
     LeaseLost,
     RunEnd,
     State,
+    lost_wait_s,
     new_call_id,
 )
 from tests.test_spool_kit import LEASE_S, QUEUE, START_S, Remote, inline, new_call
@@ -54,6 +55,7 @@ class Row:
     cancel: bool = False
     callback: CallbackState | None = None
     callback_attempts: int = 0
+    callback_due_s: float = START_S
     fence: int | None = None
 
     def seen(self) -> tuple[object, ...]:
@@ -96,7 +98,7 @@ class Model:
         """Per receiver, the calls whose outcome may be delivered, in their order."""
         flows: dict[str, list[str]] = {}
         for call_id, row in self.rows.items():
-            if row.callback is CallbackState.PENDING and row.receiver is not None:
+            if row.callback is CallbackState.PENDING and row.receiver is not None and row.callback_due_s <= START_S:
                 flows.setdefault(row.receiver, []).append(call_id)
         return flows
 
@@ -119,7 +121,7 @@ class Model:
         row.state = MOVES[State.RUNNING, event]
         row.cancel |= event is Event.STOP
         if row.receiver is not None and event in (Event.SUCCEED, Event.GIVE_UP):
-            row.callback, row.callback_attempts = CallbackState.PENDING, 0
+            row.callback, row.callback_attempts, row.callback_due_s = CallbackState.PENDING, 0, START_S
         return True
 
     def end_callback(self, lease: Lease, event: Event) -> bool:
@@ -127,7 +129,7 @@ class Model:
         if row is None or row.fence != lease.fence:
             return False
         row.fence = None
-        row.callback = CALLBACK_MOVES[CallbackState.RUNNING, event]
+        row.callback, row.callback_due_s = CALLBACK_MOVES[CallbackState.RUNNING, event], START_S
         return True
 
     def cancel(self, call_id: str) -> bool:
@@ -157,7 +159,8 @@ class Model:
         for row in self.rows.values():
             row.fence = None
             if row.callback is CallbackState.RUNNING:
-                row.callback = CallbackState.PENDING
+                row.callback = CALLBACK_MOVES[CallbackState.RUNNING, Event.HAND_BACK]
+                row.callback_due_s = START_S + lost_wait_s(row.callback_attempts)
             if row.state is State.RUNNING:
                 row.runs += 1
                 row.state = State.CANCELLED if row.cancel else State.QUEUED

@@ -328,7 +328,7 @@ def test_callback_is_delivered_at_once_beside_a_receiver_that_hangs() -> None:
         for count in range(1, 4):
             call_id = system.submit("cat", b"", {"X-Callback-Url": healthy.url()})
             assert system.ended(call_id)["state"] == "done"
-            healthy.wait_for(count, LEND_AFTER_S + NOISE_S)
+            healthy.wait_for(count, LEND_AFTER_S + noise_s())
         assert len(hanging.received()) == 4
         waits.set()
 
@@ -369,6 +369,26 @@ def test_callback_that_kills_each_worker_is_given_up() -> None:
         assert (status["state"], status["attempts"], status["callback"]["attempts"]) == ("done", 1, 5)
         assert "the workers that ran it died" in status["callback"]["error"]
         waits.set()
+
+
+def test_callback_cannot_reach_what_operators_do_at_the_gateway() -> None:
+    with System(settings={"worker": "none"}) as system:
+        url = f"http://localhost:{system.port}/system/calls/{uuid.uuid4()}/retry"
+        answer = system.request("POST", "/async-function/cat", b"", {"X-Callback-Url": url})
+        assert answer.status == 400
+        assert "it is the gateway; allowed there: /function/ and /async-function/" in answer.text
+
+
+def test_callback_is_signed_for_the_hosts_of_the_secrets_only(tmp_path: Path) -> None:
+    (tmp_path / "secrets").write_text(f"127.0.0.1 {SECRET}")
+    with Receiver() as receiver, System(settings={"callback_secret_file": str(tmp_path / "secrets")}) as system:
+        for host in ("127.0.0.1", "localhost"):
+            system.submit("cat", b"x", {"X-Callback-Url": f"http://{host}:{receiver.port}/"})
+        got = receiver.wait_for(2)
+    assert {each.headers["host"].partition(":")[0]: "webhook-signature" in each.headers for each in got} == {
+        "127.0.0.1": True,
+        "localhost": False,
+    }
 
 
 # Delay, expiry, order, queues
@@ -718,7 +738,7 @@ def test_worker_names_every_bad_setting() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"), [("short", "secret 1"), (f"{SECRET}\nwhsec_%%%", "secret 2"), ("", "no secret")]
+    ("text", "told"), [("short", "line 1"), (f"{SECRET}\na.example whsec_%%%", "line 2"), ("", "no secret")]
 )
 def test_worker_refuses_a_bad_secret_without_showing_it(tmp_path: Path, text: str, told: str) -> None:
     (tmp_path / "secret").write_text(text)
