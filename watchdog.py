@@ -84,6 +84,7 @@ VERSION = "0.1.0"
 MAX_FIELDS_COUNT = 500  # of a head or a trailer; Apache and Tomcat allow 100, Node 2000; each costs as much as 1 KiB
 MAX_HEAD_BYTES = 65536  # request line and fields; nginx allows 32 KiB, Go 1 MiB, one variable of execve 128 KiB
 BUFFERED_BYTES = 262144  # of a body that waits for its consumer before reading stops: four reads of the loop
+MAX_INTERIM_COUNT = 16  # 1xx before an answer: Go's client takes five; servers send 100, 102 or 103, each once or so
 EVENTS_AT_ONCE_COUNT = 64  # heads and chunks of one connection in one turn of the loop: half a millisecond
 FRAMING_BYTES = 262144  # of a chunked body that are not its data, besides two for each byte of data
 BACKLOG = 1024  # connections that the kernel keeps for us while the loop is busy (capped by net.core.somaxconn)
@@ -1519,6 +1520,7 @@ class ClientWire:
     def _begin_anew(self) -> None:
         self._conn = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD_BYTES)
         self._counted: CountedBody | None = None
+        self._interim_count = 0
 
     def build_whole(
         self, method: bytes, target: bytes, headers: Sequence[Header], body: bytes, length: int | None
@@ -1566,6 +1568,9 @@ class ClientWire:
         try:
             event = self._conn.next_event()
             while type(event) is h11.InformationalResponse:
+                self._interim_count += 1
+                if self._interim_count > MAX_INTERIM_COUNT:
+                    raise PeerGone(f"bad response: more than {MAX_INTERIM_COUNT} interim responses")
                 event = self._conn.next_event()
         except h11.RemoteProtocolError as error:
             raise PeerGone(CUT_SHORT if self._cut else f"bad response: {str(error)[:200]}") from None
@@ -2565,6 +2570,9 @@ class ClientConnection(asyncio.Protocol):
         self._sender: asyncio.Task[None] | None = None
         self._writable: asyncio.Future[None] | None = None
         self._write_paused = False
+        self._aborted = False
+        self._advancing = False  # some of what has come is left for the next turn
+        self._lost: tuple[Exception | None] | None = None  # why the connection is no more, while that is so
         self.silent = True
 
     # Callbacks of the transport.
@@ -2579,15 +2587,20 @@ class ClientConnection(asyncio.Protocol):
             return
         self.silent = False
         self._wire.feed(data)
-        self._advance()
+        if not self._advancing:
+            self._advance()
 
     def eof_received(self) -> bool:
         if self._head is not None:
             self._wire.feed(b"")
-            self._advance()
+            if not self._advancing:
+                self._advance()
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if self._advancing:  # it may have said all before it went
+            self._lost = (exc,)
+            return
         self._fail(PeerGone(CUT_SHORT))
         self.resume_writing()
         if self._url is not None:
@@ -2671,23 +2684,47 @@ class ClientConnection(asyncio.Protocol):
             raise PeerGone("the connection was closed before the request was sent")
 
     def _advance(self) -> None:
+        """Take what the wire has, up to EVENTS_AT_ONCE_COUNT; then others are served before the rest."""
+        pieces: list[bytes] = []
+        sign, error = None, None
         try:
-            while True:
+            for _ in range(EVENTS_AT_ONCE_COUNT):
                 event = self._wire.next_event()
                 if isinstance(event, bytes):
-                    cast(Body, self._body).feed(event)
-                elif event is Sign.END:
-                    self._complete()
-                    return
+                    pieces.append(event)
                 elif isinstance(event, Sign):
+                    sign = event
                     break
                 else:
                     self._on_head(*event)
-        except PeerGone as error:
+        except PeerGone as gone:
+            error = gone
+        if pieces:
+            cast(Body, self._body).feed(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+        if error is not None:
             self._fail(error)
             self.abort()
-            return
-        if self._body is not None and self._body.buffered_bytes >= BUFFERED_BYTES and self._transport.is_reading():
+        elif sign is Sign.END:
+            self._complete()
+        else:
+            self._advancing = sign is None
+            if self._advancing:
+                self._loop.call_soon(self._go_on)
+            self._throttle()
+
+    def _go_on(self) -> None:
+        """Take the rest, unless the connection was cut meanwhile."""
+        self._advancing = False
+        if not self._aborted:
+            self._advance()
+        if self._lost is not None and not self._advancing:
+            self.connection_lost(*self._lost)
+
+    def _throttle(self) -> None:
+        is_full = self._body is not None and self._body.buffered_bytes >= BUFFERED_BYTES
+        if not is_full and not self._advancing:
+            self._on_drained()
+        elif self._transport.is_reading():
             self._transport.pause_reading()
 
     def _on_head(self, status: int, headers: Headers) -> None:
@@ -2697,7 +2734,7 @@ class ClientConnection(asyncio.Protocol):
             self._head.set_result(ClientResponse(status, headers, self._body, self))
 
     def _on_drained(self) -> None:
-        if not self._transport.is_reading() and not self._transport.is_closing():
+        if not self._advancing and not self._transport.is_reading() and not self._transport.is_closing():
             self._transport.resume_reading()
 
     def _complete(self) -> None:
@@ -2732,6 +2769,7 @@ class ClientConnection(asyncio.Protocol):
 
     def abort(self) -> None:
         """Cut the connection now."""
+        self._aborted = True
         self._alarm.stop_handle()
         if self._sender is not None:
             self._sender.cancel()
