@@ -17,6 +17,7 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from tests.system import FUNCTIONS, System
 CLONE_NEWNET = 0x40000000  # linux/sched.h
 SIOCGIFFLAGS, SIOCSIFFLAGS, SIOCSIFADDR, IFF_UP = 0x8913, 0x8914, 0x8916, 0x1  # linux/sockios.h, net/if.h
 FORBIDDEN = ("169.254.169.254", "10.0.0.1", "192.168.1.1", "100.100.100.200")  # metadata services, private networks
+FLOOD_S = 1.5  # of sending what has no end
 NAME_SERVER = "127.0.0.53"
 NAMES = "127.0.0.1 localhost\n169.254.169.254 rebound\n10.0.0.1 inner\n"  # of /etc/hosts
 WITH_NAMES = 'mount --bind "$0/hosts" /etc/hosts && mount --bind "$0/resolv.conf" /etc/resolv.conf && exec "$@"'
@@ -98,11 +100,11 @@ class Forbidden:
 
 
 class Peer:
-    """A server that says the same bytes to whoever connects, once it has read something, and then waits or closes."""
+    """A server that says its script to whoever connects, once it has read something, and then that it has no more."""
 
     def __init__(self) -> None:
         self.script: bytes = b""
-        self.repeat: bytes = b""  # said again and again behind it, until the other side has had enough
+        self.repeat: bytes = b""  # said again and again behind it, for FLOOD_S or until the other side has had enough
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self._thread = threading.Thread(target=self._serve, daemon=True)
@@ -119,7 +121,8 @@ class Peer:
             client.settimeout(30)
             client.recv(65536)
             client.sendall(self.script)
-            for _ in range(200_000 if self.repeat else 0):
+            end_s = time.monotonic() + FLOOD_S
+            while self.repeat and time.monotonic() < end_s:
                 client.sendall(self.repeat)
             client.shutdown(socket.SHUT_WR)
             while client.recv(65536):
