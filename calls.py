@@ -304,8 +304,8 @@ async def walk_letters(queue: Queue, function: FunctionName | None) -> AsyncIter
     async for call in walk_calls(queue, Choice(State.DEAD, function)):
         yield call
     left = (await queue.stats()).callback_dead_count  # so that a queue without any is not read to its end
-    if left:
-        async for call in walk_calls(queue, Choice(State.DONE, function, CallbackState.DEAD)):
+    for state in (State.DONE, State.EXPIRED) if left else ():
+        async for call in walk_calls(queue, Choice(state, function, CallbackState.DEAD)):
             yield call
             left -= 1
             if not left:

@@ -61,6 +61,8 @@ from .names import DEFAULT_NAMESPACE, FunctionName
 from .spool import (
     CALLBACK_TRANSITIONS,
     EXCERPT_BYTES,
+    EXPIRED_ERROR,
+    EXPIRED_STATUS,
     FINAL,
     HISTORY_COUNT,
     LOST_ERROR,
@@ -395,8 +397,9 @@ def end_run(record: Record, end: RunEnd, excerpt: bytes | None, now_s: float) ->
     """The call has ended, done or dead; if it has a callback URL, its callback begins."""
     call, attempt = record.call, end.attempt
     due_s = now_s if end.callback_due_s is None else end.callback_due_s
+    ended = _owe(record, due_s)
     ended = _with_call(
-        record,
+        ended,
         state=next_state(call.state, end.event),
         history=_remember(call, attempt),
         finished_s=attempt.finished_s,
@@ -406,9 +409,15 @@ def end_run(record: Record, end: RunEnd, excerpt: bytes | None, now_s: float) ->
         result=end.result,
         result_headers=end.result_headers,
         excerpt=excerpt,
-        callback=None if call.callback_url is None else Callback(CallbackState.PENDING, 0, due_s, None, None),
     )
     return dataclasses.replace(ended, hold=None, stored_s=attempt.finished_s)
+
+
+def _owe(record: Record, due_s: float) -> Record:
+    """The call ends: its outcome is to be delivered, if that was asked for."""
+    if record.call.callback_url is None:
+        return record
+    return _with_call(record, callback=Callback(CallbackState.PENDING, 0, due_s, None, None))
 
 
 def queue_again(record: Record, event: Event, due_s: float, now_s: float) -> Record:
@@ -479,7 +488,9 @@ def expire(record: Record, now_s: float) -> Record:
     call = record.call
     if call.state is not State.QUEUED or call.expires_s is None or call.expires_s > now_s:
         raise _Passed
-    return _with_call(record, state=next_state(call.state, Event.EXPIRE), finished_s=now_s)
+    status = EXPIRED_STATUS if call.status is None else call.status
+    state, error = next_state(call.state, Event.EXPIRE), call.error or EXPIRED_ERROR
+    return _with_call(_owe(record, now_s), state=state, finished_s=now_s, status=status, error=error)
 
 
 def requeue_dead(record: Record, now_s: float) -> Record:
@@ -1967,7 +1978,7 @@ class JetStream:
                 await self._link.client.publish(subject, call_id.encode())
         return record.call.state
 
-    async def cancel_queued(self, *, function: str | None = None) -> int:
+    async def cancel_queued(self, *, function: FunctionName | None = None) -> int:
         """Cancel every queued call, of one function or of all; return how many."""
         count = 0
         queued = await self._scan(lambda each: each.state is State.QUEUED and function in (None, each.function))

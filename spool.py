@@ -203,6 +203,7 @@ class State(Enum):
 
 
 FINAL = frozenset({State.DONE, State.DEAD, State.CANCELLED, State.EXPIRED})
+CALLS_BACK = FINAL - {State.CANCELLED}  # the ends that a callback URL is told of: the caller who cancelled knows
 
 
 class CallbackState(Enum):
@@ -407,8 +408,8 @@ class Stats:
 # States
 #
 # A call and its callback are two small machines; this is their law, and nothing below changes a state except through
-# it. The callback's machine starts when the call ends (done or dead), in the same commit. Who holds a lease is not a
-# state: a RUNNING row has exactly one row in `leases`, and losing that row is the event HAND_BACK.
+# it. The callback's machine starts when the call ends in one of `CALLS_BACK`, in the same commit. Who holds a lease is
+# not a state: a RUNNING row has exactly one row in `leases`, and losing that row is the event HAND_BACK.
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -448,6 +449,9 @@ CALLBACK_TRANSITIONS: Mapping[tuple[CallbackState, Event], CallbackState] = {
     (CallbackState.DEAD, Event.REQUEUE): CallbackState.PENDING,
 }
 
+
+EXPIRED_STATUS = 504  # of a call that no attempt has given a status: its time was up before there was an answer
+EXPIRED_ERROR = "expired before it was run"
 
 _ENDS: Mapping[State, Event] = {State.DONE: Event.SUCCEED, State.DEAD: Event.GIVE_UP}  # how a run ends by itself
 
@@ -812,10 +816,15 @@ SQL_LETTER_SIZES = """
     ORDER BY finished_s DESC
 """
 
-SQL_EXPIRE = """
-    UPDATE calls SET state = :state, finished_s = :now_s WHERE seq IN (
-        SELECT seq FROM calls INDEXED BY calls_expiring
-        WHERE state = 'queued' AND expires_s IS NOT NULL AND expires_s <= :now_s ORDER BY expires_s LIMIT :limit)
+SQL_EXPIRING = """
+    SELECT seq FROM calls INDEXED BY calls_expiring
+    WHERE state = 'queued' AND expires_s IS NOT NULL AND expires_s <= :now_s ORDER BY expires_s LIMIT :limit
+"""
+
+SQL_OPEN_CALLBACK = """
+    INSERT INTO callbacks (seq, state, due_s, queue, destination, ready)
+    SELECT seq, 'pending', ?2, queue, destination_of(callback_url), ?3 FROM calls JOIN requests USING (seq)
+    WHERE seq = ?1 AND callback_url IS NOT NULL
 """
 
 SQL_READY_CALLBACKS = """
@@ -1201,12 +1210,27 @@ def _walk_flows(db: sqlite3.Connection, line: Line, wanted: _Wanted, last: _Flow
 
 
 def _expire(tx: _Transaction, now_s: float) -> int:
+    rows = tx.db.execute(SQL_EXPIRING, {"now_s": now_s, "limit": tx.step_count}).fetchall()
+    return _end_expired(tx, rows, now_s, EXPIRED_ERROR)
+
+
+def _end_expired(tx: _Transaction, rows: Sequence[tuple[int]], now_s: float, error: str) -> int:
     state = next_state(State.QUEUED, Event.EXPIRE).value
-    values = {"state": state, "now_s": now_s, "limit": tx.step_count}
-    count = tx.db.execute(SQL_EXPIRE, values).rowcount
-    if count:
+    tx.db.executemany(
+        "UPDATE calls SET state = ?, finished_s = ?, status = coalesce(status, ?), error = coalesce(error, ?)"
+        " WHERE seq = ?",
+        [(state, now_s, EXPIRED_STATUS, error, seq) for (seq,) in rows],
+    )
+    for (seq,) in rows:
+        _open_callback(tx, seq, now_s)
         tx.ring |= Ring.FINISHED
-    return count
+    return len(rows)
+
+
+def _open_callback(tx: _Transaction, seq: int, due_s: float, ready: bool = True) -> None:
+    """A call has ended: its outcome is to be delivered, if that was asked for."""
+    if tx.db.execute(SQL_OPEN_CALLBACK, (seq, due_s, ready)).rowcount:
+        tx.ring |= Ring.WORK
 
 
 STALE_ERROR = "it was not run within max_queue_age"
@@ -1215,14 +1239,7 @@ STALE_ERROR = "it was not run within max_queue_age"
 def _expire_stale(tx: _Transaction, now_s: float, before_s: float) -> int:
     """Ends calls that have been due since `before_s`: their queue has no worker, or none that keeps up."""
     rows = tx.db.execute(SQL_STALE, {"before_s": before_s, "limit": tx.step_count}).fetchall()
-    state = next_state(State.QUEUED, Event.EXPIRE).value
-    tx.db.executemany(
-        "UPDATE calls SET state = ?, finished_s = ?, error = ? WHERE seq = ?",
-        [(state, now_s, STALE_ERROR, seq) for (seq,) in rows],
-    )
-    if rows:
-        tx.ring |= Ring.FINISHED
-    return len(rows)
+    return _end_expired(tx, rows, now_s, STALE_ERROR)
 
 
 def _end_lease(tx: _Transaction, lease: Lease, kind: Kind) -> int:
@@ -1283,12 +1300,7 @@ def _finish(tx: _Transaction, lease: Lease, ending: _Ending) -> tuple[str, ...]:
     _store_result(tx, seq, ending)
     tx.ring |= Ring.FINISHED
     if lease.call.callback_url is not None:
-        destination, is_due = destination_of(lease.call.callback_url), run.callback_due_s is None
-        tx.db.execute(
-            "INSERT INTO callbacks (seq, state, due_s, queue, destination, ready) VALUES (?, 'pending', ?, ?, ?, ?)",
-            (seq, ending.callback_due_s, lease.call.queue, destination, is_due),
-        )
-        tx.ring |= Ring.WORK
+        _open_callback(tx, seq, ending.callback_due_s, ready=run.callback_due_s is None)
     return files
 
 
@@ -1462,7 +1474,7 @@ def _cancel(tx: _Transaction, call_id: str, now_s: float) -> State:
     return next_state(state, Event.CANCEL)
 
 
-def _cancel_queued(tx: _Transaction, function: str | None, now_s: float, after_seq: int) -> _Dropped:
+def _cancel_queued(tx: _Transaction, function: FunctionName | None, now_s: float, after_seq: int) -> _Dropped:
     """One step of cancelling what is queued. Payloads go at once: on a full disk it is them that someone wants gone."""
     rows = tx.db.execute(
         "SELECT seq FROM calls WHERE state = 'queued' AND seq > :after AND (:function IS NULL OR function = :function)"
@@ -2215,7 +2227,7 @@ def _missing_pages(path: Path, page_count: int, page_bytes: int) -> set[int]:
 
 
 def _migrate(db: sqlite3.Connection) -> None:
-    """Brings an older file to the newest version, one version per transaction."""
+    """Brings an older file to the newest version, one version per transaction; lends SQL what the law needs of us."""
     db.create_function("destination_of", 1, destination_of, deterministic=True)
     (version,) = db.execute("PRAGMA user_version").fetchone()
     for number, script in enumerate(MIGRATIONS[version:], version + 1):
@@ -3145,7 +3157,7 @@ class Spool:
         """CANCELLED: it was queued and will not run. RUNNING: its worker is told. Raises CallFinished, CallUnknown."""
         return await self._write(partial(_cancel, call_id=call_id, now_s=self._now()))
 
-    async def cancel_queued(self, *, function: str | None = None) -> int:
+    async def cancel_queued(self, *, function: FunctionName | None = None) -> int:
         """Cancels every queued call, of one function or of all, and drops their payloads; returns how many.
 
         In steps, so calls that come meanwhile may be among them. What runs goes on.

@@ -17,6 +17,8 @@ import uvloop
 from faashound.names import parse_function_name
 from faashound.spool import (
     EXCERPT_BYTES,
+    EXPIRED_ERROR,
+    EXPIRED_STATUS,
     HISTORY_COUNT,
     INLINE_BYTES,
     LOST_ERROR,
@@ -205,11 +207,54 @@ def test_claim_looks_only_into_the_queues_named(desk: Desk) -> None:
 
 
 def test_claim_expires_what_waited_too_long(desk: Desk) -> None:
-    call = desk.put(expires_s=START_S + 10, callback_url="http://caller/")
+    call = desk.put(expires_s=START_S + 10)
     desk.clock.now_s += 10
     assert desk.claim() == []
     expired = desk.get(call.id)
     assert (expired.state, expired.finished_s, expired.callback) == (State.EXPIRED, START_S + 10, None)
+    assert (expired.status, expired.error, expired.attempts) == (EXPIRED_STATUS, EXPIRED_ERROR, 0)
+
+
+@pytest.mark.parametrize("way", ["claim", "sweep"])
+def test_call_that_expires_before_its_first_run_gets_its_callback(desk: Desk, way: str) -> None:
+    call = desk.put(expires_s=START_S + 10, callback_url="http://caller/")
+    desk.clock.now_s += 10
+    if way == "claim":
+        assert desk.claim() == []
+    else:
+        assert desk.do(desk.queue.sweep(60, 60)).expired_count == 1
+    lease = desk.claim_callback()
+    assert (lease.call.id, lease.call.state, lease.call.status) == (call.id, State.EXPIRED, EXPIRED_STATUS)
+    assert (lease.call.result, lease.call.result_headers, lease.call.attempts) == (None, (), 0)
+    desk.clock.now_s += 1000
+    assert desk.do(desk.queue.sweep(60, 60)).call_count == 0  # not before it is delivered
+    desk.do(desk.queue.callback_done(lease, desk.attempt()))
+    assert desk.do(desk.queue.sweep(60, 60)).call_count == 1
+
+
+def test_call_that_expires_between_attempts_keeps_what_the_last_one_gave(desk: Desk) -> None:
+    call = desk.put(expires_s=START_S + 10, callback_url="http://caller/")
+    desk.do(desk.queue.retry(desk.claim_one(), attempt=desk.attempt(429, "busy"), due_s=START_S + 5))
+    desk.clock.now_s += 10
+    assert desk.claim() == []
+    expired = desk.get(call.id)
+    assert (expired.state, expired.status, expired.error) == (State.EXPIRED, 429, "busy")
+    assert desk.claim_callback().call.id == call.id
+
+
+def test_worker_is_woken_by_the_callback_of_a_call_that_expires(desk: Desk) -> None:
+    desk.put(expires_s=START_S + 10, callback_url="http://caller/")
+    assert desk.do(desk.queue.wait_for_work(0))
+    desk.clock.now_s += 10
+    desk.do(desk.queue.sweep(60, 60))
+    assert desk.do(desk.queue.wait_for_work(LONG_S))
+
+
+def test_call_that_is_cancelled_in_the_queue_has_no_callback(desk: Desk) -> None:
+    call = desk.put(callback_url="http://caller/")
+    desk.do(desk.queue.cancel(call.id))
+    assert desk.get(call.id).callback is None
+    assert desk.claim_callbacks() == []
 
 
 def test_claim_comes_to_live_calls_behind_more_expired_ones_than_a_step(desk: Desk) -> None:

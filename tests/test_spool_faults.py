@@ -19,8 +19,10 @@ from faashound import spool as spool_module
 from faashound.names import parse_function_name
 from faashound.spool import (
     DATABASE,
+    EXPIRED_STATUS,
     INLINE_BYTES,
     ORPHAN_S,
+    Bounds,
     Call,
     CallbackState,
     QueueDamaged,
@@ -433,6 +435,14 @@ def test_calls_of_an_older_file_are_of_the_default_namespace(tmp_path: Path, mon
 
 
 # -- housekeeping
+
+
+def test_sweep_expires_what_no_worker_has_run_in_time_and_tells_its_callback(desk: Desk) -> None:
+    call = desk.put(callback_url="http://caller/")
+    desk.clock.now_s += DAY_S
+    assert desk.do(desk.spool.sweep(60, 60, Bounds(queue_age_s=DAY_S - 1))).expired_count == 1
+    lease = desk.claim_callback()
+    assert (lease.call.id, lease.call.state, lease.call.status) == (call.id, State.EXPIRED, EXPIRED_STATUS)
 
 
 def age(directory: Path, age_s: float) -> None:

@@ -20,8 +20,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
 from faashound.spool import CALLBACK_TRANSITIONS as CALLBACK_MOVES
-from faashound.spool import TRANSITIONS as MOVES
 from faashound.spool import (
+    CALLS_BACK,
+    FINAL,
     Attempt,
     CallbackState,
     CallFinished,
@@ -34,6 +35,7 @@ from faashound.spool import (
     lost_wait_s,
     new_call_id,
 )
+from faashound.spool import TRANSITIONS as MOVES
 from tests.test_spool_kit import LEASE_S, QUEUE, START_S, Remote, inline, new_call
 
 ATTEMPT = Attempt(START_S, START_S, 500, "failed")
@@ -49,6 +51,7 @@ class Row:
     due_s: float
     receiver: str | None  # of the callback
     key: str | None
+    dies: bool = False  # it expires as soon as it is looked for
     state: State = State.QUEUED
     attempts: int = 0
     runs: int = 0  # entries of the history
@@ -87,12 +90,23 @@ class Model:
 
     def due(self, now_s: float) -> dict[str, list[str]]:
         """Per function, the calls that may be claimed, in their order."""
-        queued = sorted((row.due_s, call_id) for call_id, row in self.rows.items() if row.state is State.QUEUED)
+        alive = {call_id: row for call_id, row in self.rows.items() if row.state is State.QUEUED and not row.dies}
+        queued = sorted((row.due_s, call_id) for call_id, row in alive.items())
         lanes: dict[str, list[str]] = {}
         for due_s, call_id in queued:
             if due_s <= now_s:
                 lanes.setdefault(self.rows[call_id].function, []).append(call_id)
         return lanes
+
+    def expire(self) -> None:
+        for row in self.rows.values():
+            if row.state is State.QUEUED and row.dies:
+                row.state = MOVES[State.QUEUED, Event.EXPIRE]
+                self.open_callback(row)
+
+    def open_callback(self, row: Row) -> None:
+        if row.receiver is not None and row.state in CALLS_BACK:
+            row.callback, row.callback_attempts, row.callback_due_s = CallbackState.PENDING, 0, START_S
 
     def owed(self) -> dict[str, list[str]]:
         """Per receiver, the calls whose outcome may be delivered, in their order."""
@@ -120,8 +134,7 @@ class Model:
             event = Event.STOP
         row.state = MOVES[State.RUNNING, event]
         row.cancel |= event is Event.STOP
-        if row.receiver is not None and event in (Event.SUCCEED, Event.GIVE_UP):
-            row.callback, row.callback_attempts, row.callback_due_s = CallbackState.PENDING, 0, START_S
+        self.open_callback(row)
         return True
 
     def end_callback(self, lease: Lease, event: Event) -> bool:
@@ -144,6 +157,7 @@ class Model:
         if (row.state, Event.REQUEUE) not in MOVES:
             return False
         row.state, row.attempts, row.due_s, row.cancel = State.QUEUED, 0, START_S, False
+        row.dies = False
         row.callback, row.callback_attempts, row.fence = None, 0, None
         return True
 
@@ -212,22 +226,26 @@ class SpoolMachine(RuleBasedStateMachine):
         delay_s=st.sampled_from([-1.0, 0.0, 60.0]),
         receiver=st.sampled_from([None, *RECEIVERS]),
         key=st.sampled_from([None, None, "k1", "k2"]),
+        dies=st.sampled_from([False, False, False, True]),
     )
-    def put(self, function: str, delay_s: float, receiver: str | None, key: str | None) -> str:
-        call, row = self.make(function, delay_s, receiver, key)
+    def put(self, function: str, delay_s: float, receiver: str | None, key: str | None, dies: bool) -> str:
+        call, row = self.make(function, delay_s, receiver, key, dies)
         told = self.model.put(call.id, row)
         assert self.remote.call("put", call).id == told
         return told
 
-    def make(self, function: str, delay_s: float, receiver: str | None, key: str | None) -> tuple[Any, Row]:
+    def make(
+        self, function: str, delay_s: float, receiver: str | None, key: str | None = None, dies: bool = False
+    ) -> tuple[Any, Row]:
         call = new_call(
             function,
             id=new_call_id(),
             due_s=START_S + delay_s,
             callback_url=receiver and f"http://{receiver}/",
             idempotency_key=key,
+            expires_s=START_S if dies else None,
         )
-        return call, Row(call.function, call.due_s, receiver, key)
+        return call, Row(call.function, call.due_s, receiver, key, dies)
 
     @rule(call_id=ids)
     def cancel(self, call_id: str) -> None:
@@ -252,6 +270,7 @@ class SpoolMachine(RuleBasedStateMachine):
         lanes = self.model.due(START_S)
         taken: list[Lease] = self.remote.call("claim", [QUEUE], self.remote.owner, LEASE_S, limit)
         check_turns(taken, limit, lanes, lambda lease: lease.call.function)
+        self.model.expire()
         for lease in taken:
             self.model.claim(lease.call.id, lease.fence)
         return multiple(*taken)
@@ -296,7 +315,7 @@ class SpoolMachine(RuleBasedStateMachine):
         if call_id in self.model.rows:
             self.expect(self.model.requeue(call_id), CallNotDead, "requeue_dead", call_id)
 
-    @rule(state=st.sampled_from([State.DONE, State.DEAD, State.CANCELLED]))
+    @rule(state=st.sampled_from(sorted(FINAL, key=str)))
     def purge(self, state: State) -> None:
         assert self.remote.call("purge", state=state) == self.model.purge(state)
 
@@ -314,7 +333,7 @@ class SpoolMachine(RuleBasedStateMachine):
         statement=st.integers(1, 12),
     )
     def kill_while_putting(self, function: str, receiver: str | None, statement: int) -> Any:
-        call, row = self.make(function, 0.0, receiver, None)
+        call, row = self.make(function, 0.0, receiver)
         after = copy.deepcopy(self.model)
         after.put(call.id, row)
         self.kill_inside(after, statement, "put", call)
@@ -344,6 +363,7 @@ class SpoolMachine(RuleBasedStateMachine):
         lanes = self.model.due(START_S)
         due = [call_id for lane in lanes.values() for call_id in lane]
         after = copy.deepcopy(self.model)
+        after.expire()
         for fence, call_id in enumerate(due, 1_000_000):
             after.claim(call_id, fence)
         self.kill_inside(after, statement, "claim", [QUEUE], self.remote.owner, LEASE_S, 1000)
