@@ -1166,8 +1166,8 @@ def tell_of_stray_queues(stray: Mapping[str, int]) -> None:
     """Log which queues have calls that may wait for ever."""
     for name, count in stray.items():
         log.warning(
-            f"{count} calls or callbacks wait in the queue {name}, which no function names any more and no worker of"
-            f" ours drains; a worker with queues={name} makes them"
+            f"nothing here drains the queue {name}, which no function names any more: calls and callbacks that wait in"
+            f" it: {count}; a worker with queues={name} makes them"
         )
 
 

@@ -141,6 +141,15 @@ SECRET_FIELDS = frozenset(  # header fields that are never shown, logged, or pas
     b" apikey x-functions-key x-goog-api-key x-auth-token x-access-token x-amz-security-token x-csrf-token x-xsrf-token"
     b" private-token x-gitlab-token x-vault-token x-worker-token".split()
 )
+_SECRET_ENDS = tuple(  # of other fields' names: they are not shown either, but third parties may be meant to have them
+    b"-token -secret -password -passwd -api-key -apikey -access-key -subscription-key -assertion -session".split()
+)
+
+
+def is_secret_field(name: bytes) -> bool:
+    """Tell whether the value of a header field, whose name is in lower case, is not for people's eyes."""
+    return name in SECRET_FIELDS or (b"-" + name).endswith(_SECRET_ENDS)
+
 
 # ---------------------------------------------------------------------------------------------------------------
 # Errors: one root; each kind carries the status to answer and a text that is safe to show to a client.
@@ -4341,7 +4350,7 @@ class CallLog:
 
     def _headers(self, direction: str, headers: Sequence[Header]) -> None:
         for name, value in headers:
-            shown = "(hidden)" if name.lower() in SECRET_FIELDS else value.decode("latin-1")
+            shown = "(hidden)" if is_secret_field(name.lower()) else value.decode("latin-1")
             log.info(f"{self._prefix}[{direction}] {canonical_name(name).decode()}={shown}")
 
 
