@@ -84,6 +84,7 @@ VERSION = "0.1.0"
 MAX_FIELDS_COUNT = 500  # of a head or a trailer; Apache and Tomcat allow 100, Node 2000; each costs as much as 1 KiB
 MAX_HEAD_BYTES = 65536  # request line and fields; nginx allows 32 KiB, Go 1 MiB, one variable of execve 128 KiB
 BUFFERED_BYTES = 262144  # of a body that waits for its consumer before reading stops: four reads of the loop
+MAX_INTERIM_COUNT = 16  # 1xx before an answer: Go's client takes five; servers send 100, 102 or 103, each once or so
 EVENTS_AT_ONCE_COUNT = 64  # heads and chunks of one connection in one turn of the loop: half a millisecond
 FRAMING_BYTES = 262144  # of a chunked body that are not its data, besides two for each byte of data
 BACKLOG = 1024  # connections that the kernel keeps for us while the loop is busy (capped by net.core.somaxconn)
@@ -104,6 +105,7 @@ WATCH_IDLE_S = 30  # a connection without traffic is asked so often whether its 
 WATCH_EVERY_S = 10  # ... and again, while there is no answer
 WATCH_COUNT = 3  # ... and as many unanswered questions end it
 SILENT_S = WATCH_IDLE_S + WATCH_EVERY_S * WATCH_COUNT  # what was sent may stay unconfirmed so long
+FAREWELL_S = 1.0  # at the end of a drain: for the answers to requests that did not finish
 CONNECT_TIMEOUT_S = 10.0  # curl waits 300 s, Go's default transport 30 s; behind us is a local network
 KEPT_S = 20.0  # an idle connection to an upstream; below the 30 s after which a watchdog closes its side
 KEPT_CONNECTIONS_COUNT = 64  # idle connections kept for each upstream
@@ -958,6 +960,16 @@ class BodyTooLarge(FaashoundError):
         super().__init__(f"request body too large; allowed: {limit_bytes} bytes")
 
 
+class Stopping(FaashoundError):
+    """The request did not finish before this server had to end."""
+
+    status = 503
+    headers = ((b"Retry-After", b"1"),)
+
+    def __init__(self) -> None:
+        super().__init__("the server is stopping; the request was given up")
+
+
 class PeerGone(FaashoundError):
     """The other side closed or broke the connection in the middle of a message."""
 
@@ -1519,6 +1531,7 @@ class ClientWire:
     def _begin_anew(self) -> None:
         self._conn = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD_BYTES)
         self._counted: CountedBody | None = None
+        self._interim_count = 0
 
     def build_whole(
         self, method: bytes, target: bytes, headers: Sequence[Header], body: bytes, length: int | None
@@ -1566,6 +1579,9 @@ class ClientWire:
         try:
             event = self._conn.next_event()
             while type(event) is h11.InformationalResponse:
+                self._interim_count += 1
+                if self._interim_count > MAX_INTERIM_COUNT:
+                    raise PeerGone(f"bad response: more than {MAX_INTERIM_COUNT} interim responses")
                 event = self._conn.next_event()
         except h11.RemoteProtocolError as error:
             raise PeerGone(CUT_SHORT if self._cut else f"bad response: {str(error)[:200]}") from None
@@ -1888,7 +1904,7 @@ class Server:
 
     `on_refused` is told of each request that was answered without a handler: the request, None if it had no valid head,
     and the error.  `seat` tells of the other processes that serve the same sockets.
-    Obligations: `listen` each socket, then at the end `stop_accepting`, `drained`, `abort`, in this order.
+    Obligations: `listen` each socket, then at the end `stop_accepting`, `drained`, `give_up`, in this order.
     """
 
     def __init__(
@@ -1935,6 +1951,18 @@ class Server:
         except TimeoutError:
             return False
         return True
+
+    @property
+    def busy_count(self) -> int:
+        """The connections on which a request is arriving, handled or answered."""
+        return sum(connection.is_busy for connection in self.connections)
+
+    async def give_up(self) -> None:
+        """Answer 503 to every request whose answer has not begun, then cut what is left after FAREWELL_S."""
+        for connection in list(self.connections):
+            connection.give_up()
+        await self.drained(asyncio.get_running_loop().time() + FAREWELL_S)
+        self.abort()
 
     def abort(self) -> None:
         """Cut every connection; their handlers are cancelled."""
@@ -2256,7 +2284,8 @@ class ServerConnection(asyncio.Protocol):
         if self._phase is Phase.SENDING:
             self._transport.close()
             return
-        self._enter(Phase.HANDLING)
+        if self._phase is not Phase.HANDLING:
+            self._enter(Phase.HANDLING)
         if self._task is None:
             self._answer_refusal(None)
         else:
@@ -2284,7 +2313,8 @@ class ServerConnection(asyncio.Protocol):
 
     def _linger(self) -> None:
         """Close so that the client can read the answer: unread input would make the kernel reset the connection."""
-        if (self._wire.peer_done and self._refusal is None) or not self._transport.can_write_eof():
+        in_step = self._wire.peer_done and not isinstance(self._refusal, BadRequest)
+        if in_step or not self._transport.can_write_eof():
             self._transport.close()
             return
         self._enter(Phase.LINGERING)
@@ -2304,6 +2334,18 @@ class ServerConnection(asyncio.Protocol):
         """Close unless an exchange is going on or beginning."""
         if self._phase is Phase.IDLE:
             self._transport.close()
+
+    @property
+    def is_busy(self) -> bool:
+        """True while an exchange is going on or beginning."""
+        return self._phase not in (Phase.IDLE, Phase.LINGERING) and not self._transport.is_closing()
+
+    def give_up(self) -> None:
+        """Answer that we are stopping, where the answer has not begun; else cut the connection."""
+        if self._phase not in (Phase.HEAD, Phase.BODY, Phase.HANDLING):
+            self.abort()
+        elif self._refusal is None:
+            self._refuse(Stopping())
 
     def abort(self) -> None:
         """Cut the connection now; a running handler is cancelled."""
@@ -2539,6 +2581,9 @@ class ClientConnection(asyncio.Protocol):
         self._sender: asyncio.Task[None] | None = None
         self._writable: asyncio.Future[None] | None = None
         self._write_paused = False
+        self._aborted = False
+        self._advancing = False  # some of what has come is left for the next turn
+        self._lost: tuple[Exception | None] | None = None  # why the connection is no more, while that is so
         self.silent = True
 
     # Callbacks of the transport.
@@ -2553,15 +2598,20 @@ class ClientConnection(asyncio.Protocol):
             return
         self.silent = False
         self._wire.feed(data)
-        self._advance()
+        if not self._advancing:
+            self._advance()
 
     def eof_received(self) -> bool:
         if self._head is not None:
             self._wire.feed(b"")
-            self._advance()
+            if not self._advancing:
+                self._advance()
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if self._advancing:  # it may have said all before it went
+            self._lost = (exc,)
+            return
         self._fail(PeerGone(CUT_SHORT))
         self.resume_writing()
         if self._url is not None:
@@ -2645,23 +2695,47 @@ class ClientConnection(asyncio.Protocol):
             raise PeerGone("the connection was closed before the request was sent")
 
     def _advance(self) -> None:
+        """Take what the wire has, up to EVENTS_AT_ONCE_COUNT; then others are served before the rest."""
+        pieces: list[bytes] = []
+        sign, error = None, None
         try:
-            while True:
+            for _ in range(EVENTS_AT_ONCE_COUNT):
                 event = self._wire.next_event()
                 if isinstance(event, bytes):
-                    cast(Body, self._body).feed(event)
-                elif event is Sign.END:
-                    self._complete()
-                    return
+                    pieces.append(event)
                 elif isinstance(event, Sign):
+                    sign = event
                     break
                 else:
                     self._on_head(*event)
-        except PeerGone as error:
+        except PeerGone as gone:
+            error = gone
+        if pieces:
+            cast(Body, self._body).feed(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+        if error is not None:
             self._fail(error)
             self.abort()
-            return
-        if self._body is not None and self._body.buffered_bytes >= BUFFERED_BYTES and self._transport.is_reading():
+        elif sign is Sign.END:
+            self._complete()
+        else:
+            self._advancing = sign is None
+            if self._advancing:
+                self._loop.call_soon(self._go_on)
+            self._throttle()
+
+    def _go_on(self) -> None:
+        """Take the rest, unless the connection was cut meanwhile."""
+        self._advancing = False
+        if not self._aborted:
+            self._advance()
+        if self._lost is not None and not self._advancing:
+            self.connection_lost(*self._lost)
+
+    def _throttle(self) -> None:
+        is_full = self._body is not None and self._body.buffered_bytes >= BUFFERED_BYTES
+        if not is_full and not self._advancing:
+            self._on_drained()
+        elif self._transport.is_reading():
             self._transport.pause_reading()
 
     def _on_head(self, status: int, headers: Headers) -> None:
@@ -2671,7 +2745,7 @@ class ClientConnection(asyncio.Protocol):
             self._head.set_result(ClientResponse(status, headers, self._body, self))
 
     def _on_drained(self) -> None:
-        if not self._transport.is_reading() and not self._transport.is_closing():
+        if not self._advancing and not self._transport.is_reading() and not self._transport.is_closing():
             self._transport.resume_reading()
 
     def _complete(self) -> None:
@@ -2706,6 +2780,7 @@ class ClientConnection(asyncio.Protocol):
 
     def abort(self) -> None:
         """Cut the connection now."""
+        self._aborted = True
         self._alarm.stop_handle()
         if self._sender is not None:
             self._sender.cancel()
@@ -4425,7 +4500,8 @@ def open_sockets(host: str | None, port: int, environ: Mapping[str, str]) -> lis
         if host is None:
             return [_listen_everywhere(port)]
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        return [_listen(family, sockaddr) for family, _, _, _, sockaddr in found]
+        once = dict.fromkeys((family, sockaddr) for family, _, _, _, sockaddr in found)  # /etc/hosts may repeat itself
+        return [_listen(family, sockaddr) for family, sockaddr in once]
     except (OSError, UnicodeError) as error:
         raise CannotStart(f"cannot listen on {host or 'all interfaces'} port {port}: {error}") from None
 
@@ -4456,7 +4532,7 @@ def _listen_everywhere(port: int) -> socket.socket:
 
 
 def _listen(family: socket.AddressFamily, sockaddr: Any) -> socket.socket:
-    return socket.create_server(sockaddr[:2], family=family, backlog=BACKLOG)
+    return socket.create_server(sockaddr, family=family, backlog=BACKLOG)  # whole: fe80:: means nothing without scope
 
 
 def describe_socket(sock: socket.socket) -> str:
@@ -4968,15 +5044,15 @@ async def drain(settings: Settings, signals: Signals, server: Server) -> int:
 
 
 async def drain_server(server: Server, signals: Signals, limit_s: float) -> int:
-    """Stop accepting, let what is in flight finish within `limit_s` or until the second signal, cut the rest.
+    """Stop accepting, let what is in flight finish within `limit_s` or until the second signal, give up the rest.
 
-    Returns 0 if nothing was cut, else 1: the exit status.
+    Returns 0 if nothing was given up, else 1: the exit status.
     """
     server.stop_accepting()
-    log.info(f"No new connections allowed, draining: {len(server.connections)} requests")
+    log.info(f"No new connections allowed, draining: {server.busy_count} requests")
     await finished_first(server.drained(time.monotonic() + limit_s), signals.second.wait())
     cut_count = len(server.connections)
-    server.abort()
+    await server.give_up()
     log.info(f"Exiting. Active connections: {cut_count}")
     return 1 if cut_count else 0
 
