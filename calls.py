@@ -42,10 +42,10 @@ from .spool import (
     StoredBody,
 )
 from .watchdog import (
-    SECRET_FIELDS,
     BadSettings,
     FaashoundError,
     OutputFailed,
+    is_secret_field,
     parse_positive_count,
     parse_settings,
     report_failure,
@@ -155,7 +155,7 @@ def _describe_attempt(attempt: Attempt) -> Json:
 
 
 def _shown_headers(headers: Headers) -> list[list[str]]:
-    return [[name, "(hidden)" if name.lower().encode() in SECRET_FIELDS else value] for name, value in headers]
+    return [[name, "(hidden)" if is_secret_field(name.lower().encode()) else value] for name, value in headers]
 
 
 def _without_none(facts: Mapping[str, Any]) -> Json:

@@ -12,10 +12,13 @@ Routes, with the names, codes and headers of the OpenFaaS gateway:
     GET    /async-function/ID/result       the response of the function
     DELETE /async-function/ID              cancels, queued or running
     GET    /system/functions               the functions of the table; /system/function/NAME for one
-    GET    /system/calls                   calls by ?state= ?function= ?callback= ?limit= ?before=; DELETE deletes what
-                                           has ended, or with ?state=queued cancels
+    GET    /system/calls                   calls by ?state= ?function= ?callback= ?limit= ?before=; DELETE deletes
+    POST   /system/calls/cancel            cancels all that is queued, or with ?function= of one function
     GET    /system/calls/ID                payload, headers, attempts; POST .../retry for dead letters; DELETE
-    GET    /healthz                        200 while it serves
+    GET    /healthz                        200 while it and what is behind it work, else 503 and what does not
+
+HEAD works wherever GET does.  What comes round through us again is answered with 508, a browser's page that is a
+stranger's with 403, one that has bound its own name to our address with 421 (see browsers.py).
 
 What it promises: a 202 is never given for a call that a crash could lose.  Beside itself it runs a watchdog for each
 local function and, with a spool, a worker; all of them end when it ends, whatever way.  What it refuses to do: run
@@ -728,8 +731,9 @@ class Gateway:
             limit.reschedule(asyncio.get_running_loop().time())
 
     async def serve_metrics(self, request: Request) -> Response:
-        """Answer GET /metrics, on a port of its own."""
-        self._check_host(request)
+        """Answer GET /metrics, on a port of its own, which others may know by other names than they call us by."""
+        if self._pages.on_loopback:
+            self._check_host(request)
         try:
             self.metrics.show_queue(await self._queue.stats())
         except FaashoundError as error:  # the other figures matter most when the queue is in trouble
@@ -995,6 +999,9 @@ class Gateway:
             return await (self._purge(choice) if request.method == "DELETE" else self._list(choice))
         call_id, _, verb = rest[1:].partition("/")
         call_id = call_id.lower()
+        if call_id == "cancel" and not verb:
+            allow(request, "POST")
+            return await self._cancel_queued(parse_choice_query(request.query))
         if verb == "retry":
             allow(request, "POST")
             return json_response(202, describe_call(await retry_letter(self._queue, call_id)))
@@ -1011,14 +1018,17 @@ class Gateway:
         before = calls[-1].id if len(calls) == choice.limit_count else None
         return json_response(200, {"calls": [describe_call(call) for call in calls], "before": before})
 
+    async def _cancel_queued(self, choice: Choice) -> Response:
+        if choice != Choice(function=choice.function):
+            raise BadField("allowed: ?function=, or nothing for every function")
+        return json_response(200, {"cancelled": await self._queue.cancel_queued(function=choice.function)})
+
     async def _purge(self, choice: Choice) -> Response:
-        """Delete what has ended, or cancel what is queued."""
-        if choice == Choice(State.QUEUED, choice.function):
-            return json_response(200, {"cancelled": await self._queue.cancel_queued(function=choice.function)})
         if choice.state not in FINAL or choice != Choice(choice.state, choice.function):
             states = ", ".join(sorted(state.value for state in FINAL))
             raise BadField(
-                f"allowed: ?state= and, if need be, &function=; state must be queued, which cancels, or one of {states}"
+                f"allowed: ?state= and, if need be, &function=; state must be one of {states};"
+                " POST /system/calls/cancel cancels what is queued"
             )
         count = await self._queue.purge(state=choice.state, function=choice.function)
         return json_response(200, {"deleted": count})
@@ -1166,8 +1176,8 @@ def tell_of_stray_queues(stray: Mapping[str, int]) -> None:
     """Log which queues have calls that may wait for ever."""
     for name, count in stray.items():
         log.warning(
-            f"{count} calls or callbacks wait in the queue {name}, which no function names any more and no worker of"
-            f" ours drains; a worker with queues={name} makes them"
+            f"nothing here drains the queue {name}, which no function names any more: calls and callbacks that wait in"
+            f" it: {count}; a worker with queues={name} makes them"
         )
 
 

@@ -71,8 +71,12 @@ def lend(slots_count: int, held: Mapping[str, int]) -> Allotment:
     A flow may borrow while it holds less than what is then still left to lend (Choudhury and Hahne's dynamic
     thresholds, ToN 1998, with alpha = 1).
     """
-    left = slots_count // LENT_PART - max(sum(held.values()) - slots_count, 0)
+    left = _left_to_lend(slots_count, sum(held.values()))
     return Allotment(_half(left), {flow: _half(left - count) for flow, count in held.items()})
+
+
+def _left_to_lend(slots_count: int, held_count: int) -> int:
+    return slots_count // LENT_PART - max(held_count - slots_count, 0)
 
 
 def _half(count: int) -> int:
@@ -153,4 +157,5 @@ class Slots:
         """When slots are lent, if they are all held and there may be somebody to lend one to; else None."""
         if self._full_since_s is None or not (self._may_wait and self._may_be_owed):
             return None
-        return self._full_since_s + LEND_AFTER_S if lend(self._slots_count, self.held).limit else None
+        can_lend = _left_to_lend(self._slots_count, self.held.total()) > 0
+        return self._full_since_s + LEND_AFTER_S if can_lend else None

@@ -47,6 +47,7 @@ import itertools
 import json
 import math
 import mmap
+import pwd
 import re
 import select
 import shlex
@@ -55,11 +56,12 @@ import signal
 import socket
 import ssl
 import stat
+import subprocess
 import time
 import traceback
 import urllib.parse
 from bisect import bisect_left
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, aclosing, suppress
 from dataclasses import dataclass, field
@@ -82,6 +84,7 @@ VERSION = "0.1.0"
 MAX_FIELDS_COUNT = 500  # of a head or a trailer; Apache and Tomcat allow 100, Node 2000; each costs as much as 1 KiB
 MAX_HEAD_BYTES = 65536  # request line and fields; nginx allows 32 KiB, Go 1 MiB, one variable of execve 128 KiB
 BUFFERED_BYTES = 262144  # of a body that waits for its consumer before reading stops: four reads of the loop
+MAX_INTERIM_COUNT = 16  # 1xx before an answer: Go's client takes five; servers send 100, 102 or 103, each once or so
 EVENTS_AT_ONCE_COUNT = 64  # heads and chunks of one connection in one turn of the loop: half a millisecond
 FRAMING_BYTES = 262144  # of a chunked body that are not its data, besides two for each byte of data
 BACKLOG = 1024  # connections that the kernel keeps for us while the loop is busy (capped by net.core.somaxconn)
@@ -102,6 +105,7 @@ WATCH_IDLE_S = 30  # a connection without traffic is asked so often whether its 
 WATCH_EVERY_S = 10  # ... and again, while there is no answer
 WATCH_COUNT = 3  # ... and as many unanswered questions end it
 SILENT_S = WATCH_IDLE_S + WATCH_EVERY_S * WATCH_COUNT  # what was sent may stay unconfirmed so long
+FAREWELL_S = 1.0  # at the end of a drain: for the answers to requests that did not finish
 CONNECT_TIMEOUT_S = 10.0  # curl waits 300 s, Go's default transport 30 s; behind us is a local network
 KEPT_S = 20.0  # an idle connection to an upstream; below the 30 s after which a watchdog closes its side
 KEPT_CONNECTIONS_COUNT = 64  # idle connections kept for each upstream
@@ -125,6 +129,8 @@ SESSIONS_COUNT = 4096  # ended calls whose session numbers are remembered, for o
 CHILDREN_BYTES = 4096  # of a list of our children, at the first reading: some hundred of them
 SWEEP_PAUSE_S = 0.001  # between two sweeps while trees die: each level that dies uncovers the next
 LONGEST_SWEEP_PAUSE_S = 0.05
+FREEZE_AFTER_COUNT = 3  # sweeps that have found something: then it forks faster than we follow, or is a deep tree
+FREEZE_LIMIT_S = 2.0  # for stopping all of it before it is killed
 SWEEP_LIMIT_S = 5.0  # after that, what SIGKILL does not end (uninterruptible sleep) is reported and left
 MAX_EXEC_STRING_BYTES = 131072  # one argument or variable (execve(2), MAX_ARG_STRLEN)
 MAX_LOG_LINE_BYTES = 8192  # a longer line of a function's stderr is cut into pieces
@@ -137,6 +143,15 @@ SECRET_FIELDS = frozenset(  # header fields that are never shown, logged, or pas
     b" apikey x-functions-key x-goog-api-key x-auth-token x-access-token x-amz-security-token x-csrf-token x-xsrf-token"
     b" private-token x-gitlab-token x-vault-token x-worker-token".split()
 )
+_SECRET_ENDS = tuple(  # of other fields' names: they are not shown either, but third parties may be meant to have them
+    b"-token -secret -password -passwd -api-key -apikey -access-key -subscription-key -assertion -session".split()
+)
+
+
+def is_secret_field(name: bytes) -> bool:
+    """Tell whether the value of a header field, whose name is in lower case, is not for people's eyes."""
+    return name in SECRET_FIELDS or (b"-" + name).endswith(_SECRET_ENDS)
+
 
 # ---------------------------------------------------------------------------------------------------------------
 # Errors: one root; each kind carries the status to answer and a text that is safe to show to a client.
@@ -299,6 +314,50 @@ def parse_command(text: str) -> tuple[str, ...]:
     return tuple(words)
 
 
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """As whom functions run: the numbers of user, group and further groups, and the variables that tell of them."""
+
+    uid: int
+    gid: int
+    groups: Sequence[int] = ()
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+
+USER_HELP = "allowed: the name of a user, or UID:GID as numbers; not root"
+_LARGEST_ID = 2**32 - 2  # -1 means "leave it" to setresuid(2)
+
+
+def parse_user(text: str) -> Identity:
+    """Return the user that `text` names, with all groups, or that UID:GID stands for, with that group only."""
+    numbers = re.fullmatch(r"([0-9]{1,10}):([0-9]{1,10})", text, re.ASCII)
+    if numbers:
+        identity = Identity(int(numbers[1]), int(numbers[2]))
+    else:
+        try:
+            found = pwd.getpwnam(text)
+        except (KeyError, ValueError):
+            raise ValueError(f"there is no such user; {USER_HELP}") from None
+        variables = {"HOME": found.pw_dir, "USER": text, "LOGNAME": text}
+        groups = tuple(os.getgrouplist(text, found.pw_gid))
+        identity = Identity(found.pw_uid, found.pw_gid, groups, variables)
+    if not (0 < identity.uid <= _LARGEST_ID and identity.gid <= _LARGEST_ID):
+        raise ValueError(USER_HELP)
+    return identity
+
+
+# What it takes to run functions as another user (capabilities(7)): to become that user, to signal its processes, and
+# to read the mark in their environment.
+_USER_CAPABILITIES = {"CAP_KILL": 5, "CAP_SETGID": 6, "CAP_SETUID": 7, "CAP_SYS_PTRACE": 19}
+
+
+def missing_capabilities() -> list[str]:
+    """Return what this process lacks of the rights that `user` needs; root has them unless they were taken away."""
+    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+        held = int(next(line for line in file if line.startswith("CapEff:")).split()[1], 16)
+    return [name for name, number in _USER_CAPABILITIES.items() if not held >> number & 1]
+
+
 def parse_choice(*choices: str) -> Callable[[str], str]:
     """Return a parser that takes one of `choices` and nothing else."""
 
@@ -410,7 +469,7 @@ def without_credentials(text: str) -> str:
 
 def lookalikes(kind: type, environ: Mapping[str, str]) -> list[str]:
     """Return a warning for each variable of `environ` that is not ours but nearly spelled like one of ours."""
-    known = setting_names(kind)
+    known = setting_names(kind) | {"USER"}  # which every login shell sets
     warnings = []
     for name in sorted(set(environ) - known):
         close = [name.lower()] if name.lower() in known else difflib.get_close_matches(name, known, 1, cutoff=0.85)
@@ -455,6 +514,9 @@ class Settings:
         "after SIGTERM: time to stay up, unhealthy, before draining",
         default_note="5s, or write_timeout if shorter",
     )
+    user: Identity | None = setting(
+        "user", "", parse_user, "user that functions run as, by name or UID:GID", default_note="the watchdog's own"
+    )
     term_grace_s: float = setting(
         "term_grace", "0", parse_duration, "SIGTERM first and so long before SIGKILL; 0 is SIGKILL at once"
     )
@@ -477,6 +539,11 @@ class Settings:
         """Yield a line for each pair of settings that cannot both be meant."""
         if self.port and self.port == self.metrics_port:
             yield f"metrics_port={self.metrics_port} contradicts port={self.port}; allowed: two different ports"
+        if self.user is not None and (missing := missing_capabilities()):
+            yield (
+                f"user is set, but this process may not change users: it lacks {', '.join(missing)}; allowed: user"
+                " where the program runs as root, or not at all"
+            )
         if self.prewarm and self.cgi_headers:
             yield (
                 f"prewarm={self.prewarm} contradicts cgi_headers=true: a process that is started already cannot get"
@@ -891,6 +958,16 @@ class BodyTooLarge(FaashoundError):
 
     def __init__(self, limit_bytes: int) -> None:
         super().__init__(f"request body too large; allowed: {limit_bytes} bytes")
+
+
+class Stopping(FaashoundError):
+    """The request did not finish before this server had to end."""
+
+    status = 503
+    headers = ((b"Retry-After", b"1"),)
+
+    def __init__(self) -> None:
+        super().__init__("the server is stopping; the request was given up")
 
 
 class PeerGone(FaashoundError):
@@ -1454,6 +1531,7 @@ class ClientWire:
     def _begin_anew(self) -> None:
         self._conn = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD_BYTES)
         self._counted: CountedBody | None = None
+        self._interim_count = 0
 
     def build_whole(
         self, method: bytes, target: bytes, headers: Sequence[Header], body: bytes, length: int | None
@@ -1501,6 +1579,9 @@ class ClientWire:
         try:
             event = self._conn.next_event()
             while type(event) is h11.InformationalResponse:
+                self._interim_count += 1
+                if self._interim_count > MAX_INTERIM_COUNT:
+                    raise PeerGone(f"bad response: more than {MAX_INTERIM_COUNT} interim responses")
                 event = self._conn.next_event()
         except h11.RemoteProtocolError as error:
             raise PeerGone(CUT_SHORT if self._cut else f"bad response: {str(error)[:200]}") from None
@@ -1823,7 +1904,7 @@ class Server:
 
     `on_refused` is told of each request that was answered without a handler: the request, None if it had no valid head,
     and the error.  `seat` tells of the other processes that serve the same sockets.
-    Obligations: `listen` each socket, then at the end `stop_accepting`, `drained`, `abort`, in this order.
+    Obligations: `listen` each socket, then at the end `stop_accepting`, `drained`, `give_up`, in this order.
     """
 
     def __init__(
@@ -1870,6 +1951,18 @@ class Server:
         except TimeoutError:
             return False
         return True
+
+    @property
+    def busy_count(self) -> int:
+        """The connections on which a request is arriving, handled or answered."""
+        return sum(connection.is_busy for connection in self.connections)
+
+    async def give_up(self) -> None:
+        """Answer 503 to every request whose answer has not begun, then cut what is left after FAREWELL_S."""
+        for connection in list(self.connections):
+            connection.give_up()
+        await self.drained(asyncio.get_running_loop().time() + FAREWELL_S)
+        self.abort()
 
     def abort(self) -> None:
         """Cut every connection; their handlers are cancelled."""
@@ -2191,7 +2284,8 @@ class ServerConnection(asyncio.Protocol):
         if self._phase is Phase.SENDING:
             self._transport.close()
             return
-        self._enter(Phase.HANDLING)
+        if self._phase is not Phase.HANDLING:
+            self._enter(Phase.HANDLING)
         if self._task is None:
             self._answer_refusal(None)
         else:
@@ -2219,7 +2313,8 @@ class ServerConnection(asyncio.Protocol):
 
     def _linger(self) -> None:
         """Close so that the client can read the answer: unread input would make the kernel reset the connection."""
-        if (self._wire.peer_done and self._refusal is None) or not self._transport.can_write_eof():
+        in_step = self._wire.peer_done and not isinstance(self._refusal, BadRequest)
+        if in_step or not self._transport.can_write_eof():
             self._transport.close()
             return
         self._enter(Phase.LINGERING)
@@ -2239,6 +2334,18 @@ class ServerConnection(asyncio.Protocol):
         """Close unless an exchange is going on or beginning."""
         if self._phase is Phase.IDLE:
             self._transport.close()
+
+    @property
+    def is_busy(self) -> bool:
+        """True while an exchange is going on or beginning."""
+        return self._phase not in (Phase.IDLE, Phase.LINGERING) and not self._transport.is_closing()
+
+    def give_up(self) -> None:
+        """Answer that we are stopping, where the answer has not begun; else cut the connection."""
+        if self._phase not in (Phase.HEAD, Phase.BODY, Phase.HANDLING):
+            self.abort()
+        elif self._refusal is None:
+            self._refuse(Stopping())
 
     def abort(self) -> None:
         """Cut the connection now; a running handler is cancelled."""
@@ -2474,6 +2581,9 @@ class ClientConnection(asyncio.Protocol):
         self._sender: asyncio.Task[None] | None = None
         self._writable: asyncio.Future[None] | None = None
         self._write_paused = False
+        self._aborted = False
+        self._advancing = False  # some of what has come is left for the next turn
+        self._lost: tuple[Exception | None] | None = None  # why the connection is no more, while that is so
         self.silent = True
 
     # Callbacks of the transport.
@@ -2488,15 +2598,20 @@ class ClientConnection(asyncio.Protocol):
             return
         self.silent = False
         self._wire.feed(data)
-        self._advance()
+        if not self._advancing:
+            self._advance()
 
     def eof_received(self) -> bool:
         if self._head is not None:
             self._wire.feed(b"")
-            self._advance()
+            if not self._advancing:
+                self._advance()
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if self._advancing:  # it may have said all before it went
+            self._lost = (exc,)
+            return
         self._fail(PeerGone(CUT_SHORT))
         self.resume_writing()
         if self._url is not None:
@@ -2580,23 +2695,47 @@ class ClientConnection(asyncio.Protocol):
             raise PeerGone("the connection was closed before the request was sent")
 
     def _advance(self) -> None:
+        """Take what the wire has, up to EVENTS_AT_ONCE_COUNT; then others are served before the rest."""
+        pieces: list[bytes] = []
+        sign, error = None, None
         try:
-            while True:
+            for _ in range(EVENTS_AT_ONCE_COUNT):
                 event = self._wire.next_event()
                 if isinstance(event, bytes):
-                    cast(Body, self._body).feed(event)
-                elif event is Sign.END:
-                    self._complete()
-                    return
+                    pieces.append(event)
                 elif isinstance(event, Sign):
+                    sign = event
                     break
                 else:
                     self._on_head(*event)
-        except PeerGone as error:
+        except PeerGone as gone:
+            error = gone
+        if pieces:
+            cast(Body, self._body).feed(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+        if error is not None:
             self._fail(error)
             self.abort()
-            return
-        if self._body is not None and self._body.buffered_bytes >= BUFFERED_BYTES and self._transport.is_reading():
+        elif sign is Sign.END:
+            self._complete()
+        else:
+            self._advancing = sign is None
+            if self._advancing:
+                self._loop.call_soon(self._go_on)
+            self._throttle()
+
+    def _go_on(self) -> None:
+        """Take the rest, unless the connection was cut meanwhile."""
+        self._advancing = False
+        if not self._aborted:
+            self._advance()
+        if self._lost is not None and not self._advancing:
+            self.connection_lost(*self._lost)
+
+    def _throttle(self) -> None:
+        is_full = self._body is not None and self._body.buffered_bytes >= BUFFERED_BYTES
+        if not is_full and not self._advancing:
+            self._on_drained()
+        elif self._transport.is_reading():
             self._transport.pause_reading()
 
     def _on_head(self, status: int, headers: Headers) -> None:
@@ -2606,7 +2745,7 @@ class ClientConnection(asyncio.Protocol):
             self._head.set_result(ClientResponse(status, headers, self._body, self))
 
     def _on_drained(self) -> None:
-        if not self._transport.is_reading() and not self._transport.is_closing():
+        if not self._advancing and not self._transport.is_reading() and not self._transport.is_closing():
             self._transport.resume_reading()
 
     def _complete(self) -> None:
@@ -2641,6 +2780,7 @@ class ClientConnection(asyncio.Protocol):
 
     def abort(self) -> None:
         """Cut the connection now."""
+        self._aborted = True
         self._alarm.stop_handle()
         if self._sender is not None:
             self._sender.cancel()
@@ -2822,6 +2962,7 @@ class DeadlineReached(FaashoundError):
 # daemonised.  So everything a call started is either below its root or a direct child of ours, and killing
 # goes by levels: SIGKILL to the root's process group, then to every adopted orphan of that call, whose children are
 # thereby adopted and found in the next sweep, until two sweeps find nothing.
+# What forks faster than that (each killed process makes room for another) is stopped first, all of it, and then killed.
 # Whose an orphan is, its mark tells, or its session.  One that wiped its environment and left its session is
 # nobody's for certain only when every call that ran at its start has ended; then it is killed too.  One that started
 # while no call ran is a stranger (an entrypoint's sidecar, a `docker exec`): it is reaped, but left in peace.
@@ -2831,6 +2972,7 @@ class DeadlineReached(FaashoundError):
 # ---------------------------------------------------------------------------------------------------------------
 
 _PR_SET_CHILD_SUBREAPER = 36
+_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
 _IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)  # a program expects them at their defaults
 
 
@@ -2846,9 +2988,18 @@ def signals_at_default() -> tuple[int, ...]:
 
 def become_subreaper() -> None:
     """Make every descendant that loses its parent a child of this process (prctl(2), Linux 3.4)."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def drop_ambient_capabilities() -> None:
+    """Let no right of ours pass to what we execute as another user (capabilities(7), Linux 4.3)."""
+    _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
+
+
+def _prctl(option: int, value: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+    if libc.prctl(option, value, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), f"prctl({option})")
 
 
 def find_program(name: str, path: str | None) -> str:
@@ -3035,7 +3186,8 @@ class Reaper:
         self._spared[pid] = on_exit
 
     def _on_sigchld(self) -> None:
-        os.read(self._signal_fd, _SIGINFO_BYTES)
+        with suppress(BlockingIOError):  # taken back meanwhile, see `Spawner`
+            os.read(self._signal_fd, _SIGINFO_BYTES)
         self.reap()
 
     def reap(self) -> None:
@@ -3108,8 +3260,20 @@ class Reaper:
         return dying.gone
 
     async def _ask_first(self, dying: Dying, term_grace_s: float) -> None:
-        self.signal_group(dying.process, signal.SIGTERM)
-        await asyncio.wait((dying.process.exited,), timeout=term_grace_s)
+        """Send SIGTERM to all of a call, once each, and give all of it the time to end that it was granted."""
+        process, until_s = dying.process, time.monotonic() + term_grace_s
+        adopted = [pid for pid in self.orphans() if _read_mark(pid) == process.mark]
+        family = [each for each in map(read_relative, adopted) if each is not None]
+        with suppress(RuntimeError):  # no thread to be had: then SIGKILL has to do for what has left the group
+            family += await self.loop.run_in_executor(None, read_descendants, [process.pid, *adopted])
+        self.signal_group(process, signal.SIGTERM)  # not before: what exits leaves its children to us
+        for each in family:
+            if not each.is_in_group(process.pid):
+                each.signal(signal.SIGTERM)
+        pause_s = SWEEP_PAUSE_S
+        while time.monotonic() < until_s and (not process.exited.done() or any(each.is_alive() for each in family)):
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, LONGEST_SWEEP_PAUSE_S)
         self._kill_now(dying)
 
     def _kill_now(self, dying: Dying) -> None:
@@ -3126,10 +3290,14 @@ class Reaper:
 
     async def _sweep_out(self) -> None:
         """Sweep until two sweeps in a row were clean and nobody is dying any more: one sweeper for all calls."""
-        pause_s = SWEEP_PAUSE_S
+        pause_s, found_count = SWEEP_PAUSE_S, 0
         while self._dying or self._clean_count < 2:
             await asyncio.sleep(pause_s)
             present = self._sweep()
+            found_count = found_count + 1 if present else 0
+            if found_count >= FREEZE_AFTER_COUNT:
+                found_count = 0
+                await self._freeze()
             for dying in self._dying:
                 self._look_after(dying, present)
             self._dying = [dying for dying in self._dying if not dying.gone.done()]
@@ -3152,16 +3320,45 @@ class Reaper:
     def _sweep(self) -> set[bytes | None]:
         """Kill every orphan that is nobody's; return the marks of those that were there, None for one without."""
         present = set()
+        for pid, orphan in self._condemned():
+            if not orphan.killed:
+                _kill_orphan(pid)
+                orphan.killed = True
+            present.add(orphan.mark)
+        return present
+
+    def _condemned(self) -> Iterator[tuple[int, Orphan]]:
+        """Yield every orphan that is no running call's."""
         for pid in self.orphans():
             orphan = self._adopted.setdefault(pid, Orphan())
             if not orphan.killed:
                 orphan.mark = orphan.mark or _read_mark(pid)
                 if self._is_owned(pid, orphan.mark):
                     continue
-                _kill_orphan(pid)
-                orphan.killed = True
-            present.add(orphan.mark)
-        return present
+            yield pid, orphan
+
+    async def _freeze(self) -> None:
+        """Stop all that is to die, until a look finds nothing new, and kill it then.
+
+        What is stopped does not fork, and keeps its place among the processes that a limit allows; what is killed gives
+        its place to the next.
+        """
+        stopped: set[Relative] = set()
+        limit_s = time.monotonic() + FREEZE_LIMIT_S
+        while time.monotonic() < limit_s:
+            roots = [pid for pid, _ in self._condemned()]
+            for pid in roots:  # at once, they are our children: there is less to read then, and we get a processor
+                os.kill(pid, signal.SIGSTOP)
+            roots += [each.process.pid for each in self._dying if each.process.pid in self._roots]
+            found = set(read_family(roots)) - stopped
+            for each in found:
+                each.signal(signal.SIGSTOP)
+            stopped |= found
+            if not found:
+                break
+            await asyncio.sleep(0)
+        for each in stopped:
+            each.signal(signal.SIGKILL)
 
     def orphans(self) -> list[int]:
         """Return the children that we have adopted (the `children` file of proc(5); sweeps are repeated)."""
@@ -3240,6 +3437,79 @@ def _read_mark(pid: int) -> bytes | None:
     except OSError:
         return None
     return next((each[len(MARK) + 1 :] for each in variables if each.startswith(MARK + b"=")), None)
+
+
+def signal_if(pid: int, number: signal.Signals, condition: Callable[[int], bool]) -> None:
+    """Signal a process that need not be our child if it meets `condition`, and no other that has got its number since.
+
+    A pidfd means the same process for ever (pidfd_open(2)), so what is found out after it was opened holds for it.
+    """
+    with suppress(ProcessLookupError, PermissionError):
+        pidfd = os.pidfd_open(pid)
+        try:
+            if condition(pid):
+                signal.pidfd_send_signal(pidfd, number)
+        finally:
+            os.close(pidfd)
+
+
+class Relative(NamedTuple):
+    """A process as a look at /proc has found it; no other has had this number and this start."""
+
+    pid: int
+    start: bytes
+
+    def is_alive(self) -> bool:
+        """Tell whether it is still there, and no zombie."""
+        with suppress(ProcessLookupError, FileNotFoundError):
+            fields = _read_stat(self.pid)
+            return fields[19] == self.start and fields[0] not in (b"Z", b"X")
+        return False
+
+    def is_in_group(self, group: int) -> bool:
+        """Tell whether it is in a process group."""
+        with suppress(ProcessLookupError):
+            return os.getpgid(self.pid) == group
+        return False
+
+    def signal(self, number: signal.Signals) -> None:
+        """Signal it, if it is still there."""
+        signal_if(self.pid, number, lambda _: self.is_alive())
+
+
+def read_relative(pid: int) -> Relative | None:
+    """Return the process that has the number `pid` now; None if there is none."""
+    with suppress(ProcessLookupError, FileNotFoundError):
+        return Relative(pid, _read_stat(pid)[19])
+    return None
+
+
+def read_descendants(pids: Iterable[int]) -> list[Relative]:
+    """Return what descends from `pids`, whatever session or group it has gone to; some ms for each, for a thread."""
+    import psutil  # only here, and in the guard: most calls end by themselves
+
+    found: list[Relative | None] = []
+    for pid in pids:
+        with suppress(psutil.NoSuchProcess):
+            found += [read_relative(each.pid) for each in psutil.Process(pid).children(recursive=True)]
+    return [each for each in found if each is not None]
+
+
+def read_family(pids: Iterable[int]) -> list[Relative]:
+    """Return `pids` and all that descends from them: one look at /proc.
+
+    Beside a fork bomb, where loading psutil takes seconds and there may be no place for a thread.
+    """
+    found, children = {}, defaultdict(list)
+    for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
+        with suppress(ProcessLookupError, FileNotFoundError):
+            fields = _read_stat(pid)
+            found[pid] = Relative(pid, fields[19])
+            children[int(fields[1])].append(found[pid])
+    family = [found[pid] for pid in pids if pid in found]
+    for each in family:  # which grows meanwhile
+        family += children.pop(each.pid, ())
+    return family
 
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
@@ -3645,14 +3915,10 @@ class Pipes:
             raise
         self.stderr_lines = LineSplitter(on_stderr or (lambda line: None))
 
-    def actions(self) -> list[tuple[int, int, int]]:
-        """Return what posix_spawn does in the child: its ends become 0, 1 and 2 (all others close on exec)."""
-        child_in, child_out = self._theirs[:2]
-        return [
-            (os.POSIX_SPAWN_DUP2, child_in, 0),
-            (os.POSIX_SPAWN_DUP2, child_out, 1),
-            (os.POSIX_SPAWN_DUP2, self._theirs[-1], 2),
-        ]
+    @property
+    def theirs(self) -> tuple[int, int, int]:
+        """What become 0, 1 and 2 of the child (all others close on exec)."""
+        return self._theirs[0], self._theirs[1], self._theirs[-1]
 
     def close_theirs(self) -> None:
         """Close the child's ends in this process."""
@@ -3676,23 +3942,26 @@ class Pipes:
 
 
 class Spawner:
-    """Starts the function's processes: path resolved and environment encoded once, only the request's part added."""
+    """Starts the function's processes: path resolved and environment encoded once, only the request's part added.
 
-    def __init__(
-        self,
-        reaper: Reaper,
-        instance: bytes,
-        words: Sequence[str],
-        environ: Mapping[bytes, bytes],
-        term_grace_s: float = 0.0,
-    ) -> None:
+    With `user` a function must differ from its watchdog in the real, effective and saved user, and for no moment may
+    the two be alike, or a function could signal us: kill(2) compares with real and saved.  posix_spawn(3) can only make
+    the effective user the real one, so our own real user would have to be the function's; only fork(2) keeps the two
+    apart.  It copies our page tables (2 to 4 ms at 30 MB on a virtual machine, which only calls with `user` pay, and
+    `prewarm` hides).  A helper such as setpriv(1) would be cheaper, but run as root with the function's LD_PRELOAD.
+    """
+
+    def __init__(self, reaper: Reaper, instance: bytes, settings: Settings, environ: Mapping[bytes, bytes]) -> None:
         self._instance = instance
         self._reaper = reaper
-        self._words = tuple(words)
+        self._words = settings.fprocess
         self._environ = dict(environ)
-        self._term_grace_s = term_grace_s
+        self._term_grace_s = settings.term_grace_s
+        self._user = settings.user
         self._program: str | None = None
         self._defaults = signals_at_default()
+        if self._user is not None:
+            drop_ambient_capabilities()
 
     def spawn(self, facts: Mapping[bytes, bytes], on_stderr: Callable[[str], None] | None) -> Process:
         """Start a process with `facts` added to its environment; raises StartFailed, or FactsTooLarge (431).
@@ -3708,7 +3977,7 @@ class Spawner:
         except OSError as error:
             raise StartFailed(f"no pipe: {_strerror(error)}") from None
         try:
-            pid = self._posix_spawn(environ, pipes.actions())
+            pid = self._start(environ, pipes.theirs)
         except OSError as error:
             pipes.close()
             raise self._explained(error, facts) from None
@@ -3718,16 +3987,18 @@ class Spawner:
         pipes.close_theirs()
         return Process(self._reaper, pid, mark, started_s, pipes, self._term_grace_s)
 
-    def _posix_spawn(self, environ: Mapping[bytes, bytes], actions: list[tuple[int, int, int]]) -> int:
+    def _start(self, environ: Mapping[bytes, bytes], streams: tuple[int, int, int]) -> int:
         remembered = self._program is not None
         if self._program is None:
             self._program = find_program(self._words[0], os.fsdecode(self._environ.get(b"PATH", b"")) or None)
         try:
+            if self._user is not None:
+                return self._fork_exec(self._program, self._user, environ, streams)
             return os.posix_spawn(
                 self._program,
                 self._words,
                 environ,
-                file_actions=actions,
+                file_actions=[(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(streams)],
                 setsid=True,
                 setsigmask=(),
                 setsigdef=self._defaults,
@@ -3736,7 +4007,34 @@ class Spawner:
             self._program = None  # it may have moved, or come, since PATH was searched
             if not remembered:
                 raise
-        return self._posix_spawn(environ, actions)
+        return self._start(environ, streams)
+
+    def _fork_exec(
+        self, program: str, user: Identity, environ: Mapping[bytes, bytes], streams: tuple[int, int, int]
+    ) -> int:
+        """Start a process as another user."""
+        for fd in streams:
+            os.fchown(fd, user.uid, user.gid)  # or `echo >/dev/stderr` would fail: that opens the pipe again
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGCHLD,))  # a fork inherits it
+        try:
+            process = subprocess.Popen(
+                self._words,
+                executable=program,
+                stdin=streams[0],
+                stdout=streams[1],
+                stderr=streams[2],
+                env=environ,
+                close_fds=False,
+                start_new_session=True,
+                user=user.uid,
+                group=user.gid,
+                extra_groups=user.groups,
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGCHLD,))
+            self._reaper.loop.call_soon(self._reaper.reap)  # what has exited meanwhile has not been told
+        process.returncode = 0  # it is the reaper's
+        return process.pid
 
     def _explained(self, error: OSError, facts: Mapping[bytes, bytes]) -> FaashoundError:
         if error.errno == errno.E2BIG and facts and self._fits_execve():
@@ -4173,7 +4471,7 @@ class CallLog:
 
     def _headers(self, direction: str, headers: Sequence[Header]) -> None:
         for name, value in headers:
-            shown = "(hidden)" if name.lower() in SECRET_FIELDS else value.decode("latin-1")
+            shown = "(hidden)" if is_secret_field(name.lower()) else value.decode("latin-1")
             log.info(f"{self._prefix}[{direction}] {canonical_name(name).decode()}={shown}")
 
 
@@ -4202,7 +4500,8 @@ def open_sockets(host: str | None, port: int, environ: Mapping[str, str]) -> lis
         if host is None:
             return [_listen_everywhere(port)]
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        return [_listen(family, sockaddr) for family, _, _, _, sockaddr in found]
+        once = dict.fromkeys((family, sockaddr) for family, _, _, _, sockaddr in found)  # /etc/hosts may repeat itself
+        return [_listen(family, sockaddr) for family, sockaddr in once]
     except (OSError, UnicodeError) as error:
         raise CannotStart(f"cannot listen on {host or 'all interfaces'} port {port}: {error}") from None
 
@@ -4233,7 +4532,7 @@ def _listen_everywhere(port: int) -> socket.socket:
 
 
 def _listen(family: socket.AddressFamily, sockaddr: Any) -> socket.socket:
-    return socket.create_server(sockaddr[:2], family=family, backlog=BACKLOG)
+    return socket.create_server(sockaddr, family=family, backlog=BACKLOG)  # whole: fe80:: means nothing without scope
 
 
 def describe_socket(sock: socket.socket) -> str:
@@ -4333,35 +4632,30 @@ class Guard(Aftercare):
 
 
 def _list_processes() -> list[int]:
-    import psutil  # only here: the guard loads it beside us while we start, and we need it when a worker has died
+    import psutil  # the guard loads it beside us while we start
 
     return psutil.pids()
 
 
 def kill_left(mark_prefix: bytes, sessions: frozenset[int]) -> None:
     """Kill every process that has one of our marks or belongs to one of `sessions`, until two looks find none."""
+    is_left = partial(_is_left, mark_prefix=mark_prefix, sessions=sessions)
+    stopped: set[int] = set()
+    limit_s = time.monotonic() + FREEZE_LIMIT_S
+    while time.monotonic() < limit_s:  # see `Reaper._freeze`
+        found = [pid for pid in _list_processes() if pid not in stopped and is_left(pid)]
+        for pid in found:
+            signal_if(pid, signal.SIGSTOP, is_left)
+        stopped.update(found)
+        if not found:
+            break
     empty_count, limit_s = 0, time.monotonic() + SWEEP_LIMIT_S
     while empty_count < 2 and time.monotonic() < limit_s:
-        is_left = partial(_is_left, mark_prefix=mark_prefix, sessions=sessions)
         found = [pid for pid in _list_processes() if is_left(pid)]
         for pid in found:
             signal_if(pid, signal.SIGKILL, is_left)
         empty_count = 0 if found else empty_count + 1
         time.sleep(0.005)
-
-
-def signal_if(pid: int, number: signal.Signals, condition: Callable[[int], bool]) -> None:
-    """Signal a process that need not be our child if it meets `condition`, and no other that has got its number since.
-
-    A pidfd means the same process for ever (pidfd_open(2)), so what is found out after it was opened holds for it.
-    """
-    with suppress(ProcessLookupError, PermissionError):
-        pidfd = os.pidfd_open(pid)
-        try:
-            if condition(pid):
-                signal.pidfd_send_signal(pidfd, number)
-        finally:
-            os.close(pidfd)
 
 
 def _is_left(pid: int, mark_prefix: bytes, sessions: frozenset[int]) -> bool:
@@ -4456,8 +4750,10 @@ def is_ours_alone(name: str) -> bool:
     return name in setting_names(Settings) and name not in _TOLD_FUNCTIONS
 
 
-def function_environment(environ: Mapping[str, str]) -> dict[bytes, bytes]:
+def function_environment(environ: Mapping[str, str], user: Identity | None = None) -> dict[bytes, bytes]:
     """Return the environment that functions start from: ours without what was meant for us alone, and what is theirs.
+
+    As another user they have that user's HOME, USER and LOGNAME, or none.
 
     LC_CTYPE is left out if it came with our interpreter, which sets it in a bare environment (PEP 538).
     """
@@ -4468,6 +4764,9 @@ def function_environment(environ: Mapping[str, str]) -> dict[bytes, bytes]:
         for name, value in environ.items()
         if not is_ours_alone(name) and not (coerced and name == "LC_CTYPE")
     }
+    if user is not None:
+        inherited = {name: value for name, value in inherited.items() if name not in ("HOME", "USER", "LOGNAME")}
+        inherited |= user.variables
     given = {
         name.removeprefix(FUNCTION_VARIABLE): value
         for name, value in environ.items()
@@ -4707,7 +5006,7 @@ async def serve(settings: Settings, environ: Mapping[str, str], doors: Doors, gu
     if seat.is_alone:
         guard.keep(reaper)
     mark = guard.mark_of(seat.index)
-    spawner = Spawner(reaper, mark, settings.fprocess, function_environment(environ), settings.term_grace_s)
+    spawner = Spawner(reaper, mark, settings, function_environment(environ, settings.user))
     with ExitStack() as cleanup:
         cleanup.callback(reaper.close)
         on_stderr = None if settings.combine_output else partial(log_stderr, settings, log_prefix(settings, None))
@@ -4745,15 +5044,15 @@ async def drain(settings: Settings, signals: Signals, server: Server) -> int:
 
 
 async def drain_server(server: Server, signals: Signals, limit_s: float) -> int:
-    """Stop accepting, let what is in flight finish within `limit_s` or until the second signal, cut the rest.
+    """Stop accepting, let what is in flight finish within `limit_s` or until the second signal, give up the rest.
 
-    Returns 0 if nothing was cut, else 1: the exit status.
+    Returns 0 if nothing was given up, else 1: the exit status.
     """
     server.stop_accepting()
-    log.info(f"No new connections allowed, draining: {len(server.connections)} requests")
+    log.info(f"No new connections allowed, draining: {server.busy_count} requests")
     await finished_first(server.drained(time.monotonic() + limit_s), signals.second.wait())
     cut_count = len(server.connections)
-    server.abort()
+    await server.give_up()
     log.info(f"Exiting. Active connections: {cut_count}")
     return 1 if cut_count else 0
 

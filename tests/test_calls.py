@@ -127,9 +127,27 @@ def test_what_has_not_ended_cannot_be_deleted_or_retried(system: System) -> None
     system.request("DELETE", f"/async-function/{call_id}")
 
 
+@pytest.mark.parametrize("way", ["http", "shell"])
+def test_operator_cancels_all_that_waits_of_one_function(system: System, way: str) -> None:
+    waiting = [system.submit("cat", b"", {"X-Delay": "1h"}) for _ in range(3)]
+    other = system.submit("gated", b"", {"X-Delay": "1h"})
+    if way == "http":
+        answer = system.request("POST", "/system/calls/cancel?function=cat")
+        assert json.loads(answer.body) == {"cancelled": 3}
+    else:
+        queue = {"queue_url": f"spool:{system.spool}"}
+        assert run("worker", ["cancel", "--function", "cat"], queue).stdout == "3 cancelled\n"
+    assert {system.status(call_id)["state"] for call_id in waiting} == {"cancelled"}
+    assert system.status(other)["state"] == "queued"
+    system.request("POST", "/system/calls/cancel")
+    assert system.status(other)["state"] == "cancelled"
+
+
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
+        ("GET", "/system/calls/cancel", 405),
+        ("POST", "/system/calls/cancel?state=queued", 400),
         ("GET", "/system/calls/{}", 404),
         ("DELETE", "/system/calls/{}", 404),
         ("POST", "/system/calls/{}/retry", 404),

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import select
 import socket
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
+from pathlib import Path
 
 import pytest
 
 from faashound.watchdog import SILENT_S, WATCH_IDLE_S, expect_stalls, keep_watch
-from tests.harness import Program, connect, probe_due_s
+from tests.harness import Program, connect, free_port, http_request, probe_due_s
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +60,32 @@ def test_unix_socket_is_left_alone_when_watched() -> None:
     with one, other:
         keep_watch(one)
         expect_stalls(one, True)
+
+
+# Where we listen
+
+
+@pytest.fixture
+def twice_in_hosts(tmp_path: Path) -> Sequence[str]:
+    """A prefix that runs a command where /etc/hosts has one address twice for the name twice.test."""
+    hosts = tmp_path / "hosts"
+    hosts.write_text("127.0.0.1 localhost\n127.0.0.1 twice.test\n127.0.0.1 twice.test\n")
+    prefix = [
+        "unshare",
+        "--mount",
+        "--map-root-user",
+        "sh",
+        "-c",
+        f'mount --bind {hosts} /etc/hosts && exec "$@"',
+        "sh",
+    ]
+    if subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("needs mount namespaces")
+    return prefix
+
+
+def test_program_listens_once_when_the_name_of_its_host_has_an_address_twice(twice_in_hosts: Sequence[str]) -> None:
+    port = free_port()
+    settings = {"fprocess": "cat", "host": "twice.test", "port": str(port)}
+    with Program("watchdog", settings, prefix=twice_in_hosts) as program:
+        assert http_request(program.port, "POST", body=b"hello").body == b"hello"

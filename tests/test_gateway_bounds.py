@@ -192,3 +192,19 @@ def test_unknown_method_is_bounded_in_the_log(system: System) -> None:
 def test_system_tells_name_and_namespace(system: System) -> None:
     found = json.loads(system.request("GET", "/system/function/cat.openfaas-fn").body)
     assert (found["name"], found["namespace"]) == ("cat", "openfaas-fn")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("Authorization", "Cookie", "X-Api-Key", "X-Auth-Token", "Private-Token", "X-Vault-Token", "Token"),
+        *("Ocp-Apim-Subscription-Key", "X-Goog-Iap-Jwt-Assertion", "X-Client-Secret", "X-Forwarded-Access-Token"),
+        *("Proxy-Authorization", "X-Session", "Password"),
+    ],
+)
+def test_call_is_shown_without_the_credentials_that_came_with_it(system: System, name: str) -> None:
+    call_id = system.submit("cat", b"", {name: "s3cr3t", "X-Plain": "seen", "X-Delay": "1h"})
+    shown = system.request("GET", f"/system/calls/{call_id}").text
+    assert "s3cr3t" not in shown
+    assert "seen" in shown
+    assert "s3cr3t" not in system.log()

@@ -985,6 +985,7 @@ def test_stats_count_calls_and_callbacks(desk: Desk) -> None:
     assert stats.by_function == {(F, State.QUEUED): 2, (F, State.DONE): 1, (G, State.DONE): 1}
     assert (stats.by_state[State.QUEUED], stats.by_state[State.DEAD]) == (2, 0)
     assert (stats.callback_pending_count, stats.callback_dead_count, stats.oldest_due_age_s) == (1, 1, 7.0)
+    assert dict(stats.waiting) == {"faas-request": 3}, "two calls and a callback"
 
 
 # -- bodies

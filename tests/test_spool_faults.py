@@ -165,6 +165,7 @@ def test_read_only_disk_is_reported(small_disk: Path) -> None:
 
 
 def test_directory_of_another_user_is_reported_with_path_and_owner(tmp_path: Path) -> None:
+    want_root("becoming another user")
     directory = tmp_path / "spool"
     Desk(directory).close()
     program = f"""

@@ -7,9 +7,12 @@ over what the dead one held is part of the model.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import shutil
+import sqlite3
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +22,11 @@ import hypothesis.strategies as st
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
+from faashound.names import parse_function_name
 from faashound.spool import CALLBACK_TRANSITIONS as CALLBACK_MOVES
 from faashound.spool import (
     CALLS_BACK,
+    DATABASE,
     FINAL,
     Attempt,
     CallbackState,
@@ -151,6 +156,17 @@ class Model:
             return False
         row.state, row.cancel = MOVES[row.state, Event.CANCEL], True
         return True
+
+    def cancel_queued(self, function: str | None) -> int:
+        """Returns how many calls have been ended."""
+        found = [row for row in self.rows.values() if row.state is State.QUEUED and function in (None, row.function)]
+        for row in found:
+            row.state, row.cancel = MOVES[row.state, Event.CANCEL], True
+        return len(found)
+
+    def waiting(self) -> dict[str, int]:
+        """What each function has queued and running."""
+        return dict(Counter(row.function for row in self.rows.values() if row.state in (State.QUEUED, State.RUNNING)))
 
     def requeue(self, call_id: str) -> bool:
         row = self.rows[call_id]
@@ -319,6 +335,11 @@ class SpoolMachine(RuleBasedStateMachine):
     def purge(self, state: State) -> None:
         assert self.remote.call("purge", state=state) == self.model.purge(state)
 
+    @rule(function=st.sampled_from([None, *FUNCTIONS]))
+    def cancel_queued(self, function: str | None) -> None:
+        named = function and parse_function_name(function)
+        assert self.remote.call("cancel_queued", function=named) == self.model.cancel_queued(named)
+
     # -- what fate does
 
     @rule()
@@ -379,9 +400,22 @@ class SpoolMachine(RuleBasedStateMachine):
         if seen == after.seen():
             self.model = after
 
+    @rule(statement=st.integers(1, 12))
+    def kill_while_cancelling_all(self, statement: int) -> None:
+        after = copy.deepcopy(self.model)
+        after.cancel_queued(None)
+        self.kill_inside(after, statement, "cancel_queued")
+
     @invariant()
     def agree(self) -> None:
         assert self.look() == self.model.seen()
+
+    @invariant()
+    def count(self) -> None:
+        """What is kept beside the calls says the same as they do."""
+        with contextlib.closing(sqlite3.connect(self.directory / "spool" / DATABASE)) as db:
+            kept = dict(db.execute("SELECT function, calls FROM waiting WHERE calls <> 0").fetchall())
+        assert kept == self.model.waiting()
 
 
 def check_turns(

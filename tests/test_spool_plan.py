@@ -67,6 +67,9 @@ OLD = {"before_s": 1, "after_s": 0, "after_seq": 0, "limit": 9}
         pytest.param(spool.SQL_NEXT_CALLBACK, {"after_s": 1}, "callbacks_due", id="next-callback"),
         pytest.param(spool.SQL_OLD_RESULTS, OLD, "results_stored", id="old-results"),
         pytest.param(spool.SQL_OLD_CALLS, OLD, "calls_finished", id="old-calls"),
+        pytest.param(spool.SQL_STALE, {"before_s": 1, "limit": 1}, "calls_queued", id="stale"),
+        pytest.param(spool.SQL_OLD_LETTERS, {"before_s": 1, "limit": 1}, "calls_dead", id="old-letters"),
+        pytest.param(spool.SQL_OLD_DEAD_CALLBACKS, {"before_s": 1, "limit": 1}, "callbacks_state", id="old-callbacks"),
     ],
 )
 def test_statement_searches_by_its_index(db: sqlite3.Connection, sql: str, values: object, index: str) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from faashound.spool import DATABASE, TOKEN_CHARS, QueueUnavailable, Spool
+from tests.needed import want_root
 from tests.test_spool_kit import Desk
 
 STRANGER = 65534
@@ -59,6 +60,7 @@ def test_token_is_made_anew_when_it_was_removed(directory: Path) -> None:
 
 
 def give_away(path: Path) -> None:
+    want_root("making a file another user's")
     os.chown(path, STRANGER, STRANGER, follow_symlinks=False)
 
 

@@ -24,6 +24,7 @@ from tests.harness import (
     Program,
     command_of,
     connect,
+    crowding,
     free_port,
     http_request,
     noise_s,
@@ -356,14 +357,42 @@ def polite() -> Iterator[Program]:
 LIMIT = {"X-Timeout": "300ms"}
 
 
-def test_function_may_tidy_up_when_term_grace_is_set(polite: Program) -> None:
-    tidied = polite.temporary / "tidied"
-    script = f"trap 'touch {tidied}; exit' TERM; (trap 'touch {tidied}-too; exit' TERM; sleep 60 & wait) & wait"
-    answer = http_request(polite.port, "POST", "/", LIMIT, script.encode())
-    assert (answer.status, answer.text) == (408, "Killed process.\n")
-    polite.wait_idle(GONE_S)
-    assert tidied.exists()
-    assert Path(f"{tidied}-too").exists()
+def test_function_may_tidy_up_when_term_grace_is_set() -> None:
+    limit = {"X-Timeout": f"{0.3 * crowding():.1f}s"}  # the shells must have set their traps by then
+    with Program("watchdog", {"fprocess": "sh", "term_grace": "10s"}) as polite:
+        tidied = polite.temporary / "tidied"
+        script = f"trap 'touch {tidied}; exit' TERM; (trap 'touch {tidied}-too; exit' TERM; sleep 60 & wait) & wait"
+        answer = http_request(polite.port, "POST", "/", limit, script.encode())
+        assert (answer.status, answer.text) == (408, "Killed process.\n")
+        polite.wait_idle(GONE_S)
+        assert tidied.exists()
+        assert Path(f"{tidied}-too").exists()
+
+
+DETACHED = {
+    "child-in-a-session": "setsid sh {script} & wait",
+    "daemon": "setsid -f sh {script}; exec sleep 60",
+    "daemon's-child": "setsid -f sh -c 'sh {script}; :'; exec sleep 60",
+    "job": "set -m; sh {script} & wait",
+    "root-and-child": "sh {script} & exec sh {script}",
+}
+
+
+@pytest.mark.parametrize("start", DETACHED.values(), ids=DETACHED)
+def test_each_process_gets_one_sigterm_and_its_time_when_it_has_left_the_session(
+    polite: Program, tmp_path: Path, start: str
+) -> None:
+    """It takes 0.2 of its 0.7 s, when the root is gone long since."""
+    ready, told, script = tmp_path / "ready", tmp_path / "told", tmp_path / "tidy.sh"
+    trap = f"trap 'echo $$ >>{told}; sleep 0.2; echo $$ tidied >>{told}; exit' TERM"
+    script.write_text(f"{trap}; echo $$ >>{ready}; sleep 60 & wait; wait")
+    count = start.count("{script}")
+    with connect(polite.port) as client:
+        client.sendall(shell_request(start.format(script=script).encode()))
+        wait_until(lambda: ready.exists() and len(ready.read_text().split()) == count, 5.0, "all are ready")
+    polite.wait_idle(0.7 + GONE_S)
+    pids = ready.read_text().split()
+    assert sorted(told.read_text().splitlines()) == sorted(line for pid in pids for line in (pid, f"{pid} tidied"))
 
 
 def test_caller_does_not_wait_for_the_grace_when_function_ignores_sigterm(polite: Program) -> None:

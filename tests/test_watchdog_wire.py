@@ -40,6 +40,7 @@ from tests.harness import (
     server_side,
     wait_until,
 )
+from tests.needed import want_root
 
 RUNNING_METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 OTHER_METHODS = ["OPTIONS", "TRACE", "UPDATE", "PROPFIND", "get", "HEAD"]
@@ -608,6 +609,7 @@ def to_a_file(lock: Path) -> None:
 
 def of_another_user(lock: Path) -> None:
     lock.touch()
+    want_root("making a file another user's")
     os.chown(lock, 65534, 65534)
 
 

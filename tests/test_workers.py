@@ -34,7 +34,7 @@ WAIT_FOR_GO = """sh -c 'while [ ! -e "$TMPDIR/go" ]; do sleep 0.02; done; echo w
 TREE = "sh -c 'setsid -f sleep 60; sleep 60 & exec sleep 60'"
 TREE_COUNT = 3
 TREE_CHILDREN_COUNT = 2  # of the worker: the root, and what has left the root's session
-GET = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
+GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 def watchdog(fprocess: str, **settings: str) -> Program:
@@ -280,7 +280,7 @@ def test_gateway_counts_and_passes_on_in_each_process_when_it_has_workers() -> N
     with System(settings=settings) as system:
         clients = opened(system, 6)
         for client in clients:
-            client.sendall(b"POST /function/cat HTTP/1.1\r\nHost: h\r\nContent-Length: 4\r\n\r\nhi\r\n")
+            client.sendall(b"POST /function/cat HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n\r\nhi\r\n")
             assert read_until(client, b"\r\n\r\nhi\r\n").startswith(b"HTTP/1.1 200")
         close(clients)
         call_id = system.submit("cat", b"later")
