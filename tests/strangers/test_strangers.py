@@ -310,3 +310,21 @@ def test_submission_gets_no_more_than_it_may_ask_for(world: World, row: str) -> 
 def test_namespace_has_no_way_out(world: World) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, pytest.raises(OSError, match="unreachable"):
         probe.connect(("192.0.2.1", 9))
+
+
+def test_key_of_another_payload_shows_no_call_of_its_owner(world: World) -> None:
+    key = {"Idempotency-Key": "order-1"}
+    first = world.gateway.request("POST", "/async-function/cat", b"mine", key)
+    assert first.status == 202
+    guess = world.gateway.request("POST", "/async-function/cat", b"a guess", key)
+    assert guess.status == 422
+    assert first.headers["x-call-id"] not in f"{guess.headers} {guess.text}"
+
+
+FORGED = {"Query": "forged", "Path": "forged", "Method": "forged", "Host-": "forged", "X_Under": "forged"}
+
+
+def test_function_sees_no_variable_that_a_caller_has_forged(world: World) -> None:
+    seen = world.gateway.request("POST", "/function/env", b"", FORGED | {"Proxy": "http://forged.example"}).text
+    assert "Http_Method=POST" in seen
+    assert [line for line in seen.splitlines() if "forged" in line and not line.startswith("Http_Host_=")] == []
