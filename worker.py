@@ -25,7 +25,7 @@ import random
 import sys
 import time
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -98,6 +98,7 @@ from .watchdog import (
     PeerGone,
     Request,
     Response,
+    SentBody,
     Signals,
     Unreachable,
     UpstreamTimeout,
@@ -680,8 +681,8 @@ class Worker:
             return failed(End.UNREACHABLE, error)
         return Answer(outcome_of(response), stored, kept_headers(response), time.monotonic() - started)
 
-    def _sendable(self, body: StoredBody) -> bytes | AsyncIterator[bytes]:
-        return self.queue.open_body(body) if body.file is not None else body.inline or b""
+    def _sendable(self, body: StoredBody) -> SentBody:
+        return partial(self.queue.open_body, body) if body.file is not None else body.inline or b""
 
     def _learn(self, function: str, outcome: Outcome, started: float) -> None:
         """Adapt how many calls of a function run at once to how it answers."""
