@@ -57,6 +57,7 @@ import socket
 import ssl
 import stat
 import subprocess
+import struct
 import time
 import traceback
 import urllib.parse
@@ -106,7 +107,10 @@ WATCH_EVERY_S = 10  # ... and again, while there is no answer
 WATCH_COUNT = 3  # ... and as many unanswered questions end it
 SILENT_S = WATCH_IDLE_S + WATCH_EVERY_S * WATCH_COUNT  # what was sent may stay unconfirmed so long
 FAREWELL_S = 1.0  # at the end of a drain: for the answers to requests that did not finish
-CONNECT_TIMEOUT_S = 10.0  # curl waits 300 s, Go's default transport 30 s; behind us is a local network
+CONNECT_TIMEOUT_S = 10.0  # look-up and handshakes; curl waits 300 s, Go's transport 30 s; behind us is a local network
+ATTEMPT_TIMEOUT_S = 5.0  # ... of it for one address, and for TLS: after the third SYN (0, 1 and 3 s), before the fourth
+ATTEMPT_DELAY_S = 0.25  # a silent address has the connection to itself so long (RFC 8305 5, "RECOMMENDED")
+MAX_ATTEMPTS_COUNT = 16  # addresses of one name that are tried: with these delays the last one still has its time
 KEPT_S = 20.0  # an idle connection to an upstream; below the 30 s after which a watchdog closes its side
 KEPT_CONNECTIONS_COUNT = 64  # idle connections kept for each upstream
 EVENTS_COUNT = 64  # taken from an epoll set in one turn
@@ -1724,6 +1728,20 @@ def expect_stalls(sock: socket.socket, expected: bool) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 0 if expected else SILENT_S * 1000)
 
 
+_TCP_INFO = struct.Struct("=B119xQ")  # of linux/tcp.h: tcpi_state, tcpi_bytes_acked
+_TCP_ESTABLISHED = 1
+
+
+def tcp_progress(sock: socket.socket) -> tuple[bool, int]:
+    """Return whether neither end has closed a connection, and how many bytes the other end's kernel has confirmed.
+
+    The count is 0 where the kernel keeps none (before Linux 4.1): an established connection has one from its SYN.
+    """
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+    state, confirmed_bytes = _TCP_INFO.unpack(info.ljust(_TCP_INFO.size, b"\0"))
+    return state == _TCP_ESTABLISHED, confirmed_bytes
+
+
 T = TypeVar("T")
 
 
@@ -2367,8 +2385,9 @@ class OutOfResources(Unreachable):
     """No connection could be made for want of something on this machine that it may soon have again."""
 
 
-# Descriptors of this process or of all, memory for a socket, and ports to connect from.
-_OUT_OF_RESOURCES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL))
+# Descriptors of this process or of all, memory for a socket.  Not EADDRNOTAVAIL: no port is left to connect from, but
+# also what a machine without IPv6 says of every IPv6 address.
+_OUT_OF_RESOURCES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 
 
 class UpstreamTimeout(FaashoundError):
@@ -2430,8 +2449,74 @@ async def resolve_any(url: Url) -> Sequence[Address]:
     return [(family, str(sockaddr[0])) for family, _, _, _, sockaddr in found]
 
 
+def take_turns(addresses: Sequence[Address]) -> list[Address]:
+    """Return `addresses` in the order in which to try them: in their own, but the families alternate (RFC 8305 4).
+
+    Where one family leads nowhere, which is the usual fault, the second attempt is of the other.
+    """
+    each = list(dict.fromkeys(addresses))
+    families = list(dict.fromkeys(family for family, _ in each))
+    rows = [[address for address in each if address[0] is family] for family in families]
+    return [address for turn in itertools.zip_longest(*rows) for address in turn if address is not None]
+
+
+async def connect_to(address: Address, port: int) -> socket.socket:
+    """Return a socket connected to `address`; raises OSError, whose text names the address and the reason.
+
+    Raises OutOfResources for what would be the same with any other address.
+    """
+    family, host = address
+    with ExitStack() as on_failure:
+        try:
+            sock = socket.socket(family, socket.SOCK_STREAM)
+            on_failure.callback(sock.close)
+            sock.setblocking(False)
+            keep_watch(sock)
+            async with asyncio.timeout(ATTEMPT_TIMEOUT_S):
+                await asyncio.get_running_loop().sock_connect(sock, (host, port))
+        except OSError as error:  # a TimeoutError of asyncio among them, which has no number
+            if error.errno in _OUT_OF_RESOURCES:
+                raise OutOfResources(f"cannot connect to {host}: {os.strerror(error.errno)}") from None
+            silence = f"no answer within {format_duration(ATTEMPT_TIMEOUT_S)}"
+            raise OSError(f"{host}: {os.strerror(error.errno) if error.errno else silence}") from None
+        on_failure.pop_all()
+        return sock
+
+
+async def connect_first(addresses: Sequence[Address], port: int) -> tuple[Address, socket.socket]:
+    """Return the first of `addresses` that takes a connection, and the connection; OSError with the reason of each.
+
+    The next one is tried as soon as one has failed, and beside those that are silent for ATTEMPT_DELAY_S; what comes
+    too late is closed (RFC 8305 5).
+    """
+    if len(addresses) == 1:
+        return addresses[0], await connect_to(addresses[0], port)
+    left, reasons = deque(addresses), []
+    attempts: dict[asyncio.Task[socket.socket], Address] = {}
+    try:
+        while left or attempts:
+            if left:
+                address = left.popleft()
+                attempts[asyncio.create_task(connect_to(address, port))] = address
+            patience_s = ATTEMPT_DELAY_S if left else None
+            ended, _ = await asyncio.wait(attempts, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
+            for attempt in ended:
+                error = attempt.exception()
+                if error is None:
+                    return attempts.pop(attempt), attempt.result()
+                if isinstance(error, OutOfResources):
+                    raise error
+                reasons.append(str(error))
+                del attempts[attempt]
+        raise OSError("; ".join(reasons))
+    finally:
+        for attempt in attempts:
+            if not attempt.cancel() and attempt.exception() is None:
+                attempt.result().close()
+
+
 class Client:
-    """HTTP/1.1 client with a pool of idle connections; bodies stream both ways.
+    """HTTP/1.1 client with a pool of idle connections; bodies stream both ways, redirects are answers like any other.
 
     `resolve` decides which addresses a URL may be reached at; connections go to just those (no second look-up).
     Raises Unreachable, UpstreamTimeout or PeerGone.  Obligation: `close` at the end.
@@ -2448,32 +2533,41 @@ class Client:
         method: str,
         url: Url,
         headers: Sequence[Header] = (),
-        body: bytes | AsyncIterator[bytes] = b"",
+        body: SentBody = b"",
         length: int | None = None,
         deadline_s: float | None = None,
     ) -> ClientResponse:
         """Send one request and return its response as soon as the head is there.
 
-        `headers` without Host and framing; `length` of an iterated body if known, else it goes chunked;
-        `deadline_s` (loop time) bounds everything to the last byte of the response.
+        `headers` without Host and framing; a body that can be had again is best given as a function that opens it;
+        `length` of one that is not bytes if known, else it goes chunked; `deadline_s` (loop time) bounds everything to
+        the last byte of the response.
         The response must be used as `async with`, which ends the exchange whatever happens.
+
+        A kept connection may be closed by its other end while a request is on its way.  One of which nothing has been
+        answered is sent again, once, on a connection of its own, if its body can be had again and its method is
+        idempotent, or if no byte of it had reached the other end (RFC 9110 9.2.2, RFC 9112 9.3.1).
         """
-        while True:
-            connection, reused = await self._checkout(url, deadline_s)
+        connection = self._kept(url)
+        if connection is not None:
+            body = whole(body)
             try:
                 return await connection.exchange(method, url, headers, body, length, deadline_s)
             except PeerGone:
-                # A kept connection may have been closed while the request was on its way (RFC 9112 9.3.1).
-                if not (reused and connection.silent and body == b"" and method in _IDEMPOTENT):
+                lives_on = isinstance(body, bytes) or callable(body)
+                if not (lives_on and (connection.untouched or (connection.silent and method in _IDEMPOTENT))):
                     raise
+        connection = await self._connect(url, deadline_s)
+        return await connection.exchange(method, url, headers, whole(body), length, deadline_s)
 
-    async def _checkout(self, url: Url, deadline_s: float | None) -> tuple[ClientConnection, bool]:
+    def _kept(self, url: Url) -> ClientConnection | None:
+        """Return an idle connection that can carry a request, if there is one."""
         kept = self._idle.get((url.scheme, url.host, url.port))
         while kept:
             connection = kept.pop()
             if connection.usable():
-                return connection, True
-        return await self._connect(url, deadline_s), False
+                return connection
+        return None
 
     async def _connect(self, url: Url, deadline_s: float | None) -> ClientConnection:
         loop = asyncio.get_running_loop()
@@ -2488,23 +2582,37 @@ class Client:
             raise Unreachable(f"no connection to {url.authority} within {timeout}") from None
 
     async def _connect_any(self, loop: asyncio.AbstractEventLoop, url: Url) -> ClientConnection:
-        reasons = []
-        for family, address in await self._resolve(url):
+        """Return a connection to the first address that speaks: one that takes it but fails in TLS is not the last."""
+        left = take_turns(await self._resolve(url))[:MAX_ATTEMPTS_COUNT]
+        reasons = [] if left else ["it has no address"]
+        while left:
             try:
-                _, connection = await loop.create_connection(
-                    lambda: ClientConnection(self),
-                    address,
-                    url.port,
-                    family=family,
-                    ssl=self._tls_context() if url.scheme == "https" else None,
-                    server_hostname=url.host if url.scheme == "https" else None,
-                )
-                return connection
-            except (OSError, ssl.SSLError) as error:
-                if error.errno in _OUT_OF_RESOURCES:
-                    raise OutOfResources(f"cannot connect to {url.authority}: {error.strerror}") from None
-                reasons.append(error.strerror or str(error) if isinstance(error, OSError) else str(error))
-        raise Unreachable(f"cannot connect to {url.authority}: {'; '.join(reasons) or 'it has no address'}")
+                address, sock = await connect_first(left, url.port)
+            except OSError as error:
+                reasons.append(str(error))
+                break
+            try:
+                return await self._begin(loop, sock, url)
+            except OSError as error:
+                reasons.append(f"{address[1]}: {error}")
+                left.remove(address)
+        raise Unreachable(f"cannot connect to {url.authority}: {'; '.join(reasons)}")
+
+    async def _begin(self, loop: asyncio.AbstractEventLoop, sock: socket.socket, url: Url) -> ClientConnection:
+        """Return a connection over a socket; raises OSError (ssl.SSLError among them), and closes it then."""
+        secure = url.scheme == "https"
+        try:
+            _, connection = await loop.create_connection(
+                lambda: ClientConnection(self, sock),
+                sock=sock,
+                ssl=self._tls_context() if secure else None,
+                server_hostname=url.host if secure else None,
+                ssl_handshake_timeout=ATTEMPT_TIMEOUT_S if secure else None,
+            )
+        except BaseException:
+            sock.close()
+            raise
+        return connection
 
     def _tls_context(self) -> ssl.SSLContext:
         if self._tls is None:
@@ -2535,6 +2643,8 @@ class Client:
         self._idle.clear()
 
 
+# A body to send: its bytes, a stream that can be read once, or a function that opens a stream of it, time and again.
+SentBody = bytes | AsyncIterator[bytes] | Callable[[], Stream]
 _IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE", "TRACE"})  # RFC 9110 9.2.2
 
 
@@ -2569,8 +2679,9 @@ class ClientResponse:
 class ClientConnection(asyncio.Protocol):
     """One connection to an upstream, carrying one exchange at a time."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, sock: socket.socket) -> None:
         self._client = client
+        self._socket = sock
         self._loop = asyncio.get_running_loop()
         self._alarm = Alarm(self._loop, self._on_alarm)
         self._wire = ClientWire()
@@ -2584,7 +2695,10 @@ class ClientConnection(asyncio.Protocol):
         self._aborted = False
         self._advancing = False  # some of what has come is left for the next turn
         self._lost: tuple[Exception | None] | None = None  # why the connection is no more, while that is so
-        self.silent = True
+        self._stalls_expected = False
+        self._confirmed_bytes = 0  # of what we sent before this request
+        self.silent = True  # nothing has been answered
+        self.untouched = False  # ... and nothing of the request had arrived when the other end closed the connection
 
     # Callbacks of the transport.
 
@@ -2603,12 +2717,15 @@ class ClientConnection(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         if self._head is not None:
+            self._on_closed_by_peer()
             self._wire.feed(b"")
             if not self._advancing:
                 self._advance()
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if isinstance(exc, BrokenPipeError):  # in Linux: after an end of stream; a peer that cuts is ECONNRESET
+            self._on_closed_by_peer()
         if self._advancing:  # it may have said all before it went
             self._lost = (exc,)
             return
@@ -2616,6 +2733,15 @@ class ClientConnection(asyncio.Protocol):
         self.resume_writing()
         if self._url is not None:
             self._client.forget(self, self._url)
+
+    def _on_closed_by_peer(self) -> None:
+        """Note whether its end of stream was sent before anything of our request had arrived.
+
+        Such an end confirms nothing of it, and nobody reads on behind it (RFC 9112 9.6).  An end by RST tells nothing:
+        the kernel sends it for a program that has read a part and closes, too, and does not confirm what that has read.
+        """
+        if self.silent and self._confirmed_bytes > 0:
+            self.untouched = tcp_progress(self._socket)[1] == self._confirmed_bytes
 
     def pause_writing(self) -> None:
         self._write_paused = True
@@ -2632,7 +2758,7 @@ class ClientConnection(asyncio.Protocol):
         method: str,
         url: Url,
         headers: Sequence[Header],
-        body: bytes | AsyncIterator[bytes],
+        body: SentBody,
         length: int | None,
         deadline_s: float | None,
     ) -> ClientResponse:
@@ -2650,12 +2776,12 @@ class ClientConnection(asyncio.Protocol):
                 self.abort()
             raise
 
-    def _start(
-        self, method: str, url: Url, headers: Sequence[Header], body: bytes | AsyncIterator[bytes], length: int | None
-    ) -> None:
+    def _start(self, method: str, url: Url, headers: Sequence[Header], body: SentBody, length: int | None) -> None:
         fields = [(b"Host", url.authority.encode()), *headers]
         known = len(body) if isinstance(body, bytes) else length
-        body = whole(body)
+        if known is None or known > MAX_HEAD_BYTES:
+            self._stalls_expected = True  # a function may begin to read it whenever it likes
+            expect_stalls(self._socket, True)
         unsaid = known == 0 and method in ("GET", "HEAD", "DELETE", "OPTIONS")
         target = url.target.encode()
         if isinstance(body, bytes) and len(body) == known:
@@ -2673,7 +2799,10 @@ class ClientConnection(asyncio.Protocol):
             self._transport.write(head)
             self._sender = self._loop.create_task(self._send_body(body))
 
-    async def _send_body(self, body: AsyncIterator[bytes]) -> None:
+    async def _send_body(self, body: AsyncIterator[bytes] | Callable[[], Stream]) -> None:
+        if callable(body):
+            async with aclosing(body()) as opened:
+                return await self._send_body(aiter(opened))
         try:
             async for chunk in body:
                 await self._write(self._wire.build_chunk(chunk))
@@ -2776,7 +2905,15 @@ class ClientConnection(asyncio.Protocol):
     def usable(self) -> bool:
         """Tell whether this idle connection can carry another request; it is no longer idle."""
         self._alarm.set(None)
-        return not self._transport.is_closing()
+        if self._transport.is_closing():
+            return False
+        is_established, self._confirmed_bytes = tcp_progress(self._socket)
+        if not is_established:  # its end of stream is there already, and only we have not seen it
+            self.abort()
+        elif self._stalls_expected:
+            self._stalls_expected = False
+            expect_stalls(self._socket, False)
+        return is_established
 
     def abort(self) -> None:
         """Cut the connection now."""

@@ -26,7 +26,7 @@ import random
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -109,6 +109,7 @@ from .watchdog import (
     PeerGone,
     Request,
     Response,
+    SentBody,
     Signals,
     Unreachable,
     UpstreamTimeout,
@@ -741,13 +742,13 @@ class Worker:
             return failed(outcome_of_error(error, call.id))
         return Answer(outcome_of(response), stored, kept_headers(response), time.monotonic() - started)
 
-    async def _sendable(self, body: StoredBody) -> bytes | AsyncIterator[bytes]:
+    async def _sendable(self, body: StoredBody) -> SentBody:
         """Return what can be sent of a stored body; raises what opening it raises, before anything is sent."""
         if body.file is None:
             return body.inline or b""
         async with aclosing(self.queue.open_body(body, 1)) as pieces:
             await anext(pieces, None)
-        return self.queue.open_body(body)
+        return partial(self.queue.open_body, body)
 
     def _learn(self, function: FunctionName, outcome: Outcome, started: float) -> None:
         """Adapt how many calls of a function run at once to how it answers."""
