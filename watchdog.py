@@ -56,8 +56,8 @@ import signal
 import socket
 import ssl
 import stat
-import subprocess
 import struct
+import subprocess
 import time
 import traceback
 import urllib.parse
