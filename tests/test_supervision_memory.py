@@ -187,12 +187,13 @@ FLOODS = {
 @pytest.mark.parametrize("flood", FLOODS.values(), ids=FLOODS)
 def test_others_are_answered_and_memory_is_bounded_when_a_function_floods_the_log(flood: bytes) -> None:
     with Program("watchdog", {"fprocess": "sh", "combine_output": "false"}) as program:
-        flooding = InBackground(lambda: http_request(program.port, "POST", body=flood + b"; echo done"))
+        # A million lines take a busy machine its time; the promise is about the others.
+        flooding = InBackground(lambda: http_request(program.port, "POST", body=flood + b"; echo done", timeout_s=60))
         program.wait_log("stderr: ")
         elapsed_s = sorted(http_request(program.port, "POST", body=b"echo on").elapsed_s for _ in range(20))
         assert elapsed_s[10] < 0.1 * crowding()
         assert elapsed_s[-1] < noise_s()
-        answer = flooding.result()
+        answer = flooding.result(60)
         assert (answer.status, answer.text) == (200, "done\n")
         assert program.resident_bytes() < PEAK_BYTES
 
