@@ -1834,8 +1834,10 @@ class Roster:
 
     def enter(self, connection: ServerConnection) -> None:
         """Count a new connection, which waits for its first request."""
+        network = connection.network
         self._count += 1
-        self._counts[connection.network] = self._counts.get(connection.network, 0) + 1
+        self._counts[network] = self._counts.get(network, 0) + 1
+        connection.lines = (self._waiting[None], self._waiting.setdefault(network, OrderedDict()))
         self.wait(connection)
 
     def leave(self, connection: ServerConnection) -> None:
@@ -1843,21 +1845,17 @@ class Roster:
         network = connection.network
         self._count -= 1
         self._counts[network] -= 1
-        for line in (self._waiting[None], self._waiting.get(network)):
-            if line is not None:
-                line.pop(connection, None)
+        for line in connection.lines:
+            line.pop(connection, None)
         if not self._counts[network]:
-            del self._counts[network]
-            self._waiting.pop(network, None)
+            del self._counts[network], self._waiting[network]
 
-    def wait(self, connection: ServerConnection) -> None:
+    @staticmethod
+    def wait(connection: ServerConnection) -> None:
         """Put a connection that waits for its next request behind all others."""
-        line = self._waiting.get(connection.network)
-        if line is None:
-            line = self._waiting[connection.network] = OrderedDict()
-        for each in (line, self._waiting[None]):
-            each[connection] = None
-            each.move_to_end(connection)
+        for line in connection.lines:
+            line[connection] = None
+            line.move_to_end(connection)
 
 
 class Listener:
@@ -1992,10 +1990,6 @@ class Server:
             self._told_s = now_s
             log.warning(f"connections are refused: {refusal}")
 
-    def waits(self, connection: ServerConnection) -> None:
-        """Connection: it waits for its next request."""
-        self._roster.wait(connection)
-
     def forget(self, connection: ServerConnection) -> None:
         """Connection: it is closed, or was never opened."""
         self.connections.discard(connection)
@@ -2080,6 +2074,7 @@ class ServerConnection(asyncio.Protocol):
 
     def __init__(self, server: Server, network: bytes, refusal: FaashoundError | None) -> None:
         self.network = network
+        self.lines: tuple[OrderedDict[ServerConnection, None], ...] = ()  # the roster's, in which it may wait
         self.is_surplus = refusal is not None
         self._server = server
         self._loop = asyncio.get_running_loop()
@@ -2352,12 +2347,12 @@ class ServerConnection(asyncio.Protocol):
             self._linger()
             return
         self._enter(Phase.IDLE)
-        self._server.waits(self)
+        Roster.wait(self)
         self._alarm.set(self._loop.time() + self._server.timeouts.idle_s)
         if self._wire.started:
             self._begin_receiving()
             self._advance()
-        else:
+        elif self._reading_paused:
             self._throttle()
 
     def _refuse(self, error: FaashoundError) -> None:
