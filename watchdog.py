@@ -2184,54 +2184,6 @@ def take_turns(addresses: Sequence[Address]) -> list[Address]:
     return [address for turn in itertools.zip_longest(*rows) for address in turn if address is not None]
 
 
-async def connect_to(address: Address, port: int) -> socket.socket:
-    """Return a socket connected to `address`; raises OSError, whose text names the address and the reason."""
-    family, host = address
-    with ExitStack() as on_failure:
-        try:
-            sock = socket.socket(family, socket.SOCK_STREAM)
-            on_failure.callback(sock.close)
-            sock.setblocking(False)
-            keep_watch(sock)
-            async with asyncio.timeout(ATTEMPT_TIMEOUT_S):
-                await asyncio.get_running_loop().sock_connect(sock, (host, port))
-        except OSError as error:  # a TimeoutError of asyncio among them, which has no number
-            silence = f"no answer within {format_duration(ATTEMPT_TIMEOUT_S)}"
-            raise OSError(f"{host}: {os.strerror(error.errno) if error.errno else silence}") from None
-        on_failure.pop_all()
-        return sock
-
-
-async def connect_first(addresses: Sequence[Address], port: int) -> tuple[Address, socket.socket]:
-    """Return the first of `addresses` that takes a connection, and the connection; OSError with the reason of each.
-
-    The next one is tried as soon as one has failed, and beside those that are silent for ATTEMPT_DELAY_S; what comes
-    too late is closed (RFC 8305 5).
-    """
-    if len(addresses) == 1:
-        return addresses[0], await connect_to(addresses[0], port)
-    left, reasons = deque(addresses), []
-    attempts: dict[asyncio.Task[socket.socket], Address] = {}
-    try:
-        while left or attempts:
-            if left:
-                address = left.popleft()
-                attempts[asyncio.create_task(connect_to(address, port))] = address
-            patience_s = ATTEMPT_DELAY_S if left else None
-            ended, _ = await asyncio.wait(attempts, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
-            for attempt in ended:
-                error = attempt.exception()
-                if error is None:
-                    return attempts.pop(attempt), attempt.result()
-                reasons.append(str(error))
-                del attempts[attempt]
-        raise OSError("; ".join(reasons))
-    finally:
-        for attempt in attempts:
-            if not attempt.cancel() and attempt.exception() is None:
-                attempt.result().close()
-
-
 class Client:
     """HTTP/1.1 client with a pool of idle connections; bodies stream both ways, redirects are answers like any other.
 
@@ -2265,24 +2217,24 @@ class Client:
         answered is sent again, once, on a connection of its own, if its body can be had again and its method is
         idempotent, or if no byte of it had reached the other end (RFC 9110 9.2.2, RFC 9112 9.3.1).
         """
-        connection = self._kept(url)
+        body = whole(body)
+        once = not isinstance(body, bytes) and not callable(body)
+        connection = self._kept(url, once)
         if connection is not None:
-            body = whole(body)
             try:
                 return await connection.exchange(method, url, headers, body, length, deadline_s)
             except PeerGone:
-                lives_on = isinstance(body, bytes) or callable(body)
-                if not (lives_on and (connection.untouched or (connection.silent and method in _IDEMPOTENT))):
+                if once or not (connection.untouched or (connection.silent and method in _IDEMPOTENT)):
                     raise
         connection = await self._connect(url, deadline_s)
         return await connection.exchange(method, url, headers, whole(body), length, deadline_s)
 
-    def _kept(self, url: Url) -> ClientConnection | None:
-        """Return an idle connection that can carry a request, if there is one."""
+    def _kept(self, url: Url, once: bool) -> ClientConnection | None:
+        """Return an idle connection that can carry a request, if there is one; `once`: which cannot be repeated."""
         kept = self._idle.get((url.scheme, url.host, url.port))
         while kept:
             connection = kept.pop()
-            if connection.usable():
+            if connection.usable(once):
                 return connection
         return None
 
@@ -2291,45 +2243,72 @@ class Client:
         limit_s = loop.time() + self._connect_timeout_s
         try:
             async with asyncio.timeout_at(limit_s if deadline_s is None else min(limit_s, deadline_s)):
-                return await self._connect_any(loop, url)
+                return await self._connect_any(url)
         except TimeoutError:
             if deadline_s is not None and deadline_s <= limit_s:
                 raise UpstreamTimeout(f"no connection to {url.authority} before the deadline") from None
             timeout = format_duration(self._connect_timeout_s)
             raise Unreachable(f"no connection to {url.authority} within {timeout}") from None
 
-    async def _connect_any(self, loop: asyncio.AbstractEventLoop, url: Url) -> ClientConnection:
+    async def _connect_any(self, url: Url) -> ClientConnection:
         """Return a connection to the first address that speaks: one that takes it but fails in TLS is not the last."""
         left = take_turns(await self._resolve(url))[:MAX_ATTEMPTS_COUNT]
         reasons = [] if left else ["it has no address"]
         while left:
             try:
-                address, sock = await connect_first(left, url.port)
+                address, connection = await self._connect_first(left, url.port)
             except OSError as error:
                 reasons.append(str(error))
                 break
             try:
-                return await self._begin(loop, sock, url)
+                if url.scheme == "https":
+                    await connection.start_tls(self._tls_context(), url.host)
+                return connection
             except OSError as error:
                 reasons.append(f"{address[1]}: {error}")
                 left.remove(address)
         raise Unreachable(f"cannot connect to {url.authority}: {'; '.join(reasons)}")
 
-    async def _begin(self, loop: asyncio.AbstractEventLoop, sock: socket.socket, url: Url) -> ClientConnection:
-        """Return a connection over a socket; raises OSError (ssl.SSLError among them), and closes it then."""
-        secure = url.scheme == "https"
+    async def _connect_first(self, addresses: Sequence[Address], port: int) -> tuple[Address, ClientConnection]:
+        """Return the first of `addresses` that takes a connection, and the connection; OSError with each one's reason.
+
+        The next one is tried as soon as one has failed, and beside those that are silent for ATTEMPT_DELAY_S; what
+        comes too late is closed (RFC 8305 5).
+        """
+        if len(addresses) == 1:
+            return addresses[0], await self._connect_to(addresses[0], port)
+        left, reasons = deque(addresses), []
+        attempts: dict[asyncio.Task[ClientConnection], Address] = {}
         try:
-            _, connection = await loop.create_connection(
-                lambda: ClientConnection(self, sock),
-                sock=sock,
-                ssl=self._tls_context() if secure else None,
-                server_hostname=url.host if secure else None,
-                ssl_handshake_timeout=ATTEMPT_TIMEOUT_S if secure else None,
-            )
-        except BaseException:
-            sock.close()
-            raise
-        return connection
+            while left or attempts:
+                if left:
+                    address = left.popleft()
+                    attempts[asyncio.create_task(self._connect_to(address, port))] = address
+                patience_s = ATTEMPT_DELAY_S if left else None
+                ended, _ = await asyncio.wait(attempts, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
+                for attempt in ended:
+                    error = attempt.exception()
+                    if error is None:
+                        return attempts.pop(attempt), attempt.result()
+                    reasons.append(str(error))
+                    del attempts[attempt]
+            raise OSError("; ".join(reasons))
+        finally:
+            for attempt in attempts:
+                if not attempt.cancel() and attempt.exception() is None:
+                    attempt.result().abort()
+
+    async def _connect_to(self, address: Address, port: int) -> ClientConnection:
+        """Return a connection to `address`; raises OSError, whose text names the address and the reason."""
+        family, host = address
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(ATTEMPT_TIMEOUT_S):
+                _, connection = await loop.create_connection(lambda: ClientConnection(self), host, port, family=family)
+                return connection
+        except OSError as error:  # a TimeoutError of asyncio among them, which has no number
+            silence = f"no answer within {format_duration(ATTEMPT_TIMEOUT_S)}"
+            raise OSError(f"{host}: {os.strerror(error.errno) if error.errno else silence}") from None
 
     def _tls_context(self) -> ssl.SSLContext:
         if self._tls is None:
@@ -2396,13 +2375,13 @@ class ClientResponse:
 class ClientConnection(asyncio.Protocol):
     """One connection to an upstream, carrying one exchange at a time."""
 
-    def __init__(self, client: Client, sock: socket.socket) -> None:
+    def __init__(self, client: Client) -> None:
         self._client = client
-        self._socket = sock
         self._loop = asyncio.get_running_loop()
         self._alarm = Alarm(self._loop, self._on_alarm)
         self._wire = ClientWire()
         self._transport: asyncio.Transport
+        self._socket: socket.socket
         self._url: Url | None = None
         self._head: asyncio.Future[ClientResponse] | None = None
         self._body: Body | None = None
@@ -2410,6 +2389,8 @@ class ClientConnection(asyncio.Protocol):
         self._writable: asyncio.Future[None] | None = None
         self._write_paused = False
         self._stalls_expected = False
+        self._is_counted = True  # what is sent is what we write: no TLS in between
+        self._sent_bytes = 1  # a SYN counts as one
         self._confirmed_bytes = 0  # of what we sent before this request
         self.silent = True  # nothing has been answered
         self.untouched = False  # ... and nothing of the request had arrived when the other end closed the connection
@@ -2419,6 +2400,24 @@ class ClientConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=0)
+        self._socket = cast(socket.socket, transport.get_extra_info("socket"))
+        with self._socket.dup() as sock:  # uvloop's would make one for each option
+            keep_watch(sock)
+
+    async def start_tls(self, context: ssl.SSLContext, host: str) -> None:
+        """Speak TLS from now on; raises OSError (ssl.SSLError among them), and the connection is closed then."""
+        try:
+            transport = await self._loop.start_tls(
+                self._transport, self, context, server_hostname=host, ssl_handshake_timeout=ATTEMPT_TIMEOUT_S
+            )
+        except BaseException:
+            self.abort()
+            raise
+        if transport is None:
+            raise ConnectionResetError(errno.ECONNRESET, "the connection was closed in the TLS handshake")
+        self._transport, self._is_counted = transport, False
+        # Not 0: that of TLS is "as much or more" (asyncio.sslproto), so an empty buffer would pause us too, for ever.
+        self._transport.set_write_buffer_limits(high=1)
 
     def data_received(self, data: bytes) -> None:
         if self._head is None:  # nothing was asked
@@ -2449,8 +2448,9 @@ class ClientConnection(asyncio.Protocol):
         Such an end confirms nothing of it, and nobody reads on behind it (RFC 9112 9.6).  An end by RST tells nothing:
         the kernel sends it for a program that has read a part and closes, too, and does not confirm what that has read.
         """
-        if self.silent and self._confirmed_bytes > 0:
-            self.untouched = tcp_progress(self._socket)[1] == self._confirmed_bytes
+        if self.silent:
+            with suppress(OSError, ValueError):  # the socket is closed: uvloop's TLS tells us only then
+                self.untouched = 0 < tcp_progress(self._socket)[1] <= self._confirmed_bytes
 
     def pause_writing(self) -> None:
         self._write_paused = True
@@ -2495,7 +2495,7 @@ class ClientConnection(asyncio.Protocol):
         target = url.target.encode()
         if isinstance(body, bytes) and len(body) == known:
             told = None if unsaid else known
-            self._transport.write(self._wire.build_whole(method.encode(), target, fields, body, told))
+            self._put(self._wire.build_whole(method.encode(), target, fields, body, told))
             return
         if known is None:
             fields.append((b"Transfer-Encoding", b"chunked"))
@@ -2503,9 +2503,9 @@ class ClientConnection(asyncio.Protocol):
             fields.append((b"Content-Length", b"%d" % known))
         head = self._wire.build_head(method.encode(), target, fields)
         if isinstance(body, bytes):
-            self._transport.write(head + (self._wire.build_chunk(body) if body else b"") + self._wire.end())
+            self._put(head + (self._wire.build_chunk(body) if body else b"") + self._wire.end())
         else:
-            self._transport.write(head)
+            self._put(head)
             self._sender = self._loop.create_task(self._send_body(body))
 
     async def _send_body(self, body: AsyncIterator[bytes] | Callable[[], Stream]) -> None:
@@ -2524,8 +2524,12 @@ class ClientConnection(asyncio.Protocol):
             self._fail(BadRequest(f"body does not match its announced length: {error}"))
             self.abort()
 
-    async def _write(self, data: bytes) -> None:
+    def _put(self, data: bytes) -> None:
+        self._sent_bytes += len(data)
         self._transport.write(data)
+
+    async def _write(self, data: bytes) -> None:
+        self._put(data)
         while self._write_paused and not self._transport.is_closing():
             self._writable = self._loop.create_future()
             await self._writable
@@ -2587,18 +2591,25 @@ class ClientConnection(asyncio.Protocol):
 
     # The end.
 
-    def usable(self) -> bool:
-        """Tell whether this idle connection can carry another request; it is no longer idle."""
+    def usable(self, once: bool) -> bool:
+        """Tell whether this idle connection can carry another request; it is no longer idle.
+
+        It may have been closed already by an end of stream that we have not read.  That is looked for only if
+        `once`, since what can be sent again then need not know it before: the end confirms nothing of the request.
+        """
         self._alarm.set(None)
         if self._transport.is_closing():
             return False
-        is_established, self._confirmed_bytes = tcp_progress(self._socket)
-        if not is_established:  # its end of stream is there already, and only we have not seen it
-            self.abort()
-        elif self._stalls_expected:
+        if self._stalls_expected:
             self._stalls_expected = False
             expect_stalls(self._socket, False)
-        return is_established
+        self._confirmed_bytes = self._sent_bytes
+        if once or not self._is_counted:
+            is_established, self._confirmed_bytes = tcp_progress(self._socket)
+            if not is_established:
+                self.abort()
+            return is_established
+        return True
 
     def abort(self) -> None:
         """Cut the connection now."""
