@@ -1,10 +1,10 @@
 """Where the result of a call may be posted, what the post carries, and how it is signed.
 
 A callback address is a stranger's word: whoever may submit a call names a URL that a machine inside the network will
-post to.  So each address is judged, by what it is and not by how it is spelled:
+post to.  So each address is judged by what it is (addresses.py):
 
     public                          allowed, unless `callback_allow` says `only`
-    loopback, private               refused, unless the host is the gateway's or callback_allow covers host or address
+    loopback, private, our own      refused, unless the host is the gateway's or callback_allow covers host or address
     link-local, cloud metadata,     refused; only a network of callback_allow that lies wholly inside the refused range
     multicast, unspecified,         opens it.  A host pattern does not (whoever runs that name's DNS would decide), nor
     reserved                        does a wide network such as 0.0.0.0/0 (nobody means the metadata service by that)
@@ -12,7 +12,7 @@ post to.  So each address is judged, by what it is and not by how it is spelled:
 The order of use, and the caller's obligations:
 
     url = policy.check_url(text)                        at submission, and again before each post
-    client = Client(policy.guard(resolve_any))          for callbacks alone: it connects to checked addresses, without
+    client = Client(policy.guard(lookup))               for callbacks alone: it connects to checked addresses, without
                                                         a second look-up (rebinding), and keeps its connections apart
     url = policy.check_redirect(url, status, location)  then post again
 
@@ -29,18 +29,27 @@ import binascii
 import hashlib
 import hmac
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
 from typing import ClassVar
 from urllib.parse import urljoin
 
+from .addresses import (
+    Address,
+    Level,
+    Network,
+    Verdict,
+    classify_address,
+    guard,
+    own_addresses,
+    parse_address,
+    parse_host_name,
+    parse_literal,
+    parse_numeric_host,
+)
 from .watchdog import VERSION, FaashoundError, Resolver, Url
-from .watchdog import Address as SocketAddress
 
-Address = IPv4Address | IPv6Address
-Network = IPv4Network | IPv6Network
 Headers = tuple[tuple[str, str], ...]
 
 MAX_URL_CHARS = 2048
@@ -54,102 +63,8 @@ class CallbackRefused(FaashoundError):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Addresses: what kind of place one leads to.  The longest matching range decides (IANA special-purpose registries,
-# RFC 6890), and an IPv6 address that carries an IPv4 one is as bad as the worse of the two.
-# ---------------------------------------------------------------------------------------------------------------
-
-
-class Level(IntEnum):
-    """How far an address is trusted, from not at all a matter of ours to never by accident."""
-
-    PUBLIC = 0
-    PRIVATE = 1
-    FORBIDDEN = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What an address is: its level, the word for it, and the range that made it so."""
-
-    level: Level
-    kind: str
-    network: Network
-
-
-_RANGES_AS_WRITTEN = (
-    ("0.0.0.0/0", Level.PUBLIC, "public"),
-    ("0.0.0.0/8", Level.FORBIDDEN, "unspecified"),  # Linux connects 0.0.0.0 to itself
-    ("10.0.0.0/8", Level.PRIVATE, "private"),
-    ("100.64.0.0/10", Level.PRIVATE, "private (carrier-grade NAT)"),
-    ("100.100.100.200/32", Level.FORBIDDEN, "cloud metadata"),  # Alibaba
-    ("127.0.0.0/8", Level.PRIVATE, "loopback"),
-    ("168.63.129.16/32", Level.FORBIDDEN, "cloud metadata"),  # Azure's, in a public range
-    ("169.254.0.0/16", Level.FORBIDDEN, "link-local"),  # with 169.254.169.254, most clouds' metadata
-    ("172.16.0.0/12", Level.PRIVATE, "private"),
-    ("192.0.0.0/24", Level.FORBIDDEN, "reserved"),  # with 192.0.0.192, Oracle's metadata
-    ("192.0.2.0/24", Level.PRIVATE, "for documentation"),
-    ("192.88.99.0/24", Level.FORBIDDEN, "reserved"),
-    ("192.168.0.0/16", Level.PRIVATE, "private"),
-    ("198.18.0.0/15", Level.PRIVATE, "private (benchmarking)"),
-    ("198.51.100.0/24", Level.PRIVATE, "for documentation"),
-    ("203.0.113.0/24", Level.PRIVATE, "for documentation"),
-    ("224.0.0.0/4", Level.FORBIDDEN, "multicast"),
-    ("240.0.0.0/4", Level.FORBIDDEN, "reserved"),
-    ("255.255.255.255/32", Level.FORBIDDEN, "broadcast"),
-    ("::/3", Level.FORBIDDEN, "reserved"),
-    ("::/128", Level.FORBIDDEN, "unspecified"),
-    ("::1/128", Level.PRIVATE, "loopback"),
-    ("64:ff9b::/96", Level.PUBLIC, "public"),  # NAT64, RFC 6052: the IPv4 address inside decides
-    ("2000::/3", Level.PUBLIC, "public"),
-    ("2001::/23", Level.FORBIDDEN, "reserved"),  # with Teredo, a tunnel to the IPv4 address inside
-    ("2001:db8::/32", Level.PRIVATE, "for documentation"),
-    ("2002::/16", Level.FORBIDDEN, "reserved"),  # 6to4, likewise; deprecated by RFC 7526
-    ("3fff::/20", Level.PRIVATE, "for documentation"),
-    ("4000::/2", Level.FORBIDDEN, "reserved"),
-    ("8000::/1", Level.FORBIDDEN, "reserved"),
-    ("fc00::/7", Level.PRIVATE, "private"),
-    ("fd00:42::42/128", Level.FORBIDDEN, "cloud metadata"),  # Scaleway
-    ("fd00:ec2::254/128", Level.FORBIDDEN, "cloud metadata"),  # Amazon
-    ("fd20:ce::254/128", Level.FORBIDDEN, "cloud metadata"),  # Google
-    ("fe80::/10", Level.FORBIDDEN, "link-local"),
-    ("fec0::/10", Level.PRIVATE, "private (site-local)"),
-    ("ff00::/8", Level.FORBIDDEN, "multicast"),
-)
-_RANGES = sorted(
-    (Verdict(level, kind, ip_network(text)) for text, level, kind in _RANGES_AS_WRITTEN),
-    key=lambda verdict: -verdict.network.prefixlen,
-)
-
-_NAT64 = IPv6Network("64:ff9b::/96")
-_ISATAP_MARKS = (0x0000_5EFE, 0x0200_5EFE)  # RFC 5214: the upper half of the interface identifier
-
-
-def parse_address(text: str) -> Address:
-    """Return the address that a resolver wrote as `text`, an IPv4-mapped one as the IPv4 address that it is."""
-    address = ip_address(text)
-    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
-        return address.ipv4_mapped
-    return address
-
-
-def classify_address(address: Address) -> Verdict:
-    """Return what kind of place `address` leads to; for IPv4 inside IPv6 the worse of the two verdicts."""
-    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
-        return classify_address(address.ipv4_mapped)
-    verdict = next(verdict for verdict in _RANGES if address in verdict.network)
-    carried = _carried_ipv4(address)
-    return max(verdict, classify_address(carried), key=lambda each: each.level) if carried else verdict
-
-
-def _carried_ipv4(address: Address) -> IPv4Address | None:
-    if isinstance(address, IPv6Address) and (address in _NAT64 or int(address) >> 32 & 0xFFFF_FFFF in _ISATAP_MARKS):
-        return IPv4Address(int(address) & 0xFFFF_FFFF)
-    return None
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# URLs: one strict grammar.  A host that could be read as a number is a number (WHATWG URL 3.5, and the C library's
-# inet_aton, both take 2130706433, 0177.0.0.1, 0x7f.1 and 127.1); whatever is neither name nor address is refused.
+# URLs: one strict grammar.  A host that could be read as a number is a number; whatever is neither name nor address is
+# refused.
 # ---------------------------------------------------------------------------------------------------------------
 
 _URL = re.compile(
@@ -157,8 +72,6 @@ _URL = re.compile(
     r"(?P<target>[/?][^#]*)?(?:#.*)?",
     re.IGNORECASE | re.ASCII,
 )
-_LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
-_NUMBER = re.compile(r"0x[0-9a-f]*|[0-9]+")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -183,8 +96,8 @@ def parse_callback_url(text: str) -> Url:
     try:
         if not 1 <= port <= 65535:
             raise ValueError(f"port {port}; allowed: 1 to 65535")
-        address = parse_address(match["ipv6"]) if match["ipv6"] else _parse_numeric_host(match["name"])
-        host = str(address) if address else _parse_name(match["name"])
+        address = parse_address(match["ipv6"]) if match["ipv6"] else parse_numeric_host(match["name"])
+        host = str(address) if address else parse_host_name(match["name"])
     except ValueError as error:
         raise CallbackRefused(f"callback to {_shown_host(text)!r} refused: {error}") from None
     return Url(scheme, host, port, target if target.startswith("/") else f"/{target}")
@@ -193,40 +106,6 @@ def parse_callback_url(text: str) -> Url:
 def _shown_host(text: str) -> str:
     """Return the host of a URL for an error text: user, path and query may be secrets, and end up in logs."""
     return re.split(r"[/?#\\]", text.partition("://")[2] or text)[0].rpartition("@")[2][:100]
-
-
-def _parse_numeric_host(text: str) -> IPv4Address | None:
-    """Return the IPv4 address that `text` spells in whatever way, None for a name; ValueError for a bad number."""
-    parts = text.lower().removesuffix(".").split(".")
-    if not _NUMBER.fullmatch(parts[-1]):
-        return None
-    if len(parts) > 4 or not all(_NUMBER.fullmatch(part) for part in parts):
-        raise ValueError("the host is neither a name nor an address")
-    *leading, last = (_parse_number(part) for part in parts)
-    if any(byte > 255 for byte in leading) or last >= 256 ** (5 - len(parts)):
-        raise ValueError("the host is no IPv4 address: a part is too large")
-    return IPv4Address(sum(byte << 24 - 8 * place for place, byte in enumerate(leading)) + last)
-
-
-def _parse_number(part: str) -> int:
-    if part.startswith("0x"):
-        return int(part[2:] or "0", 16)
-    return int(part, 8) if part.startswith("0") else int(part)
-
-
-def _parse_literal(host: str) -> Address | None:
-    """Return the address that the host of a parsed URL is, None for a name."""
-    try:
-        return parse_address(host)
-    except ValueError:
-        return None
-
-
-def _parse_name(text: str) -> str:
-    name = text.lower().removesuffix(".")
-    if len(name) > 253 or not all(_LABEL.fullmatch(label) for label in name.split(".")):
-        raise ValueError("the host is no name of dot-separated labels (RFC 1123)")
-    return name
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -292,12 +171,12 @@ def _parse_allow_entry(word: str) -> AllowEntry:
         port = int(match["port"]) if match and match["port"] else None
         if not match or (port is not None and not 1 <= port <= 65535):
             raise ValueError("no host with an optional port")
-        address = parse_address(match["ipv6"]) if match["ipv6"] else _parse_numeric_host(match["host"])
+        address = parse_address(match["ipv6"]) if match["ipv6"] else parse_numeric_host(match["host"])
         if address:
             return AllowEntry(None, ip_network(address), port)
         wildcard = "*." if match["host"].startswith("*.") else ""
         name = match["host"].removeprefix(wildcard)
-        return AllowEntry("*" if name == "*" and not wildcard else wildcard + _parse_name(name), None, port)
+        return AllowEntry("*" if name == "*" and not wildcard else wildcard + parse_host_name(name), None, port)
     except ValueError as error:
         raise ValueError(f"{word!r}: {error}; {CALLBACK_ALLOW_HELP}") from None
 
@@ -316,6 +195,7 @@ class CallbackPolicy:
 
     gateway_hosts: frozenset[tuple[str, int]]
     allow: CallbackAllow = CallbackAllow()
+    own: Callable[[], Collection[Address]] = own_addresses
 
     def check_url(self, text: str) -> Url:
         """Return the parsed URL if nothing that can be known without a look-up speaks against it.
@@ -324,7 +204,7 @@ class CallbackPolicy:
         Raises CallbackRefused.  Passing here permits nothing yet: what `guard` returns does, at the time of the post.
         """
         url = parse_callback_url(text)
-        literal = _parse_literal(url.host)
+        literal = parse_literal(url.host)
         if literal is not None:
             self._check_known(url, literal)
         elif f".{url.host}".endswith(".localhost"):
@@ -333,29 +213,19 @@ class CallbackPolicy:
             raise CallbackRefused(_refusal_text(url, f"{url.host} is not in callback_allow"))
         return url
 
+    def is_written_out(self, url: Url) -> bool:
+        """Tell whether the operator wrote the host's name: then it does not share its look-up with strangers' names."""
+        return any(host == url.host for host, _ in self.gateway_hosts) or any(
+            entry.pattern == url.host for entry in self.allow.entries
+        )
+
     def guard(self, lookup: Resolver) -> Resolver:
         """Return a resolver for the client of callbacks: what `lookup` finds, as far as one may connect to it.
 
         It raises CallbackRefused when nothing is left, and whatever `lookup` raises.
         """
 
-        async def resolve(url: Url) -> Sequence[SocketAddress]:
-            return self.check_addresses(url, await lookup(url))
-
-        return resolve
-
-    def check_addresses(self, url: Url, addresses: Iterable[SocketAddress]) -> list[SocketAddress]:
-        """Return those of `addresses`, to which `url` resolved, that one may connect to, in their order.
-
-        One refused address does not spoil the others: the connection goes to a checked address only, so a name
-        that also has a private address (split DNS) works and gains nothing.  Raises CallbackRefused if none is left.
-        """
-        judged = [(address, self._refusal(url, parse_address(address[1]))) for address in addresses]
-        allowed = [address for address, reason in judged if reason is None]
-        if not allowed:
-            reasons = [reason for _, reason in judged if reason is not None]
-            raise CallbackRefused(_refusal_text(url, reasons[0] if reasons else f"{url.host} has no address"))
-        return allowed
+        return guard(lookup, self._refusal, lambda url, reason: CallbackRefused(_refusal_text(url, reason)))
 
     def _check_known(self, url: Url, *addresses: Address) -> None:
         reasons = [self._refusal(url, address) for address in addresses]
@@ -385,7 +255,7 @@ class CallbackPolicy:
         return any(entry.names(url.host, url.port) for entry in self.allow.entries)
 
     def _refusal(self, url: Url, address: Address) -> str | None:
-        verdict = classify_address(address)
+        verdict = classify_address(address, self.own())
         if any(entry.opens(address, url.port, verdict) for entry in self.allow.entries):
             return None
         if verdict.level is Level.FORBIDDEN:

@@ -72,6 +72,7 @@ from .functions import (
     read_functions,
 )
 from .keeper import Keeper, python_command
+from .lookups import system_names
 from .queues import NatsSettings, Queue, QueueUrl, is_healthy, open_queue, parse_queue_url
 from .retries import BadAnnotations, parse_annotations
 from .spool import (
@@ -576,7 +577,8 @@ class Gateway:
         seat: Seat,
     ) -> None:
         self.metrics = GatewayMetrics(seat)
-        self.client = Client()
+        self.names = system_names()
+        self.client = Client(self.names)
         self.draining = False
         self._waits: set[asyncio.Timeout] = set()
         self._put_limit = SharedLimit(MAX_PUT_S)
@@ -1105,6 +1107,7 @@ async def assemble(stack: AsyncExitStack, plan: Plan, local: LocalFunctions, url
     policy = build_policy([url] if url else [], settings.callback_allow)
     functions = Functions(local.table, settings.function_url)
     gateway = Gateway(settings, functions, queue, policy, credentials, seat)
+    stack.push_async_callback(gateway.names.close)
     stack.push_async_callback(gateway.client.close)
     return gateway
 

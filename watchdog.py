@@ -56,6 +56,7 @@ import signal
 import socket
 import ssl
 import stat
+import struct
 import time
 import traceback
 import urllib.parse
@@ -110,7 +111,10 @@ WATCH_EVERY_S = 10  # ... and again, while there is no answer
 WATCH_COUNT = 3  # ... and as many unanswered questions end it
 SILENT_S = WATCH_IDLE_S + WATCH_EVERY_S * WATCH_COUNT  # what was sent may stay unconfirmed so long
 FAREWELL_S = 1.0  # at the end of a drain: for the answers to requests that did not finish
-CONNECT_TIMEOUT_S = 10.0  # curl waits 300 s, Go's default transport 30 s; behind us is a local network
+CONNECT_TIMEOUT_S = 10.0  # look-up and handshakes; curl waits 300 s, Go's transport 30 s; behind us is a local network
+ATTEMPT_TIMEOUT_S = 5.0  # ... of it for one address, and for TLS: after the third SYN (0, 1 and 3 s), before the fourth
+ATTEMPT_DELAY_S = 0.25  # a silent address has the connection to itself so long (RFC 8305 5, "RECOMMENDED")
+MAX_ATTEMPTS_COUNT = 16  # addresses of one name that are tried: with these delays the last one still has its time
 KEPT_S = 20.0  # an idle connection to an upstream; below the 30 s after which a watchdog closes its side
 KEPT_CONNECTIONS_COUNT = 64  # idle connections kept for each upstream
 EVENTS_COUNT = 64  # taken from an epoll set in one turn
@@ -1663,6 +1667,20 @@ def expect_stalls(sock: socket.socket, expected: bool) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 0 if expected else SILENT_S * 1000)
 
 
+_TCP_INFO = struct.Struct("=B119xQ")  # of linux/tcp.h: tcpi_state, tcpi_bytes_acked
+_TCP_ESTABLISHED = 1
+
+
+def tcp_progress(sock: socket.socket) -> tuple[bool, int]:
+    """Return whether neither end has closed a connection, and how many bytes the other end's kernel has confirmed.
+
+    The count is 0 where the kernel keeps none (before Linux 4.1): an established connection has one from its SYN.
+    """
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+    state, confirmed_bytes = _TCP_INFO.unpack(info.ljust(_TCP_INFO.size, b"\0"))
+    return state == _TCP_ESTABLISHED, confirmed_bytes
+
+
 T = TypeVar("T")
 
 
@@ -2506,8 +2524,19 @@ async def resolve_any(url: Url) -> Sequence[Address]:
     return [(family, str(sockaddr[0])) for family, _, _, _, sockaddr in found]
 
 
+def take_turns(addresses: Sequence[Address]) -> list[Address]:
+    """Return `addresses` in the order in which to try them: in their own, but the families alternate (RFC 8305 4).
+
+    Where one family leads nowhere, which is the usual fault, the second attempt is of the other.
+    """
+    each = list(dict.fromkeys(addresses))
+    families = list(dict.fromkeys(family for family, _ in each))
+    rows = [[address for address in each if address[0] is family] for family in families]
+    return [address for turn in itertools.zip_longest(*rows) for address in turn if address is not None]
+
+
 class Client:
-    """HTTP/1.1 client with a pool of idle connections; bodies stream both ways.
+    """HTTP/1.1 client with a pool of idle connections; bodies stream both ways, redirects are answers like any other.
 
     `resolve` decides which addresses a URL may be reached at; connections go to just those (no second look-up).
     Raises Unreachable, UpstreamTimeout or PeerGone.  Obligation: `close` at the end.
@@ -2524,61 +2553,113 @@ class Client:
         method: str,
         url: Url,
         headers: Sequence[Header] = (),
-        body: bytes | AsyncIterator[bytes] = b"",
+        body: SentBody = b"",
         length: int | None = None,
         deadline_s: float | None = None,
     ) -> ClientResponse:
         """Send one request and return its response as soon as the head is there.
 
-        `headers` without Host and framing; `length` of an iterated body if known, else it goes chunked;
-        `deadline_s` (loop time) bounds everything to the last byte of the response.
+        `headers` without Host and framing; a body that can be had again is best given as a function that opens it;
+        `length` of one that is not bytes if known, else it goes chunked; `deadline_s` (loop time) bounds everything to
+        the last byte of the response.
         The response must be used as `async with`, which ends the exchange whatever happens.
+
+        A kept connection may be closed by its other end while a request is on its way.  One of which nothing has been
+        answered is sent again, once, on a connection of its own, if its body can be had again and its method is
+        idempotent, or if no byte of it had reached the other end (RFC 9110 9.2.2, RFC 9112 9.3.1).
         """
-        while True:
-            connection, reused = await self._checkout(url, deadline_s)
+        body = whole(body)
+        once = not isinstance(body, bytes) and not callable(body)
+        connection = self._kept(url, once)
+        if connection is not None:
             try:
                 return await connection.exchange(method, url, headers, body, length, deadline_s)
             except PeerGone:
-                # A kept connection may have been closed while the request was on its way (RFC 9112 9.3.1).
-                if not (reused and connection.silent and body == b"" and method in _IDEMPOTENT):
+                if once or not (connection.untouched or (connection.silent and method in _IDEMPOTENT)):
                     raise
+        connection = await self._connect(url, deadline_s)
+        return await connection.exchange(method, url, headers, whole(body), length, deadline_s)
 
-    async def _checkout(self, url: Url, deadline_s: float | None) -> tuple[ClientConnection, bool]:
+    def _kept(self, url: Url, once: bool) -> ClientConnection | None:
+        """Return an idle connection that can carry a request, if there is one; `once`: which cannot be repeated."""
         kept = self._idle.get((url.scheme, url.host, url.port))
         while kept:
             connection = kept.pop()
-            if connection.usable():
-                return connection, True
-        return await self._connect(url, deadline_s), False
+            if connection.usable(once):
+                return connection
+        return None
 
     async def _connect(self, url: Url, deadline_s: float | None) -> ClientConnection:
         loop = asyncio.get_running_loop()
         limit_s = loop.time() + self._connect_timeout_s
         try:
             async with asyncio.timeout_at(limit_s if deadline_s is None else min(limit_s, deadline_s)):
-                return await self._connect_any(loop, url)
+                return await self._connect_any(url)
         except TimeoutError:
             if deadline_s is not None and deadline_s <= limit_s:
                 raise UpstreamTimeout(f"no connection to {url.authority} before the deadline") from None
             timeout = format_duration(self._connect_timeout_s)
             raise Unreachable(f"no connection to {url.authority} within {timeout}") from None
 
-    async def _connect_any(self, loop: asyncio.AbstractEventLoop, url: Url) -> ClientConnection:
-        reasons = []
-        for family, address in await self._resolve(url):
+    async def _connect_any(self, url: Url) -> ClientConnection:
+        """Return a connection to the first address that speaks: one that takes it but fails in TLS is not the last."""
+        left = take_turns(await self._resolve(url))[:MAX_ATTEMPTS_COUNT]
+        reasons = [] if left else ["it has no address"]
+        while left:
             try:
-                _, connection = await loop.create_connection(
-                    lambda: ClientConnection(self),
-                    address,
-                    url.port,
-                    family=family,
-                    ssl=self._tls_context() if url.scheme == "https" else None,
-                    server_hostname=url.host if url.scheme == "https" else None,
-                )
+                address, connection = await self._connect_first(left, url.port)
+            except OSError as error:
+                reasons.append(str(error))
+                break
+            try:
+                if url.scheme == "https":
+                    await connection.start_tls(self._tls_context(), url.host)
                 return connection
-            except (OSError, ssl.SSLError) as error:
-                reasons.append(error.strerror or str(error) if isinstance(error, OSError) else str(error))
-        raise Unreachable(f"cannot connect to {url.authority}: {'; '.join(reasons) or 'it has no address'}")
+            except OSError as error:
+                reasons.append(f"{address[1]}: {error}")
+                left.remove(address)
+        raise Unreachable(f"cannot connect to {url.authority}: {'; '.join(reasons)}")
+
+    async def _connect_first(self, addresses: Sequence[Address], port: int) -> tuple[Address, ClientConnection]:
+        """Return the first of `addresses` that takes a connection, and the connection; OSError with each one's reason.
+
+        The next one is tried as soon as one has failed, and beside those that are silent for ATTEMPT_DELAY_S; what
+        comes too late is closed (RFC 8305 5).
+        """
+        if len(addresses) == 1:
+            return addresses[0], await self._connect_to(addresses[0], port)
+        left, reasons = deque(addresses), []
+        attempts: dict[asyncio.Task[ClientConnection], Address] = {}
+        try:
+            while left or attempts:
+                if left:
+                    address = left.popleft()
+                    attempts[asyncio.create_task(self._connect_to(address, port))] = address
+                patience_s = ATTEMPT_DELAY_S if left else None
+                ended, _ = await asyncio.wait(attempts, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
+                for attempt in ended:
+                    error = attempt.exception()
+                    if error is None:
+                        return attempts.pop(attempt), attempt.result()
+                    reasons.append(str(error))
+                    del attempts[attempt]
+            raise OSError("; ".join(reasons))
+        finally:
+            for attempt in attempts:
+                if not attempt.cancel() and attempt.exception() is None:
+                    attempt.result().abort()
+
+    async def _connect_to(self, address: Address, port: int) -> ClientConnection:
+        """Return a connection to `address`; raises OSError, whose text names the address and the reason."""
+        family, host = address
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(ATTEMPT_TIMEOUT_S):
+                _, connection = await loop.create_connection(lambda: ClientConnection(self), host, port, family=family)
+                return connection
+        except OSError as error:  # a TimeoutError of asyncio among them, which has no number
+            silence = f"no answer within {format_duration(ATTEMPT_TIMEOUT_S)}"
+            raise OSError(f"{host}: {os.strerror(error.errno) if error.errno else silence}") from None
 
     def _tls_context(self) -> ssl.SSLContext:
         if self._tls is None:
@@ -2609,6 +2690,8 @@ class Client:
         self._idle.clear()
 
 
+# A body to send: its bytes, a stream that can be read once, or a function that opens a stream of it, time and again.
+SentBody = bytes | AsyncIterator[bytes] | Callable[[], Stream]
 _IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE", "TRACE"})  # RFC 9110 9.2.2
 
 
@@ -2649,19 +2732,43 @@ class ClientConnection(asyncio.Protocol):
         self._alarm = Alarm(self._loop, self._on_alarm)
         self._wire = ClientWire()
         self._transport: asyncio.Transport
+        self._socket: socket.socket
         self._url: Url | None = None
         self._head: asyncio.Future[ClientResponse] | None = None
         self._body: Body | None = None
         self._sender: asyncio.Task[None] | None = None
         self._writable: asyncio.Future[None] | None = None
         self._write_paused = False
-        self.silent = True
+        self._stalls_expected = False
+        self._is_counted = True  # what is sent is what we write: no TLS in between
+        self._sent_bytes = 1  # a SYN counts as one
+        self._confirmed_bytes = 0  # of what we sent before this request
+        self.silent = True  # nothing has been answered
+        self.untouched = False  # ... and nothing of the request had arrived when the other end closed the connection
 
     # Callbacks of the transport.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=0)
+        self._socket = cast(socket.socket, transport.get_extra_info("socket"))
+        with self._socket.dup() as sock:  # uvloop's would make one for each option
+            keep_watch(sock)
+
+    async def start_tls(self, context: ssl.SSLContext, host: str) -> None:
+        """Speak TLS from now on; raises OSError (ssl.SSLError among them), and the connection is closed then."""
+        try:
+            transport = await self._loop.start_tls(
+                self._transport, self, context, server_hostname=host, ssl_handshake_timeout=ATTEMPT_TIMEOUT_S
+            )
+        except BaseException:
+            self.abort()
+            raise
+        if transport is None:
+            raise ConnectionResetError(errno.ECONNRESET, "the connection was closed in the TLS handshake")
+        self._transport, self._is_counted = transport, False
+        # Not 0: that of TLS is "as much or more" (asyncio.sslproto), so an empty buffer would pause us too, for ever.
+        self._transport.set_write_buffer_limits(high=1)
 
     def data_received(self, data: bytes) -> None:
         if self._head is None:  # nothing was asked
@@ -2673,15 +2780,28 @@ class ClientConnection(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         if self._head is not None:
+            self._on_closed_by_peer()
             self._wire.feed(b"")
             self._advance()
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if isinstance(exc, BrokenPipeError):  # in Linux: after an end of stream; a peer that cuts is ECONNRESET
+            self._on_closed_by_peer()
         self._fail(PeerGone(CUT_SHORT))
         self.resume_writing()
         if self._url is not None:
             self._client.forget(self, self._url)
+
+    def _on_closed_by_peer(self) -> None:
+        """Note whether its end of stream was sent before anything of our request had arrived.
+
+        Such an end confirms nothing of it, and nobody reads on behind it (RFC 9112 9.6).  An end by RST tells nothing:
+        the kernel sends it for a program that has read a part and closes, too, and does not confirm what that has read.
+        """
+        if self.silent:
+            with suppress(OSError, ValueError):  # the socket is closed: uvloop's TLS tells us only then
+                self.untouched = 0 < tcp_progress(self._socket)[1] <= self._confirmed_bytes
 
     def pause_writing(self) -> None:
         self._write_paused = True
@@ -2698,7 +2818,7 @@ class ClientConnection(asyncio.Protocol):
         method: str,
         url: Url,
         headers: Sequence[Header],
-        body: bytes | AsyncIterator[bytes],
+        body: SentBody,
         length: int | None,
         deadline_s: float | None,
     ) -> ClientResponse:
@@ -2716,17 +2836,17 @@ class ClientConnection(asyncio.Protocol):
                 self.abort()
             raise
 
-    def _start(
-        self, method: str, url: Url, headers: Sequence[Header], body: bytes | AsyncIterator[bytes], length: int | None
-    ) -> None:
+    def _start(self, method: str, url: Url, headers: Sequence[Header], body: SentBody, length: int | None) -> None:
         fields = [(b"Host", url.authority.encode()), *headers]
         known = len(body) if isinstance(body, bytes) else length
-        body = whole(body)
+        if known is None or known > MAX_HEAD_BYTES:
+            self._stalls_expected = True  # a function may begin to read it whenever it likes
+            expect_stalls(self._socket, True)
         unsaid = known == 0 and method in ("GET", "HEAD", "DELETE", "OPTIONS")
         target = url.target.encode()
         if isinstance(body, bytes) and len(body) == known:
             told = None if unsaid else known
-            self._transport.write(self._wire.build_whole(method.encode(), target, fields, body, told))
+            self._put(self._wire.build_whole(method.encode(), target, fields, body, told))
             return
         if known is None:
             fields.append((b"Transfer-Encoding", b"chunked"))
@@ -2734,12 +2854,15 @@ class ClientConnection(asyncio.Protocol):
             fields.append((b"Content-Length", b"%d" % known))
         head = self._wire.build_head(method.encode(), target, fields)
         if isinstance(body, bytes):
-            self._transport.write(head + (self._wire.build_chunk(body) if body else b"") + self._wire.end())
+            self._put(head + (self._wire.build_chunk(body) if body else b"") + self._wire.end())
         else:
-            self._transport.write(head)
+            self._put(head)
             self._sender = self._loop.create_task(self._send_body(body))
 
-    async def _send_body(self, body: AsyncIterator[bytes]) -> None:
+    async def _send_body(self, body: AsyncIterator[bytes] | Callable[[], Stream]) -> None:
+        if callable(body):
+            async with aclosing(body()) as opened:
+                return await self._send_body(aiter(opened))
         try:
             async for chunk in body:
                 await self._write(self._wire.build_chunk(chunk))
@@ -2752,8 +2875,12 @@ class ClientConnection(asyncio.Protocol):
             self._fail(BadRequest(f"body does not match its announced length: {error}"))
             self.abort()
 
-    async def _write(self, data: bytes) -> None:
+    def _put(self, data: bytes) -> None:
+        self._sent_bytes += len(data)
         self._transport.write(data)
+
+    async def _write(self, data: bytes) -> None:
+        self._put(data)
         while self._write_paused and not self._transport.is_closing():
             self._writable = self._loop.create_future()
             await self._writable
@@ -2815,10 +2942,25 @@ class ClientConnection(asyncio.Protocol):
 
     # The end.
 
-    def usable(self) -> bool:
-        """Tell whether this idle connection can carry another request; it is no longer idle."""
+    def usable(self, once: bool) -> bool:
+        """Tell whether this idle connection can carry another request; it is no longer idle.
+
+        It may have been closed already by an end of stream that we have not read.  That is looked for only if
+        `once`, since what can be sent again then need not know it before: the end confirms nothing of the request.
+        """
         self._alarm.set(None)
-        return not self._transport.is_closing()
+        if self._transport.is_closing():
+            return False
+        if self._stalls_expected:
+            self._stalls_expected = False
+            expect_stalls(self._socket, False)
+        self._confirmed_bytes = self._sent_bytes
+        if once or not self._is_counted:
+            is_established, self._confirmed_bytes = tcp_progress(self._socket)
+            if not is_established:
+                self.abort()
+            return is_established
+        return True
 
     def abort(self) -> None:
         """Cut the connection now."""

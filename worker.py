@@ -25,7 +25,7 @@ import random
 import sys
 import time
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -48,6 +48,7 @@ from .callbacks import (
     parse_secrets,
 )
 from .calls import dead_letters
+from .lookups import by_origin, strangers_names, system_names
 from .migrate import migrate_queue
 from .queues import NatsSettings, Queue, QueueUrl, is_healthy, open_queue, parse_queue_url
 from .retries import (
@@ -97,6 +98,7 @@ from .watchdog import (
     PeerGone,
     Request,
     Response,
+    SentBody,
     Signals,
     Unreachable,
     UpstreamTimeout,
@@ -118,7 +120,6 @@ from .watchdog import (
     parse_text,
     parse_url,
     read_file,
-    resolve_any,
     serve_metrics,
     setting,
     settle_descriptors,
@@ -360,8 +361,10 @@ class Worker:
         self.queue = queue
         self._settings = settings
         self._owner = owner
-        self._client = Client()
-        self._callback_client = Client(policy.guard(resolve_any))
+        self._names, self._strangers_names = system_names(), strangers_names()
+        self._client = Client(self._names)
+        callback_names = by_origin(policy.is_written_out, self._names, self._strangers_names)
+        self._callback_client = Client(policy.guard(callback_names))
         self._policy = policy
         self._signer = signer
         self._gateway = parse_url(settings.gateway_url)
@@ -396,8 +399,8 @@ class Worker:
         finally:
             for helper in helpers:
                 helper.cancel()
-            await self._client.close()
-            await self._callback_client.close()
+            for part in (self._client, self._callback_client, self._names, self._strangers_names):
+                await part.close()
 
     def stop(self) -> None:
         """Claim nothing more and drain."""
@@ -679,8 +682,8 @@ class Worker:
             return failed(End.UNREACHABLE, error)
         return Answer(outcome_of(response), stored, kept_headers(response), time.monotonic() - started)
 
-    def _sendable(self, body: StoredBody) -> bytes | AsyncIterator[bytes]:
-        return self.queue.open_body(body) if body.file is not None else body.inline or b""
+    def _sendable(self, body: StoredBody) -> SentBody:
+        return partial(self.queue.open_body, body) if body.file is not None else body.inline or b""
 
     def _learn(self, function: str, outcome: Outcome, started: float) -> None:
         """Adapt how many calls of a function run at once to how it answers."""

@@ -9,6 +9,7 @@ import ipaddress
 import socket
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -20,12 +21,9 @@ from faashound.callbacks import (
     CallbackPolicy,
     CallbackRefused,
     CallFacts,
-    Level,
     Signer,
     build_callback_headers,
     build_policy,
-    classify_address,
-    parse_address,
     parse_callback_allow,
     parse_callback_url,
     parse_secrets,
@@ -57,58 +55,6 @@ async def resolve_with(resolver: Resolver, url: Url) -> Sequence[tuple[socket.Ad
 def spell(url: Url | None) -> str:
     assert url is not None
     return f"{url.scheme}://{url.authority}{url.target}"
-
-
-# --- Addresses -------------------------------------------------------------------------------------------------
-
-KINDS = {
-    "public": ["8.8.8.8", "1.1.1.1", "100.128.0.1", "172.32.0.1", "2606:4700::1111", "64:ff9b::808:808"],
-    "loopback": ["127.0.0.1", "127.255.255.254", "::1", "64:ff9b::7f00:1", "::ffff:127.0.0.1", "2a00::5efe:7f00:1"]
-    + ["2a00::200:5efe:7f00:1"],
-    "private": ["10.0.0.1", "172.16.0.1", "172.31.255.255", "192.168.1.1", "fc00::1", "fd12:3456::1"],
-    "private (carrier-grade NAT)": ["100.64.0.1", "100.127.255.255"],
-    "private (site-local)": ["fec0::1"],
-    "link-local": ["169.254.0.1", "169.254.169.254", "fe80::1", "fe80::1%eth0", "febf::1", "64:ff9b::a9fe:a9fe"],
-    "cloud metadata": ["100.100.100.200", "168.63.129.16", "fd00:ec2::254", "fd20:ce::254", "fd00:42::42"],
-    "multicast": ["224.0.0.1", "239.255.255.255", "ff02::1"],
-    "unspecified": ["0.0.0.0", "0.1.2.3", "::"],
-    "broadcast": ["255.255.255.255"],
-    "reserved": ["240.0.0.1", "192.0.0.192", "::7f00:1", "2002:7f00:1::", "2001:0:1::1", "64:ff9b:1::1", "5f00::1"],
-}
-
-
-@pytest.mark.parametrize(
-    ("text", "kind"), [pytest.param(text, kind, id=text) for kind, texts in KINDS.items() for text in texts]
-)
-def test_address_is_classified_by_its_range(text: str, kind: str) -> None:
-    assert classify_address(ipaddress.ip_address(text)).kind == kind
-
-
-@pytest.mark.parametrize("inner", ["127.0.0.1", "10.0.0.1", "169.254.169.254", "0.0.0.0", "8.8.8.8"])
-def test_ipv4_mapped_address_is_judged_as_the_ipv4_address(inner: str) -> None:
-    mapped = ipaddress.ip_address(f"::ffff:{inner}")
-    assert parse_address(str(mapped)) == ipaddress.ip_address(inner)
-    assert classify_address(mapped) == classify_address(ipaddress.ip_address(inner))
-
-
-addresses = st.one_of(st.ip_addresses(v=4), st.ip_addresses(v=6))
-
-
-@settings(max_examples=500)
-@given(addresses)
-def test_address_called_public_is_globally_reachable_by_the_standard_library(address: ipaddress.IPv4Address) -> None:
-    if classify_address(address).level is Level.PUBLIC:
-        assert address.is_global
-        assert not address.is_multicast
-
-
-@settings(max_examples=500)
-@given(addresses)
-def test_address_of_no_ordinary_kind_is_forbidden(drawn: ipaddress.IPv4Address) -> None:
-    address = parse_address(str(drawn))
-    odd = address.is_link_local or address.is_multicast or address.is_unspecified or address.is_reserved
-    if odd and not address.is_loopback and address not in ipaddress.ip_network("64:ff9b::/96"):
-        assert classify_address(address).level is Level.FORBIDDEN
 
 
 # --- URLs ------------------------------------------------------------------------------------------------------
@@ -365,9 +311,33 @@ def test_policy_refuses_a_name_that_is_rebound_after_submission() -> None:
         resolve(rules, "http://rebind.example/", "127.0.0.1")
 
 
+def test_policy_refuses_a_public_address_of_this_machine_until_it_is_allowed() -> None:
+    own = (ipaddress.ip_address("8.8.8.8"),)
+    with pytest.raises(CallbackRefused, match=r"8\.8\.8\.8 is this machine's own; callback_allow can permit it"):
+        resolve(replace(policy(), own=lambda: own), "http://example.com/", "8.8.8.8")
+    with pytest.raises(CallbackRefused, match="this machine's own"):
+        replace(policy(), own=lambda: own).check_url("http://[::ffff:808:808]/")
+    allowed = replace(policy("8.8.8.8"), own=lambda: own)
+    assert resolve(allowed, "http://example.com/", "8.8.8.8") == ["8.8.8.8"]
+
+
 def test_policy_refuses_a_name_without_addresses() -> None:
     with pytest.raises(CallbackRefused, match="has no address"):
         resolve(policy(), "http://example.com/")
+
+
+@pytest.mark.parametrize(
+    ("url", "written_out"),
+    [
+        ("http://gateway:9/", True),
+        ("http://hooks.internal/", True),
+        ("http://a.example.com/", False),
+        ("http://other/", False),
+    ],
+)
+def test_policy_knows_the_names_that_the_operator_wrote(url: str, written_out: bool) -> None:
+    rules = policy("hooks.internal, *.example.com, 10.0.0.0/8", "http://gateway:8080")
+    assert rules.is_written_out(parse_callback_url(url)) is written_out
 
 
 def test_policy_passes_a_literal_address_through_the_systems_resolver() -> None:

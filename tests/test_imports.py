@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Of ours, what each module may import.  Imports run one way: watchdog <- parts <- programs.
 _PARTS = {"watchdog", "names", "spool", "queues", "keeper", "functions", "callbacks", "retries", "calls"}
+_PARTS |= {"addresses", "lookups"}
 OURS: dict[str, set[str]] = {
     "__init__": set(),
     "watchdog": set(),
@@ -20,7 +21,9 @@ OURS: dict[str, set[str]] = {
     "spool": {"watchdog", "names"},
     "keeper": {"watchdog"},
     "functions": {"watchdog", "names", "keeper"},
-    "callbacks": {"watchdog", "names"},
+    "addresses": {"watchdog"},
+    "lookups": {"watchdog", "addresses"},
+    "callbacks": {"watchdog", "names", "addresses"},
     "retries": {"watchdog", "names"},
     "jetstream": {"watchdog", "names", "spool"},
     "queues": {"watchdog", "names", "spool", "jetstream"},  # which of the two a URL names
@@ -36,6 +39,7 @@ OTHERS: dict[str, set[str]] = {
     "gateway": {"uvloop", "prometheus_client"},
     "worker": {"uvloop", "prometheus_client"},
     "jetstream": {"nats"},
+    "addresses": {"psutil"},
 }
 
 LONGEST_FUNCTION_LINES = 60
