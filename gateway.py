@@ -107,7 +107,11 @@ from .spool import (
 )
 from .watchdog import (
     CLIENT_GONE_STATUS,
+    CONNECTIONS_DEFAULT,
+    CONNECTIONS_HELP,
     LONGEST_DURATION_S,
+    PER_ADDRESS_DEFAULT,
+    PER_ADDRESS_HELP,
     TEXT_PLAIN,
     WORKERS_HELP,
     Aftercare,
@@ -135,6 +139,7 @@ from .watchdog import (
     UpstreamTimeout,
     Url,
     call_id_of,
+    connection_limits,
     cumulated,
     drain_server,
     end_to_end,
@@ -221,6 +226,12 @@ class Settings(NatsSettings):
         parse_choice("local", "none"),
         "local: run a worker beside the gateway",
         default_note="local with a spool, else none",
+    )
+    max_connections: int | None = setting(
+        "max_connections", "", parse_positive_count, CONNECTIONS_HELP, default_note=CONNECTIONS_DEFAULT
+    )
+    max_connections_per_address: int | None = setting(
+        "max_connections_per_address", "", parse_positive_count, PER_ADDRESS_HELP, default_note=PER_ADDRESS_DEFAULT
     )
     workers: int = setting("workers", "1", parse_workers, WORKERS_HELP)
     max_body_bytes: int = setting(
@@ -1233,7 +1244,8 @@ async def serve(plan: Plan, local: LocalFunctions, doors: Doors, duty: Duty) -> 
         metrics_server = start_metrics(doors.metrics, gateway.serve_metrics)
         stack.callback(metrics_server.abort)
         timeouts = ServerTimeouts(settings.read_timeout_s, settings.write_timeout_s, settings.read_timeout_s)
-        server = Server(gateway, timeouts, seat=duty.seat)
+        limits = connection_limits(settings.max_connections, settings.max_connections_per_address, 3, duty.seat)
+        server = Server(gateway, timeouts, seat=duty.seat, limits=limits)
         for sock in doors.own:
             server.listen(sock)
         duty.on_serving()

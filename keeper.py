@@ -23,9 +23,10 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from .watchdog import BACKLOG, log
+from .watchdog import BACKLOG, log, spawn_under_own_limit
 
 FIRST_RESTART_S = 0.1
 LONGEST_RESTART_S = 30.0
@@ -120,7 +121,10 @@ class Child:
             actions.append((os.POSIX_SPAWN_DUP2, self._listener.fileno(), LISTEN_FD))
         actions.append((os.POSIX_SPAWN_DUP2, lifeline, LIFELINE_FD))
         # A group of its own: a terminal's Ctrl-C is for us, who then end our children in order.
-        pid = os.posix_spawn(self._command[0], self._command, self._environ, file_actions=actions, setpgroup=0)
+        spawn = partial(
+            os.posix_spawn, self._command[0], self._command, self._environ, file_actions=actions, setpgroup=0
+        )
+        pid = spawn_under_own_limit(spawn, lifeline)  # it raises its own, and knows then what its functions get
         try:
             self._pidfd = os.pidfd_open(pid)
         except OSError:  # out of descriptors: what cannot be watched must not run

@@ -49,6 +49,7 @@ import math
 import mmap
 import pwd
 import re
+import resource
 import select
 import shlex
 import shutil
@@ -92,6 +93,12 @@ BACKLOG = 1024  # connections that the kernel keeps for us while the loop is bus
 MAX_LISTEN_FDS_COUNT = 64  # of socket activation
 MAX_WORKERS_COUNT = 64  # processes that share a port
 AUTO_WORKERS_COUNT = 4  # of them if nobody says how many: with its functions a loop keeps two processors busy or more
+MAX_CONNECTIONS_COUNT = 10000  # of one process, if neither the operator nor its descriptors allow fewer: about 100 MiB
+METRICS_CONNECTIONS_COUNT = 64  # of the port that a scraper and some probes look at
+REFUSED_AT_ONCE_COUNT = 16  # connections above the limit that are told so at the same time; more are closed
+TOLD_EVERY_S = 10.0  # the log, that connections are refused
+MAX_DESCRIPTORS_COUNT = 1 << 20  # what we ask for at most; some containers allow 2**30
+KEPT_BACK_COUNT = 64  # descriptors that connections may not take: for listening, files of a queue, pipes to children
 ACCEPTS_COUNT = 64  # connections in one turn of the loop
 TURN_S = 0.002  # a new connection waits so long for the process that has the fewest
 LATE_S = 0.1  # for the first byte on a connection that was accepted as a drain began
@@ -267,6 +274,12 @@ def parse_workers(text: str) -> int:
 
 
 WORKERS_HELP = f"processes that share the port; auto: one per usable processor, at most {AUTO_WORKERS_COUNT}"
+
+
+CONNECTIONS_HELP = "connections at once; above it the one that was idle longest is closed, or the new one gets 503"
+CONNECTIONS_DEFAULT = f"{MAX_CONNECTIONS_COUNT} for each worker, or what its descriptors allow"
+PER_ADDRESS_HELP = "connections of one client, an IPv4 address or an IPv6 /64; above it as for max_connections"
+PER_ADDRESS_DEFAULT = "three quarters of max_connections"
 
 
 def usable_processors_count() -> int:
@@ -526,6 +539,12 @@ class Settings:
     )
     max_body_bytes: int = setting("max_body", "0", parse_size, "largest request body, above it 413; 0 is no limit")
     max_inflight: int = setting("max_inflight", "0", parse_count, "requests at once; above it 429; 0 is no limit")
+    max_connections: int | None = setting(
+        "max_connections", "", parse_positive_count, CONNECTIONS_HELP, default_note=CONNECTIONS_DEFAULT
+    )
+    max_connections_per_address: int | None = setting(
+        "max_connections_per_address", "", parse_positive_count, PER_ADDRESS_HELP, default_note=PER_ADDRESS_DEFAULT
+    )
     workers: int = setting("workers", "auto", parse_workers, WORKERS_HELP)
     prewarm: int = setting("prewarm", "0", parse_count, "processes that wait, started, for their request; 0 is none")
     cgi_headers: bool = setting("cgi_headers", "true", parse_bool, "request facts as Http_* environment variables")
@@ -972,6 +991,13 @@ class Stopping(FaashoundError):
 
     def __init__(self) -> None:
         super().__init__("the server is stopping; the request was given up")
+
+
+class TooManyConnections(FaashoundError):
+    """There is no room for another connection, and none that waits for a request could be closed for it."""
+
+    status = 503
+    headers = ((b"Retry-After", b"1"),)
 
 
 class PeerGone(FaashoundError):
@@ -1647,7 +1673,7 @@ def _try_h11_grammar() -> None:
     passed = [hostile for hostile in HOSTILE_REQUESTS if not _refuses(ServerWire(), hostile)]
     passed += [hostile for hostile in HOSTILE_RESPONSES if not _refuses(_asking_wire(), hostile)]
     if passed:
-        raise ImportError(f"h11 {h11.__version__} lets through {passed[0][:80]!r}; install h11 0.16.0")
+        raise ImportError(f"h11 {h11._version.__version__} lets through {passed[0][:80]!r}; install h11 0.16.0")
 
 
 _try_h11_grammar()
@@ -1845,6 +1871,98 @@ _DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
 
+@dataclass(frozen=True, slots=True)
+class ConnectionLimits:
+    """How many connections one process takes, in all and from one address (see `network_of`)."""
+
+    total_count: int = MAX_CONNECTIONS_COUNT
+    per_address_count: int = MAX_CONNECTIONS_COUNT
+
+
+_MAPPED_IPV4 = bytes(10) + b"\xff\xff"  # RFC 4291 2.5.5.2: how a socket for both protocols shows IPv4
+
+
+def network_of(peername: object) -> bytes:
+    """Return what stands for the client at `peername`: its IPv4 address, or its IPv6 network of 64 bits.
+
+    Whoever has one IPv6 address has the network (RFC 4291 2.5.4).  b"" for what has no address: Unix sockets.
+    """
+    if not isinstance(peername, tuple):
+        return b""
+    host = str(peername[0]).partition("%")[0]
+    if ":" not in host:
+        return socket.inet_aton(host)
+    packed = socket.inet_pton(socket.AF_INET6, host)
+    return packed[12:] if packed.startswith(_MAPPED_IPV4) else packed[:8]
+
+
+class Roster:
+    """Who is connected, and who of them goes first when there is no more room.
+
+    That is the one which has waited longest for a request, or for the rest of its head: nothing is lost with it.  Those
+    that wait stand in the order of their last answer.  One that has begun an exchange since is left there, and left out
+    when it is its turn, so that an exchange costs no more than two moves in ordered dictionaries.
+    """
+
+    def __init__(self, limits: ConnectionLimits) -> None:
+        self._limits = limits
+        self._count = 0
+        self._counts: dict[bytes, int] = {}
+        self._waiting: dict[bytes | None, OrderedDict[ServerConnection, None]] = {None: OrderedDict()}
+
+    def is_full(self, network: bytes) -> bool:
+        """Tell whether one more from `network` takes the place of another, if it is admitted at all."""
+        return self._count >= self._limits.total_count or self._is_crowded(network)
+
+    def _is_crowded(self, network: bytes) -> bool:
+        return bool(network) and self._counts.get(network, 0) >= self._limits.per_address_count
+
+    def make_room(self, network: bytes) -> TooManyConnections | None:
+        """Close a connection, that another from `network` be admitted; return why it is not if none can be closed."""
+        if self._is_crowded(network):
+            if self._close_oldest(network):
+                return None
+            allowed = f"{self._limits.per_address_count} (max_connections_per_address)"
+            return TooManyConnections(f"too many connections from this address; allowed: {allowed}")
+        if self._close_oldest(None):
+            return None
+        return TooManyConnections(f"too many connections; allowed: {self._limits.total_count} (max_connections)")
+
+    def _close_oldest(self, network: bytes | None) -> bool:
+        line = self._waiting.get(network)
+        while line:
+            connection = next(iter(line))
+            del line[connection]
+            if connection.close_if_waiting():
+                return True
+        return False
+
+    def enter(self, connection: ServerConnection) -> None:
+        """Count a new connection, which waits for its first request."""
+        network = connection.network
+        self._count += 1
+        self._counts[network] = self._counts.get(network, 0) + 1
+        connection.lines = (self._waiting[None], self._waiting.setdefault(network, OrderedDict()))
+        self.wait(connection)
+
+    def leave(self, connection: ServerConnection) -> None:
+        """Forget a connection that was counted."""
+        network = connection.network
+        self._count -= 1
+        self._counts[network] -= 1
+        for line in connection.lines:
+            line.pop(connection, None)
+        if not self._counts[network]:
+            del self._counts[network], self._waiting[network]
+
+    @staticmethod
+    def wait(connection: ServerConnection) -> None:
+        """Put a connection that waits for its next request behind all others."""
+        for line in connection.lines:
+            line[connection] = None
+            line.move_to_end(connection)
+
+
 class Listener:
     """Accepts from a listening socket, in turns with the other processes that do: who has the fewest connections first.
 
@@ -1853,10 +1971,10 @@ class Listener:
     Whoever is takes all that wait: the loop's own server takes one in a turn, and the last of many waited for long.
     """
 
-    def __init__(self, sock: socket.socket, make: Callable[[], ServerConnection], seat: Seat) -> None:
+    def __init__(self, sock: socket.socket, server: Server, seat: Seat) -> None:
         self._loop = asyncio.get_running_loop()
         self._sock = sock
-        self._make = make
+        self._server = server
         self._seat = seat
         self._opening: set[asyncio.Task[Any]] = set()
         self._pause: asyncio.TimerHandle | None = None
@@ -1885,7 +2003,7 @@ class Listener:
     def _accept(self) -> bool:
         """Accept a connection; tell whether there may be more."""
         try:
-            connection, _ = self._sock.accept()
+            sock, peername = self._sock.accept()
         except ConnectionError:  # that client has gone again
             return True
         except BlockingIOError:
@@ -1894,19 +2012,22 @@ class Listener:
             log.error(f"cannot accept a connection: {_strerror(error)}")
             self._rest(ACCEPT_PAUSE_S)
             return False
-        self._seat.board.connections[self._seat.index] += 1
-        task = self._loop.create_task(self._open(connection))
+        is_full, connection = self._server.admit(network_of(peername))
+        if connection is None:
+            sock.close()
+            return False
+        task = self._loop.create_task(self._open(connection, sock))
         self._opening.add(task)
         task.add_done_callback(self._opening.discard)
-        return True
+        return not is_full  # what had to make room closes its descriptor in the next turn
 
-    async def _open(self, connection: socket.socket) -> None:
+    async def _open(self, connection: ServerConnection, sock: socket.socket) -> None:
         try:
-            await self._loop.connect_accepted_socket(self._make, connection)
+            await self._loop.connect_accepted_socket(lambda: connection, sock)
         except OSError as error:
             log.info(f"a connection could not be opened: {_strerror(error)}")
-            connection.close()
-            self._seat.board.connections[self._seat.index] -= 1
+            sock.close()
+            self._server.forget(connection)
 
     def close(self) -> None:
         """Accept no more."""
@@ -1921,7 +2042,7 @@ class Server:
     """Serves `handler` on any number of listening sockets.
 
     `on_refused` is told of each request that was answered without a handler: the request, None if it had no valid head,
-    and the error.  `seat` tells of the other processes that serve the same sockets.
+    and the error.  `seat` tells of the other processes that serve the same sockets, `limits` are this one's.
     Obligations: `listen` each socket, then at the end `stop_accepting`, `drained`, `give_up`, in this order.
     """
 
@@ -1931,8 +2052,12 @@ class Server:
         timeouts: ServerTimeouts,
         on_refused: Callable[[Request | None, FaashoundError], None] = lambda request, error: None,
         seat: Seat | None = None,
+        limits: ConnectionLimits = ConnectionLimits(),
     ) -> None:
         self._seat = seat or Seat(Board())
+        self._roster = Roster(limits)
+        self._refused_count = 0
+        self._told_s = -math.inf
         self.handler = handler
         self.timeouts = timeouts
         self.on_refused = on_refused
@@ -1944,12 +2069,40 @@ class Server:
     def listen(self, sock: socket.socket) -> None:
         """Accept connections on `sock`, bound already, TCP or Unix; the server owns it from here."""
         self._seat.serves(True)
-        self._listeners.append(Listener(sock, lambda: ServerConnection(self), self._seat))
+        self._listeners.append(Listener(sock, self, self._seat))
+
+    def admit(self, network: bytes) -> tuple[bool, ServerConnection | None]:
+        """Listener: return whether there is no more room, and what serves a new connection, None if it is to be closed.
+
+        One that finds no room is told so, if not too many are told already.
+        """
+        was_full = self._roster.is_full(network)
+        refusal = self._roster.make_room(network) if was_full else None
+        if refusal is not None:
+            self._tell(refusal)
+            if self._refused_count >= REFUSED_AT_ONCE_COUNT:
+                return True, None
+            self._refused_count += 1
+        connection = ServerConnection(self, network, refusal)
+        if refusal is None:
+            self._roster.enter(connection)
+        self._seat.board.connections[self._seat.index] += 1
+        return was_full, connection
+
+    def _tell(self, refusal: TooManyConnections) -> None:
+        now_s = time.monotonic()
+        if now_s >= self._told_s + TOLD_EVERY_S:
+            self._told_s = now_s
+            log.warning(f"connections are refused: {refusal}")
 
     def forget(self, connection: ServerConnection) -> None:
-        """Connection: it is closed."""
+        """Connection: it is closed, or was never opened."""
         self.connections.discard(connection)
         self._seat.board.connections[self._seat.index] -= 1
+        if connection.is_surplus:
+            self._refused_count -= 1
+        else:
+            self._roster.leave(connection)
 
     def stop_accepting(self) -> None:
         """Close the listening sockets and idle connections; what is in flight goes on and then closes.  Repeatable."""
@@ -2024,18 +2177,22 @@ NEXT_PHASES = {
 class ServerConnection(asyncio.Protocol):
     """One accepted connection; see the theory above."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, network: bytes, refusal: FaashoundError | None) -> None:
+        self.network = network
+        self.lines: tuple[OrderedDict[ServerConnection, None], ...] = ()  # the roster's, in which it may wait
+        self.is_surplus = refusal is not None
         self._server = server
         self._loop = asyncio.get_running_loop()
         self._wire = ServerWire()
         self._alarm = Alarm(self._loop, self._on_alarm)
         self._transport: asyncio.Transport
+        self._opened = self._closed_early = False
         self._peer = ""
         self._task: asyncio.Task[None] | None = None
         self._request: Request | None = None
         self._handled = False
         self._phase = Phase.IDLE
-        self._refusal: FaashoundError | None = None
+        self._refusal = refusal
         self._advancing = False
         self._read_left_s: float | None = None
         self._discarded_bytes = 0
@@ -2052,6 +2209,13 @@ class ServerConnection(asyncio.Protocol):
         peername = transport.get_extra_info("peername")
         self._peer = peername[0] if isinstance(peername, tuple) else ""
         self._server.connections.add(self)
+        if self._refusal is not None:
+            self._enter(Phase.HEAD)
+            self._refuse(self._refusal)
+            return
+        self._opened = True
+        if self._closed_early:
+            self._transport.close()
         # One that was accepted just before a drain may have its request on the way.
         idle_s = LATE_S if self._server.draining else self._server.timeouts.idle_s
         self._alarm.set(self._loop.time() + idle_s)
@@ -2288,11 +2452,12 @@ class ServerConnection(asyncio.Protocol):
             self._linger()
             return
         self._enter(Phase.IDLE)
+        Roster.wait(self)
         self._alarm.set(self._loop.time() + self._server.timeouts.idle_s)
         if self._wire.started:
             self._begin_receiving()
             self._advance()
-        else:
+        elif self._reading_paused:
             self._throttle()
 
     def _refuse(self, error: FaashoundError) -> None:
@@ -2347,6 +2512,16 @@ class ServerConnection(asyncio.Protocol):
         self._discarded_bytes += count
         if self._refusal is not None and self._discarded_bytes > LINGER_BYTES:
             self.abort()
+
+    def close_if_waiting(self) -> bool:
+        """Close unless a whole head has come; tell whether it did."""
+        if not self._opened:  # another came right behind it
+            self._closed_early = True
+            return True
+        if self._phase not in (Phase.IDLE, Phase.HEAD) or self._transport.is_closing():
+            return False
+        self._transport.close()
+        return True
 
     def close_if_idle(self) -> None:
         """Close unless an exchange is going on or beginning."""
@@ -2460,61 +2635,6 @@ def take_turns(addresses: Sequence[Address]) -> list[Address]:
     return [address for turn in itertools.zip_longest(*rows) for address in turn if address is not None]
 
 
-async def connect_to(address: Address, port: int) -> socket.socket:
-    """Return a socket connected to `address`; raises OSError, whose text names the address and the reason.
-
-    Raises OutOfResources for what would be the same with any other address.
-    """
-    family, host = address
-    with ExitStack() as on_failure:
-        try:
-            sock = socket.socket(family, socket.SOCK_STREAM)
-            on_failure.callback(sock.close)
-            sock.setblocking(False)
-            keep_watch(sock)
-            async with asyncio.timeout(ATTEMPT_TIMEOUT_S):
-                await asyncio.get_running_loop().sock_connect(sock, (host, port))
-        except OSError as error:  # a TimeoutError of asyncio among them, which has no number
-            if error.errno in _OUT_OF_RESOURCES:
-                raise OutOfResources(f"cannot connect to {host}: {os.strerror(error.errno)}") from None
-            silence = f"no answer within {format_duration(ATTEMPT_TIMEOUT_S)}"
-            raise OSError(f"{host}: {os.strerror(error.errno) if error.errno else silence}") from None
-        on_failure.pop_all()
-        return sock
-
-
-async def connect_first(addresses: Sequence[Address], port: int) -> tuple[Address, socket.socket]:
-    """Return the first of `addresses` that takes a connection, and the connection; OSError with the reason of each.
-
-    The next one is tried as soon as one has failed, and beside those that are silent for ATTEMPT_DELAY_S; what comes
-    too late is closed (RFC 8305 5).
-    """
-    if len(addresses) == 1:
-        return addresses[0], await connect_to(addresses[0], port)
-    left, reasons = deque(addresses), []
-    attempts: dict[asyncio.Task[socket.socket], Address] = {}
-    try:
-        while left or attempts:
-            if left:
-                address = left.popleft()
-                attempts[asyncio.create_task(connect_to(address, port))] = address
-            patience_s = ATTEMPT_DELAY_S if left else None
-            ended, _ = await asyncio.wait(attempts, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
-            for attempt in ended:
-                error = attempt.exception()
-                if error is None:
-                    return attempts.pop(attempt), attempt.result()
-                if isinstance(error, OutOfResources):
-                    raise error
-                reasons.append(str(error))
-                del attempts[attempt]
-        raise OSError("; ".join(reasons))
-    finally:
-        for attempt in attempts:
-            if not attempt.cancel() and attempt.exception() is None:
-                attempt.result().close()
-
-
 class Client:
     """HTTP/1.1 client with a pool of idle connections; bodies stream both ways, redirects are answers like any other.
 
@@ -2548,24 +2668,24 @@ class Client:
         answered is sent again, once, on a connection of its own, if its body can be had again and its method is
         idempotent, or if no byte of it had reached the other end (RFC 9110 9.2.2, RFC 9112 9.3.1).
         """
-        connection = self._kept(url)
+        body = whole(body)
+        once = not isinstance(body, bytes) and not callable(body)
+        connection = self._kept(url, once)
         if connection is not None:
-            body = whole(body)
             try:
                 return await connection.exchange(method, url, headers, body, length, deadline_s)
             except PeerGone:
-                lives_on = isinstance(body, bytes) or callable(body)
-                if not (lives_on and (connection.untouched or (connection.silent and method in _IDEMPOTENT))):
+                if once or not (connection.untouched or (connection.silent and method in _IDEMPOTENT)):
                     raise
         connection = await self._connect(url, deadline_s)
         return await connection.exchange(method, url, headers, whole(body), length, deadline_s)
 
-    def _kept(self, url: Url) -> ClientConnection | None:
-        """Return an idle connection that can carry a request, if there is one."""
+    def _kept(self, url: Url, once: bool) -> ClientConnection | None:
+        """Return an idle connection that can carry a request, if there is one; `once`: which cannot be repeated."""
         kept = self._idle.get((url.scheme, url.host, url.port))
         while kept:
             connection = kept.pop()
-            if connection.usable():
+            if connection.usable(once):
                 return connection
         return None
 
@@ -2574,45 +2694,79 @@ class Client:
         limit_s = loop.time() + self._connect_timeout_s
         try:
             async with asyncio.timeout_at(limit_s if deadline_s is None else min(limit_s, deadline_s)):
-                return await self._connect_any(loop, url)
+                return await self._connect_any(url)
         except TimeoutError:
             if deadline_s is not None and deadline_s <= limit_s:
                 raise UpstreamTimeout(f"no connection to {url.authority} before the deadline") from None
             timeout = format_duration(self._connect_timeout_s)
             raise Unreachable(f"no connection to {url.authority} within {timeout}") from None
 
-    async def _connect_any(self, loop: asyncio.AbstractEventLoop, url: Url) -> ClientConnection:
+    async def _connect_any(self, url: Url) -> ClientConnection:
         """Return a connection to the first address that speaks: one that takes it but fails in TLS is not the last."""
         left = take_turns(await self._resolve(url))[:MAX_ATTEMPTS_COUNT]
         reasons = [] if left else ["it has no address"]
         while left:
             try:
-                address, sock = await connect_first(left, url.port)
+                address, connection = await self._connect_first(left, url.port)
             except OSError as error:
                 reasons.append(str(error))
                 break
             try:
-                return await self._begin(loop, sock, url)
+                if url.scheme == "https":
+                    await connection.start_tls(self._tls_context(), url.host)
+                return connection
             except OSError as error:
                 reasons.append(f"{address[1]}: {error}")
                 left.remove(address)
         raise Unreachable(f"cannot connect to {url.authority}: {'; '.join(reasons)}")
 
-    async def _begin(self, loop: asyncio.AbstractEventLoop, sock: socket.socket, url: Url) -> ClientConnection:
-        """Return a connection over a socket; raises OSError (ssl.SSLError among them), and closes it then."""
-        secure = url.scheme == "https"
+    async def _connect_first(self, addresses: Sequence[Address], port: int) -> tuple[Address, ClientConnection]:
+        """Return the first of `addresses` that takes a connection, and the connection; OSError with each one's reason.
+
+        The next one is tried as soon as one has failed, and beside those that are silent for ATTEMPT_DELAY_S; what
+        comes too late is closed (RFC 8305 5).
+        """
+        if len(addresses) == 1:
+            return addresses[0], await self._connect_to(addresses[0], port)
+        left, reasons = deque(addresses), []
+        attempts: dict[asyncio.Task[ClientConnection], Address] = {}
         try:
-            _, connection = await loop.create_connection(
-                lambda: ClientConnection(self, sock),
-                sock=sock,
-                ssl=self._tls_context() if secure else None,
-                server_hostname=url.host if secure else None,
-                ssl_handshake_timeout=ATTEMPT_TIMEOUT_S if secure else None,
-            )
-        except BaseException:
-            sock.close()
-            raise
-        return connection
+            while left or attempts:
+                if left:
+                    address = left.popleft()
+                    attempts[asyncio.create_task(self._connect_to(address, port))] = address
+                patience_s = ATTEMPT_DELAY_S if left else None
+                ended, _ = await asyncio.wait(attempts, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
+                for attempt in ended:
+                    error = attempt.exception()
+                    if error is None:
+                        return attempts.pop(attempt), attempt.result()
+                    if isinstance(error, OutOfResources):
+                        raise error
+                    reasons.append(str(error))
+                    del attempts[attempt]
+            raise OSError("; ".join(reasons))
+        finally:
+            for attempt in attempts:
+                if not attempt.cancel() and attempt.exception() is None:
+                    attempt.result().abort()
+
+    async def _connect_to(self, address: Address, port: int) -> ClientConnection:
+        """Return a connection to `address`; raises OSError, whose text names the address and the reason.
+
+        Raises OutOfResources for what would be the same with any other address.
+        """
+        family, host = address
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(ATTEMPT_TIMEOUT_S):
+                _, connection = await loop.create_connection(lambda: ClientConnection(self), host, port, family=family)
+                return connection
+        except OSError as error:  # a TimeoutError of asyncio among them, which has no number
+            if error.errno in _OUT_OF_RESOURCES:
+                raise OutOfResources(f"cannot connect to {host}: {os.strerror(error.errno)}") from None
+            silence = f"no answer within {format_duration(ATTEMPT_TIMEOUT_S)}"
+            raise OSError(f"{host}: {os.strerror(error.errno) if error.errno else silence}") from None
 
     def _tls_context(self) -> ssl.SSLContext:
         if self._tls is None:
@@ -2679,13 +2833,13 @@ class ClientResponse:
 class ClientConnection(asyncio.Protocol):
     """One connection to an upstream, carrying one exchange at a time."""
 
-    def __init__(self, client: Client, sock: socket.socket) -> None:
+    def __init__(self, client: Client) -> None:
         self._client = client
-        self._socket = sock
         self._loop = asyncio.get_running_loop()
         self._alarm = Alarm(self._loop, self._on_alarm)
         self._wire = ClientWire()
         self._transport: asyncio.Transport
+        self._socket: socket.socket
         self._url: Url | None = None
         self._head: asyncio.Future[ClientResponse] | None = None
         self._body: Body | None = None
@@ -2696,6 +2850,8 @@ class ClientConnection(asyncio.Protocol):
         self._advancing = False  # some of what has come is left for the next turn
         self._lost: tuple[Exception | None] | None = None  # why the connection is no more, while that is so
         self._stalls_expected = False
+        self._is_counted = True  # what is sent is what we write: no TLS in between
+        self._sent_bytes = 1  # a SYN counts as one
         self._confirmed_bytes = 0  # of what we sent before this request
         self.silent = True  # nothing has been answered
         self.untouched = False  # ... and nothing of the request had arrived when the other end closed the connection
@@ -2705,6 +2861,24 @@ class ClientConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=0)
+        self._socket = cast(socket.socket, transport.get_extra_info("socket"))
+        with self._socket.dup() as sock:  # uvloop's would make one for each option
+            keep_watch(sock)
+
+    async def start_tls(self, context: ssl.SSLContext, host: str) -> None:
+        """Speak TLS from now on; raises OSError (ssl.SSLError among them), and the connection is closed then."""
+        try:
+            transport = await self._loop.start_tls(
+                self._transport, self, context, server_hostname=host, ssl_handshake_timeout=ATTEMPT_TIMEOUT_S
+            )
+        except BaseException:
+            self.abort()
+            raise
+        if transport is None:
+            raise ConnectionResetError(errno.ECONNRESET, "the connection was closed in the TLS handshake")
+        self._transport, self._is_counted = transport, False
+        # Not 0: that of TLS is "as much or more" (asyncio.sslproto), so an empty buffer would pause us too, for ever.
+        self._transport.set_write_buffer_limits(high=1)
 
     def data_received(self, data: bytes) -> None:
         if self._head is None:  # nothing was asked
@@ -2740,8 +2914,9 @@ class ClientConnection(asyncio.Protocol):
         Such an end confirms nothing of it, and nobody reads on behind it (RFC 9112 9.6).  An end by RST tells nothing:
         the kernel sends it for a program that has read a part and closes, too, and does not confirm what that has read.
         """
-        if self.silent and self._confirmed_bytes > 0:
-            self.untouched = tcp_progress(self._socket)[1] == self._confirmed_bytes
+        if self.silent:
+            with suppress(OSError, ValueError):  # the socket is closed: uvloop's TLS tells us only then
+                self.untouched = 0 < tcp_progress(self._socket)[1] <= self._confirmed_bytes
 
     def pause_writing(self) -> None:
         self._write_paused = True
@@ -2786,7 +2961,7 @@ class ClientConnection(asyncio.Protocol):
         target = url.target.encode()
         if isinstance(body, bytes) and len(body) == known:
             told = None if unsaid else known
-            self._transport.write(self._wire.build_whole(method.encode(), target, fields, body, told))
+            self._put(self._wire.build_whole(method.encode(), target, fields, body, told))
             return
         if known is None:
             fields.append((b"Transfer-Encoding", b"chunked"))
@@ -2794,9 +2969,9 @@ class ClientConnection(asyncio.Protocol):
             fields.append((b"Content-Length", b"%d" % known))
         head = self._wire.build_head(method.encode(), target, fields)
         if isinstance(body, bytes):
-            self._transport.write(head + (self._wire.build_chunk(body) if body else b"") + self._wire.end())
+            self._put(head + (self._wire.build_chunk(body) if body else b"") + self._wire.end())
         else:
-            self._transport.write(head)
+            self._put(head)
             self._sender = self._loop.create_task(self._send_body(body))
 
     async def _send_body(self, body: AsyncIterator[bytes] | Callable[[], Stream]) -> None:
@@ -2815,8 +2990,12 @@ class ClientConnection(asyncio.Protocol):
             self._fail(BadRequest(f"body does not match its announced length: {error}"))
             self.abort()
 
-    async def _write(self, data: bytes) -> None:
+    def _put(self, data: bytes) -> None:
+        self._sent_bytes += len(data)
         self._transport.write(data)
+
+    async def _write(self, data: bytes) -> None:
+        self._put(data)
         while self._write_paused and not self._transport.is_closing():
             self._writable = self._loop.create_future()
             await self._writable
@@ -2902,18 +3081,25 @@ class ClientConnection(asyncio.Protocol):
 
     # The end.
 
-    def usable(self) -> bool:
-        """Tell whether this idle connection can carry another request; it is no longer idle."""
+    def usable(self, once: bool) -> bool:
+        """Tell whether this idle connection can carry another request; it is no longer idle.
+
+        It may have been closed already by an end of stream that we have not read.  That is looked for only if
+        `once`, since what can be sent again then need not know it before: the end confirms nothing of the request.
+        """
         self._alarm.set(None)
         if self._transport.is_closing():
             return False
-        is_established, self._confirmed_bytes = tcp_progress(self._socket)
-        if not is_established:  # its end of stream is there already, and only we have not seen it
-            self.abort()
-        elif self._stalls_expected:
+        if self._stalls_expected:
             self._stalls_expected = False
             expect_stalls(self._socket, False)
-        return is_established
+        self._confirmed_bytes = self._sent_bytes
+        if once or not self._is_counted:
+            is_established, self._confirmed_bytes = tcp_progress(self._socket)
+            if not is_established:
+                self.abort()
+            return is_established
+        return True
 
     def abort(self) -> None:
         """Cut the connection now."""
@@ -4078,6 +4264,30 @@ class Pipes:
         self.stdout = self.stderr = -1
 
 
+DESCRIPTOR_LIMITS = resource.getrlimit(resource.RLIMIT_NOFILE)  # soft and hard, as this program was started with
+
+
+def spawn_under_own_limit(spawn: Callable[[], int], highest_fd: int) -> int:
+    """Return the pid that `spawn` returns; its process has the soft limit of descriptors that we were started with.
+
+    More than 1024 break a program that uses select(2), and some close all that they could have (systemd.exec(5),
+    LimitNOFILE=).  posix_spawn sets no limits, so ours is lowered meanwhile, which only a thread of ours that opens
+    something would notice.  It would fail if so many are open (`highest_fd` was opened just now, and the kernel gives
+    the lowest that is free); then the process, a moment old, is given its limit from outside.
+    """
+    ours = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if highest_fd + KEPT_BACK_COUNT < DESCRIPTOR_LIMITS[0]:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(DESCRIPTOR_LIMITS[0], ours[0]), ours[1]))
+        try:
+            return spawn()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, ours)
+    pid = spawn()
+    with suppress(OSError):  # it has ended, or runs as another user
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, DESCRIPTOR_LIMITS)
+    return pid
+
+
 class Spawner:
     """Starts the function's processes: path resolved and environment encoded once, only the request's part added.
 
@@ -4128,10 +4338,12 @@ class Spawner:
         remembered = self._program is not None
         if self._program is None:
             self._program = find_program(self._words[0], os.fsdecode(self._environ.get(b"PATH", b"")) or None)
-        try:
-            if self._user is not None:
-                return self._fork_exec(self._program, self._user, environ, streams)
-            return os.posix_spawn(
+        spawn: Callable[[], int]
+        if self._user is not None:
+            spawn = partial(self._fork_exec, self._program, self._user, environ, streams)
+        else:
+            spawn = partial(
+                os.posix_spawn,
                 self._program,
                 self._words,
                 environ,
@@ -4140,6 +4352,8 @@ class Spawner:
                 setsigmask=(),
                 setsigdef=self._defaults,
             )
+        try:
+            return spawn_under_own_limit(spawn, max(streams))
         except FileNotFoundError:
             self._program = None  # it may have moved, or come, since PATH was searched
             if not remembered:
@@ -5152,7 +5366,8 @@ async def serve(settings: Settings, environ: Mapping[str, str], doors: Doors, gu
         lock_path = None if settings.suppress_lock else lock_file_path(environ)
         watchdog = Watchdog(settings, pool, lock_path, seat)
         timeouts = ServerTimeouts(settings.read_timeout_s, settings.write_timeout_s, settings.read_timeout_s)
-        server = Server(watchdog, timeouts, watchdog.on_refused, seat)
+        limits = connection_limits(settings.max_connections, settings.max_connections_per_address, 4, seat)
+        server = Server(watchdog, timeouts, watchdog.on_refused, seat, limits)
         metrics_server = start_metrics(doors.metrics, partial(serve_metrics, watchdog.metrics))
         for sock in doors.own:
             server.listen(sock)
@@ -5208,7 +5423,8 @@ async def finished_first(*waits: Awaitable[object]) -> None:
 
 def start_metrics(sockets: Iterable[socket.socket], handler: Handler) -> Server:
     """Serve `handler` on sockets of its own."""
-    server = Server(handler, ServerTimeouts(10.0, 10.0, 60.0))
+    limits = ConnectionLimits(METRICS_CONNECTIONS_COUNT, METRICS_CONNECTIONS_COUNT)
+    server = Server(handler, ServerTimeouts(10.0, 10.0, 60.0), limits=limits)
     for sock in sockets:
         server.listen(sock)
     return server
@@ -5217,9 +5433,11 @@ def start_metrics(sockets: Iterable[socket.socket], handler: Handler) -> Server:
 def settle_descriptors() -> None:
     """Make sure that 0, 1 and 2 are open, and that functions inherit nothing else from the process that started us.
 
+    And have as many others as we may (`raise_descriptor_limit`).
     First of all in each program: a socket that got the number 2 would be sent the log, and libuv aborts when it gets
     one of these numbers for itself.
     """
+    raise_descriptor_limit()
     while (fd := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) <= 2:
         os.set_inheritable(fd, True)
     os.close(fd)
@@ -5227,6 +5445,33 @@ def settle_descriptors() -> None:
         if fd > 2:
             with suppress(OSError):  # the listing's own
                 os.set_inheritable(fd, False)
+
+
+def raise_descriptor_limit() -> None:
+    """Let this program have as many descriptors as it may: the soft limit is for programs that use select(2)."""
+    soft, hard = DESCRIPTOR_LIMITS
+    wanted = MAX_DESCRIPTORS_COUNT if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS_COUNT)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def connection_limits(
+    max_connections: int | None, per_address: int | None, descriptors_each: int, seat: Seat
+) -> ConnectionLimits:
+    """Return this process's part of what the operator allows, but no more than it has descriptors for.
+
+    `descriptors_each` is what a connection takes with all that is done for it.  Without a word from the operator, one
+    address gets three quarters: a proxy in front of us is one, and a stranger must leave room for others.
+    """
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    room = MAX_CONNECTIONS_COUNT
+    if soft != resource.RLIM_INFINITY:
+        room = max((soft - KEPT_BACK_COUNT) // descriptors_each, 1)
+    total = min(seat.share_of(max_connections or MAX_CONNECTIONS_COUNT), room)
+    if max_connections and total < seat.share_of(max_connections) and seat.is_first:
+        allowed = f"{soft} descriptors (LimitNOFILE, ulimit -n) allow {total}"
+        log.warning(f"max_connections={max_connections} is too much: in one process {allowed}")
+    return ConnectionLimits(total, seat.share_of(per_address) if per_address else max(total * 3 // 4, 1))
 
 
 def lock_file_path(environ: Mapping[str, str]) -> str:

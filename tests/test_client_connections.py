@@ -30,7 +30,6 @@ from faashound.watchdog import (
     Url,
     parse_url,
     take_turns,
-    tcp_progress,
 )
 from tests.apart import lo_up, run_apart
 from tests.harness import NOISE_S, free_port, probe_due_s
@@ -72,15 +71,21 @@ async def client_of(*addresses: str) -> AsyncIterator[Client]:
         await client.close()
 
 
+@pytest.fixture
+def tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ssl.SSLContext:
+    """Return what a server on localhost needs for a certificate that we trust."""
+    authority, context = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(context)
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    return context
+
+
 @pytest.mark.parametrize("scheme", ["http", "https"])
 @pytest.mark.parametrize("dead_count", [1, 3])
 def test_client_reaches_the_last_address_when_those_before_it_are_silent(
-    dead_count: int, scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dead_count: int, scheme: str, tls: ssl.SSLContext
 ) -> None:
-    authority, tls = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("localhost").configure_cert(tls)
-    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
-    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
     dead = [f"127.0.0.{number}" for number in range(2, 2 + dead_count)]
 
     async def test() -> None:
@@ -107,11 +112,9 @@ def test_client_goes_on_at_once_when_an_address_refuses() -> None:
     run(test())
 
 
-def test_client_goes_on_when_the_first_address_speaks_no_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    authority, tls = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("localhost").configure_cert(tls)
-    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
-    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+def test_client_goes_on_when_the_first_address_speaks_no_tls(
+    tls: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(watchdog, "ATTEMPT_TIMEOUT_S", 0.5)
 
     async def test() -> None:
@@ -217,11 +220,12 @@ End = Callable[[socket.socket], object]
 class OnceServer:
     """A server in a thread that answers one request of each connection; the second, if it comes, meets `end`."""
 
-    def __init__(self, end: End) -> None:
+    def __init__(self, end: End, tls: ssl.SSLContext | None = None) -> None:
         self.bodies: list[bytes] = []
         self._end = end
+        self._tls = tls
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = parse_url(f"http://127.0.0.1:{self._listener.getsockname()[1]}/")
+        self.url = parse_url(f"{'https' if tls else 'http'}://localhost:{self._listener.getsockname()[1]}/")
 
     def __enter__(self) -> OnceServer:
         threading.Thread(target=self._accept, daemon=True).start()
@@ -237,6 +241,8 @@ class OnceServer:
                 threading.Thread(target=self._serve, args=self._listener.accept()[:1], daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
+        if self._tls is not None:
+            connection = self._tls.wrap_socket(connection, server_side=True)
         with connection, suppress(ConnectionError):
             received = b""
             while not received.endswith((b"0\r\n\r\n" if b"chunked" in received else b"\r\n\r\n", b"whole")):
@@ -281,11 +287,35 @@ NOT_SENT_AGAIN: dict[str, tuple[End, str, SentBody | None]] = {
 }
 
 
-async def send_twice(server: OnceServer, method: str, body: SentBody | None) -> bytes:
+class Events:
+    """When a connection is to be closed, and that it is."""
+
+    def __init__(self) -> None:
+        self.close_now, self.closed = threading.Event(), threading.Event()
+
+    def close(self) -> None:
+        """Have it closed.  The loop stands still meanwhile, and does not see that."""
+        self.close_now.set()
+        assert self.closed.wait(5)
+
+
+def closes_when_told(events: Events) -> End:
+    def end(connection: socket.socket) -> None:
+        events.close_now.wait(5)
+        connection.close()
+        events.closed.set()
+
+    return end
+
+
+async def send_twice(
+    server: OnceServer, method: str, body: SentBody | None, between: Callable[[], None] = lambda: None
+) -> bytes:
     """Send two requests, the second on the connection of the first; return the second's answer."""
     client = Client()
     try:
         await body_of(await client.request("GET", server.url))
+        between()
         response = await client.request(method, server.url, (), pieces() if body is None else body)
         return b"hello" if method == "HEAD" else await body_of(response)
     finally:
@@ -321,32 +351,16 @@ def test_client_sends_once_when_a_new_connection_is_closed_without_an_answer() -
     assert len(heads) == 1
 
 
-@pytest.mark.parametrize("check", ["seen", "on-its-way"])
-@pytest.mark.parametrize("body", [b"whole", pieces], ids=["bytes", "opened"])
+@pytest.mark.parametrize("body", [b"whole", pieces, None], ids=["bytes", "opened", "once"])
+@pytest.mark.parametrize("scheme", ["http", "https"])
 @pytest.mark.parametrize("make_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
-def test_post_loses_nothing_when_its_kept_connection_was_closed_before(
-    make_loop: MakeLoop, body: SentBody, check: str, monkeypatch: pytest.MonkeyPatch
+def test_post_is_not_lost_when_its_kept_connection_was_closed_before(
+    make_loop: MakeLoop, scheme: str, body: SentBody | None, tls: ssl.SSLContext
 ) -> None:
-    """Whether the end of stream is there when the connection is taken, or arrives while the request is on its way."""
-    close_now, closed = threading.Event(), threading.Event()
-
-    def end(connection: socket.socket) -> None:
-        close_now.wait()
-        connection.close()
-        closed.set()
-
-    async def test() -> None:
-        client = Client()
-        await body_of(await client.request("GET", server.url))
-        close_now.set()
-        closed.wait()  # the loop stands still: it does not see that
-        if check == "on-its-way":
-            monkeypatch.setattr(watchdog, "tcp_progress", lambda sock: (True, tcp_progress(sock)[1]))
-        assert await body_of(await client.request("POST", server.url, (), body)) == b"hello"
-        await client.close()
-
-    with OnceServer(end) as server, asyncio.Runner(loop_factory=make_loop) as runner:
-        runner.run(test())
+    events = Events()
+    server = OnceServer(closes_when_told(events), tls if scheme == "https" else None)
+    with server, asyncio.Runner(loop_factory=make_loop) as runner:
+        assert runner.run(send_twice(server, "POST", body, events.close)) == b"hello"
     assert [b"ole" in body for body in server.bodies] == [False, True]
 
 
@@ -363,6 +377,30 @@ def test_body_is_closed_each_time_that_it_was_opened() -> None:
     with OnceServer(reads_and_closes) as server:
         assert asyncio.run(send_twice(server, "PUT", body)) == b"hello"
     assert (len(opened), len(closed)) == (2, 2)
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("make_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def test_streamed_bodies_arrive_one_after_the_other(make_loop: MakeLoop, scheme: str, tls: ssl.SSLContext) -> None:
+    async def large() -> AsyncGenerator[bytes, None]:
+        yield b"a"
+        yield bytes(1 << 20)
+
+    async def count(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            await read_head(reader)
+            await reader.readexactly(1 + (1 << 20))
+            writer.write(HELLO)
+
+    async def test() -> None:
+        async with serving(count, tls if scheme == "https" else None) as url, asyncio.timeout(15):
+            client = Client()
+            for _ in range(4):
+                assert await body_of(await client.request("POST", url, (), large, 1 + (1 << 20))) == b"hello"
+            await client.close()
+
+    with asyncio.Runner(loop_factory=make_loop) as runner:
+        runner.run(test())
 
 
 # --- Peers that are gone without a word ------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from itertools import product
 from pathlib import Path
 from re import _constants as sre  # type: ignore[attr-defined]
 from re import _parser  # type: ignore[attr-defined]
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -49,7 +49,8 @@ def literal_patterns() -> Iterator[tuple[str, Pattern, str]]:
             if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("re.") and node.args:
                 first, method = node.args[0], ast.unparse(node.func).removeprefix("re.")
                 if isinstance(first, ast.Constant) and method != "compile":
-                    yield f"faashound.{stem}:{node.lineno}", re.compile(first.value), method
+                    pattern: Pattern = re.compile(cast(str, first.value))  # or bytes
+                    yield f"faashound.{stem}:{node.lineno}", pattern, method
 
 
 # Of a pattern that is looked for anywhere, a long run that leads to nothing is read again from each of its bytes.
@@ -75,7 +76,7 @@ def _example_of(item: tuple[Any, Any]) -> str:
     if kind is sre.IN:
         return _member(value)
     if kind in REPEATS:
-        return example(value[2]) * max(value[0], 1)
+        return example(value[2]) * max(int(value[0]), 1)
     if kind is sre.BRANCH:
         return example(value[1][0])
     return example(value[-1]) if kind is sre.SUBPATTERN else ""
@@ -85,8 +86,11 @@ def _member(choices: Sequence[tuple[Any, Any]]) -> str:
     """Return a character of a set."""
     if choices[0][0] is sre.NEGATE:
         return "a"
-    kind, value = choices[-1]
-    return {sre.LITERAL: lambda: chr(value), sre.RANGE: lambda: chr(value[1])}.get(kind, lambda: "0")()
+    kind: object = choices[-1][0]
+    value: Any = choices[-1][1]
+    if kind is sre.LITERAL:
+        return chr(value)
+    return chr(value[1]) if kind is sre.RANGE else "0"  # a category, such as digits
 
 
 def prefixes(items: Sequence[Any]) -> Iterator[str]:
