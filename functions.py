@@ -32,7 +32,6 @@ import dataclasses
 import difflib
 import re
 import socket
-import sys
 import tomllib
 import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -40,8 +39,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .keeper import Child, Keeper, listen_on_loopback
-from .watchdog import BadSettings, FaashoundError, Settings, parse_settings, settings_table
+from .keeper import Child, Keeper, listen_on_loopback, python_command
+from .watchdog import (
+    FUNCTION_VARIABLE,
+    BadSettings,
+    FaashoundError,
+    Settings,
+    parse_settings,
+    settings_table,
+)
 
 DEFAULT_NAMESPACE = "openfaas-fn"  # where OpenFaaS puts a function that names no namespace
 
@@ -415,7 +421,7 @@ class LocalFunctions:
         *,
         environ: Mapping[str, str],
         hidden: Collection[str] = (),
-        watchdog: Sequence[str] = (sys.executable, "-m", "faashound.watchdog"),  # a module is compiled only once
+        watchdog: Sequence[str] = python_command("faashound.watchdog"),
     ) -> None:
         self.table: Mapping[str, Function] = table
         self._command = tuple(watchdog)
@@ -473,6 +479,7 @@ class LocalFunctions:
         return dataclasses.replace(function, url=f"http://{host}:{port}")
 
     def _environ(self, function: Function) -> dict[str, str]:
-        """Return the whole environment of a function's watchdog."""
+        """Return the whole environment of a function's watchdog, which hands the function its part of it."""
         settings = watchdog_settings(function.settings or {})
-        return {**self._base, **settings, **function.environment, "OPENFAAS_NAME": function.name}
+        given = {FUNCTION_VARIABLE + name: value for name, value in function.environment.items()}
+        return {**self._base, **settings, **given, "OPENFAAS_NAME": function.name}

@@ -71,7 +71,7 @@ from .functions import (
     parse_function_url,
     read_functions,
 )
-from .keeper import Keeper
+from .keeper import Keeper, python_command
 from .lookups import system_names
 from .queues import NatsSettings, Queue, QueueUrl, is_healthy, open_queue, parse_queue_url
 from .retries import BadAnnotations, parse_annotations
@@ -87,7 +87,11 @@ from .spool import (
 )
 from .watchdog import (
     CLIENT_GONE_STATUS,
+    CONNECTIONS_DEFAULT,
+    CONNECTIONS_HELP,
     LONGEST_DURATION_S,
+    PER_ADDRESS_DEFAULT,
+    PER_ADDRESS_HELP,
     TEXT_PLAIN,
     WORKERS_HELP,
     Aftercare,
@@ -114,6 +118,7 @@ from .watchdog import (
     UpstreamTimeout,
     Url,
     call_id_of,
+    connection_limits,
     cumulated,
     drain_server,
     end_to_end,
@@ -129,6 +134,7 @@ from .watchdog import (
     parse_choice,
     parse_duration,
     parse_port,
+    parse_positive_count,
     parse_positive_duration,
     parse_settings,
     parse_size,
@@ -140,6 +146,7 @@ from .watchdog import (
     serve_metrics,
     setting,
     settings_table,
+    settle_descriptors,
     start_metrics,
     watch_lifeline,
     whole,
@@ -192,6 +199,12 @@ class Settings(NatsSettings):
         parse_choice("local", "none"),
         "local: run a worker beside the gateway",
         default_note="local with a spool, else none",
+    )
+    max_connections: int | None = setting(
+        "max_connections", "", parse_positive_count, CONNECTIONS_HELP, default_note=CONNECTIONS_DEFAULT
+    )
+    max_connections_per_address: int | None = setting(
+        "max_connections_per_address", "", parse_positive_count, PER_ADDRESS_HELP, default_note=PER_ADDRESS_DEFAULT
     )
     workers: int = setting("workers", "1", parse_workers, WORKERS_HELP)
     max_body_bytes: int = setting(
@@ -992,7 +1005,7 @@ def hidden_names() -> set[str]:
 
 WORKER_GONE_POLL_S = 0.05
 FUNCTIONS_GRACE_S = 10.0  # for watchdogs whose requests are over already
-WORKER_COMMAND = (sys.executable, "-m", "faashound.worker")
+WORKER_COMMAND = python_command("faashound.worker")
 
 
 async def keep_house(queue: Queue, settings: Settings) -> None:
@@ -1052,7 +1065,8 @@ async def serve(plan: Plan, local: LocalFunctions, doors: Doors, duty: Duty) -> 
         metrics_server = start_metrics(doors.metrics, gateway.serve_metrics)
         stack.callback(metrics_server.abort)
         timeouts = ServerTimeouts(settings.read_timeout_s, settings.write_timeout_s, settings.read_timeout_s)
-        server = Server(gateway, timeouts, seat=duty.seat)
+        limits = connection_limits(settings.max_connections, settings.max_connections_per_address, 3, duty.seat)
+        server = Server(gateway, timeouts, seat=duty.seat, limits=limits)
         for sock in doors.own:
             server.listen(sock)
         duty.on_serving()
@@ -1105,6 +1119,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     """Run the gateway and return its exit status: 0 stopped, 1 failed or cut calls, 2 bad settings."""
     argv = list(sys.argv[1:] if argv is None else argv)
     environ = os.environ if environ is None else environ
+    settle_descriptors()
     answer = flag_answer(argv, help_text("fgateway", PURPOSE, Settings))
     if answer is not None:
         return answer

@@ -20,11 +20,13 @@ import fcntl
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from .watchdog import BACKLOG, log
+from .watchdog import BACKLOG, log, spawn_under_own_limit
 
 FIRST_RESTART_S = 0.1
 LONGEST_RESTART_S = 30.0
@@ -34,6 +36,15 @@ BAD_SETTINGS_STATUS = 2  # our programs' exit status for settings that no restar
 
 LISTEN_FD = 3  # systemd's SD_LISTEN_FDS_START
 LIFELINE_FD = 4
+
+
+def python_command(module: str) -> tuple[str, ...]:
+    """Return the command that runs one of our modules, whatever lies in the working directory.
+
+    A module is compiled only once.  Without -P (or PYTHONSAFEPATH) Python would look for `email` and `token` in the
+    working directory first, where people keep their functions beside functions.toml.
+    """
+    return (sys.executable, "-I" if sys.flags.isolated else "-P", "-m", module)
 
 
 def next_restart_s(delay_s: float | None, lived_s: float, status: int) -> float:
@@ -101,7 +112,10 @@ class Child:
             actions.append((os.POSIX_SPAWN_DUP2, self._listener.fileno(), LISTEN_FD))
         actions.append((os.POSIX_SPAWN_DUP2, lifeline, LIFELINE_FD))
         # A group of its own: a terminal's Ctrl-C is for us, who then end our children in order.
-        pid = os.posix_spawn(self._command[0], self._command, self._environ, file_actions=actions, setpgroup=0)
+        spawn = partial(
+            os.posix_spawn, self._command[0], self._command, self._environ, file_actions=actions, setpgroup=0
+        )
+        pid = spawn_under_own_limit(spawn, lifeline)  # it raises its own, and knows then what its functions get
         try:
             self._pidfd = os.pidfd_open(pid)
         except OSError:  # out of descriptors: what cannot be watched must not run

@@ -24,6 +24,14 @@ above it: limits, errors, settings, HTTP policy, HTTP drivers, process rules, pr
 
 from __future__ import annotations
 
+import os
+import sys
+
+if __name__ == "__main__":  # a `token.py` beside this file, or in PYTHONPATH, is a function's: look there last
+    _stdlib = os.path.dirname(os.__file__)
+    if _stdlib in sys.path:
+        sys.path[:] = sys.path[sys.path.index(_stdlib) :] + sys.path[: sys.path.index(_stdlib)]
+
 import asyncio
 import base64
 import ctypes
@@ -39,16 +47,16 @@ import itertools
 import json
 import math
 import mmap
-import os
 import re
+import resource
 import select
 import shlex
 import shutil
 import signal
 import socket
 import ssl
+import stat
 import struct
-import sys
 import time
 import traceback
 import urllib.parse
@@ -73,12 +81,21 @@ VERSION = "0.1.0"
 # Limits, each with its reason.
 # ---------------------------------------------------------------------------------------------------------------
 
+MAX_FIELDS_COUNT = 500  # of a head or a trailer; Apache and Tomcat allow 100, Node 2000; each costs as much as 1 KiB
 MAX_HEAD_BYTES = 65536  # request line and fields; nginx allows 32 KiB, Go 1 MiB, one variable of execve 128 KiB
 BUFFERED_BYTES = 262144  # of a body that waits for its consumer before reading stops: four reads of the loop
+EVENTS_AT_ONCE_COUNT = 64  # heads and chunks of one connection in one turn of the loop: half a millisecond
+FRAMING_BYTES = 262144  # of a chunked body that are not its data, besides two for each byte of data
 BACKLOG = 1024  # connections that the kernel keeps for us while the loop is busy (capped by net.core.somaxconn)
 MAX_LISTEN_FDS_COUNT = 64  # of socket activation
 MAX_WORKERS_COUNT = 64  # processes that share a port
 AUTO_WORKERS_COUNT = 4  # of them if nobody says how many: with its functions a loop keeps two processors busy or more
+MAX_CONNECTIONS_COUNT = 10000  # of one process, if neither the operator nor its descriptors allow fewer: about 100 MiB
+METRICS_CONNECTIONS_COUNT = 64  # of the port that a scraper and some probes look at
+REFUSED_AT_ONCE_COUNT = 16  # connections above the limit that are told so at the same time; more are closed
+TOLD_EVERY_S = 10.0  # the log, that connections are refused
+MAX_DESCRIPTORS_COUNT = 1 << 20  # what we ask for at most; some containers allow 2**30
+KEPT_BACK_COUNT = 64  # descriptors that connections may not take: for listening, files of a queue, pipes to children
 ACCEPTS_COUNT = 64  # connections in one turn of the loop
 TURN_S = 0.002  # a new connection waits so long for the process that has the fewest
 LATE_S = 0.1  # for the first byte on a connection that was accepted as a drain began
@@ -93,6 +110,7 @@ WATCH_IDLE_S = 30  # a connection without traffic is asked so often whether its 
 WATCH_EVERY_S = 10  # ... and again, while there is no answer
 WATCH_COUNT = 3  # ... and as many unanswered questions end it
 SILENT_S = WATCH_IDLE_S + WATCH_EVERY_S * WATCH_COUNT  # what was sent may stay unconfirmed so long
+FAREWELL_S = 1.0  # at the end of a drain: for the answers to requests that did not finish
 CONNECT_TIMEOUT_S = 10.0  # look-up and handshakes; curl waits 300 s, Go's transport 30 s; behind us is a local network
 ATTEMPT_TIMEOUT_S = 5.0  # ... of it for one address, and for TLS: after the third SYN (0, 1 and 3 s), before the fourth
 ATTEMPT_DELAY_S = 0.25  # a silent address has the connection to itself so long (RFC 8305 5, "RECOMMENDED")
@@ -240,6 +258,12 @@ def parse_workers(text: str) -> int:
 WORKERS_HELP = f"processes that share the port; auto: one per usable processor, at most {AUTO_WORKERS_COUNT}"
 
 
+CONNECTIONS_HELP = "connections at once; above it the one that was idle longest is closed, or the new one gets 503"
+CONNECTIONS_DEFAULT = f"{MAX_CONNECTIONS_COUNT} for each worker, or what its descriptors allow"
+PER_ADDRESS_HELP = "connections of one client, an IPv4 address or an IPv6 /64; above it as for max_connections"
+PER_ADDRESS_DEFAULT = "three quarters of max_connections"
+
+
 def usable_processors_count() -> int:
     """Return how many processors this process may keep busy: its affinity, and the quota of its control group."""
     count = len(os.sched_getaffinity(0))
@@ -338,6 +362,11 @@ def settings_table(kind: type) -> dict[str, Setting]:
 S = TypeVar("S")
 
 
+def setting_names(kind: type) -> frozenset[str]:
+    """Return every name and alias by which a setting of `kind` can be given."""
+    return frozenset(name for row in settings_table(kind).values() for name in (row.name, row.alias) if name)
+
+
 def parse_settings(kind: type[S], environ: Mapping[str, str]) -> S:
     """Return `kind`, a settings dataclass, filled from `environ`.
 
@@ -382,8 +411,7 @@ def _parse_row(row: Setting, environ: Mapping[str, str]) -> Any:
 
 def lookalikes(kind: type, environ: Mapping[str, str]) -> list[str]:
     """Return a warning for each variable of `environ` that is not ours but nearly spelled like one of ours."""
-    rows = settings_table(kind).values()
-    known = {name for row in rows for name in (row.name, row.alias) if name}
+    known = setting_names(kind)
     warnings = []
     for name in sorted(set(environ) - known):
         close = [name.lower()] if name.lower() in known else difflib.get_close_matches(name, known, 1, cutoff=0.85)
@@ -433,6 +461,12 @@ class Settings:
     )
     max_body_bytes: int = setting("max_body", "0", parse_size, "largest request body, above it 413; 0 is no limit")
     max_inflight: int = setting("max_inflight", "0", parse_count, "requests at once; above it 429; 0 is no limit")
+    max_connections: int | None = setting(
+        "max_connections", "", parse_positive_count, CONNECTIONS_HELP, default_note=CONNECTIONS_DEFAULT
+    )
+    max_connections_per_address: int | None = setting(
+        "max_connections_per_address", "", parse_positive_count, PER_ADDRESS_HELP, default_note=PER_ADDRESS_DEFAULT
+    )
     workers: int = setting("workers", "auto", parse_workers, WORKERS_HELP)
     prewarm: int = setting("prewarm", "0", parse_count, "processes that wait, started, for their request; 0 is none")
     cgi_headers: bool = setting("cgi_headers", "true", parse_bool, "request facts as Http_* environment variables")
@@ -772,26 +806,40 @@ class Seat:
 Header = tuple[bytes, bytes]
 Headers = Sequence[Header]
 
+# What repeats gives nothing back (`++`, `*+`): a run that can be divided in two ways costs the square of its length.
 _TEXT = r"[\x21-\x7e\x80-\xff]"
-_VALUE = rf"(?:{_TEXT}+(?:[ \t]+{_TEXT}+)*)?"
+_VALUE = rf"(?:{_TEXT}++(?:[ \t]++{_TEXT}++)*+)?"
 _TARGET = r"(?:/[\x21-\x7e]*|[Hh][Tt][Tt][Pp][Ss]?://[\x21-\x7e]+|(?<=^OPTIONS )\*)"
 
 
 def _tighten_h11_grammar() -> None:
-    """Replace three patterns of h11 0.16, which setup.py pins, by the strict ones; h11 goes on doing all framing."""
-    for name in ("request_line_re", "header_field_re", "chunk_header_re"):
-        if not isinstance(getattr(h11._readers, name, None), re.Pattern):
-            raise ImportError(f"this h11 has no _readers.{name} to tighten; install h11 0.16")
+    """Replace three patterns of h11 0.16.0, which setup.py pins, by strict ones, and have it count a head's fields.
+
+    h11 goes on doing all framing.
+    """
+    readers = h11._readers
+    for name in ("request_line_re", "header_field_re", "chunk_header_re", "_decode_header_lines"):
+        if not hasattr(readers, name):
+            raise ImportError(f"this h11 has no _readers.{name} to tighten; install h11 0.16.0")
     token = h11._abnf.token
-    h11._readers.request_line_re = re.compile(
+    readers.request_line_re = re.compile(
         rf"(?P<method>{token}) (?P<target>{_TARGET}) HTTP/(?P<http_version>1\.[01])".encode()
     )
-    h11._readers.header_field_re = re.compile(
-        rf"(?P<field_name>{token}):[ \t]*(?P<field_value>{_VALUE})[ \t]*".encode("latin-1")
+    readers.header_field_re = re.compile(
+        rf"(?P<field_name>{token}):[ \t]*+(?P<field_value>{_VALUE})[ \t]*+".encode("latin-1")
     )
-    h11._readers.chunk_header_re = re.compile(
-        rb"(?P<chunk_size>[0-9A-Fa-f]{1,16})(?P<chunk_ext>[ \t]*;[\t\x20-\x7e\x80-\xff]*)?[ \t]*\r\n"
+    readers.chunk_header_re = re.compile(
+        rb"(?P<chunk_size>[0-9A-Fa-f]{1,16})(?P<chunk_ext>[ \t]*+;[\t\x20-\x7e\x80-\xff]*+)?[ \t]*+\r\n"
     )
+    readers._decode_header_lines = partial(_decode_few_lines, readers._decode_header_lines)
+
+
+def _decode_few_lines(
+    decode: Callable[[Sequence[bytes]], Iterable[Header]], lines: Sequence[bytes]
+) -> Iterable[Header]:
+    if len(lines) > MAX_FIELDS_COUNT:
+        raise h11.LocalProtocolError("too many header fields", error_status_hint=431)
+    return decode(lines)
 
 
 _tighten_h11_grammar()
@@ -813,12 +861,13 @@ class UnknownCoding(BadRequest):
 
 
 class HeadTooLarge(BadRequest):
-    """The request line and the fields together are over MAX_HEAD_BYTES."""
+    """The request line and the fields together are over MAX_HEAD_BYTES, or there are too many of them."""
 
     status = 431
 
     def __init__(self) -> None:
-        super().__init__(f"request line and headers too large; allowed: {MAX_HEAD_BYTES} bytes in all")
+        limits = f"{MAX_HEAD_BYTES} bytes in all, {MAX_FIELDS_COUNT} headers"
+        super().__init__(f"request line and headers too large; allowed: {limits}")
 
 
 class ExpectationFailed(BadRequest):
@@ -833,6 +882,15 @@ class ReadTimeout(FaashoundError):
     status = 408
 
 
+class TooMuchFraming(BadRequest):
+    """The chunks of a body are so small, or their extensions so long, that reading them is mostly waste."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            f"bad request: chunks too small; allowed: {FRAMING_BYTES} bytes of framing, and two for each byte of data"
+        )
+
+
 class BodyTooLarge(FaashoundError):
     """The request's body is over the limit."""
 
@@ -840,6 +898,23 @@ class BodyTooLarge(FaashoundError):
 
     def __init__(self, limit_bytes: int) -> None:
         super().__init__(f"request body too large; allowed: {limit_bytes} bytes")
+
+
+class Stopping(FaashoundError):
+    """The request did not finish before this server had to end."""
+
+    status = 503
+    headers = ((b"Retry-After", b"1"),)
+
+    def __init__(self) -> None:
+        super().__init__("the server is stopping; the request was given up")
+
+
+class TooManyConnections(FaashoundError):
+    """There is no room for another connection, and none that waits for a request could be closed for it."""
+
+    status = 503
+    headers = ((b"Retry-After", b"1"),)
 
 
 class PeerGone(FaashoundError):
@@ -1141,7 +1216,7 @@ class CountedBody:
 
     def feed(self, data: bytes) -> bytes:
         """Take what belongs to the body; return the rest, which is h11's."""
-        if not self._reader._remaining or self._waiting or self._conn.trailing_data[0]:
+        if not self._reader._remaining or self._waiting or self._conn._receive_buffer:
             return data
         self._waiting = self._counted(data[: self._reader._remaining])
         return data[len(self._waiting) :]
@@ -1150,6 +1225,27 @@ class CountedBody:
         """Return what has come since the last time."""
         taken, self._waiting = self._waiting, b""
         return taken
+
+
+class ChunkedBody:
+    """Weighs what an incoming chunked body spends on framing against its data; h11 reads it.
+
+    A chunk costs the same however little it holds.  Go's net/http keeps such accounts too (ErrLineTooLong of its
+    chunked reader), though only of what a chunk's line has beyond its size.
+    """
+
+    def __init__(self, conn: h11.Connection) -> None:
+        self._conn = conn
+        self._data_bytes = 0
+        self.fed_bytes = len(conn._receive_buffer)
+
+    def take(self, data: bytes) -> bytes:
+        """Return `data`, a chunk that h11 gave; raises TooMuchFraming."""
+        self._data_bytes += len(data)
+        framing_bytes = self.fed_bytes - len(self._conn._receive_buffer) - self._data_bytes
+        if framing_bytes > FRAMING_BYTES + 2 * self._data_bytes:
+            raise TooMuchFraming
+        return data
 
 
 class ServerWire:
@@ -1164,13 +1260,19 @@ class ServerWire:
         self._lead_ignored = False
         self._plain = self._whole = False
         self._counted: CountedBody | None = None
+        self._chunked: ChunkedBody | None = None
         self._ended = False
         self.head_request = False
 
     @property
     def started(self) -> bool:
         """True once the first byte of a request has come and until the exchange is over."""
-        return self._conn.their_state is not h11.IDLE or bool(self._conn.trailing_data[0])
+        return self._conn.their_state is not h11.IDLE or self.waiting_bytes > 0
+
+    @property
+    def waiting_bytes(self) -> int:
+        """What was fed and has not become an event yet."""
+        return len(self._conn._receive_buffer)
 
     def feed(self, data: bytes) -> None:
         """Take bytes from the peer; b"" is its end of stream."""
@@ -1182,6 +1284,8 @@ class ServerWire:
             data = self._counted.feed(data)
             if not data:
                 return
+        if self._chunked is not None:
+            self._chunked.fed_bytes += len(data)
         if self._conn.their_state is not h11.MUST_CLOSE:  # else it asked to close, and what follows is void
             self._conn.receive_data(data)
 
@@ -1222,7 +1326,10 @@ class ServerWire:
         if type(event) is h11.Request:
             head = self._checked_head(event)
             self._counted = CountedBody.of(self._conn)
+            self._chunked = ChunkedBody(self._conn) if self._counted is None else None
             return head
+        if type(event) is h11.Data and self._chunked is not None:
+            return self._chunked.take(bytes(event.data))
         return _meaning(event)
 
     def _checked_head(self, event: h11.Request) -> tuple[bytes, bytes, Headers]:
@@ -1277,7 +1384,7 @@ class ServerWire:
         next request, at a fraction of what it costs to walk the old one through an answer.
         """
         plain = self._plain and not close and status >= 200 and status not in (204, 304) and length == len(body)
-        if not plain or not self.peer_done or self._conn.trailing_data[1]:
+        if not plain or not self.peer_done or self._conn._receive_buffer_closed:
             head = self.build_head(status, headers, length, close)
             return head + (self.build_chunk(body) if body else b"") + self.end()
         start = b"HTTP/1.1 %d %b\r\n%bContent-Length: %d\r\n\r\n"
@@ -1310,7 +1417,7 @@ class ServerWire:
         if self._conn.our_state is not h11.DONE or self._conn.their_state is not h11.DONE:
             return False
         self._conn.start_next_cycle()
-        self._counted, self._ended = None, False
+        self._counted, self._chunked, self._ended = None, None, False
         waiting = self._conn.trailing_data[0]
         self._lead_ignored = bool(waiting)  # an empty line can only lead, not stand in what has begun to arrive
         if waiting[:1] == b"\r":
@@ -1322,7 +1429,7 @@ class ServerWire:
         waiting, closed = self._conn.trailing_data
         self._conn = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
         self._lead_ignored = self._whole = self._ended = False
-        self._counted = None
+        self._counted = self._chunked = None
         if waiting:
             self.feed(waiting)
         if closed:
@@ -1439,6 +1546,51 @@ class ClientWire:
         return True
 
 
+# What h11 must not let through, on each of the ways that are tightened from outside, and some of its own.
+_FIELD_FLAWS = (b"X-A: a\x01", b"X-A : a", b"Content-Length: 1\r\nContent-Length: 2", b"Transfer-Encoding: gzip")
+_CHUNK_FLAWS = (b"1;a\rb\r\nx\r\n", b"0x1\r\nx\r\n", b"1\r\nxx\r\n")
+_CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n"
+HOSTILE_REQUESTS = (
+    b"GET / HTTP/2.0\r\nHost: h\r\n\r\n",
+    b"GET path HTTP/1.1\r\nHost: h\r\n\r\n",
+    b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 0\r\n" + _CHUNKED + b"0\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: h\r\n" + b"X-A: a\r\n" * MAX_FIELDS_COUNT + b"\r\n",
+    *(b"POST / HTTP/1.1\r\nHost: h\r\n%b\r\n\r\n" % flaw for flaw in _FIELD_FLAWS),
+    *(b"POST / HTTP/1.1\r\nHost: h\r\n" + _CHUNKED + flaw for flaw in _CHUNK_FLAWS),
+)
+HOSTILE_RESPONSES = (
+    b"HTTP/1.1 2000 OK\r\n\r\n",
+    *(b"HTTP/1.1 200 OK\r\n%b\r\n\r\n" % flaw for flaw in _FIELD_FLAWS),
+    *(b"HTTP/1.1 200 OK\r\n" + _CHUNKED + flaw for flaw in _CHUNK_FLAWS),
+)
+
+
+def _refuses(wire: ServerWire | ClientWire, hostile: bytes) -> bool:
+    try:
+        wire.feed(hostile)
+        while wire.next_event() not in (Sign.NEED_DATA, Sign.PAUSED, Sign.CLOSED):
+            continue
+    except (BadRequest, PeerGone):
+        return True
+    return False
+
+
+def _asking_wire() -> ClientWire:
+    wire = ClientWire()
+    wire.build_whole(b"GET", b"/", [(b"Host", b"h")], b"", None)
+    return wire
+
+
+def _try_h11_grammar() -> None:
+    """Raise ImportError unless both wires refuse what no h11 of another version may start to let through."""
+    passed = [hostile for hostile in HOSTILE_REQUESTS if not _refuses(ServerWire(), hostile)]
+    passed += [hostile for hostile in HOSTILE_RESPONSES if not _refuses(_asking_wire(), hostile)]
+    if passed:
+        raise ImportError(f"h11 {h11._version.__version__} lets through {passed[0][:80]!r}; install h11 0.16.0")
+
+
+_try_h11_grammar()
+
 # ---------------------------------------------------------------------------------------------------------------
 # HTTP drivers: they read, feed, write and arm timers.  They know nothing of processes.
 #
@@ -1447,7 +1599,9 @@ class ClientWire:
 # when its answer can reach nobody (the client hung up) or is already known (the rest of the request is broken or
 # late), so a handler needs no other sign.  An end of stream from the client counts as hanging up, as in Go: TCP
 # cannot tell a half-closed connection from a closed one.
-# Back-pressure: no reading while a body has BUFFERED_BYTES waiting, no writing while the transport has bytes unsent.
+# Back-pressure: no reading while a body has BUFFERED_BYTES waiting, or more than a head of what was read is still to be
+# parsed, in whatever phase; no writing while the transport has bytes unsent.
+# Fairness: of one connection only so many heads and chunks are taken in one turn of the loop, the rest in the next.
 # Deadlines: `read` runs from a request's first byte to its last, but stands still while we do not read; `write`
 # from a response's first byte until the kernel has the last; `idle` between requests.
 # ---------------------------------------------------------------------------------------------------------------
@@ -1630,6 +1784,98 @@ _DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
 
+@dataclass(frozen=True, slots=True)
+class ConnectionLimits:
+    """How many connections one process takes, in all and from one address (see `network_of`)."""
+
+    total_count: int = MAX_CONNECTIONS_COUNT
+    per_address_count: int = MAX_CONNECTIONS_COUNT
+
+
+_MAPPED_IPV4 = bytes(10) + b"\xff\xff"  # RFC 4291 2.5.5.2: how a socket for both protocols shows IPv4
+
+
+def network_of(peername: object) -> bytes:
+    """Return what stands for the client at `peername`: its IPv4 address, or its IPv6 network of 64 bits.
+
+    Whoever has one IPv6 address has the network (RFC 4291 2.5.4).  b"" for what has no address: Unix sockets.
+    """
+    if not isinstance(peername, tuple):
+        return b""
+    host = str(peername[0]).partition("%")[0]
+    if ":" not in host:
+        return socket.inet_aton(host)
+    packed = socket.inet_pton(socket.AF_INET6, host)
+    return packed[12:] if packed.startswith(_MAPPED_IPV4) else packed[:8]
+
+
+class Roster:
+    """Who is connected, and who of them goes first when there is no more room.
+
+    That is the one which has waited longest for a request, or for the rest of its head: nothing is lost with it.  Those
+    that wait stand in the order of their last answer.  One that has begun an exchange since is left there, and left out
+    when it is its turn, so that an exchange costs no more than two moves in ordered dictionaries.
+    """
+
+    def __init__(self, limits: ConnectionLimits) -> None:
+        self._limits = limits
+        self._count = 0
+        self._counts: dict[bytes, int] = {}
+        self._waiting: dict[bytes | None, OrderedDict[ServerConnection, None]] = {None: OrderedDict()}
+
+    def is_full(self, network: bytes) -> bool:
+        """Tell whether one more from `network` takes the place of another, if it is admitted at all."""
+        return self._count >= self._limits.total_count or self._is_crowded(network)
+
+    def _is_crowded(self, network: bytes) -> bool:
+        return bool(network) and self._counts.get(network, 0) >= self._limits.per_address_count
+
+    def make_room(self, network: bytes) -> TooManyConnections | None:
+        """Close a connection, that another from `network` be admitted; return why it is not if none can be closed."""
+        if self._is_crowded(network):
+            if self._close_oldest(network):
+                return None
+            allowed = f"{self._limits.per_address_count} (max_connections_per_address)"
+            return TooManyConnections(f"too many connections from this address; allowed: {allowed}")
+        if self._close_oldest(None):
+            return None
+        return TooManyConnections(f"too many connections; allowed: {self._limits.total_count} (max_connections)")
+
+    def _close_oldest(self, network: bytes | None) -> bool:
+        line = self._waiting.get(network)
+        while line:
+            connection = next(iter(line))
+            del line[connection]
+            if connection.close_if_waiting():
+                return True
+        return False
+
+    def enter(self, connection: ServerConnection) -> None:
+        """Count a new connection, which waits for its first request."""
+        network = connection.network
+        self._count += 1
+        self._counts[network] = self._counts.get(network, 0) + 1
+        connection.lines = (self._waiting[None], self._waiting.setdefault(network, OrderedDict()))
+        self.wait(connection)
+
+    def leave(self, connection: ServerConnection) -> None:
+        """Forget a connection that was counted."""
+        network = connection.network
+        self._count -= 1
+        self._counts[network] -= 1
+        for line in connection.lines:
+            line.pop(connection, None)
+        if not self._counts[network]:
+            del self._counts[network], self._waiting[network]
+
+    @staticmethod
+    def wait(connection: ServerConnection) -> None:
+        """Put a connection that waits for its next request behind all others."""
+        for line in connection.lines:
+            line[connection] = None
+            line.move_to_end(connection)
+
+
 class Listener:
     """Accepts from a listening socket, in turns with the other processes that do: who has the fewest connections first.
 
@@ -1638,10 +1884,10 @@ class Listener:
     Whoever is takes all that wait: the loop's own server takes one in a turn, and the last of many waited for long.
     """
 
-    def __init__(self, sock: socket.socket, make: Callable[[], ServerConnection], seat: Seat) -> None:
+    def __init__(self, sock: socket.socket, server: Server, seat: Seat) -> None:
         self._loop = asyncio.get_running_loop()
         self._sock = sock
-        self._make = make
+        self._server = server
         self._seat = seat
         self._opening: set[asyncio.Task[Any]] = set()
         self._pause: asyncio.TimerHandle | None = None
@@ -1670,7 +1916,7 @@ class Listener:
     def _accept(self) -> bool:
         """Accept a connection; tell whether there may be more."""
         try:
-            connection, _ = self._sock.accept()
+            sock, peername = self._sock.accept()
         except ConnectionError:  # that client has gone again
             return True
         except BlockingIOError:
@@ -1679,19 +1925,22 @@ class Listener:
             log.error(f"cannot accept a connection: {_strerror(error)}")
             self._rest(ACCEPT_PAUSE_S)
             return False
-        self._seat.board.connections[self._seat.index] += 1
-        task = self._loop.create_task(self._open(connection))
+        is_full, connection = self._server.admit(network_of(peername))
+        if connection is None:
+            sock.close()
+            return False
+        task = self._loop.create_task(self._open(connection, sock))
         self._opening.add(task)
         task.add_done_callback(self._opening.discard)
-        return True
+        return not is_full  # what had to make room closes its descriptor in the next turn
 
-    async def _open(self, connection: socket.socket) -> None:
+    async def _open(self, connection: ServerConnection, sock: socket.socket) -> None:
         try:
-            await self._loop.connect_accepted_socket(self._make, connection)
+            await self._loop.connect_accepted_socket(lambda: connection, sock)
         except OSError as error:
             log.info(f"a connection could not be opened: {_strerror(error)}")
-            connection.close()
-            self._seat.board.connections[self._seat.index] -= 1
+            sock.close()
+            self._server.forget(connection)
 
     def close(self) -> None:
         """Accept no more."""
@@ -1706,8 +1955,8 @@ class Server:
     """Serves `handler` on any number of listening sockets.
 
     `on_refused` is told of each request that was answered without a handler: the request, None if it had no valid head,
-    and the error.  `seat` tells of the other processes that serve the same sockets.
-    Obligations: `listen` each socket, then at the end `stop_accepting`, `drained`, `abort`, in this order.
+    and the error.  `seat` tells of the other processes that serve the same sockets, `limits` are this one's.
+    Obligations: `listen` each socket, then at the end `stop_accepting`, `drained`, `give_up`, in this order.
     """
 
     def __init__(
@@ -1716,8 +1965,12 @@ class Server:
         timeouts: ServerTimeouts,
         on_refused: Callable[[Request | None, FaashoundError], None] = lambda request, error: None,
         seat: Seat | None = None,
+        limits: ConnectionLimits = ConnectionLimits(),
     ) -> None:
         self._seat = seat or Seat(Board())
+        self._roster = Roster(limits)
+        self._refused_count = 0
+        self._told_s = -math.inf
         self.handler = handler
         self.timeouts = timeouts
         self.on_refused = on_refused
@@ -1729,12 +1982,40 @@ class Server:
     def listen(self, sock: socket.socket) -> None:
         """Accept connections on `sock`, bound already, TCP or Unix; the server owns it from here."""
         self._seat.serves(True)
-        self._listeners.append(Listener(sock, lambda: ServerConnection(self), self._seat))
+        self._listeners.append(Listener(sock, self, self._seat))
+
+    def admit(self, network: bytes) -> tuple[bool, ServerConnection | None]:
+        """Listener: return whether there is no more room, and what serves a new connection, None if it is to be closed.
+
+        One that finds no room is told so, if not too many are told already.
+        """
+        was_full = self._roster.is_full(network)
+        refusal = self._roster.make_room(network) if was_full else None
+        if refusal is not None:
+            self._tell(refusal)
+            if self._refused_count >= REFUSED_AT_ONCE_COUNT:
+                return True, None
+            self._refused_count += 1
+        connection = ServerConnection(self, network, refusal)
+        if refusal is None:
+            self._roster.enter(connection)
+        self._seat.board.connections[self._seat.index] += 1
+        return was_full, connection
+
+    def _tell(self, refusal: TooManyConnections) -> None:
+        now_s = time.monotonic()
+        if now_s >= self._told_s + TOLD_EVERY_S:
+            self._told_s = now_s
+            log.warning(f"connections are refused: {refusal}")
 
     def forget(self, connection: ServerConnection) -> None:
-        """Connection: it is closed."""
+        """Connection: it is closed, or was never opened."""
         self.connections.discard(connection)
         self._seat.board.connections[self._seat.index] -= 1
+        if connection.is_surplus:
+            self._refused_count -= 1
+        else:
+            self._roster.leave(connection)
 
     def stop_accepting(self) -> None:
         """Close the listening sockets and idle connections; what is in flight goes on and then closes.  Repeatable."""
@@ -1754,6 +2035,18 @@ class Server:
         except TimeoutError:
             return False
         return True
+
+    @property
+    def busy_count(self) -> int:
+        """The connections on which a request is arriving, handled or answered."""
+        return sum(connection.is_busy for connection in self.connections)
+
+    async def give_up(self) -> None:
+        """Answer 503 to every request whose answer has not begun, then cut what is left after FAREWELL_S."""
+        for connection in list(self.connections):
+            connection.give_up()
+        await self.drained(asyncio.get_running_loop().time() + FAREWELL_S)
+        self.abort()
 
     def abort(self) -> None:
         """Cut every connection; their handlers are cancelled."""
@@ -1797,24 +2090,28 @@ NEXT_PHASES = {
 class ServerConnection(asyncio.Protocol):
     """One accepted connection; see the theory above."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, network: bytes, refusal: FaashoundError | None) -> None:
+        self.network = network
+        self.lines: tuple[OrderedDict[ServerConnection, None], ...] = ()  # the roster's, in which it may wait
+        self.is_surplus = refusal is not None
         self._server = server
         self._loop = asyncio.get_running_loop()
         self._wire = ServerWire()
         self._alarm = Alarm(self._loop, self._on_alarm)
         self._transport: asyncio.Transport
+        self._opened = self._closed_early = False
         self._peer = ""
         self._task: asyncio.Task[None] | None = None
         self._request: Request | None = None
         self._handled = False
         self._phase = Phase.IDLE
-        self._refusal: FaashoundError | None = None
-        self._unread_bytes = 0
+        self._refusal = refusal
+        self._advancing = False
         self._read_left_s: float | None = None
         self._discarded_bytes = 0
         self._writable: asyncio.Future[None] | None = None
         self._write_paused = False
-        self._hangup_watched = False
+        self._reading_paused = self._hangup_watched = False
         self.closed = asyncio.Event()
 
     # Callbacks of the transport.
@@ -1825,6 +2122,13 @@ class ServerConnection(asyncio.Protocol):
         peername = transport.get_extra_info("peername")
         self._peer = peername[0] if isinstance(peername, tuple) else ""
         self._server.connections.add(self)
+        if self._refusal is not None:
+            self._enter(Phase.HEAD)
+            self._refuse(self._refusal)
+            return
+        self._opened = True
+        if self._closed_early:
+            self._transport.close()
         # One that was accepted just before a drain may have its request on the way.
         idle_s = LATE_S if self._server.draining else self._server.timeouts.idle_s
         self._alarm.set(self._loop.time() + idle_s)
@@ -1835,14 +2139,16 @@ class ServerConnection(asyncio.Protocol):
             return
         if self._phase is Phase.IDLE:
             self._begin_receiving()
-        elif self._phase is Phase.HANDLING:
-            self._unread_bytes += len(data)
         self._wire.feed(data)
-        self._advance()
+        if self._advancing:
+            self._throttle()
+        else:
+            self._advance()
 
     def eof_received(self) -> bool:
         if self._phase is Phase.SENDING:
-            return True  # the answer is on its way, and whoever half-closed may still read it
+            self._reading_paused = True  # by the transport; it will say so again when we read on after the answer
+            return True  # whoever half-closed may still read it
         self._cancel()
         return False
 
@@ -1874,21 +2180,36 @@ class ServerConnection(asyncio.Protocol):
         self._alarm.set(self._loop.time() + self._server.timeouts.read_s)
 
     def _advance(self) -> None:
+        """Take what the wire has, up to EVENTS_AT_ONCE_COUNT; then others are served before the rest."""
+        pieces: list[bytes] = []
+        sign = None
         try:
-            while True:
+            for _ in range(EVENTS_AT_ONCE_COUNT):
                 event = self._wire.next_event()
                 if isinstance(event, bytes):
-                    cast(Request, self._request).body.feed(event)
-                elif event is Sign.END:
-                    self._received_whole()
-                    break  # what follows waits for the end of this exchange
+                    pieces.append(event)
                 elif isinstance(event, Sign):
-                    break
+                    sign = event
+                    break  # after END too: what follows waits for the end of this exchange
                 else:
                     self._begin(*event)
         except BadRequest as error:
             self._refuse(error)
+            return
+        if pieces:
+            cast(Request, self._request).body.feed(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+        if sign is Sign.END:
+            self._received_whole()
+        elif sign is None:
+            self._advancing = True
+            self._loop.call_soon(self._go_on)
         self._throttle()
+
+    def _go_on(self) -> None:
+        """Take the rest, unless the exchange has ended meanwhile."""
+        self._advancing = False
+        if self._refusal is None and self._phase in (Phase.HEAD, Phase.BODY, Phase.SENDING):
+            self._advance()
 
     def _begin(self, method: bytes, target: bytes, headers: Headers) -> None:
         path, query, host = split_target(target, field_value(headers, b"host") or b"")
@@ -1907,25 +2228,29 @@ class ServerConnection(asyncio.Protocol):
         cast(Request, self._request).body.finish()
 
     def _throttle(self) -> None:
-        """Stop reading while enough waits; the read deadline stands still meanwhile."""
+        """Read only while there is room for what comes; the read deadline stands still while the handler is slow."""
         body_bytes = 0 if self._request is None else self._request.body.buffered_bytes
-        too_much = body_bytes >= BUFFERED_BYTES or self._unread_bytes >= MAX_HEAD_BYTES
-        if not too_much or not self._transport.is_reading() or self._transport.is_closing():
-            return
-        self._transport.pause_reading()
-        self._watch_hangup(True)
-        if self._phase is Phase.BODY and self._alarm.when_s is not None:
+        is_full = body_bytes >= BUFFERED_BYTES
+        if is_full and self._phase is Phase.BODY and self._alarm.when_s is not None:
             self._read_left_s = self._alarm.when_s - self._loop.time()
             self._alarm.set(None)
+        if not is_full and self._wire.waiting_bytes <= MAX_HEAD_BYTES:
+            if self._reading_paused:
+                self._resume_reading()
+        elif not self._reading_paused and not self._transport.is_closing():
+            self._reading_paused = True
+            self._transport.pause_reading()
+            self._watch_hangup(True)
 
     def _on_drained(self) -> None:
         """The handler wants more of the body."""
         if self._wire.awaits_continue and self._phase is Phase.BODY:
             self._transport.write(self._wire.build_continue())
-        self._resume_reading()
+        self._throttle()
 
     def _resume_reading(self) -> None:
-        if self._transport.is_reading() or self._transport.is_closing():
+        self._reading_paused = False
+        if self._transport.is_closing():
             return
         self._watch_hangup(False)
         self._transport.resume_reading()
@@ -2036,16 +2361,17 @@ class ServerConnection(asyncio.Protocol):
 
     def _end_exchange(self) -> None:
         self._task = self._request = None
-        self._unread_bytes = 0
         if self._refusal is not None or self._server.draining or not self._wire.next_cycle():
             self._linger()
             return
         self._enter(Phase.IDLE)
+        Roster.wait(self)
         self._alarm.set(self._loop.time() + self._server.timeouts.idle_s)
-        self._resume_reading()
         if self._wire.started:
             self._begin_receiving()
             self._advance()
+        elif self._reading_paused:
+            self._throttle()
 
     def _refuse(self, error: FaashoundError) -> None:
         """Answer `error` instead of whatever the handler would have said, and close."""
@@ -2054,7 +2380,8 @@ class ServerConnection(asyncio.Protocol):
         if self._phase is Phase.SENDING:
             self._transport.close()
             return
-        self._enter(Phase.HANDLING)
+        if self._phase is not Phase.HANDLING:
+            self._enter(Phase.HANDLING)
         if self._task is None:
             self._answer_refusal(None)
         else:
@@ -2082,7 +2409,8 @@ class ServerConnection(asyncio.Protocol):
 
     def _linger(self) -> None:
         """Close so that the client can read the answer: unread input would make the kernel reset the connection."""
-        if (self._wire.peer_done and self._refusal is None) or not self._transport.can_write_eof():
+        in_step = self._wire.peer_done and not isinstance(self._refusal, BadRequest)
+        if in_step or not self._transport.can_write_eof():
             self._transport.close()
             return
         self._enter(Phase.LINGERING)
@@ -2090,17 +2418,40 @@ class ServerConnection(asyncio.Protocol):
         # A client that has broken a rule gets a moment; one whose answer came early may send all that it has to.
         limit_s = LINGER_S if self._refusal is not None else self._server.timeouts.read_s
         self._alarm.set(self._loop.time() + limit_s)
-        self._resume_reading()
+        if self._reading_paused:
+            self._resume_reading()
 
     def _discard(self, count: int) -> None:
         self._discarded_bytes += count
         if self._refusal is not None and self._discarded_bytes > LINGER_BYTES:
             self.abort()
 
+    def close_if_waiting(self) -> bool:
+        """Close unless a whole head has come; tell whether it did."""
+        if not self._opened:  # another came right behind it
+            self._closed_early = True
+            return True
+        if self._phase not in (Phase.IDLE, Phase.HEAD) or self._transport.is_closing():
+            return False
+        self._transport.close()
+        return True
+
     def close_if_idle(self) -> None:
         """Close unless an exchange is going on or beginning."""
         if self._phase is Phase.IDLE:
             self._transport.close()
+
+    @property
+    def is_busy(self) -> bool:
+        """True while an exchange is going on or beginning."""
+        return self._phase not in (Phase.IDLE, Phase.LINGERING) and not self._transport.is_closing()
+
+    def give_up(self) -> None:
+        """Answer that we are stopping, where the answer has not begun; else cut the connection."""
+        if self._phase not in (Phase.HEAD, Phase.BODY, Phase.HANDLING):
+            self.abort()
+        elif self._refusal is None:
+            self._refuse(Stopping())
 
     def abort(self) -> None:
         """Cut the connection now; a running handler is cancelled."""
@@ -3647,6 +3998,30 @@ class Pipes:
         self.stdout = self.stderr = -1
 
 
+DESCRIPTOR_LIMITS = resource.getrlimit(resource.RLIMIT_NOFILE)  # soft and hard, as this program was started with
+
+
+def spawn_under_own_limit(spawn: Callable[[], int], highest_fd: int) -> int:
+    """Return the pid that `spawn` returns; its process has the soft limit of descriptors that we were started with.
+
+    More than 1024 break a program that uses select(2), and some close all that they could have (systemd.exec(5),
+    LimitNOFILE=).  posix_spawn sets no limits, so ours is lowered meanwhile, which only a thread of ours that opens
+    something would notice.  It would fail if so many are open (`highest_fd` was opened just now, and the kernel gives
+    the lowest that is free); then the process, a moment old, is given its limit from outside.
+    """
+    ours = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if highest_fd + KEPT_BACK_COUNT < DESCRIPTOR_LIMITS[0]:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(DESCRIPTOR_LIMITS[0], ours[0]), ours[1]))
+        try:
+            return spawn()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, ours)
+    pid = spawn()
+    with suppress(OSError):  # it has ended, or runs as another user
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, DESCRIPTOR_LIMITS)
+    return pid
+
+
 class Spawner:
     """Starts the function's processes: path resolved and environment encoded once, only the request's part added."""
 
@@ -3665,14 +4040,14 @@ class Spawner:
         self._term_grace_s = term_grace_s
         self._program: str | None = None
         self._defaults = signals_at_default()
-        self._count = itertools.count(1)
 
     def spawn(self, facts: Mapping[bytes, bytes], on_stderr: Callable[[str], None] | None) -> Process:
         """Start a process with `facts` added to its environment; raises StartFailed, or FactsTooLarge (431).
 
         `on_stderr` gets the lines that it writes on stderr; None: stderr joins its output.
         """
-        mark = b"%s.%d" % (self._instance, next(self._count))
+        # Not a number: a process that knows the mark of another call would pass for that call's, and outlive its own.
+        mark = b"%s.%s" % (self._instance, os.urandom(8).hex().encode())
         environ = {**self._environ, **facts, MARK: mark}
         started_s = math.floor(time.clock_gettime(time.CLOCK_BOOTTIME) * _TICKS_PER_S) / _TICKS_PER_S
         try:
@@ -3694,16 +4069,18 @@ class Spawner:
         remembered = self._program is not None
         if self._program is None:
             self._program = find_program(self._words[0], os.fsdecode(self._environ.get(b"PATH", b"")) or None)
+        spawn = partial(
+            os.posix_spawn,
+            self._program,
+            self._words,
+            environ,
+            file_actions=actions,
+            setsid=True,
+            setsigmask=(),
+            setsigdef=self._defaults,
+        )
         try:
-            return os.posix_spawn(
-                self._program,
-                self._words,
-                environ,
-                file_actions=actions,
-                setsid=True,
-                setsigmask=(),
-                setsigdef=self._defaults,
-            )
+            return spawn_under_own_limit(spawn, max(fd for _, fd, _ in actions))
         except FileNotFoundError:
             self._program = None  # it may have moved, or come, since PATH was searched
             if not remembered:
@@ -4011,7 +4388,7 @@ class Watchdog:
             raise MethodNotAllowed(("GET",))
         if not self.accepting:
             raise NotReady("draining")
-        if self._lock_path is not None and not os.path.exists(self._lock_path):
+        if self._lock_path is not None and not is_locked(self._lock_path):
             raise NotReady(f"the lock file {self._lock_path} has gone")
         return Response(200, (TEXT_PLAIN,), b"OK")
 
@@ -4073,6 +4450,19 @@ def output_response(status: int, headers: Sequence[Header], prefix: bytes, outpu
     return Response(status, headers, FileBody(prefix, output.file), len(prefix) + output.bytes_count)
 
 
+def log_prefix(settings: Settings, call_id: str | None) -> str:
+    """Return what stands before each line of a call, or, without an id, of a process that waits for one."""
+    return f"[{call_id or 'none'}] " if settings.log_callid else ""
+
+
+def log_stderr(settings: Settings, prefix: str, line: str) -> None:
+    """Log a line of a function, which says so unless the operator wants it as it is."""
+    if settings.prefix_logs:
+        log.info(f"{prefix}stderr: {line}")
+    else:
+        log.raw(prefix + line)
+
+
 class CallLog:
     """What the log says of one call: a line at its start, one at its end whatever the outcome."""
 
@@ -4081,7 +4471,7 @@ class CallLog:
         self._request = request
         self._settings = settings
         self._call_id = call_id_of(request)
-        self._prefix = f"[{self._call_id or 'none'}] " if settings.log_callid else ""
+        self._prefix = log_prefix(settings, self._call_id)
         self._started_s = time.perf_counter()
 
     def elapsed_s(self) -> float:
@@ -4096,10 +4486,7 @@ class CallLog:
 
     def on_stderr(self, line: str) -> None:
         """The process wrote a line on stderr, which does not join the response."""
-        if self._settings.prefix_logs:
-            log.info(f"{self._prefix}stderr: {line}")
-        else:
-            log.raw(self._prefix + line)
+        log_stderr(self._settings, self._prefix, line)
 
     def ended(self, response: Response, ending: Ending) -> None:
         """The process ended by itself."""
@@ -4164,7 +4551,8 @@ def open_sockets(host: str | None, port: int, environ: Mapping[str, str]) -> lis
         if host is None:
             return [_listen_everywhere(port)]
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        return [_listen(family, sockaddr) for family, _, _, _, sockaddr in found]
+        once = dict.fromkeys((family, sockaddr) for family, _, _, _, sockaddr in found)  # /etc/hosts may repeat itself
+        return [_listen(family, sockaddr) for family, sockaddr in once]
     except (OSError, UnicodeError) as error:
         raise CannotStart(f"cannot listen on {host or 'all interfaces'} port {port}: {error}") from None
 
@@ -4195,7 +4583,7 @@ def _listen_everywhere(port: int) -> socket.socket:
 
 
 def _listen(family: socket.AddressFamily, sockaddr: Any) -> socket.socket:
-    return socket.create_server(sockaddr[:2], family=family, backlog=BACKLOG)
+    return socket.create_server(sockaddr, family=family, backlog=BACKLOG)  # whole: fe80:: means nothing without scope
 
 
 def describe_socket(sock: socket.socket) -> str:
@@ -4260,8 +4648,10 @@ class Guard(Aftercare):
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)
             _list_processes()  # loads what it takes while there is time
-            os.closerange(0, watched)
-            os.closerange(watched + 1, os.sysconf("SC_OPEN_MAX"))
+            for fd in open_descriptors():  # not up to SC_OPEN_MAX, which may be 10^9 (musl, an old glibc)
+                if fd != watched:
+                    with suppress(OSError):
+                        os.close(fd)
             os.read(watched, 1)
             kill_left(self.instance + b".", frozenset().union(*(table.pids() for table in self.roots)))
         finally:
@@ -4302,12 +4692,26 @@ def kill_left(mark_prefix: bytes, sessions: frozenset[int]) -> None:
     """Kill every process that has one of our marks or belongs to one of `sessions`, until two looks find none."""
     empty_count, limit_s = 0, time.monotonic() + SWEEP_LIMIT_S
     while empty_count < 2 and time.monotonic() < limit_s:
-        found = [pid for pid in _list_processes() if _is_left(pid, mark_prefix, sessions)]
+        is_left = partial(_is_left, mark_prefix=mark_prefix, sessions=sessions)
+        found = [pid for pid in _list_processes() if is_left(pid)]
         for pid in found:
-            with suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
+            signal_if(pid, signal.SIGKILL, is_left)
         empty_count = 0 if found else empty_count + 1
         time.sleep(0.005)
+
+
+def signal_if(pid: int, number: signal.Signals, condition: Callable[[int], bool]) -> None:
+    """Signal a process that need not be our child if it meets `condition`, and no other that has got its number since.
+
+    A pidfd means the same process for ever (pidfd_open(2)), so what is found out after it was opened holds for it.
+    """
+    with suppress(ProcessLookupError, PermissionError):
+        pidfd = os.pidfd_open(pid)
+        try:
+            if condition(pid):
+                signal.pidfd_send_signal(pidfd, number)
+        finally:
+            os.close(pidfd)
 
 
 def _is_left(pid: int, mark_prefix: bytes, sessions: frozenset[int]) -> bool:
@@ -4317,6 +4721,11 @@ def _is_left(pid: int, mark_prefix: bytes, sessions: frozenset[int]) -> bool:
         return _read_stat(pid)[0] != b"Z"
     except (ProcessLookupError, FileNotFoundError):
         return False
+
+
+def open_descriptors() -> list[int]:
+    """Return the descriptors that are open in this process, and that of the listing, which is closed again."""
+    return list(map(int, os.listdir("/proc/self/fd")))
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -4377,18 +4786,44 @@ def watch_lifeline(loop: asyncio.AbstractEventLoop, fd: int | None, on_end: Call
     loop.add_reader(fd, on_readable)
 
 
+# A variable of the function that must not be its watchdog's, since it would change our interpreter (PYTHONHOME,
+# LD_PRELOAD), comes behind this prefix.  What else begins like it is between our programs.
+FUNCTION_VARIABLE = "FAASHOUND_FUNCTION_"
+OUR_PREFIX = "FAASHOUND_"
+
+# What systemd means for the process that it has started, and for no child of it (sd_notify(3), sd_listen_fds(3),
+# systemd.exec(5)): a function must not report for us, nor read our credentials.
+_SYSTEMD_ONLY = ("LISTEN_", "NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "CREDENTIALS_DIRECTORY")
+
+# Settings that are no secret of ours, and by which OpenFaaS' own templates (Go's, for one) set their time limits.
+_TOLD_FUNCTIONS = frozenset(("read_timeout", "write_timeout", "exec_timeout", "healthcheck_interval"))
+
+
+def is_ours_alone(name: str) -> bool:
+    """Tell whether a variable of the watchdog's environment is none of its functions' business."""
+    if name.startswith((OUR_PREFIX, *_SYSTEMD_ONLY)):
+        return True
+    return name in setting_names(Settings) and name not in _TOLD_FUNCTIONS
+
+
 def function_environment(environ: Mapping[str, str]) -> dict[bytes, bytes]:
-    """Return the environment that functions start from: ours without what was meant for us alone.
+    """Return the environment that functions start from: ours without what was meant for us alone, and what is theirs.
 
     LC_CTYPE is left out if it came with our interpreter, which sets it in a bare environment (PEP 538).
     """
     with open("/proc/self/environ", "rb") as file:
         coerced = "LC_CTYPE" in os.environ and not re.search(rb"(?:^|\0)LC_CTYPE=", file.read())
-    return {
-        os.fsencode(name): os.fsencode(value)
+    inherited = {
+        name: value
         for name, value in environ.items()
-        if not name.startswith(("LISTEN_", "FAASHOUND_")) and not (coerced and name == "LC_CTYPE")
+        if not is_ours_alone(name) and not (coerced and name == "LC_CTYPE")
     }
+    given = {
+        name.removeprefix(FUNCTION_VARIABLE): value
+        for name, value in environ.items()
+        if name.startswith(FUNCTION_VARIABLE)
+    }
+    return {os.fsencode(name): os.fsencode(value) for name, value in (inherited | given).items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -4625,13 +5060,14 @@ async def serve(settings: Settings, environ: Mapping[str, str], doors: Doors, gu
     spawner = Spawner(reaper, mark, settings.fprocess, function_environment(environ), settings.term_grace_s)
     with ExitStack() as cleanup:
         cleanup.callback(reaper.close)
-        on_stderr = None if settings.combine_output else log.raw
+        on_stderr = None if settings.combine_output else partial(log_stderr, settings, log_prefix(settings, None))
         pool = Pool(reaper, spawner, seat.share_of(settings.prewarm), on_stderr)
         cleanup.callback(pool.close)
         lock_path = None if settings.suppress_lock else lock_file_path(environ)
         watchdog = Watchdog(settings, pool, lock_path, seat)
         timeouts = ServerTimeouts(settings.read_timeout_s, settings.write_timeout_s, settings.read_timeout_s)
-        server = Server(watchdog, timeouts, watchdog.on_refused, seat)
+        limits = connection_limits(settings.max_connections, settings.max_connections_per_address, 4, seat)
+        server = Server(watchdog, timeouts, watchdog.on_refused, seat, limits)
         metrics_server = start_metrics(doors.metrics, partial(serve_metrics, watchdog.metrics))
         for sock in doors.own:
             server.listen(sock)
@@ -4660,15 +5096,15 @@ async def drain(settings: Settings, signals: Signals, server: Server) -> int:
 
 
 async def drain_server(server: Server, signals: Signals, limit_s: float) -> int:
-    """Stop accepting, let what is in flight finish within `limit_s` or until the second signal, cut the rest.
+    """Stop accepting, let what is in flight finish within `limit_s` or until the second signal, give up the rest.
 
-    Returns 0 if nothing was cut, else 1: the exit status.
+    Returns 0 if nothing was given up, else 1: the exit status.
     """
     server.stop_accepting()
-    log.info(f"No new connections allowed, draining: {len(server.connections)} requests")
+    log.info(f"No new connections allowed, draining: {server.busy_count} requests")
     await finished_first(server.drained(time.monotonic() + limit_s), signals.second.wait())
     cut_count = len(server.connections)
-    server.abort()
+    await server.give_up()
     log.info(f"Exiting. Active connections: {cut_count}")
     return 1 if cut_count else 0
 
@@ -4687,37 +5123,94 @@ async def finished_first(*waits: Awaitable[object]) -> None:
 
 def start_metrics(sockets: Iterable[socket.socket], handler: Handler) -> Server:
     """Serve `handler` on sockets of its own."""
-    server = Server(handler, ServerTimeouts(10.0, 10.0, 60.0))
+    limits = ConnectionLimits(METRICS_CONNECTIONS_COUNT, METRICS_CONNECTIONS_COUNT)
+    server = Server(handler, ServerTimeouts(10.0, 10.0, 60.0), limits=limits)
     for sock in sockets:
         server.listen(sock)
     return server
 
 
 def settle_descriptors() -> None:
-    """Make sure that 0, 1 and 2 are open, and that functions inherit nothing else from whoever started us."""
+    """Make sure that 0, 1 and 2 are open, and that functions inherit nothing else from the process that started us.
+
+    And have as many others as we may (`raise_descriptor_limit`).
+    First of all in each program: a socket that got the number 2 would be sent the log, and libuv aborts when it gets
+    one of these numbers for itself.
+    """
+    raise_descriptor_limit()
     while (fd := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) <= 2:
         os.set_inheritable(fd, True)
     os.close(fd)
-    for name in os.listdir("/proc/self/fd"):
-        if int(name) > 2:
+    for fd in open_descriptors():
+        if fd > 2:
             with suppress(OSError):  # the listing's own
-                os.set_inheritable(int(name), False)
+                os.set_inheritable(fd, False)
+
+
+def raise_descriptor_limit() -> None:
+    """Let this program have as many descriptors as it may: the soft limit is for programs that use select(2)."""
+    soft, hard = DESCRIPTOR_LIMITS
+    wanted = MAX_DESCRIPTORS_COUNT if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS_COUNT)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def connection_limits(
+    max_connections: int | None, per_address: int | None, descriptors_each: int, seat: Seat
+) -> ConnectionLimits:
+    """Return this process's part of what the operator allows, but no more than it has descriptors for.
+
+    `descriptors_each` is what a connection takes with all that is done for it.  Without a word from the operator, one
+    address gets three quarters: a proxy in front of us is one, and a stranger must leave room for others.
+    """
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    room = MAX_CONNECTIONS_COUNT
+    if soft != resource.RLIM_INFINITY:
+        room = max((soft - KEPT_BACK_COUNT) // descriptors_each, 1)
+    total = min(seat.share_of(max_connections or MAX_CONNECTIONS_COUNT), room)
+    if max_connections and total < seat.share_of(max_connections) and seat.is_first:
+        allowed = f"{soft} descriptors (LimitNOFILE, ulimit -n) allow {total}"
+        log.warning(f"max_connections={max_connections} is too much: in one process {allowed}")
+    return ConnectionLimits(total, seat.share_of(per_address) if per_address else max(total * 3 // 4, 1))
 
 
 def lock_file_path(environ: Mapping[str, str]) -> str:
-    """Return the path of the lock file, whose existence is what --run-healthcheck looks at."""
-    return os.path.join(environ.get("TMPDIR") or "/tmp", ".lock")  # noqa: S108 - the name is OpenFaaS's
+    """Return the path of the lock file, whose existence is what --run-healthcheck looks at.
+
+    OpenFaaS's name for OpenFaaS's port, which probes know (`cat /tmp/.lock`); another port has a file of its own, or
+    the first of two watchdogs that ended would make the other unhealthy.  It goes by the setting, since a health check
+    has our environment and not our socket.
+    """
+    port = environ.get("port") or settings_table(Settings)["port"].default
+    name = ".lock" if port in ("8080", "0") else f".lock.{port}"
+    return os.path.join(environ.get("TMPDIR") or "/tmp", name)  # noqa: S108 - the name is OpenFaaS's
 
 
 def create_lock_file(environ: Mapping[str, str]) -> str:
-    """Create the lock file and return its path; raises CannotStart."""
+    """Create the lock file and return its path; raises CannotStart.
+
+    $TMPDIR may be writable for others: nothing is followed, waited for (a FIFO) or taken over that is not ours.
+    """
     path = lock_file_path(environ)
     log.info(f"Writing lock-file to: {path}")
     try:
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o660))
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o660)
+        found = os.fstat(fd)
+        os.close(fd)
     except OSError as error:
-        raise CannotStart(f"cannot write {path}: {error.strerror}; suppress_lock=true does without it") from None
-    return path
+        reason = "it is a symbolic link" if error.errno == errno.ELOOP else _strerror(error)
+    else:
+        if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid():
+            return path
+        reason = "it is there already and no file of ours"
+    raise CannotStart(f"cannot write {path}: {reason}; suppress_lock=true does without it")
+
+
+def is_locked(path: str) -> bool:
+    """Tell whether the lock file is there; a symbolic link or a FIFO is none."""
+    with suppress(OSError):
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    return False
 
 
 def remove_lock_file(path: str) -> None:
@@ -4762,7 +5255,7 @@ def read_file(path: str, meaning: str) -> str:
 
 def run_healthcheck(environ: Mapping[str, str]) -> int:
     """Return 0 if the lock file is there, else 1 (the texts are OpenFaaS's)."""
-    if os.path.exists(lock_file_path(environ)):
+    if is_locked(lock_file_path(environ)):
         return 0
     print("unable to find lock file.", file=sys.stderr)
     return 1
@@ -4785,6 +5278,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     """Run the watchdog and return its exit status: 0 stopped, 1 failed or cut calls, 2 bad settings."""
     argv = list(sys.argv[1:] if argv is None else argv)
     environ = os.environ if environ is None else environ
+    settle_descriptors()
     if argv == ["--run-healthcheck"]:
         return run_healthcheck(environ)
     answer = flag_answer(argv, help_text("fwatchdog [--run-healthcheck]", PURPOSE, Settings))
@@ -4794,7 +5288,6 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     if settings is None:
         return 2
     try:
-        settle_descriptors()
         signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whoever started us may have blocked SIGCHLD or SIGTERM
         with ExitStack() as cleanup:
             doors = open_doors(settings.host, settings.port, settings.metrics_port, environ)

@@ -122,6 +122,7 @@ from .watchdog import (
     read_file,
     serve_metrics,
     setting,
+    settle_descriptors,
     start_metrics,
     watch_lifeline,
 )
@@ -852,6 +853,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     """Run the worker and return its exit status: 0 stopped, 1 failed, 2 bad settings."""
     argv = list(sys.argv[1:] if argv is None else argv)
     environ = os.environ if environ is None else environ
+    settle_descriptors()
     if argv[:1] == ["dead"]:
         return dead_letters(argv[1:], environ)
     if argv[:1] == ["migrate"]:

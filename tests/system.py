@@ -46,9 +46,13 @@ class System(Program):
     """A gateway with its local functions and, unless `worker` is none, its worker."""
 
     def __init__(
-        self, functions: str = FUNCTIONS, settings: Mapping[str, str] | None = None, spool: Path | None = None
+        self,
+        functions: str = FUNCTIONS,
+        settings: Mapping[str, str] | None = None,
+        spool: Path | None = None,
+        prefix: Sequence[str] = (),
     ) -> None:
-        super().__init__("gateway", ready_line=GATEWAY_READY)
+        super().__init__("gateway", prefix=prefix, ready_line=GATEWAY_READY)
         self.spool = spool or self.temporary / "spool"
         path = self.temporary / "functions.toml"
         path.write_text(functions)

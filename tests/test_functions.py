@@ -454,7 +454,7 @@ def test_watchdog_gets_a_clean_environment_and_only_its_descriptors(stand_in: tu
         assert {name: text for name, text in inherited.items() if name not in ("PATH", "LC_CTYPE")} == {
             "KEPT": "yes",
             "log_format": "json",
-            "KEPT2": "too",
+            "FAASHOUND_FUNCTION_KEPT2": "too",
             "fprocess": "serve",
             "read_timeout": "7s",
             "healthcheck_interval": "0",

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 
@@ -162,6 +163,44 @@ def test_drain_is_bounded_when_a_function_does_not_end(exec_timeout: str) -> Non
         program.wait_exit(1 + NOISE_S + 1)
         assert not program.functions()
         client.recv(65536)
+
+
+@pytest.mark.parametrize("signals_count", [1, 2], ids=["drained", "at-once"])
+def test_client_gets_a_503_when_its_function_outlasts_the_drain(signals_count: int) -> None:
+    limits = {"write_timeout": "500ms" if signals_count == 1 else "1m", "healthcheck_interval": "0"}
+    with Program("watchdog", {"fprocess": "sleep 600"} | limits) as program:
+        call = InBackground(lambda: http_request(program.port))
+        program.wait_started()
+        for _ in range(signals_count):
+            program.terminate()
+            program.wait_log("draining")
+        answer = call.result()
+        assert (answer.status, answer.headers["connection"]) == (503, "close")
+        assert "stopping" in answer.text
+        assert program.wait_exit(3) == 1
+        assert not program.functions()
+
+
+def test_client_gets_a_503_when_its_request_has_not_arrived_whole_by_the_end_of_the_drain() -> None:
+    limits = {"write_timeout": "500ms", "healthcheck_interval": "0"}
+    with Program("watchdog", {"fprocess": "cat"} | limits) as program, connect(program.port) as client:
+        client.sendall(GET.replace(b"\r\n\r\n", b"\r\nContent-Length: 5\r\n\r\nhe"))
+        program.wait_started()
+        program.terminate()
+        assert read_all(client).startswith(b"HTTP/1.1 503 ")
+        program.wait_exit(3)
+
+
+def test_log_counts_the_requests_in_flight_and_no_idle_connection_when_draining() -> None:
+    with Program("watchdog", settings(WAIT_FOR_GO, healthcheck_interval="0")) as program, ExitStack() as idle:
+        for _ in range(3):
+            idle.enter_context(connect(program.port))
+        call = InBackground(lambda: http_request(program.port))
+        program.wait_started()
+        program.terminate()
+        program.wait_log("No new connections allowed, draining: 1 requests")
+        (program.temporary / "go").touch()
+        assert call.result().text == "went\n"
 
 
 def test_drain_lasts_as_long_as_a_function_may_when_exec_timeout_is_the_larger() -> None:

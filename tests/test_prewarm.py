@@ -100,6 +100,15 @@ def test_request_is_answered_when_a_process_that_waits_is_killed(tmp_path: Path)
         wait_until(lambda: len(program.waiting()) == 2, 10, "the pool full again")
 
 
+@pytest.mark.parametrize(("log_callid", "origin"), [("false", "stderr: "), ("true", "[none] stderr: ")])
+def test_line_says_that_it_is_a_function_s_when_written_before_the_request(log_callid: str, origin: str) -> None:
+    forged = "2026/01/01 00:00:00 Forking fprocess."
+    script = f"echo {forged} >&2; read line; echo $line"
+    settings = {"fprocess": f"sh -c '{script}'", "cgi_headers": "false", "prewarm": "1", "combine_output": "false"}
+    with Program("watchdog", settings | {"log_callid": log_callid}) as program:
+        assert program.wait_log(forged).endswith(f" {origin}{forged}")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_nothing_is_left_when_the_watchdog_ends(tmp_path: Path, number: signal.Signals) -> None:
     with Prewarmed(tmp_path, healthcheck_interval="0") as program:

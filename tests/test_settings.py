@@ -47,6 +47,8 @@ GOOD_AND_BAD: dict[str, tuple[str, list[str]]] = {
     "term_grace": ("2s", ["-1", "soon"]),
     "max_body": ("512MiB", ["-1", "1.5MiB", "512 MiB", "1TiB", "big"]),
     "max_inflight": ("2147483647", ["2147483648", "-1", "1.5", "ten", "99999999999999999999"]),
+    "max_connections": ("1", ["0", "-1", "1.5", "auto", "2147483648"]),
+    "max_connections_per_address": ("2147483647", ["0", "-1", "1.5", "auto", "2147483648"]),
     "workers": ("2", ["0", "-1", "65", "1.5", "many", "AUTO"]),
     "prewarm": ("0", ["-1", "some"]),
     "cgi_headers": ("false", ["yes", "2", "on", "tru"]),

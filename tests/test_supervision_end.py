@@ -74,6 +74,13 @@ def test_functions_are_gone_when_the_guard_was_killed_before_the_watchdog() -> N
             call.result()
 
 
+def test_guard_holds_nothing_but_its_pipe_when_the_watchdog_was_given_descriptors_far_apart() -> None:
+    far = ["/bin/sh", "-c", 'exec 7</dev/null; exec "$@"', "sh"]
+    with Program("watchdog", {"fprocess": "sh"}, prefix=far) as program:
+        held = Path(f"/proc/{guard_of(program)}/fd")
+        wait_until(lambda: len(list(held.iterdir())) == 1, 2.0, "all others closed")
+
+
 def test_trees_are_gone_when_the_watchdog_is_killed_while_they_grow(tmp_path: Path) -> None:
     described = b'{"children": [%b]}' % b", ".join([b'{"traits": ["orphan", "setsid"], "children": [{}, {}]}'] * 30)
     for count in (1, 20, 60):

@@ -237,6 +237,14 @@ def test_process_is_waited_for_when_it_has_closed_its_output(shell: Program) -> 
 # Calls beside each other.
 
 
+def test_mark_of_a_call_tells_nothing_of_another_when_it_is_read_by_the_function(shell: Program) -> None:
+    first, second = (http_request(shell.port, "POST", body=b"echo $FAASHOUND_CALL").text.strip() for _ in range(2))
+    assert first.rpartition(".")[0] == second.rpartition(".")[0]  # by which the guard knows all of a watchdog
+    secrets = [bytes.fromhex(mark.rpartition(".")[2]) for mark in (first, second)]
+    assert len(set(secrets)) == 2
+    assert [len(secret) for secret in secrets] == [8, 8]
+
+
 @contextmanager
 def older(forest: Forest) -> Iterator[set[int]]:
     """While inside, another call runs; yields its processes, and checks at the end that they were let live."""

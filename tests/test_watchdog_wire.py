@@ -9,11 +9,12 @@ import http.client
 import json
 import os
 import re
+import resource
 import shlex
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
@@ -35,8 +36,8 @@ from tests.harness import (
     parse,
     raw,
     read_all,
+    read_until,
     run,
-    server_side,
     wait_until,
 )
 
@@ -53,6 +54,12 @@ def environment_of(body: bytes) -> dict[str, str]:
     """Return what `env -0` printed, without the mark by which the watchdog knows its own."""
     pairs = (entry.decode("utf-8", "surrogateescape").partition("=") for entry in body.split(b"\0") if entry)
     return {name: value for name, _, value in pairs if name != "FAASHOUND_CALL"}
+
+
+def theirs(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return what a function sees of its watchdog's environment, here all but the settings that tests begin with."""
+    ours = ("fprocess", "port", "metrics_port", "workers", "cgi_headers")
+    return {name: value for name, value in environment.items() if name not in ours}
 
 
 def facts(program: Program, request: bytes) -> dict[str, str]:
@@ -383,13 +390,13 @@ def test_dashed_header_keeps_its_value_when_its_underscored_twin_comes_first(pri
 def test_function_inherits_the_environment_of_the_watchdog_when_started(printenv: Program) -> None:
     inherited = environment_of(http_request(printenv.port).body)
     facts_removed = {name: value for name, value in inherited.items() if not name.startswith("Http_")}
-    assert facts_removed == printenv.environment
+    assert facts_removed == theirs(printenv.environment)
 
 
 def test_function_gets_no_facts_when_cgi_headers_is_false() -> None:
     with Program("watchdog", {"fprocess": "env -0", "cgi_headers": "false"}) as program:
         answer = http_request(program.port, "GET", "/p?q", {"X-A": "1"})
-        assert environment_of(answer.body) == program.environment
+        assert environment_of(answer.body) == theirs(program.environment)
 
 
 @pytest.mark.parametrize("size_bytes", [200_000, 3_000_000])
@@ -582,14 +589,50 @@ def test_start_succeeds_when_an_old_lock_file_is_there() -> None:
         assert http_request(program.port, "GET", "/_/health").status == 200
 
 
-def test_start_fails_with_a_reason_when_the_lock_file_cannot_be_written(tmp_path: Path) -> None:
+def test_lock_file_is_of_one_port_when_two_watchdogs_share_a_directory() -> None:
+    port = free_port()
+    with Program("watchdog", {"fprocess": "cat"}) as first:
+        here = {"TMPDIR": str(first.temporary), "port": str(port)}
+        with Program("watchdog", {"fprocess": "cat", "healthcheck_interval": "0", **here}) as second:
+            assert run("watchdog", ["--run-healthcheck"], here).returncode == 0
+            second.terminate()
+            assert second.wait_exit() == 0
+        assert run("watchdog", ["--run-healthcheck"], here).returncode == 1
+        assert http_request(first.port, "GET", "/_/health").status == 200
+
+
+def to_a_file(lock: Path) -> None:
+    (lock.parent / "precious").touch()
+    lock.symlink_to("precious")
+
+
+def of_another_user(lock: Path) -> None:
+    lock.touch()
+    os.chown(lock, 65534, 65534)
+
+
+PLANTED = {
+    "directory": Path.mkdir,
+    "link": to_a_file,
+    "dangling-link": lambda lock: lock.symlink_to("nowhere"),
+    "fifo": os.mkfifo,
+    "another-user's": pytest.param(of_another_user, marks=pytest.mark.skipif(os.geteuid() != 0, reason="needs root")),
+}
+
+
+@pytest.mark.parametrize("plant", PLANTED.values(), ids=PLANTED)
+def test_start_fails_with_a_reason_when_the_lock_file_is_not_ours(
+    tmp_path: Path, plant: Callable[[Path], None]
+) -> None:
     settings = {"fprocess": "cat", "port": "0", "metrics_port": "0", "TMPDIR": str(tmp_path)}
-    (tmp_path / ".lock").mkdir()
+    plant(tmp_path / ".lock")
+    before = sorted(path.name for path in tmp_path.iterdir())
     done = run("watchdog", settings=settings)
     assert done.returncode == 1
     assert ".lock" in done.stderr
     assert "suppress_lock" in done.stderr
     assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 # marshal_request, combine_output
@@ -861,7 +904,8 @@ def limited_by(limit: str, settings: Mapping[str, str]) -> Program:
 
 
 def test_watchdog_serves_again_when_it_had_run_out_of_descriptors() -> None:
-    with limited_by("-n 40", {"fprocess": "cat"}) as program:
+    with Program("watchdog", {"fprocess": "cat"}) as program:
+        resource.prlimit(program.pid, resource.RLIMIT_NOFILE, (40, 40))  # fewer than it counts on
         clients = [connect(program.port) for _ in range(60)]
         wait_until(lambda: program.descriptors() >= 39, 5.0, "all descriptors taken")
         for client in clients:
@@ -872,25 +916,17 @@ def test_watchdog_serves_again_when_it_had_run_out_of_descriptors() -> None:
 
 
 def test_answer_is_500_with_reason_when_there_is_no_descriptor_for_the_pipes() -> None:
-    with limited_by("-n 24", {"fprocess": "cat"}) as program:
-        with connect(program.port) as first:
-            others = []
-            while program.descriptors() < 23:
-                others.append(connect(program.port))
-                wait_until(lambda: http_is_accepted(others[-1]), 2.0, "accepted")
-            first.sendall(b"POST / HTTP/1.1\r\nHost: h\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
-            (answer,) = parse(read_all(first))
-            assert answer.status == 500
-            assert "too many open files" in answer.text.lower()
-            for other in others:
-                other.close()
-        wait_until(lambda: program.descriptors() < 20, 5.0, "descriptors given back")
+    with Program("watchdog", {"fprocess": "cat"}) as program, connect(program.port) as client:
+        client.sendall(b"GET /_/health HTTP/1.1\r\nHost: h\r\n\r\n")
+        read_until(client, b"OK")
+        allowed = resource.prlimit(program.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(program.pid, resource.RLIMIT_NOFILE, (program.descriptors(), allowed[1]))
+        client.sendall(b"POST / HTTP/1.1\r\nHost: h\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
+        (answer,) = parse(read_all(client))
+        assert answer.status == 500
+        assert "too many open files" in answer.text.lower()
+        resource.prlimit(program.pid, resource.RLIMIT_NOFILE, allowed)
         assert post(program, b"hello").body == b"hello"
-
-
-def http_is_accepted(client: socket.socket) -> bool:
-    """Tell whether the server has accepted `client` (its descriptor is counted then)."""
-    return server_side(client) is not None
 
 
 def test_answer_is_500_and_watchdog_lives_on_when_the_disk_takes_no_more() -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import h11
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from faashound.watchdog import ClientWire, Header, PeerGone, ServerWire, Sign
+from faashound.watchdog import HOSTILE_REQUESTS, BadRequest, ClientWire, Header, PeerGone, ServerWire, Sign
 
 POST = b"POST /a HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\nhello"
 NEXT = b"GET /b HTTP/1.1\r\nHost: h\r\n\r\n"
@@ -250,3 +255,27 @@ def test_client_refuses_to_send_a_head_when_it_could_change_the_framing(
 ) -> None:
     with pytest.raises(h11.LocalProtocolError):
         ClientWire().build_whole(method, target, [(b"Host", b"h"), field], b"", 0)
+
+
+# h11's grammar, tightened from outside
+
+
+@pytest.mark.parametrize("hostile", HOSTILE_REQUESTS, ids=range(len(HOSTILE_REQUESTS)))
+def test_wire_refuses_a_request_when_it_is_one_of_those_tried_at_the_start(hostile: bytes) -> None:
+    with pytest.raises(BadRequest):
+        received(hostile)
+
+
+@pytest.mark.parametrize("pattern", ["chunk_header_re", "header_field_re", "request_line_re"])
+def test_program_does_not_start_when_h11_lets_hostile_bytes_through(tmp_path: Path, pattern: str) -> None:
+    shutil.copytree(Path(h11.__file__).parent, tmp_path / "h11")
+    readers = tmp_path / "h11" / "_readers.py"
+    loose = re.sub(rf"\b{pattern}\b", f"{pattern}_cached", readers.read_text(encoding="utf-8"))
+    readers.write_text(f"{loose}\n{pattern} = {pattern}_cached\n", encoding="utf-8")
+    (tmp_path / "h11" / "_version.py").write_text('__version__ = "0.16.1"\n', encoding="utf-8")
+    start = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import faashound.watchdog"
+    ended = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    last_line = ended.stderr.splitlines()[-1]
+    assert last_line.startswith("ImportError: h11 0.16.1 lets through ")
+    assert last_line.endswith("install h11 0.16.0")
