@@ -51,6 +51,7 @@ import stat
 import threading
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
@@ -1020,7 +1021,7 @@ def _sql_put_calls(count: int) -> str:
 
 def _calls_values(call: NewCall) -> tuple[object, ...]:
     times = call.due_s, call.expires_s, call.idempotency_key, call.accepted_s
-    return call.id, call.function, call.queue, *times
+    return call.id, str(call.function), call.queue, *times  # an exact str spares sqlite3 a search for adapters
 
 
 @lru_cache
@@ -1085,12 +1086,11 @@ def _put_all(tx: _Transaction, puts: Sequence[_Put]) -> None:
     Python gives its lock away for each row that a statement yields or is run for, and a busy event loop takes its time
     to hand it back: so there is a statement for many rows, of few different lengths, as each has to be prepared.
     """
-    totals: dict[FunctionName, tuple[int, int]] = {}
+    bodies: defaultdict[FunctionName, list[int]] = defaultdict(list)
     for put in puts:
-        calls_count, bytes_count = totals.get(put.call.function, (0, 0))
-        totals[put.call.function] = calls_count + 1, bytes_count + put.call.body.bytes_count
-    for function, total in totals.items():
-        tx.db.execute(SQL_ADD_WAITING, _check_limits(tx.db, function, *total, puts[0].limits))
+        bodies[put.call.function].append(put.call.body.bytes_count)
+    for function, counts in bodies.items():
+        tx.db.execute(SQL_ADD_WAITING, _check_limits(tx.db, function, len(counts), sum(counts), puts[0].limits))
     done_count = 0
     while done_count < len(puts):
         count = min(1 << (len(puts) - done_count).bit_length() - 1, ROWS_COUNT)
@@ -2523,7 +2523,7 @@ class _Operation:
     @property
     def refused_file(self) -> str | None:
         """The body's file of a call that did not get into the queue: no row names it, or ever will."""
-        if not isinstance(self.run, _Put) or (self.error is None and self.answer is None):
+        if not isinstance(self.run, _Put):
             return None
         file = self.run.call.body.file
         return None if isinstance(self.answer, Call) and self.answer.body.file == file else file
@@ -2562,8 +2562,9 @@ class _Writer:
     ) -> asyncio.Future[T]:
         """The future of what `run` returns, done once that is on disk; `body`: what it writes that may be large."""
         future: asyncio.Future[T] = self._loop.create_future()
-        joins = isinstance(run, _Put) and run.call.idempotency_key is None
-        body = run.call.body if isinstance(run, _Put) else body
+        joins = False
+        if isinstance(run, _Put):
+            joins, body = run.call.idempotency_key is None, run.call.body
         bytes_count = 0 if body is None or body.inline is None else body.bytes_count
         if not self._gathered:
             self._loop.call_soon(self.hand_over)
@@ -2607,8 +2608,9 @@ class _Writer:
 
     def _drop_refused(self, group: Sequence[_Operation]) -> None:
         """The bodies of refused calls go before their callers know: on a full disk each would keep it full."""
+        told = [operation for operation in group if operation.error is not None or operation.answer is not None]
         try:
-            _unlink_bodies(self._tree.bodies_fd, filter(None, (operation.refused_file for operation in group)))
+            _unlink_bodies(self._tree.bodies_fd, filter(None, (operation.refused_file for operation in told)))
         except OSError as error:  # then `sweep` finds them
             log.warning(f"the body of a refused call cannot be removed: {error}")
 
@@ -2626,19 +2628,23 @@ class _Writer:
 
     def _serve(self, group: Sequence[_Operation]) -> Ring:
         """Runs the group; afterwards each operation has its answer or its error. Returns whom to ring."""
+        rings: list[Ring | None] = []
+        together: list[_Operation] = []
+        bytes_count = 0
         for operation in group:
             if operation.future.cancelled():
                 operation.error = QueueUnavailable("its caller has gone")
-        group = [operation for operation in group if operation.error is None]
-        rings = [
-            self._guard([operation], partial(self._run_alone, operation)) for operation in group if operation.alone
-        ]
-        together = [operation for operation in group if not operation.alone]
-        if together and self._reserve.has_room(sum(operation.bytes_count for operation in together)):
+            elif operation.alone:
+                rings.append(self._guard([operation], partial(self._run_alone, operation)))
+            else:
+                together.append(operation)
+                bytes_count += operation.bytes_count
+        if together and self._reserve.has_room(bytes_count):
             rings.append(self._guard(together, partial(self._commit, together)))
         else:
             _refuse(together)
-        refused = [operation for operation in group if isinstance(operation.error, QueueFull)]
+        failed = [operation for operation in group if operation.error is not None]
+        refused = [operation for operation in failed if isinstance(operation.error, QueueFull)]
         if refused:
             rings += self._serve_without_room(refused)
         return reduce(operator.or_, filter(None, rings), Ring.NOTHING)
