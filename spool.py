@@ -65,7 +65,7 @@ from collections.abc import (
 )
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum, IntFlag
 from functools import lru_cache, partial, reduce
 from pathlib import Path
@@ -698,24 +698,12 @@ MIGRATIONS: tuple[str, ...] = (
     """
     ALTER TABLE requests ADD COLUMN body_digest TEXT;
     """,
-    # What each function has waiting, that is queued or running, so that a put need not count. Only puts write to it
-    # themselves, many at once; ends are seen by their state, whatever ends a call.
+    # What each function has waiting, that is queued or running, so that a put need not count.
     """
     CREATE TABLE waiting (function TEXT PRIMARY KEY, calls INTEGER NOT NULL, bytes INTEGER NOT NULL)
     STRICT, WITHOUT ROWID;
     INSERT INTO waiting SELECT function, count(*), sum(bytes_count) FROM calls JOIN requests USING (seq)
         WHERE state IN ('queued', 'running') GROUP BY function;
-    CREATE TRIGGER calls_ended AFTER UPDATE OF state ON calls
-    WHEN old.state IN ('queued', 'running') AND new.state NOT IN ('queued', 'running') BEGIN
-        UPDATE waiting SET calls = calls - 1,
-            bytes = bytes - (SELECT bytes_count FROM requests WHERE requests.seq = new.seq)
-        WHERE function = new.function;
-    END;
-    CREATE TRIGGER calls_requeued AFTER UPDATE OF state ON calls
-    WHEN new.state IN ('queued', 'running') AND old.state NOT IN ('queued', 'running') BEGIN
-        INSERT INTO waiting SELECT new.function, 1, bytes_count FROM requests WHERE requests.seq = new.seq
-        ON CONFLICT (function) DO UPDATE SET calls = calls + 1, bytes = bytes + excluded.bytes;
-    END;
     CREATE INDEX calls_dead ON calls (finished_s) WHERE state = 'dead';
     """,
 )
@@ -901,6 +889,17 @@ class _Transaction:
     db: sqlite3.Connection
     ring: Ring = Ring.NOTHING
     short: bool = False  # the reserve is in use: give room back where it costs nobody a result
+    waiting: dict[str, list[int]] = field(default_factory=dict)  # how calls and bytes of a function change by this
+
+    def count_waiting(self, function: str, calls_count: int, bytes_count: int) -> None:
+        """So many calls, with so many bytes, wait more, or less if negative; written once for a group."""
+        change = self.waiting.setdefault(function, [0, 0])
+        change[0] += calls_count
+        change[1] += bytes_count
+
+    def write_waiting(self) -> None:
+        """To be called before the commit."""
+        self.db.executemany(SQL_ADD_WAITING, [(str(name), *change) for name, change in self.waiting.items()])
 
     @property
     def step_count(self) -> int:
@@ -1218,6 +1217,7 @@ def _end_expired(tx: _Transaction, rows: Sequence[tuple[int]], now_s: float, err
         " WHERE seq = ?",
         [(state, now_s, EXPIRED_STATUS, error, seq) for (seq,) in rows],
     )
+    _count_rows(tx, [seq for (seq,) in rows], -1)
     for (seq,) in rows:
         _open_callback(tx, seq, now_s)
         tx.ring |= Ring.FINISHED
@@ -1282,6 +1282,7 @@ def _finish(tx: _Transaction, lease: Lease, ending: _Ending) -> tuple[str, ...]:
     seq = _end_lease(tx, lease, "call")
     run, attempt = ending.run, ending.run.attempt
     files = _drop_payloads(tx, [seq]) if tx.short and run.state is State.DONE else ()
+    tx.count_waiting(lease.call.function, -1, -lease.call.body.bytes_count)
     _add_attempt(tx, seq, attempt)
     tx.db.execute(
         "UPDATE calls SET state = ?, finished_s = ?, status = ?, error = ?, duration_s = ? WHERE seq = ?",
@@ -1357,7 +1358,16 @@ def _queue_again(tx: _Transaction, seq: int, event: Event, due_s: float, now_s: 
     return state
 
 
+def _count_rows(tx: _Transaction, rows: Sequence[int], calls_count: int) -> None:
+    """Calls are about to begin to wait (1), or no longer will (-1)."""
+    for seq in rows:
+        sql = "SELECT function, bytes_count FROM calls JOIN requests USING (seq) WHERE seq = ?"
+        function, bytes_count = tx.db.execute(sql, (seq,)).fetchone()
+        tx.count_waiting(function, calls_count, calls_count * bytes_count)
+
+
 def _end_cancelled(tx: _Transaction, seq: int, state: State, event: Event, now_s: float) -> None:
+    _count_rows(tx, [seq], -1)
     tx.db.execute(
         "UPDATE calls SET state = ?, finished_s = ?, cancel_requested = 1 WHERE seq = ?",
         (next_state(state, event).value, now_s, seq),
@@ -1498,6 +1508,7 @@ def _requeue_dead(tx: _Transaction, call_id: str, now_s: float) -> tuple[Call, l
     seq, state = _find(tx.db, call_id)
     if (state, Event.REQUEUE) not in TRANSITIONS:
         raise CallNotDead(f"only a dead letter can be queued again; the call is {state.value}")
+    _count_rows(tx, [seq], 1)
     files = [row[0] for row in tx.db.execute("SELECT file FROM results WHERE seq = ? AND file IS NOT NULL", (seq,))]
     tx.db.execute(
         "UPDATE calls SET state = ?, due_s = ?, expires_s = NULL, attempts = 0, started_s = NULL, finished_s = NULL,"
@@ -2734,6 +2745,8 @@ class _Writer:
             try:
                 self._db.execute("BEGIN IMMEDIATE")
                 if self._run_all(group, tx):
+                    if tx.waiting:
+                        tx.write_waiting()
                     self._db.execute("COMMIT")
                     self.commit_count += self._db.total_changes != before
                     return tx.ring
@@ -3013,7 +3026,7 @@ class Spool:
 
         async def write(work: Callable[[], None]) -> None:
             nonlocal waited
-            waited |= await self._write_result(work, contextlib.nullcontext() if length else self._result_turn)
+            waited |= await self._write_result(work, length or 0)
 
         try:
             return await self._store(chunks, limit_bytes, _BodyFile(self._tree.bodies_fd, length or 0), write)
@@ -3032,8 +3045,9 @@ class Spool:
                 raise QueueFull(DISK_FULL)
         await self._in_thread(work)
 
-    async def _write_result(self, work: Callable[[], None], turn: AbstractAsyncContextManager[None]) -> bool:
+    async def _write_result(self, work: Callable[[], None], length: int) -> bool:
         """Does `work`, which goes on where it stopped, until it succeeds; whether it had to wait."""
+        turn: AbstractAsyncContextManager[None] = contextlib.nullcontext() if length else self._result_turn
 
         def write() -> None:
             if not self._reserve.has_half:  # the journal's half is let go of just now: it is not for us
@@ -3047,7 +3061,8 @@ class Spool:
             log.warning(f"a result waits to be stored: {error}")
         async with turn:
             while True:
-                self._reserve.release(0.5)
+                if self._reserve.free_bytes + self._reserve.whole_bytes // 2 >= length:
+                    self._reserve.release(0.5)
                 try:
                     await self._in_thread(write)
                     return True
