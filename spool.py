@@ -51,7 +51,7 @@ import stat
 import threading
 import time
 import uuid
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
@@ -65,7 +65,7 @@ from collections.abc import (
 )
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum, IntFlag
 from functools import lru_cache, partial, reduce
 from pathlib import Path
@@ -712,24 +712,12 @@ MIGRATIONS: tuple[str, ...] = (
     """
     ALTER TABLE requests ADD COLUMN body_digest TEXT;
     """,
-    # What each function has waiting, that is queued or running, so that a put need not count. Only puts write to it
-    # themselves, many at once; ends are seen by their state, whatever ends a call.
+    # What each function has waiting, that is queued or running, so that a put need not count.
     """
     CREATE TABLE waiting (function TEXT PRIMARY KEY, calls INTEGER NOT NULL, bytes INTEGER NOT NULL)
     STRICT, WITHOUT ROWID;
     INSERT INTO waiting SELECT function, count(*), sum(bytes_count) FROM calls JOIN requests USING (seq)
         WHERE state IN ('queued', 'running') GROUP BY function;
-    CREATE TRIGGER calls_ended AFTER UPDATE OF state ON calls
-    WHEN old.state IN ('queued', 'running') AND new.state NOT IN ('queued', 'running') BEGIN
-        UPDATE waiting SET calls = calls - 1,
-            bytes = bytes - (SELECT bytes_count FROM requests WHERE requests.seq = new.seq)
-        WHERE function = new.function;
-    END;
-    CREATE TRIGGER calls_requeued AFTER UPDATE OF state ON calls
-    WHEN new.state IN ('queued', 'running') AND old.state NOT IN ('queued', 'running') BEGIN
-        INSERT INTO waiting SELECT new.function, 1, bytes_count FROM requests WHERE requests.seq = new.seq
-        ON CONFLICT (function) DO UPDATE SET calls = calls + 1, bytes = bytes + excluded.bytes;
-    END;
     CREATE INDEX calls_dead ON calls (finished_s) WHERE state = 'dead';
     """,
 )
@@ -915,6 +903,17 @@ class _Transaction:
     db: sqlite3.Connection
     ring: Ring = Ring.NOTHING
     short: bool = False  # the reserve is in use: give room back where it costs nobody a result
+    waiting: dict[str, list[int]] = field(default_factory=dict)  # how calls and bytes of a function change by this
+
+    def count_waiting(self, function: str, calls_count: int, bytes_count: int) -> None:
+        """So many calls, with so many bytes, wait more, or less if negative; written once for a group."""
+        change = self.waiting.setdefault(function, [0, 0])
+        change[0] += calls_count
+        change[1] += bytes_count
+
+    def write_waiting(self) -> None:
+        """To be called before the commit."""
+        self.db.executemany(SQL_ADD_WAITING, [(str(name), *change) for name, change in self.waiting.items()])
 
     @property
     def step_count(self) -> int:
@@ -1035,7 +1034,7 @@ def _sql_put_calls(count: int) -> str:
 
 def _calls_values(call: NewCall) -> tuple[object, ...]:
     times = call.due_s, call.expires_s, call.idempotency_key, call.accepted_s
-    return call.id, call.function, call.queue, *times
+    return call.id, str(call.function), call.queue, *times  # an exact str spares sqlite3 a search for adapters
 
 
 @lru_cache
@@ -1100,12 +1099,11 @@ def _put_all(tx: _Transaction, puts: Sequence[_Put]) -> None:
     Python gives its lock away for each row that a statement yields or is run for, and a busy event loop takes its time
     to hand it back: so there is a statement for many rows, of few different lengths, as each has to be prepared.
     """
-    totals: dict[FunctionName, tuple[int, int]] = {}
+    bodies: defaultdict[FunctionName, list[int]] = defaultdict(list)
     for put in puts:
-        calls_count, bytes_count = totals.get(put.call.function, (0, 0))
-        totals[put.call.function] = calls_count + 1, bytes_count + put.call.body.bytes_count
-    for function, total in totals.items():
-        tx.db.execute(SQL_ADD_WAITING, _check_limits(tx.db, function, *total, puts[0].limits))
+        bodies[put.call.function].append(put.call.body.bytes_count)
+    for function, counts in bodies.items():
+        tx.db.execute(SQL_ADD_WAITING, _check_limits(tx.db, function, len(counts), sum(counts), puts[0].limits))
     done_count = 0
     while done_count < len(puts):
         count = min(1 << (len(puts) - done_count).bit_length() - 1, ROWS_COUNT)
@@ -1233,6 +1231,7 @@ def _end_expired(tx: _Transaction, rows: Sequence[tuple[int]], now_s: float, err
         " WHERE seq = ?",
         [(state, now_s, EXPIRED_STATUS, error, seq) for (seq,) in rows],
     )
+    _count_rows(tx, [seq for (seq,) in rows], -1)
     for (seq,) in rows:
         _open_callback(tx, seq, now_s)
         tx.ring |= Ring.FINISHED
@@ -1297,6 +1296,7 @@ def _finish(tx: _Transaction, lease: Lease, ending: _Ending) -> tuple[str, ...]:
     seq = _end_lease(tx, lease, "call")
     run, attempt = ending.run, ending.run.attempt
     files = _drop_payloads(tx, [seq]) if tx.short and run.state is State.DONE else ()
+    tx.count_waiting(lease.call.function, -1, -lease.call.body.bytes_count)
     _add_attempt(tx, seq, attempt)
     tx.db.execute(
         "UPDATE calls SET state = ?, finished_s = ?, status = ?, error = ?, duration_s = ? WHERE seq = ?",
@@ -1372,7 +1372,16 @@ def _queue_again(tx: _Transaction, seq: int, event: Event, due_s: float, now_s: 
     return state
 
 
+def _count_rows(tx: _Transaction, rows: Sequence[int], calls_count: int) -> None:
+    """Calls are about to begin to wait (1), or no longer will (-1)."""
+    for seq in rows:
+        sql = "SELECT function, bytes_count FROM calls JOIN requests USING (seq) WHERE seq = ?"
+        function, bytes_count = tx.db.execute(sql, (seq,)).fetchone()
+        tx.count_waiting(function, calls_count, calls_count * bytes_count)
+
+
 def _end_cancelled(tx: _Transaction, seq: int, state: State, event: Event, now_s: float) -> None:
+    _count_rows(tx, [seq], -1)
     tx.db.execute(
         "UPDATE calls SET state = ?, finished_s = ?, cancel_requested = 1 WHERE seq = ?",
         (next_state(state, event).value, now_s, seq),
@@ -1513,6 +1522,7 @@ def _requeue_dead(tx: _Transaction, call_id: str, now_s: float) -> tuple[Call, l
     seq, state = _find(tx.db, call_id)
     if (state, Event.REQUEUE) not in TRANSITIONS:
         raise CallNotDead(f"only a dead letter can be queued again; the call is {state.value}")
+    _count_rows(tx, [seq], 1)
     files = [row[0] for row in tx.db.execute("SELECT file FROM results WHERE seq = ? AND file IS NOT NULL", (seq,))]
     tx.db.execute(
         "UPDATE calls SET state = ?, due_s = ?, expires_s = NULL, attempts = 0, started_s = NULL, finished_s = NULL,"
@@ -2541,7 +2551,7 @@ class _Operation:
     @property
     def refused_file(self) -> str | None:
         """The body's file of a call that did not get into the queue: no row names it, or ever will."""
-        if not isinstance(self.run, _Put) or (self.error is None and self.answer is None):
+        if not isinstance(self.run, _Put):
             return None
         file = self.run.call.body.file
         return None if isinstance(self.answer, Call) and self.answer.body.file == file else file
@@ -2580,8 +2590,9 @@ class _Writer:
     ) -> asyncio.Future[T]:
         """The future of what `run` returns, done once that is on disk; `body`: what it writes that may be large."""
         future: asyncio.Future[T] = self._loop.create_future()
-        joins = isinstance(run, _Put) and run.call.idempotency_key is None
-        body = run.call.body if isinstance(run, _Put) else body
+        joins = False
+        if isinstance(run, _Put):
+            joins, body = run.call.idempotency_key is None, run.call.body
         bytes_count = 0 if body is None or body.inline is None else body.bytes_count
         if not self._gathered:
             self._loop.call_soon(self.hand_over)
@@ -2625,8 +2636,9 @@ class _Writer:
 
     def _drop_refused(self, group: Sequence[_Operation]) -> None:
         """The bodies of refused calls go before their callers know: on a full disk each would keep it full."""
+        told = [operation for operation in group if operation.error is not None or operation.answer is not None]
         try:
-            _unlink_bodies(self._tree.bodies_fd, filter(None, (operation.refused_file for operation in group)))
+            _unlink_bodies(self._tree.bodies_fd, filter(None, (operation.refused_file for operation in told)))
         except OSError as error:  # then `sweep` finds them
             log.warning(f"the body of a refused call cannot be removed: {error}")
 
@@ -2644,19 +2656,23 @@ class _Writer:
 
     def _serve(self, group: Sequence[_Operation]) -> Ring:
         """Runs the group; afterwards each operation has its answer or its error. Returns whom to ring."""
+        rings: list[Ring | None] = []
+        together: list[_Operation] = []
+        bytes_count = 0
         for operation in group:
             if operation.future.cancelled():
                 operation.error = QueueUnavailable("its caller has gone")
-        group = [operation for operation in group if operation.error is None]
-        rings = [
-            self._guard([operation], partial(self._run_alone, operation)) for operation in group if operation.alone
-        ]
-        together = [operation for operation in group if not operation.alone]
-        if together and self._reserve.has_room(sum(operation.bytes_count for operation in together)):
+            elif operation.alone:
+                rings.append(self._guard([operation], partial(self._run_alone, operation)))
+            else:
+                together.append(operation)
+                bytes_count += operation.bytes_count
+        if together and self._reserve.has_room(bytes_count):
             rings.append(self._guard(together, partial(self._commit, together)))
         else:
             _refuse(together)
-        refused = [operation for operation in group if isinstance(operation.error, QueueFull)]
+        failed = [operation for operation in group if operation.error is not None]
+        refused = [operation for operation in failed if isinstance(operation.error, QueueFull)]
         if refused:
             rings += self._serve_without_room(refused)
         return reduce(operator.or_, filter(None, rings), Ring.NOTHING)
@@ -2746,6 +2762,8 @@ class _Writer:
             try:
                 self._db.execute("BEGIN IMMEDIATE")
                 if self._run_all(group, tx):
+                    if tx.waiting:
+                        tx.write_waiting()
                     self._db.execute("COMMIT")
                     self.commit_count += self._db.total_changes != before
                     return tx.ring
@@ -3025,7 +3043,7 @@ class Spool:
 
         async def write(work: Callable[[], None]) -> None:
             nonlocal waited
-            waited |= await self._write_result(work, contextlib.nullcontext() if length else self._result_turn)
+            waited |= await self._write_result(work, length or 0)
 
         try:
             return await self._store(chunks, limit_bytes, _BodyFile(self._tree.bodies_fd, length or 0), write)
@@ -3044,8 +3062,9 @@ class Spool:
                 raise QueueFull(DISK_FULL)
         await self._in_thread(work)
 
-    async def _write_result(self, work: Callable[[], None], turn: AbstractAsyncContextManager[None]) -> bool:
+    async def _write_result(self, work: Callable[[], None], length: int) -> bool:
         """Does `work`, which goes on where it stopped, until it succeeds; whether it had to wait."""
+        turn: AbstractAsyncContextManager[None] = contextlib.nullcontext() if length else self._result_turn
 
         def write() -> None:
             if not self._reserve.has_half:  # the journal's half is let go of just now: it is not for us
@@ -3059,7 +3078,8 @@ class Spool:
             log.warning(f"a result waits to be stored: {error}")
         async with turn:
             while True:
-                self._reserve.release(0.5)
+                if self._reserve.free_bytes + self._reserve.whole_bytes // 2 >= length:
+                    self._reserve.release(0.5)
                 try:
                     await self._in_thread(write)
                     return True
