@@ -367,7 +367,7 @@ class WorkerMetrics:
         """Count an attempt at a callback."""
         self._callbacks.labels(str(outcome.status or outcome.end.value)).inc()
 
-    def show_limits(self, limits: Mapping[str, Concurrency]) -> None:
+    def show_limits(self, limits: Mapping[FunctionName, Concurrency]) -> None:
         """Set the limits of those functions that are held below the worker's own."""
         self._limits.clear()
         for function, limit in limits.items():
