@@ -223,7 +223,7 @@ def test_running_functions_are_killed_when_told_to_stop_twice() -> None:
         wait_until(lambda: health(program) == 503, 2.0, "unhealthy")
         program.terminate()
         program.wait_exit(3)
-        assert not program.functions()
+        program.wait_idle(1.0)  # SIGKILL has been sent; on a busy machine the kernel needs a turn to carry it out
         for client in clients:
             client.close()
 
