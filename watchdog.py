@@ -28,7 +28,7 @@ import os
 import sys
 
 if __name__ == "__main__":  # a `token.py` beside this file, or in PYTHONPATH, is a function's: look there last
-    _stdlib = os.path.dirname(os.__file__)
+    _stdlib = os.path.dirname(getattr(os, "__file__", ""))
     if _stdlib in sys.path:
         sys.path[:] = sys.path[sys.path.index(_stdlib) :] + sys.path[: sys.path.index(_stdlib)]
 
