@@ -86,8 +86,8 @@ VERSION = "0.1.0"
 MAX_FIELDS_COUNT = 500  # of a head or a trailer; Apache and Tomcat allow 100, Node 2000; each costs as much as 1 KiB
 MAX_HEAD_BYTES = 65536  # request line and fields; nginx allows 32 KiB, Go 1 MiB, one variable of execve 128 KiB
 BUFFERED_BYTES = 262144  # of a body that waits for its consumer before reading stops: four reads of the loop
-MAX_INTERIM_COUNT = 16  # 1xx before an answer: Go's client takes five; servers send 100, 102 or 103, each once or so
 EVENTS_AT_ONCE_COUNT = 64  # heads and chunks of one connection in one turn of the loop: half a millisecond
+MAX_INTERIM_COUNT = 16  # answers before the answer (RFC 9110 15.2); Go's client takes 5
 FRAMING_BYTES = 262144  # of a chunked body that are not its data, besides two for each byte of data
 BACKLOG = 1024  # connections that the kernel keeps for us while the loop is busy (capped by net.core.somaxconn)
 MAX_LISTEN_FDS_COUNT = 64  # of socket activation
@@ -1561,6 +1561,7 @@ class ClientWire:
     def _begin_anew(self) -> None:
         self._conn = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD_BYTES)
         self._counted: CountedBody | None = None
+        self._chunked: ChunkedBody | None = None
         self._interim_count = 0
 
     def build_whole(
@@ -1595,6 +1596,8 @@ class ClientWire:
             data = self._counted.feed(data)
             if not data:
                 return
+        if self._chunked is not None:
+            self._chunked.fed_bytes += len(data)
         self._cut = self._cut or not data
         self._conn.receive_data(data)
 
@@ -1611,7 +1614,7 @@ class ClientWire:
             while type(event) is h11.InformationalResponse:
                 self._interim_count += 1
                 if self._interim_count > MAX_INTERIM_COUNT:
-                    raise PeerGone(f"bad response: more than {MAX_INTERIM_COUNT} interim responses")
+                    raise PeerGone(f"bad response: too many interim ones; allowed: {MAX_INTERIM_COUNT}")
                 event = self._conn.next_event()
         except h11.RemoteProtocolError as error:
             raise PeerGone(CUT_SHORT if self._cut else f"bad response: {str(error)[:200]}") from None
@@ -1620,8 +1623,18 @@ class ClientWire:
             if fields_bytes(headers) > MAX_HEAD_BYTES:
                 raise PeerGone(f"bad response: head too large; allowed: {MAX_HEAD_BYTES} bytes")
             self._counted = CountedBody.of(self._conn)
+            self._chunked = ChunkedBody(self._conn) if self._counted is None else None
             return event.status_code, headers
+        if type(event) is h11.Data and self._chunked is not None:
+            return self._weighed(self._chunked, bytes(event.data))
         return _meaning(event)
+
+    @staticmethod
+    def _weighed(body: ChunkedBody, data: bytes) -> bytes:
+        try:
+            return body.take(data)
+        except TooMuchFraming as error:
+            raise PeerGone(str(error).replace("request", "response")) from None
 
     def next_cycle(self) -> bool:
         """Make ready for the next request; False when this connection cannot carry one."""
@@ -2845,10 +2858,7 @@ class ClientConnection(asyncio.Protocol):
         self._body: Body | None = None
         self._sender: asyncio.Task[None] | None = None
         self._writable: asyncio.Future[None] | None = None
-        self._write_paused = False
-        self._aborted = False
-        self._advancing = False  # some of what has come is left for the next turn
-        self._lost: tuple[Exception | None] | None = None  # why the connection is no more, while that is so
+        self._write_paused = self._advancing = self._ended = False
         self._stalls_expected = False
         self._is_counted = True  # what is sent is what we write: no TLS in between
         self._sent_bytes = 1  # a SYN counts as one
@@ -2890,19 +2900,19 @@ class ClientConnection(asyncio.Protocol):
             self._advance()
 
     def eof_received(self) -> bool:
+        self._ended = True
         if self._head is not None:
             self._on_closed_by_peer()
             self._wire.feed(b"")
             if not self._advancing:
                 self._advance()
-        return False
+        return self._advancing  # what has come is still to be parsed
 
     def connection_lost(self, exc: Exception | None) -> None:
+        while self._advancing:  # reset, or the end of TLS, which waits for nothing
+            self._go_on()
         if isinstance(exc, BrokenPipeError):  # in Linux: after an end of stream; a peer that cuts is ECONNRESET
             self._on_closed_by_peer()
-        if self._advancing:  # it may have said all before it went
-            self._lost = (exc,)
-            return
         self._fail(PeerGone(CUT_SHORT))
         self.resume_writing()
         if self._url is not None:
@@ -3005,7 +3015,8 @@ class ClientConnection(asyncio.Protocol):
     def _advance(self) -> None:
         """Take what the wire has, up to EVENTS_AT_ONCE_COUNT; then others are served before the rest."""
         pieces: list[bytes] = []
-        sign, error = None, None
+        sign: Sign | None = None
+        error: PeerGone | None = None
         try:
             for _ in range(EVENTS_AT_ONCE_COUNT):
                 event = self._wire.next_event()
@@ -3016,8 +3027,8 @@ class ClientConnection(asyncio.Protocol):
                     break
                 else:
                     self._on_head(*event)
-        except PeerGone as gone:
-            error = gone
+        except PeerGone as caught:
+            error = caught
         if pieces:
             cast(Body, self._body).feed(pieces[0] if len(pieces) == 1 else b"".join(pieces))
         if error is not None:
@@ -3026,25 +3037,23 @@ class ClientConnection(asyncio.Protocol):
         elif sign is Sign.END:
             self._complete()
         else:
-            self._advancing = sign is None
-            if self._advancing:
-                self._loop.call_soon(self._go_on)
-            self._throttle()
+            self._throttle(is_rest=sign is None)
+
+    def _throttle(self, is_rest: bool) -> None:
+        if is_rest:
+            self._advancing = True
+            self._loop.call_soon(self._go_on)
+        is_full = self._body is not None and self._body.buffered_bytes >= BUFFERED_BYTES
+        if (is_rest or is_full) and self._transport.is_reading():
+            self._transport.pause_reading()
+        elif not (is_rest or is_full):
+            self._on_drained()
 
     def _go_on(self) -> None:
-        """Take the rest, unless the connection was cut meanwhile."""
-        self._advancing = False
-        if not self._aborted:
+        """Take the rest, unless that was done when the connection ended."""
+        if self._advancing:
+            self._advancing = False
             self._advance()
-        if self._lost is not None and not self._advancing:
-            self.connection_lost(*self._lost)
-
-    def _throttle(self) -> None:
-        is_full = self._body is not None and self._body.buffered_bytes >= BUFFERED_BYTES
-        if not is_full and not self._advancing:
-            self._on_drained()
-        elif self._transport.is_reading():
-            self._transport.pause_reading()
 
     def _on_head(self, status: int, headers: Headers) -> None:
         length = field_value(headers, b"content-length")
@@ -3053,7 +3062,7 @@ class ClientConnection(asyncio.Protocol):
             self._head.set_result(ClientResponse(status, headers, self._body, self))
 
     def _on_drained(self) -> None:
-        if not self._advancing and not self._transport.is_reading() and not self._transport.is_closing():
+        if not (self._advancing or self._ended or self._transport.is_reading() or self._transport.is_closing()):
             self._transport.resume_reading()
 
     def _complete(self) -> None:
@@ -3062,7 +3071,7 @@ class ClientConnection(asyncio.Protocol):
             self._sender.cancel()
         self._sender = self._head = None
         cast(Body, self._body).finish()
-        if self._wire.next_cycle() and not self._transport.is_closing():
+        if not self._ended and self._wire.next_cycle() and not self._transport.is_closing():
             self._alarm.set(self._loop.time() + KEPT_S)
             self._client.keep(self, cast(Url, self._url))
             self._on_drained()
@@ -3103,7 +3112,6 @@ class ClientConnection(asyncio.Protocol):
 
     def abort(self) -> None:
         """Cut the connection now."""
-        self._aborted = True
         self._alarm.stop_handle()
         if self._sender is not None:
             self._sender.cancel()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.harness import ROOT, connect, http_request
+from tests.harness import ROOT, InBackground, connect, http_request
 
 HEAD = b"POST /body HTTP/1.1\r\nHost: h\r\n"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -106,3 +106,29 @@ def test_client_keeps_nobody_waiting_and_has_little_held_when_it_floods(port: in
         longest_ms, held_kb = ask_turns(port)
     assert longest_ms < LONGEST_TURN_MS
     assert held_kb - before_kb < HELD_KB
+
+
+# The other side: an upstream, or a receiver of callbacks, that answers so
+
+CHUNKED_ANSWER = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+ANSWERS = {
+    "head-tabs": (b"HTTP/1.1 200 OK\r\nX:" + b"\t" * 60_000 + b"\x01\r\n\r\n", "bad response"),
+    "head-of-empty-fields": (b"HTTP/1.1 200 OK\r\n" + FIELDS * 15_000 + b"\r\n", "bad response"),
+    "chunks-of-1": (CHUNKED_ANSWER + b"1\r\nx\r\n" * 200_000 + b"0\r\n\r\n", "bad response"),
+    "chunks-of-3": (CHUNKED_ANSWER + b"3\r\nxyz\r\n" * 100_000 + b"0\r\n\r\n", "300000"),
+    "chunks-cut-short": (CHUNKED_ANSWER + b"3\r\nxyz\r\n" * 20_000, "the connection was closed"),
+    "chunk-extension-spaces": (CHUNKED_ANSWER + b"1;" + b" " * 60_000 + b"\x01\r\nx\r\n", "bad response"),
+    "interim-answers": (b"HTTP/1.1 100 Continue\r\n\r\n" * 20_000 + CHUNKED_ANSWER + b"0\r\n\r\n", "bad response"),
+}
+
+
+@pytest.mark.parametrize(("answer", "outcome"), ANSWERS.values(), ids=ANSWERS)
+def test_upstream_keeps_nobody_waiting_when_it_floods_us(port: int, answer: bytes, outcome: str) -> None:
+    ask_turns(port)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        fetch = InBackground(lambda: http_request(port, "GET", f"/fetch?{listener.getsockname()[1]}"))
+        with listener.accept()[0] as upstream, suppress(ConnectionError):
+            upstream.recv(65536)
+            upstream.sendall(answer)
+        assert fetch.result().text.startswith(outcome)
+    assert ask_turns(port)[0] < LONGEST_TURN_MS

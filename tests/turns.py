@@ -6,6 +6,7 @@ Run as a process: `python -m tests.turns [SETTING=VALUE ...]`.  It serves our `S
     /body       reads the body and answers with its length
     /large      a large answer
     /wait       answers never
+    /fetch?N    asks a server on port N, reads its answer and passes on how it went
     /turns      the longest turn since the last such question, in milliseconds of processor time, and the memory
 
 A turn is what happens between two calls of a function that asks to be called again in the next one, in processor time
@@ -26,7 +27,7 @@ from typing import cast
 
 import uvloop
 
-from faashound.watchdog import Request, Response, Server, ServerTimeouts, Stream
+from faashound.watchdog import Client, PeerGone, Request, Response, Server, ServerTimeouts, Stream, parse_url
 
 PIECE = b"x" * 65536
 PIECES_COUNT = 256  # more than the kernel takes for a reader that does not read
@@ -66,9 +67,21 @@ def resident_kb() -> int:
     return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * 4
 
 
+async def fetch(client: Client, port: int) -> bytes:
+    """Return the length of an answer of another server, or what was wrong with it."""
+    count = 0
+    try:
+        async with await client.request("GET", parse_url(f"http://127.0.0.1:{port}/")) as answer:
+            async for chunk in answer.body:
+                count += len(chunk)
+    except PeerGone as error:
+        return str(error).encode()
+    return b"%d" % count
+
+
 async def serve() -> None:
     """Serve for ever."""
-    turns = Turns()
+    turns, client = Turns(), Client()
 
     async def handle(request: Request) -> Response:
         if request.path == b"/body":
@@ -80,6 +93,8 @@ async def serve() -> None:
             return Response(200, (), cast(Stream, large()), PIECES_COUNT * len(PIECE))
         if request.path == b"/wait":
             await asyncio.Event().wait()
+        if request.path == b"/fetch":
+            return Response(200, (), await fetch(client, int(request.query)))
         if request.path == b"/turns":
             told = {"longest_ms": turns.take_longest_ms(), "resident_kb": resident_kb()}
             return Response(200, (), json.dumps(told).encode())
