@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from faashound import spool as spool_module
+from faashound.names import parse_function_name
 from faashound.spool import (
     INLINE_BYTES,
     Bounds,
@@ -20,6 +21,7 @@ from faashound.spool import (
     TooManyBytesQueued,
     TooManyQueued,
 )
+from faashound.watchdog import log
 from tests.test_spool_kit import QUEUE, START_S, Desk, inline, new_call
 
 DAY_S = 86400.0
@@ -143,7 +145,7 @@ def test_cancel_queued_ends_what_waits_of_one_function_and_drops_its_payloads(
 
     roomy.do(fill())
     running, other = roomy.claim_one(), roomy.put("g")
-    assert roomy.do(roomy.spool.cancel_queued(function="f.openfaas-fn")) == count
+    assert roomy.do(roomy.spool.cancel_queued(function=parse_function_name("f"))) == count
     assert roomy.body_files() == set()
     assert roomy.get(running.call.id).state is State.RUNNING
     assert roomy.get(other.id).state is State.QUEUED
@@ -198,7 +200,7 @@ def test_oldest_letters_go_when_there_are_bounds(
     left = [call.id for call in desk.do(desk.spool.calls())]
     assert left == letters[6 - kept_count :][::-1]
     assert swept.dead_count == 6 - kept_count
-    spool_module.log.flush()
+    log.flush()
     said = capfd.readouterr().err
     assert all((f"call_id={call_id}" in said) == (call_id not in left) for call_id in letters)
 
