@@ -10,6 +10,12 @@ FROM ${BASE} AS build
 ARG PIP_NO_INDEX=0
 WORKDIR /src
 COPY pyproject.toml *.py py.typed wheel[s] ./
+COPY network network
+COPY calls calls
+COPY queues queues
+COPY functions functions
+COPY draining draining
+COPY serving serving
 RUN python3 -m venv /opt/faashound && /opt/faashound/bin/pip install --no-cache-dir --find-links . '.[nats]'
 
 FROM ${BASE} AS runtime

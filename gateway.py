@@ -49,8 +49,36 @@ from typing import Any, NamedTuple, TypeVar
 import uvloop
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
-from .addresses import AddressRefused, guard_functions, parse_literal
-from .browsers import (
+from .calls.callbacks import (
+    CALLBACK_PROOF,
+    CallbackAllow,
+    CallbackPolicy,
+    build_policy,
+    build_proof,
+    parse_callback_allow,
+)
+from .calls.ids import new_call_id
+from .calls.model import FINAL, Bounds, Call, NewCall, QueueLimits, QueueUnavailable, State, Stats
+from .calls.names import DEFAULT_NAMESPACE, FunctionName, parse_namespaces
+from .calls.views import Choice, describe_call, parse_choice_query
+from .functions.local import LocalFunctions
+from .functions.supervisor import Keeper, python_command
+from .functions.table import (
+    DEFAULT_QUEUE,
+    BadFunctions,
+    Function,
+    Functions,
+    completes_host,
+    parse_function_url,
+    read_functions,
+)
+from .network.addresses import AddressRefused, guard_functions, parse_literal
+from .network.lookups import strangers_names, system_names
+from .queues import Queue, open_queue, trouble_of
+from .queues.letters import describe_call_whole, find_call, list_calls, purge_call, retry_letter
+from .queues.nats_settings import NatsSettings
+from .queues.urls import QUEUE_RESERVE_HELP, QueueUrl, parse_queue_url
+from .serving.browsers import (
     BrowserRules,
     PageRefused,
     UnknownHost,
@@ -59,52 +87,9 @@ from .browsers import (
     parse_origins,
     with_fields,
 )
-from .callbacks import (
-    CALLBACK_PROOF,
-    CallbackAllow,
-    CallbackPolicy,
-    build_policy,
-    build_proof,
-    parse_callback_allow,
-)
-from .calls import (
-    Choice,
-    describe_call,
-    describe_call_whole,
-    find_call,
-    list_calls,
-    parse_choice_query,
-    purge_call,
-    retry_letter,
-)
-from .functions import (
-    DEFAULT_QUEUE,
-    BadFunctions,
-    Function,
-    Functions,
-    LocalFunctions,
-    completes_host,
-    parse_function_url,
-    read_functions,
-)
-from .health import TROUBLE_KEY, Health, stray_queues
-from .keeper import Keeper, python_command
-from .lookups import strangers_names, system_names
-from .names import DEFAULT_NAMESPACE, FunctionName, parse_namespaces
-from .passwords import Credentials, PasswordDoor
-from .proxying import build_via, check_path, forwarded
-from .queues import QUEUE_RESERVE_HELP, NatsSettings, Queue, QueueUrl, open_queue, parse_queue_url, trouble_of
-from .spool import (
-    FINAL,
-    Bounds,
-    Call,
-    NewCall,
-    QueueLimits,
-    QueueUnavailable,
-    State,
-    Stats,
-    new_call_id,
-)
+from .serving.health import TROUBLE_KEY, Health, stray_queues
+from .serving.passwords import Credentials, PasswordDoor
+from .serving.proxying import build_via, check_path, forwarded
 from .watchdog import (
     CLIENT_GONE_STATUS,
     CONNECTIONS_DEFAULT,

@@ -57,8 +57,7 @@ from nats.errors import NoRespondersError
 from nats.js import api
 from nats.js.errors import APIError, NotFoundError
 
-from .names import DEFAULT_NAMESPACE, FunctionName
-from .spool import (
+from .calls.model import (
     CALLBACK_TRANSITIONS,
     EXCERPT_BYTES,
     EXPIRED_ERROR,
@@ -66,7 +65,6 @@ from .spool import (
     FINAL,
     HISTORY_COUNT,
     LOST_ERROR,
-    ORPHAN_S,
     TRANSITIONS,
     Attempt,
     Bounds,
@@ -98,6 +96,7 @@ from .spool import (
     next_callback_state,
     next_state,
 )
+from .calls.names import DEFAULT_NAMESPACE, FunctionName
 from .watchdog import BodyTooLarge, CannotStart, log
 
 T = TypeVar("T")
@@ -129,6 +128,7 @@ HEARTBEAT_S = 1.0  # of the servers, to those who follow a stream
 FEED_PAUSE_S = 0.5
 STEP_COUNT = 64  # records that housekeeping writes at the same time
 SCAN_COUNT = 5000  # entries looked at before others get their turn on the event loop
+ORPHAN_S = 3600.0  # a stored body that no record names after this time is a crash's leftover
 HELD_S = 1e12  # the due time of a call that is held back: no clock will show it
 TOMBSTONE_S = 600  # that a deleted call can be told from one that never was: for those who follow the stream
 RECORD_BYTES = 1024  # of a record without bodies, about

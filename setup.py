@@ -16,6 +16,10 @@ def read_version() -> str:
     return found[1]
 
 
+# The rooms of the house.  An image of the watchdog is built from watchdog.py alone, without them.
+ROOMS = ["network", "calls", "queues", "queues/spool", "functions", "draining", "serving"]
+PACKAGES = ["faashound", *(f"faashound.{room.replace('/', '.')}" for room in ROOMS if (ROOT / room).is_dir())]
+
 NATS = ["nats-py[nkeys]>=2.9"]
 
 setup(
@@ -24,7 +28,7 @@ setup(
     description="Run any program as an HTTP function, now or later: watchdog, gateway, worker as OpenFaaS users know",
     license="MIT",
     python_requires=">=3.11",
-    packages=["faashound"],
+    packages=PACKAGES,
     package_dir={"faashound": "."},
     package_data={"faashound": ["py.typed"]},
     script_name="setup.py",  # which stays out of the package; under pip the name would be that of pip's helper

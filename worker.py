@@ -35,8 +35,7 @@ from typing import cast
 import prometheus_client
 import uvloop
 
-from .breakers import Breakers
-from .callbacks import (
+from .calls.callbacks import (
     CALLBACK_PROOF,
     MAX_REDIRECTS_COUNT,
     CallbackAllow,
@@ -50,12 +49,26 @@ from .callbacks import (
     parse_callback_allow,
     parse_secrets,
 )
-from .calls import cancel_calls, dead_letters
-from .lookups import by_origin, strangers_names, system_names
-from .migrate import migrate_queue
-from .names import FunctionName
-from .queues import QUEUE_RESERVE_HELP, NatsSettings, Queue, QueueUrl, open_queue, parse_queue_url, trouble_of
-from .retries import (
+from .calls.model import (
+    EXCERPT_BYTES,
+    Attempt,
+    Call,
+    Kind,
+    Lease,
+    LeaseLost,
+    QueueDamaged,
+    QueueFull,
+    QueueLimits,
+    QueueUnavailable,
+    ResultLost,
+    RunEnd,
+    State,
+    StoredBody,
+    destination_of,
+    parse_queue_names,
+)
+from .calls.names import FunctionName
+from .calls.retries import (
     CALLBACK_POLICY,
     Concurrency,
     Dead,
@@ -75,25 +88,14 @@ from .retries import (
     poison_step,
     policy_for,
 )
-from .shares import Slots
-from .spool import (
-    EXCERPT_BYTES,
-    Attempt,
-    Call,
-    Kind,
-    Lease,
-    LeaseLost,
-    QueueDamaged,
-    QueueFull,
-    QueueLimits,
-    QueueUnavailable,
-    ResultLost,
-    RunEnd,
-    State,
-    StoredBody,
-    destination_of,
-    parse_queue_names,
-)
+from .draining.breakers import Breakers
+from .draining.shares import Slots
+from .network.lookups import by_origin, strangers_names, system_names
+from .queues import Queue, open_queue, trouble_of
+from .queues.commands import cancel_calls, dead_letters
+from .queues.migrate import migrate_queue
+from .queues.nats_settings import NatsSettings
+from .queues.urls import QUEUE_RESERVE_HELP, QueueUrl, parse_queue_url
 from .watchdog import (
     TEXT_PLAIN,
     BodyTooLarge,

@@ -41,8 +41,10 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from bench.ledger import Answer, Books, Fault, Found, Order, Post, Run, audit, parse_runs, table
-from faashound.names import DEFAULT_NAMESPACE
-from faashound.spool import DATABASE, Spool, State
+from faashound.calls.model import State
+from faashound.calls.names import DEFAULT_NAMESPACE
+from faashound.queues.spool.limits import DATABASE
+from faashound.queues.spool.queue import Spool
 from tests.harness import Program, crowding, free_port, http_over, http_request, processes_marked, wait_until
 from tests.inspection import children_of, has_loop
 from tests.system import System, Worker, rows

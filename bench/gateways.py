@@ -12,8 +12,10 @@ from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from statistics import median
 
-from faashound.names import parse_function_name
-from faashound.spool import NewCall, Spool, State, StoredBody, new_call_id
+from faashound.calls.ids import new_call_id
+from faashound.calls.model import NewCall, State, StoredBody
+from faashound.calls.names import parse_function_name
+from faashound.queues.spool.queue import Spool
 from tests.harness import free_port
 
 from .load import BODY, Load, run_wrk

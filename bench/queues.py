@@ -25,8 +25,10 @@ from dataclasses import dataclass
 
 import uvloop
 
-from faashound.queues import NatsSettings, Queue, default_nats_settings, open_queue, parse_queue_url
-from faashound.spool import State
+from faashound.calls.model import State
+from faashound.queues import Queue, open_queue
+from faashound.queues.nats_settings import NatsSettings, default_nats_settings
+from faashound.queues.urls import parse_queue_url
 from tests.nats_servers import Cluster
 from tests.queue_kit import QUEUE, finish, inline, new_call
 

@@ -9,11 +9,13 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
-from faashound import jetstream, spool
+from faashound import jetstream
+from faashound.calls.ids import new_call_id
+from faashound.calls.model import INLINE_BYTES, Attempt, Call, Lease, NewCall, RunEnd, State, StoredBody
+from faashound.calls.names import FunctionName, parse_function_name
 from faashound.jetstream import JetStream
-from faashound.names import FunctionName, parse_function_name
 from faashound.queues import Queue
-from faashound.spool import Attempt, Call, Lease, NewCall, RunEnd, Spool, State, StoredBody, new_call_id
+from faashound.queues.spool.queue import Spool
 
 T = TypeVar("T")
 QUEUE = "faas-request"
@@ -114,7 +116,7 @@ class Desk(ABC):
 class SpoolDesk(Desk):
     """A desk with a spool."""
 
-    inline_bytes = spool.INLINE_BYTES
+    inline_bytes = INLINE_BYTES
 
     def __init__(self, directory: Path, loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None) -> None:
         self.directory = directory

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from faashound.addresses import (
+from faashound.network.addresses import (
     AddressRefused,
     Kind,
     Level,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from faashound.breakers import (
+from faashound.draining.breakers import (
     FAILURES_COUNT,
     FIRST_PAUSE_S,
     GIVEN_UP_AFTER_S,

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 import pytest
 
-from faashound.browsers import BrowserRules, UnknownHost, parse_hosts, parse_origins
+from faashound.serving.browsers import BrowserRules, UnknownHost, parse_hosts, parse_origins
 from faashound.watchdog import Body, Request
 from tests.harness import free_port, http_request, raw
 from tests.system import Receiver, System, always

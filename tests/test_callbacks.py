@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from standardwebhooks import Webhook
 from standardwebhooks.webhooks import WebhookVerificationError
 
-from faashound.callbacks import (
+from faashound.calls.callbacks import (
     CallbackPolicy,
     CallbackRefused,
     CallFacts,

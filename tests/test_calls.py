@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
-from faashound.calls import SHOWN_BODY_BYTES, BadQuery, describe_body, format_table, parse_choice_query
-from faashound.spool import State, new_call_id
+from faashound.calls.ids import new_call_id
+from faashound.calls.model import State
+from faashound.calls.views import SHOWN_BODY_BYTES, BadQuery, describe_body, parse_choice_query
+from faashound.queues.commands import format_table
 from tests.harness import run
 from tests.system import FUNCTIONS, Receiver, System, always, in_turn
 

@@ -21,7 +21,9 @@ import pytest
 
 from bench.chaos import DECK, VICTIMS, Disk, Verdict, deck, digest_of, is_stopped, run_chaos
 from bench.ledger import Answer, Books, Fault, Found, Order, Post, Run, audit, cuts, parse_runs, table
-from faashound.spool import DATABASE, Call, Spool, State
+from faashound.calls.model import Call, State
+from faashound.queues.spool.limits import DATABASE
+from faashound.queues.spool.queue import Spool
 from tests.harness import http_request, wait_until
 from tests.system import Receiver, System, Worker
 from tests.test_spool_kit import LEASE_S, Desk

@@ -17,7 +17,7 @@ import trustme
 import uvloop
 
 from faashound import watchdog
-from faashound.addresses import AddressRefused, guard_functions
+from faashound.network.addresses import AddressRefused, guard_functions
 from faashound.watchdog import (
     ATTEMPT_DELAY_S,
     SILENT_S,

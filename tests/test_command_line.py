@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from faashound.spool import State
+from faashound.calls.model import State
 from tests.harness import START_DEADLINE_S, clean_environment, command_of
 from tests.queue_kit import SpoolDesk
 

@@ -14,7 +14,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from faashound import gateway, queues, watchdog, worker
+from faashound import gateway, watchdog, worker
+from faashound.queues.nats_settings import NatsSettings
 from faashound.watchdog import parse_duration
 from tests.harness import ROOT
 from tests.images.conftest import said
@@ -132,7 +133,7 @@ DEPLOYMENTS = {
 @pytest.mark.parametrize("deployment", DEPLOYMENTS)
 def test_every_setting_is_one_that_its_program_has(deployment: str) -> None:
     for service in DEPLOYMENTS[deployment]():
-        kinds = [SETTINGS[service.program], queues.NatsSettings]
+        kinds = [SETTINGS[service.program], NatsSettings]
         kinds += [worker.Settings] if service.program == "gateway" else []  # for the worker beside it
         known = {row.name for kind in kinds for row in rows(kind)}
         assert set(service.environment) <= known, service.name

@@ -21,20 +21,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from faashound import functions, keeper
-from faashound.functions import (
+import faashound
+from faashound.calls.names import FunctionName, parse_function_name
+from faashound.functions import supervisor
+from faashound.functions.local import LocalFunctions
+from faashound.functions.supervisor import describe_exit, next_restart_s
+from faashound.functions.table import (
     BadFunctions,
     Function,
     Functions,
-    LocalFunctions,
     find_lines,
     parse_base_url,
     parse_function_url,
     parse_functions,
     read_functions,
+    watchdog_settings,
 )
-from faashound.keeper import describe_exit, next_restart_s
-from faashound.names import FunctionName, parse_function_name
 from tests.harness import Answer, InBackground, http_request, wait_until
 
 DEADLINE_S = 20.0
@@ -530,7 +532,7 @@ def test_watchdog_is_told_name_and_namespace_as_openfaas_tells_them(stand_in: tu
 def test_file_may_set_the_healthcheck_interval(stand_in: tuple[str, ...]) -> None:
     settings = parse('[f]\nfprocess = "x"\nhealthcheck_interval = "3s"')[F].settings
     assert settings is not None
-    assert functions.watchdog_settings(settings)["healthcheck_interval"] == "3s"
+    assert watchdog_settings(settings)["healthcheck_interval"] == "3s"
 
 
 def test_connection_is_never_refused_across_a_restart(stand_in: tuple[str, ...], log: Log) -> None:
@@ -571,7 +573,7 @@ def test_watchdog_that_cannot_be_started_is_logged_and_tried_again(log: Log) -> 
 def test_stop_ends_every_watchdog_however_it_takes_signals(
     stand_in: tuple[str, ...], word: str, monkeypatch: pytest.MonkeyPatch, log: Log
 ) -> None:
-    monkeypatch.setattr(keeper, "KILL_GRACE_S", 0.3)
+    monkeypatch.setattr(supervisor, "KILL_GRACE_S", 0.3)
     before = len(os.listdir("/proc/self/fd"))
 
     async def test() -> None:
@@ -711,7 +713,7 @@ def test_real_watchdog_finishes_its_calls_before_it_stops(tmp_path: Path) -> Non
 def test_killed_gateway_takes_its_functions_with_it(tmp_path: Path) -> None:
     path = tmp_path / "f.toml"
     path.write_text('[f]\nfprocess = "/bin/sh"\n', encoding="utf-8")
-    watchdog = str(Path(functions.__file__).with_name("watchdog.py"))
+    watchdog = str(Path(faashound.__file__).with_name("watchdog.py"))
     with subprocess.Popen(
         [sys.executable, "-c", GATEWAY, str(path), sys.executable, watchdog], stdout=subprocess.PIPE, text=True
     ) as gateway:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from faashound.spool import new_call_id
+from faashound.calls.ids import new_call_id
 from tests.harness import (
     InBackground,
     connect,

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from faashound.functions import Functions, parse_function_url
+from faashound.functions.table import Functions, parse_function_url
 from tests.harness import connect, free_port, http_request, parse, raw, read_all, run, wait_read
 from tests.system import Receiver, System, always
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from faashound.health import QUEUE_MEMORY_S, Health, stray_queues
+from faashound.serving.health import QUEUE_MEMORY_S, Health, stray_queues
 from faashound.watchdog import Board, Seat
 from tests.harness import free_port, http_request, wait_until
 from tests.system import System

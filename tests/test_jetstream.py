@@ -20,6 +20,22 @@ from hypothesis import given
 from nats.js.api import StreamConfig
 
 from faashound import jetstream
+from faashound.calls.ids import new_call_id
+from faashound.calls.model import (
+    EXCERPT_BYTES,
+    Attempt,
+    Call,
+    Callback,
+    CallbackState,
+    CallExists,
+    Lease,
+    LeaseLost,
+    QueueDamaged,
+    QueueUnavailable,
+    State,
+    StoredBody,
+)
+from faashound.calls.names import parse_function_name
 from faashound.jetstream import (
     HEADER,
     Hold,
@@ -38,23 +54,9 @@ from faashound.jetstream import (
     parse_token,
     take,
 )
-from faashound.names import parse_function_name
-from faashound.queues import NatsSettings, NatsUrl, open_queue, parse_queue_url, trouble_of
-from faashound.spool import (
-    EXCERPT_BYTES,
-    Attempt,
-    Call,
-    Callback,
-    CallbackState,
-    CallExists,
-    Lease,
-    LeaseLost,
-    QueueDamaged,
-    QueueUnavailable,
-    State,
-    StoredBody,
-    new_call_id,
-)
+from faashound.queues import open_queue, trouble_of
+from faashound.queues.nats_settings import NatsSettings
+from faashound.queues.urls import NatsUrl, parse_queue_url
 from faashound.watchdog import BadSettings, CannotStart, parse_settings
 from tests.nats_servers import Cluster
 from tests.needed import tool

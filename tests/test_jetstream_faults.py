@@ -23,9 +23,9 @@ from typing import Any
 import pytest
 import uvloop
 
+from faashound.calls.model import FINAL, Lease, LeaseLost, QueueFull, QueueUnavailable, State
+from faashound.calls.names import FunctionName
 from faashound.jetstream import WRITE_S, JetStream, Options
-from faashound.names import FunctionName
-from faashound.spool import FINAL, Lease, LeaseLost, QueueFull, QueueUnavailable, State
 from faashound.watchdog import finished_first
 from tests.nats_servers import Cluster
 from tests.queue_kit import QUEUE, finish, inline, new_call

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import uvloop
 
-from faashound import lookups
-from faashound.lookups import Answer, Lookups, by_origin, strangers_names, system_names
+from faashound.network import lookups
+from faashound.network.lookups import STRANGERS_WAIT_S, Answer, Lookups, by_origin, strangers_names, system_names
 from faashound.watchdog import Address, Resolver, Unreachable, Url, parse_url
 from tests.apart import dead_dns, run_apart
 from tests.harness import NOISE_S, InBackground, wait_until
@@ -62,7 +62,7 @@ def inside_strangers_do_not_delay() -> None:
                 assert took_s < NOISE_S
             for took_s, found in await asyncio.gather(*dead):
                 assert isinstance(found, Unreachable), found
-                assert took_s < lookups.STRANGERS_WAIT_S + NOISE_S
+                assert took_s < STRANGERS_WAIT_S + NOISE_S
             assert threading.active_count() < 20, threading.enumerate()
 
     with dead_dns():

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from faashound.calls.model import INLINE_BYTES, Call, QueueUnavailable, State
 from faashound.jetstream import JetStream, Options
-from faashound.migrate import Migrated, migrate
-from faashound.spool import INLINE_BYTES, Call, QueueUnavailable, Spool, State
+from faashound.queues.migrate import Migrated, migrate
+from faashound.queues.spool.queue import Spool
 from tests.harness import ROOT, run
 from tests.nats_servers import Cluster
 from tests.queue_kit import QUEUE, finish, inline, new_call, read_all

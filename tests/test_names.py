@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from faashound.names import BadFunctionName, FunctionName, parse_function_name
+from faashound.calls.names import BadFunctionName, FunctionName, parse_function_name
 
 ADDRESSES = [
     "2852039166",

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from faashound.passwords import (
+from faashound.serving.passwords import (
     FORGOTTEN_AFTER_S,
     FREE_FAILURES_COUNT,
     LONGEST_DELAY_S,

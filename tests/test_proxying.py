@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from faashound.proxying import BadPath, LoopDetected, build_via, check_path
+from faashound.serving.proxying import BadPath, LoopDetected, build_via, check_path
 from faashound.watchdog import Body, Request
 from tests.harness import free_port, wait_until
 from tests.system import FUNCTIONS, Receiver, System, always

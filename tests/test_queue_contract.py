@@ -14,15 +14,13 @@ from typing import Any
 import pytest
 import uvloop
 
-from faashound.names import parse_function_name
-from faashound.spool import (
+from faashound.calls.model import (
     EXCERPT_BYTES,
     EXPIRED_ERROR,
     EXPIRED_STATUS,
     HISTORY_COUNT,
     INLINE_BYTES,
     LOST_ERROR,
-    STEP_COUNT,
     Callback,
     CallbackState,
     CallExists,
@@ -36,6 +34,8 @@ from faashound.spool import (
     State,
     destination_of,
 )
+from faashound.calls.names import parse_function_name
+from faashound.queues.spool.limits import STEP_COUNT
 from faashound.watchdog import BodyTooLarge
 from tests.nats_servers import Cluster
 from tests.queue_kit import (

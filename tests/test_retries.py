@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from faashound.retries import (
+from faashound.calls.retries import (
     CALLBACK_POLICY,
     MAX_RETRY_AFTER_S,
     BadAnnotations,

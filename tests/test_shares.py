@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from faashound.shares import LEND_AFTER_S, Allotment, Slots, lend, share_fairly, share_rest
+from faashound.draining.shares import LEND_AFTER_S, Allotment, Slots, lend, share_fairly, share_rest
 
 FAIR = {
     "idle": ({}, 0, 16, {}),

@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
-from faashound import spool as spool_module
-from faashound.spool import (
+from faashound.calls.ids import _next_id, _randomness, new_call_id
+from faashound.calls.model import (
     CALLBACK_TRANSITIONS,
     FINAL,
     INLINE_BYTES,
@@ -33,10 +33,12 @@ from faashound.spool import (
     State,
     destination_of,
     lost_wait_s,
-    new_call_id,
     next_callback_state,
     next_state,
 )
+from faashound.queues.spool import queue as spool_queue
+from faashound.queues.spool.limits import DATABASE, STEP_COUNT
+from faashound.queues.spool.notifier import Ring
 from tests.queue_kit import inline, read_all
 from tests.test_spool_kit import START_S, Desk, new_call
 
@@ -71,10 +73,10 @@ def test_new_call_id_uses_other_random_bits_in_a_forked_child() -> None:
     reads, writes = os.pipe()
     child = os.fork()
     if child == 0:
-        os.write(writes, f"{spool_module._randomness.bits(64):x}".encode())
+        os.write(writes, f"{_randomness.bits(64):x}".encode())
         os._exit(0)
     os.waitpid(child, 0)
-    ours, theirs = spool_module._randomness.bits(64), int(os.read(reads, 100), 16)
+    ours, theirs = _randomness.bits(64), int(os.read(reads, 100), 16)
     os.close(reads)
     os.close(writes)
     assert ours != theirs
@@ -90,7 +92,7 @@ def test_new_call_id_uses_other_random_bits_in_a_forked_child() -> None:
     ],
 )
 def test_next_id_is_greater_when(last: tuple[int, int], now_ms: int, stamp_ms: int) -> None:
-    made = spool_module._next_id(last, now_ms)
+    made = _next_id(last, now_ms)
     assert made > last
     assert made[0] == stamp_ms
     assert made[1] < 1 << 74
@@ -245,7 +247,7 @@ def test_list_takes_little_memory_when_callers_send_much(desk: Desk) -> None:
 
 def test_claim_is_asked_for_again_when_expired_calls_took_its_turn(desk: Desk) -> None:
     async def scenario() -> None:
-        dying = [new_call("a", expires_s=START_S + 1) for _ in range(spool_module.STEP_COUNT + 50)]
+        dying = [new_call("a", expires_s=START_S + 1) for _ in range(STEP_COUNT + 50)]
         await asyncio.gather(*map(desk.spool.put, dying))
 
     desk.do(scenario())
@@ -263,7 +265,7 @@ def test_claim_is_asked_for_again_when_expired_calls_took_its_turn(desk: Desk) -
 def test_reclaim_voids_leases_of_an_earlier_boot(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     desk.put()
     desk.claim_one()
-    monkeypatch.setattr(spool_module, "_read_boot_id", lambda: "another-boot")
+    monkeypatch.setattr(spool_queue, "_read_boot_id", lambda: "another-boot")
     desk.open()  # opening takes back
     assert [call.state for call in desk.do(desk.spool.calls())] == [State.QUEUED]
 
@@ -275,7 +277,7 @@ def test_bell_with_an_unread_backlog_announces_everything(desk: Desk) -> None:
     """A full buffer loses bells: whatever the lost ones said must be acted on."""
     other = desk.open()
     for _ in range(3):
-        other._bells.ring(spool_module.Ring.WORK)
+        other._bells.ring(Ring.WORK)
     assert desk.do(desk.spool.wait_for_cancel(LONG_S))
 
 
@@ -393,7 +395,7 @@ def test_put_leaves_no_body_when_its_key_is_known(desk: Desk) -> None:
 
 def test_put_leaves_no_body_when_the_queue_is_gone(desk: Desk) -> None:
     call = desk.new_call(body=desk.do(desk.spool.store_body(BIG)))
-    (desk.directory / spool_module.DATABASE).rename(desk.directory / "elsewhere")
+    (desk.directory / DATABASE).rename(desk.directory / "elsewhere")
     with pytest.raises(QueueUnavailable):
         desk.do(desk.spool.put(call))
     assert desk.body_files() == set()

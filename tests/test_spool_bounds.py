@@ -10,17 +10,12 @@ from typing import Any
 
 import pytest
 
-from faashound import spool as spool_module
-from faashound.names import parse_function_name
-from faashound.spool import (
-    INLINE_BYTES,
-    Bounds,
-    QueueLimits,
-    Spool,
-    State,
-    TooManyBytesQueued,
-    TooManyQueued,
-)
+from faashound.calls.model import INLINE_BYTES, Bounds, QueueLimits, RunEnd, State, TooManyBytesQueued, TooManyQueued
+from faashound.calls.names import parse_function_name
+from faashound.queues.spool import database, operations
+from faashound.queues.spool.limits import LETTER_BYTES, STEP_COUNT
+from faashound.queues.spool.queue import Spool
+from faashound.queues.spool.schema import MIGRATIONS
 from faashound.watchdog import log
 from tests.test_spool_kit import QUEUE, START_S, Desk, inline, new_call
 
@@ -136,7 +131,7 @@ def test_cancel_queued_ends_what_waits_of_one_function_and_drops_its_payloads(
     desk: LimitedDesk, tmp_path: Path
 ) -> None:
     roomy = Desk(tmp_path / "roomy")
-    count = spool_module.STEP_COUNT + 7
+    count = STEP_COUNT + 7
 
     async def fill() -> None:
         body = await roomy.spool.store_body(BIG)
@@ -173,7 +168,7 @@ def dead_letters(desk: Desk, count: int) -> list[str]:
         desk.clock.now_s = START_S + 3600 * number
         call = desk.put(body=inline(bytes(500)), callback_url="http://caller/" if number % 2 else None)
         lease = desk.claim_one()
-        end = spool_module.RunEnd(State.DONE if number % 2 else State.DEAD, desk.attempt(), 200, 0.1)
+        end = RunEnd(State.DONE if number % 2 else State.DEAD, desk.attempt(), 200, 0.1)
         desk.do(desk.spool.finish(lease, end))
         if number % 2:
             desk.do(desk.spool.callback_dead(desk.claim_callback(), desk.attempt(500, "no")))
@@ -186,7 +181,7 @@ def dead_letters(desk: Desk, count: int) -> list[str]:
     [
         pytest.param(Bounds(), 6, id="none"),
         pytest.param(Bounds(dead_s=2.5 * 3600), 3, id="age"),
-        pytest.param(Bounds(dead_bytes=4 * (500 + spool_module.LETTER_BYTES)), 4, id="bytes"),
+        pytest.param(Bounds(dead_bytes=4 * (500 + LETTER_BYTES)), 4, id="bytes"),
         pytest.param(Bounds(dead_s=1.5 * 3600, dead_bytes=10**9), 2, id="both"),
         pytest.param(Bounds(dead_bytes=0), 0, id="nothing"),
     ],
@@ -215,9 +210,9 @@ def test_letter_that_is_being_delivered_stays_when_its_time_is_over(desk: Limite
 
 def test_older_file_knows_what_waits_when_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(spool_module, "MIGRATIONS", spool_module.MIGRATIONS[:-1])
-        patch.setattr(spool_module, "SQL_ADD_WAITING", "SELECT ?, ?, ?")
-        patch.setattr(spool_module, "_check_limits", lambda *_: (None, None, None))
+        patch.setattr(database, "MIGRATIONS", MIGRATIONS[:-1])
+        patch.setattr(operations, "SQL_ADD_WAITING", "SELECT ?, ?, ?")
+        patch.setattr(operations, "_check_limits", lambda *_: (None, None, None))
         desk = Desk(tmp_path / "spool")
         for number in range(3):
             desk.put(body=inline(bytes(100 * number)))

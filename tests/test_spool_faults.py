@@ -15,23 +15,23 @@ from pathlib import Path
 
 import pytest
 
-from faashound import spool as spool_module
-from faashound.names import parse_function_name
-from faashound.spool import (
-    DATABASE,
+from faashound.calls.model import (
     EXPIRED_STATUS,
     INLINE_BYTES,
-    ORPHAN_S,
     Bounds,
     Call,
     CallbackState,
     QueueDamaged,
     QueueFull,
     QueueUnavailable,
-    Spool,
     State,
-    set_aside,
 )
+from faashound.calls.names import parse_function_name
+from faashound.queues.spool import database
+from faashound.queues.spool.directory import set_aside
+from faashound.queues.spool.limits import BUSY_S, DATABASE, ORPHAN_S, STEP_COUNT
+from faashound.queues.spool.queue import Spool
+from faashound.queues.spool.schema import MIGRATIONS
 from tests.needed import want_root
 from tests.test_spool_kit import LEASE_S, QUEUE, START_S, Desk, Remote, finish, inline, new_call
 
@@ -171,7 +171,7 @@ def test_directory_of_another_user_is_reported_with_path_and_owner(tmp_path: Pat
     program = f"""
 import asyncio, os
 from pathlib import Path
-from faashound.spool import QueueUnavailable, Spool
+from faashound.calls.model import QueueUnavailable; from faashound.queues.spool.queue import Spool
 os.setuid(65534)
 try:
     asyncio.run(Spool.open(Path({str(directory)!r})))
@@ -235,7 +235,7 @@ def lose(database: Path) -> None:
 
 
 def make_newer(database: Path) -> None:
-    change(database, f"PRAGMA user_version = {len(spool_module.MIGRATIONS) + 1}")
+    change(database, f"PRAGMA user_version = {len(MIGRATIONS) + 1}")
 
 
 def make_unversioned(database: Path) -> None:
@@ -374,12 +374,12 @@ def test_older_file_is_brought_to_the_newest_version(tmp_path: Path, monkeypatch
     call = desk.put()
     desk.close()
     more = "CREATE TABLE later (seq INTEGER PRIMARY KEY) STRICT;"
-    monkeypatch.setattr(spool_module, "MIGRATIONS", (*spool_module.MIGRATIONS, more))
+    monkeypatch.setattr(database, "MIGRATIONS", (*MIGRATIONS, more))
     desk = Desk(directory)
     assert desk.get(call.id) == call
     desk.close()
     db = sqlite3.connect(directory / DATABASE)
-    assert db.execute("PRAGMA user_version").fetchone() == (len(spool_module.MIGRATIONS),)
+    assert db.execute("PRAGMA user_version").fetchone() == (len(MIGRATIONS),)
     assert db.execute("SELECT count(*) FROM later").fetchone() == (0,)
     db.close()
 
@@ -387,7 +387,7 @@ def test_older_file_is_brought_to_the_newest_version(tmp_path: Path, monkeypatch
 def old_file(directory: Path, version: int, rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves a queue as a program of that time has left it, with `rows` that SQL puts in."""
     with monkeypatch.context() as patch:
-        patch.setattr(spool_module, "MIGRATIONS", spool_module.MIGRATIONS[:version])
+        patch.setattr(database, "MIGRATIONS", MIGRATIONS[:version])
         Desk.create(directory)
     db = sqlite3.connect(directory / DATABASE)
     db.executescript(rows)
@@ -508,7 +508,7 @@ def test_sweep_keeps_a_call_and_its_result_until_the_callback_is_delivered(desk:
 
 
 def test_sweep_goes_through_more_rows_than_one_step(desk: Desk) -> None:
-    count = 2 * spool_module.STEP_COUNT + 7
+    count = 2 * STEP_COUNT + 7
 
     async def scenario() -> None:
         calls = await asyncio.gather(*(desk.spool.put(new_call()) for _ in range(count)))
@@ -573,7 +573,7 @@ def test_sweep_does_not_wait_for_a_reader(desk: Desk) -> None:
     desk.put()
     began_s = time.monotonic()
     desk.do(desk.spool.sweep(3600, DAY_S))
-    assert time.monotonic() - began_s < spool_module.BUSY_S / 2
+    assert time.monotonic() - began_s < BUSY_S / 2
     reader.close()
 
 

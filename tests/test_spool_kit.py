@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from faashound.queues import Queue
-from faashound.spool import Spool
+from faashound.queues.spool.queue import Spool
 from faashound.watchdog import FaashoundError
 from tests.queue_kit import LEASE_S, QUEUE, START_S, Clock, SpoolDesk, finish, inline, new_call
 

@@ -22,11 +22,10 @@ import hypothesis.strategies as st
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
-from faashound.names import parse_function_name
-from faashound.spool import CALLBACK_TRANSITIONS as CALLBACK_MOVES
-from faashound.spool import (
+from faashound.calls.ids import new_call_id
+from faashound.calls.model import CALLBACK_TRANSITIONS as CALLBACK_MOVES
+from faashound.calls.model import (
     CALLS_BACK,
-    DATABASE,
     FINAL,
     Attempt,
     CallbackState,
@@ -38,9 +37,10 @@ from faashound.spool import (
     RunEnd,
     State,
     lost_wait_s,
-    new_call_id,
 )
-from faashound.spool import TRANSITIONS as MOVES
+from faashound.calls.model import TRANSITIONS as MOVES
+from faashound.calls.names import parse_function_name
+from faashound.queues.spool.limits import DATABASE
 from tests.test_spool_kit import LEASE_S, QUEUE, START_S, Remote, inline, new_call
 
 ATTEMPT = Attempt(START_S, START_S, 500, "failed")

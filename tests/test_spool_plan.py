@@ -8,8 +8,21 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from faashound import spool
-from faashound.spool import CALLBACKS_LINE, CALLS_LINE
+from faashound.queues.spool.database import _migrate
+from faashound.queues.spool.operations import _Claimant, _pick, _Wanted
+from faashound.queues.spool.statements import (
+    CALLBACKS_LINE,
+    CALLS_LINE,
+    SQL_EXPIRING,
+    SQL_NEXT_CALLBACK,
+    SQL_NEXT_DUE,
+    SQL_OLD_CALLS,
+    SQL_OLD_DEAD_CALLBACKS,
+    SQL_OLD_LETTERS,
+    SQL_OLD_RESULTS,
+    SQL_READY_CALLBACKS,
+    SQL_STALE,
+)
 
 NOW_S = 1000.0
 
@@ -17,7 +30,7 @@ NOW_S = 1000.0
 @pytest.fixture
 def db() -> Iterator[sqlite3.Connection]:
     db = sqlite3.connect(":memory:", isolation_level=None)
-    spool._migrate(db)
+    _migrate(db)
     yield db
     db.close()
 
@@ -61,15 +74,15 @@ OLD = {"before_s": 1, "after_s": 0, "after_seq": 0, "limit": 9}
         pytest.param(CALLS_LINE.flows, AFTER, "calls_queued", id="functions"),
         pytest.param(CALLS_LINE.due, ("q", "f", 1, 1), "calls_queued", id="due"),
         pytest.param(CALLBACKS_LINE.flows, AFTER, "callbacks_ready", id="destinations"),
-        pytest.param(spool.SQL_EXPIRING, {"now_s": 1, "limit": 1}, "calls_expiring", id="expiring"),
+        pytest.param(SQL_EXPIRING, {"now_s": 1, "limit": 1}, "calls_expiring", id="expiring"),
         pytest.param(CALLBACKS_LINE.due, ("q", "a:80", 1, 1), "callbacks_ready", id="due-callbacks"),
-        pytest.param(spool.SQL_NEXT_DUE, {"after_s": 1}, "calls_queued", id="next-due"),
-        pytest.param(spool.SQL_NEXT_CALLBACK, {"after_s": 1}, "callbacks_due", id="next-callback"),
-        pytest.param(spool.SQL_OLD_RESULTS, OLD, "results_stored", id="old-results"),
-        pytest.param(spool.SQL_OLD_CALLS, OLD, "calls_finished", id="old-calls"),
-        pytest.param(spool.SQL_STALE, {"before_s": 1, "limit": 1}, "calls_queued", id="stale"),
-        pytest.param(spool.SQL_OLD_LETTERS, {"before_s": 1, "limit": 1}, "calls_dead", id="old-letters"),
-        pytest.param(spool.SQL_OLD_DEAD_CALLBACKS, {"before_s": 1, "limit": 1}, "callbacks_state", id="old-callbacks"),
+        pytest.param(SQL_NEXT_DUE, {"after_s": 1}, "calls_queued", id="next-due"),
+        pytest.param(SQL_NEXT_CALLBACK, {"after_s": 1}, "callbacks_due", id="next-callback"),
+        pytest.param(SQL_OLD_RESULTS, OLD, "results_stored", id="old-results"),
+        pytest.param(SQL_OLD_CALLS, OLD, "calls_finished", id="old-calls"),
+        pytest.param(SQL_STALE, {"before_s": 1, "limit": 1}, "calls_queued", id="stale"),
+        pytest.param(SQL_OLD_LETTERS, {"before_s": 1, "limit": 1}, "calls_dead", id="old-letters"),
+        pytest.param(SQL_OLD_DEAD_CALLBACKS, {"before_s": 1, "limit": 1}, "callbacks_state", id="old-callbacks"),
     ],
 )
 def test_statement_searches_by_its_index(db: sqlite3.Connection, sql: str, values: object, index: str) -> None:
@@ -79,7 +92,7 @@ def test_statement_searches_by_its_index(db: sqlite3.Connection, sql: str, value
 
 
 def test_callbacks_that_fall_due_are_found_by_their_index(db: sqlite3.Connection) -> None:
-    found = plan(db, spool.SQL_READY_CALLBACKS, {"now_s": 1, "limit": 1})
+    found = plan(db, SQL_READY_CALLBACKS, {"now_s": 1, "limit": 1})
     assert any("SEARCH" in step and "INDEX callbacks_due (" in step for step in found)
     assert not any("SCAN" in step or "TEMP" in step for step in found)
 
@@ -87,13 +100,13 @@ def test_callbacks_that_fall_due_are_found_by_their_index(db: sqlite3.Connection
 def claim_cost(backlog: Callable[[sqlite3.Connection], None]) -> int:
     """What it takes to pick eight calls of three functions, with a backlog beside them."""
     db = sqlite3.connect(":memory:", isolation_level=None)
-    spool._migrate(db)
+    _migrate(db)
     for function in "abc":
         add_calls(db, function, 20, 10.0)
     backlog(db)
-    wanted = spool._Wanted(("q",), 8, {})
+    wanted = _Wanted(("q",), 8, {})
     picked: list[object] = []
-    cost = steps(db, lambda: picked.extend(spool._pick(db, CALLS_LINE, wanted, ("", ""), NOW_S)))
+    cost = steps(db, lambda: picked.extend(_pick(db, CALLS_LINE, wanted, ("", ""), NOW_S)))
     assert len(picked) == 8
     db.close()
     return cost
@@ -137,16 +150,16 @@ def test_claim_of_callbacks_costs_the_same_with_a_backlog_a_hundred_times_as_lon
 ) -> None:
     def cost(count: int) -> int:
         with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
-            spool._migrate(db)
+            _migrate(db)
             for name in "abc":
                 add_callbacks(db, f"{name}:80", 20, 10.0, True)
             add_callbacks(db, destination, count, due_s, ready)
-            wanted, claimant = spool._Wanted(("q",), 8, {}), spool._Claimant("w", NOW_S, "boot", 1.0)
+            wanted, claimant = _Wanted(("q",), 8, {}), _Claimant("w", NOW_S, "boot", 1.0)
             taken: list[object] = []
 
             def claim() -> None:
-                db.execute(spool.SQL_READY_CALLBACKS, {"now_s": claimant.now_s, "limit": 500})
-                taken.extend(spool._pick(db, CALLBACKS_LINE, wanted, ("", ""), NOW_S))
+                db.execute(SQL_READY_CALLBACKS, {"now_s": claimant.now_s, "limit": 500})
+                taken.extend(_pick(db, CALLBACKS_LINE, wanted, ("", ""), NOW_S))
 
             spent = steps(db, claim)
             assert len(taken) == 8
@@ -157,7 +170,7 @@ def test_claim_of_callbacks_costs_the_same_with_a_backlog_a_hundred_times_as_lon
 
 def test_sleep_until_the_next_call_costs_the_same_with_a_long_backlog(db: sqlite3.Connection) -> None:
     def cost() -> int:
-        return steps(db, lambda: db.execute(spool.SQL_NEXT_DUE, {"after_s": NOW_S}).fetchone())
+        return steps(db, lambda: db.execute(SQL_NEXT_DUE, {"after_s": NOW_S}).fetchone())
 
     add_calls(db, "f", 500, NOW_S + 1)
     before = cost()
@@ -173,7 +186,7 @@ def test_next_due_is_the_earliest_of_all_queues_and_functions(db: sqlite3.Connec
         )
 
     def next_due(after_s: float) -> float | None:
-        found: float | None = db.execute(spool.SQL_NEXT_DUE, {"after_s": after_s}).fetchone()[0]
+        found: float | None = db.execute(SQL_NEXT_DUE, {"after_s": after_s}).fetchone()[0]
         return found
 
     assert [next_due(after_s) for after_s in (0, 37, 38, 39, 40)] == [37, 38, 39, 40, None]

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from faashound.spool import INLINE_BYTES, ORPHAN_S, Attempt, Call, LeaseLost, RunEnd, State, _accepted
+from faashound.calls.model import INLINE_BYTES, Attempt, Call, LeaseLost, RunEnd, State
+from faashound.queues.spool.limits import ORPHAN_S
+from faashound.queues.spool.statements import _accepted
 from tests.test_spool_kit import LEASE_S, QUEUE, START_S, Desk, Remote, inline, new_call
 
 LONG_S = 20.0

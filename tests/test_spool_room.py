@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from faashound import spool as spool_module
-from faashound.spool import (
+from faashound.calls.model import (
     INLINE_BYTES,
     Call,
     CallExists,
@@ -21,10 +20,11 @@ from faashound.spool import (
     QueueLimits,
     ResultLost,
     RunEnd,
-    Spool,
     State,
     StoredBody,
 )
+from faashound.queues.spool.limits import FILE_CHUNK_BYTES
+from faashound.queues.spool.queue import Spool
 from faashound.watchdog import PeerGone
 from tests.queue_kit import read_all
 from tests.test_spool_faults import fill, small_disk
@@ -274,7 +274,7 @@ def test_results_that_wait_are_stored_one_after_another(small_disk: Path, desk: 
     assert [len(found) for found in desk.do(scenario())] == [size] * count
 
 
-FILE_BYTES = spool_module.FILE_CHUNK_BYTES  # what each may have written before it is its turn
+FILE_BYTES = FILE_CHUNK_BYTES  # what each may have written before it is its turn
 
 
 def test_result_that_breaks_off_while_it_waits_is_told_from_one_that_never_came(small_disk: Path, desk: Desk) -> None:

@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from faashound.spool import DATABASE, TOKEN_CHARS, QueueUnavailable, Spool
+from faashound.calls.model import QueueUnavailable
+from faashound.queues.spool.directory import TOKEN_CHARS
+from faashound.queues.spool.limits import DATABASE
+from faashound.queues.spool.queue import Spool
 from tests.needed import want_root
 from tests.test_spool_kit import Desk
 
@@ -131,7 +134,7 @@ def test_queue_is_nobody_elses_when_it_is_made_with_an_open_umask(tmp_path: Path
     program = f"""
 import asyncio, os
 from pathlib import Path
-from faashound.spool import Spool
+from faashound.queues.spool.queue import Spool
 os.umask(0)
 async def main():
     await (await Spool.open(Path({str(tmp_path / "spool")!r}))).close()

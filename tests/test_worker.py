@@ -21,11 +21,11 @@ from typing import Any
 import pytest
 import standardwebhooks
 
-from faashound.breakers import FAILURES_COUNT
-from faashound.callbacks import CallbackRefused
-from faashound.retries import End, Outcome
-from faashound.shares import LEND_AFTER_S
-from faashound.spool import QueueDamaged, QueueFull, QueueUnavailable
+from faashound.calls.callbacks import CallbackRefused
+from faashound.calls.model import QueueDamaged, QueueFull, QueueUnavailable
+from faashound.calls.retries import End, Outcome
+from faashound.draining.breakers import FAILURES_COUNT
+from faashound.draining.shares import LEND_AFTER_S
 from faashound.watchdog import OutOfResources, PeerGone, Unreachable, UpstreamTimeout
 from faashound.worker import REFUSED_TEXT, outcome_of_error
 from tests.harness import crowding, free_port, http_request, noise_s, run, wait_until

@@ -31,7 +31,7 @@ from datetime import UTC, datetime
 from enum import Enum
 from typing import Any
 
-from .watchdog import FaashoundError, parse_count, parse_duration
+from ..watchdog import FaashoundError, parse_count, parse_duration
 
 
 class End(Enum):
@@ -227,6 +227,8 @@ def _count(attempts_made: int) -> str:
 # ---------------------------------------------------------------------------------------------------------------
 
 MAX_RETRY_AFTER_S = 86400.0  # a day: beyond it the field says "never", and a slip of a digit should not
+
+
 _GROWTH_STEPS_MAX = 64  # enough to pass every max_wait_s, few enough for a float
 
 
@@ -257,6 +259,8 @@ def retry_wait_s(
 
 # RFC 9110 5.6.7.  strptime reads names of days and months in the C locale unless a program sets LC_TIME; ours do not.
 _HTTP_DATE_FORMS = ("%a, %d %b %Y %H:%M:%S GMT", "%A, %d-%b-%Y %H:%M:%S GMT", "%a %b %d %H:%M:%S %Y")
+
+
 _TWO_DIGIT_YEAR = re.compile(r"(?<=-)[0-9]{2}(?= )", re.ASCII)
 
 
@@ -315,6 +319,8 @@ class RetryAnnotations:
 
 
 _RETRY_PREFIX = "com.openfaas.retry."
+
+
 _RETRY_ANNOTATIONS: Mapping[str, tuple[str, Callable[[str], object]]] = {
     f"{_RETRY_PREFIX}attempts": ("max_attempts", parse_count),
     f"{_RETRY_PREFIX}codes": ("codes", parse_retry_codes),

@@ -23,12 +23,17 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Protocol, cast, runtime_checkable
 
-from .calls import CommandParser
-from .queues import NatsSettings, NatsUrl, Queue, open_queue, parse_queue_url
-from .spool import Call, CallExists, CallFinished, CallUnknown, NewCall, QueueUnavailable, Spool, State
-from .watchdog import BadSettings, FaashoundError, OutputFailed, parse_settings, report_failure, write_out
+from ..calls.model import Call, CallExists, CallFinished, CallUnknown, NewCall, QueueUnavailable, State
+from ..watchdog import BadSettings, FaashoundError, OutputFailed, parse_settings, report_failure, write_out
+from . import Queue, open_queue
+from .commands import CommandParser
+from .nats_settings import NatsSettings
+from .spool.queue import Spool
+from .urls import NatsUrl, parse_queue_url
 
 PAGE_COUNT = 500
+
+
 REPORT_COUNT = 100  # calls between two words about how far it is
 
 

@@ -22,11 +22,14 @@ from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 
-from .watchdog import Address as SocketAddress
-from .watchdog import FaashoundError, Resolver, Url
+from ..watchdog import Address as SocketAddress
+from ..watchdog import FaashoundError, Resolver, Url
 
 Address = IPv4Address | IPv6Address
+
+
 Network = IPv4Network | IPv6Network
+
 
 OWN_ADDRESSES_AGE_S = 5.0  # how long the list is believed; with a thousand interfaces it takes milliseconds to make
 
@@ -129,12 +132,17 @@ _RANGES_AS_WRITTEN = (
     ("fec0::/10", Kind.SITE_LOCAL),
     ("ff00::/8", Kind.MULTICAST),
 )
+
+
 _RANGES = sorted(
     (Verdict(kind, ip_network(text)) for text, kind in _RANGES_AS_WRITTEN),
     key=lambda verdict: -verdict.network.prefixlen,
 )
 
+
 _NAT64 = IPv6Network("64:ff9b::/96")
+
+
 _ISATAP_MARKS = (0x0000_5EFE, 0x0200_5EFE)  # RFC 5214: the upper half of the interface identifier
 
 
@@ -163,6 +171,8 @@ def _carried_ipv4(address: Address) -> IPv4Address | None:
 # ---------------------------------------------------------------------------------------------------------------
 
 _LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
+
+
 _NUMBER = re.compile(r"0x[0-9a-f]*|[0-9]+")
 
 

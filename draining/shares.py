@@ -28,7 +28,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 LEND_AFTER_S = 1.0  # so long all slots are held by the same before more are lent: quick ones give a turn to all earlier
+
+
 LATELY_S = 1.0
+
+
 LENT_PART = 4  # one slot is lent for so many
 
 

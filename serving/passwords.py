@@ -23,13 +23,23 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
 
-from .watchdog import FaashoundError, Request, log
+from ..watchdog import FaashoundError, Request, log
 
 FREE_FAILURES_COUNT = 3  # that cost nothing: people mistype
+
+
 FIRST_DELAY_S = 0.25
+
+
 LONGEST_DELAY_S = 4.0
+
+
 MAX_LATE_COUNT = 8  # wrong answers to one address under way at once
+
+
 FORGOTTEN_AFTER_S = 900.0  # without another failure
+
+
 MAX_ADDRESSES_COUNT = 4096  # a hundred bytes each
 
 

@@ -26,15 +26,26 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from .watchdog import BACKLOG, log, spawn_under_own_limit
+from ..watchdog import BACKLOG, log, spawn_under_own_limit
 
 FIRST_RESTART_S = 0.1
+
+
 LONGEST_RESTART_S = 30.0
+
+
 PROVEN_AFTER_S = 10.0  # a child that has lived this long starts its delays from the beginning
+
+
 KILL_GRACE_S = 2.0  # between "stop at once" and SIGKILL: for a watchdog to end the trees it has started
+
+
 BAD_SETTINGS_STATUS = 2  # our programs' exit status for settings that no restart will mend
 
+
 LISTEN_FD = 3  # systemd's SD_LISTEN_FDS_START
+
+
 LIFELINE_FD = 4
 
 

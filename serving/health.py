@@ -17,10 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from .watchdog import Seat
+from ..watchdog import Seat
 
 QUEUE_MEMORY_S = 30.0  # longer than balancers let pass between two probes
+
+
 TROUBLE_KEY = "trouble"  # of the shared counts: 1 while the part that follows does not work
+
+
 _WORKER, _QUEUE = f"{TROUBLE_KEY} worker", f"{TROUBLE_KEY} queue"
 
 

@@ -14,15 +14,22 @@ from __future__ import annotations
 
 import re
 
-from .watchdog import FaashoundError
+from ..watchdog import FaashoundError
 
 DEFAULT_NAMESPACE = "openfaas-fn"  # where OpenFaaS puts a function that names no namespace
 
+
 # A DNS label as in Kubernetes (RFC 1123 2.1), where OpenFaaS also lets underscores through.
 _LABEL = re.compile(r"[a-z0-9](?:[-a-z0-9_]{0,61}[a-z0-9])?", re.ASCII)
+
+
 # inet_aton(3) reads decimal, octal and hexadecimal numbers as (parts of) an IPv4 address; URL parsers follow it.
 _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*", re.ASCII)
+
+
 _OURSELVES = frozenset(("localhost", "localdomain"))  # RFC 6761 6.3: `x.localhost` is the loopback address as well
+
+
 NAME_HELP = (
     "1 to 63 of a-z, 0-9, '-' and '_', with a letter or digit at both ends, that is no number and not localhost,"
     " and optionally '.' and a namespace of the same form"

@@ -37,7 +37,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_net
 from typing import ClassVar
 from urllib.parse import unquote, urljoin
 
-from .addresses import (
+from ..network.addresses import (
     Address,
     Level,
     Network,
@@ -50,12 +50,15 @@ from .addresses import (
     parse_literal,
     parse_numeric_host,
 )
-from .watchdog import SECRET_FIELDS, VERSION, FaashoundError, Resolver, Url
-from .watchdog import Address as SocketAddress
+from ..watchdog import SECRET_FIELDS, VERSION, FaashoundError, Resolver, Url
+from ..watchdog import Address as SocketAddress
 
 Headers = tuple[tuple[str, str], ...]
 
+
 MAX_URL_CHARS = 2048
+
+
 MAX_REDIRECTS_COUNT = 3  # a moved endpoint takes one or two; more is a loop
 
 
@@ -75,6 +78,8 @@ _URL = re.compile(
     r"(?P<target>[/?][^#]*)?(?:#.*)?",
     re.IGNORECASE | re.ASCII,
 )
+
+
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -189,6 +194,8 @@ def _parse_allow_entry(word: str) -> AllowEntry:
 # ---------------------------------------------------------------------------------------------------------------
 
 _LOOPBACK = (IPv4Address("127.0.0.1"), IPv6Address("::1"))
+
+
 _DOTS = re.compile(r"[/\\]\.{1,2}(?:[/\\]|$)")
 
 
@@ -360,15 +367,23 @@ def build_proof(token: str, call_id: str) -> str:
 
 # Hop by hop (RFC 9110 7.6.1; with `proxy-*` and what Connection names), and framing, which the client sets itself.
 _HOP_BY_HOP = {"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "content-length"}
+
+
 # They mean nothing in a response, but would steer the request that the callback is.
 _REQUEST_ONLY = {"host", "expect"}
+
+
 # Credentials and what asks for them: meant for the function's caller, not for a third party.
 _CREDENTIALS = {name.decode() for name in SECRET_FIELDS} | {"www-authenticate"}
+
+
 # Ours: the function cannot override them, nor pretend to a signature where there is none.
 _OURS = {
     *("x-call-id", "x-duration-seconds", "x-function-status", "x-function-name", "x-retry", "x-retry-max"),
     *("user-agent", "webhook-id", "webhook-timestamp", "webhook-signature", CALLBACK_PROOF.decode().lower()),
 }
+
+
 _NOT_PASSED_ON = frozenset(_HOP_BY_HOP | _REQUEST_ONLY | _CREDENTIALS | _OURS)
 
 
@@ -419,6 +434,8 @@ def _is_dropped(name: str, dropped: frozenset[str]) -> bool:
 # ---------------------------------------------------------------------------------------------------------------
 
 _SECRET_PREFIX = "whsec_"  # noqa: S105 - the public prefix, no secret
+
+
 MIN_SECRET_BYTES = 24  # the specification's lower bound
 
 

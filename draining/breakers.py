@@ -27,10 +27,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 FAILURES_COUNT = 3
+
+
 FIRST_PAUSE_S = 5.0
+
+
 LONGEST_PAUSE_S = 60.0
+
+
 GIVEN_UP_AFTER_S = 600.0
+
+
 MAX_KEPT_COUNT = 250  # each costs half a microsecond for each claim
+
+
 MAX_ERROR_CHARS = 200
 
 

@@ -19,7 +19,7 @@ import re
 import urllib.parse
 from dataclasses import dataclass
 
-from .watchdog import FaashoundError, Header, Request
+from ..watchdog import FaashoundError, Header, Request
 
 DECODINGS_COUNT = 3  # of a path: upstreams decode once, careless ones twice
 

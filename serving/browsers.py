@@ -22,10 +22,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from ipaddress import ip_address
 
-from .addresses import parse_host_name, parse_numeric_host
-from .watchdog import FaashoundError, Header, Request, Response
+from ..network.addresses import parse_host_name, parse_numeric_host
+from ..watchdog import FaashoundError, Header, Request, Response
 
 PREFLIGHT_AGE_S = 600  # how long browsers may remember a permission; Chromium takes two hours at most
+
+
 EXPOSED_FIELDS = b"X-Call-Id, X-Start-Time, X-Duration-Seconds, Location, Retry-After"
 
 
@@ -63,6 +65,8 @@ def parse_hosts(text: str) -> frozenset[str]:
 
 
 _ORIGIN = re.compile(r"(?P<scheme>https?)://(?P<host>[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::(?P<port>[0-9]{1,5}))?", re.ASCII)
+
+
 _DEFAULT_PORTS = {"http": "80", "https": "443"}
 
 

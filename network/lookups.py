@@ -32,18 +32,35 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ..watchdog import Address, Resolver, Unreachable, Url, format_duration
 from .addresses import parse_literal
-from .watchdog import Address, Resolver, Unreachable, Url, format_duration
 
 ANSWER_AGE_S = 1.0
+
+
 FAILURE_AGE_S = 2.0
+
+
 REMEMBERED_COUNT = 1024  # names
+
+
 SYSTEM_WAIT_S = 8.0  # the C library asks a second DNS server after 5
+
+
 SYSTEM_COUNT = 64  # threads, of which each takes some ten KiB
+
+
 STRANGERS_WAIT_S = 5.0
+
+
 STRANGERS_COUNT = 512  # more names at once than a worker has callbacks under way
+
+
 DNS_TIMEOUT_S = 1.0  # for the first answer of one server; doubled in the second round through all of them
+
+
 DNS_TRIES_COUNT = 2
+
 
 Answer = Sequence[Address] | str  # what was found, or the reason why nothing was
 

@@ -29,31 +29,19 @@ Errors: BadFunctions, a FaashoundError.
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import difflib
 import re
-import socket
 import tomllib
 import urllib.parse
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .keeper import Child, Keeper, listen_on_loopback, python_command
-from .names import DEFAULT_NAMESPACE, BadFunctionName, FunctionName, parse_function_name
-from .retries import BadAnnotations, parse_annotations
-from .spool import parse_queue_name
-from .watchdog import (
-    FUNCTION_VARIABLE,
-    BadSettings,
-    FaashoundError,
-    Settings,
-    parse_settings,
-    settings_table,
-    without_credentials,
-)
+from ..calls.model import parse_queue_name
+from ..calls.names import DEFAULT_NAMESPACE, BadFunctionName, FunctionName, parse_function_name
+from ..calls.retries import BadAnnotations, parse_annotations
+from ..watchdog import BadSettings, FaashoundError, Settings, parse_settings, settings_table, without_credentials
 
 
 class BadFunctions(FaashoundError):
@@ -116,6 +104,8 @@ def _fill(pattern: str, name: FunctionName) -> str:
 
 
 DEFAULT_QUEUE = "faas-request"
+
+
 QUEUE_ANNOTATION = "com.openfaas.queue"
 
 
@@ -185,17 +175,28 @@ class Functions:
 # ---------------------------------------------------------------------------------------------------------------
 
 _COMMAND_KEYS = ("fprocess", "function_process")
+
+
 _TEXT_TABLES = ("environment", "annotations", "labels")
+
+
 _ROWS = {name: row for row in settings_table(Settings).values() for name in (row.name, row.alias) if name}
+
+
 _RESERVED_PREFIXES = ("FAASHOUND_", "LISTEN_")
-_SHARED = ("log_format",)  # the gateway's holds for its watchdogs as well: their lines go to one stderr
+
+
 _REFUSED = {
     "host": "the gateway opens the socket of a function that it runs",
     "port": "the gateway opens the socket of a function that it runs",
     "metrics_port": "the gateway counts the calls of a function that it runs",
     "suppress_lock": "the gateway watches its processes itself, and all of them would share one lock file",
 }
+
+
 _LOCAL_KEYS = [name for name in _ROWS if name not in _REFUSED] + ["environment"]
+
+
 _KEYS = [*_LOCAL_KEYS, "url", "annotations", "labels"]
 
 
@@ -434,98 +435,3 @@ def watchdog_settings(settings: Mapping[str, str]) -> dict[str, str]:
     where functions share the processors with each other and with the gateway.
     """
     return {"healthcheck_interval": "0", "workers": "1", **settings, "metrics_port": "0", "suppress_lock": "true"}
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Functions run here.  The gateway opens each function's socket and keeps it for its own life; the watchdog inherits
-# it as a service does from systemd.  So a connection made while a watchdog starts, or is started again, waits in the
-# backlog and is never refused.
-# ---------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class LocalStatus:
-    """What is known of one local function's watchdog; `pid` is None between two lives."""
-
-    pid: int | None
-    restart_count: int
-    address: tuple[str, int]
-
-
-class LocalFunctions:
-    """Runs one watchdog for each local function of `table`, and starts again what dies.
-
-    `environ` is the gateway's own environment; the watchdogs get it without the variables named in `hidden` (the
-    settings of the gateway and the worker, which are no business of theirs), without the watchdog's own settings
-    (except for log_format), and without FAASHOUND_* and LISTEN_*.  `watchdog` is the command that serves a function.
-    """
-
-    def __init__(
-        self,
-        table: Mapping[FunctionName, Function],
-        *,
-        environ: Mapping[str, str],
-        hidden: Collection[str] = (),
-        watchdog: Sequence[str] = python_command("faashound.watchdog"),
-    ) -> None:
-        self.table: Mapping[FunctionName, Function] = table
-        self._command = tuple(watchdog)
-        self._base = {
-            name: value
-            for name, value in environ.items()
-            if name in _SHARED or not (name in hidden or name in _ROWS or name.startswith(_RESERVED_PREFIXES))
-        }
-        self._listeners: dict[FunctionName, socket.socket] = {}
-        self._addresses: dict[FunctionName, tuple[str, int]] = {}
-        self._children: dict[FunctionName, Child] = {}
-        self._keeper: Keeper | None = None
-        self._cleanup = contextlib.ExitStack()
-
-    def open(self) -> None:
-        """Open every socket; from then on `table` has the url of each local function.
-
-        Call it once; `stop` must follow.  Raises OSError, with nothing left open.
-        """
-        with contextlib.ExitStack() as stack:
-            names = [name for name, function in self.table.items() if function.local]
-            self._listeners = {name: stack.enter_context(listen_on_loopback()) for name in names}
-            self._cleanup = stack.pop_all()
-        self._addresses = {name: listener.getsockname() for name, listener in self._listeners.items()}
-        self.table = {name: self._with_url(function) for name, function in self.table.items()}
-
-    def start(self) -> None:
-        """Start every watchdog; once, after `open`, inside the running loop."""
-        self._keeper = Keeper()
-        for name, listener in self._listeners.items():
-            environ = self._environ(self.table[name])
-            self._children[name] = self._keeper.start(f"the watchdog of {name.short}", self._command, environ, listener)
-
-    def address(self, name: FunctionName) -> tuple[str, int]:
-        """Return host and port of a local function; KeyError for any other name."""
-        return self._addresses[name]
-
-    def status(self) -> dict[FunctionName, LocalStatus]:
-        """Return what is known of each local function's watchdog, by the function's whole name."""
-        return {
-            name: LocalStatus(child.pid, child.restart_count, self.address(name))
-            for name, child in self._children.items()
-        }
-
-    async def stop(self, grace_s: float) -> None:
-        """End every watchdog: SIGTERM, and after `grace_s` seconds what is left is killed, its functions with it."""
-        if self._keeper is not None:
-            await self._keeper.stop(grace_s)
-        self._cleanup.close()
-
-    def _with_url(self, function: Function) -> Function:
-        if not function.local:
-            return function
-        host, port = self.address(function.name)
-        return dataclasses.replace(function, url=f"http://{host}:{port}")
-
-    def _environ(self, function: Function) -> dict[str, str]:
-        """Return the whole environment of a function's watchdog, which hands the function its part of it."""
-        settings = watchdog_settings(function.settings or {})
-        given = {FUNCTION_VARIABLE + name: value for name, value in function.environment.items()}
-        names = {"OPENFAAS_NAME": function.name.name, "OPENFAAS_NAMESPACE": function.name.namespace}
-        return {**self._base, **settings, **given, **names}

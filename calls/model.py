@@ -1,0 +1,472 @@
+"""FIXDOC."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import (
+    Mapping,
+)
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal
+
+from ..network.addresses import parse_address, parse_numeric_host
+from ..watchdog import FaashoundError
+from .names import FunctionName
+
+# --------------------------------------------------------------------------------------------------------------------
+# Limits
+# --------------------------------------------------------------------------------------------------------------------
+
+INLINE_BYTES = 64 * 1024  # up to here a row is cheaper than a file (sqlite.org/intern-v-extern-blob.html)
+
+
+EXCERPT_BYTES = 4 * 1024  # of the last response, kept as long as the call for whoever asks why it failed
+
+
+HISTORY_COUNT = 50  # attempts remembered per call
+
+
+LOST_WAIT_S = 60.0  # longest wait of a callback whose workers die
+
+
+RESERVE_BYTES = 8 << 20  # kept free for ending calls: a hundred of the largest results that a row holds
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Errors
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class QueueUnavailable(FaashoundError):
+    """The queue cannot be used now: no access, read-only, an I/O error, closed. Nothing was accepted."""
+
+    status = 503
+
+
+class QueueFull(FaashoundError):
+    """The disk is full. Nothing was accepted; room is noticed without a restart."""
+
+    status = 507
+
+
+class TooManyQueued(FaashoundError):
+    """The function has as many calls waiting as it may have. Nothing was accepted."""
+
+    status = 429
+
+
+class TooManyBytesQueued(TooManyQueued):
+    """The bodies of the function's calls that wait are as long as they may be. Nothing was accepted."""
+
+    status = 507
+
+
+class ResultLost(FaashoundError):
+    """The answer of a function broke off while it waited for room: the function has run, and must not run again."""
+
+    status = 507
+
+
+class QueueDamaged(FaashoundError):
+    """The queue's file is damaged, foreign, or newer than this program. It has been left as it is."""
+
+    status = 503
+
+
+class CallExists(FaashoundError):
+    """The call id is in use."""
+
+    status = 409
+
+
+class KeyReused(FaashoundError):
+    """The idempotency key stands for a call of this function with another request."""
+
+    status = 422
+
+
+class CallUnknown(FaashoundError):
+    """No call has this id (any more)."""
+
+    status = 404
+
+
+class CallFinished(FaashoundError):
+    """The call has ended: there is nothing left to cancel."""
+
+    status = 409
+
+
+class CallNotDead(FaashoundError):
+    """Only a dead letter, or a dead callback, can be queued again."""
+
+    status = 409
+
+
+class LeaseLost(FaashoundError):
+    """Someone else has the call by now: drop the result, write nothing more."""
+
+    status = 409
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Records
+# --------------------------------------------------------------------------------------------------------------------
+
+Headers = tuple[tuple[str, str], ...]
+
+
+Kind = Literal["call", "callback"]
+
+
+class State(Enum):
+    """Where a call stands. The last four are final."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    DONE = "done"
+    DEAD = "dead"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+
+FINAL = frozenset({State.DONE, State.DEAD, State.CANCELLED, State.EXPIRED})
+
+
+CALLS_BACK = FINAL - {State.CANCELLED}  # the ends that a callback URL is told of: the caller who cancelled knows
+
+
+class CallbackState(Enum):
+    """Where the delivery of a call's outcome stands."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    DELIVERED = "delivered"
+    DEAD = "dead"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBody:
+    """A body that is already safe: `inline` bytes, or the name of a `file` below `bodies/`; never both."""
+
+    bytes_count: int
+    inline: bytes | None
+    file: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One run of a function, or one delivery: wall-clock seconds, HTTP status or None, what went wrong or None."""
+
+    started_s: float
+    finished_s: float
+    status: int | None
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Callback:
+    """The delivery of a call's outcome to its `callback_url`; `attempts` counts those begun."""
+
+    state: CallbackState
+    attempts: int
+    due_s: float
+    status: int | None
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class NewCall:
+    """A call as it was accepted. Times are seconds since the epoch; `headers` are latin-1 text, as received.
+
+    `body_digest` is what `idempotency_key` stands for besides the function: a SHA-256 in hexadecimal, over all that
+    makes it the same request (method, path, query, content type, body). None without a key.
+    """
+
+    id: str
+    function: FunctionName
+    queue: str
+    method: str
+    path: str
+    query: str
+    headers: Headers
+    body: StoredBody
+    callback_url: str | None
+    due_s: float
+    expires_s: float | None
+    idempotency_key: str | None
+    accepted_s: float
+    body_digest: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Call(NewCall):
+    """Everything known of a call.
+
+    `attempts` counts runs begun, also those whose worker died. `status`, `error` and `excerpt` (the beginning of the
+    response) are of the last attempt; `result` is None again once `sweep` has dropped it; `history` holds the last
+    `HISTORY_COUNT` attempts, oldest first.
+    """
+
+    state: State = State.QUEUED
+    attempts: int = 0
+    started_s: float | None = None
+    finished_s: float | None = None
+    status: int | None = None
+    error: str | None = None
+    duration_s: float | None = None
+    cancel_requested: bool = False
+    result: StoredBody | None = None
+    result_headers: Headers = ()
+    excerpt: bytes | None = None
+    callback: Callback | None = None
+    history: tuple[Attempt, ...] = ()
+
+
+def check_same_request(earlier: Call, call: NewCall) -> None:
+    """Raise KeyReused unless `call`, which has the key of `earlier`, is the same request.
+
+    What has no digest, as calls of earlier versions, is the same as any.
+    """
+    if None not in (earlier.body_digest, call.body_digest) and earlier.body_digest != call.body_digest:
+        raise KeyReused(
+            f"this idempotency key came with another request to {call.function.short} before; allowed: the same"
+            " method, path, query, content type and body, or a new key"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to run a call, or to deliver its callback, until it is renewed no more. `fence` only ever grows."""
+
+    call: Call
+    kind: Kind
+    owner: str
+    fence: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunEnd:
+    """How a run ended by itself, DONE or DEAD: the answer's `status`, and what is kept of the answer.
+
+    If the call has a callback URL, its callback is due from `callback_due_s` on; None means at once.
+    """
+
+    state: State
+    attempt: Attempt
+    status: int | None
+    duration_s: float
+    result: StoredBody | None = None
+    result_headers: Headers = ()
+    callback_due_s: float | None = None
+
+    @property
+    def event(self) -> Event:
+        """What has happened to the call; AssertionError for a state that no run ends in by itself."""
+        if self.state not in _ENDS:
+            raise AssertionError(f"a run ends done or dead, not {self.state.value}")
+        return _ENDS[self.state]
+
+
+@dataclass(frozen=True, slots=True)
+class Renewal:
+    """What a worker learns by renewing: ids whose lease is gone, and ids that someone wants cancelled."""
+
+    lost: frozenset[str]
+    cancelled: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class QueueLimits:
+    """What a queue takes at most.
+
+    `reserve_bytes` of its disk are kept free for ending calls, an eighth of a small disk; 0: none; None: what other
+    processes keep is used, and nothing is added to it. `calls_count` and `bytes_count` are what one function may have
+    queued and running; None: no limit.
+    """
+
+    reserve_bytes: int | None = RESERVE_BYTES
+    calls_count: int | None = None
+    bytes_count: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What `sweep` leaves at most of what would wait for ever.
+
+    `queue_age_s`: how long a call may have been due without being run; then it expires. `dead_s` and `dead_bytes`: how
+    long dead letters and calls with a dead callback are kept, and how much of them, the newest first.
+    """
+
+    queue_age_s: float = float("inf")
+    dead_s: float = float("inf")
+    dead_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """What one `sweep` removed."""
+
+    expired_count: int
+    result_count: int
+    call_count: int
+    file_count: int
+    freed_bytes: int
+    dead_count: int = 0  # of dead letters, and of calls whose callback is dead
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """The queue in figures. Pending callbacks include those on their way; `commit_count` is of this Spool alone.
+
+    `waiting` are the calls that are queued and the callbacks that are pending, by the name of their queue.
+    `free_bytes` of the queue's disk, and `reserve_bytes` of the room that is kept for ending calls; None: not known.
+    """
+
+    by_state: Mapping[State, int]
+    by_function: Mapping[tuple[FunctionName, State], int]
+    waiting: Mapping[str, int]
+    oldest_due_age_s: float | None
+    callback_pending_count: int
+    callback_dead_count: int
+    commit_count: int
+    free_bytes: int | None = None
+    reserve_bytes: int | None = None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# States
+#
+# A call and its callback are two small machines; this is their law, and nothing below changes a state except through
+# it. The callback's machine starts when the call ends in one of `CALLS_BACK`, in the same commit. Who holds a lease is
+# not a state: a RUNNING row has exactly one row in `leases`, and losing that row is the event HAND_BACK.
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Event(Enum):
+    """What can happen to a call or to a callback."""
+
+    CLAIM = "claim"
+    SUCCEED = "succeed"
+    RETRY = "retry"
+    HAND_BACK = "hand back"
+    GIVE_UP = "give up"
+    CANCEL = "cancel"
+    STOP = "stop"
+    EXPIRE = "expire"
+    REQUEUE = "requeue"
+
+
+TRANSITIONS: Mapping[tuple[State, Event], State] = {
+    (State.QUEUED, Event.CLAIM): State.RUNNING,
+    (State.QUEUED, Event.CANCEL): State.CANCELLED,
+    (State.QUEUED, Event.EXPIRE): State.EXPIRED,
+    (State.RUNNING, Event.CANCEL): State.RUNNING,  # a request: the worker ends it with STOP, or the function ends first
+    (State.RUNNING, Event.SUCCEED): State.DONE,
+    (State.RUNNING, Event.GIVE_UP): State.DEAD,
+    (State.RUNNING, Event.STOP): State.CANCELLED,
+    (State.RUNNING, Event.RETRY): State.QUEUED,
+    (State.RUNNING, Event.HAND_BACK): State.QUEUED,
+    (State.DEAD, Event.REQUEUE): State.QUEUED,
+}
+
+
+CALLBACK_TRANSITIONS: Mapping[tuple[CallbackState, Event], CallbackState] = {
+    (CallbackState.PENDING, Event.CLAIM): CallbackState.RUNNING,
+    (CallbackState.RUNNING, Event.SUCCEED): CallbackState.DELIVERED,
+    (CallbackState.RUNNING, Event.RETRY): CallbackState.PENDING,
+    (CallbackState.RUNNING, Event.HAND_BACK): CallbackState.PENDING,
+    (CallbackState.RUNNING, Event.GIVE_UP): CallbackState.DEAD,
+    (CallbackState.DEAD, Event.REQUEUE): CallbackState.PENDING,
+}
+
+
+EXPIRED_STATUS = 504  # of a call that no attempt has given a status: its time was up before there was an answer
+
+
+EXPIRED_ERROR = "expired before it was run"
+
+
+_ENDS: Mapping[State, Event] = {State.DONE: Event.SUCCEED, State.DEAD: Event.GIVE_UP}  # how a run ends by itself
+
+
+def next_state(state: State, event: Event) -> State:
+    """Where `event` takes a call; AssertionError for a pair that is not in `TRANSITIONS`."""
+    try:
+        return TRANSITIONS[state, event]
+    except KeyError:
+        raise AssertionError(f"a call that is {state.value} cannot {event.value}") from None
+
+
+def next_callback_state(state: CallbackState, event: Event) -> CallbackState:
+    """Where `event` takes a callback; AssertionError for a pair that is not in `CALLBACK_TRANSITIONS`."""
+    try:
+        return CALLBACK_TRANSITIONS[state, event]
+    except KeyError:
+        raise AssertionError(f"a callback that is {state.value} cannot {event.value}") from None
+
+
+def lost_wait_s(attempts: int) -> float:
+    """How long a callback waits whose worker has died with it, at its attempt number `attempts`.
+
+    Not at all after the first, since workers are restarted; then longer each time, as it may be what kills them. It is
+    the worker that gives it up in the end, by the attempts that were begun.
+    """
+    return min(2.0 ** (min(attempts, 60) - 2), LOST_WAIT_S) if attempts > 1 else 0.0
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Names: of queues, and of the queue that a program is to use
+# --------------------------------------------------------------------------------------------------------------------
+
+_QUEUE_NAME = re.compile(r"[a-zA-Z0-9](?:[-_.a-zA-Z0-9]{0,61}[a-zA-Z0-9])?", re.ASCII)
+
+
+QUEUE_NAME_HELP = "1 to 63 of a-z, A-Z, 0-9, '-', '_' and '.', with a letter or digit at both ends"
+
+
+def parse_queue_name(text: str) -> str:
+    """The name of a queue, such as `faas-request`; ValueError, saying what is allowed, for anything else."""
+    if not _QUEUE_NAME.fullmatch(text):
+        raise ValueError(f"{text!r} is not a queue's name; allowed: {QUEUE_NAME_HELP}")
+    return text
+
+
+def parse_queue_names(text: str) -> tuple[str, ...]:
+    """The names in `text`, separated by commas, each once; ValueError for a bad one."""
+    return tuple(dict.fromkeys(parse_queue_name(word.strip()) for word in text.split(",")))
+
+
+# The authority of a URL that has been checked when it was accepted (RFC 3986 3.2): a whole parser takes seven times
+# as long, for each call that asks for a callback.
+_AUTHORITY = re.compile(
+    r"(?P<scheme>https?)://(?P<host>\[[0-9a-f:.]+\]|[^][:/?#@\\]+?)\.?(?::(?P<port>[0-9]+))?(?:[/?#]|$)", re.ASCII
+)
+
+
+_PORTS = {"http": "80", "https": "443"}
+
+
+def destination_of(url: str) -> str:
+    """The flow of a callback: its receiver as `host:port`, in lower case; "" for text that is no http(s) URL.
+
+    All callbacks to one receiver take turns as one. A receiver with many names is as many destinations: which of them
+    lead to one machine only a resolver could tell.
+    """
+    found = _AUTHORITY.match(url.lower())
+    return f"{_one_spelling(found['host'])}:{found['port'] or _PORTS[found['scheme']]}" if found else ""
+
+
+def _one_spelling(host: str) -> str:
+    """The host as it is, or the address that it spells: of many spellings, each would else have its own turn."""
+    try:
+        address = parse_address(host[1:-1]) if host.startswith("[") else parse_numeric_host(host)
+    except ValueError:
+        return host
+    if address is None:
+        return host
+    return f"[{address}]" if address.version == 6 else str(address)
+
+
+LOST_ERROR = "the worker that ran it is gone"

@@ -1,0 +1,184 @@
+"""What people may see of calls and do with them: by HTTP (`/system/calls`, `/async-function/ID`), or in a shell.
+
+    fworker dead list [--function NAME] [--json]          dead letters, and results that could not be delivered
+    fworker dead show ID                                  one of them: payload, headers, attempts, the last response
+    fworker dead retry ID... | --all [--function NAME]    again, as if new; of an undelivered result only the delivery
+    fworker dead purge ID... | --all [--function NAME]    deletes
+    fworker cancel --all | --function NAME                cancels what waits in the queue, and drops the payloads
+
+A letter is a call that was given up (its state is `dead`), or one whose callback was (`callback.state` is `dead`, while
+the call itself may be done).  Both stay until somebody retries or purges them.  The commands open the queue that
+`queue_url` names; they need no gateway and no worker, and disturb none.
+
+What it refuses to do: show credentials that a caller sent along, or touch a call that has not ended.
+"""
+
+from __future__ import annotations
+
+import base64
+import codecs
+import urllib.parse
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from ..watchdog import FaashoundError, is_secret_field, parse_positive_count
+from .model import Attempt, Call, CallbackState, Headers, State
+from .names import BadFunctionName, FunctionName, parse_function_name
+
+SHOWN_BODY_BYTES = 65536  # of a payload or a result, in what `show` prints
+
+
+LISTED_COUNT = 100  # calls in one answer, unless asked otherwise
+
+
+MAX_LISTED_COUNT = 1000
+
+
+Json = dict[str, Any]
+
+
+class BadQuery(FaashoundError):
+    """A query parameter makes no sense."""
+
+    status = 400
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# As JSON (pure).
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def format_time(epoch_s: float | None) -> str | None:
+    """Return RFC 3339 in UTC, to the millisecond."""
+    if epoch_s is None:
+        return None
+    return datetime.fromtimestamp(epoch_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def describe_call(call: Call) -> Json:
+    """Return what whoever knows a call's id may know of it; members without a value are left out."""
+    callback = call.callback
+    return _without_none(
+        {
+            "id": call.id,
+            "function": call.function,
+            "state": call.state.value,
+            "attempts": call.attempts,
+            "accepted": format_time(call.accepted_s),
+            "due": format_time(call.due_s) if call.state is State.QUEUED else None,
+            "expires": format_time(call.expires_s),
+            "started": format_time(call.started_s),
+            "finished": format_time(call.finished_s),
+            "status": call.status,
+            "duration_seconds": call.duration_s,
+            "error": call.error,
+            "cancel_requested": call.cancel_requested or None,
+            "result_bytes": None if call.result is None else call.result.bytes_count,
+            "callback": callback
+            and _without_none(
+                {
+                    "state": callback.state.value,
+                    "attempts": callback.attempts,
+                    "due": format_time(callback.due_s) if callback.state is CallbackState.PENDING else None,
+                    "status": callback.status,
+                    "error": callback.error,
+                }
+            ),
+        }
+    )
+
+
+def describe_body(start: bytes, bytes_count: int) -> Json:
+    """Return a body of `bytes_count` bytes that begins with `start`, as text if it is UTF-8, else as base64."""
+    cut = len(start) < bytes_count
+    shown: Json = {"bytes": bytes_count} | ({"shown_bytes": len(start)} if cut else {})
+    try:  # an incremental decoder takes a character that the cut went through for one still to come
+        return shown | {"text": codecs.getincrementaldecoder("utf-8")().decode(start, not cut)}
+    except UnicodeDecodeError:
+        return shown | {"base64": base64.b64encode(start).decode()}
+
+
+def _describe_attempt(attempt: Attempt) -> Json:
+    return _without_none(
+        {
+            "started": format_time(attempt.started_s),
+            "finished": format_time(attempt.finished_s),
+            "status": attempt.status,
+            "error": attempt.error,
+        }
+    )
+
+
+def _shown_headers(headers: Headers) -> list[list[str]]:
+    return [[name, "(hidden)" if is_secret_field(name.lower().encode()) else value] for name, value in headers]
+
+
+def _without_none(facts: Mapping[str, Any]) -> Json:
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Choosing and acting.
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which calls are meant: every condition that is not None holds.  `callback` is the state of the callback."""
+
+    state: State | None = None
+    function: FunctionName | None = None
+    callback: CallbackState | None = None
+    limit_count: int = LISTED_COUNT
+    before: str | None = None
+
+
+def parse_choice_query(query: bytes) -> Choice:
+    """Return the calls that ?state=…&function=…&callback=…&limit=…&before=… means; BadQuery says what is allowed."""
+    readers: dict[str, tuple[str, Callable[[str], object]]] = {
+        "state": ("state", _parse_state),
+        "function": ("function", _parse_function),
+        "callback": ("callback", _parse_callback_state),
+        "limit": ("limit_count", _parse_limit),
+        "before": ("before", str),
+    }
+    found: Json = {}
+    for name, value in urllib.parse.parse_qsl(query.decode("latin-1"), keep_blank_values=True):
+        if name not in readers:
+            raise BadQuery(f"unknown query parameter {name[:100]!r}; allowed: {', '.join(readers)}")
+        field, read = readers[name]
+        try:
+            found[field] = read(value)
+        except ValueError as error:
+            raise BadQuery(f"{name}={value[:100]!r}: {error}") from None
+    return Choice(**found)
+
+
+def _parse_state(text: str) -> State:
+    try:
+        return State(text)
+    except ValueError:
+        raise ValueError(f"allowed: {', '.join(state.value for state in State)}") from None
+
+
+def _parse_function(text: str) -> FunctionName:
+    try:
+        return parse_function_name(text)
+    except BadFunctionName as error:
+        raise ValueError(str(error)) from None
+
+
+def _parse_callback_state(text: str) -> CallbackState:
+    try:
+        return CallbackState(text)
+    except ValueError:
+        raise ValueError(f"allowed: {', '.join(state.value for state in CallbackState)}") from None
+
+
+def _parse_limit(text: str) -> int:
+    count = parse_positive_count(text)
+    if count > MAX_LISTED_COUNT:
+        raise ValueError(f"allowed: up to {MAX_LISTED_COUNT}")
+    return count

@@ -1,0 +1,66 @@
+"""FIXDOC."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pwd
+import sqlite3
+import stat
+from pathlib import Path
+
+from ...calls.model import QueueDamaged, QueueFull, QueueUnavailable
+from ...watchdog import FaashoundError
+from .limits import DATABASE
+
+NO_MEMORY = "the queue cannot be used: no memory"
+
+
+DISK_FULL = "the queue's disk is full"
+
+
+def _disk_error(error: OSError) -> FaashoundError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return QueueFull(DISK_FULL)
+    return QueueUnavailable(f"the queue cannot use its disk: {error.strerror or type(error).__name__}")
+
+
+def _sqlite_error(error: sqlite3.Error) -> FaashoundError:
+    # Python hands on extended codes; the primary code is the low byte. Errors of Python's own have none.
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
+    if code & 0xFF == sqlite3.SQLITE_FULL or code == sqlite3.SQLITE_IOERR_SHMSIZE:
+        return QueueFull(DISK_FULL)
+    if code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        return QueueDamaged(f"the queue's file {DATABASE} is damaged ({error}): stop what uses it, then set it aside")
+    return QueueUnavailable(f"the queue cannot be used: {error}")
+
+
+def _open_error(path: Path, error: OSError) -> FaashoundError:
+    """Says what an operator needs: which path, whose it is, and who we are."""
+    if error.errno not in (errno.EACCES, errno.EPERM):
+        return type(_disk_error(error))(f"cannot use the queue in {path}: {error.strerror}")
+    place = Path(error.filename) if isinstance(error.filename, str) else path
+    while True:  # the nearest that can be looked at; the root directory always can
+        try:
+            info = place.stat()
+            break
+        except (PermissionError, FileNotFoundError):
+            place = place.parent
+    return QueueUnavailable(
+        f"cannot use the queue in {path}: {error.strerror}: {place} belongs to {_user_name(info.st_uid)}"
+        f" (mode {stat.S_IMODE(info.st_mode):04o}), this process runs as {_user_name(os.geteuid())}"
+    )
+
+
+def _user_name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"user {uid}"
+
+
+def _damaged(path: Path, why: str) -> QueueDamaged:
+    return QueueDamaged(
+        f"{path} {why}. It has been left as it is. Restore a backup, or start with an empty queue after"
+        f" python -c 'from faashound.queues.spool.directory import set_aside; set_aside({str(path.parent)!r})'"
+    )

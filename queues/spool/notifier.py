@@ -1,0 +1,110 @@
+"""FIXDOC."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import socket
+import time
+from enum import IntFlag
+
+from ...watchdog import log
+from .limits import SETTLED_NS
+
+
+class Ring(IntFlag):
+    """What a bell says: why someone may want to look at the queue."""
+
+    NOTHING = 0
+    WORK = 1
+    FINISHED = 2
+    CANCEL = 4
+    ALL = 7
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Bells
+#
+# A bell is a datagram socket with a file; ringing it sends one byte, a Ring. Each sender keeps one connected socket per
+# bell, as the kernel charges unread datagrams to their sender: through a shared socket, one process that has stopped
+# reading would silence the rest. A bell whose buffer is full loses the byte; it has at least two unread then, and who
+# reads two or more at once takes it that anything may have happened.
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class _Bells:
+    """Our own bell and the way to all others. `ring` belongs to the writer thread, `hear` to the event loop."""
+
+    def __init__(self, bells_fd: int) -> None:
+        self._bells_fd = bells_fd
+        self._others: dict[str, socket.socket] = {}
+        self._names: set[str] = set()
+        self._changed_ns = -1
+        self.name = f"{os.getpid()}-{secrets.token_hex(4)}.sock"
+        with contextlib.ExitStack() as stack:
+            self._own = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK))
+            self._own.bind(self._address(self.name))
+            stack.pop_all()
+
+    def _address(self, name: str) -> str:
+        return f"/proc/self/fd/{self._bells_fd}/{name}"
+
+    def fileno(self) -> int:
+        return self._own.fileno()
+
+    def hear(self) -> Ring:
+        """All that was rung since the last time; never blocks."""
+        heard: list[int] = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                heard.extend(self._own.recv(1))
+        return Ring.ALL if len(heard) > 1 else Ring(sum(heard) & Ring.ALL)
+
+    def ring(self, ring: Ring) -> None:
+        """Rings every bell but ours. One that cannot be rung is logged: it must not keep the queue from its work."""
+        try:
+            self._look_around()
+        except OSError as error:
+            log.warning(f"cannot ring any bell: {error}")
+            return
+        for name in self._names:
+            try:
+                self._reach(name).send(bytes([ring]))
+            except BlockingIOError:
+                pass  # full: it is ringing already
+            except (ConnectionRefusedError, FileNotFoundError):  # nobody holds it any more
+                self._drop(name)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(name, dir_fd=self._bells_fd)
+            except OSError as error:
+                log.warning(f"cannot ring the bell {name}: {error}")
+                self._drop(name)
+
+    def _look_around(self) -> None:
+        """Bring the names up to date: listing the directory for every commit would cost more than ringing."""
+        changed_ns = os.fstat(self._bells_fd).st_mtime_ns
+        if changed_ns == self._changed_ns:
+            return
+        # A change that is this young may be followed by another within the same tick of the file system's clock.
+        self._changed_ns = changed_ns if changed_ns < time.time_ns() - SETTLED_NS else -1
+        self._names = set(os.listdir(self._bells_fd)) - {self.name}
+        for name in self._others.keys() - self._names:
+            self._drop(name)
+
+    def _reach(self, name: str) -> socket.socket:
+        if name not in self._others:
+            self._others[name] = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+            self._others[name].connect(self._address(name))
+        return self._others[name]
+
+    def _drop(self, name: str) -> None:
+        if name in self._others:
+            self._others.pop(name).close()
+
+    def close(self) -> None:
+        self._own.close()
+        for other in self._others.values():
+            other.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.name, dir_fd=self._bells_fd)

@@ -1,0 +1,60 @@
+"""FIXDOC."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from pathlib import Path
+
+from ...calls.model import QueueUnavailable
+from .directory import _Tree
+
+# --------------------------------------------------------------------------------------------------------------------
+# Owners
+#
+# A worker's life is an flock on `owners/<owner>`: the kernel lets go of it however the worker dies, so whoever can lock
+# the file knows that the worker is dead. All of this happens inside `tree.turn()`: a look-up takes the lock
+# for a moment, and would otherwise be taken for a living owner by another look-up.
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _lock_owner(tree: _Tree, owner: str) -> int:
+    fd = os.open(owner, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=tree.owners_fd)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise QueueUnavailable(f"the owner {owner} is at work already") from None
+    return fd
+
+
+def _is_dead(tree: _Tree, owner: str) -> bool:
+    try:
+        fd = os.open(owner, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=tree.owners_fd)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def _remove_dead_owners(tree: _Tree) -> None:
+    for owner in os.listdir(tree.owners_fd):
+        if _is_dead(tree, owner):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(owner, dir_fd=tree.owners_fd)
+
+
+def _read_boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+
+
+def _boot_s() -> float:
+    """Seconds since boot, time asleep included: a lease must run out in a machine that was suspended."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)

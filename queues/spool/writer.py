@@ -1,0 +1,330 @@
+"""FIXDOC."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import operator
+import os
+import queue
+import sqlite3
+import threading
+from collections.abc import (
+    Callable,
+    Iterable,
+    Sequence,
+)
+from dataclasses import dataclass
+from functools import partial, reduce
+from typing import Any, TypeVar, cast
+
+from ...calls.model import Call, QueueFull, QueueUnavailable, StoredBody
+from ...watchdog import log
+from .bodies import _unlink_bodies
+from .errors import DISK_FULL, NO_MEMORY, _disk_error, _sqlite_error
+from .limits import GROUP_COUNT
+from .notifier import Ring
+from .operations import _Put, _put_all, _truncate_journal
+from .parts import _Parts
+from .transaction import _Transaction
+
+T = TypeVar("T")
+
+# --------------------------------------------------------------------------------------------------------------------
+# The writer
+#
+# One thread commits for everyone in this process. It takes all operations that wait, runs them in one transaction and
+# answers them together; while that commit is on its way to the disk, the next group gathers. Puts that stand next to
+# each other, which is what a busy gateway's groups are made of, go in by one statement for many. An operation that
+# fails without having written anything fails alone. One that fails half-way is left out and the others are run again
+# from the start, so a savepoint for each is not needed. When the disk fails, the whole group fails with the same error.
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, eq=False)
+class _Operation:
+    """Something to write. `alone`: inside the turn but outside any transaction. `joins`: together with its like."""
+
+    run: Callable[[_Transaction], Any]
+    future: asyncio.Future[Any]
+    alone: bool
+    joins: bool = False
+    bytes_count: int = 0  # of a body that goes into a row
+    answer: Any = None
+    error: BaseException | None = None
+
+    @property
+    def refused_file(self) -> str | None:
+        """The body's file of a call that did not get into the queue: no row names it, or ever will."""
+        if not isinstance(self.run, _Put):
+            return None
+        file = self.run.call.body.file
+        return None if isinstance(self.answer, Call) and self.answer.body.file == file else file
+
+    def settle(self) -> None:
+        """Answers the one who waits; on the event loop, as it is a future of asyncio."""
+        if self.future.done():
+            return  # cancelled meanwhile
+        if self.error is not None:
+            self.future.set_exception(self.error)
+        else:
+            self.future.set_result(self.answer)
+
+
+class _Writer:
+    """The thread that writes. `on_ring` is called on the event loop with what each commit has to tell."""
+
+    def __init__(self, parts: _Parts, on_ring: Callable[[Ring], None]) -> None:
+        tree = parts.tree
+        self._tree = tree
+        self._db = parts.db
+        self._reserve = parts.reserve
+        self._bells = parts.bells
+        self._on_ring = on_ring
+        self._loop = asyncio.get_running_loop()
+        self._path = tree.database
+        self._file = self._path.stat()
+        self._gathered: list[_Operation] = []
+        self._waiting: queue.SimpleQueue[Sequence[_Operation] | None] = queue.SimpleQueue()
+        self.commit_count = 0
+        self._thread = threading.Thread(target=self._work, name="spool-writer", daemon=True)
+        self._thread.start()
+
+    def submit(
+        self, run: Callable[[_Transaction], T], *, alone: bool = False, body: StoredBody | None = None
+    ) -> asyncio.Future[T]:
+        """The future of what `run` returns, done once that is on disk; `body`: what it writes that may be large."""
+        future: asyncio.Future[T] = self._loop.create_future()
+        joins = False
+        if isinstance(run, _Put):
+            joins, body = run.call.idempotency_key is None, run.call.body
+        bytes_count = 0 if body is None or body.inline is None else body.bytes_count
+        if not self._gathered:
+            self._loop.call_soon(self.hand_over)
+        self._gathered.append(_Operation(run, future, alone, joins, bytes_count))
+        return future
+
+    def hand_over(self) -> None:
+        """Give the thread what this turn of the loop has brought: one by one, the first would go to the disk alone."""
+        gathered, self._gathered = self._gathered, []
+        if gathered:
+            self._waiting.put(gathered)
+
+    def stop(self) -> None:
+        """Ends the thread after all that was handed over, and closes the connection; blocks until then."""
+        self._waiting.put(None)
+        self._thread.join()
+        with contextlib.suppress(QueueUnavailable), self._tree.turn():  # the last one to close writes the journal back
+            self._db.close()
+        self._db.close()
+
+    def _work(self) -> None:
+        going = True
+        while going:
+            group: list[_Operation] = []
+            for operations in self._next_group():
+                if operations is None:
+                    going = False
+                else:
+                    group.extend(operations)
+            ring = self._serve(group)
+            self._drop_refused(group)
+            self._answer(group, ring)
+
+    def _next_group(self) -> list[Sequence[_Operation] | None]:
+        """What waits: up to GROUP_COUNT operations, and what came in the same turn as the last of them."""
+        groups = [self._waiting.get()]
+        with contextlib.suppress(queue.Empty):
+            while sum(len(group or ()) for group in groups) < GROUP_COUNT:
+                groups.append(self._waiting.get_nowait())
+        return groups
+
+    def _drop_refused(self, group: Sequence[_Operation]) -> None:
+        """The bodies of refused calls go before their callers know: on a full disk each would keep it full."""
+        told = [operation for operation in group if operation.error is not None or operation.answer is not None]
+        try:
+            _unlink_bodies(self._tree.bodies_fd, filter(None, (operation.refused_file for operation in told)))
+        except OSError as error:  # then `sweep` finds them
+            log.warning(f"the body of a refused call cannot be removed: {error}")
+
+    def _answer(self, group: Sequence[_Operation], ring: Ring) -> None:
+        def settle() -> None:
+            for operation in group:
+                operation.settle()
+            if ring:
+                self._on_ring(ring)
+
+        with contextlib.suppress(RuntimeError):  # the loop was closed without closing the Spool: nobody waits
+            self._loop.call_soon_threadsafe(settle)
+        if ring:
+            self._bells.ring(ring)
+
+    def _serve(self, group: Sequence[_Operation]) -> Ring:
+        """Runs the group; afterwards each operation has its answer or its error. Returns whom to ring."""
+        rings: list[Ring | None] = []
+        together: list[_Operation] = []
+        bytes_count = 0
+        for operation in group:
+            if operation.future.cancelled():
+                operation.error = QueueUnavailable("its caller has gone")
+            elif operation.alone:
+                rings.append(self._guard([operation], partial(self._run_alone, operation)))
+            else:
+                together.append(operation)
+                bytes_count += operation.bytes_count
+        if together and self._reserve.has_room(bytes_count):
+            rings.append(self._guard(together, partial(self._commit, together)))
+        else:
+            _refuse(together)
+        failed = [operation for operation in group if operation.error is not None]
+        refused = [operation for operation in failed if isinstance(operation.error, QueueFull)]
+        if refused:
+            rings += self._serve_without_room(refused)
+        return reduce(operator.or_, filter(None, rings), Ring.NOTHING)
+
+    def _serve_without_room(self, group: Sequence[_Operation]) -> list[Ring | None]:
+        """Steps that end calls go first and one by one: a group may need more than the reserve has, a step does not."""
+        puts = [operation for operation in group if isinstance(operation.run, _Put)]
+        others = [operation for operation in group if not isinstance(operation.run, _Put)]
+        rings = [self._guard([operation], partial(self._work_without_room, operation)) for operation in others]
+        self._guard((), self.tidy)
+        if puts and self._reserve.has_room(sum(operation.bytes_count for operation in puts)):
+            for operation in puts:
+                operation.error = None
+            rings.append(self._guard(puts, partial(self._commit, puts)))
+        self._reserve.tell()
+        return rings
+
+    def _work_without_room(self, operation: _Operation) -> Ring:
+        """Does a step, if need be with the reserve. First the journal's pages go to their places, which takes room."""
+        operation.error = None
+        work = (
+            partial(self._run_alone, operation) if operation.alone else partial(self._commit, [operation], short=True)
+        )
+        try:
+            ring = work()
+        except sqlite3.Error as error:
+            if not isinstance(_sqlite_error(error), QueueFull):
+                raise
+        else:
+            if not isinstance(operation.error, QueueFull):
+                return ring
+        operation.error = None
+        self._reserve.release()
+        self.tidy(refill=False)
+        try:
+            return work()
+        finally:
+            self.tidy()
+
+    def tidy(self, *, refill: bool = True) -> None:
+        """Gives the journal's room back, to the reserve; what cannot be done now is done behind a later step."""
+        with contextlib.suppress(sqlite3.Error, OSError):
+            _truncate_journal(self._db)
+            if refill:
+                self._reserve.refill()
+
+    def _run_alone(self, operation: _Operation) -> Ring:
+        self._run(operation, _Transaction(self._db))
+        return Ring.NOTHING
+
+    def _guard(self, operations: Sequence[_Operation], work: Callable[[], T]) -> T | None:
+        """What `work` returns from inside a turn; None if the disk fails, which fails all of `operations`."""
+        try:
+            with self._tree.turn():
+                self._check_place()
+                return work()
+        except sqlite3.Error as error:
+            problem: Exception = _sqlite_error(error)
+            if not isinstance(problem, QueueFull):  # of which the reserve tells, once
+                log.error(f"the queue in {self._tree.path} cannot be written: {error}")
+        except OSError as error:
+            problem = _disk_error(error)
+        except QueueUnavailable as error:
+            problem = error
+        except MemoryError:
+            problem = QueueUnavailable(NO_MEMORY)
+        except Exception:  # noqa: BLE001 - a thread's boundary: a writer that died here would keep everyone waiting for ever
+            log.exception(f"the queue in {self._tree.path} cannot be written")
+            problem = QueueUnavailable("the queue cannot be used: see the log")
+        for operation in operations:
+            operation.error = problem
+        return None
+
+    def _check_place(self) -> None:
+        """A file that was moved or removed under us would take every write, and lose it."""
+        try:
+            if os.path.samestat(self._path.stat(), self._file):
+                return
+        except FileNotFoundError:
+            pass
+        raise QueueUnavailable("the queue's file was moved or removed: restart what uses it")
+
+    def _commit(self, group: Sequence[_Operation], *, short: bool = False) -> Ring:
+        while True:
+            tx = _Transaction(self._db, short=short)
+            before = self._db.total_changes
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                if self._run_all(group, tx):
+                    if tx.waiting:
+                        tx.write_waiting()
+                    self._db.execute("COMMIT")
+                    self.commit_count += self._db.total_changes != before
+                    return tx.ring
+            finally:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+
+    def _run_all(self, group: Sequence[_Operation], tx: _Transaction) -> bool:
+        """False when an operation has failed half-way, and the transaction must not be committed."""
+        for joins, run in itertools.groupby(group, operator.attrgetter("joins")):
+            operations = list(run)
+            if joins and len(operations) > 1:
+                if not self._run_together(operations, tx):
+                    return False
+            elif not all(self._run_apart(operation, tx) for operation in operations):
+                return False
+        return True
+
+    def _run_together(self, operations: Sequence[_Operation], tx: _Transaction) -> bool:
+        """False when one of them cannot be done: which one, and why, is found out by running each by itself."""
+        try:
+            _put_all(tx, [cast(_Put, operation.run) for operation in operations])
+        except Exception as error:
+            if _is_disk_trouble(error):
+                raise
+            for operation in operations:
+                operation.joins = False
+            return False
+        return True
+
+    def _run_apart(self, operation: _Operation, tx: _Transaction) -> bool:
+        if operation.error is not None:
+            return True
+        before = self._db.total_changes
+        self._run(operation, tx)
+        return operation.error is None or self._db.total_changes == before
+
+    def _run(self, operation: _Operation, tx: _Transaction) -> None:
+        try:
+            operation.answer = operation.run(tx)
+        except sqlite3.Error as error:
+            if _is_disk_trouble(error):
+                raise
+            operation.error = error
+        except OSError as error:
+            operation.error = _disk_error(error)
+        except Exception as error:  # noqa: BLE001 - a task's boundary: its caller gets it
+            operation.error = error
+
+
+def _refuse(operations: Iterable[_Operation]) -> None:
+    for operation in operations:
+        operation.error = QueueFull(DISK_FULL)
+
+
+def _is_disk_trouble(error: Exception) -> bool:
+    """Tell whether the disk or the file is in trouble, not the operation."""
+    return type(error) in (sqlite3.OperationalError, sqlite3.InternalError, sqlite3.DatabaseError)
