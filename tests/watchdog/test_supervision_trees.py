@@ -339,9 +339,9 @@ def test_functions_of_a_function_are_gone_when_it_is_a_watchdog(shell: Program) 
     shell.wait_started(3)
     assert outer.result().status == 408
     shell.wait_idle(GONE_S)
-    for call in calls:
-        with pytest.raises((ConnectionError, HTTPException)):
-            call.result()
+    for call in calls:  # cut with the inner watchdog, or answered by it if its function was killed a moment before it
+        with suppress(ConnectionError, HTTPException):
+            assert call.result().text.startswith("signal: killed")
 
 
 # term_grace
