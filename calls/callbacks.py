@@ -244,16 +244,24 @@ class CallbackPolicy:
 
         It raises CallbackRefused when nothing is left, and whatever `lookup` raises.  A name that leads to the gateway,
         and is not the gateway's, is refused: its path cannot be judged each time, since connections are kept by name.
+        One that the operator wrote into callback_allow may reach functions: the gateway, which knows a callback by its
+        proof, lets it reach nothing else on a connection that was kept.
         """
 
         async def resolve(url: Url) -> Sequence[SocketAddress]:
-            disguised = await self._find_gateways(url, lookup)
+            permitted = self.is_written_out(url) and any(
+                _is_function_path(url.target, gateway.target) for gateway in self.gateways
+            )
+            disguised = set() if permitted else await self._find_gateways(url, lookup)
 
             def refusal(url: Url, address: Address) -> str | None:
                 if address in disguised or (
                     disguised and self._is_here(address) and any(map(self._is_here, disguised))
                 ):
-                    return f"{address} is the gateway; allowed: its own name, {self.gateways[0].authority}"
+                    return (
+                        f"{address} is the gateway; allowed: its own name, {self.gateways[0].authority}, or one that"
+                        " callback_allow has in full, and functions there"
+                    )
                 return self._refusal(url, address)
 
             return await guard(lookup, refusal, lambda url, reason: CallbackRefused(_refusal_text(url, reason)))(url)

@@ -313,6 +313,19 @@ def test_policy_refuses_the_gateway_under_another_name_whatever_is_allowed(
         asyncio.run(resolve_with(rules.guard(lookup), url))
 
 
+def test_policy_passes_functions_of_the_gateway_under_a_name_that_is_allowed_in_full() -> None:
+    rules = policy("web", "http://127.0.0.1:8080")
+    names = {"web": "127.0.0.1", "127.0.0.1": "127.0.0.1"}
+
+    async def lookup(url: Url) -> list[tuple[socket.AddressFamily, str]]:
+        return [(socket.AF_INET, names[url.host])]
+
+    url = rules.check_url("http://web:8080/function/notify")
+    assert asyncio.run(resolve_with(rules.guard(lookup), url)) == [(socket.AF_INET, "127.0.0.1")]
+    with pytest.raises(CallbackRefused, match="is the gateway; allowed"):
+        asyncio.run(resolve_with(rules.guard(lookup), rules.check_url("http://web:8080/system/calls")))
+
+
 def test_policy_passes_the_gateway_by_name_whatever_private_address_it_has() -> None:
     rules = policy(gateway_url="http://gateway:8080")
     assert resolve(rules, "http://gateway:8080/function/notify", "10.1.2.3") == ["10.1.2.3"]
