@@ -102,6 +102,27 @@ def run(name: str, arguments: Sequence[str] = (), settings: Mapping[str, str] = 
     )
 
 
+def said(
+    command: Sequence[str],
+    *,
+    stdin: bytes | None = None,
+    deadline_s: float = 60.0,
+    environment: Mapping[str, str] = os.environ,
+) -> str:
+    """Run a command and return what it prints; AssertionError with its complaint if it fails."""
+    done = subprocess.run(
+        command,
+        input=stdin,
+        stdin=None if stdin is not None else subprocess.DEVNULL,
+        capture_output=True,
+        timeout=deadline_s,
+        env={**environment, "DOCKER_BUILDKIT": "0"},  # BuildKit would take a plugin of the client
+        check=False,
+    )
+    assert done.returncode == 0, f"{command}: {done.stderr.decode(errors='replace')[-3000:]}"
+    return done.stdout.decode(errors="replace")
+
+
 def processes_marked(mark: str) -> set[int]:
     """Return the ids of the live processes whose environment holds `mark` (a zombie's is empty)."""
     found = set()

@@ -46,13 +46,6 @@ LONG_S = 20.0  # how long a test waits for what should come at once
 BIG = os.urandom(INLINE_BYTES + 1)
 
 
-@pytest.fixture
-def desk(tmp_path: Path) -> Iterator[Desk]:
-    desk = Desk(tmp_path / "spool")
-    yield desk
-    desk.close()
-
-
 # -- call ids
 
 

@@ -26,11 +26,9 @@ from faashound.calls.model import (
 from faashound.queues.spool.limits import FILE_CHUNK_BYTES
 from faashound.queues.spool.queue import Spool
 from faashound.watchdog import PeerGone
+from testkit.disks import fill
 from testkit.queue_kit import read_all
 from testkit.spool_kit import LEASE_S, QUEUE, START_S, Desk, Remote, inline, new_call
-from tests.queues.test_spool_faults import fill, small_disk
-
-__all__ = ["small_disk"]  # a fixture
 
 DISK_BYTES = 2 << 20
 LONG_S = 20.0

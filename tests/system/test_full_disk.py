@@ -9,11 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from testkit.disks import fill
 from testkit.harness import free_port, wait_until
 from testkit.system import System
-from tests.queues.test_spool_faults import fill, small_disk
-
-__all__ = ["small_disk"]  # a fixture
 
 FUNCTIONS = """
 [cat]

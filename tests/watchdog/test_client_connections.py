@@ -33,7 +33,7 @@ from faashound.watchdog import (
 )
 from testkit.apart import lo_up, run_apart
 from testkit.harness import NOISE_S, free_port, probe_due_s
-from tests.watchdog.test_client import HELLO, answering, body_of, read_head, run, serving
+from testkit.scripted import HELLO, answering, body_of, read_head, run, serving
 
 MakeLoop = Callable[[], asyncio.AbstractEventLoop]
 V4, V6 = socket.AF_INET, socket.AF_INET6
