@@ -206,7 +206,7 @@ def next_callback_step(
 ) -> Step:
     """Return what to do with a callback after an attempt that ended at `now_s` with `outcome`.
 
-    As Standard Webhooks has it: 2xx is delivered; 410 means that the receiver wants it no more; everything else, also 3xx
+    As Standard Webhooks has it: 2xx is delivered; 410 means "no more of these"; everything else, also 3xx
     and 404, is a failure to retry, because a receiver's bad deployment looks like that and a person repairs it.  An
     address that is not permitted ends it too: only the operator can change that, and may then send it again.  A result
     that the queue has lost is tried again as well (a disk may be mounted late, a backup brought back), and given up in
