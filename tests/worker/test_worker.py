@@ -761,7 +761,28 @@ def test_worker_answers_healthz_and_metrics() -> None:
         call_id = str(uuid.uuid4())
         system.ended(system.submit("cat", b"", {"X-Call-Id": call_id}))
         assert http_request(port, "GET", "/healthz").text == "OK"
+        assert http_request(port, "HEAD", "/healthz").status == 200
         assert http_request(port, "POST", "/healthz").status == 405
         text = http_request(port, "GET", "/metrics").text
     assert 'worker_attempts_total{function_name="cat.openfaas-fn",outcome="200"} 1.0' in text
     assert 'worker_in_flight{kind="call"} 0.0' in text
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/healthz"])
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [("rebound.example", 421), ("localhost", 200), ("127.0.0.1", 200), ("[::1]:80", 200), ("worker.internal", 200)],
+)
+def test_status_port_on_loopback_answers_to_no_name_that_is_not_ours(
+    status_port: int, path: str, host: str, status: int
+) -> None:
+    """A page whose name has been made to resolve to this machine is of the same origin as whatever answers it."""
+    assert http_request(status_port, "GET", path, {"Host": host}).status == status
+
+
+@pytest.fixture(scope="module")
+def status_port(system: System) -> Iterator[int]:
+    """Return the status port of a worker that one more name is allowed for."""
+    port = free_port()
+    with Worker(system, {"metrics_port": str(port), "allowed_hosts": "worker.internal"}):
+        yield port
