@@ -61,6 +61,7 @@ from .calls.ids import new_call_id
 from .calls.model import FINAL, Bounds, Call, NewCall, QueueLimits, QueueUnavailable, State, Stats
 from .calls.names import DEFAULT_NAMESPACE, FunctionName, parse_namespaces
 from .calls.views import Choice, describe_call, parse_choice_query
+from .draining.gateway import WORKER_TOKEN
 from .functions.local import LocalFunctions
 from .functions.supervisor import Keeper, python_command
 from .functions.table import (
@@ -73,6 +74,7 @@ from .functions.table import (
     read_functions,
 )
 from .network.addresses import AddressRefused, guard_functions, parse_literal
+from .network.hosts import parse_hosts
 from .network.lookups import strangers_names, system_names
 from .queues import Queue, open_queue, trouble_of
 from .queues.letters import describe_call_whole, find_call, list_calls, purge_call, retry_letter
@@ -83,7 +85,6 @@ from .serving.browsers import (
     PageRefused,
     UnknownHost,
     check_own_page,
-    parse_hosts,
     parse_origins,
     with_fields,
 )
@@ -158,7 +159,6 @@ from .watchdog import (
     watch_lifeline,
     whole,
 )
-from .worker import WORKER_TOKEN
 from .worker import Settings as WorkerSettings
 
 T = TypeVar("T")

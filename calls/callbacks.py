@@ -1,15 +1,15 @@
 """Where the result of a call may be posted, what the post carries, and how it is signed.
 
-A callback address is a stranger's word: whoever may submit a call names a URL that a machine inside the network will
-post to.  So each address is judged by what it is (addresses.py):
+A callback address is a stranger's word: a caller who may submit a call names a URL that a machine inside the network
+will post to.  So each address is judged by what it is (network/addresses.py):
 
     public                          allowed, unless `callback_allow` says `only`
     loopback, private, our own      refused, unless the host is the gateway's or callback_allow covers host or address
     the gateway itself              by its own name or address only, and there /function/ and /async-function/ only,
                                     whatever callback_allow says: its /system believes that who asks is inside
     link-local, cloud metadata,     refused; only a network of callback_allow that lies wholly inside the refused range
-    multicast, unspecified,         opens it.  A host pattern does not (whoever runs that name's DNS would decide), nor
-    reserved                        does a wide network such as 0.0.0.0/0 (nobody means the metadata service by that)
+    multicast, unspecified,         opens it.  A host pattern does not (the owner of that name's DNS would decide), nor
+    reserved                        does a wide network such as 0.0.0.0/0 (which is not meant for the metadata service)
 
 The order of use, and the caller's obligations:
 
@@ -364,7 +364,7 @@ def build_policy(gateway_urls: Iterable[str], allow: CallbackAllow | None = None
 
 # In a callback that goes to a gateway's /async-function it proves that a worker of the same queue sent it, about this
 # very call; so the next call of a chain is submitted once, however often its callback is repeated.  It may go to
-# anybody: it is good for nothing else.
+# any receiver: it is good for nothing else.
 CALLBACK_PROOF = b"X-Callback-Proof"
 
 
@@ -373,12 +373,20 @@ def build_proof(token: str, call_id: str) -> str:
     return hmac.new(token.encode(), call_id.encode(), hashlib.sha256).hexdigest()
 
 
-# Hop by hop (RFC 9110 7.6.1; with `proxy-*` and what Connection names), and framing, which the client sets itself.
+# Hop by hop (RFC 9110 7.6.1; with `proxy-*`, below, and what Connection names), and framing, which is the client's.
 _HOP_BY_HOP = {"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "content-length"}
 
 
-# They mean nothing in a response, but would steer the request that the callback is.
-_REQUEST_ONLY = {"host", "expect"}
+# They mean nothing in a response, but would steer the request that the callback is: at a gateway the next call of a
+# chain, with another callback, another time or another limit.  A function that echoes what it was sent answers with
+# some of them, and an answer is no word of the caller's.
+_REQUEST_ONLY = {
+    *("host", "expect", "origin", "via", "forwarded"),
+    *("x-callback-url", "x-delay", "x-expires", "x-timeout", "idempotency-key", "x-worker-token"),
+}
+
+
+_REQUEST_ONLY_PREFIXES = ("x-forwarded-", "sec-", "access-control-request-", "proxy-")
 
 
 # Credentials and what asks for them: meant for the function's caller, not for a third party.
@@ -429,7 +437,7 @@ def build_callback_headers(facts: CallFacts, response_headers: Iterable[tuple[st
 
 
 def _is_dropped(name: str, dropped: frozenset[str]) -> bool:
-    return name in dropped or name.startswith("proxy-")
+    return name in dropped or name.startswith(_REQUEST_ONLY_PREFIXES)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -437,8 +445,8 @@ def _is_dropped(name: str, dropped: frozenset[str]) -> bool:
 # a header and so goes out before the body: a large body is read twice, once to sign it and once to send it.
 #
 # It proves that a worker with this secret posted this body, at that time, to one of those for whom the secret is.  It
-# does not prove who submitted the call: anybody who may submit one chooses the body, and with a secret for every host
-# the receiver too, and could post there what another function has had signed.
+# does not prove who submitted the call: every caller who may submit one chooses the body, and with a secret for every
+# host the receiver too, and could post there what another function has had signed.
 # ---------------------------------------------------------------------------------------------------------------
 
 _SECRET_PREFIX = "whsec_"  # noqa: S105 - the public prefix, no secret

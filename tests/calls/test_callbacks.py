@@ -546,7 +546,9 @@ def test_callback_carries_the_functions_fields_in_order_and_then_ours() -> None:
     "name",
     ["Connection", "Keep-Alive", "Proxy-Connection", "TE", "Trailer", "Transfer-Encoding", "Upgrade", "Content-Length"]
     + ["Host", "Expect", "Set-Cookie", "cookie", "AUTHORIZATION", "Proxy-Authenticate", "WWW-Authenticate", "X-Api-Key"]
-    + ["x-call-id", "X-FUNCTION-STATUS", "X-Retry", "user-agent", "webhook-id", "Webhook-Signature"],
+    + ["x-call-id", "X-FUNCTION-STATUS", "X-Retry", "user-agent", "webhook-id", "Webhook-Signature"]
+    + ["X-Callback-Url", "X-Delay", "X-Expires", "X-Timeout", "Idempotency-Key", "X-Worker-Token", "Via", "Forwarded"]
+    + ["X-Forwarded-For", "X-Forwarded-Host", "Origin", "Sec-Fetch-Site", "Access-Control-Request-Method"],
 )
 def test_callback_does_not_pass_on(name: str) -> None:
     assert list(build_callback_headers(FACTS, [(name, "evil")])) == OURS

@@ -20,7 +20,8 @@ OTHERS: dict[str, set[str]] = {
     "watchdog": {"h11", "uvloop", "psutil", "prometheus_client"},
     "network": {"aiodns", "psutil"},
     "jetstream": {"nats"},
-    "worker": {"uvloop", "prometheus_client"},
+    "draining": {"prometheus_client"},
+    "worker": {"uvloop"},
     "serving": {"prometheus_client"},
     "gateway": {"uvloop", "prometheus_client"},
 }

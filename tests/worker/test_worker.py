@@ -23,11 +23,11 @@ import standardwebhooks
 
 from faashound.calls.callbacks import CallbackRefused
 from faashound.calls.model import QueueDamaged, QueueFull, QueueUnavailable
-from faashound.calls.retries import End, Outcome
+from faashound.calls.retries import AttemptOutcome, OutcomeKind
 from faashound.draining.breakers import FAILURES_COUNT
+from faashound.draining.outcomes import REFUSED_TEXT, outcome_of_error
 from faashound.draining.shares import LEND_AFTER_S
 from faashound.watchdog import OutOfResources, PeerGone, Unreachable, UpstreamTimeout
-from faashound.worker import REFUSED_TEXT, outcome_of_error
 from testkit.harness import crowding, free_port, http_request, noise_s, run, wait_until
 from testkit.system import FUNCTIONS, Received, Receiver, Reply, System, Worker, always, in_turn, rows
 
@@ -710,21 +710,21 @@ def test_results_and_calls_are_kept_as_long_as_asked_and_dead_letters_for_ever()
 
 
 OUTCOMES = {
-    "timed out": (UpstreamTimeout("late"), End.TIMED_OUT, "late"),
-    "cannot connect": (Unreachable("refused"), End.UNREACHABLE, "refused"),
-    "cut short": (PeerGone("cut"), End.UNREACHABLE, "cut"),
-    "no descriptors for a connection": (OutOfResources("too many"), End.PREVENTED, "too many"),
-    "no descriptors for a body": (QueueUnavailable("too many"), End.PREVENTED, "too many"),
-    "no room": (QueueFull("full"), End.PREVENTED, "full"),
-    "lost": (QueueDamaged("gone"), End.UNREADABLE, "gone"),
-    "an inner address": (CallbackRefused("10.0.0.1 is private"), End.REFUSED, REFUSED_TEXT),
-    "a fault": (ValueError("secret"), End.FAILED, "a fault of the worker: see its log"),
+    "timed out": (UpstreamTimeout("late"), OutcomeKind.TIMED_OUT, "late"),
+    "cannot connect": (Unreachable("refused"), OutcomeKind.UNREACHABLE, "refused"),
+    "cut short": (PeerGone("cut"), OutcomeKind.UNREACHABLE, "cut"),
+    "no descriptors for a connection": (OutOfResources("too many"), OutcomeKind.PREVENTED, "too many"),
+    "no descriptors for a body": (QueueUnavailable("too many"), OutcomeKind.PREVENTED, "too many"),
+    "no room": (QueueFull("full"), OutcomeKind.PREVENTED, "full"),
+    "lost": (QueueDamaged("gone"), OutcomeKind.UNREADABLE, "gone"),
+    "an inner address": (CallbackRefused("10.0.0.1 is private"), OutcomeKind.REFUSED, REFUSED_TEXT),
+    "a fault": (ValueError("secret"), OutcomeKind.FAILED, "a fault of the worker: see its log"),
 }
 
 
-@pytest.mark.parametrize(("error", "end", "text"), OUTCOMES.values(), ids=OUTCOMES)
-def test_attempt_that_raises_has_an_outcome(error: Exception, end: End, text: str) -> None:
-    assert outcome_of_error(error, "id") == Outcome(end, error=text)
+@pytest.mark.parametrize(("error", "kind", "text"), OUTCOMES.values(), ids=OUTCOMES)
+def test_attempt_that_raises_has_an_outcome(error: Exception, kind: OutcomeKind, text: str) -> None:
+    assert outcome_of_error(error, "id") == AttemptOutcome(kind, error=text)
 
 
 # Settings
@@ -761,7 +761,28 @@ def test_worker_answers_healthz_and_metrics() -> None:
         call_id = str(uuid.uuid4())
         system.ended(system.submit("cat", b"", {"X-Call-Id": call_id}))
         assert http_request(port, "GET", "/healthz").text == "OK"
+        assert http_request(port, "HEAD", "/healthz").status == 200
         assert http_request(port, "POST", "/healthz").status == 405
         text = http_request(port, "GET", "/metrics").text
     assert 'worker_attempts_total{function_name="cat.openfaas-fn",outcome="200"} 1.0' in text
     assert 'worker_in_flight{kind="call"} 0.0' in text
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/healthz"])
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [("rebound.example", 421), ("localhost", 200), ("127.0.0.1", 200), ("[::1]:80", 200), ("worker.internal", 200)],
+)
+def test_status_port_on_loopback_answers_to_no_name_that_is_not_ours(
+    status_port: int, path: str, host: str, status: int
+) -> None:
+    """A page whose name has been made to resolve to this machine is of the same origin as whatever answers it."""
+    assert http_request(status_port, "GET", path, {"Host": host}).status == status
+
+
+@pytest.fixture(scope="module")
+def status_port(system: System) -> Iterator[int]:
+    """Return the status port of a worker that one more name is allowed for."""
+    port = free_port()
+    with Worker(system, {"metrics_port": str(port), "allowed_hosts": "worker.internal"}):
+        yield port
