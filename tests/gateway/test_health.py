@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from faashound.serving.health import QUEUE_MEMORY_S, Health, stray_queues
+from faashound.serving.health import QUEUE_MEMORY_S, Health
+from faashound.serving.janitor import stray_queues
 from faashound.watchdog import Board, Seat
 from testkit.harness import free_port, http_request, wait_until
 from testkit.system import System

@@ -22,7 +22,7 @@ OTHERS: dict[str, set[str]] = {
     "jetstream": {"nats"},
     "worker": {"uvloop", "prometheus_client"},
     "serving": {"prometheus_client"},
-    "gateway": {"uvloop", "prometheus_client"},
+    "gateway": {"uvloop"},
 }
 
 LONGEST_FUNCTION_LINES = 60
