@@ -27,11 +27,11 @@ def stray_queues(waiting: Mapping[str, int], drained: Collection[str]) -> dict[s
     return {name: count for name, count in sorted(waiting.items()) if count and name not in drained}
 
 
-def is_nearly_full(stats: Stats) -> bool:
-    """Tell whether a queue will soon refuse calls for want of room on its disk, as far as it is known."""
-    if stats.free_bytes is None or not stats.reserve_bytes:
+def is_nearly_full(free_bytes: int | None, reserve_bytes: int | None) -> bool:
+    """Tell whether a queue will soon refuse calls for want of room on its disk; None: it does not know."""
+    if free_bytes is None or not reserve_bytes:
         return False
-    return stats.free_bytes < SCARCE_RESERVES_COUNT * stats.reserve_bytes
+    return free_bytes < SCARCE_RESERVES_COUNT * reserve_bytes
 
 
 class Janitor:
@@ -64,7 +64,7 @@ class Janitor:
         self._metrics.dropped(swept.dead_count)
         stats = await self._queue.stats()
         self._tell_of_stray_queues(stray_queues(stats.waiting, self._drained))
-        self._tell_of_room(is_nearly_full(stats), stats)
+        self._tell_of_room(stats)
 
     def _tell_of_stray_queues(self, stray: Mapping[str, int]) -> None:
         """Log which queues have calls that may wait for ever, when others have than in the last round."""
@@ -75,7 +75,8 @@ class Janitor:
             )
         self._stray_names = stray.keys()
 
-    def _tell_of_room(self, is_scarce: bool, stats: Stats) -> None:
+    def _tell_of_room(self, stats: Stats) -> None:
+        is_scarce = is_nearly_full(stats.free_bytes, stats.reserve_bytes)
         self._health.queue_is_nearly_full(is_scarce)
         if is_scarce and not self._is_scarce:
             log.warning(
