@@ -369,8 +369,9 @@ def build_proof(token: str, call_id: str) -> str:
 _HOP_BY_HOP = {"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "content-length"}
 
 
-# They mean nothing in a response, but would steer the request that the callback is.
-_REQUEST_ONLY = {"host", "expect"}
+# They mean nothing in a response, but would steer the request that the callback is.  At a gateway's /async-function,
+# a function that repeats the fields of its request would have itself called for ever.
+_REQUEST_ONLY = {"host", "expect", "x-callback-url", "x-delay", "x-expires", "idempotency-key", "x-timeout"}
 
 
 # Credentials and what asks for them: meant for the function's caller, not for a third party.
