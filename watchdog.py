@@ -2872,8 +2872,7 @@ class ClientConnection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=0)
         self._socket = cast(socket.socket, transport.get_extra_info("socket"))
-        with self._socket.dup() as sock:  # uvloop's would make one for each option
-            keep_watch(sock)
+        keep_watch(self._socket)
 
     async def start_tls(self, context: ssl.SSLContext, host: str) -> None:
         """Speak TLS from now on; raises OSError (ssl.SSLError among them), and the connection is closed then."""

@@ -384,8 +384,6 @@ _REQUEST_ONLY = {
     *("host", "expect", "origin", "via", "forwarded"),
     *("x-callback-url", "x-delay", "x-expires", "x-timeout", "idempotency-key", "x-worker-token"),
 }
-
-
 _REQUEST_ONLY_PREFIXES = ("x-forwarded-", "sec-", "access-control-request-", "proxy-")
 
 

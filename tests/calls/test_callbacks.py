@@ -545,6 +545,7 @@ def test_callback_carries_the_functions_fields_in_order_and_then_ours() -> None:
 @pytest.mark.parametrize(
     "name",
     ["Connection", "Keep-Alive", "Proxy-Connection", "TE", "Trailer", "Transfer-Encoding", "Upgrade", "Content-Length"]
+    + ["X-Callback-Url", "X-Delay", "X-Expires", "Idempotency-Key", "X-Timeout"]
     + ["Host", "Expect", "Set-Cookie", "cookie", "AUTHORIZATION", "Proxy-Authenticate", "WWW-Authenticate", "X-Api-Key"]
     + ["x-call-id", "X-FUNCTION-STATUS", "X-Retry", "user-agent", "webhook-id", "Webhook-Signature"]
     + ["X-Callback-Url", "X-Delay", "X-Expires", "X-Timeout", "Idempotency-Key", "X-Worker-Token", "Via", "Forwarded"]
