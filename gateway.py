@@ -116,10 +116,10 @@ from .watchdog import (
     PeerGone,
     Request,
     Response,
-    Seat,
     Server,
     ServerTimeouts,
     Signals,
+    Slot,
     Unreachable,
     UpstreamTimeout,
     Url,
@@ -481,20 +481,20 @@ class GatewayMetrics:
     function has answered to it, and as "other" until then.
     """
 
-    def __init__(self, seat: Seat) -> None:
-        self._seat = seat
+    def __init__(self, slot: Slot) -> None:
+        self._slot = slot
         self._answered: set[str] = set()
         self._stats: Stats | None = None
 
     def begin(self, function: Function | None, *, listed: bool) -> str:
         """Count the start of an invocation; return the label that `end` is to be given."""
         label = function.name if function and (listed or function.name in self._answered) else "other"
-        self._seat.cell(f"started {label}", 1)[0] += 1
+        self._slot.values(f"started {label}", 1)[0] += 1
         return label
 
     def end(self, label: str, status: int, duration_s: float) -> None:
         """Count the end of an invocation."""
-        Histogram.at(self._seat, f"seconds {label} {status}").observe(duration_s)
+        Histogram.at(self._slot, f"seconds {label} {status}").observe(duration_s)
 
     def answered(self, name: str) -> None:
         """There is a function of this name."""
@@ -503,11 +503,11 @@ class GatewayMetrics:
 
     def submitted(self, status: int) -> None:
         """Count a submission."""
-        self._seat.cell(f"submitted {status}", 1)[0] += 1
+        self._slot.values(f"submitted {status}", 1)[0] += 1
 
     def dropped(self, count: int) -> None:
         """Count dead letters that `keep_dead` has ended."""
-        self._seat.cell("dropped", 1)[0] += count
+        self._slot.values("dropped", 1)[0] += count
 
     def show_queue(self, stats: Stats) -> None:
         """Have the figures of the queue shown, from now on."""
@@ -537,7 +537,7 @@ class GatewayMetrics:
             "dropped": dropped,
             TROUBLE_KEY: trouble,
         }
-        for key, numbers in self._seat.board.tally.totals().items():
+        for key, numbers in self._slot.scoreboard.counters.totals().items():
             kind, *label = key.split()
             if kind == "seconds":
                 buckets, sum_s = cumulated(numbers)
@@ -639,10 +639,10 @@ class Gateway:
         policy: CallbackPolicy,
         door: PasswordDoor | None,
         pages: BrowserRules,
-        seat: Seat,
+        slot: Slot,
     ) -> None:
-        self.metrics = GatewayMetrics(seat)
-        self.health = Health(seat)
+        self.metrics = GatewayMetrics(slot)
+        self.health = Health(slot)
         self._names = system_names()
         self._client = Client(self._names)
         self._found_names = strangers_names()
@@ -651,7 +651,7 @@ class Gateway:
         self.draining = False
         self._pages = pages
         self._waits: set[asyncio.Timeout] = set()
-        self._seat = seat
+        self._slot = slot
         self._put_limit = SharedLimit(MAX_PUT_S)
         self._settings = settings
         self._functions = functions
@@ -942,7 +942,7 @@ class Gateway:
         call = await find_call(self._queue, call_id)
         if not wait_s or self.draining or call.state in FINAL:
             return call
-        if len(self._waits) >= self._seat.share_of(self._settings.max_long_polls):
+        if len(self._waits) >= self._slot.share_of(self._settings.max_long_polls):
             raise TooManyWaits(self._settings.max_long_polls)
         limit = asyncio.timeout(wait_s)
         self._waits.add(limit)
@@ -1225,23 +1225,23 @@ async def serve(plan: Plan, local: LocalFunctions, doors: Doors, duty: Duty) -> 
     watch_lifeline(loop, duty.lifeline_fd, signals.stop_now)
     url = local_url(doors.own)
     async with AsyncExitStack() as stack:
-        gateway = await assemble(stack, plan, local, doors.own, duty.seat)
+        gateway = await assemble(stack, plan, local, doors.own, duty.slot)
         metrics_server = start_metrics(doors.metrics, gateway.serve_metrics)
         stack.callback(metrics_server.abort)
         timeouts = ServerTimeouts(settings.read_timeout_s, settings.write_timeout_s, settings.read_timeout_s)
-        limits = connection_limits(settings.max_connections, settings.max_connections_per_address, 3, duty.seat)
-        server = Server(gateway, timeouts, seat=duty.seat, limits=limits)
+        limits = connection_limits(settings.max_connections, settings.max_connections_per_address, 3, duty.slot)
+        server = Server(gateway, timeouts, slot=duty.slot, limits=limits)
         for sock in doors.own:
             server.listen(sock)
         duty.on_serving()
         keeper = Keeper()
         stack.push_async_callback(keeper.stop, 0.0)
-        if duty.seat.is_first and plan.worker is not None:
+        if duty.slot.is_first and plan.worker is not None:
             environ = {**plan.worker, "gateway_url": url or ""}
             keeper.start("the worker", WORKER_COMMAND, environ, on_trouble=gateway.health.worker_trouble)
         await signals.first.wait()
         gateway.drain()
-        await finished_first(worker_gone(keeper, duty.seat), signals.second.wait())
+        await finished_first(worker_gone(keeper, duty.slot), signals.second.wait())
         if signals.second.is_set():  # whoever takes our place must not wait for the worker to be gone
             server.stop_accepting()
             metrics_server.stop_accepting()
@@ -1249,15 +1249,15 @@ async def serve(plan: Plan, local: LocalFunctions, doors: Doors, duty: Duty) -> 
         return await drain_server(server, signals, settings.upstream_timeout_s)
 
 
-async def worker_gone(keeper: Keeper, seat: Seat) -> None:
+async def worker_gone(keeper: Keeper, slot: Slot) -> None:
     """Let the local worker drain; where it is another process's, wait until that one has seen to it."""
     await keeper.stop(LONGEST_DURATION_S)
-    while not seat.is_first and seat.board.serving[0]:  # noqa: ASYNC110 - another process sets no event of ours
+    while not slot.is_first and slot.scoreboard.serving[0]:  # noqa: ASYNC110 - another process sets no event of ours
         await asyncio.sleep(WORKER_GONE_POLL_S)
 
 
 async def assemble(
-    stack: AsyncExitStack, plan: Plan, local: LocalFunctions, sockets: Sequence[socket.socket], seat: Seat
+    stack: AsyncExitStack, plan: Plan, local: LocalFunctions, sockets: Sequence[socket.socket], slot: Slot
 ) -> Gateway:
     """Return the gateway of `sockets` with all that is behind it at work.
 
@@ -1269,14 +1269,14 @@ async def assemble(
     limits = QueueLimits(settings.queue_reserve_bytes, settings.max_queued, settings.max_queued_bytes)
     queue = await open_queue(settings.queue_url, settings, limits=limits)
     stack.push_async_callback(queue.close)
-    if seat.is_first:
+    if slot.is_first:
         local.start()
         stack.push_async_callback(local.stop, FUNCTIONS_GRACE_S)
     policy = build_policy([url] if url else [], settings.callback_allow)
     functions = Functions(local.table, settings.function_url, settings.namespaces)
-    gateway = Gateway(settings, functions, queue, policy, door, browser_rules(settings, sockets), seat)
+    gateway = Gateway(settings, functions, queue, policy, door, browser_rules(settings, sockets), slot)
     stack.push_async_callback(gateway.close)
-    if seat.is_first:
+    if slot.is_first:
         housekeeping = keep_house(queue, settings, drained_queues(plan), gateway.metrics)
         stack.callback(asyncio.create_task(housekeeping).cancel)
     return gateway

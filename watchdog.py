@@ -103,7 +103,7 @@ ACCEPTS_COUNT = 64  # connections in one turn of the loop
 TURN_S = 0.002  # a new connection waits so long for the process that has the fewest
 LATE_S = 0.1  # for the first byte on a connection that was accepted as a drain began
 ACCEPT_PAUSE_S = 0.1  # when there are no descriptors for another connection
-TALLY_BYTES = 1 << 23  # room for what one process counts; only what is used takes memory
+COUNTERS_BYTES = 1 << 23  # room for what one process counts; only what is used takes memory
 FIRST_RESTART_S = 0.1  # of a process of ours that has died, and then longer each time
 LONGEST_RESTART_S = 30.0
 PROVEN_AFTER_S = 10.0  # one that has lived so long starts its delays from the beginning
@@ -729,45 +729,46 @@ def _quoted(value: object) -> str:
 log = Log()
 
 # ---------------------------------------------------------------------------------------------------------------
-# What the processes of one program share.  With workers=N there are N that accept from the same sockets, each with a
-# loop of its own; what an operator set or looks at is meant for all of them together.  It stands in memory that they
-# share since the first forked the others: on the board a row of numbers for each, and each one's tallies.
-# Everybody reads all, but writes only what is his own, so counting needs no lock and survives whoever counted.  Only
-# to admit up to a limit takes one (a record lock, fcntl(2): the kernel takes it back when its holder dies).
+# Scoreboard: what the worker processes of one program share.  With workers=N there are N that accept from the same
+# sockets, each with a loop of its own; a limit or a metric is meant for all of them together.  The numbers stand in
+# memory that the supervisor mapped before it forked them: a slot of the scoreboard for each, and each one's counters.
+# A worker process reads every slot and writes only its own, so counting needs no lock, and what was counted survives
+# the death of the process that counted.  Only admission up to a limit takes a lock (a record lock, fcntl(2): the kernel
+# releases it when its holder dies).
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class Tally:
+class SharedCounters:
     """Sums under a key: a counter is one number, a histogram its sum and its buckets.
 
-    Each member writes into its own region: entries of the key's length, how many numbers, the key, the numbers.
+    Each worker process writes into its own region: entries of the key's length, how many numbers, the key, the numbers.
     """
 
-    def __init__(self, members_count: int) -> None:
-        self._memory = mmap.mmap(-1, TALLY_BYTES * members_count)
+    def __init__(self, workers_count: int) -> None:
+        self._memory = mmap.mmap(-1, COUNTERS_BYTES * workers_count)
         self._regions = [
-            memoryview(self._memory)[start : start + TALLY_BYTES]
-            for start in range(0, TALLY_BYTES * members_count, TALLY_BYTES)
+            memoryview(self._memory)[start : start + COUNTERS_BYTES]
+            for start in range(0, COUNTERS_BYTES * workers_count, COUNTERS_BYTES)
         ]
         self._scratch = memoryview(bytearray(8 * 64)).cast("d")
 
-    def cell(self, index: int, key: str, size: int) -> memoryview[float]:
-        """Return `size` numbers that member `index` may add to; once for each key, whose numbers are zero then.
+    def values(self, index: int, key: str, size: int) -> memoryview[float]:
+        """Return `size` numbers, all zero, that worker process `index` may add to; to be called once for each key.
 
         A region that is full takes no more keys; what is added to their numbers is lost.
         """
         region, name = self._regions[index], key.encode()
         used_bytes = int.from_bytes(region[:8], "little") or 8
         start = used_bytes + 8 + -(-len(name) // 8) * 8
-        if start + 8 * size > TALLY_BYTES:
+        if start + 8 * size > COUNTERS_BYTES:
             return self._scratch
         region[used_bytes : used_bytes + 8] = len(name).to_bytes(4, "little") + size.to_bytes(4, "little")
         region[used_bytes + 8 : used_bytes + 8 + len(name)] = name
-        region[:8] = (start + 8 * size).to_bytes(8, "little")  # last: whoever reads meanwhile sees the entry whole
+        region[:8] = (start + 8 * size).to_bytes(8, "little")  # last: a reader finds whole entries only
         return region[start : start + 8 * size].cast("d")
 
     def totals(self) -> dict[str, list[float]]:
-        """Return the sums over all members."""
+        """Return the sums over all worker processes."""
         totals: dict[str, list[float]] = {}
         for region in self._regions:
             for key, values in _entries(region):
@@ -776,7 +777,7 @@ class Tally:
         return totals
 
     def adopt(self, index: int) -> dict[str, memoryview[float]]:
-        """Return the cells that a member which has died left to the one that takes its place."""
+        """Return the numbers that a worker process which has died left to the one that takes its slot."""
         return dict(_entries(self._regions[index]))
 
 
@@ -790,77 +791,80 @@ def _entries(region: memoryview) -> Iterator[tuple[str, memoryview[float]]]:
         at = start + 8 * size
 
 
-class Board:
-    """A row for each process: requests in flight, connections, whether it serves.  Made before they are forked."""
+class Scoreboard:
+    """A slot for each worker process: requests in flight, connections, whether it serves.  Made before the fork."""
 
-    def __init__(self, members_count: int = 1) -> None:
-        self.members_count = members_count
-        self.tally = Tally(members_count)
-        rows = memoryview(mmap.mmap(-1, 3 * 8 * members_count)).cast("q")
-        self.in_flight = rows[:members_count]
-        self.connections = rows[members_count : 2 * members_count]
-        self.serving = rows[2 * members_count :]
-        self.lock_fd = os.memfd_create("faashound", os.MFD_CLOEXEC) if members_count > 1 else -1
+    def __init__(self, workers_count: int = 1) -> None:
+        self.workers_count = workers_count
+        self.counters = SharedCounters(workers_count)
+        rows = memoryview(mmap.mmap(-1, 3 * 8 * workers_count)).cast("q")
+        self.in_flight = rows[:workers_count]
+        self.connections = rows[workers_count : 2 * workers_count]
+        self.serving = rows[2 * workers_count :]
+        self.lock_fd = os.memfd_create("faashound", os.MFD_CLOEXEC) if workers_count > 1 else -1
 
     def clear(self, index: int) -> None:
-        """Forget a member that has died; what it has counted stays."""
+        """Empty the slot of a worker process that has died; what it has counted stays."""
         self.in_flight[index] = self.connections[index] = self.serving[index] = 0
 
 
-class Seat:
-    """One process's place at the board; `on_change` is called when it begins or ends to accept connections."""
+class Slot:
+    """One process's part of the scoreboard; `on_change` is called when it begins or ends to accept connections."""
 
-    def __init__(self, board: Board, index: int = 0, on_change: Callable[[], None] = lambda: None) -> None:
-        self.board = board
+    def __init__(self, scoreboard: Scoreboard, index: int = 0, on_change: Callable[[], None] = lambda: None) -> None:
+        self.scoreboard = scoreboard
         self.index = index
         self._on_change = on_change
-        self._cells = board.tally.adopt(index)
+        self._values = scoreboard.counters.adopt(index)
 
     @property
     def is_alone(self) -> bool:
         """Whether there are no other processes."""
-        return self.board.members_count == 1
+        return self.scoreboard.workers_count == 1
 
     @property
     def is_first(self) -> bool:
-        """Whether what there is only once is this process's business."""
+        """Whether work that one worker process does for all is this process's."""
         return self.index == 0
 
     @property
     def in_flight_count(self) -> int:
         """The requests in flight in all processes."""
-        return sum(self.board.in_flight)
+        return sum(self.scoreboard.in_flight)
 
-    def serves(self, truth: bool) -> None:
-        """Tell whether this process accepts connections."""
-        self.board.serving[self.index] = truth
+    def set_serving(self, serving: bool) -> None:
+        """Note whether this process accepts connections."""
+        self.scoreboard.serving[self.index] = serving
         self._on_change()
+
+    def count_connection(self, change: int) -> None:
+        """Count a connection in (1) or out (-1)."""
+        self.scoreboard.connections[self.index] += change
 
     def enter(self, limit_count: int) -> bool:
         """Count a request in, unless that would make more than `limit_count` in all processes; 0 is no limit."""
         locked = limit_count > 0 and not self.is_alone
         if locked:
-            fcntl.lockf(self.board.lock_fd, fcntl.LOCK_EX)
+            fcntl.lockf(self.scoreboard.lock_fd, fcntl.LOCK_EX)
         admitted = not limit_count or self.in_flight_count < limit_count
-        self.board.in_flight[self.index] += admitted
+        self.scoreboard.in_flight[self.index] += admitted
         if locked:
-            fcntl.lockf(self.board.lock_fd, fcntl.LOCK_UN)
+            fcntl.lockf(self.scoreboard.lock_fd, fcntl.LOCK_UN)
         return admitted
 
     def leave(self) -> None:
         """Count a request out."""
-        self.board.in_flight[self.index] -= 1
+        self.scoreboard.in_flight[self.index] -= 1
 
     def share_of(self, count: int) -> int:
         """Return this process's part of `count`, rounded up."""
-        return -(-count // self.board.members_count)
+        return -(-count // self.scoreboard.workers_count)
 
-    def cell(self, key: str, size: int) -> memoryview[float]:
+    def values(self, key: str, size: int) -> memoryview[float]:
         """Return this process's numbers under `key`."""
-        found = self._cells.get(key)
-        if found is None:
-            found = self._cells[key] = self.board.tally.cell(self.index, key, size)
-        return found
+        if key not in self._values:
+            self._values[key] = self.scoreboard.counters.values(self.index, key, size)
+        return self._values[key]
 
     def is_next(self) -> bool:
         """Tell whether a new connection is for this process: none that serves has much fewer.
@@ -869,9 +873,9 @@ class Seat:
         """
         if self.is_alone:
             return True
-        mine, connections, serving = self.board.connections[self.index], self.board.connections, self.board.serving
-        others = (connections[each] for each in range(self.board.members_count) if serving[each])
-        return all(mine <= other + other // 4 + 1 for other in others)
+        connections, serving = self.scoreboard.connections, self.scoreboard.serving
+        others = (connections[each] for each in range(self.scoreboard.workers_count) if serving[each])
+        return all(connections[self.index] <= other + other // 4 + 1 for other in others)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1984,11 +1988,11 @@ class Listener:
     Whoever is takes all that wait: the loop's own server takes one in a turn, and the last of many waited for long.
     """
 
-    def __init__(self, sock: socket.socket, server: Server, seat: Seat) -> None:
+    def __init__(self, sock: socket.socket, server: Server, slot: Slot) -> None:
         self._loop = asyncio.get_running_loop()
         self._sock = sock
         self._server = server
-        self._seat = seat
+        self._slot = slot
         self._opening: set[asyncio.Task[Any]] = set()
         self._pause: asyncio.TimerHandle | None = None
         sock.setblocking(False)
@@ -1998,7 +2002,7 @@ class Listener:
 
     def _on_connection(self) -> None:
         for _ in range(ACCEPTS_COUNT):
-            if not self._seat.is_next():
+            if not self._slot.is_next():
                 self._rest(TURN_S)
                 return
             if not self._accept():
@@ -2055,7 +2059,7 @@ class Server:
     """Serves `handler` on any number of listening sockets.
 
     `on_refused` is told of each request that was answered without a handler: the request, None if it had no valid head,
-    and the error.  `seat` tells of the other processes that serve the same sockets, `limits` are this one's.
+    and the error.  `slot` tells of the other processes that serve the same sockets, `limits` are this one's.
     Obligations: `listen` each socket, then at the end `stop_accepting`, `drained`, `give_up`, in this order.
     """
 
@@ -2064,10 +2068,10 @@ class Server:
         handler: Handler,
         timeouts: ServerTimeouts,
         on_refused: Callable[[Request | None, FaashoundError], None] = lambda request, error: None,
-        seat: Seat | None = None,
+        slot: Slot | None = None,
         limits: ConnectionLimits = ConnectionLimits(),
     ) -> None:
-        self._seat = seat or Seat(Board())
+        self._slot = slot or Slot(Scoreboard())
         self._roster = Roster(limits)
         self._refused_count = 0
         self._told_s = -math.inf
@@ -2081,8 +2085,8 @@ class Server:
 
     def listen(self, sock: socket.socket) -> None:
         """Accept connections on `sock`, bound already, TCP or Unix; the server owns it from here."""
-        self._seat.serves(True)
-        self._listeners.append(Listener(sock, self, self._seat))
+        self._slot.set_serving(True)
+        self._listeners.append(Listener(sock, self, self._slot))
 
     def admit(self, network: bytes) -> tuple[bool, ServerConnection | None]:
         """Listener: return whether there is no more room, and what serves a new connection, None if it is to be closed.
@@ -2099,7 +2103,7 @@ class Server:
         connection = ServerConnection(self, network, refusal)
         if refusal is None:
             self._roster.enter(connection)
-        self._seat.board.connections[self._seat.index] += 1
+        self._slot.count_connection(1)
         return was_full, connection
 
     def _tell(self, refusal: TooManyConnections) -> None:
@@ -2111,7 +2115,7 @@ class Server:
     def forget(self, connection: ServerConnection) -> None:
         """Connection: it is closed, or was never opened."""
         self.connections.discard(connection)
-        self._seat.board.connections[self._seat.index] -= 1
+        self._slot.count_connection(-1)
         if connection.is_surplus:
             self._refused_count -= 1
         else:
@@ -2120,7 +2124,7 @@ class Server:
     def stop_accepting(self) -> None:
         """Close the listening sockets and idle connections; what is in flight goes on and then closes.  Repeatable."""
         self.draining = True
-        self._seat.serves(False)
+        self._slot.set_serving(False)
         while self._listeners:
             self._listeners.pop().close()
         for connection in list(self.connections):
@@ -4566,19 +4570,19 @@ BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.
 
 
 class Histogram(NamedTuple):
-    """How long something took, as it stands in a tally: the sum in seconds, then how many fell into each bucket."""
+    """How long something took, among the shared counters: the sum in seconds, then how many fell into each bucket."""
 
-    cell: memoryview[float]
+    values: memoryview[float]
 
     @classmethod
-    def at(cls, seat: Seat, key: str) -> Histogram:
+    def at(cls, slot: Slot, key: str) -> Histogram:
         """Return this process's histogram under `key`."""
-        return cls(seat.cell(key, 1 + len(BUCKETS_S)))
+        return cls(slot.values(key, 1 + len(BUCKETS_S)))
 
     def observe(self, duration_s: float) -> None:
         """Count one."""
-        self.cell[0] += duration_s
-        self.cell[1 + bisect_left(BUCKETS_S, duration_s)] += 1
+        self.values[0] += duration_s
+        self.values[1 + bisect_left(BUCKETS_S, duration_s)] += 1
 
 
 def cumulated(numbers: Sequence[float]) -> tuple[list[tuple[str, float]], float]:
@@ -4591,13 +4595,13 @@ def cumulated(numbers: Sequence[float]) -> tuple[list[tuple[str, float]], float]
 class HttpMetrics:
     """The three metrics of the OpenFaaS watchdogs, under the same names, of all processes (a Prometheus collector)."""
 
-    def __init__(self, seat: Seat) -> None:
-        self._seat = seat
+    def __init__(self, slot: Slot) -> None:
+        self._slot = slot
         self._histogram = lru_cache(maxsize=256)(self._find_histogram)
 
     def _find_histogram(self, status: int, method: str) -> Histogram:
         known = method.lower() if method in (*FUNCTION_METHODS, "HEAD", "OPTIONS", "TRACE") else "unknown"
-        return Histogram.at(self._seat, f"{status} {known}")
+        return Histogram.at(self._slot, f"{status} {known}")
 
     def observe(self, status: int, method: str, duration_s: float) -> None:
         """Count one finished request; an unknown method is no label, or a stranger could fill the memory."""
@@ -4611,11 +4615,11 @@ class HttpMetrics:
         durations = core.HistogramMetricFamily(
             "http_request_duration_seconds", "Seconds spent serving HTTP requests.", labels=labels
         )
-        for key, numbers in self._seat.board.tally.totals().items():
+        for key, numbers in self._slot.scoreboard.counters.totals().items():
             buckets, total_s = cumulated(numbers)
             totals.add_metric(key.split(), buckets[-1][1])
             durations.add_metric(key.split(), buckets, total_s)
-        count = self._seat.in_flight_count
+        count = self._slot.in_flight_count
         yield from (totals, durations)
         yield core.GaugeMetricFamily("http_requests_in_flight", "total HTTP requests in-flight", value=count)
 
@@ -4644,10 +4648,10 @@ async def serve_metrics(collector: Collector, request: Request) -> Response:
 class Watchdog:
     """Handler of a function's server: health, limits, and one process per request."""
 
-    def __init__(self, settings: Settings, pool: Pool, lock_path: str | None, seat: Seat) -> None:
-        self.metrics = HttpMetrics(seat)
+    def __init__(self, settings: Settings, pool: Pool, lock_path: str | None, slot: Slot) -> None:
+        self.metrics = HttpMetrics(slot)
         self.accepting = True
-        self._seat = seat
+        self._slot = slot
         self._settings = settings
         self._pool = pool
         self._lock_path = lock_path
@@ -4663,7 +4667,7 @@ class Watchdog:
         try:
             if request.method not in FUNCTION_METHODS:
                 raise MethodNotAllowed(FUNCTION_METHODS)
-            admitted = self._seat.enter(self._settings.max_inflight)
+            admitted = self._slot.enter(self._settings.max_inflight)
             if not admitted:
                 raise TooManyRequests(self._settings.max_inflight)
             response = await self._run(request, call)
@@ -4680,7 +4684,7 @@ class Watchdog:
             raise
         finally:
             if admitted:
-                self._seat.leave()
+                self._slot.leave()
             self.metrics.observe(status, request.method, call.elapsed_s())
 
     def on_refused(self, request: Request | None, error: FaashoundError) -> None:
@@ -4701,7 +4705,7 @@ class Watchdog:
         return Response(200, (TEXT_PLAIN,), b"OK")
 
     def _ready(self, request: Request) -> Response:
-        if self._settings.max_inflight and self._seat.in_flight_count >= self._settings.max_inflight:
+        if self._settings.max_inflight and self._slot.in_flight_count >= self._settings.max_inflight:
             raise TooManyRequests(self._settings.max_inflight)
         return self._health(request)
 
@@ -4924,9 +4928,9 @@ class Guard(Aftercare):
     `roots` has a table for each process that runs functions, and a last one for those processes themselves.
     """
 
-    def __init__(self, members_count: int = 1) -> None:
+    def __init__(self, workers_count: int = 1) -> None:
         self.instance = os.urandom(8).hex().encode()
-        self.roots = tuple(RootTable() for _ in range(members_count + 1))
+        self.roots = tuple(RootTable() for _ in range(workers_count + 1))
         self._held_fd = -1
         self.pid = self._fork()
 
@@ -5136,9 +5140,9 @@ def function_environment(environ: Mapping[str, str], user: Identity | None = Non
 
 @dataclass(frozen=True, slots=True)
 class Duty:
-    """What a process that serves is given: its seat, when to end with another process, whom to tell that it serves."""
+    """What a process that serves is given: its slot, when to end with another process, whom to tell that it serves."""
 
-    seat: Seat
+    slot: Slot
     lifeline_fd: int | None
     on_serving: Callable[[], None]
 
@@ -5208,18 +5212,18 @@ class Crew:
 
     def __init__(
         self,
-        board: Board,
+        scoreboard: Scoreboard,
         run: Callable[[Duty], int],
         doors: Doors,
         on_serving: Callable[[], None],
         aftercare: Aftercare,
     ) -> None:
-        self._board = board
+        self._scoreboard = scoreboard
         self._doors = doors
         self._aftercare = aftercare
         self._run = run
         self._on_serving = on_serving
-        self._members = [Member(index) for index in range(board.members_count)]
+        self._members = [Member(index) for index in range(scoreboard.workers_count)]
         self._told = self._stopping = False
         self._status = 0
         self._lifeline, self._lifeline_end = os.pipe2(os.O_CLOEXEC)
@@ -5273,8 +5277,8 @@ class Crew:
             for fd in (self._lifeline_end, self._news, self._signals):
                 os.close(fd)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGCHLD,))
-            seat = Seat(self._board, member.index, self._tell)
-            status = self._run(Duty(seat, self._lifeline, lambda: None))
+            slot = Slot(self._scoreboard, member.index, self._tell)
+            status = self._run(Duty(slot, self._lifeline, lambda: None))
         except FaashoundError as error:
             log.error(str(error))
         except Exception:
@@ -5284,17 +5288,17 @@ class Crew:
             os._exit(status)
 
     def _tell(self) -> None:
-        """Member: have the first process look at the board, if it is still there."""
+        """Member: have the first process look at the scoreboard, if it is still there."""
         with suppress(BrokenPipeError):
             os.write(self._news_end, b".")
 
     def _on_news(self) -> None:
         os.read(self._news, MAX_WORKERS_COUNT)
-        if not self._told and all(self._board.serving):
+        if not self._told and all(self._scoreboard.serving):
             self._told = True
             self._on_serving()
             log.info(f"Workers: {len(self._members)}")
-        if self._stopping and not any(self._board.serving):
+        if self._stopping and not any(self._scoreboard.serving):
             self._doors.close()  # or a connection would wait for ever in a backlog that nobody looks at
 
     def _on_signals(self) -> None:
@@ -5316,8 +5320,8 @@ class Crew:
         self._on_member_exit(member, status)
 
     def _on_member_exit(self, member: Member, status: int) -> None:
-        serving, delay_s = self._board.serving[member.index], member.ended()
-        self._board.clear(member.index)
+        serving, delay_s = self._scoreboard.serving[member.index], member.ended()
+        self._scoreboard.clear(member.index)
         self._tell()
         code = os.waitstatus_to_exitcode(status)
         if self._stopping:
@@ -5350,32 +5354,32 @@ def run_members(
     `on_serving` is called once, as soon as all of them accept connections.
     """
     gc.freeze()
-    lifeline, board = lifeline_fd(environ), Board(count)
+    lifeline, scoreboard = lifeline_fd(environ), Scoreboard(count)
     if count == 1:
-        return run(Duty(Seat(board), lifeline, on_serving))
-    return Crew(board, run, doors, on_serving, aftercare).run(lifeline)
+        return run(Duty(Slot(scoreboard), lifeline, on_serving))
+    return Crew(scoreboard, run, doors, on_serving, aftercare).run(lifeline)
 
 
 async def serve(settings: Settings, environ: Mapping[str, str], doors: Doors, guard: Guard, duty: Duty) -> int:
     """Serve until told to stop; return the exit status."""
-    loop, seat = asyncio.get_running_loop(), duty.seat
+    loop, slot = asyncio.get_running_loop(), duty.slot
     signals = Signals(loop)
     watch_lifeline(loop, duty.lifeline_fd, signals.stop_now)
-    reaper = Reaper(loop, guard.roots[seat.index])
-    if seat.is_alone:
+    reaper = Reaper(loop, guard.roots[slot.index])
+    if slot.is_alone:
         guard.keep(reaper)
-    mark = guard.mark_of(seat.index)
+    mark = guard.mark_of(slot.index)
     spawner = Spawner(reaper, mark, settings, function_environment(environ, settings.user))
     with ExitStack() as cleanup:
         cleanup.callback(reaper.close)
         on_stderr = None if settings.combine_output else partial(log_stderr, settings, log_prefix(settings, None))
-        pool = Pool(reaper, spawner, seat.share_of(settings.prewarm), on_stderr)
+        pool = Pool(reaper, spawner, slot.share_of(settings.prewarm), on_stderr)
         cleanup.callback(pool.close)
         lock_path = None if settings.suppress_lock else lock_file_path(environ)
-        watchdog = Watchdog(settings, pool, lock_path, seat)
+        watchdog = Watchdog(settings, pool, lock_path, slot)
         timeouts = ServerTimeouts(settings.read_timeout_s, settings.write_timeout_s, settings.read_timeout_s)
-        limits = connection_limits(settings.max_connections, settings.max_connections_per_address, 4, seat)
-        server = Server(watchdog, timeouts, watchdog.on_refused, seat, limits)
+        limits = connection_limits(settings.max_connections, settings.max_connections_per_address, 4, slot)
+        server = Server(watchdog, timeouts, watchdog.on_refused, slot, limits)
         metrics_server = start_metrics(doors.metrics, partial(serve_metrics, watchdog.metrics))
         for sock in doors.own:
             server.listen(sock)
@@ -5464,7 +5468,7 @@ def raise_descriptor_limit() -> None:
 
 
 def connection_limits(
-    max_connections: int | None, per_address: int | None, descriptors_each: int, seat: Seat
+    max_connections: int | None, per_address: int | None, descriptors_each: int, slot: Slot
 ) -> ConnectionLimits:
     """Return this process's part of what the operator allows, but no more than it has descriptors for.
 
@@ -5475,11 +5479,11 @@ def connection_limits(
     room = MAX_CONNECTIONS_COUNT
     if soft != resource.RLIM_INFINITY:
         room = max((soft - KEPT_BACK_COUNT) // descriptors_each, 1)
-    total = min(seat.share_of(max_connections or MAX_CONNECTIONS_COUNT), room)
-    if max_connections and total < seat.share_of(max_connections) and seat.is_first:
+    total = min(slot.share_of(max_connections or MAX_CONNECTIONS_COUNT), room)
+    if max_connections and total < slot.share_of(max_connections) and slot.is_first:
         allowed = f"{soft} descriptors (LimitNOFILE, ulimit -n) allow {total}"
         log.warning(f"max_connections={max_connections} is too much: in one process {allowed}")
-    return ConnectionLimits(total, seat.share_of(per_address) if per_address else max(total * 3 // 4, 1))
+    return ConnectionLimits(total, slot.share_of(per_address) if per_address else max(total * 3 // 4, 1))
 
 
 def lock_file_path(environ: Mapping[str, str]) -> str:

@@ -1,6 +1,6 @@
 """What does not work behind a gateway, for /healthz, the metrics and the log.
 
-    health = Health(seat)
+    health = Health(slot)
     health.worker_trouble("exited with status 1")           # "" once it works
     health.queue_refused(now_s)                              # and queue_took() when it takes a call again
     health.problems(now_s)                                   # [] while all works
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from ..watchdog import Seat
+from ..watchdog import Slot
 
 QUEUE_MEMORY_S = 30.0  # longer than balancers let pass between two probes
 
@@ -31,34 +31,34 @@ _WORKER, _QUEUE = f"{TROUBLE_KEY} worker", f"{TROUBLE_KEY} queue"
 class Health:
     """The parts of one gateway that do not work."""
 
-    def __init__(self, seat: Seat) -> None:
-        self._seat = seat
+    def __init__(self, slot: Slot) -> None:
+        self._slot = slot
         self._refused_s: float | None = None
-        seat.cell(_QUEUE, 1)[0] = 0.0
-        if seat.is_first:
+        slot.values(_QUEUE, 1)[0] = 0.0
+        if slot.is_first:
             self.worker_trouble("")  # what a process before us knew is of another worker
 
     def worker_trouble(self, trouble: str) -> None:
         """Note that the worker beside us cannot keep running, or that it can."""
-        self._seat.cell(_WORKER, 1)[0] = float(bool(trouble))
+        self._slot.values(_WORKER, 1)[0] = float(bool(trouble))
 
     def queue_refused(self, now_s: float) -> None:
         """Note that the queue could not take a call, for a reason that holds for every call."""
         self._refused_s = now_s
-        self._seat.cell(_QUEUE, 1)[0] = 1.0
+        self._slot.values(_QUEUE, 1)[0] = 1.0
 
     def queue_took(self) -> None:
         """Note that the queue has taken a call."""
         if self._refused_s is not None:
             self._refused_s = None
-            self._seat.cell(_QUEUE, 1)[0] = 0.0
+            self._slot.values(_QUEUE, 1)[0] = 0.0
 
     def problems(self, now_s: float) -> list[str]:
         """Return what does not work, a line each."""
         if self._refused_s is not None and now_s - self._refused_s > QUEUE_MEMORY_S:
             self.queue_took()
         problems = [] if self._refused_s is None else ["the queue does not take calls; see the log"]
-        if self._seat.board.tally.totals().get(_WORKER, [0.0])[0]:
+        if self._slot.scoreboard.counters.totals().get(_WORKER, [0.0])[0]:
             problems.append("the local worker does not keep running, asynchronous calls wait; see the log")
         return problems
 
