@@ -99,21 +99,20 @@ from .watchdog import (
     PER_ADDRESS_HELP,
     TEXT_PLAIN,
     WORKERS_HELP,
-    Aftercare,
     BadSettings,
     Body,
     BodyTooLarge,
     CannotStart,
     Client,
     ClientResponse,
-    Doors,
-    Duty,
     FaashoundError,
     Header,
     Histogram,
+    ListenSockets,
     MethodNotAllowed,
     NotReady,
     PeerGone,
+    Program,
     Request,
     Response,
     Server,
@@ -123,6 +122,8 @@ from .watchdog import (
     Unreachable,
     UpstreamTimeout,
     Url,
+    WorkerContext,
+    bind_sockets,
     call_id_of,
     connection_limits,
     cumulated,
@@ -136,7 +137,6 @@ from .watchdog import (
     log,
     log_origin,
     lookalikes,
-    open_doors,
     parse_bool,
     parse_choice,
     parse_duration,
@@ -149,13 +149,13 @@ from .watchdog import (
     parse_url,
     parse_workers,
     read_file,
-    run_members,
+    run_workers,
     serve_metrics,
     setting,
     settings_table,
     settle_descriptors,
     start_metrics,
-    watch_lifeline,
+    watch_parent_death,
     whole,
 )
 from .worker import WORKER_TOKEN
@@ -1218,30 +1218,30 @@ def timeout_warnings(plan: Plan) -> Iterator[str]:
                 )
 
 
-async def serve(plan: Plan, local: LocalFunctions, doors: Doors, duty: Duty) -> int:
+async def serve(plan: Plan, local: LocalFunctions, sockets: ListenSockets, context: WorkerContext) -> int:
     """Serve until told to stop; return the exit status."""
     settings, loop = plan.settings, asyncio.get_running_loop()
     signals = Signals(loop)
-    watch_lifeline(loop, duty.lifeline_fd, signals.stop_now)
-    url = local_url(doors.own)
+    watch_parent_death(loop, context.parent_death_fd, signals.stop_now)
+    url = local_url(sockets.own)
     async with AsyncExitStack() as stack:
-        gateway = await assemble(stack, plan, local, doors.own, duty.slot)
-        metrics_server = start_metrics(doors.metrics, gateway.serve_metrics)
+        gateway = await assemble(stack, plan, local, sockets.own, context.slot)
+        metrics_server = start_metrics(sockets.metrics, gateway.serve_metrics)
         stack.callback(metrics_server.abort)
         timeouts = ServerTimeouts(settings.read_timeout_s, settings.write_timeout_s, settings.read_timeout_s)
-        limits = connection_limits(settings.max_connections, settings.max_connections_per_address, 3, duty.slot)
-        server = Server(gateway, timeouts, slot=duty.slot, limits=limits)
-        for sock in doors.own:
+        limits = connection_limits(settings.max_connections, settings.max_connections_per_address, 3, context.slot)
+        server = Server(gateway, timeouts, slot=context.slot, limits=limits)
+        for sock in sockets.own:
             server.listen(sock)
-        duty.on_serving()
+        context.on_serving()
         keeper = Keeper()
         stack.push_async_callback(keeper.stop, 0.0)
-        if duty.slot.is_first and plan.worker is not None:
+        if context.slot.is_first and plan.worker is not None:
             environ = {**plan.worker, "gateway_url": url or ""}
             keeper.start("the worker", WORKER_COMMAND, environ, on_trouble=gateway.health.worker_trouble)
         await signals.first.wait()
         gateway.drain()
-        await finished_first(worker_gone(keeper, duty.slot), signals.second.wait())
+        await finished_first(worker_gone(keeper, context.slot), signals.second.wait())
         if signals.second.is_set():  # whoever takes our place must not wait for the worker to be gone
             server.stop_accepting()
             metrics_server.stop_accepting()
@@ -1322,20 +1322,20 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
 def run(plan: Plan, environ: Mapping[str, str]) -> int:
     """Open what is shared by all processes, and serve in them; return the exit status."""
     settings = plan.settings
-    doors = open_doors(settings.host, settings.port, settings.metrics_port, environ)
-    if plan.worker is not None and local_url(doors.own) is None:
+    sockets = bind_sockets(settings.host, settings.port, settings.metrics_port, environ)
+    if plan.worker is not None and local_url(sockets.own) is None:
         raise CannotStart("the local worker calls functions over TCP and was given a Unix socket; worker=none")
     local = LocalFunctions(plan.functions, environ=environ, hidden=hidden_names())
     local.open()
 
     def on_serving() -> None:
-        doors.announce()
-        tell_what_is_served(plan, local_url(doors.own), doors.own)
+        sockets.announce()
+        tell_what_is_served(plan, local_url(sockets.own), sockets.own)
 
-    def serve_in_loop(duty: Duty) -> int:
-        return uvloop.run(serve(plan, local, doors, duty))
+    def serve_in_loop(context: WorkerContext) -> int:
+        return uvloop.run(serve(plan, local, sockets, context))
 
-    return run_members(settings.workers, serve_in_loop, doors, environ, Aftercare(), on_serving)
+    return run_workers(settings.workers, Program(serve_in_loop, sockets, on_serving), environ)
 
 
 if __name__ == "__main__":

@@ -104,9 +104,10 @@ TURN_S = 0.002  # a new connection waits so long for the process that has the fe
 LATE_S = 0.1  # for the first byte on a connection that was accepted as a drain began
 ACCEPT_PAUSE_S = 0.1  # when there are no descriptors for another connection
 COUNTERS_BYTES = 1 << 23  # room for what one process counts; only what is used takes memory
-FIRST_RESTART_S = 0.1  # of a process of ours that has died, and then longer each time
+FIRST_RESTART_S = 0.1  # until a process of ours that has died is started again, and then longer each time
 LONGEST_RESTART_S = 30.0
-PROVEN_AFTER_S = 10.0  # one that has lived so long starts its delays from the beginning
+PROVEN_AFTER_S = 10.0  # a process that has lived so long starts its delays from the beginning
+BAD_SETTINGS_STATUS = 2  # our programs' exit status for settings that no restart will mend
 LINGER_S = 2.0  # after a refusal: how long the client may go on sending before the connection is cut
 LINGER_BYTES = 1 << 24  # ... and how much
 WATCH_IDLE_S = 30  # a connection without traffic is asked so often whether its other end lives; IPVS forgets at 900 s
@@ -4904,28 +4905,28 @@ def describe_socket(sock: socket.socket) -> str:
     return str(name[1]) if isinstance(name, tuple) else os.fsdecode(name)
 
 
-class Aftercare:
-    """What is to be done when a member of a crew ends.  Here nothing: what its children are goes with it."""
+class Hooks:
+    """What a program does as its worker processes come and go, in gunicorn's words.  Here: nothing."""
 
-    def let_go(self) -> None:
-        """This process has become a member."""
+    def post_fork(self) -> None:
+        """Runs in a worker process that was just forked."""
 
-    def on_start(self, pid: int) -> None:
-        """A member has been forked."""
+    def child_start(self, pid: int) -> None:
+        """Runs in the supervisor: it has forked a worker process."""
 
-    def on_end(self, index: int, pid: int) -> None:
-        """A member has been reaped."""
+    def child_exit(self, index: int, pid: int) -> None:
+        """Runs in the supervisor: it has reaped a worker process."""
 
-    def on_other_end(self, pid: int) -> None:
-        """A child of ours that is no member has been reaped."""
+    def foreign_exit(self, pid: int) -> None:
+        """Runs in the supervisor: it has reaped a child that is no worker process."""
 
 
-class Guard(Aftercare):
+class Guard(Hooks):
     """A forked process that waits for our end, however it comes, and then kills what our calls have left.
 
-    It knows of it by a pipe whose other end only we hold.  The first is forked before there is any thread; one that has
-    been killed is replaced (its own code calls nothing that a thread could have locked).
-    `roots` has a table for each process that runs functions, and a last one for those processes themselves.
+    It reads a parent-death pipe, whose other end only we hold.  The first is forked before there is any thread; one
+    that has been killed is replaced (its own code calls nothing that a thread could have locked).
+    `roots` has a table for each worker process, of the roots of its calls, and a last one of the worker processes.
     """
 
     def __init__(self, workers_count: int = 1) -> None:
@@ -4935,7 +4936,7 @@ class Guard(Aftercare):
         self.pid = self._fork()
 
     def mark_of(self, index: int) -> bytes:
-        """Return what the marks of a member's calls begin with."""
+        """Return what the marks of a worker process's calls begin with."""
         return b"%s.%d" % (self.instance, index)
 
     def _fork(self) -> int:
@@ -4944,12 +4945,15 @@ class Guard(Aftercare):
         if pid == 0:
             self._watch(watched)
         os.close(watched)
-        self.let_go()
+        self._release_pipe()
         self._held_fd = held
         return pid
 
-    def let_go(self) -> None:
-        """Hold the pipe no longer: the end of this process means nothing to the guard."""
+    def post_fork(self) -> None:
+        """Hold the pipe no longer: the end of a worker process means nothing to the guard."""
+        self._release_pipe()
+
+    def _release_pipe(self) -> None:
         if self._held_fd >= 0:
             os.close(self._held_fd)
         self._held_fd = -1
@@ -4974,21 +4978,21 @@ class Guard(Aftercare):
         reaper.spare(self.pid, partial(self._replace, reaper))
 
     def _replace(self, reaper: Reaper) -> None:
-        self.on_other_end(self.pid)
+        self.foreign_exit(self.pid)
         self.keep(reaper)
 
-    def on_other_end(self, pid: int) -> None:
+    def foreign_exit(self, pid: int) -> None:
         """If it is the guard that was killed: start a new one."""
         if pid == self.pid:
             log.error("the guard was killed; a new one is started", pid=pid)
             self.pid = self._fork()
 
-    def on_start(self, pid: int) -> None:
-        """Have the guard know of a member, which leads a session."""
+    def child_start(self, pid: int) -> None:
+        """Have the guard know of a worker process, which leads a session."""
         self.roots[-1].add(pid)
 
-    def on_end(self, index: int, pid: int) -> None:
-        """Kill what a member has left, before another takes its place."""
+    def child_exit(self, index: int, pid: int) -> None:
+        """Kill what a worker process has left, before another takes its slot."""
         self.roots[-1].remove(pid)
         kill_left(self.mark_of(index) + b".", self.roots[index].pids())
         self.roots[index].clear()
@@ -5047,7 +5051,7 @@ class Signals:
         self.by_hand = False
         loop.add_signal_handler(signal.SIGTERM, self._on_signal, signal.SIGTERM)
         loop.add_signal_handler(signal.SIGINT, self._on_signal, signal.SIGINT)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # a crew has them wait until here
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # a supervisor's worker process blocks them until here
 
     def _on_signal(self, number: signal.Signals) -> None:
         if self.first.is_set():
@@ -5058,7 +5062,7 @@ class Signals:
         self.first.set()
 
     def stop_now(self) -> None:
-        """Stop as if both signals had come: whoever started us has gone."""
+        """Stop as if both signals had come: the process that started us has gone."""
         self.first.set()
         self.second.set()
 
@@ -5072,8 +5076,11 @@ class Signals:
         return True
 
 
-def lifeline_fd(environ: Mapping[str, str]) -> int | None:
-    """Return the pipe by which the process that started us lets us know of its end; None if it gave us none."""
+def parent_death_fd(environ: Mapping[str, str]) -> int | None:
+    """Return the read end of the pipe that tells of our parent's end; None if the parent gave us none.
+
+    The parent alone holds the write end, and never writes: when it ends, whatever way, the kernel closes it.
+    """
     if "FAASHOUND_LIFELINE_FD" not in environ:
         return None
     fd = int(environ["FAASHOUND_LIFELINE_FD"])
@@ -5081,8 +5088,8 @@ def lifeline_fd(environ: Mapping[str, str]) -> int | None:
     return fd
 
 
-def watch_lifeline(loop: asyncio.AbstractEventLoop, fd: int | None, on_end: Callable[[], None]) -> None:
-    """Call `on_end` when the other end of the pipe `fd` has gone, with the process that held it."""
+def watch_parent_death(loop: asyncio.AbstractEventLoop, fd: int | None, on_end: Callable[[], None]) -> None:
+    """Call `on_end` when a parent-death pipe, if there is one, is at its end."""
     if fd is None:
         return
 
@@ -5139,16 +5146,16 @@ def function_environment(environ: Mapping[str, str], user: Identity | None = Non
 
 
 @dataclass(frozen=True, slots=True)
-class Duty:
-    """What a process that serves is given: its slot, when to end with another process, whom to tell that it serves."""
+class WorkerContext:
+    """What a process that serves is given: its slot, its parent-death pipe, and what to call once it serves."""
 
     slot: Slot
-    lifeline_fd: int | None
+    parent_death_fd: int | None
     on_serving: Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Doors:
+class ListenSockets:
     """The listening sockets of a program: its own, and those of /metrics."""
 
     own: Sequence[socket.socket]
@@ -5160,26 +5167,52 @@ class Doors:
             sock.close()
 
     def announce(self) -> None:
-        """Log where one can connect, once somebody accepts."""
+        """Log where one can connect, once connections are accepted."""
         for sock in self.own:
             log.info(f"Listening on port: {describe_socket(sock)}")
         for sock in self.metrics:
             log.info(f"Metrics on port: {describe_socket(sock)}")
 
 
-def open_doors(host: str | None, port: int, metrics_port: int, environ: Mapping[str, str]) -> Doors:
-    """Open all sockets of a program; metrics_port 0: none for /metrics.  Raises CannotStart."""
+def bind_sockets(host: str | None, port: int, metrics_port: int, environ: Mapping[str, str]) -> ListenSockets:
+    """Bind all sockets of a program; metrics_port 0: none for /metrics.  Raises CannotStart."""
     own = open_sockets(host, port, environ)
-    return Doors(own, open_metrics_sockets(host, metrics_port))
+    return ListenSockets(own, bind_metrics_sockets(host, metrics_port))
 
 
-def open_metrics_sockets(host: str | None, port: int) -> list[socket.socket]:
+def bind_metrics_sockets(host: str | None, port: int) -> list[socket.socket]:
     """Return the sockets of /metrics, none for port 0.  Raises CannotStart."""
     return open_sockets(host, port, {}) if port else []
 
 
-class Member:
-    """One process of a crew, through all its lives; `pid` is 0 between two."""
+@dataclass(frozen=True, slots=True)
+class Program:
+    """What worker processes run: `run`, which returns the exit status, on `sockets`, with `hooks`.
+
+    `on_serving` is called once, in the process that was started, as soon as all of them accept connections.
+    """
+
+    run: Callable[[WorkerContext], int]
+    sockets: ListenSockets
+    on_serving: Callable[[], None]
+    hooks: Hooks = Hooks()
+
+
+def next_restart_s(delay_s: float | None, lived_s: float, status: int) -> float:
+    """Return the seconds to wait before the next start of a process of ours that has ended.
+
+    `delay_s` is the wait before this life (None for the first), `lived_s` its length, `status` its exit status, or
+    minus the number of the signal that ended it.
+    """
+    if status == BAD_SETTINGS_STATUS:
+        return LONGEST_RESTART_S
+    if delay_s is None or lived_s >= PROVEN_AFTER_S:
+        return FIRST_RESTART_S
+    return min(2 * delay_s, LONGEST_RESTART_S)
+
+
+class WorkerProcess:
+    """One of a supervisor's worker processes, through all its lives; `pid` is 0 between two."""
 
     def __init__(self, index: int) -> None:
         self.index = index
@@ -5188,97 +5221,86 @@ class Member:
         self._delay_s: float | None = None
         self._started_s = 0.0
 
-    def started(self, pid: int) -> None:
-        """It lives."""
+    def on_start(self, pid: int) -> None:
+        """It has been forked."""
         self.pid, self._started_s = pid, time.monotonic()
 
-    def ended(self) -> float:
-        """It has died: return the seconds until its next start."""
-        self.pid = 0
-        lived_s = time.monotonic() - self._started_s
-        again = self._delay_s is not None and lived_s < PROVEN_AFTER_S
-        self._delay_s = min(2 * cast(float, self._delay_s), LONGEST_RESTART_S) if again else FIRST_RESTART_S
-        self.due_s = time.monotonic() + self._delay_s
+    def on_exit(self, status: int) -> float:
+        """It has ended, or could not be forked: return the seconds until its next start."""
+        now_s, self.pid = time.monotonic(), 0
+        self._delay_s = next_restart_s(self._delay_s, now_s - self._started_s, status)
+        self.due_s = now_s + self._delay_s
         return self._delay_s
 
 
-class Crew:
-    """Runs a program in several processes that share its sockets, and replaces those that die.
+class Supervisor:
+    """Runs a program in several worker processes that share its sockets, and replaces those that die.
 
-    This process serves nothing: it has neither a loop nor a thread, so it can fork at any time.  It passes on the
-    signals that it gets, and ends when the last member has.  A member leads a session of its own (a terminal's Ctrl-C
-    is for us) and holds a lifeline: when we are gone it stops at once.
+    This process (gunicorn's arbiter) serves nothing: it has neither a loop nor a thread, so it can fork at any time.
+    It passes on the signals that it gets, and ends when the last worker process has.  Each of those leads a session of
+    its own (a terminal's Ctrl-C is for us), reads a parent-death pipe, and writes to the status pipe when its slot has
+    changed.
     """
 
-    def __init__(
-        self,
-        scoreboard: Scoreboard,
-        run: Callable[[Duty], int],
-        doors: Doors,
-        on_serving: Callable[[], None],
-        aftercare: Aftercare,
-    ) -> None:
+    def __init__(self, scoreboard: Scoreboard, program: Program) -> None:
         self._scoreboard = scoreboard
-        self._doors = doors
-        self._aftercare = aftercare
-        self._run = run
-        self._on_serving = on_serving
-        self._members = [Member(index) for index in range(scoreboard.workers_count)]
-        self._told = self._stopping = False
+        self._program = program
+        self._workers = [WorkerProcess(index) for index in range(scoreboard.workers_count)]
+        self._announced = self._stopping = False
         self._status = 0
-        self._lifeline, self._lifeline_end = os.pipe2(os.O_CLOEXEC)
-        self._news, self._news_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        self._signals = open_signalfd(signal.SIGCHLD, *STOP_SIGNALS)
+        self._death_fd, self._death_end_fd = os.pipe2(os.O_CLOEXEC)
+        self._status_fd, self._status_end_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._signal_fd = open_signalfd(signal.SIGCHLD, *STOP_SIGNALS)
 
-    def run(self, lifeline: int | None) -> int:
-        """Run until all members have ended; return the worst of their exit statuses."""
-        become_subreaper()  # what a member that dies leaves behind comes to us
+    def run(self, parent_death: int | None) -> int:
+        """Run until all worker processes have ended; return the worst of their exit statuses."""
+        become_subreaper()  # what a worker process that dies leaves behind comes to us
+        on_ready = {self._signal_fd: self._on_signal, self._status_fd: self._on_status_change}
         poller = select.poll()
-        for fd in (self._signals, self._news, lifeline):
-            if fd is not None:
-                poller.register(fd, select.POLLIN)
+        for fd in (*on_ready, *([] if parent_death is None else [parent_death])):
+            poller.register(fd, select.POLLIN)
         while True:
             self._start_due()
-            if not any(member.pid for member in self._members) and self._stopping:
+            if self._stopping and not any(worker.pid for worker in self._workers):
                 return self._status
-            for fd, _ in poller.poll(self._patience_ms()):
-                if fd == lifeline:
+            for fd, _ in poller.poll(self._poll_timeout_ms()):
+                if fd == parent_death:
                     poller.unregister(fd)
                     self._stop(*STOP_SIGNALS)
                 else:
-                    self._on_news() if fd == self._news else self._on_signals()
+                    on_ready[fd]()
 
-    def _patience_ms(self) -> float | None:
-        dues_s = [member.due_s for member in self._members if not member.pid and not self._stopping]
+    def _poll_timeout_ms(self) -> float | None:
+        dues_s = [worker.due_s for worker in self._workers if not worker.pid and not self._stopping]
         return max(0.0, min(dues_s) - time.monotonic()) * 1000 if dues_s else None
 
     def _start_due(self) -> None:
-        for member in self._members:
-            if not self._stopping and not member.pid and member.due_s <= time.monotonic():
-                self._start(member)
+        for worker in self._workers:
+            if not self._stopping and not worker.pid and worker.due_s <= time.monotonic():
+                self._start(worker)
 
-    def _start(self, member: Member) -> None:
+    def _start(self, worker: WorkerProcess) -> None:
         try:
             pid = os.fork()
         except OSError as error:
-            log.error(f"worker {member.index} cannot be started: {_strerror(error)}; again in {member.ended():g} s")
+            log.error(f"worker {worker.index} cannot be started: {_strerror(error)}; again in {worker.on_exit(1):g} s")
             return
         if pid == 0:
-            self._serve(member)
-        member.started(pid)
-        self._aftercare.on_start(pid)
+            self._run_worker(worker)
+        worker.on_start(pid)
+        self._program.hooks.child_start(pid)
 
-    def _serve(self, member: Member) -> NoReturn:
-        """Be the member: never return."""
+    def _run_worker(self, worker: WorkerProcess) -> NoReturn:
+        """Run the program in a process that was just forked, and exit: nothing of the supervisor may run in it."""
         status = 1
         try:
             os.setsid()
-            self._aftercare.let_go()
-            for fd in (self._lifeline_end, self._news, self._signals):
+            self._program.hooks.post_fork()
+            for fd in (self._death_end_fd, self._status_fd, self._signal_fd):
                 os.close(fd)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGCHLD,))
-            slot = Slot(self._scoreboard, member.index, self._tell)
-            status = self._run(Duty(slot, self._lifeline, lambda: None))
+            slot = Slot(self._scoreboard, worker.index, self._report_change)
+            status = self._program.run(WorkerContext(slot, self._death_fd, lambda: None))
         except FaashoundError as error:
             log.error(str(error))
         except Exception:
@@ -5287,22 +5309,22 @@ class Crew:
             log.flush()
             os._exit(status)
 
-    def _tell(self) -> None:
-        """Member: have the first process look at the scoreboard, if it is still there."""
+    def _report_change(self) -> None:
+        """Have the supervisor look at the scoreboard, if it is still there."""
         with suppress(BrokenPipeError):
-            os.write(self._news_end, b".")
+            os.write(self._status_end_fd, b".")
 
-    def _on_news(self) -> None:
-        os.read(self._news, MAX_WORKERS_COUNT)
-        if not self._told and all(self._scoreboard.serving):
-            self._told = True
-            self._on_serving()
-            log.info(f"Workers: {len(self._members)}")
+    def _on_status_change(self) -> None:
+        os.read(self._status_fd, MAX_WORKERS_COUNT)
+        if not self._announced and all(self._scoreboard.serving):
+            self._announced = True
+            self._program.on_serving()
+            log.info(f"Workers: {len(self._workers)}")
         if self._stopping and not any(self._scoreboard.serving):
-            self._doors.close()  # or a connection would wait for ever in a backlog that nobody looks at
+            self._program.sockets.close()  # or a connection would wait for ever in a backlog that is not accepted from
 
-    def _on_signals(self) -> None:
-        siginfo = os.read(self._signals, _SIGINFO_BYTES)
+    def _on_signal(self) -> None:
+        siginfo = os.read(self._signal_fd, _SIGINFO_BYTES)
         number = signal.Signals(int.from_bytes(siginfo[:4], sys.byteorder))  # ssi_signo of signalfd(2)
         if number != signal.SIGCHLD:
             self._stop(number)
@@ -5312,59 +5334,48 @@ class Crew:
                 self._on_exit(*found)
 
     def _on_exit(self, pid: int, status: int) -> None:
-        member = next((each for each in self._members if each.pid == pid), None)
-        if member is None:
-            self._aftercare.on_other_end(pid)
+        worker = next((each for each in self._workers if each.pid == pid), None)
+        if worker is None:
+            self._program.hooks.foreign_exit(pid)
             return
-        self._aftercare.on_end(member.index, pid)
-        self._on_member_exit(member, status)
-
-    def _on_member_exit(self, member: Member, status: int) -> None:
-        serving, delay_s = self._scoreboard.serving[member.index], member.ended()
-        self._scoreboard.clear(member.index)
-        self._tell()
+        self._program.hooks.child_exit(worker.index, pid)
         code = os.waitstatus_to_exitcode(status)
+        was_serving, delay_s = self._scoreboard.serving[worker.index], worker.on_exit(code)
+        self._scoreboard.clear(worker.index)
+        self._report_change()
         if self._stopping:
             self._status = max(self._status, abs(code) and 1)
-        elif code > 0 and not serving and not self._told:  # it has said why it cannot start, and would again
+        elif code > 0 and not was_serving and not self._announced:  # it has said why it cannot start, and would again
             self._status = code
             self._stop(*STOP_SIGNALS)
         else:
-            text = f"worker {member.index} died ({describe_exit(status)}), and its calls with it"
+            text = f"worker {worker.index} died ({describe_exit(status)}), and its calls with it"
             log.error(f"{text}; next start in {delay_s:g} s")
 
     def _stop(self, *numbers: signal.Signals) -> None:
         self._stopping = True
-        for member in self._members:
+        for worker in self._workers:
             for number in numbers:
-                if member.pid:
-                    os.kill(member.pid, number)
+                if worker.pid:
+                    os.kill(worker.pid, number)
 
 
-def run_members(
-    count: int,
-    run: Callable[[Duty], int],
-    doors: Doors,
-    environ: Mapping[str, str],
-    aftercare: Aftercare,
-    on_serving: Callable[[], None],
-) -> int:
-    """Run a program in this process, or in a crew of `count`; return the exit status.
-
-    `on_serving` is called once, as soon as all of them accept connections.
-    """
+def run_workers(count: int, program: Program, environ: Mapping[str, str]) -> int:
+    """Run a program in this process, or in `count` worker processes under a supervisor; return the exit status."""
     gc.freeze()
-    lifeline, scoreboard = lifeline_fd(environ), Scoreboard(count)
+    parent_death, scoreboard = parent_death_fd(environ), Scoreboard(count)
     if count == 1:
-        return run(Duty(Slot(scoreboard), lifeline, on_serving))
-    return Crew(scoreboard, run, doors, on_serving, aftercare).run(lifeline)
+        return program.run(WorkerContext(Slot(scoreboard), parent_death, program.on_serving))
+    return Supervisor(scoreboard, program).run(parent_death)
 
 
-async def serve(settings: Settings, environ: Mapping[str, str], doors: Doors, guard: Guard, duty: Duty) -> int:
+async def serve(
+    settings: Settings, environ: Mapping[str, str], sockets: ListenSockets, guard: Guard, context: WorkerContext
+) -> int:
     """Serve until told to stop; return the exit status."""
-    loop, slot = asyncio.get_running_loop(), duty.slot
+    loop, slot = asyncio.get_running_loop(), context.slot
     signals = Signals(loop)
-    watch_lifeline(loop, duty.lifeline_fd, signals.stop_now)
+    watch_parent_death(loop, context.parent_death_fd, signals.stop_now)
     reaper = Reaper(loop, guard.roots[slot.index])
     if slot.is_alone:
         guard.keep(reaper)
@@ -5380,10 +5391,10 @@ async def serve(settings: Settings, environ: Mapping[str, str], doors: Doors, gu
         timeouts = ServerTimeouts(settings.read_timeout_s, settings.write_timeout_s, settings.read_timeout_s)
         limits = connection_limits(settings.max_connections, settings.max_connections_per_address, 4, slot)
         server = Server(watchdog, timeouts, watchdog.on_refused, slot, limits)
-        metrics_server = start_metrics(doors.metrics, partial(serve_metrics, watchdog.metrics))
-        for sock in doors.own:
+        metrics_server = start_metrics(sockets.metrics, partial(serve_metrics, watchdog.metrics))
+        for sock in sockets.own:
             server.listen(sock)
-        duty.on_serving()
+        context.on_serving()
         await signals.first.wait()
         watchdog.accepting = False
         if lock_path is not None:
@@ -5642,17 +5653,17 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     if settings is None:
         return 2
     try:
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whoever started us may have blocked SIGCHLD or SIGTERM
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # our parent may have blocked SIGCHLD or SIGTERM
         with ExitStack() as cleanup:
-            doors = open_doors(settings.host, settings.port, settings.metrics_port, environ)
+            sockets = bind_sockets(settings.host, settings.port, settings.metrics_port, environ)
             if not settings.suppress_lock:
                 cleanup.callback(remove_lock_file, create_lock_file(environ))
             guard = Guard(settings.workers)
 
-            def run(duty: Duty) -> int:
-                return uvloop.run(serve(settings, environ, doors, guard, duty))
+            def run(context: WorkerContext) -> int:
+                return uvloop.run(serve(settings, environ, sockets, guard, context))
 
-            return run_members(settings.workers, run, doors, environ, guard, doors.announce)
+            return run_workers(settings.workers, Program(run, sockets, sockets.announce, guard), environ)
     except CannotStart as error:
         log.error(str(error))
         return 1

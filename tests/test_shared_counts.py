@@ -38,9 +38,7 @@ def test_sums_go_on_when_a_worker_is_replaced(
 ) -> None:
     scoreboard, expected = Scoreboard(3), defaultdict[str, float](float)
     for additions in (before, after):
-        slots = [
-            Slot(scoreboard, index) for index in range(3)
-        ]  # new processes, the memory of the old ones
+        slots = [Slot(scoreboard, index) for index in range(3)]  # new processes, the memory of the old ones
         for index, key, amount in additions:
             slots[index].values(key, size_of(key))[0] += amount
             expected[key] += amount
