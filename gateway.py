@@ -124,6 +124,7 @@ from .watchdog import (
     Url,
     WorkerContext,
     bind_sockets,
+    body_if_complete,
     call_id_of,
     connection_limits,
     cumulated,
@@ -156,7 +157,6 @@ from .watchdog import (
     settle_descriptors,
     start_metrics,
     watch_parent_death,
-    whole,
 )
 from .worker import WORKER_TOKEN
 from .worker import Settings as WorkerSettings
@@ -800,7 +800,7 @@ class Gateway:
         target = function_target(function, request, rest)
         try:
             return await self._client_of(function).request(
-                request.method, target, headers, whole(request.body), request.body.length, deadline_s
+                request.method, target, headers, body_if_complete(request.body), request.body.length, deadline_s
             )
         except UpstreamTimeout as error:
             text = f"{function.name.short} did not answer within upstream_timeout ({format_duration(limit_s)})"
@@ -862,7 +862,7 @@ class Gateway:
 
     async def _build_call(self, request: Request, rest: bytes, build_call: Callable[..., NewCall]) -> NewCall:
         """Store a request's body and return its call."""
-        limit_bytes, body = self._settings.max_body_bytes, whole(request.body)
+        limit_bytes, body = self._settings.max_body_bytes, body_if_complete(request.body)
         if parse_key(request) is None:
             return build_call(body=await self._queue.store_body(body, limit_bytes))
         digest = RequestDigest(request, rest)

@@ -1011,13 +1011,13 @@ class PeerGone(FaashoundError):
     status = 502
 
 
-class Table(Enum):
+class IdentityEnum(Enum):
     """Root of the enumerations that tables are indexed by: hashed by identity, as members are singletons."""
 
     __hash__ = object.__hash__
 
 
-class Sign(Enum):
+class WireEvent(Enum):
     """What a wire says when it has no head and no chunk to give."""
 
     NEED_DATA = "feed more bytes"
@@ -1162,7 +1162,7 @@ class Body:
 B = TypeVar("B")
 
 
-def whole(body: B) -> B | bytes:
+def body_if_complete(body: B) -> B | bytes:
     """Return a body that has come whole already as its bytes: they go out with the head, in one write."""
     return (body.take() or b"") if isinstance(body, Body) and body.complete else body
 
@@ -1257,15 +1257,13 @@ def build_lines(headers: Sequence[Header]) -> bytes:
 # Not isinstance, here and below: h11's events have an abstract base, which makes that slow.
 
 
-def _meaning(event: object) -> bytes | Sign:
+def _wire_event(event: object) -> bytes | WireEvent:
     """Return what an event of h11 that is no head stands for."""
     if event is h11.NEED_DATA:
-        return Sign.NEED_DATA
-    if type(event) is h11.Data:
-        return bytes(event.data)
+        return WireEvent.NEED_DATA
     if type(event) is h11.EndOfMessage:
-        return Sign.END
-    return Sign.PAUSED if event is h11.PAUSED else Sign.CLOSED
+        return WireEvent.END
+    return WireEvent.PAUSED if event is h11.PAUSED else WireEvent.CLOSED
 
 
 def _fields(event: h11.Request | h11.Response) -> list[Header]:
@@ -1273,8 +1271,8 @@ def _fields(event: h11.Request | h11.Response) -> list[Header]:
     return [(name, value) for _, name, value in event.headers._full_items]
 
 
-class CountedBody:
-    """An incoming body with a Content-Length.  It has no framing of its own, so it passes by h11 and is only counted.
+class ContentLengthReader:
+    """Reads an incoming body with a Content-Length.  It has no framing of its own, so it passes by h11 and is counted.
 
     h11 would copy it four times, and walk through two more states.  It is told how much has passed, so that it can be
     asked for the end of the message where its state matters, and finds by itself that a body was cut short.
@@ -1283,17 +1281,10 @@ class CountedBody:
     def __init__(self, conn: h11.Connection, reader: h11._readers.ContentLengthReader) -> None:
         self._conn = conn
         self._reader = reader
-        self._waiting = self._counted(bytes(conn._receive_buffer.maybe_extract_at_most(reader._remaining) or b""))
+        self._end_told = False
+        self._waiting = self._count(bytes(conn._receive_buffer.maybe_extract_at_most(reader._remaining) or b""))
 
-    @classmethod
-    def of(cls, conn: h11.Connection) -> CountedBody | None:
-        """Return the body of a message whose head h11 has just parsed, None where h11 has more to do than to count."""
-        reader = conn._reader
-        if not isinstance(reader, h11._readers.ContentLengthReader) or conn.they_are_waiting_for_100_continue:
-            return None  # chunked; or h11 has yet to learn, by a first byte, that the peer waits no more
-        return cls(conn, reader)
-
-    def _counted(self, data: bytes) -> bytes:
+    def _count(self, data: bytes) -> bytes:
         self._reader._remaining -= len(data)
         return data
 
@@ -1306,51 +1297,149 @@ class CountedBody:
         """Take what belongs to the body; return the rest, which is h11's."""
         if not self._reader._remaining or self._waiting or self._conn._receive_buffer:
             return data
-        self._waiting = self._counted(data[: self._reader._remaining])
+        self._waiting = self._count(data[: self._reader._remaining])
         return data[len(self._waiting) :]
 
-    def take(self) -> bytes:
-        """Return what has come since the last time."""
-        taken, self._waiting = self._waiting, b""
-        return taken
+    def next_event(self) -> bytes | WireEvent | None:
+        """Return what has come since the last time, or the end; None: h11 has to be asked."""
+        if self._waiting:
+            taken, self._waiting = self._waiting, b""
+            return taken
+        if self._reader._remaining:
+            return None
+        told, self._end_told = self._end_told, True
+        return WireEvent.PAUSED if told else WireEvent.END
+
+    def weigh(self, data: bytes) -> bytes:
+        """Return `data`, a piece that h11 read."""
+        return data
 
 
-class ChunkedBody:
-    """Weighs what an incoming chunked body spends on framing against its data; h11 reads it.
+class ChunkedReader:
+    """Reads any other incoming body: h11 does, and what it spends on framing is weighed against its data.
 
     A chunk costs the same however little it holds.  Go's net/http keeps such accounts too (ErrLineTooLong of its
     chunked reader), though only of what a chunk's line has beyond its size.
     """
 
+    complete = False  # as far as can be told without h11
+
     def __init__(self, conn: h11.Connection) -> None:
         self._conn = conn
         self._data_bytes = 0
-        self.fed_bytes = len(conn._receive_buffer)
+        self._fed_bytes = len(conn._receive_buffer)
 
-    def take(self, data: bytes) -> bytes:
-        """Return `data`, a chunk that h11 gave; raises TooMuchFraming."""
+    def feed(self, data: bytes) -> bytes:
+        """Return what is h11's: all."""
+        self._fed_bytes += len(data)
+        return data
+
+    def next_event(self) -> bytes | WireEvent | None:
+        """Return None: h11 has to be asked."""
+
+    def weigh(self, data: bytes) -> bytes:
+        """Return `data`, a piece that h11 read; raises TooMuchFraming."""
         self._data_bytes += len(data)
-        framing_bytes = self.fed_bytes - len(self._conn._receive_buffer) - self._data_bytes
+        framing_bytes = self._fed_bytes - len(self._conn._receive_buffer) - self._data_bytes
         if framing_bytes > FRAMING_BYTES + 2 * self._data_bytes:
             raise TooMuchFraming
         return data
 
 
-class ServerWire:
+def body_reader(conn: h11.Connection) -> ContentLengthReader | ChunkedReader:
+    """Return what reads the body of a message whose head h11 has just parsed."""
+    reader = conn._reader
+    if isinstance(reader, h11._readers.ContentLengthReader) and not conn.they_are_waiting_for_100_continue:
+        return ContentLengthReader(conn, reader)
+    return ChunkedReader(conn)  # chunked; or h11 has yet to learn, by a first byte, that the peer waits no more
+
+
+class LeadingLine:
+    """Drops one empty line before a request line (RFC 9112 2.2), however it is cut into packets."""
+
+    def __init__(self) -> None:
+        self._held = b""
+        self._passed = False
+
+    def strip(self, data: bytes) -> bytes:
+        """Return what h11 may see of the next bytes: it takes an empty line for a whole head."""
+        if self._passed:
+            return data
+        data = self._held + data
+        if data == b"\r":
+            self._held = data
+            return b""
+        self._passed = True
+        return data.removeprefix(b"\r\n")
+
+
+class Wire:
+    """What the two sides of a connection share: an h11 for the present exchange, and what reads the incoming body.
+
+    An h11 is cheap to make and dear to walk through its states, so it serves one exchange and is replaced.
+    """
+
+    def __init__(self, role: type[h11.CLIENT] | type[h11.SERVER]) -> None:
+        self._role = role
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._conn = h11.Connection(self._role, max_incomplete_event_size=MAX_HEAD_BYTES)
+        self._body: ContentLengthReader | ChunkedReader | None = None
+
+    def feed(self, data: bytes) -> None:
+        """Take bytes from the peer; b"" is its end of stream."""
+        if data and self._body is not None:
+            data = self._body.feed(data)
+            if not data:
+                return
+        self._conn.receive_data(data)
+
+    def _body_event(self) -> bytes | WireEvent | None:
+        return None if self._body is None else self._body.next_event()
+
+    def _message_event(self, event: object) -> bytes | WireEvent:
+        if type(event) is h11.Data and self._body is not None:
+            return self._body.weigh(bytes(event.data))
+        return _wire_event(event)
+
+    def _settle(self) -> None:
+        """Have h11 know that the incoming message is complete, if it is."""
+        if self._body is not None and self._body.complete and self._conn.their_state is h11.SEND_BODY:
+            self._conn.next_event()
+
+    def build_chunk(self, data: bytes) -> bytes:
+        """Return the bytes of one piece of our message's body."""
+        return self._sent(h11.Data(data=data))
+
+    def end(self) -> bytes:
+        """Return the bytes that end our message."""
+        return self._sent(h11.EndOfMessage())
+
+    def _sent(self, event: h11.Event) -> bytes:
+        return self._conn.send(event) or b""
+
+    def _is_over(self) -> bool:
+        """Tell whether both sides have said all, and neither wants to close."""
+        self._settle()
+        return self._conn.our_state is h11.DONE and self._conn.their_state is h11.DONE
+
+
+class ServerWire(Wire):
     """The server's side of one connection: feed bytes, take events, build responses.
 
     After BadRequest was raised only `build_head` and `end` may follow, then the connection must be closed.
     """
 
     def __init__(self) -> None:
-        self._conn = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
-        self._lead = b""
-        self._lead_ignored = False
-        self._plain = self._whole = False
-        self._counted: CountedBody | None = None
-        self._chunked: ChunkedBody | None = None
-        self._ended = False
+        super().__init__(h11.SERVER)
         self.head_request = False
+        self._is_plain = False  # the request leaves h11 nothing to decide about the connection
+
+    def _begin_anew(self) -> None:
+        super()._begin_anew()
+        self._lead = LeadingLine()
+        self._is_answered = False  # by `build_whole`, of which h11 does not know
 
     @property
     def started(self) -> bool:
@@ -1364,46 +1453,19 @@ class ServerWire:
 
     def feed(self, data: bytes) -> None:
         """Take bytes from the peer; b"" is its end of stream."""
-        if self._conn.their_state is h11.IDLE and not self._lead_ignored and data:
-            data = self._without_empty_line(self._lead + data)
+        if data:
+            data = self._lead.strip(data)
             if not data:
                 return
-        elif data and self._counted is not None:
-            data = self._counted.feed(data)
-            if not data:
-                return
-        if self._chunked is not None:
-            self._chunked.fed_bytes += len(data)
         if self._conn.their_state is not h11.MUST_CLOSE:  # else it asked to close, and what follows is void
-            self._conn.receive_data(data)
+            super().feed(data)
 
-    def _without_empty_line(self, data: bytes) -> bytes:
-        """Drop one empty line before a request line, however it is cut into packets."""
-        if data == b"\r":
-            self._lead = data
-            return b""
-        self._lead, self._lead_ignored = b"", True
-        return data.removeprefix(b"\r\n")
-
-    @property
-    def _all_counted(self) -> bool:
-        return self._counted is not None and self._counted.complete
-
-    def _settle(self) -> None:
-        """Have h11 know that the request is complete, if it is."""
-        if self._all_counted and self._conn.their_state is h11.SEND_BODY:
-            self._conn.next_event()
-
-    def next_event(self) -> tuple[bytes, bytes, Headers] | bytes | Sign:
-        """Return a head (method, target, headers), a chunk of its body, or a `Sign`; raises BadRequest."""
-        if self._counted is not None:
-            if data := self._counted.take():
-                return data
-            if self._counted.complete:
-                before, self._ended = self._ended, True
-                return Sign.PAUSED if before else Sign.END
+    def next_event(self) -> tuple[bytes, bytes, Headers] | bytes | WireEvent:
+        """Return a head (method, target, headers), a chunk of its body, or a `WireEvent`; raises BadRequest."""
+        if (known := self._body_event()) is not None:
+            return known
         if self._conn.their_state is h11.MUST_CLOSE:
-            return Sign.CLOSED
+            return WireEvent.CLOSED
         try:
             event = self._conn.next_event()
         except h11.RemoteProtocolError as error:
@@ -1411,14 +1473,11 @@ class ServerWire:
                 raise HeadTooLarge from None
             kind = UnknownCoding if error.error_status_hint == 501 else BadRequest
             raise kind(f"bad request: {str(error)[:200]}") from None
-        if type(event) is h11.Request:
-            head = self._checked_head(event)
-            self._counted = CountedBody.of(self._conn)
-            self._chunked = ChunkedBody(self._conn) if self._counted is None else None
-            return head
-        if type(event) is h11.Data and self._chunked is not None:
-            return self._chunked.take(bytes(event.data))
-        return _meaning(event)
+        if type(event) is not h11.Request:
+            return self._message_event(event)
+        head = self._checked_head(event)
+        self._body = body_reader(self._conn)
+        return head
 
     def _checked_head(self, event: h11.Request) -> tuple[bytes, bytes, Headers]:
         headers = _fields(event)
@@ -1436,7 +1495,8 @@ class ServerWire:
         if expect is not None and expect.lower() != b"100-continue":
             raise ExpectationFailed("unknown Expect; allowed: 100-continue")
         self.head_request = event.method == b"HEAD"
-        self._plain = event.http_version == b"1.1" and not self.head_request and names.isdisjoint(_PERSISTENCE_FIELDS)
+        is_persistent = event.http_version == b"1.1" and names.isdisjoint(_PERSISTENCE_FIELDS)
+        self._is_plain = is_persistent and not self.head_request
         return event.method, event.target, headers
 
     @property
@@ -1451,8 +1511,10 @@ class ServerWire:
     @property
     def peer_done(self) -> bool:
         """True when the request has been received whole."""
+        if self._body is not None and self._body.complete:
+            return True
         # not in (DONE, MUST_CLOSE): after a request with Upgrade h11 waits for our answer in a state of its own
-        return self._all_counted or self._conn.their_state not in (h11.IDLE, h11.SEND_BODY, h11.ERROR)
+        return self._conn.their_state not in (h11.IDLE, h11.SEND_BODY, h11.ERROR)
 
     def build_head(self, status: int, headers: Sequence[Header], length: int | None, close: bool) -> bytes:
         """Return the bytes of a response's head.  `length` None: chunked, or until close for HTTP/1.0."""
@@ -1468,60 +1530,37 @@ class ServerWire:
         """Return the bytes of a whole response, head to end; `length` is what the answer to a GET would have.
 
         The plainest exchange, which is nearly every one, has nothing left for h11 to decide: a request of HTTP/1.1 with
-        nothing about the connection in it has been received whole, and the length is known.  Then a fresh h11 takes the
-        next request, at a fraction of what it costs to walk the old one through an answer.
+        nothing about the connection in it has been received whole, and the length is known.
         """
-        plain = self._plain and not close and status >= 200 and status not in (204, 304) and length == len(body)
+        plain = self._is_plain and not close and status >= 200 and status not in (204, 304) and length == len(body)
         if not plain or not self.peer_done or self._conn._receive_buffer_closed:
             head = self.build_head(status, headers, length, close)
             return head + (self.build_chunk(body) if body else b"") + self.end()
         start = b"HTTP/1.1 %d %b\r\n%bContent-Length: %d\r\n\r\n"
         head = start % (status, _REASONS.get(status, b""), build_lines(headers), length)
-        self._whole = True
+        self._is_answered = True
         return head + body
 
     def build_chunk(self, data: bytes) -> bytes:
         """Return the bytes of one piece of the response's body; a HEAD's body is left out."""
-        return b"" if self.head_request else self._sent(h11.Data(data=data))
+        return b"" if self.head_request else super().build_chunk(data)
 
     def pass_by(self, count: int) -> None:
         """Account for `count` bytes of the response's body that the driver sends by itself."""
         # Of data that it does not have to join, h11 asks the length alone ("Support for sendfile()" in its manual).
         self._conn.send_with_data_passthrough(h11.Data(data=cast(bytes, range(count))))
 
-    def end(self) -> bytes:
-        """Return the bytes that end the response."""
-        return self._sent(h11.EndOfMessage())
-
-    def _sent(self, event: h11.Event) -> bytes:
-        return self._conn.send(event) or b""
-
     def next_cycle(self) -> bool:
         """Make ready for the next request; False when this connection cannot carry one."""
-        if self._whole:
-            self._begin_anew()
-            return True
-        self._settle()
-        if self._conn.our_state is not h11.DONE or self._conn.their_state is not h11.DONE:
+        if not self._is_answered and not self._is_over():
             return False
-        self._conn.start_next_cycle()
-        self._counted, self._chunked, self._ended = None, None, False
-        waiting = self._conn.trailing_data[0]
-        self._lead_ignored = bool(waiting)  # an empty line can only lead, not stand in what has begun to arrive
-        if waiting[:1] == b"\r":
-            self._begin_anew()  # h11 takes an empty line for a whole head, so it must not see it
-        return True
-
-    def _begin_anew(self) -> None:
-        """Let a fresh h11 go on with what waits."""
         waiting, closed = self._conn.trailing_data
-        self._conn = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
-        self._lead_ignored = self._whole = self._ended = False
-        self._counted = self._chunked = None
+        self._begin_anew()
         if waiting:
             self.feed(waiting)
         if closed:
             self._conn.receive_data(b"")
+        return True
 
 
 def split_target(target: bytes, host: bytes) -> tuple[bytes, bytes, bytes]:
@@ -1556,17 +1595,15 @@ def _asked(method: bytes) -> h11.Request:
     return h11.Request(method=method, target=b"/", headers=[(b"Host", b"")])
 
 
-class ClientWire:
+class ClientWire(Wire):
     """The client's side of one connection: build requests, feed bytes, take events."""
 
     def __init__(self) -> None:
-        self._begin_anew()
+        super().__init__(h11.CLIENT)
         self._cut = False
 
     def _begin_anew(self) -> None:
-        self._conn = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD_BYTES)
-        self._counted: CountedBody | None = None
-        self._chunked: ChunkedBody | None = None
+        super()._begin_anew()
         self._interim_count = 0
 
     def build_whole(
@@ -1585,35 +1622,17 @@ class ClientWire:
 
     def build_head(self, method: bytes, target: bytes, headers: Sequence[Header]) -> bytes:
         """Return the bytes of a request's head; `headers` has Host and the framing field."""
-        return self._conn.send(h11.Request(method=method, target=target, headers=list(headers))) or b""
-
-    def build_chunk(self, data: bytes) -> bytes:
-        """Return the bytes of one piece of the request's body."""
-        return self._conn.send(h11.Data(data=data)) or b""
-
-    def end(self) -> bytes:
-        """Return the bytes that end the request."""
-        return self._conn.send(h11.EndOfMessage()) or b""
+        return self._sent(h11.Request(method=method, target=target, headers=list(headers)))
 
     def feed(self, data: bytes) -> None:
         """Take bytes from the peer; b"" is its end of stream."""
-        if data and self._counted is not None:
-            data = self._counted.feed(data)
-            if not data:
-                return
-        if self._chunked is not None:
-            self._chunked.fed_bytes += len(data)
         self._cut = self._cut or not data
-        self._conn.receive_data(data)
+        super().feed(data)
 
-    def next_event(self) -> tuple[int, Headers] | bytes | Sign:
-        """Return the final head (status, headers), a chunk of the body, or a `Sign`; raises PeerGone."""
-        if self._counted is not None:
-            if data := self._counted.take():
-                return data
-            if self._counted.complete and self._conn.their_state is h11.SEND_BODY:
-                self._conn.next_event()
-                return Sign.END
+    def next_event(self) -> tuple[int, Headers] | bytes | WireEvent:
+        """Return the final head (status, headers), a chunk of the body, or a `WireEvent`; raises PeerGone."""
+        if (known := self._body_event()) is not None:
+            return known
         try:
             event = self._conn.next_event()
             while type(event) is h11.InformationalResponse:
@@ -1621,32 +1640,22 @@ class ClientWire:
                 if self._interim_count > MAX_INTERIM_COUNT:
                     raise PeerGone(f"bad response: too many interim ones; allowed: {MAX_INTERIM_COUNT}")
                 event = self._conn.next_event()
+            if type(event) is not h11.Response:
+                return self._message_event(event)
         except h11.RemoteProtocolError as error:
             raise PeerGone(CUT_SHORT if self._cut else f"bad response: {str(error)[:200]}") from None
-        if type(event) is h11.Response:
-            headers = _fields(event)
-            if fields_bytes(headers) > MAX_HEAD_BYTES:
-                raise PeerGone(f"bad response: head too large; allowed: {MAX_HEAD_BYTES} bytes")
-            self._counted = CountedBody.of(self._conn)
-            self._chunked = ChunkedBody(self._conn) if self._counted is None else None
-            return event.status_code, headers
-        if type(event) is h11.Data and self._chunked is not None:
-            return self._weighed(self._chunked, bytes(event.data))
-        return _meaning(event)
-
-    @staticmethod
-    def _weighed(body: ChunkedBody, data: bytes) -> bytes:
-        try:
-            return body.take(data)
         except TooMuchFraming as error:
             raise PeerGone(str(error).replace("request", "response")) from None
+        headers = _fields(event)
+        if fields_bytes(headers) > MAX_HEAD_BYTES:
+            raise PeerGone(f"bad response: head too large; allowed: {MAX_HEAD_BYTES} bytes")
+        self._body = body_reader(self._conn)
+        return event.status_code, headers
 
     def next_cycle(self) -> bool:
         """Make ready for the next request; False when this connection cannot carry one."""
-        if self._conn.our_state is not h11.DONE or self._conn.their_state is not h11.DONE:
+        if not self._is_over() or self._conn.trailing_data[0]:  # bytes that were not asked for: it is out of step
             return False
-        if self._conn.trailing_data[0]:
-            return False  # bytes that nobody asked for: a peer out of step is not to be trusted with a request
         self._begin_anew()
         return True
 
@@ -1673,7 +1682,7 @@ HOSTILE_RESPONSES = (
 def _refuses(wire: ServerWire | ClientWire, hostile: bytes) -> bool:
     try:
         wire.feed(hostile)
-        while wire.next_event() not in (Sign.NEED_DATA, Sign.PAUSED, Sign.CLOSED):
+        while wire.next_event() not in (WireEvent.NEED_DATA, WireEvent.PAUSED, WireEvent.CLOSED):
             continue
     except (BadRequest, PeerGone):
         return True
@@ -2171,7 +2180,7 @@ class Server:
         return self._date[1]
 
 
-class Phase(Table):
+class Phase(IdentityEnum):
     """Where an accepted connection stands in its present exchange."""
 
     IDLE = "no byte of a request has come"
@@ -2293,7 +2302,7 @@ class ServerConnection(asyncio.Protocol):
                 event = self._wire.next_event()
                 if isinstance(event, bytes):
                     pieces.append(event)
-                elif isinstance(event, Sign):
+                elif isinstance(event, WireEvent):
                     sign = event
                     break  # after END too: what follows waits for the end of this exchange
                 else:
@@ -2303,7 +2312,7 @@ class ServerConnection(asyncio.Protocol):
             return
         if pieces:
             cast(Request, self._request).body.feed(pieces[0] if len(pieces) == 1 else b"".join(pieces))
-        if sign is Sign.END:
+        if sign is WireEvent.END:
             self._received_whole()
         elif sign is None:
             self._advancing = True
@@ -2411,7 +2420,7 @@ class ServerConnection(asyncio.Protocol):
         self._alarm.set(None if limit_s == math.inf else self._loop.time() + limit_s)
         close = self._server.draining or self._refusal is not None or not self._wire.peer_done
         headers = (*response.headers, (b"Date", self._server.date()))
-        body = whole(response.body)
+        body = body_if_complete(response.body)
         if not isinstance(body, bytes) or len(body) > MAX_HEAD_BYTES:
             expect_stalls(self._transport.get_extra_info("socket"), True)  # its reader has the write timeout
         if isinstance(body, bytes):
@@ -2686,7 +2695,7 @@ class Client:
         answered is sent again, once, on a connection of its own, if its body can be had again and its method is
         idempotent, or if no byte of it had reached the other end (RFC 9110 9.2.2, RFC 9112 9.3.1).
         """
-        body = whole(body)
+        body = body_if_complete(body)
         once = not isinstance(body, bytes) and not callable(body)
         connection = self._kept(url, once)
         if connection is not None:
@@ -2696,7 +2705,7 @@ class Client:
                 if once or not (connection.untouched or (connection.silent and method in _IDEMPOTENT)):
                     raise
         connection = await self._connect(url, deadline_s)
-        return await connection.exchange(method, url, headers, whole(body), length, deadline_s)
+        return await connection.exchange(method, url, headers, body_if_complete(body), length, deadline_s)
 
     def _kept(self, url: Url, once: bool) -> ClientConnection | None:
         """Return an idle connection that can carry a request, if there is one; `once`: which cannot be repeated."""
@@ -3020,14 +3029,14 @@ class ClientConnection(asyncio.Protocol):
     def _advance(self) -> None:
         """Take what the wire has, up to EVENTS_AT_ONCE_COUNT; then others are served before the rest."""
         pieces: list[bytes] = []
-        sign: Sign | None = None
+        sign: WireEvent | None = None
         error: PeerGone | None = None
         try:
             for _ in range(EVENTS_AT_ONCE_COUNT):
                 event = self._wire.next_event()
                 if isinstance(event, bytes):
                     pieces.append(event)
-                elif isinstance(event, Sign):
+                elif isinstance(event, WireEvent):
                     sign = event
                     break
                 else:
@@ -3039,7 +3048,7 @@ class ClientConnection(asyncio.Protocol):
         if error is not None:
             self._fail(error)
             self.abort()
-        elif sign is Sign.END:
+        elif sign is WireEvent.END:
             self._complete()
         else:
             self._throttle(is_rest=sign is None)
@@ -3212,7 +3221,7 @@ def describe_exit(status: int) -> str:
     return f"signal: {text}" + (" (core dumped)" if os.WCOREDUMP(status) else "")
 
 
-class State(Table):
+class ProcessState(IdentityEnum):
     """Where a call stands.  Its answer is decided on reaching DONE or KILLED."""
 
     RUNNING = "the process runs, its output is open"
@@ -3222,7 +3231,7 @@ class State(Table):
     KILLED = "deadline, hang-up or refusal: the tree is being killed"
 
 
-class Event(Table):
+class ProcessEvent(IdentityEnum):
     """What happens to a call."""
 
     EXIT = "the process has exited"
@@ -3234,25 +3243,25 @@ class Event(Table):
 
 # A process that has exited has done its work in time, so nothing that comes later takes its answer away.
 TRANSITIONS = {
-    (State.RUNNING, Event.EOF): State.CLOSED,
-    (State.RUNNING, Event.EXIT): State.EXITED,
-    (State.RUNNING, Event.DEADLINE): State.KILLED,
-    (State.RUNNING, Event.ABANDON): State.KILLED,
-    (State.CLOSED, Event.EXIT): State.DONE,
-    (State.CLOSED, Event.DEADLINE): State.KILLED,
-    (State.CLOSED, Event.ABANDON): State.KILLED,
-    (State.EXITED, Event.EOF): State.DONE,
-    (State.EXITED, Event.GRACE): State.DONE,
-    (State.EXITED, Event.DEADLINE): State.DONE,
-    (State.EXITED, Event.ABANDON): State.DONE,
-    (State.DONE, Event.ABANDON): State.DONE,
-    (State.KILLED, Event.EXIT): State.KILLED,
-    (State.KILLED, Event.EOF): State.KILLED,
-    (State.KILLED, Event.ABANDON): State.KILLED,
+    (ProcessState.RUNNING, ProcessEvent.EOF): ProcessState.CLOSED,
+    (ProcessState.RUNNING, ProcessEvent.EXIT): ProcessState.EXITED,
+    (ProcessState.RUNNING, ProcessEvent.DEADLINE): ProcessState.KILLED,
+    (ProcessState.RUNNING, ProcessEvent.ABANDON): ProcessState.KILLED,
+    (ProcessState.CLOSED, ProcessEvent.EXIT): ProcessState.DONE,
+    (ProcessState.CLOSED, ProcessEvent.DEADLINE): ProcessState.KILLED,
+    (ProcessState.CLOSED, ProcessEvent.ABANDON): ProcessState.KILLED,
+    (ProcessState.EXITED, ProcessEvent.EOF): ProcessState.DONE,
+    (ProcessState.EXITED, ProcessEvent.GRACE): ProcessState.DONE,
+    (ProcessState.EXITED, ProcessEvent.DEADLINE): ProcessState.DONE,
+    (ProcessState.EXITED, ProcessEvent.ABANDON): ProcessState.DONE,
+    (ProcessState.DONE, ProcessEvent.ABANDON): ProcessState.DONE,
+    (ProcessState.KILLED, ProcessEvent.EXIT): ProcessState.KILLED,
+    (ProcessState.KILLED, ProcessEvent.EOF): ProcessState.KILLED,
+    (ProcessState.KILLED, ProcessEvent.ABANDON): ProcessState.KILLED,
 }
 
 
-def next_state(state: State, event: Event) -> State:
+def next_state(state: ProcessState, event: ProcessEvent) -> ProcessState:
     """Return the state after `event`; AssertionError for a pair that cannot happen."""
     try:
         return TRANSITIONS[state, event]
@@ -3349,7 +3358,7 @@ def find_program(name: str, path: str | None) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Ending:
+class ProcessResult:
     """How a call ended: `status` is the wait status of its process, `output` what it wrote (and `stderr` if joined)."""
 
     pid: int
@@ -3912,7 +3921,7 @@ class Process:
     ) -> None:
         self.pid = pid
         self.mark = mark
-        self.state = State.RUNNING
+        self.state = ProcessState.RUNNING
         self.begun = False
         self.started_s = started_s
         self.stdin_bytes = 0
@@ -3938,7 +3947,7 @@ class Process:
         if pipes.stderr >= 0:
             self._reaper.ready.add(pipes.stderr, self._on_stderr)
 
-    async def run(self, body: AsyncIterator[bytes], deadline_s: float | None) -> Ending:
+    async def run(self, body: AsyncIterator[bytes], deadline_s: float | None) -> ProcessResult:
         """Feed `body` to the process, collect its output, wait for its end and return it.
 
         `deadline_s` is monotonic.  Raises DeadlineReached at the deadline, what `abandon` was given, or what reading
@@ -3965,13 +3974,13 @@ class Process:
             self._drop_output()
             await self._killed(DEADLINE_WAIT_S)
             raise self._error
-        return Ending(self.pid, self._status, self.output, time.perf_counter() - self._clock_s)
+        return ProcessResult(self.pid, self._status, self.output, time.perf_counter() - self._clock_s)
 
     def abandon(self, error: FaashoundError | None = None) -> None:
         """Kill the tree unless the answer is decided already; `run` raises `error`."""
-        if self.state in (State.RUNNING, State.CLOSED):
+        if self.state in (ProcessState.RUNNING, ProcessState.CLOSED):
             self._error = error
-        self._happens(Event.ABANDON)
+        self._happens(ProcessEvent.ABANDON)
 
     def describe(self) -> str:
         """Return how the process ended, or that it has not yet."""
@@ -3989,21 +3998,21 @@ class Process:
 
     def _on_deadline(self) -> None:
         self._reaper.reap()  # an exit that the loop has not seen yet came before the deadline
-        if self.state in (State.RUNNING, State.CLOSED):
+        if self.state in (ProcessState.RUNNING, ProcessState.CLOSED):
             self._error = DeadlineReached()
         if not self._answerable.done():
-            self._happens(Event.DEADLINE)
+            self._happens(ProcessEvent.DEADLINE)
 
-    def _happens(self, event: Event) -> None:
+    def _happens(self, event: ProcessEvent) -> None:
         before, self.state = self.state, next_state(self.state, event)
         if self.state is before:
             return
-        if self.state is State.EXITED:
+        if self.state is ProcessState.EXITED:
             self._timers.append(self._loop.call_later(OUTPUT_GRACE_S, self._on_grace))
-        elif self.state is State.DONE:
+        elif self.state is ProcessState.DONE:
             self._reaper.release(self)
             self._answer()
-        elif self.state is State.KILLED:
+        elif self.state is ProcessState.KILLED:
             self._killing = self._reaper.kill(self, self._term_grace_s)
             self._answer()
 
@@ -4021,7 +4030,7 @@ class Process:
 
     def on_exiting(self) -> None:
         """The process has exited and is not reaped yet: take what is in the pipe, then end its group."""
-        if self._spiller is None and not self._at_eof and self.state is not State.KILLED:
+        if self._spiller is None and not self._at_eof and self.state is not ProcessState.KILLED:
             self._drain()
         if self._at_eof:
             self._reaper.signal_group(self, signal.SIGKILL)
@@ -4030,9 +4039,9 @@ class Process:
         """The process has been reaped."""
         self._status = status
         self.exited.set_result(None)
-        self._happens(Event.EXIT)
-        if self.state is State.EXITED and self._at_eof:
-            self._happens(Event.EOF)
+        self._happens(ProcessEvent.EXIT)
+        if self.state is ProcessState.EXITED and self._at_eof:
+            self._happens(ProcessEvent.EOF)
 
     # Output.
 
@@ -4043,7 +4052,7 @@ class Process:
             return
         self._collect(data)
         if not data and self._spiller is None:
-            self._happens(Event.EOF)
+            self._happens(ProcessEvent.EOF)
 
     def _collect(self, data: bytes) -> None:
         if not data:
@@ -4077,7 +4086,7 @@ class Process:
             self._error = OutputLost(f"the output could not be kept: {_strerror(error)}")
 
     async def _spill_some(self) -> bool:
-        if self.state is State.KILLED:
+        if self.state is ProcessState.KILLED:
             return False
         try:
             more = await self._loop.run_in_executor(None, self.output.splice, self._pipes.stdout)
@@ -4089,7 +4098,7 @@ class Process:
         if not more:
             self._at_eof = True
             if not self._answerable.done():
-                self._happens(Event.EOF)
+                self._happens(ProcessEvent.EOF)
         return more
 
     def _drop_output(self) -> None:
@@ -4100,11 +4109,11 @@ class Process:
             self._spiller.add_done_callback(lambda _: self.output.close())
 
     def _on_grace(self) -> None:
-        if self.state is not State.EXITED:
+        if self.state is not ProcessState.EXITED:
             return
         if self._spiller is None:
             self._drain()
-        self._happens(Event.EOF if self._at_eof else Event.GRACE)
+        self._happens(ProcessEvent.EOF if self._at_eof else ProcessEvent.GRACE)
 
     def _on_stderr(self) -> None:
         try:
@@ -4500,7 +4509,7 @@ class Pool:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The application: a request becomes a process, its ending a response.
+# The application: a request becomes a process, its result a response.
 # ---------------------------------------------------------------------------------------------------------------
 
 FUNCTION_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
@@ -4720,9 +4729,9 @@ class Watchdog:
             body = marshalled(request.headers, body)
         on_stderr = None if settings.combine_output else call.on_stderr
         call.process = process = self._pool.take(facts, on_stderr)
-        ending = await process.run(call.watched(body), None if timeout_s is None else time.monotonic() + timeout_s)
-        response = self._answer(request, ending)
-        call.ended(response, ending)
+        result = await process.run(call.watched(body), None if timeout_s is None else time.monotonic() + timeout_s)
+        response = self._answer(request, result)
+        call.ended(response, result)
         return response
 
     def _limited(self, request: Request) -> AsyncIterator[bytes]:
@@ -4745,13 +4754,13 @@ class Watchdog:
             raise BadTimeout(f"X-Timeout: {error}") from None
         return theirs_s if ours_s is None else min(ours_s, theirs_s)
 
-    def _answer(self, request: Request, ending: Ending) -> Response:
-        output, forced = ending.output, self._settings.content_type
-        if ending.status == 0:
+    def _answer(self, request: Request, result: ProcessResult) -> Response:
+        output, forced = result.output, self._settings.content_type
+        if result.status == 0:
             kind = content_type_of(request.header(b"content-type"), forced, output.head())
-            duration = (b"X-Duration-Seconds", b"%f" % ending.duration_s)
+            duration = (b"X-Duration-Seconds", b"%f" % result.duration_s)
             return output_response(200, (kind, duration), b"", output)
-        reason = describe_exit(ending.status).encode() + b"\n"
+        reason = describe_exit(result.status).encode() + b"\n"
         kind = content_type_of(None, forced, reason + output.head())
         return output_response(500, (kind,), reason, output)
 
@@ -4801,13 +4810,13 @@ class CallLog:
         """The process wrote a line on stderr, which does not join the response."""
         log_stderr(self._settings, self._prefix, line)
 
-    def ended(self, response: Response, ending: Ending) -> None:
+    def ended(self, response: Response, result: ProcessResult) -> None:
         """The process ended by itself."""
         if self._settings.write_debug:
-            log.info(self._prefix + "Out=" + ending.output.head().decode(errors="backslashreplace"))
+            log.info(self._prefix + "Out=" + result.output.head().decode(errors="backslashreplace"))
         if self._settings.debug_headers:
             self._headers("out", response.headers)
-        self._line(f"Wrote {ending.output.bytes_count} Bytes - Duration: {ending.duration_s:f}s", response.status)
+        self._line(f"Wrote {result.output.bytes_count} Bytes - Duration: {result.duration_s:f}s", response.status)
 
     def failed(self, error: FaashoundError) -> None:
         """The request was refused, or its process could not begin or was killed."""
