@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
-import itertools
 import os
 import resource
 import socket
@@ -21,21 +20,14 @@ import pytest
 
 from faashound.calls.ids import _next_id, _randomness, new_call_id
 from faashound.calls.model import (
-    CALLBACK_TRANSITIONS,
-    FINAL,
     INLINE_BYTES,
-    TRANSITIONS,
-    CallbackState,
     CallExists,
-    Event,
     QueueDamaged,
     QueueUnavailable,
     State,
     destination_of,
-    lost_wait_s,
-    next_callback_state,
-    next_state,
 )
+from faashound.calls.steps import lost_wait_s
 from faashound.queues.spool import queue as spool_queue
 from faashound.queues.spool.limits import DATABASE, STEP_COUNT
 from faashound.queues.spool.notifier import Ring
@@ -89,35 +81,6 @@ def test_next_id_is_greater_when(last: tuple[int, int], now_ms: int, stamp_ms: i
     assert made > last
     assert made[0] == stamp_ms
     assert made[1] < 1 << 74
-
-
-# -- states
-
-
-@pytest.mark.parametrize(
-    "pair", list(itertools.product(State, Event)), ids=lambda pair: f"{pair[0].value}-{pair[1].value}"
-)
-def test_a_call_moves_only_as_the_table_says(pair: tuple[State, Event]) -> None:
-    if pair in TRANSITIONS:
-        assert next_state(*pair) is TRANSITIONS[pair]
-    else:
-        with pytest.raises(AssertionError, match="cannot"):
-            next_state(*pair)
-
-
-@pytest.mark.parametrize(
-    "pair", list(itertools.product(CallbackState, Event)), ids=lambda p: f"{p[0].value}-{p[1].value}"
-)
-def test_a_callback_moves_only_as_the_table_says(pair: tuple[CallbackState, Event]) -> None:
-    if pair in CALLBACK_TRANSITIONS:
-        assert next_callback_state(*pair) is CALLBACK_TRANSITIONS[pair]
-    else:
-        with pytest.raises(AssertionError, match="cannot"):
-            next_callback_state(*pair)
-
-
-def test_only_a_dead_letter_leaves_a_final_state() -> None:
-    assert {(state, event) for state, event in TRANSITIONS if state in FINAL} == {(State.DEAD, Event.REQUEUE)}
 
 
 # -- names

@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 
 from faashound.calls.model import (
-    EXPIRED_STATUS,
     INLINE_BYTES,
     Bounds,
     Call,
@@ -27,6 +26,7 @@ from faashound.calls.model import (
     State,
 )
 from faashound.calls.names import parse_function_name
+from faashound.calls.steps import EXPIRED_STATUS
 from faashound.queues.spool import database
 from faashound.queues.spool.directory import set_aside
 from faashound.queues.spool.limits import BUSY_S, DATABASE, ORPHAN_S, STEP_COUNT
