@@ -23,7 +23,7 @@ OTHERS: dict[str, set[str]] = {
     "draining": {"prometheus_client"},
     "worker": {"uvloop"},
     "serving": {"prometheus_client"},
-    "gateway": {"uvloop", "prometheus_client"},
+    "gateway": {"uvloop"},
 }
 
 LONGEST_FUNCTION_LINES = 60
