@@ -30,6 +30,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from ipaddress import ip_address
 from typing import cast
 
 import prometheus_client
@@ -90,6 +91,7 @@ from .calls.retries import (
 )
 from .draining.breakers import Breakers
 from .draining.shares import Slots
+from .network.addresses import foreign_name
 from .network.lookups import by_origin, strangers_names, system_names
 from .queues import Queue, open_queue, trouble_of
 from .queues.commands import cancel_calls, dead_letters
@@ -926,13 +928,21 @@ def load_signer(settings: Settings) -> Signer | None:
         raise CannotStart(f"callback_secret_file {settings.callback_secret_file}: {error}") from None
 
 
-async def serve_status(worker: Worker, request: Request) -> Response:
-    """Answer GET /metrics and GET /healthz."""
+class UnknownHost(FaashoundError):
+    """The request is for a host name that is none of ours (RFC 9110 15.5.20)."""
+
+    status = 421
+
+
+async def serve_status(worker: Worker, on_loopback: bool, request: Request) -> Response:
+    """Answer GET /metrics and GET /healthz; on loopback not to a page that has its own name lead here."""
+    if on_loopback and foreign_name(request.host) is not None:
+        raise UnknownHost("allowed: localhost and addresses")
     if request.path != b"/healthz":
         worker.show_limits()
         return await serve_metrics(worker.metrics.registry, request)
-    if request.method != "GET":
-        raise MethodNotAllowed(("GET",))
+    if request.method not in ("GET", "HEAD"):
+        raise MethodNotAllowed(("GET", "HEAD"))
     trouble = trouble_of(worker.queue)
     if trouble is not None:
         raise NotReady(trouble)
@@ -951,7 +961,8 @@ async def serve(settings: Settings, environ: Mapping[str, str], doors: Doors) ->
         queue = await open_queue(settings.queue_url, settings, limits=limits)
         stack.push_async_callback(queue.close)
         worker = Worker(settings, queue, await queue.enlist(), policy, signer)
-        status_server = start_metrics(doors.metrics, partial(serve_status, worker))
+        on_loopback = all(ip_address(sock.getsockname()[0]).is_loopback for sock in doors.metrics)
+        status_server = start_metrics(doors.metrics, partial(serve_status, worker, on_loopback))
         stack.callback(status_server.abort)
         doors.announce()
         log.info(f"Draining {','.join(settings.queues)} of {settings.queue_url} through {settings.gateway_url}")

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 
 from ..watchdog import Address as SocketAddress
@@ -217,6 +218,21 @@ def parse_host_name(text: str) -> str:
     if len(name) > 253 or not all(_LABEL.fullmatch(label) for label in name.split(".")):
         raise ValueError("the host is no name of dot-separated labels (RFC 1123)")
     return name
+
+
+@lru_cache(maxsize=256)
+def foreign_name(host: bytes) -> str | None:
+    """Return the name in a Host field if its owner may have pointed it at this machine from outside (DNS rebinding).
+
+    None for an address, for localhost and the names below it (RFC 6761), and for no name at all, as in HTTP/1.0.
+    """
+    text = host.decode("latin-1").lower()
+    name = re.sub(r":[0-9]*$", "", text).removesuffix(".")
+    try:
+        ip_address(name.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return None if not name or name == "localhost" or name.endswith(".localhost") else name
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------

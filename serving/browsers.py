@@ -19,10 +19,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
-from ipaddress import ip_address
 
-from ..network.addresses import parse_host_name, parse_numeric_host
+from ..network.addresses import foreign_name, parse_host_name, parse_numeric_host
 from ..watchdog import FaashoundError, Header, Request, Response
 
 PREFLIGHT_AGE_S = 600  # how long browsers may remember a permission; Chromium takes two hours at most
@@ -83,18 +81,6 @@ def _parse_origin(word: str) -> bytes:
     return f"{match['scheme']}://{match['host']}{'' if is_default else ':' + match['port']}".encode()
 
 
-@lru_cache(maxsize=256)
-def _host_name(host: bytes) -> str | None:
-    """Return the name in a Host field, None if it is an address, or none at all as in HTTP/1.0: no page can do that."""
-    text = host.decode("latin-1").lower()
-    name = re.sub(r":[0-9]*$", "", text).removesuffix(".")
-    try:
-        ip_address(name.removeprefix("[").removesuffix("]"))
-    except ValueError:
-        return name or None
-    return None
-
-
 def is_foreign(request: Request) -> bool:
     """Tell whether a page of another origin sent a request, as far as its browser says so."""
     site = request.header(b"sec-fetch-site")
@@ -138,8 +124,8 @@ class BrowserRules:
         """
         if not (self.on_loopback or self.hosts):
             return
-        name = _host_name(request.host)
-        if name is None or name == "localhost" or name.endswith(".localhost") or name in self.hosts:
+        name = foreign_name(request.host)
+        if name is None or name in self.hosts:
             return
         raise UnknownHost(
             f"{name[:100]!r} is no name of this gateway; allowed: localhost, addresses, and allowed_hosts"

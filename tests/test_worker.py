@@ -762,6 +762,9 @@ def test_worker_answers_healthz_and_metrics() -> None:
         system.ended(system.submit("cat", b"", {"X-Call-Id": call_id}))
         assert http_request(port, "GET", "/healthz").text == "OK"
         assert http_request(port, "POST", "/healthz").status == 405
+        assert http_request(port, "HEAD", "/healthz").status == 200
+        for path in ("/healthz", "/metrics"):  # a page whose name leads here
+            assert http_request(port, "GET", path, {"Host": "rebind.example"}).status == 421
         text = http_request(port, "GET", "/metrics").text
     assert 'worker_attempts_total{function_name="cat.openfaas-fn",outcome="200"} 1.0' in text
     assert 'worker_in_flight{kind="call"} 0.0' in text
