@@ -222,17 +222,19 @@ def parse_host_name(text: str) -> str:
 
 @lru_cache(maxsize=256)
 def foreign_name(host: bytes) -> str | None:
-    """Return the name in a Host field if its owner may have pointed it at this machine from outside (DNS rebinding).
+    """Return what a Host field names if a page from outside may have made it lead to this machine (DNS rebinding).
 
-    None for an address, for localhost and the names below it (RFC 6761), and for no name at all, as in HTTP/1.0.
+    None for an address, for localhost and the names below it (RFC 6761), and for no name at all, as in HTTP/1.0.  But
+    0.0.0.0 and IPv4 in IPv6 lead here from every page as well, and browsers do not say whose page it is that asks:
+    they send Sec-Fetch-Site to what they call trustworthy, 127.0.0.0/8 and ::1 (https://www.w3.org/TR/secure-contexts).
     """
     text = host.decode("latin-1").lower()
     name = re.sub(r":[0-9]*$", "", text).removesuffix(".")
     try:
-        ip_address(name.removeprefix("[").removesuffix("]"))
+        address = ip_address(name.removeprefix("[").removesuffix("]"))
+        return name if address.is_unspecified or (address.version == 6 and address.ipv4_mapped) else None
     except ValueError:
         return None if not name or name == "localhost" or name.endswith(".localhost") else name
-    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------
