@@ -232,7 +232,8 @@ def foreign_name(host: bytes) -> str | None:
     name = re.sub(r":[0-9]*$", "", text).removesuffix(".")
     try:
         address = ip_address(name.removeprefix("[").removesuffix("]"))
-        return name if address.is_unspecified or (address.version == 6 and address.ipv4_mapped) else None
+        is_mapped = isinstance(address, IPv6Address) and address.ipv4_mapped is not None
+        return name if address.is_unspecified or is_mapped else None
     except ValueError:
         return None if not name or name == "localhost" or name.endswith(".localhost") else name
 
