@@ -196,7 +196,7 @@ def _parse_allow_entry(word: str) -> AllowEntry:
 _LOOPBACK = (IPv4Address("127.0.0.1"), IPv6Address("::1"))
 
 
-_DOTS = re.compile(r"[/\\]\.{1,2}(?:[/\\]|$)")
+_DOTS = re.compile(r"[/\\]\.{1,2}(?:[/\\;]|$)")  # `..;x` is `..` to some (Tomcat), as a backslash is a slash (IIS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,7 +347,7 @@ def _is_function_path(target: str, base: str) -> bool:
     """Tell whether `target` is a function's at a gateway that is reached at the path `base`, however it is decoded."""
     path = target.partition("?")[0]
     begins = (f"{base.rstrip('/')}/{area}/" for area in ("function", "async-function"))
-    return path.startswith(tuple(begins)) and not _DOTS.search(unquote(unquote(path)))
+    return path.startswith(tuple(begins)) and not _DOTS.search(unquote(unquote(unquote(path))))
 
 
 def build_policy(gateway_urls: Iterable[str], allow: CallbackAllow | None = None) -> CallbackPolicy:

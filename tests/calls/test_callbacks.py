@@ -275,6 +275,8 @@ ELSEWHERE_AT_THE_GATEWAY = {
     "dots at the end": "/function/a/..",
     "encoded dots": "/function/%2e%2E/system/calls",
     "dots that are encoded twice": "/function/%252e%252e/system/calls",
+    "dots that are encoded three times": "/function/%25252e%25252e/system/calls",
+    "dots with a parameter": "/function/a/..;x/..;/system/calls",
     "encoded slash": "/function/..%2fsystem/calls",
     "backslash": "/function/..%5csystem/calls",
 }
