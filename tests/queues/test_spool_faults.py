@@ -34,7 +34,7 @@ from faashound.queues.spool.queue import Spool
 from faashound.queues.spool.schema import MIGRATIONS
 from testkit.disks import fill
 from testkit.needed import want_root
-from testkit.spool_kit import LEASE_S, QUEUE, START_S, Desk, Remote, finish, inline, new_call
+from testkit.spool_kit import LEASE_S, QUEUE, START_S, Desk, Remote, finish, inline, new_call, writer_connection
 
 BIG = os.urandom(INLINE_BYTES + 1)
 DAY_S = 86400.0
@@ -161,7 +161,7 @@ def test_all_that_a_queue_makes_is_private(desk: Desk) -> None:
 
 def test_every_commit_is_synced(desk: Desk) -> None:
     """No kill shows this, only a power cut: so it is asked for by name."""
-    db = desk.spool._writer._db
+    db = writer_connection(desk.spool)
     assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     assert db.execute("PRAGMA synchronous").fetchone() == (2,)
 
