@@ -21,7 +21,7 @@ OTHERS: dict[str, set[str]] = {
     "network": {"aiodns", "psutil"},
     "jetstream": {"nats"},
     "worker": {"uvloop", "prometheus_client"},
-    "serving": {"prometheus_client"},
+    "serving": {"prometheus_client", "psutil"},
     "gateway": {"uvloop"},
 }
 
