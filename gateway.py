@@ -11,7 +11,9 @@ Routes, with the names, codes and headers of the OpenFaaS gateway, and the modul
     GET    /async-function/ID              call_status    where the call stands; ?wait=30s waits for its end
     GET    /async-function/ID/result       call_status    the response of the function
     DELETE /async-function/ID              call_status    cancels, queued or running
-    GET    /system/functions               control_plane  the functions of the table; /system/function/NAME for one
+    GET    /system/info                    control_plane  what this gateway is
+    GET    /system/functions               control_plane  functions of ?namespace=; /system/function/NAME for one
+    GET    /system/namespaces              control_plane  namespaces; /system/namespace/NAME for one
     GET    /system/calls                   call_admin     calls by ?state= ?function= ...; DELETE deletes
     POST   /system/calls/cancel            call_admin     cancels all that is queued, or with ?function= of one function
     GET    /system/calls/ID                call_admin     one call whole; POST .../retry for dead letters; DELETE
@@ -29,12 +31,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import uvloop
 
@@ -49,8 +52,9 @@ from .serving.answers import NotFound, allow
 from .serving.browsers import PageRefused, check_own_page, with_fields
 from .serving.call_admin import CallAdmin
 from .serving.call_status import CallStatus
-from .serving.control_plane import ControlPlane
+from .serving.control_plane import GIVES_NO_TOKENS, ControlPlane, NotOffered
 from .serving.health import Health
+from .serving.invocation_counts import InvocationCounts, load_counts
 from .serving.invocations import Invocations
 from .serving.janitor import Janitor
 from .serving.metrics import GatewayMetrics
@@ -155,6 +159,8 @@ class Gateway:
             return await self.control_plane.answer(request, name, rest.decode("latin-1"))
         if request.path == b"/healthz":
             return self._answer_health(request)
+        if request.path == b"/oauth/token":
+            raise NotOffered(GIVES_NO_TOKENS)
         raise NotFound("not found; allowed: /function/NAME, /async-function/NAME, /async-function/CALL-ID, /healthz")
 
     async def _call(self, request: Request, area: str, name: str, rest: bytes) -> Response:
@@ -205,15 +211,26 @@ DESCRIPTORS_EACH_COUNT = 3  # of a caller's connection: its own, the function's,
 WORKER_COMMAND = python_command("faashound.worker")
 
 
-async def serve(
-    start: StartConfiguration, local: LocalFunctions, sockets: ListenSockets, context: WorkerContext
-) -> int:
+@dataclass(frozen=True, slots=True)
+class Common:
+    """What the processes of a gateway have in common, from before they were forked.
+
+    `invocations_before` says how often each function was called in the lives of the gateways before this one.
+    """
+
+    start: StartConfiguration
+    local: LocalFunctions
+    sockets: ListenSockets
+    invocations_before: Mapping[str, int]
+
+
+async def serve(common: Common, context: WorkerContext) -> int:
     """Serve until told to stop; return the exit status."""
-    settings, loop = start.settings, asyncio.get_running_loop()
+    settings, sockets, loop = common.start.settings, common.sockets, asyncio.get_running_loop()
     signals = Signals(loop)
     watch_parent_death(loop, context.parent_death_fd, signals.stop_now)
     async with AsyncExitStack() as stack:
-        gateway = await assemble(stack, start, local, sockets.own, context.slot)
+        gateway = await assemble(stack, common, context.slot)
         metrics_server = start_metrics(sockets.metrics, gateway.serve_metrics)
         stack.callback(metrics_server.abort)
         timeouts = ServerTimeouts(settings.read_timeout_s, settings.write_timeout_s, settings.read_timeout_s)
@@ -226,8 +243,8 @@ async def serve(
         context.on_serving()
         keeper = Keeper()
         stack.push_async_callback(keeper.stop, 0.0)
-        if context.slot.is_first and start.worker is not None:
-            environ = {**start.worker, "gateway_url": local_url(sockets.own) or ""}
+        if context.slot.is_first and common.start.worker is not None:
+            environ = {**common.start.worker, "gateway_url": local_url(sockets.own) or ""}
             keeper.start("the worker", WORKER_COMMAND, environ, on_trouble=gateway.health.worker_trouble)
         await signals.first.wait()
         gateway.drain()
@@ -246,18 +263,13 @@ async def worker_gone(keeper: Keeper, slot: Slot) -> None:
         await asyncio.sleep(WORKER_GONE_POLL_S)
 
 
-async def assemble(
-    stack: AsyncExitStack,
-    start: StartConfiguration,
-    local: LocalFunctions,
-    sockets: Sequence[socket.socket],
-    slot: Slot,
-) -> Gateway:
-    """Return the gateway of `sockets` with all that is behind it at work.
+async def assemble(stack: AsyncExitStack, common: Common, slot: Slot) -> Gateway:
+    """Return the gateway of one process with all that is behind it at work.
 
     That is the queue and, in the first process, the local functions and the janitor.  `stack` ends it all.
     Raises CannotStart and the queue's errors.
     """
+    start, local, sockets = common.start, common.local, common.sockets.own
     settings, url = start.settings, local_url(sockets)
     door = load_door(settings)
     limits = QueueLimits(settings.queue_reserve_bytes, settings.max_queued, settings.max_queued_bytes)
@@ -272,7 +284,11 @@ async def assemble(
     metrics, health, via = GatewayMetrics(slot), Health(slot), build_via(queue.token)
     invocations = Invocations(settings, functions, access, via, metrics)
     stack.push_async_callback(invocations.close)
+    counts = InvocationCounts(invocations_path(settings), common.invocations_before, metrics)
     if slot.is_first:
+        listed = partial(names_of, functions)
+        stack.callback(lambda: counts.save(listed()))
+        stack.callback(asyncio.create_task(counts.keep(listed)).cancel)
         janitor = Janitor(queue, settings, start.drained_queues, metrics, health)
         stack.callback(asyncio.create_task(janitor.run()).cancel)
     return Gateway(
@@ -284,8 +300,18 @@ async def assemble(
         Submissions(settings, functions, queue, policy, access, via, metrics, health),
         CallStatus(queue, access, slot.share_of(settings.max_long_polls), settings.max_long_polls),
         CallAdmin(queue),
-        ControlPlane(functions),
+        ControlPlane(functions, local.status, counts, settings.namespaces if settings.function_url else ()),
     )
+
+
+def invocations_path(settings: Settings) -> Path:
+    """Return the file of the counts of invocations."""
+    return Path(settings.state) / "invocations.json"
+
+
+def names_of(functions: Functions) -> list[str]:
+    """Return the names of the functions in the table."""
+    return [function.name for function in functions]
 
 
 PURPOSE = "Serves every function under one address, now (/function/NAME) or later (/async-function/NAME)."
@@ -324,13 +350,14 @@ def run(start: StartConfiguration, environ: Mapping[str, str]) -> int:
         raise CannotStart("the local worker calls functions over TCP and was given a Unix socket; worker=none")
     local = LocalFunctions(start.functions, environ=environ, hidden=hidden_names())
     local.open()
+    common = Common(start, local, sockets, load_counts(invocations_path(settings)))
 
     def on_serving() -> None:
         sockets.announce()
         tell_what_is_served(start, sockets.own)
 
     def serve_in_loop(context: WorkerContext) -> int:
-        return uvloop.run(serve(start, local, sockets, context))
+        return uvloop.run(serve(common, context))
 
     return run_workers(settings.workers, Program(serve_in_loop, sockets, on_serving), environ)
 

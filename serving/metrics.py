@@ -19,6 +19,7 @@ from ..functions.table import Function
 from ..watchdog import Histogram, Slot, cumulated
 from .health import TROUBLE_KEY
 
+OTHER = "other"  # no function's whole name, which has a namespace
 MAX_LABELS_COUNT = 1000  # functions that function_url finds and that have metrics of their own
 
 
@@ -36,8 +37,8 @@ class GatewayMetrics:
 
     def begin(self, function: Function | None, *, listed: bool) -> str:
         """Count the start of an invocation; return the label that `end` is to be given."""
-        label = function.name if function and (listed or function.name in self._answered) else "other"
-        self._slot.values(f"started {label}", 1)[0] += 1
+        label = function.name if function and (listed or function.name in self._answered) else OTHER
+        self._seat.cell(f"started {label}", 1)[0] += 1
         return label
 
     def end(self, label: str, status: int, duration_s: float) -> None:
@@ -56,6 +57,15 @@ class GatewayMetrics:
     def dropped(self, count: int) -> None:
         """Count dead letters that `keep_dead` has ended."""
         self._slot.values("dropped", 1)[0] += count
+
+    def invocation_counts(self) -> dict[str, int]:
+        """Return how many invocations of each function have ended, in all processes, by its whole name."""
+        counts: dict[str, int] = {}
+        for key, numbers in self._seat.board.tally.totals().items():
+            kind, name, *_ = (*key.split(), "")
+            if kind == "seconds" and name != OTHER:
+                counts[name] = counts.get(name, 0) + int(sum(numbers[1:]))
+        return counts
 
     def show_queue(self, stats: Stats) -> None:
         """Have the figures of the queue shown, from now on."""

@@ -526,16 +526,6 @@ def test_other_paths_are_not_found(system: System, path: str) -> None:
     assert system.request("GET", path).status == 404
 
 
-def test_system_lists_functions_without_what_they_run(system: System) -> None:
-    names = [function["name"] for function in json.loads(system.request("GET", "/system/functions").body)]
-    assert names == ["cat", "shell", "env", "echo", "down"]
-    one = json.loads(system.request("GET", "/system/function/cat").body)
-    assert one == {"name": "cat", "namespace": "openfaas-fn", "local": True, "annotations": {}, "labels": {}}
-    unknown = system.request("GET", "/system/function/nobody")
-    assert unknown.status == 404
-    assert "x-openfaas-internal" not in unknown.headers
-
-
 def test_metrics_have_the_names_of_openfaas() -> None:
     settings = {
         "metrics_port": str(free_port()),

@@ -22,7 +22,7 @@ OTHERS: dict[str, set[str]] = {
     "jetstream": {"nats"},
     "draining": {"prometheus_client"},
     "worker": {"uvloop"},
-    "serving": {"prometheus_client"},
+    "serving": {"prometheus_client", "psutil"},
     "gateway": {"uvloop"},
 }
 
