@@ -41,7 +41,7 @@ import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -62,7 +62,7 @@ from .calls.model import FINAL, Bounds, Call, NewCall, QueueLimits, QueueUnavail
 from .calls.names import DEFAULT_NAMESPACE, FunctionName, parse_namespaces
 from .calls.views import Choice, describe_call, parse_choice_query
 from .functions.local import LocalFunctions
-from .functions.supervisor import Keeper, python_command
+from .functions.supervisor import Program, Supervisor, python_command
 from .functions.table import (
     DEFAULT_QUEUE,
     BadFunctions,
@@ -70,6 +70,7 @@ from .functions.table import (
     Functions,
     completes_host,
     parse_function_url,
+    parse_upstream,
     read_functions,
 )
 from .network.addresses import AddressRefused, guard_functions, parse_literal
@@ -146,7 +147,6 @@ from .watchdog import (
     parse_settings,
     parse_size,
     parse_text,
-    parse_url,
     parse_workers,
     read_file,
     run_members,
@@ -447,17 +447,11 @@ def json_response(status: int, value: object, headers: Sequence[Header] = ()) ->
     return Response(status, ((b"Content-Type", b"application/json"), *headers), body)
 
 
-@lru_cache(maxsize=1024)
-def base_url(text: str) -> Url:
-    """Return the parts of a function's base URL."""
-    return parse_url(text)
-
-
 def function_target(function: Function, request: Request, rest: bytes) -> Url:
     """Return where a request for a function goes: the function's address, the rest of the path, the query."""
     if function.url is None:
         raise AssertionError(f"{function.name} has no address: local functions get theirs when they are started")
-    base = base_url(function.url)
+    base = parse_upstream(function.url)
     target = base.target.rstrip("/") + (rest.decode() or "/") + (f"?{request.query.decode()}" if request.query else "")
     return Url(base.scheme, base.host, base.port, target)
 
@@ -655,7 +649,6 @@ class Gateway:
         self._put_limit = SharedLimit(MAX_PUT_S)
         self._settings = settings
         self._functions = functions
-        self._listed = frozenset(function.name for function in functions)
         self._queue = queue
         self._policy = policy
         self._door = door
@@ -750,7 +743,7 @@ class Gateway:
         """Pass a request on to its function; whatever comes of it is counted, logged, and carries the call's id."""
         trace = self._trace(request)
         function = self._functions.lookup(name)
-        label = self.metrics.begin(function, listed=function is not None and function.name in self._listed)
+        label = self.metrics.begin(function, listed=function is not None and function.name in self._functions)
         started_s, status = time.perf_counter(), CLIENT_GONE_STATUS
         reason: dict[str, object] = {}
         try:
@@ -814,7 +807,7 @@ class Gateway:
 
     def _client_of(self, function: Function) -> Client:
         """Return what reaches a function; the address of one that function_url found may have to be judged first."""
-        return self._client if function.name in self._listed else self._found_client
+        return self._client if function.name in self._functions else self._found_client
 
     # Later.
 
@@ -1234,24 +1227,25 @@ async def serve(plan: Plan, local: LocalFunctions, doors: Doors, duty: Duty) -> 
         for sock in doors.own:
             server.listen(sock)
         duty.on_serving()
-        keeper = Keeper()
-        stack.push_async_callback(keeper.stop, 0.0)
+        supervisor = Supervisor()
+        stack.push_async_callback(supervisor.stop, 0.0)
         if duty.seat.is_first and plan.worker is not None:
             environ = {**plan.worker, "gateway_url": url or ""}
-            keeper.start("the worker", WORKER_COMMAND, environ, on_trouble=gateway.health.worker_trouble)
+            on_trouble = gateway.health.worker_trouble
+            supervisor.start(Program("the worker", WORKER_COMMAND, environ, on_trouble=on_trouble))
         await signals.first.wait()
         gateway.drain()
-        await finished_first(worker_gone(keeper, duty.seat), signals.second.wait())
+        await finished_first(worker_gone(supervisor, duty.seat), signals.second.wait())
         if signals.second.is_set():  # whoever takes our place must not wait for the worker to be gone
             server.stop_accepting()
             metrics_server.stop_accepting()
-        await keeper.stop(0.0)
+        await supervisor.stop(0.0)
         return await drain_server(server, signals, settings.upstream_timeout_s)
 
 
-async def worker_gone(keeper: Keeper, seat: Seat) -> None:
+async def worker_gone(supervisor: Supervisor, seat: Seat) -> None:
     """Let the local worker drain; where it is another process's, wait until that one has seen to it."""
-    await keeper.stop(LONGEST_DURATION_S)
+    await supervisor.stop(LONGEST_DURATION_S)
     while not seat.is_first and seat.board.serving[0]:  # noqa: ASYNC110 - another process sets no event of ours
         await asyncio.sleep(WORKER_GONE_POLL_S)
 
@@ -1273,7 +1267,8 @@ async def assemble(
         local.start()
         stack.push_async_callback(local.stop, FUNCTIONS_GRACE_S)
     policy = build_policy([url] if url else [], settings.callback_allow)
-    functions = Functions(local.table, settings.function_url, settings.namespaces)
+    table = local.table if seat.is_first else local.published
+    functions = Functions(table, settings.function_url, settings.namespaces)
     gateway = Gateway(settings, functions, queue, policy, door, browser_rules(settings, sockets), seat)
     stack.push_async_callback(gateway.close)
     if seat.is_first:
