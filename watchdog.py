@@ -1724,20 +1724,32 @@ _try_h11_grammar()
 class Alarm:
     """One timer whose deadline moves often: moving it later costs an attribute, not a heap operation."""
 
-    __slots__ = ("_handle", "_loop", "_ring", "when_s")
+    __slots__ = ("_handle", "_left_s", "_loop", "_ring", "when_s")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, ring: Callable[[], None]) -> None:
         self._loop = loop
         self._ring = ring
         self._handle: asyncio.TimerHandle | None = None
+        self._left_s: float | None = None
         self.when_s: float | None = None
 
     def set(self, when_s: float | None) -> None:
-        """Ring at `when_s` (loop time) instead of whatever was set; None: not at all."""
-        self.when_s = when_s
+        """Ring at `when_s` (loop time) instead of what was set before; None: not at all."""
+        self.when_s, self._left_s = when_s, None
         if when_s is not None and (self._handle is None or self._handle.when() > when_s):
             self.stop_handle()
             self._handle = self._loop.call_at(when_s, self._on_time)
+
+    def hold(self) -> None:
+        """Stand still until `go_on`, or `set`."""
+        if self.when_s is not None:
+            self._left_s = self.when_s - self._loop.time()
+            self.when_s = None
+
+    def go_on(self) -> None:
+        """Run on with the time that was left."""
+        if self._left_s is not None:
+            self.set(self._loop.time() + self._left_s)
 
     def stop_handle(self) -> None:
         """Cancel the loop's timer; `set` makes a new one."""
@@ -2180,9 +2192,100 @@ class Server:
         return self._date[1]
 
 
+class Connection(asyncio.Protocol):
+    """What both sides' connections share: they write no faster than the kernel takes, and read in turns with others.
+
+    What does not fit into one turn of the loop is taken in the next, by `_advance`, while `_advancing` is true.
+    """
+
+    closed_text: ClassVar[str]
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._alarm = Alarm(self._loop, self._on_alarm)
+        self._transport: asyncio.Transport
+        self._socket: socket.socket
+        self._advancing = False
+        self._writable: asyncio.Future[None] | None = None
+        self._write_paused = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=0)  # told as soon as the kernel takes no more
+        self._socket = cast(socket.socket, transport.get_extra_info("socket"))
+
+    def pause_writing(self) -> None:
+        self._write_paused = True
+
+    def resume_writing(self) -> None:
+        self._write_paused = False
+        if self._writable is not None and not self._writable.done():
+            self._writable.set_result(None)
+
+    def _put(self, data: bytes) -> None:
+        self._transport.write(data)
+
+    async def _write(self, data: bytes) -> None:
+        self._put(data)
+        while self._write_paused and not self._transport.is_closing():
+            self._writable = self._loop.create_future()
+            await self._writable
+        if self._transport.is_closing():
+            raise PeerGone(self.closed_text)
+
+    def _advance_later(self) -> None:
+        self._advancing = True
+        self._loop.call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        raise NotImplementedError
+
+    def _on_alarm(self) -> None:
+        raise NotImplementedError
+
+    def abort(self) -> None:
+        """Cut the connection now."""
+        self._transport.abort()
+
+
+class Intake:
+    """Whether an accepted connection is read from.  While it is not, a set of the server's tells of a hang-up."""
+
+    def __init__(self, server: Server, on_hangup: Callable[[], None]) -> None:
+        self.paused = False
+        self._server = server
+        self._on_hangup = on_hangup
+        self._watched_fd = -1
+
+    def pause(self, transport: asyncio.Transport) -> None:
+        """Read no more, and call `on_hangup` when the client closes."""
+        self.paused = True
+        transport.pause_reading()
+        self._watched_fd = transport.get_extra_info("socket").fileno()
+        self._server.hangups.add(self._watched_fd, self._on_closed, select.EPOLLRDHUP)
+
+    def resume(self, transport: asyncio.Transport) -> None:
+        """Read on."""
+        self.paused = False
+        if not transport.is_closing():
+            self.stop_watching()
+            transport.resume_reading()
+
+    def stop_watching(self) -> None:
+        """Call `on_hangup` no more."""
+        if self._watched_fd >= 0:
+            self._server.hangups.remove(self._watched_fd)
+            self._watched_fd = -1
+
+    def _on_closed(self) -> None:
+        self.stop_watching()
+        self._on_hangup()
+
+
 class Phase(IdentityEnum):
     """Where an accepted connection stands in its present exchange."""
 
+    OPENING = "it has no transport yet"
     IDLE = "no byte of a request has come"
     HEAD = "a request has begun to arrive"
     BODY = "the handler runs, the body still arrives"
@@ -2192,6 +2295,7 @@ class Phase(IdentityEnum):
 
 
 NEXT_PHASES = {
+    Phase.OPENING: {Phase.IDLE},
     Phase.IDLE: {Phase.HEAD},
     Phase.HEAD: {Phase.BODY, Phase.HANDLING},
     Phase.BODY: {Phase.HANDLING, Phase.SENDING},
@@ -2201,46 +2305,41 @@ NEXT_PHASES = {
 }
 
 
-class ServerConnection(asyncio.Protocol):
+class ServerConnection(Connection):
     """One accepted connection; see the theory above."""
 
+    closed_text = "the client closed the connection or took too long to read"
+
     def __init__(self, server: Server, network: bytes, refusal: FaashoundError | None) -> None:
+        super().__init__()
         self.network = network
         self.lines: tuple[OrderedDict[ServerConnection, None], ...] = ()  # the roster's, in which it may wait
         self.is_surplus = refusal is not None
+        self.closed = asyncio.Event()
         self._server = server
-        self._loop = asyncio.get_running_loop()
         self._wire = ServerWire()
-        self._alarm = Alarm(self._loop, self._on_alarm)
-        self._transport: asyncio.Transport
-        self._opened = self._closed_early = False
+        self._intake = Intake(server, self._on_hangup)
+        self._phase = Phase.OPENING
+        self._closed_early = False
         self._peer = ""
         self._task: asyncio.Task[None] | None = None
         self._request: Request | None = None
         self._handled = False
-        self._phase = Phase.IDLE
         self._refusal = refusal
-        self._advancing = False
-        self._read_left_s: float | None = None
         self._discarded_bytes = 0
-        self._writable: asyncio.Future[None] | None = None
-        self._write_paused = False
-        self._reading_paused = self._hangup_watched = False
-        self.closed = asyncio.Event()
 
     # Callbacks of the transport.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-        self._transport.set_write_buffer_limits(high=0)  # told as soon as the kernel takes no more
+        super().connection_made(transport)
         peername = transport.get_extra_info("peername")
         self._peer = peername[0] if isinstance(peername, tuple) else ""
         self._server.connections.add(self)
+        self._enter(Phase.IDLE)
         if self._refusal is not None:
             self._enter(Phase.HEAD)
             self._refuse(self._refusal)
             return
-        self._opened = True
         if self._closed_early:
             self._transport.close()
         # One that was accepted just before a drain may have its request on the way.
@@ -2261,26 +2360,18 @@ class ServerConnection(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         if self._phase is Phase.SENDING:
-            self._reading_paused = True  # by the transport; it will say so again when we read on after the answer
-            return True  # whoever half-closed may still read it
+            self._intake.paused = True  # by the transport; it will say so again when we read on after the answer
+            return True  # a client that half-closed may still read it
         self._cancel()
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._alarm.stop_handle()
-        self._watch_hangup(False)
+        self._intake.stop_watching()
         self._cancel()
         self.resume_writing()
         self._server.forget(self)
         self.closed.set()
-
-    def pause_writing(self) -> None:
-        self._write_paused = True
-
-    def resume_writing(self) -> None:
-        self._write_paused = False
-        if self._writable is not None and not self._writable.done():
-            self._writable.set_result(None)
 
     def _enter(self, phase: Phase) -> None:
         if phase not in NEXT_PHASES[self._phase]:
@@ -2315,8 +2406,7 @@ class ServerConnection(asyncio.Protocol):
         if sign is WireEvent.END:
             self._received_whole()
         elif sign is None:
-            self._advancing = True
-            self._loop.call_soon(self._go_on)
+            self._advance_later()
         self._throttle()
 
     def _go_on(self) -> None:
@@ -2343,18 +2433,14 @@ class ServerConnection(asyncio.Protocol):
 
     def _throttle(self) -> None:
         """Read only while there is room for what comes; the read deadline stands still while the handler is slow."""
-        body_bytes = 0 if self._request is None else self._request.body.buffered_bytes
-        is_full = body_bytes >= BUFFERED_BYTES
-        if is_full and self._phase is Phase.BODY and self._alarm.when_s is not None:
-            self._read_left_s = self._alarm.when_s - self._loop.time()
-            self._alarm.set(None)
+        is_full = self._request is not None and self._request.body.buffered_bytes >= BUFFERED_BYTES
+        if is_full and self._phase is Phase.BODY:
+            self._alarm.hold()
         if not is_full and self._wire.waiting_bytes <= MAX_HEAD_BYTES:
-            if self._reading_paused:
+            if self._intake.paused:
                 self._resume_reading()
-        elif not self._reading_paused and not self._transport.is_closing():
-            self._reading_paused = True
-            self._transport.pause_reading()
-            self._watch_hangup(True)
+        elif not self._intake.paused and not self._transport.is_closing():
+            self._intake.pause(self._transport)
 
     def _on_drained(self) -> None:
         """The handler wants more of the body."""
@@ -2363,27 +2449,10 @@ class ServerConnection(asyncio.Protocol):
         self._throttle()
 
     def _resume_reading(self) -> None:
-        self._reading_paused = False
-        if self._transport.is_closing():
-            return
-        self._watch_hangup(False)
-        self._transport.resume_reading()
-        if self._read_left_s is not None and self._phase is Phase.BODY:
-            self._alarm.set(self._loop.time() + self._read_left_s)
-        self._read_left_s = None
-
-    def _watch_hangup(self, wanted: bool) -> None:
-        if wanted == self._hangup_watched:
-            return
-        self._hangup_watched = wanted
-        fd = self._transport.get_extra_info("socket").fileno()
-        if wanted:
-            self._server.hangups.add(fd, self._on_hangup, select.EPOLLRDHUP)
-        else:
-            self._server.hangups.remove(fd)
+        self._intake.resume(self._transport)
+        self._alarm.go_on()
 
     def _on_hangup(self) -> None:
-        self._watch_hangup(False)
         if self._phase is not Phase.SENDING:
             self.abort()
 
@@ -2422,7 +2491,7 @@ class ServerConnection(asyncio.Protocol):
         headers = (*response.headers, (b"Date", self._server.date()))
         body = body_if_complete(response.body)
         if not isinstance(body, bytes) or len(body) > MAX_HEAD_BYTES:
-            expect_stalls(self._transport.get_extra_info("socket"), True)  # its reader has the write timeout
+            expect_stalls(self._socket, True)  # its reader has the write timeout
         if isinstance(body, bytes):
             length = len(body) if response.length is None else response.length
             await self._write(self._wire.build_whole(response.status, headers, body, length, close))
@@ -2445,7 +2514,7 @@ class ServerConnection(asyncio.Protocol):
             return
         self._wire.pass_by(count)
         # A copy: the transport closes its own whenever it must, and the next client's could get the same number.
-        fd = os.dup(self._transport.get_extra_info("socket").fileno())
+        fd = os.dup(self._socket.fileno())
         try:
             sent = 0
             while sent < count:
@@ -2465,14 +2534,6 @@ class ServerConnection(asyncio.Protocol):
         finally:
             self._loop.remove_writer(fd)
 
-    async def _write(self, data: bytes) -> None:
-        self._transport.write(data)
-        while self._write_paused and not self._transport.is_closing():
-            self._writable = self._loop.create_future()
-            await self._writable
-        if self._transport.is_closing():
-            raise PeerGone("the client closed the connection or took too long to read")
-
     def _end_exchange(self) -> None:
         self._task = self._request = None
         if self._refusal is not None or self._server.draining or not self._wire.next_cycle():
@@ -2484,7 +2545,7 @@ class ServerConnection(asyncio.Protocol):
         if self._wire.started:
             self._begin_receiving()
             self._advance()
-        elif self._reading_paused:
+        elif self._intake.paused:
             self._throttle()
 
     def _refuse(self, error: FaashoundError) -> None:
@@ -2532,7 +2593,7 @@ class ServerConnection(asyncio.Protocol):
         # A client that has broken a rule gets a moment; one whose answer came early may send all that it has to.
         limit_s = LINGER_S if self._refusal is not None else self._server.timeouts.read_s
         self._alarm.set(self._loop.time() + limit_s)
-        if self._reading_paused:
+        if self._intake.paused:
             self._resume_reading()
 
     def _discard(self, count: int) -> None:
@@ -2542,7 +2603,7 @@ class ServerConnection(asyncio.Protocol):
 
     def close_if_waiting(self) -> bool:
         """Close unless a whole head has come; tell whether it did."""
-        if not self._opened:  # another came right behind it
+        if self._phase is Phase.OPENING:  # another came right behind it
             self._closed_early = True
             return True
         if self._phase not in (Phase.IDLE, Phase.HEAD) or self._transport.is_closing():
@@ -2566,10 +2627,6 @@ class ServerConnection(asyncio.Protocol):
             self.abort()
         elif self._refusal is None:
             self._refuse(Stopping())
-
-    def abort(self) -> None:
-        """Cut the connection now; a running handler is cancelled."""
-        self._transport.abort()
 
     def _cancel(self) -> None:
         """Cancel the exchange, once: a second time would cut short how its handler ends."""
@@ -2857,22 +2914,20 @@ class ClientResponse:
             self._connection.abort()
 
 
-class ClientConnection(asyncio.Protocol):
+class ClientConnection(Connection):
     """One connection to an upstream, carrying one exchange at a time."""
 
+    closed_text = "the connection was closed before the request was sent"
+
     def __init__(self, client: Client) -> None:
+        super().__init__()
         self._client = client
-        self._loop = asyncio.get_running_loop()
-        self._alarm = Alarm(self._loop, self._on_alarm)
         self._wire = ClientWire()
-        self._transport: asyncio.Transport
-        self._socket: socket.socket
         self._url: Url | None = None
         self._head: asyncio.Future[ClientResponse] | None = None
         self._body: Body | None = None
         self._sender: asyncio.Task[None] | None = None
-        self._writable: asyncio.Future[None] | None = None
-        self._write_paused = self._advancing = self._ended = False
+        self._ended = False
         self._stalls_expected = False
         self._is_counted = True  # what is sent is what we write: no TLS in between
         self._sent_bytes = 1  # a SYN counts as one
@@ -2883,9 +2938,7 @@ class ClientConnection(asyncio.Protocol):
     # Callbacks of the transport.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-        self._transport.set_write_buffer_limits(high=0)
-        self._socket = cast(socket.socket, transport.get_extra_info("socket"))
+        super().connection_made(transport)
         with self._socket.dup() as sock:  # uvloop's would make one for each option
             keep_watch(sock)
 
@@ -2942,14 +2995,6 @@ class ClientConnection(asyncio.Protocol):
             with suppress(OSError, ValueError):  # the socket is closed: uvloop's TLS tells us only then
                 self.untouched = 0 < tcp_progress(self._socket)[1] <= self._confirmed_bytes
 
-    def pause_writing(self) -> None:
-        self._write_paused = True
-
-    def resume_writing(self) -> None:
-        self._write_paused = False
-        if self._writable is not None and not self._writable.done():
-            self._writable.set_result(None)
-
     # One exchange.
 
     async def exchange(
@@ -2971,7 +3016,7 @@ class ClientConnection(asyncio.Protocol):
             self._start(method, url, headers, body, length)
             return await head
         except BaseException:
-            if self._head is head:  # else it is over, and the connection may carry somebody else's
+            if self._head is head:  # else it is over, and the connection may carry another request
                 self.abort()
             raise
 
@@ -3016,15 +3061,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _put(self, data: bytes) -> None:
         self._sent_bytes += len(data)
-        self._transport.write(data)
-
-    async def _write(self, data: bytes) -> None:
-        self._put(data)
-        while self._write_paused and not self._transport.is_closing():
-            self._writable = self._loop.create_future()
-            await self._writable
-        if self._transport.is_closing():
-            raise PeerGone("the connection was closed before the request was sent")
+        super()._put(data)
 
     def _advance(self) -> None:
         """Take what the wire has, up to EVENTS_AT_ONCE_COUNT; then others are served before the rest."""
@@ -3055,8 +3092,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _throttle(self, is_rest: bool) -> None:
         if is_rest:
-            self._advancing = True
-            self._loop.call_soon(self._go_on)
+            self._advance_later()
         is_full = self._body is not None and self._body.buffered_bytes >= BUFFERED_BYTES
         if (is_rest or is_full) and self._transport.is_reading():
             self._transport.pause_reading()
