@@ -1724,20 +1724,32 @@ _try_h11_grammar()
 class Alarm:
     """One timer whose deadline moves often: moving it later costs an attribute, not a heap operation."""
 
-    __slots__ = ("_handle", "_loop", "_ring", "when_s")
+    __slots__ = ("_handle", "_left_s", "_loop", "_ring", "when_s")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, ring: Callable[[], None]) -> None:
         self._loop = loop
         self._ring = ring
         self._handle: asyncio.TimerHandle | None = None
+        self._left_s: float | None = None
         self.when_s: float | None = None
 
     def set(self, when_s: float | None) -> None:
-        """Ring at `when_s` (loop time) instead of whatever was set; None: not at all."""
-        self.when_s = when_s
+        """Ring at `when_s` (loop time) instead of what was set before; None: not at all."""
+        self.when_s, self._left_s = when_s, None
         if when_s is not None and (self._handle is None or self._handle.when() > when_s):
             self.stop_handle()
             self._handle = self._loop.call_at(when_s, self._on_time)
+
+    def hold(self) -> None:
+        """Stand still until `go_on`, or `set`."""
+        if self.when_s is not None:
+            self._left_s = self.when_s - self._loop.time()
+            self.when_s = None
+
+    def go_on(self) -> None:
+        """Run on with the time that was left."""
+        if self._left_s is not None:
+            self.set(self._loop.time() + self._left_s)
 
     def stop_handle(self) -> None:
         """Cancel the loop's timer; `set` makes a new one."""
@@ -2182,9 +2194,100 @@ class Server:
         return self._date[1]
 
 
+class Connection(asyncio.Protocol):
+    """What both sides' connections share: they write no faster than the kernel takes, and read in turns with others.
+
+    What does not fit into one turn of the loop is taken in the next, by `_advance`, while `_advancing` is true.
+    """
+
+    closed_text: ClassVar[str]
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._alarm = Alarm(self._loop, self._on_alarm)
+        self._transport: asyncio.Transport
+        self._socket: socket.socket
+        self._advancing = False
+        self._writable: asyncio.Future[None] | None = None
+        self._write_paused = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=0)  # told as soon as the kernel takes no more
+        self._socket = cast(socket.socket, transport.get_extra_info("socket"))
+
+    def pause_writing(self) -> None:
+        self._write_paused = True
+
+    def resume_writing(self) -> None:
+        self._write_paused = False
+        if self._writable is not None and not self._writable.done():
+            self._writable.set_result(None)
+
+    def _put(self, data: bytes) -> None:
+        self._transport.write(data)
+
+    async def _write(self, data: bytes) -> None:
+        self._put(data)
+        while self._write_paused and not self._transport.is_closing():
+            self._writable = self._loop.create_future()
+            await self._writable
+        if self._transport.is_closing():
+            raise PeerGone(self.closed_text)
+
+    def _advance_later(self) -> None:
+        self._advancing = True
+        self._loop.call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        raise NotImplementedError
+
+    def _on_alarm(self) -> None:
+        raise NotImplementedError
+
+    def abort(self) -> None:
+        """Cut the connection now."""
+        self._transport.abort()
+
+
+class Intake:
+    """Whether an accepted connection is read from.  While it is not, a set of the server's tells of a hang-up."""
+
+    def __init__(self, server: Server, on_hangup: Callable[[], None]) -> None:
+        self.paused = False
+        self._server = server
+        self._on_hangup = on_hangup
+        self._watched_fd = -1
+
+    def pause(self, transport: asyncio.Transport) -> None:
+        """Read no more, and call `on_hangup` when the client closes."""
+        self.paused = True
+        transport.pause_reading()
+        self._watched_fd = transport.get_extra_info("socket").fileno()
+        self._server.hangups.add(self._watched_fd, self._on_closed, select.EPOLLRDHUP)
+
+    def resume(self, transport: asyncio.Transport) -> None:
+        """Read on."""
+        self.paused = False
+        if not transport.is_closing():
+            self.stop_watching()
+            transport.resume_reading()
+
+    def stop_watching(self) -> None:
+        """Call `on_hangup` no more."""
+        if self._watched_fd >= 0:
+            self._server.hangups.remove(self._watched_fd)
+            self._watched_fd = -1
+
+    def _on_closed(self) -> None:
+        self.stop_watching()
+        self._on_hangup()
+
+
 class Phase(IdentityEnum):
     """Where an accepted connection stands in its present exchange."""
 
+    OPENING = "it has no transport yet"
     IDLE = "no byte of a request has come"
     HEAD = "a request has begun to arrive"
     BODY = "the handler runs, the body still arrives"
@@ -2194,6 +2297,7 @@ class Phase(IdentityEnum):
 
 
 NEXT_PHASES = {
+    Phase.OPENING: {Phase.IDLE},
     Phase.IDLE: {Phase.HEAD},
     Phase.HEAD: {Phase.BODY, Phase.HANDLING},
     Phase.BODY: {Phase.HANDLING, Phase.SENDING},
@@ -2203,46 +2307,41 @@ NEXT_PHASES = {
 }
 
 
-class ServerConnection(asyncio.Protocol):
+class ServerConnection(Connection):
     """One accepted connection; see the theory above."""
 
+    closed_text = "the client closed the connection or took too long to read"
+
     def __init__(self, server: Server, network: bytes, refusal: FaashoundError | None) -> None:
+        super().__init__()
         self.network = network
         self.lines: tuple[OrderedDict[ServerConnection, None], ...] = ()  # the roster's, in which it may wait
         self.is_surplus = refusal is not None
+        self.closed = asyncio.Event()
         self._server = server
-        self._loop = asyncio.get_running_loop()
         self._wire = ServerWire()
-        self._alarm = Alarm(self._loop, self._on_alarm)
-        self._transport: asyncio.Transport
-        self._opened = self._closed_early = False
+        self._intake = Intake(server, self._on_hangup)
+        self._phase = Phase.OPENING
+        self._closed_early = False
         self._peer = ""
         self._task: asyncio.Task[None] | None = None
         self._request: Request | None = None
         self._handled = False
-        self._phase = Phase.IDLE
         self._refusal = refusal
-        self._advancing = False
-        self._read_left_s: float | None = None
         self._discarded_bytes = 0
-        self._writable: asyncio.Future[None] | None = None
-        self._write_paused = False
-        self._reading_paused = self._hangup_watched = False
-        self.closed = asyncio.Event()
 
     # Callbacks of the transport.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-        self._transport.set_write_buffer_limits(high=0)  # told as soon as the kernel takes no more
+        super().connection_made(transport)
         peername = transport.get_extra_info("peername")
         self._peer = peername[0] if isinstance(peername, tuple) else ""
         self._server.connections.add(self)
+        self._enter(Phase.IDLE)
         if self._refusal is not None:
             self._enter(Phase.HEAD)
             self._refuse(self._refusal)
             return
-        self._opened = True
         if self._closed_early:
             self._transport.close()
         # One that was accepted just before a drain may have its request on the way.
@@ -2263,26 +2362,18 @@ class ServerConnection(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         if self._phase is Phase.SENDING:
-            self._reading_paused = True  # by the transport; it will say so again when we read on after the answer
-            return True  # whoever half-closed may still read it
+            self._intake.paused = True  # by the transport; it will say so again when we read on after the answer
+            return True  # a client that half-closed may still read it
         self._cancel()
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._alarm.stop_handle()
-        self._watch_hangup(False)
+        self._intake.stop_watching()
         self._cancel()
         self.resume_writing()
         self._server.forget(self)
         self.closed.set()
-
-    def pause_writing(self) -> None:
-        self._write_paused = True
-
-    def resume_writing(self) -> None:
-        self._write_paused = False
-        if self._writable is not None and not self._writable.done():
-            self._writable.set_result(None)
 
     def _enter(self, phase: Phase) -> None:
         if phase not in NEXT_PHASES[self._phase]:
@@ -2317,8 +2408,7 @@ class ServerConnection(asyncio.Protocol):
         if sign is WireEvent.END:
             self._received_whole()
         elif sign is None:
-            self._advancing = True
-            self._loop.call_soon(self._go_on)
+            self._advance_later()
         self._throttle()
 
     def _go_on(self) -> None:
@@ -2345,18 +2435,14 @@ class ServerConnection(asyncio.Protocol):
 
     def _throttle(self) -> None:
         """Read only while there is room for what comes; the read deadline stands still while the handler is slow."""
-        body_bytes = 0 if self._request is None else self._request.body.buffered_bytes
-        is_full = body_bytes >= BUFFERED_BYTES
-        if is_full and self._phase is Phase.BODY and self._alarm.when_s is not None:
-            self._read_left_s = self._alarm.when_s - self._loop.time()
-            self._alarm.set(None)
+        is_full = self._request is not None and self._request.body.buffered_bytes >= BUFFERED_BYTES
+        if is_full and self._phase is Phase.BODY:
+            self._alarm.hold()
         if not is_full and self._wire.waiting_bytes <= MAX_HEAD_BYTES:
-            if self._reading_paused:
+            if self._intake.paused:
                 self._resume_reading()
-        elif not self._reading_paused and not self._transport.is_closing():
-            self._reading_paused = True
-            self._transport.pause_reading()
-            self._watch_hangup(True)
+        elif not self._intake.paused and not self._transport.is_closing():
+            self._intake.pause(self._transport)
 
     def _on_drained(self) -> None:
         """The handler wants more of the body."""
@@ -2365,27 +2451,10 @@ class ServerConnection(asyncio.Protocol):
         self._throttle()
 
     def _resume_reading(self) -> None:
-        self._reading_paused = False
-        if self._transport.is_closing():
-            return
-        self._watch_hangup(False)
-        self._transport.resume_reading()
-        if self._read_left_s is not None and self._phase is Phase.BODY:
-            self._alarm.set(self._loop.time() + self._read_left_s)
-        self._read_left_s = None
-
-    def _watch_hangup(self, wanted: bool) -> None:
-        if wanted == self._hangup_watched:
-            return
-        self._hangup_watched = wanted
-        fd = self._transport.get_extra_info("socket").fileno()
-        if wanted:
-            self._server.hangups.add(fd, self._on_hangup, select.EPOLLRDHUP)
-        else:
-            self._server.hangups.remove(fd)
+        self._intake.resume(self._transport)
+        self._alarm.go_on()
 
     def _on_hangup(self) -> None:
-        self._watch_hangup(False)
         if self._phase is not Phase.SENDING:
             self.abort()
 
@@ -2424,7 +2493,7 @@ class ServerConnection(asyncio.Protocol):
         headers = (*response.headers, (b"Date", self._server.date()))
         body = body_if_complete(response.body)
         if not isinstance(body, bytes) or len(body) > MAX_HEAD_BYTES:
-            expect_stalls(self._transport.get_extra_info("socket"), True)  # its reader has the write timeout
+            expect_stalls(self._socket, True)  # its reader has the write timeout
         if isinstance(body, bytes):
             length = len(body) if response.length is None else response.length
             await self._write(self._wire.build_whole(response.status, headers, body, length, close))
@@ -2447,7 +2516,7 @@ class ServerConnection(asyncio.Protocol):
             return
         self._wire.pass_by(count)
         # A copy: the transport closes its own whenever it must, and the next client's could get the same number.
-        fd = os.dup(self._transport.get_extra_info("socket").fileno())
+        fd = os.dup(self._socket.fileno())
         try:
             sent = 0
             while sent < count:
@@ -2467,14 +2536,6 @@ class ServerConnection(asyncio.Protocol):
         finally:
             self._loop.remove_writer(fd)
 
-    async def _write(self, data: bytes) -> None:
-        self._transport.write(data)
-        while self._write_paused and not self._transport.is_closing():
-            self._writable = self._loop.create_future()
-            await self._writable
-        if self._transport.is_closing():
-            raise PeerGone("the client closed the connection or took too long to read")
-
     def _end_exchange(self) -> None:
         self._task = self._request = None
         if self._refusal is not None or self._server.draining or not self._wire.next_cycle():
@@ -2486,11 +2547,11 @@ class ServerConnection(asyncio.Protocol):
         if self._wire.started:
             self._begin_receiving()
             self._advance()
-        elif self._reading_paused:
+        elif self._intake.paused:
             self._throttle()
 
-    def _refuse(self, error: FaashoundError) -> None:
-        """Answer `error` instead of whatever the handler would have said, and close."""
+    def _refuse(self, error: FaashoundError, *, at_once: bool = False) -> None:
+        """Answer `error` instead of what the handler would have said, and close: once it has ended, or `at_once`."""
         self._refusal = error
         self._alarm.set(None)
         if self._phase is Phase.SENDING:
@@ -2502,8 +2563,11 @@ class ServerConnection(asyncio.Protocol):
             self._answer_refusal(None)
         else:
             cast(Request, self._request).refusal = error
-            self._task.add_done_callback(self._answer_refusal)
             self._task.cancel()
+            if at_once:
+                self._answer_refusal(self._task)
+            else:
+                self._task.add_done_callback(self._answer_refusal)
 
     def _answer_refusal(self, task: asyncio.Task[None] | None) -> None:
         error = cast(FaashoundError, self._refusal)
@@ -2534,7 +2598,7 @@ class ServerConnection(asyncio.Protocol):
         # A client that has broken a rule gets a moment; one whose answer came early may send all that it has to.
         limit_s = LINGER_S if self._refusal is not None else self._server.timeouts.read_s
         self._alarm.set(self._loop.time() + limit_s)
-        if self._reading_paused:
+        if self._intake.paused:
             self._resume_reading()
 
     def _discard(self, count: int) -> None:
@@ -2544,7 +2608,7 @@ class ServerConnection(asyncio.Protocol):
 
     def close_if_waiting(self) -> bool:
         """Close unless a whole head has come; tell whether it did."""
-        if not self._opened:  # another came right behind it
+        if self._phase is Phase.OPENING:  # another came right behind it
             self._closed_early = True
             return True
         if self._phase not in (Phase.IDLE, Phase.HEAD) or self._transport.is_closing():
@@ -2567,11 +2631,7 @@ class ServerConnection(asyncio.Protocol):
         if self._phase not in (Phase.HEAD, Phase.BODY, Phase.HANDLING):
             self.abort()
         elif self._refusal is None:
-            self._refuse(Stopping())
-
-    def abort(self) -> None:
-        """Cut the connection now; a running handler is cancelled."""
-        self._transport.abort()
+            self._refuse(Stopping(), at_once=True)  # a tree that was granted term_grace may outlast the farewell
 
     def _cancel(self) -> None:
         """Cancel the exchange, once: a second time would cut short how its handler ends."""
@@ -2868,22 +2928,20 @@ class ClientResponse:
             self._connection.abort()
 
 
-class ClientConnection(asyncio.Protocol):
+class ClientConnection(Connection):
     """One connection to an upstream, carrying one exchange at a time."""
 
+    closed_text = "the connection was closed before the request was sent"
+
     def __init__(self, client: Client) -> None:
+        super().__init__()
         self._client = client
-        self._loop = asyncio.get_running_loop()
-        self._alarm = Alarm(self._loop, self._on_alarm)
         self._wire = ClientWire()
-        self._transport: asyncio.Transport
-        self._socket: socket.socket
         self._url: Url | None = None
         self._head: asyncio.Future[ClientResponse] | None = None
         self._body: Body | None = None
         self._sender: asyncio.Task[None] | None = None
-        self._writable: asyncio.Future[None] | None = None
-        self._write_paused = self._advancing = self._ended = False
+        self._ended = False
         self._stalls_expected = False
         self._is_counted = True  # what is sent is what we write: no TLS in between
         self._sent_bytes = 1  # a SYN counts as one
@@ -2894,10 +2952,8 @@ class ClientConnection(asyncio.Protocol):
     # Callbacks of the transport.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-        self._transport.set_write_buffer_limits(high=0)
-        self._socket = cast(socket.socket, transport.get_extra_info("socket"))
-        keep_watch(self._socket)
+        super().connection_made(transport)
+        keep_watch(self._socket)  # not through a copy of it, for which there may be no descriptor left
 
     async def start_tls(self, context: ssl.SSLContext, host: str) -> None:
         """Speak TLS from now on; raises OSError (ssl.SSLError among them), and the connection is closed then."""
@@ -2952,14 +3008,6 @@ class ClientConnection(asyncio.Protocol):
             with suppress(OSError, ValueError):  # the socket is closed: uvloop's TLS tells us only then
                 self.untouched = 0 < tcp_progress(self._socket)[1] <= self._confirmed_bytes
 
-    def pause_writing(self) -> None:
-        self._write_paused = True
-
-    def resume_writing(self) -> None:
-        self._write_paused = False
-        if self._writable is not None and not self._writable.done():
-            self._writable.set_result(None)
-
     # One exchange.
 
     async def exchange(
@@ -2981,7 +3029,7 @@ class ClientConnection(asyncio.Protocol):
             self._start(method, url, headers, body, length)
             return await head
         except BaseException:
-            if self._head is head:  # else it is over, and the connection may carry somebody else's
+            if self._head is head:  # else it is over, and the connection may carry another request
                 self.abort()
             raise
 
@@ -3026,15 +3074,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _put(self, data: bytes) -> None:
         self._sent_bytes += len(data)
-        self._transport.write(data)
-
-    async def _write(self, data: bytes) -> None:
-        self._put(data)
-        while self._write_paused and not self._transport.is_closing():
-            self._writable = self._loop.create_future()
-            await self._writable
-        if self._transport.is_closing():
-            raise PeerGone("the connection was closed before the request was sent")
+        super()._put(data)
 
     def _advance(self) -> None:
         """Take what the wire has, up to EVENTS_AT_ONCE_COUNT; then others are served before the rest."""
@@ -3065,8 +3105,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _throttle(self, is_rest: bool) -> None:
         if is_rest:
-            self._advancing = True
-            self._loop.call_soon(self._go_on)
+            self._advance_later()
         is_full = self._body is not None and self._body.buffered_bytes >= BUFFERED_BYTES
         if (is_rest or is_full) and self._transport.is_reading():
             self._transport.pause_reading()
@@ -3318,11 +3357,11 @@ class DeadlineReached(FaashoundError):
 # goes by levels: SIGKILL to the root's process group, then to every adopted orphan of that call, whose children are
 # thereby adopted and found in the next sweep, until two sweeps find nothing.
 # What forks faster than that (each killed process makes room for another) is stopped first, all of it, and then killed.
-# Whose an orphan is, its mark tells, or its session.  One that wiped its environment and left its session is
-# nobody's for certain only when every call that ran at its start has ended; then it is killed too.  One that started
-# while no call ran is a stranger (an entrypoint's sidecar, a `docker exec`): it is reaped, but left in peace.
-# All exits are seen and reaped in one place, on SIGCHLD, because orphans have to be reaped in any case.  A root is
-# reaped after its group was killed: until then its number cannot be anybody else's.
+# The mark of an orphan, or its session, tells to which call it belongs.  One that wiped its environment and left its
+# session can belong to any call that ran when it started: once all of those have ended, it is killed.  An orphan that
+# started while no call ran is a foreign child (an entrypoint's sidecar, a `docker exec`): it is reaped, else ignored.
+# The reaper sees and reaps all exits, on SIGCHLD, because orphans have to be reaped in any case; the sweeper kills.  A
+# root is reaped after its group was killed: until then no other process can have its number.
 # What survives SIGKILL of the watchdog itself is killed, by the mark, by the guard (see "Lifecycle").
 # ---------------------------------------------------------------------------------------------------------------
 
@@ -3451,7 +3490,7 @@ class Output:
 class RootTable:
     """The numbers of the roots that have not been reaped, in memory shared with processes forked from this one.
 
-    For whoever survives us and cannot be told any more; writing to it costs no system call.
+    They are for the guard or the supervisor, which survive us; writing to it costs no system call.
     """
 
     def __init__(self) -> None:
@@ -3488,7 +3527,7 @@ _SIGINFO_BYTES = 128
 def open_signalfd(*numbers: signal.Signals) -> int:
     """Block signals in this thread, and return a descriptor that can be read when one is pending (signalfd(2))."""
     for number in numbers:
-        signal.signal(number, signal.SIG_DFL)  # whoever started us may have SIGCHLD ignored: then nothing is reaped
+        signal.signal(number, signal.SIG_DFL)  # our parent may have ignored SIGCHLD: then nothing is reaped
     signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     mask = (ctypes.c_ulong * 16)(sum(1 << (number - 1) for number in numbers))
     fd: int = ctypes.CDLL(None, use_errno=True).signalfd(-1, ctypes.byref(mask), _SFD_FLAGS)
@@ -3498,47 +3537,36 @@ def open_signalfd(*numbers: signal.Signals) -> int:
 
 
 class Reaper:
-    """The one place where children of this process are known, reaped and swept."""
+    """The one place where the children of this process are known, and reaped.
+
+    Children are roots, which calls have started; orphans, which we have adopted; and foreign ones, which are ignored.
+    `on_reaped` is called after each look for exits; `is_reaping` is true during it.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, table: RootTable) -> None:
         become_subreaper()
         self.loop = loop
+        self.roots: dict[int, Process] = {}  # not reaped yet, by process number
+        self.is_reaping = False
+        self.on_reaped: Callable[[], None] = lambda: None
         self._table = table
-        self._roots: dict[int, Process] = {}  # not reaped yet, by process number
-        self._calls: dict[bytes, Process] = {}  # not ended yet, by mark
-        self._sessions: OrderedDict[int, None] = OrderedDict()  # of calls that have ended
-        self._adopted: dict[int, Orphan] = {}  # what is known of orphans not reaped yet
-        self._begun_count = 0
-        self._busy_since_s = math.inf  # since boot: when the first of the present calls was started
-        self._spared: dict[int, Callable[[], None] | None] = {}  # children that no call has started
-        self._dying: list[Dying] = []
-        self._asking: set[asyncio.Task[None]] = set()
-        self._sweeper: asyncio.Task[None] | None = None
-        self._clean_count = 0
+        self._orphans: dict[int, Orphan] = {}  # what is known of those that are not reaped yet
+        self._foreign: dict[int, Callable[[], None] | None] = {}
         self._children_fd = os.open(f"/proc/self/task/{os.getpid()}/children", os.O_RDONLY | os.O_CLOEXEC)
-        self._spared.update(dict.fromkeys(self.orphans()))  # whoever was before us, an entrypoint's sidecar
-        self._released = False
-        self._reaping = False
+        for pid, _ in self.orphans():  # what was there before us, an entrypoint's sidecar
+            self.ignore(pid)
         self.ready = EpollSet(loop)
         self._signal_fd = open_signalfd(signal.SIGCHLD)
         self.ready.add_first(self._signal_fd, self._on_sigchld)
 
     def add(self, process: Process) -> None:
         """Watch a root: its `on_exiting` and `on_exit` are called just before and after it is reaped."""
-        self._roots[process.pid] = process
+        self.roots[process.pid] = process
         self._table.add(process.pid)
-        self._calls[process.mark] = process
-        self._sessions.pop(process.pid, None)
 
-    def begin(self, process: Process) -> None:
-        """A root has got its request: from now on what it starts is a call's."""
-        if not self._begun_count and self._sweeper is None:
-            self._busy_since_s = process.started_s
-        self._begun_count += 1
-
-    def spare(self, pid: int, on_exit: Callable[[], None]) -> None:
-        """Leave a child of ours in peace that is no call's; `on_exit` is called when it has been reaped."""
-        self._spared[pid] = on_exit
+    def ignore(self, pid: int, on_exit: Callable[[], None] | None = None) -> None:
+        """A child of ours is foreign; `on_exit` is called when it has been reaped."""
+        self._foreign[pid] = on_exit
 
     def _on_sigchld(self) -> None:
         with suppress(BlockingIOError):  # taken back meanwhile, see `Spawner`
@@ -3546,210 +3574,44 @@ class Reaper:
         self.reap()
 
     def reap(self) -> None:
-        """Reap whatever has exited, and sweep once for all of it."""
-        self._reaping = True
+        """Reap all children that have exited."""
+        self.is_reaping = True
         try:
-            self._reap_all()
+            with suppress(ChildProcessError):
+                while (found := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
+                    self._reap_child(found.si_pid)
         finally:
-            self._reaping = False
-        if self._released:
-            self._released = False
-            self._sweep_released()
+            self.is_reaping = False
+        self.on_reaped()
 
-    def _reap_all(self) -> None:
-        while True:
-            try:
-                found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            except ChildProcessError:
-                return
-            if found is None:
-                return
-            process = self._roots.get(found.si_pid)
-            if process is not None:
-                process.on_exiting()
-                self._table.remove(process.pid)
-            _, status = os.waitpid(found.si_pid, 0)
-            if process is not None:
-                del self._roots[process.pid]
-                process.on_exit(status)
-                continue
-            self._adopted.pop(found.si_pid, None)
-            if on_exit := self._spared.pop(found.si_pid, None):
-                on_exit()
+    def _reap_child(self, pid: int) -> None:
+        process = self.roots.get(pid)
+        if process is not None:
+            process.on_exiting()
+            self._table.remove(pid)
+        _, status = os.waitpid(pid, 0)
+        if process is not None:
+            del self.roots[pid]
+            process.on_exit(status)
+            return
+        self._orphans.pop(pid, None)
+        if on_exit := self._foreign.pop(pid, None):
+            on_exit()
 
     def signal_group(self, process: Process, number: signal.Signals) -> None:
         """Signal a root and its process group, while its number is still its own."""
-        if process.pid in self._roots:
+        if process.pid in self.roots:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, number)
 
-    def release(self, process: Process) -> None:
-        """The call has its answer: kill what its process has left behind."""
-        self._forget(process)
-        if self._reaping:
-            self._released = True
-        else:
-            self._sweep_released()
-
-    def _sweep_released(self) -> None:
-        if self._sweep():
-            self._start_sweeping()
-
-    def _forget(self, process: Process) -> None:
-        if self._calls.pop(process.mark, None) is None:
-            return
-        self._begun_count -= process.begun
-        self._sessions[process.pid] = None
-        if len(self._sessions) > SESSIONS_COUNT:
-            self._sessions.popitem(last=False)
-
-    def kill(self, process: Process, term_grace_s: float) -> asyncio.Future[None]:
-        """Kill a call's whole tree; the future is done when nothing of it is left."""
-        dying = Dying(process, self.loop.create_future())
-        if term_grace_s:
-            task = self.loop.create_task(self._ask_first(dying, term_grace_s))
-            self._asking.add(task)
-            task.add_done_callback(self._asking.discard)
-        else:
-            self._kill_now(dying)
-        return dying.gone
-
-    async def _ask_first(self, dying: Dying, term_grace_s: float) -> None:
-        """Send SIGTERM to all of a call, once each, and give all of it the time to end that it was granted."""
-        process, until_s = dying.process, time.monotonic() + term_grace_s
-        adopted = [pid for pid in self.orphans() if _read_mark(pid) == process.mark]
-        family = [each for each in map(read_relative, adopted) if each is not None]
-        with suppress(RuntimeError):  # no thread to be had: then SIGKILL has to do for what has left the group
-            family += await self.loop.run_in_executor(None, read_descendants, [process.pid, *adopted])
-        self.signal_group(process, signal.SIGTERM)  # not before: what exits leaves its children to us
-        for each in family:
-            if not each.is_in_group(process.pid):
-                each.signal(signal.SIGTERM)
-        pause_s = SWEEP_PAUSE_S
-        while time.monotonic() < until_s and (not process.exited.done() or any(each.is_alive() for each in family)):
-            await asyncio.sleep(pause_s)
-            pause_s = min(pause_s * 2, LONGEST_SWEEP_PAUSE_S)
-        self._kill_now(dying)
-
-    def _kill_now(self, dying: Dying) -> None:
-        self._forget(dying.process)
-        self.signal_group(dying.process, signal.SIGKILL)
-        dying.limit_s = time.monotonic() + SWEEP_LIMIT_S
-        self._dying.append(dying)
-        self._start_sweeping()
-
-    def _start_sweeping(self) -> None:
-        self._clean_count = 0
-        if self._sweeper is None:
-            self._sweeper = self.loop.create_task(self._sweep_out())
-
-    async def _sweep_out(self) -> None:
-        """Sweep until two sweeps in a row were clean and nobody is dying any more: one sweeper for all calls."""
-        pause_s, found_count = SWEEP_PAUSE_S, 0
-        while self._dying or self._clean_count < 2:
-            await asyncio.sleep(pause_s)
-            present = self._sweep()
-            found_count = found_count + 1 if present else 0
-            if found_count >= FREEZE_AFTER_COUNT:
-                found_count = 0
-                await self._freeze()
-            for dying in self._dying:
-                self._look_after(dying, present)
-            self._dying = [dying for dying in self._dying if not dying.gone.done()]
-            self._clean_count = 0 if present else self._clean_count + 1
-            pause_s = SWEEP_PAUSE_S if present else min(pause_s * 2, LONGEST_SWEEP_PAUSE_S)
-        self._sweeper = None
-
-    def _look_after(self, dying: Dying, present: set[bytes | None]) -> None:
-        """Note whether anything is left of a dying call: twice in a row nothing is nothing."""
-        if dying.process.pid in self._roots or None in present or dying.process.mark in present:
-            dying.clean_count = 0
-        else:
-            dying.clean_count += 1
-        if dying.clean_count == 2:
-            dying.gone.set_result(None)
-        elif time.monotonic() > dying.limit_s:
-            log.error("processes are left that SIGKILL does not end", pid=dying.process.pid, adopted=self.orphans())
-            dying.gone.set_result(None)
-
-    def _sweep(self) -> set[bytes | None]:
-        """Kill every orphan that is nobody's; return the marks of those that were there, None for one without."""
-        present = set()
-        for pid, orphan in self._condemned():
-            if not orphan.killed:
-                _kill_orphan(pid)
-                orphan.killed = True
-            present.add(orphan.mark)
-        return present
-
-    def _condemned(self) -> Iterator[tuple[int, Orphan]]:
-        """Yield every orphan that is no running call's."""
-        for pid in self.orphans():
-            orphan = self._adopted.setdefault(pid, Orphan())
-            if not orphan.killed:
-                orphan.mark = orphan.mark or _read_mark(pid)
-                if self._is_owned(pid, orphan.mark):
-                    continue
-            yield pid, orphan
-
-    async def _freeze(self) -> None:
-        """Stop all that is to die, until a look finds nothing new, and kill it then.
-
-        What is stopped does not fork, and keeps its place among the processes that a limit allows; what is killed gives
-        its place to the next.
-        """
-        stopped: set[Relative] = set()
-        limit_s = time.monotonic() + FREEZE_LIMIT_S
-        while time.monotonic() < limit_s:
-            roots = [pid for pid, _ in self._condemned()]
-            for pid in roots:  # at once, they are our children: there is less to read then, and we get a processor
-                os.kill(pid, signal.SIGSTOP)
-            roots += [each.process.pid for each in self._dying if each.process.pid in self._roots]
-            found = set(read_family(roots)) - stopped
-            for each in found:
-                each.signal(signal.SIGSTOP)
-            stopped |= found
-            if not found:
-                break
-            await asyncio.sleep(0)
-        for each in stopped:
-            each.signal(signal.SIGKILL)
-
-    def orphans(self) -> list[int]:
+    def orphans(self) -> list[tuple[int, Orphan]]:
         """Return the children that we have adopted (the `children` file of proc(5); sweeps are repeated)."""
         size = CHILDREN_BYTES
         while len(children := os.pread(self._children_fd, size, 0)) == size:
             size *= 16
-        known = self._roots.keys() | self._spared.keys()
-        return [pid for pid in map(int, children.split()) if pid not in known]
-
-    def _is_owned(self, pid: int, mark: bytes | None) -> bool:
-        """Tell whether an orphan is a running call's, may be one's, or is no call's at all."""
-        if mark is not None:
-            return mark in self._calls
-        try:
-            session, started_s = os.getsid(pid), _read_start(pid)
-        except (ProcessLookupError, FileNotFoundError):
-            return True  # it has gone; the next reaping takes it
-        if session in self._sessions:  # which nobody else can have while a member lives
-            return False
-        if started_s < self._busy_since_s:
-            self._spared[pid] = None  # from when no call ran: a stranger that only became our child (docker exec)
-            return True
-        return any(
-            process.pid == session or (process.begun and process.started_s <= started_s)
-            for process in self._calls.values()
-        )
-
-    async def end_all(self) -> None:
-        """Kill every tree and wait until nothing is left."""
-        for process in list(self._roots.values()):
-            process.abandon()
-        for task in self._asking:
-            task.cancel()
-        gone = [self.kill(process, 0.0) for process in list(self._roots.values())]
-        self._start_sweeping()
-        await asyncio.wait([*gone, cast(asyncio.Task[None], self._sweeper)])
+        known = self.roots.keys() | self._foreign.keys()
+        pids = [pid for pid in map(int, children.split()) if pid not in known]
+        return [(pid, self._orphans.setdefault(pid, Orphan())) for pid in pids]
 
     def close(self) -> None:
         """Stop watching; no child may be left."""
@@ -3766,6 +3628,60 @@ class Orphan:
     killed: bool = False
 
 
+class Owner(Enum):
+    """To what an orphan belongs."""
+
+    RUNNING = "a call that runs, for certain or perhaps; or it has just gone"
+    ENDED = "calls that have ended"
+    NONE = "no call: it is a foreign child"
+
+
+class CallTable:
+    """Which calls run, and so which orphans belong to one; pure but for two looks at an orphan."""
+
+    def __init__(self) -> None:
+        self._calls: dict[bytes, Process] = {}  # not ended yet, by mark
+        self._ended_sessions: OrderedDict[int, None] = OrderedDict()
+        self._begun_count = 0
+        self._busy_since_s = math.inf  # since boot: when the first of the present calls was started
+
+    def add(self, process: Process) -> None:
+        """A root has been started."""
+        self._calls[process.mark] = process
+        self._ended_sessions.pop(process.pid, None)
+
+    def begin(self, process: Process, was_idle: bool) -> None:
+        """A root has got its request: from now on what it starts is a call's.  `was_idle`: nothing is being killed."""
+        if was_idle and not self._begun_count:
+            self._busy_since_s = process.started_s
+        self._begun_count += 1
+
+    def end(self, process: Process) -> None:
+        """A call has ended, if it has not already."""
+        if self._calls.pop(process.mark, None) is None:
+            return
+        self._begun_count -= process.begun
+        self._ended_sessions[process.pid] = None
+        if len(self._ended_sessions) > SESSIONS_COUNT:
+            self._ended_sessions.popitem(last=False)
+
+    def owner_of(self, pid: int, mark: bytes | None) -> Owner:
+        """Return to what the orphan `pid` belongs."""
+        if mark is not None:
+            return Owner.RUNNING if mark in self._calls else Owner.ENDED
+        try:
+            session, started_s = os.getsid(pid), _read_start(pid)
+        except (ProcessLookupError, FileNotFoundError):
+            return Owner.RUNNING  # the next reaping takes it
+        if session in self._ended_sessions:  # no other session can have its number while a process is in it
+            return Owner.ENDED
+        if started_s < self._busy_since_s:
+            return Owner.NONE
+        processes = self._calls.values()
+        is_running = any(each.pid == session or (each.begun and each.started_s <= started_s) for each in processes)
+        return Owner.RUNNING if is_running else Owner.ENDED
+
+
 @dataclass(slots=True)
 class Dying:
     """A call whose tree is being killed."""
@@ -3774,6 +3690,169 @@ class Dying:
     gone: asyncio.Future[None]
     limit_s: float = math.inf
     clean_count: int = 0
+
+
+class Sweeper:
+    """Kills what calls leave behind, and the trees of those that are cut short; the reaper then reaps it."""
+
+    def __init__(self, reaper: Reaper) -> None:
+        self.reaper = reaper
+        self._loop = reaper.loop
+        self._calls = CallTable()
+        self._dying: list[Dying] = []
+        self._asking: set[asyncio.Task[None]] = set()
+        self._sweeping: asyncio.Task[None] | None = None
+        self._clean_count = 0
+        self._is_due = False
+        reaper.on_reaped = self._sweep_if_due
+
+    def add(self, process: Process) -> None:
+        """A root has been started."""
+        self.reaper.add(process)
+        self._calls.add(process)
+
+    def begin(self, process: Process) -> None:
+        """A root has got its request."""
+        self._calls.begin(process, was_idle=self._sweeping is None)
+
+    def release(self, process: Process) -> None:
+        """The call has its answer: kill what its process has left behind, in one sweep for all that were reaped."""
+        self._calls.end(process)
+        self._is_due = True
+        if not self.reaper.is_reaping:
+            self._sweep_if_due()
+
+    def _sweep_if_due(self) -> None:
+        if self._is_due:
+            self._is_due = False
+            if self._sweep():
+                self._start_sweeping()
+
+    def kill(self, process: Process, term_grace_s: float) -> asyncio.Future[None]:
+        """Kill a call's whole tree; the future is done when nothing of it is left."""
+        dying = Dying(process, self._loop.create_future())
+        if term_grace_s:
+            task = self._loop.create_task(self._terminate_first(dying, term_grace_s))
+            self._asking.add(task)
+            task.add_done_callback(self._asking.discard)
+        else:
+            self._kill_now(dying)
+        return dying.gone
+
+    async def _terminate_first(self, dying: Dying, term_grace_s: float) -> None:
+        """Send SIGTERM to all of a call, once each, and give all of it the time to end that it was granted."""
+        process, until_s = dying.process, time.monotonic() + term_grace_s
+        adopted = [pid for pid, _ in self.reaper.orphans() if _read_mark(pid) == process.mark]
+        family = [each for each in map(read_relative, adopted) if each is not None]
+        with suppress(RuntimeError):  # no thread to be had: then SIGKILL has to do for what has left the group
+            family += await self._loop.run_in_executor(None, read_descendants, [process.pid, *adopted])
+        self.reaper.signal_group(process, signal.SIGTERM)  # not before: what exits leaves its children to us
+        for each in family:
+            if not each.is_in_group(process.pid):
+                each.signal(signal.SIGTERM)
+        pause_s = SWEEP_PAUSE_S
+        while time.monotonic() < until_s and (not process.exited.done() or any(each.is_alive() for each in family)):
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, LONGEST_SWEEP_PAUSE_S)
+        self._kill_now(dying)
+
+    def _kill_now(self, dying: Dying) -> None:
+        self._calls.end(dying.process)
+        self.reaper.signal_group(dying.process, signal.SIGKILL)
+        dying.limit_s = time.monotonic() + SWEEP_LIMIT_S
+        self._dying.append(dying)
+        self._start_sweeping()
+
+    def _start_sweeping(self) -> None:
+        self._clean_count = 0
+        if self._sweeping is None:
+            self._sweeping = self._loop.create_task(self._sweep_out())
+
+    async def _sweep_out(self) -> None:
+        """Sweep until two sweeps in a row were clean and no tree is dying any more: one task for all calls."""
+        pause_s, found_count = SWEEP_PAUSE_S, 0
+        while self._dying or self._clean_count < 2:
+            await asyncio.sleep(pause_s)
+            present = self._sweep()
+            found_count = found_count + 1 if present else 0
+            if found_count >= FREEZE_AFTER_COUNT:
+                found_count = 0
+                await self._freeze()
+            for dying in self._dying:
+                self._look_after(dying, present)
+            self._dying = [dying for dying in self._dying if not dying.gone.done()]
+            self._clean_count = 0 if present else self._clean_count + 1
+            pause_s = SWEEP_PAUSE_S if present else min(pause_s * 2, LONGEST_SWEEP_PAUSE_S)
+        self._sweeping = None
+
+    def _look_after(self, dying: Dying, present: set[bytes | None]) -> None:
+        """Note whether anything is left of a dying call: twice in a row nothing is nothing."""
+        if dying.process.pid in self.reaper.roots or None in present or dying.process.mark in present:
+            dying.clean_count = 0
+        else:
+            dying.clean_count += 1
+        if dying.clean_count == 2:
+            dying.gone.set_result(None)
+        elif time.monotonic() > dying.limit_s:
+            adopted = [pid for pid, _ in self.reaper.orphans()]
+            log.error("processes are left that SIGKILL does not end", pid=dying.process.pid, adopted=adopted)
+            dying.gone.set_result(None)
+
+    def _sweep(self) -> set[bytes | None]:
+        """Kill every orphan of ended calls; return the marks of those that were there, None for one without."""
+        present = set()
+        for pid, orphan in self._condemned():
+            if not orphan.killed:
+                _kill_orphan(pid)
+                orphan.killed = True
+            present.add(orphan.mark)
+        return present
+
+    def _condemned(self) -> Iterator[tuple[int, Orphan]]:
+        """Yield every orphan of ended calls."""
+        for pid, orphan in self.reaper.orphans():
+            if not orphan.killed:
+                orphan.mark = orphan.mark or _read_mark(pid)
+                owner = self._calls.owner_of(pid, orphan.mark)
+                if owner is Owner.NONE:
+                    self.reaper.ignore(pid)
+                if owner is not Owner.ENDED:
+                    continue
+            yield pid, orphan
+
+    async def _freeze(self) -> None:
+        """Stop all that is to die, until a look finds nothing new, and kill it then.
+
+        What is stopped does not fork, and keeps its place among the processes that a limit allows; what is killed gives
+        its place to the next.
+        """
+        stopped: set[Relative] = set()
+        limit_s = time.monotonic() + FREEZE_LIMIT_S
+        while time.monotonic() < limit_s:
+            roots = [pid for pid, _ in self._condemned()]
+            for pid in roots:  # at once, they are our children: there is less to read then, and we get a processor
+                os.kill(pid, signal.SIGSTOP)
+            roots += [each.process.pid for each in self._dying if each.process.pid in self.reaper.roots]
+            found = set(read_family(roots)) - stopped
+            for each in found:
+                each.signal(signal.SIGSTOP)
+            stopped |= found
+            if not found:
+                break
+            await asyncio.sleep(0)
+        for each in stopped:
+            each.signal(signal.SIGKILL)
+
+    async def end_all(self) -> None:
+        """Kill every tree and wait until nothing is left."""
+        processes = list(self.reaper.roots.values())
+        for process in processes:
+            process.abandon()
+        for task in self._asking:
+            task.cancel()
+        gone = [self.kill(process, 0.0) for process in processes]
+        self._start_sweeping()
+        await asyncio.wait([*gone, cast(asyncio.Task[None], self._sweeping)])
 
 
 def _kill_orphan(pid: int) -> None:
@@ -3920,71 +3999,313 @@ class LineSplitter:
         self._buffer = b""
 
 
-class Process:
-    """One process of the function, and by its mark and its session everything that it starts.
+class Readiness:
+    """Has one task wait until a descriptor is ready."""
 
-    Made by `Spawner.spawn`; then `run` exactly once, which closes whatever it holds.
+    def __init__(self, ready: EpollSet, fd: int, events: int) -> None:
+        self._ready = ready
+        self._fd = fd
+        self._events = events
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def wait(self) -> None:
+        """Return once the descriptor is ready, or `wake` is called."""
+        self._waiter = asyncio.get_running_loop().create_future()
+        self._ready.add(self._fd, self.wake, self._events)
+        try:
+            await self._waiter
+        finally:
+            self.stop()
+
+    def wake(self) -> None:
+        """End the wait, if there is one."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def stop(self) -> None:
+        """Watch no more: the descriptor is about to be closed."""
+        if self._waiter is not None:
+            self._waiter = None
+            self._ready.remove(self._fd)
+
+
+def widen_pipe(fd: int) -> None:
+    """Let a pipe hold more, so that its two sides take fewer turns; where the kernel refuses, it stays as it is."""
+    with suppress(OSError):
+        fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, WIDE_PIPE_BYTES)
+
+
+class Stdin:
+    """Writes a body to a process.  What the pipe does not take at once, or has not come yet, a task writes.
+
+    `on_error` is told why the body cannot be had.  Obligation: `close`.
+    """
+
+    def __init__(self, ready: EpollSet, fd: int, on_error: Callable[[FaashoundError], None]) -> None:
+        self.bytes_count = 0
+        self._fd = fd
+        self._on_error = on_error
+        self._writable = Readiness(ready, fd, select.EPOLLOUT)
+        self._is_wide = False
+        self._task: asyncio.Task[None] | None = None
+
+    def feed(self, body: AsyncIterator[bytes]) -> None:
+        """Write `body`, and close; one that is there already, as far as the pipe takes it, at once."""
+        first = b""
+        if isinstance(body, Body) and body.complete:
+            first = body.take() or b""
+            try:
+                first = first[self._write_some(first) :]
+            except BrokenPipeError:
+                first = b""
+            if not first:
+                self._close_pipe()
+                return
+        self._task = asyncio.get_running_loop().create_task(self._feed(first, body))
+
+    async def _feed(self, first: bytes, body: AsyncIterator[bytes]) -> None:
+        try:
+            await self._write(first)
+            async for chunk in body:
+                await self._write(chunk)
+        except BrokenPipeError:
+            pass  # the function does not want the rest; its answer counts all the same
+        except FaashoundError as error:
+            self._on_error(error)
+        finally:
+            self._close_pipe()
+
+    async def _write(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            written = self._write_some(view)
+            view = view[written:]
+            if not written:
+                await self._writable.wait()
+                if not self._is_wide:  # now that the function has shown that it reads
+                    self._is_wide = True
+                    widen_pipe(self._fd)
+
+    def _write_some(self, data: bytes | memoryview) -> int:
+        try:
+            written = os.write(self._fd, data) if data else 0
+        except BlockingIOError:
+            return 0
+        self.bytes_count += written
+        return written
+
+    def _close_pipe(self) -> None:
+        """Close the writing end: the process reads the end of its input."""
+        if self._fd >= 0:
+            self._writable.stop()
+            os.close(self._fd)
+            self._fd = -1
+
+    def close(self) -> None:
+        """Write no more."""
+        if self._task is not None:
+            self._task.cancel()
+        self._close_pipe()
+        del self._on_error  # which leads back to the process: in a circle they would be kept until it is looked for
+
+
+class Stdout:
+    """Collects what a process writes: into memory, and from SPILL_BYTES on, by a task and a thread, into a file.
+
+    `on_eof` is called at the end of it, `on_lost` when the disk does not take it.  Obligations: `stop`, `close`, and
+    `drop` or close the output.
     """
 
     def __init__(
-        self, reaper: Reaper, pid: int, mark: bytes, started_s: float, pipes: Pipes, term_grace_s: float
+        self, ready: EpollSet, fd: int, on_eof: Callable[[], None], on_lost: Callable[[OutputLost], None]
     ) -> None:
-        self.pid = pid
-        self.mark = mark
+        self.output = Output()
+        self.at_eof = False
+        self._ready = ready
+        self._fd = fd
+        self._on_eof = on_eof
+        self._on_lost = on_lost
+        self._readable = Readiness(ready, fd, select.EPOLLIN)
+        self._stopped = self._discarding = False
+        self._spiller: asyncio.Task[None] | None = None
+        ready.add(fd, self._on_readable)
+
+    def _on_readable(self) -> None:
+        try:
+            self._collect(os.read(self._fd, PIPE_BYTES))
+        except BlockingIOError:
+            return
+        if self.at_eof and not self._stopped:
+            self._on_eof()
+
+    def _collect(self, data: bytes) -> None:
+        if not data:
+            self.at_eof = True
+            self._ready.remove(self._fd)
+            return
+        self.output.append(data)
+        if self.output.bytes_count > SPILL_BYTES:
+            self._ready.remove(self._fd)
+            self._spiller = asyncio.get_running_loop().create_task(self._spill())
+
+    def drain(self) -> None:
+        """Take what the pipe holds, and no more: a descendant may go on writing for ever."""
+        for _ in range(MAX_PIPE_BYTES // PIPE_BYTES + 1):
+            if self.at_eof or self._spiller is not None or self._discarding:
+                return
+            try:
+                self._collect(os.read(self._fd, PIPE_BYTES))
+            except BlockingIOError:
+                return
+
+    async def _spill(self) -> None:
+        """Take over from memory: the rest goes to a file, in a thread, so that no disk stops the loop."""
+        loop = asyncio.get_running_loop()
+        try:
+            widen_pipe(self._fd)
+            await loop.run_in_executor(None, self.output.spill)
+            while not (self.at_eof or self._discarding):
+                try:
+                    self.at_eof = not await loop.run_in_executor(None, self.output.splice, self._fd)
+                except BlockingIOError:
+                    if self._stopped:
+                        return
+                    await self._readable.wait()
+        except OSError as error:
+            self._on_lost(OutputLost(f"the output could not be kept: {_strerror(error)}"))
+        if self.at_eof and not self._stopped:
+            self._on_eof()
+
+    def stop(self, discarding: bool) -> None:
+        """Wait for no more output; `discarding`: nor take what there is."""
+        self._stopped, self._discarding = True, discarding
+        self._readable.wake()
+
+    async def settled(self) -> None:
+        """Return when the output changes no more; after `stop`."""
+        if self._spiller is not None:
+            await asyncio.shield(self._spiller)  # a thread may be at it, which cannot be cancelled
+
+    def _after_spilling(self, action: Callable[[], None]) -> None:
+        if self._spiller is None or self._spiller.done():
+            action()
+        else:
+            self._spiller.add_done_callback(lambda _: action())
+
+    def drop(self) -> None:
+        """Give back the output, which will not be read, but not while a thread writes to it."""
+        self._after_spilling(self.output.close)
+
+    def close(self) -> None:
+        """Close the pipe, but not while a thread reads from it."""
+        self._after_spilling(self._close)
+
+    def _close(self) -> None:
+        self._ready.forget(self._fd)
+        os.close(self._fd)
+        del self._on_eof, self._on_lost  # as in `Stdin.close`: the output would be kept too
+
+
+class Stderr:
+    """Hands on what a process writes, line by line, to `on_line`.  Obligation: `close`."""
+
+    def __init__(self, ready: EpollSet, fd: int, on_line: Callable[[str], None]) -> None:
+        self.lines = LineSplitter(on_line)
+        self._ready = ready
+        self._fd = fd
+        ready.add(fd, self._on_readable)
+
+    def _on_readable(self) -> None:
+        try:
+            data = os.read(self._fd, PIPE_BYTES)
+        except BlockingIOError:
+            return
+        if not data:
+            self._ready.remove(self._fd)
+        elif log.is_full():
+            log.drop(data.count(b"\n"))
+        else:
+            self.lines.feed(data)
+            if self.lines.emit(LINES_AT_ONCE_COUNT):
+                self._ready.remove(self._fd)
+                asyncio.get_running_loop().call_soon(self._emit)
+
+    def _emit(self) -> None:
+        """Go on with the lines of one read, and read on when they are out."""
+        if self._fd < 0:
+            return  # closed meanwhile
+        if self.lines.emit(LINES_AT_ONCE_COUNT):
+            asyncio.get_running_loop().call_soon(self._emit)
+        else:
+            self._ready.add(self._fd, self._on_readable)
+
+    def close(self) -> None:
+        """Hand on what the pipe holds, and close it."""
+        self._ready.remove(self._fd)
+        with suppress(BlockingIOError):
+            for _ in range(MAX_PIPE_BYTES // PIPE_BYTES):
+                self.lines.feed(os.read(self._fd, PIPE_BYTES))
+        self.lines.finish()
+        os.close(self._fd)
+        self._fd = -1
+
+
+class Process:
+    """One process of the function, and by its mark and its session everything that it starts.
+
+    It decides, by TRANSITIONS, when a call has its answer; its three streams move the bytes, the sweeper kills.
+    Made by `Spawner.spawn`; then `run` exactly once, or `discard`: they close what it holds.
+    """
+
+    def __init__(self, sweeper: Sweeper, birth: Birth, term_grace_s: float) -> None:
+        self.pid = birth.pid
+        self.mark = birth.mark
+        self.started_s = birth.started_s
         self.state = ProcessState.RUNNING
         self.begun = False
-        self.started_s = started_s
-        self.stdin_bytes = 0
-        self.output = Output()
-        self.exited: asyncio.Future[None] = reaper.loop.create_future()
-        self._reaper = reaper
-        self._loop = reaper.loop
-        self._pipes = pipes
+        self._sweeper = sweeper
+        self._loop = sweeper.reaper.loop
+        self.exited: asyncio.Future[None] = self._loop.create_future()
         self._term_grace_s = term_grace_s
         self._clock_s = time.perf_counter()
         self._status = 0
-        self._at_eof = False
-        self._stdin_widened = False
         self._answerable: asyncio.Future[None] = self._loop.create_future()
         self._error: FaashoundError | None = None
         self._killing: asyncio.Future[None] | None = None
-        self._feeder: asyncio.Task[None] | None = None
-        self._spiller: asyncio.Task[None] | None = None
-        self._waits: dict[int, asyncio.Future[None]] = {}
         self._timers: list[asyncio.TimerHandle] = []
-        reaper.add(self)
-        self._reaper.ready.add(pipes.stdout, self._on_stdout)
-        if pipes.stderr >= 0:
-            self._reaper.ready.add(pipes.stderr, self._on_stderr)
+        ready, pipes = sweeper.reaper.ready, birth.pipes
+        self.stdin = Stdin(ready, pipes.stdin, self.abandon)
+        self.stdout = Stdout(ready, pipes.stdout, partial(self._happens, ProcessEvent.EOF), self._on_output_lost)
+        self.stderr = Stderr(ready, pipes.stderr, birth.on_stderr) if birth.on_stderr is not None else None
+        sweeper.add(self)
 
     async def run(self, body: AsyncIterator[bytes], deadline_s: float | None) -> ProcessResult:
         """Feed `body` to the process, collect its output, wait for its end and return it.
 
         `deadline_s` is monotonic.  Raises DeadlineReached at the deadline, what `abandon` was given, or what reading
-        the body raises; in each case, and when cancelled, the tree is killed.  The caller closes the ending's output.
+        the body raises; in each case, and when cancelled, the tree is killed.  The caller closes the result's output.
         """
         self.begun = True
         self._clock_s = time.perf_counter()
-        self._reaper.begin(self)
+        self._sweeper.begin(self)
         if deadline_s is not None:
             self._timers.append(self._loop.call_at(deadline_s, self._on_deadline))
-        self._begin_feeding(body)
+        self.stdin.feed(body)
         try:
             await self._answerable
-            if self._spiller is not None:
-                await asyncio.shield(self._spiller)  # a thread may be at it, which cannot be cancelled
+            await self.stdout.settled()
         except asyncio.CancelledError:
             self.abandon()
-            self._drop_output()
+            self.stdout.drop()
             await self._killed(HANGUP_WAIT_S)
             raise
         finally:
             self._close()
         if self._error is not None:
-            self._drop_output()
+            self.stdout.drop()
             await self._killed(DEADLINE_WAIT_S)
             raise self._error
-        return ProcessResult(self.pid, self._status, self.output, time.perf_counter() - self._clock_s)
+        return ProcessResult(self.pid, self._status, self.stdout.output, time.perf_counter() - self._clock_s)
 
     def abandon(self, error: FaashoundError | None = None) -> None:
         """Kill the tree unless the answer is decided already; `run` raises `error`."""
@@ -3999,19 +4320,29 @@ class Process:
     def discard(self) -> None:
         """End a process that serves no request, instead of `run`."""
         self.abandon()
-        self._drop_output()
+        self.stdout.drop()
         self._close()
 
     def stderr_to(self, on_line: Callable[[str], None]) -> None:
         """Hand the lines of stderr on to `on_line` from now on."""
-        self._pipes.stderr_lines.on_line = on_line
+        if self.stderr is not None:
+            self.stderr.lines.on_line = on_line
 
     def _on_deadline(self) -> None:
-        self._reaper.reap()  # an exit that the loop has not seen yet came before the deadline
+        self._sweeper.reaper.reap()  # an exit that the loop has not seen yet came before the deadline
         if self.state in (ProcessState.RUNNING, ProcessState.CLOSED):
             self._error = DeadlineReached()
         if not self._answerable.done():
             self._happens(ProcessEvent.DEADLINE)
+
+    def _on_output_lost(self, error: OutputLost) -> None:
+        self.abandon()
+        self._error = error  # also if the process has exited: its answer is not whole
+
+    def _on_grace(self) -> None:
+        if self.state is ProcessState.EXITED:
+            self.stdout.drain()
+            self._happens(ProcessEvent.EOF if self.stdout.at_eof else ProcessEvent.GRACE)
 
     def _happens(self, event: ProcessEvent) -> None:
         before, self.state = self.state, next_state(self.state, event)
@@ -4020,238 +4351,53 @@ class Process:
         if self.state is ProcessState.EXITED:
             self._timers.append(self._loop.call_later(OUTPUT_GRACE_S, self._on_grace))
         elif self.state is ProcessState.DONE:
-            self._reaper.release(self)
+            self._sweeper.release(self)
             self._answer()
         elif self.state is ProcessState.KILLED:
-            self._killing = self._reaper.kill(self, self._term_grace_s)
+            self._killing = self._sweeper.kill(self, self._term_grace_s)
             self._answer()
 
     def _answer(self) -> None:
+        self.stdout.stop(discarding=self.state is ProcessState.KILLED)
         if not self._answerable.done():
             self._answerable.set_result(None)
-        self._wake(self._pipes.stdout)  # a spiller that waits for more has to stop
 
     async def _killed(self, limit_s: float) -> None:
         """Wait for the end of the tree, but not longer than `limit_s`: the sweep goes on by itself."""
         if self._killing is not None:
             await asyncio.wait((self._killing,), timeout=limit_s)
 
-    # What the reaper tells.
-
     def on_exiting(self) -> None:
-        """The process has exited and is not reaped yet: take what is in the pipe, then end its group."""
-        if self._spiller is None and not self._at_eof and self.state is not ProcessState.KILLED:
-            self._drain()
-        if self._at_eof:
-            self._reaper.signal_group(self, signal.SIGKILL)
+        """Reaper: the process has exited and is not reaped yet.  Take what is in the pipe, then end its group."""
+        self.stdout.drain()
+        if self.stdout.at_eof:
+            self._sweeper.reaper.signal_group(self, signal.SIGKILL)
 
     def on_exit(self, status: int) -> None:
-        """The process has been reaped."""
+        """Reaper: the process has been reaped."""
         self._status = status
         self.exited.set_result(None)
         self._happens(ProcessEvent.EXIT)
-        if self.state is ProcessState.EXITED and self._at_eof:
+        if self.state is ProcessState.EXITED and self.stdout.at_eof:
             self._happens(ProcessEvent.EOF)
-
-    # Output.
-
-    def _on_stdout(self) -> None:
-        try:
-            data = os.read(self._pipes.stdout, PIPE_BYTES)
-        except BlockingIOError:
-            return
-        self._collect(data)
-        if not data and self._spiller is None:
-            self._happens(ProcessEvent.EOF)
-
-    def _collect(self, data: bytes) -> None:
-        if not data:
-            self._at_eof = True
-            self._reaper.ready.remove(self._pipes.stdout)
-            return
-        self.output.append(data)
-        if self.output.bytes_count > SPILL_BYTES:
-            self._reaper.ready.remove(self._pipes.stdout)
-            self._spiller = self._loop.create_task(self._spill())
-
-    def _drain(self) -> None:
-        """Take what the pipe holds, and no more: a descendant may go on writing for ever."""
-        for _ in range(MAX_PIPE_BYTES // PIPE_BYTES + 1):
-            try:
-                self._collect(os.read(self._pipes.stdout, PIPE_BYTES))
-            except BlockingIOError:
-                return
-            if self._at_eof or self._spiller is not None:
-                return
-
-    async def _spill(self) -> None:
-        """Take over from memory: the rest goes to a file, in a thread, so that no disk stops the loop."""
-        try:
-            widen_pipe(self._pipes.stdout)
-            await self._loop.run_in_executor(None, self.output.spill)
-            while await self._spill_some():
-                pass
-        except OSError as error:
-            self.abandon()
-            self._error = OutputLost(f"the output could not be kept: {_strerror(error)}")
-
-    async def _spill_some(self) -> bool:
-        if self.state is ProcessState.KILLED:
-            return False
-        try:
-            more = await self._loop.run_in_executor(None, self.output.splice, self._pipes.stdout)
-        except BlockingIOError:
-            if self._answerable.done():
-                return False
-            await self._ready(self._pipes.stdout, select.EPOLLIN)
-            return True
-        if not more:
-            self._at_eof = True
-            if not self._answerable.done():
-                self._happens(ProcessEvent.EOF)
-        return more
-
-    def _drop_output(self) -> None:
-        """Nobody will read the output: give it back, but not while a thread writes to it."""
-        if self._spiller is None or self._spiller.done():
-            self.output.close()
-        else:
-            self._spiller.add_done_callback(lambda _: self.output.close())
-
-    def _on_grace(self) -> None:
-        if self.state is not ProcessState.EXITED:
-            return
-        if self._spiller is None:
-            self._drain()
-        self._happens(ProcessEvent.EOF if self._at_eof else ProcessEvent.GRACE)
-
-    def _on_stderr(self) -> None:
-        try:
-            data = os.read(self._pipes.stderr, PIPE_BYTES)
-        except BlockingIOError:
-            return
-        if not data:
-            self._reaper.ready.remove(self._pipes.stderr)
-            return
-        if log.is_full():
-            log.drop(data.count(b"\n"))
-            return
-        self._pipes.stderr_lines.feed(data)
-        if self._pipes.stderr_lines.emit(LINES_AT_ONCE_COUNT):
-            self._reaper.ready.remove(self._pipes.stderr)
-            self._loop.call_soon(self._emit_stderr)
-
-    def _emit_stderr(self) -> None:
-        """Go on with the lines of one read, and read on when they are out."""
-        if self._pipes.stderr < 0:
-            return  # closed meanwhile
-        if self._pipes.stderr_lines.emit(LINES_AT_ONCE_COUNT):
-            self._loop.call_soon(self._emit_stderr)
-        else:
-            self._reaper.ready.add(self._pipes.stderr, self._on_stderr)
-
-    # Input.
-
-    def _begin_feeding(self, body: AsyncIterator[bytes]) -> None:
-        """Write a body that is there already at once; else, or what the pipe does not take, in a task."""
-        first = b""
-        if isinstance(body, Body) and body.complete:
-            first = body.take() or b""
-            try:
-                first = first[self._write_some(first) :]
-            except BrokenPipeError:
-                first = b""
-            if not first:
-                self._pipes.close_stdin()
-                return
-        self._feeder = self._loop.create_task(self._feed(first, body))
-
-    async def _feed(self, first: bytes, body: AsyncIterator[bytes]) -> None:
-        try:
-            await self._write(first)
-            async for chunk in body:
-                await self._write(chunk)
-        except BrokenPipeError:
-            pass  # the function does not want the rest; its answer counts all the same
-        except FaashoundError as error:
-            self.abandon(error)
-        finally:
-            self._pipes.close_stdin()
-
-    async def _write(self, data: bytes) -> None:
-        view = memoryview(data)
-        while view:
-            written = self._write_some(view)
-            view = view[written:]
-            if not written:
-                await self._ready(self._pipes.stdin, select.EPOLLOUT)
-                if not self._stdin_widened:  # now that the function has shown that it reads
-                    self._stdin_widened = True
-                    widen_pipe(self._pipes.stdin)
-
-    def _write_some(self, data: bytes | memoryview) -> int:
-        try:
-            written = os.write(self._pipes.stdin, data) if data else 0
-        except BlockingIOError:
-            return 0
-        self.stdin_bytes += written
-        return written
-
-    async def _ready(self, fd: int, events: int) -> None:
-        """Wait until `fd` is ready, or `_wake` is called for it."""
-        ready = self._waits[fd] = self._loop.create_future()
-        self._reaper.ready.add(fd, partial(self._wake, fd), events)
-        try:
-            await ready
-        finally:
-            if self._waits.get(fd) is ready:  # else closed meanwhile, and the number may be another call's
-                self._unwatch(fd)
-
-    def _wake(self, fd: int) -> None:
-        ready = self._waits.get(fd)
-        if ready is not None and not ready.done():
-            ready.set_result(None)
-
-    def _unwatch(self, fd: int) -> None:
-        if self._waits.pop(fd, None) is not None:
-            self._reaper.ready.remove(fd)
 
     def _close(self) -> None:
         for timer in self._timers:
             timer.cancel()
-        if self._feeder is not None:
-            self._feeder.cancel()
-        self._unwatch(self._pipes.stdin)
-        self._pipes.close_stdin()
-        if self._pipes.stderr >= 0:
-            self._reaper.ready.remove(self._pipes.stderr)
-            self._drain_stderr()
-        if self._spiller is None or self._spiller.done():
-            self._reaper.ready.forget(self._pipes.stdout)
-            self._pipes.close()
-        else:
-            self._spiller.add_done_callback(lambda _: self._pipes.close())
-
-    def _drain_stderr(self) -> None:
-        with suppress(BlockingIOError):
-            for _ in range(MAX_PIPE_BYTES // PIPE_BYTES):
-                self._pipes.stderr_lines.feed(os.read(self._pipes.stderr, PIPE_BYTES))
-        self._pipes.stderr_lines.finish()
-
-
-def widen_pipe(fd: int) -> None:
-    """Let a pipe hold more, so that its two sides take fewer turns; where the kernel refuses, it stays as it is."""
-    with suppress(OSError):
-        fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, WIDE_PIPE_BYTES)
+        self.stdin.close()
+        self.stdout.close()
+        if self.stderr is not None:
+            self.stderr.close()
 
 
 class Pipes:
-    """Our ends of a process's pipes, and the child's ends until it has been spawned.  Obligation: `close`.
+    """Our ends of a process's pipes, and the child's ends until it has been spawned.
 
     Ours do not block; the child's do, as programs expect.  `stderr` is -1 when it shares stdout's pipe.
+    Obligation: `close`, unless the process was started: then `close_theirs`, and ours are its streams'.
     """
 
-    def __init__(self, on_stderr: Callable[[str], None] | None) -> None:
+    def __init__(self, has_stderr: bool) -> None:
         self.stdin = self.stdout = self.stderr = -1
         self._theirs: list[int] = []
         try:
@@ -4259,16 +4405,17 @@ class Pipes:
             self._theirs.append(child_in)
             self.stdout, child_out = os.pipe2(os.O_CLOEXEC)
             self._theirs.append(child_out)
-            if on_stderr is not None:
+            if has_stderr:
                 self.stderr, child_err = os.pipe2(os.O_CLOEXEC)
                 self._theirs.append(child_err)
-            for fd in (self.stdin, self.stdout, self.stderr):
-                if fd >= 0:
-                    fcntl.fcntl(fd, fcntl.F_SETFL, os.O_NONBLOCK)
+            for fd in self._ours():
+                fcntl.fcntl(fd, fcntl.F_SETFL, os.O_NONBLOCK)
         except OSError:
             self.close()
             raise
-        self.stderr_lines = LineSplitter(on_stderr or (lambda line: None))
+
+    def _ours(self) -> list[int]:
+        return [fd for fd in (self.stdin, self.stdout, self.stderr) if fd >= 0]
 
     @property
     def theirs(self) -> tuple[int, int, int]:
@@ -4280,20 +4427,22 @@ class Pipes:
         while self._theirs:
             os.close(self._theirs.pop())
 
-    def close_stdin(self) -> None:
-        """Close the writing end: the process reads the end of its input."""
-        if self.stdin >= 0:
-            os.close(self.stdin)
-            self.stdin = -1
-
     def close(self) -> None:
         """Close everything that is open."""
         self.close_theirs()
-        self.close_stdin()
-        for fd in (self.stdout, self.stderr):
-            if fd >= 0:
-                os.close(fd)
-        self.stdout = self.stderr = -1
+        for fd in self._ours():
+            os.close(fd)
+
+
+@dataclass(frozen=True, slots=True)
+class Birth:
+    """What is known of a process that was just started: `started_s` is since boot, the mark as in its environment."""
+
+    pid: int
+    mark: bytes
+    started_s: float
+    pipes: Pipes
+    on_stderr: Callable[[str], None] | None
 
 
 DESCRIPTOR_LIMITS = resource.getrlimit(resource.RLIMIT_NOFILE)  # soft and hard, as this program was started with
@@ -4330,9 +4479,9 @@ class Spawner:
     `prewarm` hides).  A helper such as setpriv(1) would be cheaper, but run as root with the function's LD_PRELOAD.
     """
 
-    def __init__(self, reaper: Reaper, instance: bytes, settings: Settings, environ: Mapping[bytes, bytes]) -> None:
+    def __init__(self, sweeper: Sweeper, instance: bytes, settings: Settings, environ: Mapping[bytes, bytes]) -> None:
         self._instance = instance
-        self._reaper = reaper
+        self._sweeper = sweeper
         self._words = settings.fprocess
         self._environ = dict(environ)
         self._term_grace_s = settings.term_grace_s
@@ -4352,7 +4501,7 @@ class Spawner:
         environ = {**self._environ, **facts, MARK: mark}
         started_s = math.floor(time.clock_gettime(time.CLOCK_BOOTTIME) * _TICKS_PER_S) / _TICKS_PER_S
         try:
-            pipes = Pipes(on_stderr)
+            pipes = Pipes(on_stderr is not None)
         except OSError as error:
             raise StartFailed(f"no pipe: {_strerror(error)}") from None
         try:
@@ -4364,7 +4513,7 @@ class Spawner:
             pipes.close()
             raise
         pipes.close_theirs()
-        return Process(self._reaper, pid, mark, started_s, pipes, self._term_grace_s)
+        return Process(self._sweeper, Birth(pid, mark, started_s, pipes, on_stderr), self._term_grace_s)
 
     def _start(self, environ: Mapping[bytes, bytes], streams: tuple[int, int, int]) -> int:
         remembered = self._program is not None
@@ -4415,7 +4564,8 @@ class Spawner:
             )
         finally:
             signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGCHLD,))
-            self._reaper.loop.call_soon(self._reaper.reap)  # what has exited meanwhile has not been told
+            reaper = self._sweeper.reaper
+            reaper.loop.call_soon(reaper.reap)  # what has exited meanwhile has not been told
         process.returncode = 0  # it is the reaper's
         return process.pid
 
@@ -4847,7 +4997,7 @@ class CallLog:
         fields: dict[str, object] = {"status": status, "method": self._request.method}
         if self.process is not None:
             fields |= {"pid": self.process.pid, "exit": self.process.describe()}
-            fields |= {"in": self.process.stdin_bytes, "out": self.process.output.bytes_count}
+            fields |= {"in": self.process.stdin.bytes_count, "out": self.process.stdout.output.bytes_count}
         if self._call_id is not None:
             fields["call_id"] = self._call_id
         log.info(self._prefix + text, **fields)
@@ -4994,7 +5144,7 @@ class Guard(Hooks):
 
     def keep(self, reaper: Reaper) -> None:
         """Have the reaper tell of its end, and replace it then."""
-        reaper.spare(self.pid, partial(self._replace, reaper))
+        reaper.ignore(self.pid, partial(self._replace, reaper))
 
     def _replace(self, reaper: Reaper) -> None:
         self.foreign_exit(self.pid)
@@ -5399,7 +5549,8 @@ async def serve(
     if slot.is_alone:
         guard.keep(reaper)
     mark = guard.mark_of(slot.index)
-    spawner = Spawner(reaper, mark, settings, function_environment(environ, settings.user))
+    sweeper = Sweeper(reaper)
+    spawner = Spawner(sweeper, mark, settings, function_environment(environ, settings.user))
     with ExitStack() as cleanup:
         cleanup.callback(reaper.close)
         on_stderr = None if settings.combine_output else partial(log_stderr, settings, log_prefix(settings, None))
@@ -5421,7 +5572,7 @@ async def serve(
         status = await drain(settings, signals, server)
         metrics_server.stop_accepting()
         pool.close()
-        await reaper.end_all()
+        await sweeper.end_all()
         metrics_server.abort()
     return status
 

@@ -59,8 +59,8 @@ class BadScale(FaashoundError):
 class LocalStatus:
     """What is known of one local function.  `pids` are its watchdogs that run now; none while it is asleep.
 
-    `wanted_count` is what the operator has asked for, or what it has when it is awake; `available_count` what serves, or
-    would as soon as a call comes.
+    `wanted_count` is what the operator has asked for, or what it has when it is awake; `available_count` what serves,
+    or would as soon as a call comes.
     """
 
     pids: Sequence[int]

@@ -38,7 +38,7 @@ class GatewayMetrics:
     def begin(self, function: Function | None, *, listed: bool) -> str:
         """Count the start of an invocation; return the label that `end` is to be given."""
         label = function.name if function and (listed or function.name in self._answered) else OTHER
-        self._slot.cell(f"started {label}", 1)[0] += 1
+        self._slot.values(f"started {label}", 1)[0] += 1
         return label
 
     def end(self, label: str, status: int, duration_s: float) -> None:
@@ -61,7 +61,7 @@ class GatewayMetrics:
     def invocation_counts(self) -> dict[str, int]:
         """Return how many invocations of each function have ended, in all processes, by its whole name."""
         counts: dict[str, int] = {}
-        for key, numbers in self._slot.board.tally.totals().items():
+        for key, numbers in self._slot.scoreboard.counters.totals().items():
             kind, name, *_ = (*key.split(), "")
             if kind == "seconds" and name != OTHER:
                 counts[name] = counts.get(name, 0) + int(sum(numbers[1:]))
