@@ -410,6 +410,7 @@ def locals_of(text: str, command: tuple[str, ...], **options: object) -> LocalFu
 
 @contextlib.asynccontextmanager
 async def running(local: LocalFunctions, grace_s: float = DEADLINE_S) -> AsyncIterator[LocalFunctions]:
+    sys.audit("tests.starts_a_process")
     local.open()
     local.start()
     try:
