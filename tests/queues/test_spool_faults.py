@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 
 from faashound.calls.model import (
-    EXPIRED_STATUS,
     INLINE_BYTES,
     Bounds,
     Call,
@@ -27,6 +26,7 @@ from faashound.calls.model import (
     State,
 )
 from faashound.calls.names import parse_function_name
+from faashound.calls.steps import EXPIRED_STATUS
 from faashound.queues.spool import database
 from faashound.queues.spool.directory import set_aside
 from faashound.queues.spool.limits import BUSY_S, DATABASE, ORPHAN_S, STEP_COUNT
@@ -34,7 +34,7 @@ from faashound.queues.spool.queue import Spool
 from faashound.queues.spool.schema import MIGRATIONS
 from testkit.disks import fill
 from testkit.needed import want_root
-from testkit.spool_kit import LEASE_S, QUEUE, START_S, Desk, Remote, finish, inline, new_call
+from testkit.spool_kit import LEASE_S, QUEUE, START_S, Desk, Remote, finish, inline, new_call, writer_connection
 
 BIG = os.urandom(INLINE_BYTES + 1)
 DAY_S = 86400.0
@@ -161,7 +161,7 @@ def test_all_that_a_queue_makes_is_private(desk: Desk) -> None:
 
 def test_every_commit_is_synced(desk: Desk) -> None:
     """No kill shows this, only a power cut: so it is asked for by name."""
-    db = desk.spool._writer._db
+    db = writer_connection(desk.spool)
     assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     assert db.execute("PRAGMA synchronous").fetchone() == (2,)
 

@@ -58,6 +58,16 @@ def test_call_is_a_dead_letter_after_one_run_when_its_answer_is_longer_than_max_
     assert (system.temporary / "runs").read_text() == "run\n"
 
 
+def test_dead_letter_goes_with_a_line_and_a_count_when_keep_dead_is_over() -> None:
+    settings = {"keep_dead": "1s", "keep_results": "1s", "retention": "2s", "metrics_port": str(free_port())}
+    with System(settings=settings | {"max_retry_attempts": "1"}) as system:
+        dead = system.submit("shell", b"exit 1")
+        assert system.ended(dead)["state"] == "dead"
+        wait_until(lambda: system.request("GET", f"/async-function/{dead}").status == 404, 10, "the letter is gone")
+        assert dead in system.wait_log("a dead letter was dropped: keep_dead is over")
+        wait_until(lambda: "gateway_queue_dropped_letters_total 1.0" in system.metrics(), 5, "it is counted")
+
+
 def test_system_drains_a_full_disk_and_runs_no_function_twice(small_disk: Path) -> None:
     with System(
         FUNCTIONS, {"keep_results": "10s", "retention": "10s", "metrics_port": str(free_port())}, small_disk / "spool"
