@@ -282,7 +282,7 @@ async def assemble(
         Submissions(settings, functions, queue, policy, access, via, metrics, health),
         CallStatus(queue, access, seat.share_of(settings.max_long_polls), settings.max_long_polls),
         CallAdmin(queue),
-        ControlPlane(functions),
+        ControlPlane(functions, access),
     )
 
 

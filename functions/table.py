@@ -163,6 +163,10 @@ class Functions:
             return listed
         return Function(name, url=_fill(self._pattern, name))
 
+    def is_guarded(self, name: FunctionName) -> bool:
+        """Tell whether a caller's word completes the host of a function, whose address is then to be judged."""
+        return name not in self._table and completes_host(self._pattern)
+
     def __iter__(self) -> Iterator[Function]:
         """Yield the functions of the table, in the file's order; what the pattern covers cannot be listed."""
         return iter(self._table.values())
