@@ -80,16 +80,16 @@ from .queues.nats_settings import NatsSettings
 from .queues.urls import QUEUE_RESERVE_HELP, QueueUrl, parse_queue_url
 from .watchdog import (
     CannotStart,
-    Doors,
     FaashoundError,
+    ListenSockets,
     Signals,
+    bind_metrics_sockets,
     finished_first,
     flag_answer,
     help_text,
-    lifeline_fd,
     load_settings,
     log,
-    open_metrics_sockets,
+    parent_death_fd,
     parse_choice,
     parse_count,
     parse_duration,
@@ -103,7 +103,7 @@ from .watchdog import (
     setting,
     settle_descriptors,
     start_metrics,
-    watch_lifeline,
+    watch_parent_death,
 )
 
 KINDS: tuple[Kind, ...] = ("call", "callback")
@@ -485,11 +485,11 @@ def status_names(settings: Settings, sockets: Sequence[socket.socket]) -> frozen
     return names | {settings.host.lower()} if settings.host else names
 
 
-async def serve(settings: Settings, environ: Mapping[str, str], doors: Doors) -> int:
+async def serve(settings: Settings, environ: Mapping[str, str], sockets: ListenSockets) -> int:
     """Work until told to stop; return the exit status."""
     loop = asyncio.get_running_loop()
     signals = Signals(loop)
-    watch_lifeline(loop, lifeline_fd(environ), signals.stop_now)
+    watch_parent_death(loop, parent_death_fd(environ), signals.stop_now)
     policy = build_policy([settings.gateway_url], settings.callback_allow)
     rules = CallbackRules(policy, load_signer(settings), settings.callback_timeout_s)
     async with AsyncExitStack() as stack:
@@ -497,9 +497,9 @@ async def serve(settings: Settings, environ: Mapping[str, str], doors: Doors) ->
         queue = await open_queue(settings.queue_url, settings, limits=limits)
         stack.push_async_callback(queue.close)
         worker = Worker(settings, queue, await queue.enlist(), rules)
-        page = StatusPage(queue, worker.metrics, worker.show_metrics, status_names(settings, doors.metrics))
-        stack.callback(start_metrics(doors.metrics, page).abort)
-        doors.announce()
+        page = StatusPage(queue, worker.metrics, worker.show_metrics, status_names(settings, sockets.metrics))
+        stack.callback(start_metrics(sockets.metrics, page).abort)
+        sockets.announce()
         log.info(f"Draining {','.join(settings.queues)} of {settings.queue_url} through {settings.gateway_url}")
         work = asyncio.create_task(worker.run())
         await finished_first(signals.first.wait(), asyncio.shield(work))
@@ -532,8 +532,8 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     if settings is None:
         return 2
     try:
-        doors = Doors((), open_metrics_sockets(settings.host, settings.metrics_port))
-        return uvloop.run(serve(settings, environ, doors))
+        sockets = ListenSockets((), bind_metrics_sockets(settings.host, settings.metrics_port))
+        return uvloop.run(serve(settings, environ, sockets))
     except FaashoundError as error:
         log.error(str(error))
         return 1

@@ -196,7 +196,7 @@ def _parse_allow_entry(word: str) -> AllowEntry:
 _LOOPBACK = (IPv4Address("127.0.0.1"), IPv6Address("::1"))
 
 
-_DOTS = re.compile(r"[/\\]\.{1,2}(?:[/\\]|$)")
+_DOTS = re.compile(r"[/\\]\.{1,2}(?:[/\\;]|$)")  # `..;x` is `..` to some (Tomcat), as a backslash is a slash (IIS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,16 +244,24 @@ class CallbackPolicy:
 
         It raises CallbackRefused when nothing is left, and whatever `lookup` raises.  A name that leads to the gateway,
         and is not the gateway's, is refused: its path cannot be judged each time, since connections are kept by name.
+        One that the operator wrote into callback_allow may reach functions: the gateway, which knows a callback by its
+        proof, lets it reach nothing else on a connection that was kept.
         """
 
         async def resolve(url: Url) -> Sequence[SocketAddress]:
-            disguised = await self._find_gateways(url, lookup)
+            permitted = self.is_written_out(url) and any(
+                _is_function_path(url.target, gateway.target) for gateway in self.gateways
+            )
+            disguised = set() if permitted else await self._find_gateways(url, lookup)
 
             def refusal(url: Url, address: Address) -> str | None:
                 if address in disguised or (
                     disguised and self._is_here(address) and any(map(self._is_here, disguised))
                 ):
-                    return f"{address} is the gateway; allowed: its own name, {self.gateways[0].authority}"
+                    return (
+                        f"{address} is the gateway; allowed: its own name, {self.gateways[0].authority}, or one that"
+                        " callback_allow has in full, and functions there"
+                    )
                 return self._refusal(url, address)
 
             return await guard(lookup, refusal, lambda url, reason: CallbackRefused(_refusal_text(url, reason)))(url)
@@ -339,7 +347,7 @@ def _is_function_path(target: str, base: str) -> bool:
     """Tell whether `target` is a function's at a gateway that is reached at the path `base`, however it is decoded."""
     path = target.partition("?")[0]
     begins = (f"{base.rstrip('/')}/{area}/" for area in ("function", "async-function"))
-    return path.startswith(tuple(begins)) and not _DOTS.search(unquote(unquote(path)))
+    return path.startswith(tuple(begins)) and not _DOTS.search(unquote(unquote(unquote(path))))
 
 
 def build_policy(gateway_urls: Iterable[str], allow: CallbackAllow | None = None) -> CallbackPolicy:
@@ -376,8 +384,6 @@ _REQUEST_ONLY = {
     *("host", "expect", "origin", "via", "forwarded"),
     *("x-callback-url", "x-delay", "x-expires", "x-timeout", "idempotency-key", "x-worker-token"),
 }
-
-
 _REQUEST_ONLY_PREFIXES = ("x-forwarded-", "sec-", "access-control-request-", "proxy-")
 
 

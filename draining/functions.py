@@ -24,9 +24,10 @@ from typing import Any
 
 from ..calls.names import FunctionName
 from ..calls.retries import RetryPolicy, parse_annotations, policy_for
+from ..functions.table import parse_upstream
 from ..network.addresses import parse_literal
 from ..network.machine import network_identity
-from ..watchdog import Client, FaashoundError, Url, log, parse_url
+from ..watchdog import Client, FaashoundError, Url, log
 from .gateway import GatewayAccess
 
 KEPT_S = 5.0  # how long the gateway's word, or its silence, is believed before it is asked again
@@ -106,7 +107,7 @@ class KnownFunctions:
         try:
             told = await self._description(function)
             policy = policy_for(self._unknown.policy, parse_annotations(function, annotations_of(told)))
-            upstream = parse_upstream(told) if self._direct else None
+            upstream = parse_told_upstream(told) if self._direct else None
         except (FaashoundError, ValueError) as error:
             log.warning(f"the gateway does not tell of {function}: {error}")
             policy, upstream = before.policy, before.upstream
@@ -138,13 +139,13 @@ def annotations_of(told: Mapping[str, Any]) -> Mapping[str, str]:
     return {str(name): str(value) for name, value in found.items()} if isinstance(found, dict) else {}
 
 
-def parse_upstream(told: Mapping[str, Any]) -> Upstream | None:
+def parse_told_upstream(told: Mapping[str, Any]) -> Upstream | None:
     """Return where a function answers by the gateway's description of it; None if it does not say, or not to us."""
     found = told.get("upstream")
     if not isinstance(found, dict):
         return None
     try:
-        url = parse_url(str(found.get("url")))
+        url = parse_upstream(str(found.get("url")))
     except ValueError:  # what a later gateway may know, and this worker does not
         return None
     literal = parse_literal(url.host)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 from functools import lru_cache
-from ipaddress import ip_address
+from ipaddress import IPv6Address, ip_address
 from socket import socket
 
 from .addresses import parse_host_name, parse_numeric_host
@@ -32,14 +32,20 @@ def parse_hosts(text: str) -> frozenset[str]:
 
 @lru_cache(maxsize=256)
 def host_name(host: bytes) -> str | None:
-    """Return the name in a Host field, None if it is an address, or none at all as in HTTP/1.0: no page can do that."""
+    """Return the name in a Host field, None if it is an address, or none at all as in HTTP/1.0: no page can do that.
+
+    0.0.0.0 and IPv4 in IPv6 are names here: they lead to this machine from every page as well, and browsers do not say
+    whose page it is that asks: they send Sec-Fetch-Site to what they call trustworthy, 127.0.0.0/8 and ::1
+    (https://www.w3.org/TR/secure-contexts).
+    """
     text = host.decode("latin-1").lower()
     name = re.sub(r":[0-9]*$", "", text).removesuffix(".")
     try:
-        ip_address(name.removeprefix("[").removesuffix("]"))
+        address = ip_address(name.removeprefix("[").removesuffix("]"))
     except ValueError:
         return name or None
-    return None
+    is_mapped = isinstance(address, IPv6Address) and address.ipv4_mapped is not None
+    return name if address.is_unspecified or is_mapped else None
 
 
 def is_own_name(host: bytes, names: Collection[str]) -> bool:

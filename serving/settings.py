@@ -134,6 +134,9 @@ class Settings(NatsSettings):
     max_long_polls: int = setting(
         "max_long_polls", "1000", parse_positive_count, "callers that wait for a call by ?wait= at once; above it 503"
     )
+    state: str = setting(
+        "state", "./state", parse_text, "directory of what the gateway keeps besides the queue: counts of invocations"
+    )
     basic_auth: bool = setting(
         "basic_auth", "false", parse_bool, "ask for a password for /system and for reading and cancelling calls"
     )

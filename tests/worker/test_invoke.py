@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from faashound.draining.functions import Upstream, parse_upstream
+from faashound.draining.functions import Upstream, parse_told_upstream
 from faashound.network.machine import network_identity
 from faashound.watchdog import Url
 from testkit.harness import free_port, http_request, wait_until
@@ -151,6 +151,10 @@ TOLD: dict[str, tuple[dict[str, Any], Upstream | None]] = {
         {"local": True, "upstream": {"url": "http://127.0.0.1:4000", "guarded": False, "network": HERE}},
         Upstream(Url("http", "127.0.0.1", 4000, "/"), ends_with_gateway=True),
     ),
+    "run by a gateway of this network, on a socket of its file system": (
+        {"local": True, "upstream": {"url": "unix:/run/x/cat", "guarded": False, "network": HERE}},
+        Upstream(Url("http", "/run/x/cat", 80, "/"), ends_with_gateway=True),
+    ),
     "run by a gateway of another machine": (
         {"local": True, "upstream": {"url": "http://127.0.0.1:4000", "guarded": False, "network": "a"}},
         None,
@@ -167,4 +171,4 @@ TOLD: dict[str, tuple[dict[str, Any], Upstream | None]] = {
 
 @pytest.mark.parametrize(("told", "upstream"), TOLD.values(), ids=TOLD)
 def test_worker_takes_an_address_that_means_the_same_to_it(told: dict[str, Any], upstream: Upstream | None) -> None:
-    assert parse_upstream(told) == upstream
+    assert parse_told_upstream(told) == upstream
