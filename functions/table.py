@@ -186,6 +186,10 @@ class Functions:
         """Whether the table lists a function of this whole name, wherever the pattern leads."""
         return name in self._table
 
+    def is_guarded(self, name: FunctionName) -> bool:
+        """Tell whether a caller's word completes the host of a function, whose address is then to be judged."""
+        return name not in self and completes_host(self._pattern)
+
     def __iter__(self) -> Iterator[Function]:
         """Yield the functions of the table, in the file's order; what the pattern covers cannot be listed."""
         return iter(self._table.values())
