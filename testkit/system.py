@@ -55,8 +55,9 @@ class System(Program):
         settings: Mapping[str, str] | None = None,
         spool: Path | None = None,
         prefix: Sequence[str] = (),
+        pass_fds: Sequence[int] = (),
     ) -> None:
-        super().__init__("gateway", ready_line=GATEWAY_READY, prefix=prefix)
+        super().__init__("gateway", ready_line=GATEWAY_READY, prefix=prefix, pass_fds=pass_fds)
         self.spool = spool or self.temporary / "spool"
         path = self.temporary / "functions.toml"
         path.write_text(functions)

@@ -35,19 +35,19 @@ class NoProcesses:
         sys.addaudithook(self._on_event)
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_pyfunc_call(self) -> Generator[None, object, object]:
+    def pytest_runtest_setup(self) -> Generator[None, None, None]:
         return (yield from self._watch())
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_fixture_setup(self) -> Generator[None, object, object]:
+    def pytest_runtest_call(self) -> Generator[None, None, None]:
         return (yield from self._watch())
 
-    def _watch(self) -> Generator[None, object, object]:
-        outer, self._is_test = self._is_test, True
+    def _watch(self) -> Generator[None, None, None]:
+        self._is_test = True
         try:
             return (yield)
         finally:
-            self._is_test = outer
+            self._is_test = False
 
     def _on_event(self, event: str, _: tuple[object, ...]) -> None:
         if self._is_test and event in STARTS_A_PROCESS:

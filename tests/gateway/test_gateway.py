@@ -767,11 +767,9 @@ def test_kill_of_the_gateway_leaves_no_process_and_loses_no_call() -> None:
 
 def test_gateway_takes_the_socket_that_it_is_given() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        system = System(settings={"LISTEN_FDS": "1"})
         hand_over = f"import os, sys; os.dup2({listener.fileno()}, 3); os.execvp(sys.argv[1], sys.argv[1:])"
-        system._argv[:0] = [sys.executable, "-c", hand_over]
-        system._pass_fds = (listener.fileno(),)
-        with system:
+        given = [sys.executable, "-c", hand_over]
+        with System(settings={"LISTEN_FDS": "1"}, prefix=given, pass_fds=[listener.fileno()]) as system:
             assert system.port == listener.getsockname()[1]
             assert system.ended(system.submit("cat"))["state"] == "done"
 
