@@ -73,19 +73,20 @@ from .serving.submissions import Submissions, is_call_id
 from .watchdog import (
     LONGEST_DURATION_S,
     TEXT_PLAIN,
-    Aftercare,
     BadSettings,
     CannotStart,
-    Doors,
-    Duty,
     FaashoundError,
+    ListenSockets,
     NotReady,
+    Program,
     Request,
     Response,
-    Seat,
     Server,
     ServerTimeouts,
     Signals,
+    Slot,
+    WorkerContext,
+    bind_sockets,
     connection_limits,
     drain_server,
     finished_first,
@@ -94,12 +95,11 @@ from .watchdog import (
     log,
     log_origin,
     lookalikes,
-    open_doors,
-    run_members,
+    run_workers,
     serve_metrics,
     settle_descriptors,
     start_metrics,
-    watch_lifeline,
+    watch_parent_death,
 )
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -220,35 +220,35 @@ class Common:
 
     start: StartConfiguration
     local: LocalFunctions
-    doors: Doors
+    sockets: ListenSockets
     invocations_before: Mapping[str, int]
 
 
-async def serve(common: Common, duty: Duty) -> int:
+async def serve(common: Common, context: WorkerContext) -> int:
     """Serve until told to stop; return the exit status."""
-    settings, doors, loop = common.start.settings, common.doors, asyncio.get_running_loop()
+    settings, sockets, loop = common.start.settings, common.sockets, asyncio.get_running_loop()
     signals = Signals(loop)
-    watch_lifeline(loop, duty.lifeline_fd, signals.stop_now)
+    watch_parent_death(loop, context.parent_death_fd, signals.stop_now)
     async with AsyncExitStack() as stack:
-        gateway = await assemble(stack, common, duty.seat)
-        metrics_server = start_metrics(doors.metrics, gateway.serve_metrics)
+        gateway = await assemble(stack, common, context.slot)
+        metrics_server = start_metrics(sockets.metrics, gateway.serve_metrics)
         stack.callback(metrics_server.abort)
         timeouts = ServerTimeouts(settings.read_timeout_s, settings.write_timeout_s, settings.read_timeout_s)
         limits = connection_limits(
-            settings.max_connections, settings.max_connections_per_address, DESCRIPTORS_EACH_COUNT, duty.seat
+            settings.max_connections, settings.max_connections_per_address, DESCRIPTORS_EACH_COUNT, context.slot
         )
-        server = Server(gateway, timeouts, seat=duty.seat, limits=limits)
-        for sock in doors.own:
+        server = Server(gateway, timeouts, slot=context.slot, limits=limits)
+        for sock in sockets.own:
             server.listen(sock)
-        duty.on_serving()
+        context.on_serving()
         keeper = Keeper()
         stack.push_async_callback(keeper.stop, 0.0)
-        if duty.seat.is_first and common.start.worker is not None:
-            environ = {**common.start.worker, "gateway_url": local_url(doors.own) or ""}
+        if context.slot.is_first and common.start.worker is not None:
+            environ = {**common.start.worker, "gateway_url": local_url(sockets.own) or ""}
             keeper.start("the worker", WORKER_COMMAND, environ, on_trouble=gateway.health.worker_trouble)
         await signals.first.wait()
         gateway.drain()
-        await finished_first(worker_gone(keeper, duty.seat), signals.second.wait())
+        await finished_first(worker_gone(keeper, context.slot), signals.second.wait())
         if signals.second.is_set():  # the process that takes our place must not wait for the worker to be gone
             server.stop_accepting()
             metrics_server.stop_accepting()
@@ -256,36 +256,36 @@ async def serve(common: Common, duty: Duty) -> int:
         return await drain_server(server, signals, settings.upstream_timeout_s)
 
 
-async def worker_gone(keeper: Keeper, seat: Seat) -> None:
+async def worker_gone(keeper: Keeper, slot: Slot) -> None:
     """Let the local worker drain; where it is another process's, wait until that one has seen to it."""
     await keeper.stop(LONGEST_DURATION_S)
-    while not seat.is_first and seat.board.serving[0]:  # noqa: ASYNC110 - another process sets no event of ours
+    while not slot.is_first and slot.scoreboard.serving[0]:  # noqa: ASYNC110 - another process sets no event of ours
         await asyncio.sleep(WORKER_GONE_POLL_S)
 
 
-async def assemble(stack: AsyncExitStack, common: Common, seat: Seat) -> Gateway:
+async def assemble(stack: AsyncExitStack, common: Common, slot: Slot) -> Gateway:
     """Return the gateway of one process with all that is behind it at work.
 
     That is the queue and, in the first process, the local functions and the janitor.  `stack` ends it all.
     Raises CannotStart and the queue's errors.
     """
-    start, local, sockets = common.start, common.local, common.doors.own
+    start, local, sockets = common.start, common.local, common.sockets.own
     settings, url = start.settings, local_url(sockets)
     door = load_door(settings)
     limits = QueueLimits(settings.queue_reserve_bytes, settings.max_queued, settings.max_queued_bytes)
     queue = await open_queue(settings.queue_url, settings, limits=limits)
     stack.push_async_callback(queue.close)
-    if seat.is_first:
+    if slot.is_first:
         local.start()
         stack.push_async_callback(local.stop, FUNCTIONS_GRACE_S)
     access = Access(queue.token, browser_rules(settings, sockets), door)
     policy = build_policy([url] if url else [], settings.callback_allow)
     functions = Functions(local.table, settings.function_url, settings.namespaces)
-    metrics, health, via = GatewayMetrics(seat), Health(seat), build_via(queue.token)
+    metrics, health, via = GatewayMetrics(slot), Health(slot), build_via(queue.token)
     invocations = Invocations(settings, functions, access, via, metrics)
     stack.push_async_callback(invocations.close)
     counts = InvocationCounts(invocations_path(settings), common.invocations_before, metrics)
-    if seat.is_first:
+    if slot.is_first:
         listed = partial(names_of, functions)
         stack.callback(lambda: counts.save(listed()))
         stack.callback(asyncio.create_task(counts.keep(listed)).cancel)
@@ -298,7 +298,7 @@ async def assemble(stack: AsyncExitStack, common: Common, seat: Seat) -> Gateway
         metrics,
         invocations,
         Submissions(settings, functions, queue, policy, access, via, metrics, health),
-        CallStatus(queue, access, seat.share_of(settings.max_long_polls), settings.max_long_polls),
+        CallStatus(queue, access, slot.share_of(settings.max_long_polls), settings.max_long_polls),
         CallAdmin(queue),
         ControlPlane(functions, local.status, counts, settings.namespaces if settings.function_url else ()),
     )
@@ -345,21 +345,21 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
 def run(start: StartConfiguration, environ: Mapping[str, str]) -> int:
     """Open what is shared by all processes, and serve in them; return the exit status."""
     settings = start.settings
-    doors = open_doors(settings.host, settings.port, settings.metrics_port, environ)
-    if start.worker is not None and local_url(doors.own) is None:
+    sockets = bind_sockets(settings.host, settings.port, settings.metrics_port, environ)
+    if start.worker is not None and local_url(sockets.own) is None:
         raise CannotStart("the local worker calls functions over TCP and was given a Unix socket; worker=none")
     local = LocalFunctions(start.functions, environ=environ, hidden=hidden_names())
     local.open()
-    common = Common(start, local, doors, load_counts(invocations_path(settings)))
+    common = Common(start, local, sockets, load_counts(invocations_path(settings)))
 
     def on_serving() -> None:
-        doors.announce()
-        tell_what_is_served(start, doors.own)
+        sockets.announce()
+        tell_what_is_served(start, sockets.own)
 
-    def serve_in_loop(duty: Duty) -> int:
-        return uvloop.run(serve(common, duty))
+    def serve_in_loop(context: WorkerContext) -> int:
+        return uvloop.run(serve(common, context))
 
-    return run_members(settings.workers, serve_in_loop, doors, environ, Aftercare(), on_serving)
+    return run_workers(settings.workers, Program(serve_in_loop, sockets, on_serving), environ)
 
 
 if __name__ == "__main__":

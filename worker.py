@@ -102,9 +102,9 @@ from .watchdog import (
     CannotStart,
     Client,
     ClientResponse,
-    Doors,
     FaashoundError,
     Header,
+    ListenSockets,
     MethodNotAllowed,
     NotReady,
     OutOfResources,
@@ -116,14 +116,14 @@ from .watchdog import (
     Unreachable,
     UpstreamTimeout,
     Url,
+    bind_metrics_sockets,
     end_to_end,
     finished_first,
     flag_answer,
     help_text,
-    lifeline_fd,
     load_settings,
     log,
-    open_metrics_sockets,
+    parent_death_fd,
     parse_choice,
     parse_count,
     parse_duration,
@@ -138,7 +138,7 @@ from .watchdog import (
     setting,
     settle_descriptors,
     start_metrics,
-    watch_lifeline,
+    watch_parent_death,
 )
 
 ANNOTATIONS_KEPT_S = 30.0  # how long a function's annotations are believed before the gateway is asked again
@@ -939,11 +939,11 @@ async def serve_status(worker: Worker, request: Request) -> Response:
     return Response(200, (TEXT_PLAIN,), b"OK")
 
 
-async def serve(settings: Settings, environ: Mapping[str, str], doors: Doors) -> int:
+async def serve(settings: Settings, environ: Mapping[str, str], sockets: ListenSockets) -> int:
     """Work until told to stop; return the exit status."""
     loop = asyncio.get_running_loop()
     signals = Signals(loop)
-    watch_lifeline(loop, lifeline_fd(environ), signals.stop_now)
+    watch_parent_death(loop, parent_death_fd(environ), signals.stop_now)
     signer = load_signer(settings)
     policy = build_policy([settings.gateway_url], settings.callback_allow)
     async with AsyncExitStack() as stack:
@@ -951,9 +951,9 @@ async def serve(settings: Settings, environ: Mapping[str, str], doors: Doors) ->
         queue = await open_queue(settings.queue_url, settings, limits=limits)
         stack.push_async_callback(queue.close)
         worker = Worker(settings, queue, await queue.enlist(), policy, signer)
-        status_server = start_metrics(doors.metrics, partial(serve_status, worker))
+        status_server = start_metrics(sockets.metrics, partial(serve_status, worker))
         stack.callback(status_server.abort)
-        doors.announce()
+        sockets.announce()
         log.info(f"Draining {','.join(settings.queues)} of {settings.queue_url} through {settings.gateway_url}")
         work = asyncio.create_task(worker.run())
         await finished_first(signals.first.wait(), asyncio.shield(work))
@@ -986,8 +986,8 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     if settings is None:
         return 2
     try:
-        doors = Doors((), open_metrics_sockets(settings.host, settings.metrics_port))
-        return uvloop.run(serve(settings, environ, doors))
+        sockets = ListenSockets((), bind_metrics_sockets(settings.host, settings.metrics_port))
+        return uvloop.run(serve(settings, environ, sockets))
     except FaashoundError as error:
         log.error(str(error))
         return 1

@@ -26,21 +26,17 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from ..watchdog import BACKLOG, log, spawn_under_own_limit
-
-FIRST_RESTART_S = 0.1
-
-
-LONGEST_RESTART_S = 30.0
-
-
-PROVEN_AFTER_S = 10.0  # a child that has lived this long starts its delays from the beginning
-
+from ..watchdog import (
+    BACKLOG,
+    BAD_SETTINGS_STATUS,
+    FIRST_RESTART_S,
+    PROVEN_AFTER_S,
+    log,
+    next_restart_s,
+    spawn_under_own_limit,
+)
 
 KILL_GRACE_S = 2.0  # between "stop at once" and SIGKILL: for a watchdog to end the trees it has started
-
-
-BAD_SETTINGS_STATUS = 2  # our programs' exit status for settings that no restart will mend
 
 
 LISTEN_FD = 3  # systemd's SD_LISTEN_FDS_START
@@ -56,19 +52,6 @@ def python_command(module: str) -> tuple[str, ...]:
     working directory first, where people keep their functions beside functions.toml.
     """
     return (sys.executable, "-I" if sys.flags.isolated else "-P", "-m", module)
-
-
-def next_restart_s(delay_s: float | None, lived_s: float, status: int) -> float:
-    """Return the seconds to wait before the next start of a child that has exited.
-
-    `delay_s` is the wait before this life (None for the first), `lived_s` its length, `status` its exit status, or
-    minus the number of the signal that ended it.
-    """
-    if status == BAD_SETTINGS_STATUS:
-        return LONGEST_RESTART_S
-    if delay_s is None or lived_s >= PROVEN_AFTER_S:
-        return FIRST_RESTART_S
-    return min(2 * delay_s, LONGEST_RESTART_S)
 
 
 def describe_exit(status: int) -> str:

@@ -30,12 +30,12 @@ from ..watchdog import (
     Response,
     Unreachable,
     UpstreamTimeout,
+    body_if_complete,
     call_id_of,
     end_to_end,
     error_response,
     format_duration,
     log,
-    whole,
 )
 from .access import Access
 from .metrics import GatewayMetrics
@@ -128,7 +128,7 @@ class Invocations:
         target, client = function_target(function, request, rest), self._client_of(function)
         try:
             return await client.request(
-                request.method, target, headers, whole(request.body), request.body.length, deadline_s
+                request.method, target, headers, body_if_complete(request.body), request.body.length, deadline_s
             )
         except UpstreamTimeout as error:
             text = f"{function.name.short} did not answer within upstream_timeout ({format_duration(limit_s)})"

@@ -1,6 +1,6 @@
 """The metrics of the gateway, under the names of OpenFaaS', and what its queue looks like.
 
-    metrics = GatewayMetrics(seat)
+    metrics = GatewayMetrics(slot)
     label = metrics.begin(function, listed=True)
     metrics.end(label, 200, duration_s)
     await serve_metrics(metrics, request)                    # all processes of the gateway together
@@ -16,7 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 from ..calls.model import State, Stats
 from ..functions.table import Function
-from ..watchdog import Histogram, Seat, cumulated
+from ..watchdog import Histogram, Slot, cumulated
 from .health import TROUBLE_KEY
 
 OTHER = "other"  # no function's whole name, which has a namespace
@@ -30,20 +30,20 @@ class GatewayMetrics:
     function has answered to it, and as "other" until then.
     """
 
-    def __init__(self, seat: Seat) -> None:
-        self._seat = seat
+    def __init__(self, slot: Slot) -> None:
+        self._slot = slot
         self._answered: set[str] = set()
         self._stats: Stats | None = None
 
     def begin(self, function: Function | None, *, listed: bool) -> str:
         """Count the start of an invocation; return the label that `end` is to be given."""
         label = function.name if function and (listed or function.name in self._answered) else OTHER
-        self._seat.cell(f"started {label}", 1)[0] += 1
+        self._slot.values(f"started {label}", 1)[0] += 1
         return label
 
     def end(self, label: str, status: int, duration_s: float) -> None:
         """Count the end of an invocation."""
-        Histogram.at(self._seat, f"seconds {label} {status}").observe(duration_s)
+        Histogram.at(self._slot, f"seconds {label} {status}").observe(duration_s)
 
     def answered(self, name: str) -> None:
         """There is a function of this name."""
@@ -52,16 +52,16 @@ class GatewayMetrics:
 
     def submitted(self, status: int) -> None:
         """Count a submission."""
-        self._seat.cell(f"submitted {status}", 1)[0] += 1
+        self._slot.values(f"submitted {status}", 1)[0] += 1
 
     def dropped(self, count: int) -> None:
         """Count dead letters that `keep_dead` has ended."""
-        self._seat.cell("dropped", 1)[0] += count
+        self._slot.values("dropped", 1)[0] += count
 
     def invocation_counts(self) -> dict[str, int]:
         """Return how many invocations of each function have ended, in all processes, by its whole name."""
         counts: dict[str, int] = {}
-        for key, numbers in self._seat.board.tally.totals().items():
+        for key, numbers in self._slot.scoreboard.counters.totals().items():
             kind, name, *_ = (*key.split(), "")
             if kind == "seconds" and name != OTHER:
                 counts[name] = counts.get(name, 0) + int(sum(numbers[1:]))
@@ -95,7 +95,7 @@ class GatewayMetrics:
             "dropped": dropped,
             TROUBLE_KEY: trouble,
         }
-        for key, numbers in self._seat.board.tally.totals().items():
+        for key, numbers in self._slot.scoreboard.counters.totals().items():
             kind, *label = key.split()
             if kind == "seconds":
                 buckets, sum_s = cumulated(numbers)

@@ -29,13 +29,13 @@ from ..watchdog import (
     FaashoundError,
     Request,
     Response,
+    body_if_complete,
     call_id_of,
     error_response,
     format_duration,
     log,
     parse_duration,
     parse_positive_duration,
-    whole,
 )
 from .access import Access
 from .answers import BadField, NotFound, allow
@@ -242,7 +242,7 @@ class Submissions:
 
     async def _store(self, request: Request, rest: bytes, build_call: Callable[..., NewCall]) -> NewCall:
         """Store a request's body and return its call."""
-        limit_bytes, body = self.settings.max_body_bytes, whole(request.body)
+        limit_bytes, body = self.settings.max_body_bytes, body_if_complete(request.body)
         if parse_key(request) is None:
             return build_call(body=await self.queue.store_body(body, limit_bytes))
         digest = RequestDigest(request, rest)

@@ -25,7 +25,7 @@ import faashound
 from faashound.calls.names import FunctionName, parse_function_name
 from faashound.functions import supervisor
 from faashound.functions.local import LocalFunctions
-from faashound.functions.supervisor import describe_exit, next_restart_s
+from faashound.functions.supervisor import describe_exit
 from faashound.functions.table import (
     BadFunctions,
     Function,
@@ -37,6 +37,7 @@ from faashound.functions.table import (
     read_functions,
     watchdog_settings,
 )
+from faashound.watchdog import next_restart_s
 from testkit.harness import Answer, InBackground, http_request, wait_until
 
 DEADLINE_S = 20.0

@@ -16,7 +16,7 @@ import pytest
 from faashound.serving.control_plane import NOT_OFFERED
 from faashound.serving.invocation_counts import InvocationCounts, load_counts
 from faashound.serving.metrics import GatewayMetrics
-from faashound.watchdog import VERSION, Board, Seat
+from faashound.watchdog import VERSION, Scoreboard, Slot
 from testkit.harness import wait_until
 from testkit.system import Receiver, System
 
@@ -176,7 +176,7 @@ def test_invocations_are_counted_in_all_processes_and_over_restarts(tmp_path: Pa
 
 
 def test_invocations_that_were_saved_survive_a_kill(tmp_path: Path) -> None:
-    path, metrics = tmp_path / "state" / "invocations.json", GatewayMetrics(Seat(Board()))
+    path, metrics = tmp_path / "state" / "invocations.json", GatewayMetrics(Slot(Scoreboard()))
     metrics.end("cat.openfaas-fn", 200, 0.1)
     InvocationCounts(path, {"cat.openfaas-fn": 2, "gone.openfaas-fn": 7}, metrics).save(["cat.openfaas-fn"])
     assert load_counts(path) == {"cat.openfaas-fn": 3}, "a function that is no more has no count"

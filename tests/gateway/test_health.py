@@ -11,7 +11,7 @@ import pytest
 
 from faashound.serving.health import QUEUE_MEMORY_S, Health
 from faashound.serving.janitor import is_nearly_full, stray_queues
-from faashound.watchdog import Board, Seat
+from faashound.watchdog import Scoreboard, Slot
 from testkit.harness import free_port, http_request, wait_until
 from testkit.system import System
 from tests.queues.test_spool_faults import fill, small_disk
@@ -26,11 +26,11 @@ def is_healthy(system: System) -> bool:
 
 
 def test_health_has_no_problems_at_first() -> None:
-    assert Health(Seat(Board())).problems(0.0) == []
+    assert Health(Slot(Scoreboard())).problems(0.0) == []
 
 
 def test_queue_that_refuses_is_a_problem_until_it_takes_a_call_or_nobody_has_asked_it_for_long() -> None:
-    health = Health(Seat(Board()))
+    health = Health(Slot(Scoreboard()))
     health.queue_refused(0.0)
     assert health.problems(1.0) == ["the queue does not take calls; see the log"]
     health.queue_took()
@@ -41,8 +41,8 @@ def test_queue_that_refuses_is_a_problem_until_it_takes_a_call_or_nobody_has_ask
 
 
 def test_every_process_knows_of_the_worker_that_the_first_one_runs() -> None:
-    board = Board(2)
-    first, second = Health(Seat(board)), Health(Seat(board, 1))
+    scorescoreboard = Scoreboard(2)
+    first, second = Health(Slot(scorescoreboard)), Health(Slot(scorescoreboard, 1))
     first.worker_trouble("exited with status 1")
     assert second.problems(0.0) == first.problems(0.0) != []
     first.worker_trouble("")
@@ -64,8 +64,8 @@ def test_queue_is_nearly_full_when_few_reserves_are_free(
 
 
 def test_every_process_warns_of_the_room_that_the_first_one_looks_at() -> None:
-    board = Board(2)
-    first, second = Health(Seat(board)), Health(Seat(board, 1))
+    scoreboard = Scoreboard(2)
+    first, second = Health(Slot(scoreboard)), Health(Slot(scoreboard, 1))
     first.queue_is_nearly_full(True)
     assert second.warnings() == ["the queue's disk is nearly full; see the log"]
     assert second.problems(0.0) == []

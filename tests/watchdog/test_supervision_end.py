@@ -119,9 +119,16 @@ def test_stuck_functions_do_not_hold_the_watchdog_when_it_drains(grace: str) -> 
         assert program.wait_exit(5) == 1
         assert 0.8 <= time.monotonic() - start_s < 0.8 + GONE_S * crowding()
         wait_until(lambda: not program.survivors(), 0.5, "functions and guard gone")
-        for each in calls:
-            with pytest.raises(ConnectionError):
-                each.result()
+        ends = [end_of(each) for each in calls]
+    # A tree that is granted more time than the farewell leaves none for an answer.
+    assert set(ends) <= ({"503"} if grace == "0" else {"503", "cut"})
+
+
+def end_of(made: InBackground[Answer]) -> str:
+    try:
+        return str(made.result().status)
+    except ConnectionError:
+        return "cut"
 
 
 def call(program: Program, script: bytes) -> Answer:
