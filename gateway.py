@@ -44,7 +44,8 @@ import uvloop
 from .calls.callbacks import build_policy
 from .calls.model import QueueLimits
 from .functions.local import LocalFunctions
-from .functions.supervisor import Keeper, python_command
+from .functions.supervisor import Program as ManagedProgram
+from .functions.supervisor import Supervisor, python_command
 from .functions.table import Functions
 from .queues import Queue, open_queue, trouble_of
 from .serving.access import Access
@@ -241,24 +242,25 @@ async def serve(common: Common, context: WorkerContext) -> int:
         for sock in sockets.own:
             server.listen(sock)
         context.on_serving()
-        keeper = Keeper()
-        stack.push_async_callback(keeper.stop, 0.0)
+        supervisor = Supervisor()
+        stack.push_async_callback(supervisor.stop, 0.0)
         if context.slot.is_first and common.start.worker is not None:
             environ = {**common.start.worker, "gateway_url": local_url(sockets.own) or ""}
-            keeper.start("the worker", WORKER_COMMAND, environ, on_trouble=gateway.health.worker_trouble)
+            on_trouble = gateway.health.worker_trouble
+            supervisor.start(ManagedProgram("the worker", WORKER_COMMAND, environ, on_trouble=on_trouble))
         await signals.first.wait()
         gateway.drain()
-        await finished_first(worker_gone(keeper, context.slot), signals.second.wait())
+        await finished_first(worker_gone(supervisor, context.slot), signals.second.wait())
         if signals.second.is_set():  # the process that takes our place must not wait for the worker to be gone
             server.stop_accepting()
             metrics_server.stop_accepting()
-        await keeper.stop(0.0)
+        await supervisor.stop(0.0)
         return await drain_server(server, signals, settings.upstream_timeout_s)
 
 
-async def worker_gone(keeper: Keeper, slot: Slot) -> None:
+async def worker_gone(supervisor: Supervisor, slot: Slot) -> None:
     """Let the local worker drain; where it is another process's, wait until that one has seen to it."""
-    await keeper.stop(LONGEST_DURATION_S)
+    await supervisor.stop(LONGEST_DURATION_S)
     while not slot.is_first and slot.scoreboard.serving[0]:  # noqa: ASYNC110 - another process sets no event of ours
         await asyncio.sleep(WORKER_GONE_POLL_S)
 
@@ -279,8 +281,9 @@ async def assemble(stack: AsyncExitStack, common: Common, slot: Slot) -> Gateway
         local.start()
         stack.push_async_callback(local.stop, FUNCTIONS_GRACE_S)
     access = Access(queue.token, browser_rules(settings, sockets), door)
+    table = local.table if slot.is_first else local.published
     policy = build_policy([url] if url else [], settings.callback_allow)
-    functions = Functions(local.table, settings.function_url, settings.namespaces)
+    functions = Functions(table, settings.function_url, settings.namespaces)
     metrics, health, via = GatewayMetrics(slot), Health(slot), build_via(queue.token)
     invocations = Invocations(settings, functions, access, via, metrics)
     stack.push_async_callback(invocations.close)

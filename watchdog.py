@@ -1802,6 +1802,8 @@ def tcp_progress(sock: socket.socket) -> tuple[bool, int]:
 
     The count is 0 where the kernel keeps none (before Linux 4.1): an established connection has one from its SYN.
     """
+    if sock.family is socket.AF_UNIX:  # it confirms nothing, and what comes on an idle connection is its end
+        return not _is_ready(sock.fileno(), select.POLLIN), 0
     info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
     state, confirmed_bytes = _TCP_INFO.unpack(info.ljust(_TCP_INFO.size, b"\0"))
     return state == _TCP_ESTABLISHED, confirmed_bytes
@@ -2657,7 +2659,10 @@ class UpstreamTimeout(FaashoundError):
 
 @dataclass(frozen=True, slots=True)
 class Url:
-    """An http or https address: `target` is path and query as they go on the request line."""
+    """An http or https address: `target` is path and query as they go on the request line.
+
+    A `host` that begins with a slash is the path of a Unix socket.
+    """
 
     scheme: str
     host: str
@@ -2667,6 +2672,8 @@ class Url:
     @property
     def authority(self) -> str:
         """Return the Host field: the port is left out when it is the scheme's own."""
+        if self.host.startswith("/"):
+            return "localhost"
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == (443 if self.scheme == "https" else 80) else f"{host}:{self.port}"
 
@@ -2787,7 +2794,9 @@ class Client:
 
     async def _connect_any(self, url: Url) -> ClientConnection:
         """Return a connection to the first address that speaks: one that takes it but fails in TLS is not the last."""
-        left = take_turns(await self._resolve(url))[:MAX_ATTEMPTS_COUNT]
+        is_path = url.host.startswith("/")
+        found = [(socket.AF_UNIX, url.host)] if is_path else await self._resolve(url)
+        left = take_turns(found)[:MAX_ATTEMPTS_COUNT]
         reasons = [] if left else ["it has no address"]
         while left:
             try:
@@ -2844,6 +2853,8 @@ class Client:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(ATTEMPT_TIMEOUT_S):
+                if family is socket.AF_UNIX:
+                    return (await loop.create_unix_connection(lambda: ClientConnection(self), host))[1]
                 _, connection = await loop.create_connection(lambda: ClientConnection(self), host, port, family=family)
                 return connection
         except OSError as error:  # a TimeoutError of asyncio among them, which has no number

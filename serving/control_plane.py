@@ -125,7 +125,7 @@ class ControlPlane:
             raise NotFound("no function has this name")
         status, usage = self.status(), None
         if parameters.get("usage") in ("1", "true") and function.name in status:
-            usage = await measure_usage(_pids(status[function.name]))
+            usage = await measure_usage(status[function.name].pids)
         count = self.counts.totals().get(function.name, 0)
         return json_response(200, describe_function(function, _replicas(function, status), count, usage))
 
@@ -145,8 +145,4 @@ class ControlPlane:
 
 def _replicas(function: Function, status: Mapping[FunctionName, LocalStatus]) -> Replicas:
     found = status.get(function.name)
-    return ELSEWHERE if found is None else Replicas(1, len(_pids(found)))
-
-
-def _pids(status: LocalStatus) -> list[int]:
-    return [] if status.pid is None else [status.pid]
+    return ELSEWHERE if found is None else Replicas(found.wanted_count, found.available_count)

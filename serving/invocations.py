@@ -64,7 +64,6 @@ class Invocations:
         self._access = access
         self._via = via
         self._metrics = metrics
-        self._listed = frozenset(function.name for function in functions)
         self._names = system_names()
         self._client = Client(self._names)
         self._found_names = strangers_names()
@@ -82,7 +81,7 @@ class Invocations:
         start_time = (by_worker and request.header(b"x-start-time")) or b"%d" % time.time_ns()
         ids = RequestIds(call_id_of(request) or new_call_id(), start_time)
         function = self._functions.lookup(name)
-        label = self._metrics.begin(function, listed=function is not None and function.name in self._listed)
+        label = self._metrics.begin(function, listed=function is not None and function.name in self._functions)
         started_s, status = time.perf_counter(), CLIENT_GONE_STATUS
         reason: dict[str, object] = {}
         try:
@@ -138,4 +137,4 @@ class Invocations:
 
     def _client_of(self, function: Function) -> Client:
         """Return what reaches a function; the address of one that function_url found may have to be judged first."""
-        return self._client if function.name in self._listed else self._found_client
+        return self._client if function.name in self._functions else self._found_client

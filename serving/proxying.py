@@ -20,12 +20,11 @@ import hmac
 import re
 import urllib.parse
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 from ..calls.callbacks import CALLBACK_PROOF
-from ..functions.table import Function
-from ..watchdog import FaashoundError, Header, Request, Url, end_to_end, parse_url
+from ..functions.table import Function, parse_upstream
+from ..watchdog import FaashoundError, Header, Request, Url, end_to_end
 from ..worker import WORKER_TOKEN
 
 DECODINGS_COUNT = 3  # of a path: upstreams decode once, careless ones twice
@@ -130,17 +129,11 @@ def fields_of_worker(request: Request, ids: RequestIds, via: OurVia) -> list[Hea
     return [*end_to_end(request.headers, *_NEVER_PASSED_ON), *ids.fields, via.extend(request)]
 
 
-@lru_cache(maxsize=1024)
-def base_url(text: str) -> Url:
-    """Return the parts of a function's base URL."""
-    return parse_url(text)
-
-
 def function_target(function: Function, request: Request, rest: bytes) -> Url:
     """Return where a request for a function goes: the function's address, the rest of the path, the query."""
     if function.url is None:
         raise AssertionError(f"{function.name} has no address: local functions get theirs when they are started")
-    base = base_url(function.url)
+    base = parse_upstream(function.url)
     target = base.target.rstrip("/") + (rest.decode() or "/") + (f"?{request.query.decode()}" if request.query else "")
     return Url(base.scheme, base.host, base.port, target)
 
