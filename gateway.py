@@ -44,8 +44,7 @@ import uvloop
 from .calls.callbacks import build_policy
 from .calls.model import QueueLimits
 from .functions.local import LocalFunctions
-from .functions.supervisor import Program as ManagedProgram
-from .functions.supervisor import Supervisor, python_command
+from .functions.supervisor import ManagedProgram, Supervisor, python_command
 from .functions.table import Functions
 from .queues import Queue, open_queue, trouble_of
 from .serving.access import Access

@@ -2550,8 +2550,8 @@ class ServerConnection(Connection):
         elif self._intake.paused:
             self._throttle()
 
-    def _refuse(self, error: FaashoundError) -> None:
-        """Answer `error` instead of whatever the handler would have said, and close."""
+    def _refuse(self, error: FaashoundError, *, at_once: bool = False) -> None:
+        """Answer `error` instead of what the handler would have said, and close: once it has ended, or `at_once`."""
         self._refusal = error
         self._alarm.set(None)
         if self._phase is Phase.SENDING:
@@ -2563,8 +2563,11 @@ class ServerConnection(Connection):
             self._answer_refusal(None)
         else:
             cast(Request, self._request).refusal = error
-            self._task.add_done_callback(self._answer_refusal)
             self._task.cancel()
+            if at_once:
+                self._answer_refusal(self._task)
+            else:
+                self._task.add_done_callback(self._answer_refusal)
 
     def _answer_refusal(self, task: asyncio.Task[None] | None) -> None:
         error = cast(FaashoundError, self._refusal)
@@ -2628,7 +2631,7 @@ class ServerConnection(Connection):
         if self._phase not in (Phase.HEAD, Phase.BODY, Phase.HANDLING):
             self.abort()
         elif self._refusal is None:
-            self._refuse(Stopping())
+            self._refuse(Stopping(), at_once=True)  # a tree that was granted term_grace may outlast the farewell
 
     def _cancel(self) -> None:
         """Cancel the exchange, once: a second time would cut short how its handler ends."""
@@ -2950,8 +2953,7 @@ class ClientConnection(Connection):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        with self._socket.dup() as sock:  # uvloop's would make one for each option
-            keep_watch(sock)
+        keep_watch(self._socket)  # not through a copy of it, for which there may be no descriptor left
 
     async def start_tls(self, context: ssl.SSLContext, host: str) -> None:
         """Speak TLS from now on; raises OSError (ssl.SSLError among them), and the connection is closed then."""

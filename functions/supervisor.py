@@ -1,7 +1,7 @@
 """Keeps programs of ours running beside this one: watchdogs of local functions, a local worker.
 
     supervisor = Supervisor()
-    process = supervisor.start(Program("the worker", (sys.executable, "-m", "faashound.worker"), environ))
+    process = supervisor.start(ManagedProgram("the worker", (sys.executable, "-m", "faashound.worker"), environ))
     await supervisor.end(process, grace_s=30)      # this one, and leave the others
     await supervisor.stop(grace_s=30)              # all of them
 
@@ -70,7 +70,7 @@ def describe_exit(status: int) -> str:
 
 
 @dataclass(frozen=True)
-class Program:
+class ManagedProgram:
     """What is to be kept running: `name` is what the log calls it, `environ` its whole environment.
 
     It inherits `listener` as systemd hands it (sd_listen_fds(3)), writes its stderr to `stderr_fd` if that is given,
@@ -111,7 +111,7 @@ class Running(Protocol):
 class Launcher(Protocol):
     """What brings a program into being."""
 
-    async def launch(self, program: Program, parent_death_fd: int) -> Running:
+    async def launch(self, program: ManagedProgram, parent_death_fd: int) -> Running:
         """Start it; raises OSError."""
 
 
@@ -137,7 +137,7 @@ class SpawnedProcess:
 class Spawner:
     """Launches a program by posix_spawn(3)."""
 
-    async def launch(self, program: Program, parent_death_fd: int) -> SpawnedProcess:
+    async def launch(self, program: ManagedProgram, parent_death_fd: int) -> SpawnedProcess:
         """See `Launcher`."""
         actions: list[tuple[Any, ...]] = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
         if program.stderr_fd is not None:
@@ -160,7 +160,7 @@ class Spawner:
 class ManagedProcess:
     """One program that is kept running.  `pid` is None between two lives."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: ManagedProgram) -> None:
         self.program = program
         self.restart_count = 0
         self.last_exit: str | None = None  # why its last life ended, if it was not told to
@@ -200,7 +200,7 @@ class Supervisor:
         self._cleanup = contextlib.ExitStack()
         self._parent_death_fd = _open_parent_death_pipe(self._cleanup, self._parent_death_end)
 
-    def start(self, program: Program) -> ManagedProcess:
+    def start(self, program: ManagedProgram) -> ManagedProcess:
         """Keep `program` running until it is told to end."""
         process = ManagedProcess(program)
         self._tasks[process] = asyncio.create_task(self._keep(process), name=program.name)

@@ -14,8 +14,8 @@ import hmac
 from dataclasses import dataclass
 
 from ..calls.callbacks import CALLBACK_PROOF, build_proof
+from ..draining.gateway import WORKER_TOKEN
 from ..watchdog import Request
-from ..worker import WORKER_TOKEN
 from .answers import Forbidden
 from .browsers import BrowserRules, UnknownHost
 from .passwords import PasswordDoor

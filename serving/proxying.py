@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..calls.callbacks import CALLBACK_PROOF
+from ..draining.gateway import WORKER_TOKEN
 from ..functions.table import Function, parse_upstream
 from ..watchdog import FaashoundError, Header, Request, Url, end_to_end
-from ..worker import WORKER_TOKEN
 
 DECODINGS_COUNT = 3  # of a path: upstreams decode once, careless ones twice
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from ..calls.callbacks import CallbackAllow, parse_callback_allow
 from ..calls.names import DEFAULT_NAMESPACE, parse_namespaces
 from ..functions.table import parse_function_url
+from ..network.hosts import parse_hosts
 from ..queues.nats_settings import NatsSettings
 from ..queues.urls import QUEUE_RESERVE_HELP, QueueUrl, parse_queue_url
 from ..watchdog import (
@@ -33,7 +34,7 @@ from ..watchdog import (
     parse_workers,
     setting,
 )
-from .browsers import parse_hosts, parse_origins
+from .browsers import parse_origins
 
 WORKER_METRICS_PORT = 8083
 

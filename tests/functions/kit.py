@@ -8,6 +8,7 @@ import http.client
 import json
 import os
 import socket
+import sys
 import textwrap
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -66,6 +67,7 @@ def real(text: str) -> LocalFunctions:
 
 @contextlib.asynccontextmanager
 async def running(local: LocalFunctions, grace_s: float = DEADLINE_S) -> AsyncIterator[LocalFunctions]:
+    sys.audit("tests.starts_a_process")
     local.open()
     local.start()
     try:

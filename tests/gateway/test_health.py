@@ -12,11 +12,9 @@ import pytest
 from faashound.serving.health import QUEUE_MEMORY_S, Health
 from faashound.serving.janitor import is_nearly_full, stray_queues
 from faashound.watchdog import Scoreboard, Slot
+from testkit.disks import fill
 from testkit.harness import free_port, http_request, wait_until
 from testkit.system import System
-from tests.queues.test_spool_faults import fill, small_disk
-
-__all__ = ["small_disk"]  # a fixture
 
 RENAMED = '[resize]\nfprocess = "cat"\nannotations."com.openfaas.queue" = "{}"'
 
@@ -41,8 +39,8 @@ def test_queue_that_refuses_is_a_problem_until_it_takes_a_call_or_nobody_has_ask
 
 
 def test_every_process_knows_of_the_worker_that_the_first_one_runs() -> None:
-    scorescoreboard = Scoreboard(2)
-    first, second = Health(Slot(scorescoreboard)), Health(Slot(scorescoreboard, 1))
+    board = Scoreboard(2)
+    first, second = Health(Slot(board)), Health(Slot(board, 1))
     first.worker_trouble("exited with status 1")
     assert second.problems(0.0) == first.problems(0.0) != []
     first.worker_trouble("")
@@ -64,8 +62,8 @@ def test_queue_is_nearly_full_when_few_reserves_are_free(
 
 
 def test_every_process_warns_of_the_room_that_the_first_one_looks_at() -> None:
-    scoreboard = Scoreboard(2)
-    first, second = Health(Slot(scoreboard)), Health(Slot(scoreboard, 1))
+    board = Scoreboard(2)
+    first, second = Health(Slot(board)), Health(Slot(board, 1))
     first.queue_is_nearly_full(True)
     assert second.warnings() == ["the queue's disk is nearly full; see the log"]
     assert second.problems(0.0) == []

@@ -21,7 +21,8 @@ OTHERS: dict[str, set[str]] = {
     "network": {"aiodns", "psutil"},
     "functions": {"cronsim", "psutil"},  # loaded in the fork server for the watchdogs' guards
     "jetstream": {"nats"},
-    "worker": {"uvloop", "prometheus_client"},
+    "draining": {"prometheus_client"},
+    "worker": {"uvloop"},
     "serving": {"prometheus_client", "psutil"},
     "gateway": {"uvloop"},
 }

@@ -16,11 +16,8 @@ import uvloop
 
 from faashound.calls.model import (
     EXCERPT_BYTES,
-    EXPIRED_ERROR,
-    EXPIRED_STATUS,
     HISTORY_COUNT,
     INLINE_BYTES,
-    LOST_ERROR,
     Callback,
     CallbackState,
     CallExists,
@@ -35,6 +32,7 @@ from faashound.calls.model import (
     destination_of,
 )
 from faashound.calls.names import parse_function_name
+from faashound.calls.steps import EXPIRED_ERROR, EXPIRED_STATUS, LOST_ERROR
 from faashound.queues.spool.limits import STEP_COUNT
 from faashound.watchdog import BodyTooLarge
 from testkit.nats_servers import Cluster

@@ -23,23 +23,21 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
 from faashound.calls.ids import new_call_id
-from faashound.calls.model import CALLBACK_TRANSITIONS as CALLBACK_MOVES
 from faashound.calls.model import (
-    CALLS_BACK,
     FINAL,
     Attempt,
     CallbackState,
     CallFinished,
     CallNotDead,
-    Event,
     Lease,
     LeaseLost,
     RunEnd,
     State,
-    lost_wait_s,
 )
-from faashound.calls.model import TRANSITIONS as MOVES
 from faashound.calls.names import parse_function_name
+from faashound.calls.steps import CALLBACK_TRANSITIONS as CALLBACK_MOVES
+from faashound.calls.steps import CALLS_BACK, Event, lost_wait_s
+from faashound.calls.steps import TRANSITIONS as MOVES
 from faashound.queues.spool.limits import DATABASE
 from testkit.spool_kit import LEASE_S, QUEUE, START_S, Remote, inline, new_call
 
