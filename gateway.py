@@ -302,7 +302,7 @@ async def assemble(stack: AsyncExitStack, common: Common, slot: Slot) -> Gateway
         Submissions(settings, functions, queue, policy, access, via, metrics, health),
         CallStatus(queue, access, slot.share_of(settings.max_long_polls), settings.max_long_polls),
         CallAdmin(queue),
-        ControlPlane(functions, local.status, counts, settings.namespaces if settings.function_url else ()),
+        ControlPlane(functions, access, local.status, counts, settings.namespaces if settings.function_url else ()),
     )
 
 

@@ -5,9 +5,9 @@
     fworker dead list|show|retry|purge        # what was given up; see queues/commands.py
     fworker cancel --all | --function NAME    # what waits in the queue
 
-For each call that is due: lease it, send it to the function (draining/caller.py), and record (draining/recording.py)
-what follows from the outcome (`retries.next_step`): done, again at some time, or a dead letter.  A result with a
-callback is delivered (draining/delivery.py) as a step of its own: a failing callback never runs the function again.
+For each call that is due: lease it, send it to where its function answers (draining/caller.py), and record what follows
+from the outcome (`retries.next_step`, draining/recording.py): done, again at some time, or a dead letter.  A result
+with a callback is delivered (draining/delivery.py) as a step of its own: that it fails never runs the function again.
 
 What it promises: delivery is at least once, and once without faults; a lease is renewed while the function runs, so
 calls may take as long as they like; what a worker held when it died is taken over.  On SIGTERM it claims nothing
@@ -67,7 +67,7 @@ from .draining.functions import KnownFunctions
 from .draining.gateway import GatewayAccess
 from .draining.in_flight import EarlyEnd, InFlight, InFlightTable
 from .draining.limits import FunctionLimits
-from .draining.metrics import WorkerMetrics
+from .draining.metrics import Invocations, WorkerMetrics
 from .draining.outcomes import attempt_record
 from .draining.recording import PAUSE_S, Recorder
 from .draining.shares import Slots
@@ -126,6 +126,12 @@ class Settings(NatsSettings):
     """What the operator asked of this worker; see `watchdog.settings_table`."""
 
     gateway_url: str = setting("gateway_url", "http://127.0.0.1:8080", parse_gateway_url, "where functions are called")
+    invoke: str = setting(
+        "invoke",
+        "direct",
+        parse_choice("direct", "gateway"),
+        "direct: call functions where they answer, if that can be reached; gateway: all through the gateway",
+    )
     queue_url: QueueUrl = setting(
         "queue_url", "spool:./spool", parse_queue_url, "the queue: spool:DIRECTORY, or nats://HOST[:PORT][,HOST...]"
     )
@@ -200,9 +206,11 @@ class Worker:
         self._owner = owner
         self._connections = Connections(rules.policy)
         gateway = GatewayAccess(parse_url(settings.gateway_url), queue.token)
-        self._functions = KnownFunctions(self._connections.to_functions, gateway, settings.retry_policy())
+        self._functions = KnownFunctions(
+            self._connections.to_functions, gateway, settings.retry_policy(), direct=settings.invoke == "direct"
+        )
         limits = CallLimits(settings.call_timeout_s, settings.max_result_bytes)
-        self._caller = Caller(queue, self._connections.to_functions, gateway, limits)
+        self._caller = Caller(queue, self._connections, self._functions, limits, Invocations(self.metrics.registry))
         self._breakers = Breakers(max(settings.max_inflight // PROBES_PART, 1))
         self._deliverer = Deliverer(queue, self._connections.to_callbacks, rules, self._breakers)
         self._callback_policy = dataclasses.replace(CALLBACK_POLICY, max_attempts=settings.callback_retry_attempts)
@@ -371,14 +379,14 @@ class Worker:
     async def _make_call(self, entry: InFlight) -> None:
         lease = entry.lease
         call, started_s, started = lease.call, time.time(), time.monotonic()
-        policy = await self._functions.policy(call.function)
-        if is_poison(call.attempts, policy):
+        known = await self._functions.get(call.function)
+        if is_poison(call.attempts, known.policy):
             await self._dead_letter(lease, poison_step(call.attempts))
             return
-        outcome = await self._caller.attempt(call)
+        outcome = await self._caller.attempt(call, known.upstream)
         self._limits.learn(call.function, outcome, started, time.monotonic())
         now_s = time.time()
-        step = next_step(Progress(call.attempts, call.expires_s), policy, outcome, now_s, random.random)
+        step = next_step(Progress(call.attempts, call.expires_s), known.policy, outcome, now_s, random.random)
         self.metrics.attempt(call.function, outcome)
         log_call_step(call, step, outcome)
         if isinstance(step, HandBack):
@@ -409,7 +417,7 @@ class Worker:
         if is_poison(callback.attempts, self._callback_policy):
             outcome, step = AttemptOutcome(OutcomeKind.FAILED), poison_step(callback.attempts)
         else:
-            policy = await self._functions.policy(call.function)
+            policy = (await self._functions.get(call.function)).policy
             outcome = await self._deliverer.attempt(call, entry.flow, policy.max_retries_count)
             step = next_callback_step(callback.attempts, self._callback_policy, outcome, time.time(), random.random)
         self.metrics.callback(outcome)

@@ -10,6 +10,7 @@ import prometheus_client
 from ..calls.model import Kind
 from ..calls.names import FunctionName
 from ..calls.retries import AttemptOutcome
+from ..watchdog import BUCKETS_S
 from .functions import MAX_KNOWN_COUNT
 
 
@@ -18,7 +19,7 @@ class WorkerMetrics:
 
     def __init__(self) -> None:
         self.registry = prometheus_client.CollectorRegistry()
-        self._known: set[str] = set()
+        self._labels = Labels()
         self._attempts = prometheus_client.Counter(
             "worker_attempts", "Attempts at calls, by outcome", ("function_name", "outcome"), registry=self.registry
         )
@@ -47,7 +48,7 @@ class WorkerMetrics:
 
     def attempt(self, function: FunctionName, outcome: AttemptOutcome) -> None:
         """Count an attempt at a call."""
-        self._attempts_of(self._label(function), str(outcome.status or outcome.kind.value)).inc()
+        self._attempts_of(self._labels.of(function), str(outcome.status or outcome.kind.value)).inc()
 
     def callback(self, outcome: AttemptOutcome) -> None:
         """Count an attempt at a callback."""
@@ -57,10 +58,61 @@ class WorkerMetrics:
         """Set the limits of the functions that are held below the worker's own, and count destinations in trouble."""
         self._limits.clear()
         for function, limit in limits:
-            self._limits.labels(self._label(function)).set(limit)
+            self._limits.labels(self._labels.of(function)).set(limit)
         self._held_back.set(held_back_count)
 
-    def _label(self, function: str) -> str:
+
+class Invocations:
+    """The gateway's counters of invocations, for calls that do not go through it: under the same names, so that sums
+    over gateway and worker are right."""
+
+    def __init__(self, registry: prometheus_client.CollectorRegistry) -> None:
+        self._labels = Labels()
+        name_and_code = ("function_name", "code")
+        self._total = prometheus_client.Counter(
+            "gateway_function_invocation", "Function invocations, by outcome", name_and_code, registry=registry
+        )
+        self._seconds = prometheus_client.Histogram(
+            "gateway_functions_seconds",
+            "Function time taken",
+            name_and_code,
+            buckets=BUCKETS_S,
+            registry=registry,
+        )
+        # A gauge, as the gateway's: OpenFaaS's counter has no _total, which a counter's name would end with.
+        self._started = prometheus_client.Gauge(
+            "gateway_function_invocation_started",
+            "Function invocations begun",
+            ("function_name",),
+            registry=registry,
+        )
+        self._started_of = lru_cache(MAX_KNOWN_COUNT)(self._started.labels)
+        self._total_of = lru_cache(MAX_KNOWN_COUNT)(self._total.labels)
+        self._seconds_of = lru_cache(MAX_KNOWN_COUNT)(self._seconds.labels)
+
+    def begin(self, function: FunctionName) -> str:
+        """Count the start of an invocation; return the label that `end` is to be given."""
+        label = self._labels.of(function)
+        self._started_of(label).inc()
+        return label
+
+    def end(self, label: str, status: int, duration_s: float) -> None:
+        """Count the end of an invocation; status 0: it was not made after all."""
+        if not status:
+            self._started_of(label).dec()
+            return
+        self._total_of(label, str(status)).inc()
+        self._seconds_of(label, str(status)).observe(duration_s)
+
+
+class Labels:
+    """The names of functions as labels: those beyond MAX_KNOWN_COUNT are one, since callers can make up names."""
+
+    def __init__(self) -> None:
+        self._known: set[str] = set()
+
+    def of(self, function: str) -> str:
+        """Return the label of a function."""
         if len(self._known) < MAX_KNOWN_COUNT:
             self._known.add(function)
         return function if function in self._known else "other"

@@ -10,6 +10,7 @@ from ..calls.model import Attempt, Headers, QueueDamaged, QueueFull, QueueUnavai
 from ..calls.retries import AttemptOutcome, Done, OutcomeKind, Step
 from ..watchdog import (
     ClientResponse,
+    FaashoundError,
     OutOfResources,
     PeerGone,
     Unreachable,
@@ -17,8 +18,16 @@ from ..watchdog import (
     end_to_end,
     log,
 )
+from ..watchdog import Headers as RawHeaders
 
+_ID_FIELDS = ("x-call-id", "x-start-time")  # the gateway's word on a call, whatever its function answers
 REFUSED_TEXT = "refused: not allowed by callback_allow"  # which names lead to inner addresses is not for strangers
+
+
+class GatewayAway(FaashoundError):
+    """The gateway cannot be reached, and the call cannot be made without it; nothing was sent."""
+
+    status = 503
 
 
 def decoded(value: bytes | None) -> str | None:
@@ -46,7 +55,7 @@ def outcome_of_error(error: Exception, call_id: str) -> AttemptOutcome:
             return AttemptOutcome(OutcomeKind.TIMED_OUT, error=str(error))
         case QueueDamaged():
             return AttemptOutcome(OutcomeKind.UNREADABLE, error=str(error))
-        case QueueUnavailable() | QueueFull() | OutOfResources():
+        case QueueUnavailable() | QueueFull() | OutOfResources() | GatewayAway():
             return AttemptOutcome(OutcomeKind.PREVENTED, error=str(error))
         case PeerGone() | Unreachable():
             return AttemptOutcome(OutcomeKind.UNREACHABLE, error=str(error))
@@ -55,9 +64,11 @@ def outcome_of_error(error: Exception, call_id: str) -> AttemptOutcome:
             return AttemptOutcome(OutcomeKind.FAILED, error="a fault of the worker: see its log")
 
 
-def kept_headers(response: ClientResponse) -> Headers:
-    """Return the fields of an answer that are stored with it."""
-    return tuple((name.decode(), value.decode("latin-1")) for name, value in end_to_end(response.headers))
+def kept_headers(answered: RawHeaders, submitted: Headers) -> Headers:
+    """Return the fields of an answer that are stored with it: the function's, and the ids that the call came with."""
+    fields = end_to_end(answered, *(name.encode() for name in _ID_FIELDS))
+    ids = (field for field in submitted if field[0].lower() in _ID_FIELDS)
+    return (*((name.decode(), value.decode("latin-1")) for name, value in fields), *ids)
 
 
 def attempt_record(started_s: float, finished_s: float, outcome: AttemptOutcome, step: Step) -> Attempt:

@@ -22,7 +22,9 @@ from pathlib import Path
 from ..calls.names import DEFAULT_NAMESPACE, FunctionName
 from ..functions.local import LocalStatus
 from ..functions.table import Function, Functions
+from ..network.machine import network_identity
 from ..watchdog import VERSION, FaashoundError, Request, Response
+from .access import Access
 from .answers import NotFound, allow, json_response
 from .function_views import ELSEWHERE, Replicas, describe_function, describe_gateway, describe_namespace
 from .invocation_counts import InvocationCounts
@@ -71,14 +73,23 @@ def parse_parameters(query: bytes) -> Mapping[str, str]:
     return found
 
 
+def describe_upstream(function: Function, *, is_guarded: bool) -> dict[str, object]:
+    """Return where a function answers, for workers of ours, which call it there.
+
+    `is_guarded`: a caller's word completes its host.  `network` tells a worker whether loopback is the same for both.
+    """
+    return {"url": function.url, "guarded": is_guarded, "network": network_identity()}
+
+
 @dataclass(frozen=True, slots=True)
 class ControlPlane:
-    """Shows functions; the caller has been let in by then.
+    """Shows functions; the caller has been let in by then.  Workers of ours are told besides where they answer.
 
     `status` tells of functions that are run here; `namespaces` are those in which function_url finds functions, if any.
     """
 
     functions: Functions
+    access: Access
     status: Callable[[], Mapping[FunctionName, LocalStatus]]
     counts: InvocationCounts
     namespaces: Collection[str]
@@ -127,7 +138,10 @@ class ControlPlane:
         if parameters.get("usage") in ("1", "true") and function.name in status:
             usage = await measure_usage(status[function.name].pids)
         count = self.counts.totals().get(function.name, 0)
-        return json_response(200, describe_function(function, _replicas(function, status), count, usage))
+        described = describe_function(function, _replicas(function, status), count, usage)
+        if self.access.is_worker(request):
+            described["upstream"] = describe_upstream(function, is_guarded=self.functions.is_guarded(function.name))
+        return json_response(200, described)
 
     def _known_namespaces(self) -> list[str]:
         """Return the namespaces that functions may be in, the default one first."""
