@@ -379,6 +379,10 @@ def no_permission(_: Desk) -> Iterator[None]:
     os.seteuid(0)
 
 
+def unmount(path: Path) -> None:
+    subprocess.run(["umount", "-l", path], check=True)
+
+
 @contextlib.contextmanager
 def failing_disk(desk: Desk) -> Iterator[None]:
     """EIO: the body lies on a device whose end has been cut off."""
@@ -387,17 +391,14 @@ def failing_disk(desk: Desk) -> Iterator[None]:
     image, disk = desk.directory.parent / "image", desk.directory.parent / "disk"
     disk.mkdir()
     with contextlib.ExitStack() as stack:
-        for command in (
-            ["truncate", "-s", "8M", image],
-            ["mkfs.ext4", "-q", image],
-            ["mount", "-o", "loop", image, disk],
-        ):
-            subprocess.run(command, check=True)
-        stack.callback(subprocess.run, ["umount", "-l", disk], check=True)
+        subprocess.run(["truncate", "-s", "8M", image], check=True)
+        subprocess.run(["mkfs.ext4", "-q", image], check=True)
+        subprocess.run(["mount", "-o", "loop", image, disk], check=True)
+        stack.callback(unmount, disk)
         copy = shutil.copy(body, disk)
         subprocess.run(["sync", "-f", copy], check=True)
         subprocess.run(["mount", "--bind", copy, body], check=True)
-        stack.callback(subprocess.run, ["umount", "-l", body], check=True)
+        stack.callback(unmount, body)
         os.truncate(image, 65536)
         with open(body, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
