@@ -103,10 +103,11 @@ ACCEPTS_COUNT = 64  # connections in one turn of the loop
 TURN_S = 0.002  # a new connection waits so long for the process that has the fewest
 LATE_S = 0.1  # for the first byte on a connection that was accepted as a drain began
 ACCEPT_PAUSE_S = 0.1  # when there are no descriptors for another connection
-TALLY_BYTES = 1 << 23  # room for what one process counts; only what is used takes memory
-FIRST_RESTART_S = 0.1  # of a process of ours that has died, and then longer each time
+COUNTERS_BYTES = 1 << 23  # room for what one process counts; only what is used takes memory
+FIRST_RESTART_S = 0.1  # until a process of ours that has died is started again, and then longer each time
 LONGEST_RESTART_S = 30.0
-PROVEN_AFTER_S = 10.0  # one that has lived so long starts its delays from the beginning
+PROVEN_AFTER_S = 10.0  # a process that has lived so long starts its delays from the beginning
+BAD_SETTINGS_STATUS = 2  # our programs' exit status for settings that no restart will mend
 LINGER_S = 2.0  # after a refusal: how long the client may go on sending before the connection is cut
 LINGER_BYTES = 1 << 24  # ... and how much
 WATCH_IDLE_S = 30  # a connection without traffic is asked so often whether its other end lives; IPVS forgets at 900 s
@@ -729,45 +730,46 @@ def _quoted(value: object) -> str:
 log = Log()
 
 # ---------------------------------------------------------------------------------------------------------------
-# What the processes of one program share.  With workers=N there are N that accept from the same sockets, each with a
-# loop of its own; what an operator set or looks at is meant for all of them together.  It stands in memory that they
-# share since the first forked the others: on the board a row of numbers for each, and each one's tallies.
-# Everybody reads all, but writes only what is his own, so counting needs no lock and survives whoever counted.  Only
-# to admit up to a limit takes one (a record lock, fcntl(2): the kernel takes it back when its holder dies).
+# Scoreboard: what the worker processes of one program share.  With workers=N there are N that accept from the same
+# sockets, each with a loop of its own; a limit or a metric is meant for all of them together.  The numbers stand in
+# memory that the supervisor mapped before it forked them: a slot of the scoreboard for each, and each one's counters.
+# A worker process reads every slot and writes only its own, so counting needs no lock, and what was counted survives
+# the death of the process that counted.  Only admission up to a limit takes a lock (a record lock, fcntl(2): the kernel
+# releases it when its holder dies).
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class Tally:
+class SharedCounters:
     """Sums under a key: a counter is one number, a histogram its sum and its buckets.
 
-    Each member writes into its own region: entries of the key's length, how many numbers, the key, the numbers.
+    Each worker process writes into its own region: entries of the key's length, how many numbers, the key, the numbers.
     """
 
-    def __init__(self, members_count: int) -> None:
-        self._memory = mmap.mmap(-1, TALLY_BYTES * members_count)
+    def __init__(self, workers_count: int) -> None:
+        self._memory = mmap.mmap(-1, COUNTERS_BYTES * workers_count)
         self._regions = [
-            memoryview(self._memory)[start : start + TALLY_BYTES]
-            for start in range(0, TALLY_BYTES * members_count, TALLY_BYTES)
+            memoryview(self._memory)[start : start + COUNTERS_BYTES]
+            for start in range(0, COUNTERS_BYTES * workers_count, COUNTERS_BYTES)
         ]
         self._scratch = memoryview(bytearray(8 * 64)).cast("d")
 
-    def cell(self, index: int, key: str, size: int) -> memoryview[float]:
-        """Return `size` numbers that member `index` may add to; once for each key, whose numbers are zero then.
+    def values(self, index: int, key: str, size: int) -> memoryview[float]:
+        """Return `size` numbers, all zero, that worker process `index` may add to; to be called once for each key.
 
         A region that is full takes no more keys; what is added to their numbers is lost.
         """
         region, name = self._regions[index], key.encode()
         used_bytes = int.from_bytes(region[:8], "little") or 8
         start = used_bytes + 8 + -(-len(name) // 8) * 8
-        if start + 8 * size > TALLY_BYTES:
+        if start + 8 * size > COUNTERS_BYTES:
             return self._scratch
         region[used_bytes : used_bytes + 8] = len(name).to_bytes(4, "little") + size.to_bytes(4, "little")
         region[used_bytes + 8 : used_bytes + 8 + len(name)] = name
-        region[:8] = (start + 8 * size).to_bytes(8, "little")  # last: whoever reads meanwhile sees the entry whole
+        region[:8] = (start + 8 * size).to_bytes(8, "little")  # last: a reader finds whole entries only
         return region[start : start + 8 * size].cast("d")
 
     def totals(self) -> dict[str, list[float]]:
-        """Return the sums over all members."""
+        """Return the sums over all worker processes."""
         totals: dict[str, list[float]] = {}
         for region in self._regions:
             for key, values in _entries(region):
@@ -776,7 +778,7 @@ class Tally:
         return totals
 
     def adopt(self, index: int) -> dict[str, memoryview[float]]:
-        """Return the cells that a member which has died left to the one that takes its place."""
+        """Return the numbers that a worker process which has died left to the one that takes its slot."""
         return dict(_entries(self._regions[index]))
 
 
@@ -790,77 +792,80 @@ def _entries(region: memoryview) -> Iterator[tuple[str, memoryview[float]]]:
         at = start + 8 * size
 
 
-class Board:
-    """A row for each process: requests in flight, connections, whether it serves.  Made before they are forked."""
+class Scoreboard:
+    """A slot for each worker process: requests in flight, connections, whether it serves.  Made before the fork."""
 
-    def __init__(self, members_count: int = 1) -> None:
-        self.members_count = members_count
-        self.tally = Tally(members_count)
-        rows = memoryview(mmap.mmap(-1, 3 * 8 * members_count)).cast("q")
-        self.in_flight = rows[:members_count]
-        self.connections = rows[members_count : 2 * members_count]
-        self.serving = rows[2 * members_count :]
-        self.lock_fd = os.memfd_create("faashound", os.MFD_CLOEXEC) if members_count > 1 else -1
+    def __init__(self, workers_count: int = 1) -> None:
+        self.workers_count = workers_count
+        self.counters = SharedCounters(workers_count)
+        rows = memoryview(mmap.mmap(-1, 3 * 8 * workers_count)).cast("q")
+        self.in_flight = rows[:workers_count]
+        self.connections = rows[workers_count : 2 * workers_count]
+        self.serving = rows[2 * workers_count :]
+        self.lock_fd = os.memfd_create("faashound", os.MFD_CLOEXEC) if workers_count > 1 else -1
 
     def clear(self, index: int) -> None:
-        """Forget a member that has died; what it has counted stays."""
+        """Empty the slot of a worker process that has died; what it has counted stays."""
         self.in_flight[index] = self.connections[index] = self.serving[index] = 0
 
 
-class Seat:
-    """One process's place at the board; `on_change` is called when it begins or ends to accept connections."""
+class Slot:
+    """One process's part of the scoreboard; `on_change` is called when it begins or ends to accept connections."""
 
-    def __init__(self, board: Board, index: int = 0, on_change: Callable[[], None] = lambda: None) -> None:
-        self.board = board
+    def __init__(self, scoreboard: Scoreboard, index: int = 0, on_change: Callable[[], None] = lambda: None) -> None:
+        self.scoreboard = scoreboard
         self.index = index
         self._on_change = on_change
-        self._cells = board.tally.adopt(index)
+        self._values = scoreboard.counters.adopt(index)
 
     @property
     def is_alone(self) -> bool:
         """Whether there are no other processes."""
-        return self.board.members_count == 1
+        return self.scoreboard.workers_count == 1
 
     @property
     def is_first(self) -> bool:
-        """Whether what there is only once is this process's business."""
+        """Whether work that one worker process does for all is this process's."""
         return self.index == 0
 
     @property
     def in_flight_count(self) -> int:
         """The requests in flight in all processes."""
-        return sum(self.board.in_flight)
+        return sum(self.scoreboard.in_flight)
 
-    def serves(self, truth: bool) -> None:
-        """Tell whether this process accepts connections."""
-        self.board.serving[self.index] = truth
+    def set_serving(self, serving: bool) -> None:
+        """Note whether this process accepts connections."""
+        self.scoreboard.serving[self.index] = serving
         self._on_change()
+
+    def count_connection(self, change: int) -> None:
+        """Count a connection in (1) or out (-1)."""
+        self.scoreboard.connections[self.index] += change
 
     def enter(self, limit_count: int) -> bool:
         """Count a request in, unless that would make more than `limit_count` in all processes; 0 is no limit."""
         locked = limit_count > 0 and not self.is_alone
         if locked:
-            fcntl.lockf(self.board.lock_fd, fcntl.LOCK_EX)
+            fcntl.lockf(self.scoreboard.lock_fd, fcntl.LOCK_EX)
         admitted = not limit_count or self.in_flight_count < limit_count
-        self.board.in_flight[self.index] += admitted
+        self.scoreboard.in_flight[self.index] += admitted
         if locked:
-            fcntl.lockf(self.board.lock_fd, fcntl.LOCK_UN)
+            fcntl.lockf(self.scoreboard.lock_fd, fcntl.LOCK_UN)
         return admitted
 
     def leave(self) -> None:
         """Count a request out."""
-        self.board.in_flight[self.index] -= 1
+        self.scoreboard.in_flight[self.index] -= 1
 
     def share_of(self, count: int) -> int:
         """Return this process's part of `count`, rounded up."""
-        return -(-count // self.board.members_count)
+        return -(-count // self.scoreboard.workers_count)
 
-    def cell(self, key: str, size: int) -> memoryview[float]:
+    def values(self, key: str, size: int) -> memoryview[float]:
         """Return this process's numbers under `key`."""
-        found = self._cells.get(key)
-        if found is None:
-            found = self._cells[key] = self.board.tally.cell(self.index, key, size)
-        return found
+        if key not in self._values:
+            self._values[key] = self.scoreboard.counters.values(self.index, key, size)
+        return self._values[key]
 
     def is_next(self) -> bool:
         """Tell whether a new connection is for this process: none that serves has much fewer.
@@ -869,9 +874,9 @@ class Seat:
         """
         if self.is_alone:
             return True
-        mine, connections, serving = self.board.connections[self.index], self.board.connections, self.board.serving
-        others = (connections[each] for each in range(self.board.members_count) if serving[each])
-        return all(mine <= other + other // 4 + 1 for other in others)
+        connections, serving = self.scoreboard.connections, self.scoreboard.serving
+        others = (connections[each] for each in range(self.scoreboard.workers_count) if serving[each])
+        return all(connections[self.index] <= other + other // 4 + 1 for other in others)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1006,13 +1011,13 @@ class PeerGone(FaashoundError):
     status = 502
 
 
-class Table(Enum):
+class IdentityEnum(Enum):
     """Root of the enumerations that tables are indexed by: hashed by identity, as members are singletons."""
 
     __hash__ = object.__hash__
 
 
-class Sign(Enum):
+class WireEvent(Enum):
     """What a wire says when it has no head and no chunk to give."""
 
     NEED_DATA = "feed more bytes"
@@ -1157,7 +1162,7 @@ class Body:
 B = TypeVar("B")
 
 
-def whole(body: B) -> B | bytes:
+def body_if_complete(body: B) -> B | bytes:
     """Return a body that has come whole already as its bytes: they go out with the head, in one write."""
     return (body.take() or b"") if isinstance(body, Body) and body.complete else body
 
@@ -1252,15 +1257,13 @@ def build_lines(headers: Sequence[Header]) -> bytes:
 # Not isinstance, here and below: h11's events have an abstract base, which makes that slow.
 
 
-def _meaning(event: object) -> bytes | Sign:
+def _wire_event(event: object) -> bytes | WireEvent:
     """Return what an event of h11 that is no head stands for."""
     if event is h11.NEED_DATA:
-        return Sign.NEED_DATA
-    if type(event) is h11.Data:
-        return bytes(event.data)
+        return WireEvent.NEED_DATA
     if type(event) is h11.EndOfMessage:
-        return Sign.END
-    return Sign.PAUSED if event is h11.PAUSED else Sign.CLOSED
+        return WireEvent.END
+    return WireEvent.PAUSED if event is h11.PAUSED else WireEvent.CLOSED
 
 
 def _fields(event: h11.Request | h11.Response) -> list[Header]:
@@ -1268,8 +1271,8 @@ def _fields(event: h11.Request | h11.Response) -> list[Header]:
     return [(name, value) for _, name, value in event.headers._full_items]
 
 
-class CountedBody:
-    """An incoming body with a Content-Length.  It has no framing of its own, so it passes by h11 and is only counted.
+class ContentLengthReader:
+    """Reads an incoming body with a Content-Length.  It has no framing of its own, so it passes by h11 and is counted.
 
     h11 would copy it four times, and walk through two more states.  It is told how much has passed, so that it can be
     asked for the end of the message where its state matters, and finds by itself that a body was cut short.
@@ -1278,17 +1281,10 @@ class CountedBody:
     def __init__(self, conn: h11.Connection, reader: h11._readers.ContentLengthReader) -> None:
         self._conn = conn
         self._reader = reader
-        self._waiting = self._counted(bytes(conn._receive_buffer.maybe_extract_at_most(reader._remaining) or b""))
+        self._end_told = False
+        self._waiting = self._count(bytes(conn._receive_buffer.maybe_extract_at_most(reader._remaining) or b""))
 
-    @classmethod
-    def of(cls, conn: h11.Connection) -> CountedBody | None:
-        """Return the body of a message whose head h11 has just parsed, None where h11 has more to do than to count."""
-        reader = conn._reader
-        if not isinstance(reader, h11._readers.ContentLengthReader) or conn.they_are_waiting_for_100_continue:
-            return None  # chunked; or h11 has yet to learn, by a first byte, that the peer waits no more
-        return cls(conn, reader)
-
-    def _counted(self, data: bytes) -> bytes:
+    def _count(self, data: bytes) -> bytes:
         self._reader._remaining -= len(data)
         return data
 
@@ -1301,51 +1297,149 @@ class CountedBody:
         """Take what belongs to the body; return the rest, which is h11's."""
         if not self._reader._remaining or self._waiting or self._conn._receive_buffer:
             return data
-        self._waiting = self._counted(data[: self._reader._remaining])
+        self._waiting = self._count(data[: self._reader._remaining])
         return data[len(self._waiting) :]
 
-    def take(self) -> bytes:
-        """Return what has come since the last time."""
-        taken, self._waiting = self._waiting, b""
-        return taken
+    def next_event(self) -> bytes | WireEvent | None:
+        """Return what has come since the last time, or the end; None: h11 has to be asked."""
+        if self._waiting:
+            taken, self._waiting = self._waiting, b""
+            return taken
+        if self._reader._remaining:
+            return None
+        told, self._end_told = self._end_told, True
+        return WireEvent.PAUSED if told else WireEvent.END
+
+    def weigh(self, data: bytes) -> bytes:
+        """Return `data`, a piece that h11 read."""
+        return data
 
 
-class ChunkedBody:
-    """Weighs what an incoming chunked body spends on framing against its data; h11 reads it.
+class ChunkedReader:
+    """Reads any other incoming body: h11 does, and what it spends on framing is weighed against its data.
 
     A chunk costs the same however little it holds.  Go's net/http keeps such accounts too (ErrLineTooLong of its
     chunked reader), though only of what a chunk's line has beyond its size.
     """
 
+    complete = False  # as far as can be told without h11
+
     def __init__(self, conn: h11.Connection) -> None:
         self._conn = conn
         self._data_bytes = 0
-        self.fed_bytes = len(conn._receive_buffer)
+        self._fed_bytes = len(conn._receive_buffer)
 
-    def take(self, data: bytes) -> bytes:
-        """Return `data`, a chunk that h11 gave; raises TooMuchFraming."""
+    def feed(self, data: bytes) -> bytes:
+        """Return what is h11's: all."""
+        self._fed_bytes += len(data)
+        return data
+
+    def next_event(self) -> bytes | WireEvent | None:
+        """Return None: h11 has to be asked."""
+
+    def weigh(self, data: bytes) -> bytes:
+        """Return `data`, a piece that h11 read; raises TooMuchFraming."""
         self._data_bytes += len(data)
-        framing_bytes = self.fed_bytes - len(self._conn._receive_buffer) - self._data_bytes
+        framing_bytes = self._fed_bytes - len(self._conn._receive_buffer) - self._data_bytes
         if framing_bytes > FRAMING_BYTES + 2 * self._data_bytes:
             raise TooMuchFraming
         return data
 
 
-class ServerWire:
+def body_reader(conn: h11.Connection) -> ContentLengthReader | ChunkedReader:
+    """Return what reads the body of a message whose head h11 has just parsed."""
+    reader = conn._reader
+    if isinstance(reader, h11._readers.ContentLengthReader) and not conn.they_are_waiting_for_100_continue:
+        return ContentLengthReader(conn, reader)
+    return ChunkedReader(conn)  # chunked; or h11 has yet to learn, by a first byte, that the peer waits no more
+
+
+class LeadingLine:
+    """Drops one empty line before a request line (RFC 9112 2.2), however it is cut into packets."""
+
+    def __init__(self) -> None:
+        self._held = b""
+        self._passed = False
+
+    def strip(self, data: bytes) -> bytes:
+        """Return what h11 may see of the next bytes: it takes an empty line for a whole head."""
+        if self._passed:
+            return data
+        data = self._held + data
+        if data == b"\r":
+            self._held = data
+            return b""
+        self._passed = True
+        return data.removeprefix(b"\r\n")
+
+
+class Wire:
+    """What the two sides of a connection share: an h11 for the present exchange, and what reads the incoming body.
+
+    An h11 is cheap to make and dear to walk through its states, so it serves one exchange and is replaced.
+    """
+
+    def __init__(self, role: type[h11.CLIENT] | type[h11.SERVER]) -> None:
+        self._role = role
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._conn = h11.Connection(self._role, max_incomplete_event_size=MAX_HEAD_BYTES)
+        self._body: ContentLengthReader | ChunkedReader | None = None
+
+    def feed(self, data: bytes) -> None:
+        """Take bytes from the peer; b"" is its end of stream."""
+        if data and self._body is not None:
+            data = self._body.feed(data)
+            if not data:
+                return
+        self._conn.receive_data(data)
+
+    def _body_event(self) -> bytes | WireEvent | None:
+        return None if self._body is None else self._body.next_event()
+
+    def _message_event(self, event: object) -> bytes | WireEvent:
+        if type(event) is h11.Data and self._body is not None:
+            return self._body.weigh(bytes(event.data))
+        return _wire_event(event)
+
+    def _settle(self) -> None:
+        """Have h11 know that the incoming message is complete, if it is."""
+        if self._body is not None and self._body.complete and self._conn.their_state is h11.SEND_BODY:
+            self._conn.next_event()
+
+    def build_chunk(self, data: bytes) -> bytes:
+        """Return the bytes of one piece of our message's body."""
+        return self._sent(h11.Data(data=data))
+
+    def end(self) -> bytes:
+        """Return the bytes that end our message."""
+        return self._sent(h11.EndOfMessage())
+
+    def _sent(self, event: h11.Event) -> bytes:
+        return self._conn.send(event) or b""
+
+    def _is_over(self) -> bool:
+        """Tell whether both sides have said all, and neither wants to close."""
+        self._settle()
+        return self._conn.our_state is h11.DONE and self._conn.their_state is h11.DONE
+
+
+class ServerWire(Wire):
     """The server's side of one connection: feed bytes, take events, build responses.
 
     After BadRequest was raised only `build_head` and `end` may follow, then the connection must be closed.
     """
 
     def __init__(self) -> None:
-        self._conn = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
-        self._lead = b""
-        self._lead_ignored = False
-        self._plain = self._whole = False
-        self._counted: CountedBody | None = None
-        self._chunked: ChunkedBody | None = None
-        self._ended = False
+        super().__init__(h11.SERVER)
         self.head_request = False
+        self._is_plain = False  # the request leaves h11 nothing to decide about the connection
+
+    def _begin_anew(self) -> None:
+        super()._begin_anew()
+        self._lead = LeadingLine()
+        self._is_answered = False  # by `build_whole`, of which h11 does not know
 
     @property
     def started(self) -> bool:
@@ -1359,46 +1453,19 @@ class ServerWire:
 
     def feed(self, data: bytes) -> None:
         """Take bytes from the peer; b"" is its end of stream."""
-        if self._conn.their_state is h11.IDLE and not self._lead_ignored and data:
-            data = self._without_empty_line(self._lead + data)
+        if data:
+            data = self._lead.strip(data)
             if not data:
                 return
-        elif data and self._counted is not None:
-            data = self._counted.feed(data)
-            if not data:
-                return
-        if self._chunked is not None:
-            self._chunked.fed_bytes += len(data)
         if self._conn.their_state is not h11.MUST_CLOSE:  # else it asked to close, and what follows is void
-            self._conn.receive_data(data)
+            super().feed(data)
 
-    def _without_empty_line(self, data: bytes) -> bytes:
-        """Drop one empty line before a request line, however it is cut into packets."""
-        if data == b"\r":
-            self._lead = data
-            return b""
-        self._lead, self._lead_ignored = b"", True
-        return data.removeprefix(b"\r\n")
-
-    @property
-    def _all_counted(self) -> bool:
-        return self._counted is not None and self._counted.complete
-
-    def _settle(self) -> None:
-        """Have h11 know that the request is complete, if it is."""
-        if self._all_counted and self._conn.their_state is h11.SEND_BODY:
-            self._conn.next_event()
-
-    def next_event(self) -> tuple[bytes, bytes, Headers] | bytes | Sign:
-        """Return a head (method, target, headers), a chunk of its body, or a `Sign`; raises BadRequest."""
-        if self._counted is not None:
-            if data := self._counted.take():
-                return data
-            if self._counted.complete:
-                before, self._ended = self._ended, True
-                return Sign.PAUSED if before else Sign.END
+    def next_event(self) -> tuple[bytes, bytes, Headers] | bytes | WireEvent:
+        """Return a head (method, target, headers), a chunk of its body, or a `WireEvent`; raises BadRequest."""
+        if (known := self._body_event()) is not None:
+            return known
         if self._conn.their_state is h11.MUST_CLOSE:
-            return Sign.CLOSED
+            return WireEvent.CLOSED
         try:
             event = self._conn.next_event()
         except h11.RemoteProtocolError as error:
@@ -1406,14 +1473,11 @@ class ServerWire:
                 raise HeadTooLarge from None
             kind = UnknownCoding if error.error_status_hint == 501 else BadRequest
             raise kind(f"bad request: {str(error)[:200]}") from None
-        if type(event) is h11.Request:
-            head = self._checked_head(event)
-            self._counted = CountedBody.of(self._conn)
-            self._chunked = ChunkedBody(self._conn) if self._counted is None else None
-            return head
-        if type(event) is h11.Data and self._chunked is not None:
-            return self._chunked.take(bytes(event.data))
-        return _meaning(event)
+        if type(event) is not h11.Request:
+            return self._message_event(event)
+        head = self._checked_head(event)
+        self._body = body_reader(self._conn)
+        return head
 
     def _checked_head(self, event: h11.Request) -> tuple[bytes, bytes, Headers]:
         headers = _fields(event)
@@ -1431,7 +1495,8 @@ class ServerWire:
         if expect is not None and expect.lower() != b"100-continue":
             raise ExpectationFailed("unknown Expect; allowed: 100-continue")
         self.head_request = event.method == b"HEAD"
-        self._plain = event.http_version == b"1.1" and not self.head_request and names.isdisjoint(_PERSISTENCE_FIELDS)
+        is_persistent = event.http_version == b"1.1" and names.isdisjoint(_PERSISTENCE_FIELDS)
+        self._is_plain = is_persistent and not self.head_request
         return event.method, event.target, headers
 
     @property
@@ -1446,8 +1511,10 @@ class ServerWire:
     @property
     def peer_done(self) -> bool:
         """True when the request has been received whole."""
+        if self._body is not None and self._body.complete:
+            return True
         # not in (DONE, MUST_CLOSE): after a request with Upgrade h11 waits for our answer in a state of its own
-        return self._all_counted or self._conn.their_state not in (h11.IDLE, h11.SEND_BODY, h11.ERROR)
+        return self._conn.their_state not in (h11.IDLE, h11.SEND_BODY, h11.ERROR)
 
     def build_head(self, status: int, headers: Sequence[Header], length: int | None, close: bool) -> bytes:
         """Return the bytes of a response's head.  `length` None: chunked, or until close for HTTP/1.0."""
@@ -1463,60 +1530,37 @@ class ServerWire:
         """Return the bytes of a whole response, head to end; `length` is what the answer to a GET would have.
 
         The plainest exchange, which is nearly every one, has nothing left for h11 to decide: a request of HTTP/1.1 with
-        nothing about the connection in it has been received whole, and the length is known.  Then a fresh h11 takes the
-        next request, at a fraction of what it costs to walk the old one through an answer.
+        nothing about the connection in it has been received whole, and the length is known.
         """
-        plain = self._plain and not close and status >= 200 and status not in (204, 304) and length == len(body)
+        plain = self._is_plain and not close and status >= 200 and status not in (204, 304) and length == len(body)
         if not plain or not self.peer_done or self._conn._receive_buffer_closed:
             head = self.build_head(status, headers, length, close)
             return head + (self.build_chunk(body) if body else b"") + self.end()
         start = b"HTTP/1.1 %d %b\r\n%bContent-Length: %d\r\n\r\n"
         head = start % (status, _REASONS.get(status, b""), build_lines(headers), length)
-        self._whole = True
+        self._is_answered = True
         return head + body
 
     def build_chunk(self, data: bytes) -> bytes:
         """Return the bytes of one piece of the response's body; a HEAD's body is left out."""
-        return b"" if self.head_request else self._sent(h11.Data(data=data))
+        return b"" if self.head_request else super().build_chunk(data)
 
     def pass_by(self, count: int) -> None:
         """Account for `count` bytes of the response's body that the driver sends by itself."""
         # Of data that it does not have to join, h11 asks the length alone ("Support for sendfile()" in its manual).
         self._conn.send_with_data_passthrough(h11.Data(data=cast(bytes, range(count))))
 
-    def end(self) -> bytes:
-        """Return the bytes that end the response."""
-        return self._sent(h11.EndOfMessage())
-
-    def _sent(self, event: h11.Event) -> bytes:
-        return self._conn.send(event) or b""
-
     def next_cycle(self) -> bool:
         """Make ready for the next request; False when this connection cannot carry one."""
-        if self._whole:
-            self._begin_anew()
-            return True
-        self._settle()
-        if self._conn.our_state is not h11.DONE or self._conn.their_state is not h11.DONE:
+        if not self._is_answered and not self._is_over():
             return False
-        self._conn.start_next_cycle()
-        self._counted, self._chunked, self._ended = None, None, False
-        waiting = self._conn.trailing_data[0]
-        self._lead_ignored = bool(waiting)  # an empty line can only lead, not stand in what has begun to arrive
-        if waiting[:1] == b"\r":
-            self._begin_anew()  # h11 takes an empty line for a whole head, so it must not see it
-        return True
-
-    def _begin_anew(self) -> None:
-        """Let a fresh h11 go on with what waits."""
         waiting, closed = self._conn.trailing_data
-        self._conn = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
-        self._lead_ignored = self._whole = self._ended = False
-        self._counted = self._chunked = None
+        self._begin_anew()
         if waiting:
             self.feed(waiting)
         if closed:
             self._conn.receive_data(b"")
+        return True
 
 
 def split_target(target: bytes, host: bytes) -> tuple[bytes, bytes, bytes]:
@@ -1551,17 +1595,15 @@ def _asked(method: bytes) -> h11.Request:
     return h11.Request(method=method, target=b"/", headers=[(b"Host", b"")])
 
 
-class ClientWire:
+class ClientWire(Wire):
     """The client's side of one connection: build requests, feed bytes, take events."""
 
     def __init__(self) -> None:
-        self._begin_anew()
+        super().__init__(h11.CLIENT)
         self._cut = False
 
     def _begin_anew(self) -> None:
-        self._conn = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD_BYTES)
-        self._counted: CountedBody | None = None
-        self._chunked: ChunkedBody | None = None
+        super()._begin_anew()
         self._interim_count = 0
 
     def build_whole(
@@ -1580,35 +1622,17 @@ class ClientWire:
 
     def build_head(self, method: bytes, target: bytes, headers: Sequence[Header]) -> bytes:
         """Return the bytes of a request's head; `headers` has Host and the framing field."""
-        return self._conn.send(h11.Request(method=method, target=target, headers=list(headers))) or b""
-
-    def build_chunk(self, data: bytes) -> bytes:
-        """Return the bytes of one piece of the request's body."""
-        return self._conn.send(h11.Data(data=data)) or b""
-
-    def end(self) -> bytes:
-        """Return the bytes that end the request."""
-        return self._conn.send(h11.EndOfMessage()) or b""
+        return self._sent(h11.Request(method=method, target=target, headers=list(headers)))
 
     def feed(self, data: bytes) -> None:
         """Take bytes from the peer; b"" is its end of stream."""
-        if data and self._counted is not None:
-            data = self._counted.feed(data)
-            if not data:
-                return
-        if self._chunked is not None:
-            self._chunked.fed_bytes += len(data)
         self._cut = self._cut or not data
-        self._conn.receive_data(data)
+        super().feed(data)
 
-    def next_event(self) -> tuple[int, Headers] | bytes | Sign:
-        """Return the final head (status, headers), a chunk of the body, or a `Sign`; raises PeerGone."""
-        if self._counted is not None:
-            if data := self._counted.take():
-                return data
-            if self._counted.complete and self._conn.their_state is h11.SEND_BODY:
-                self._conn.next_event()
-                return Sign.END
+    def next_event(self) -> tuple[int, Headers] | bytes | WireEvent:
+        """Return the final head (status, headers), a chunk of the body, or a `WireEvent`; raises PeerGone."""
+        if (known := self._body_event()) is not None:
+            return known
         try:
             event = self._conn.next_event()
             while type(event) is h11.InformationalResponse:
@@ -1616,32 +1640,22 @@ class ClientWire:
                 if self._interim_count > MAX_INTERIM_COUNT:
                     raise PeerGone(f"bad response: too many interim ones; allowed: {MAX_INTERIM_COUNT}")
                 event = self._conn.next_event()
+            if type(event) is not h11.Response:
+                return self._message_event(event)
         except h11.RemoteProtocolError as error:
             raise PeerGone(CUT_SHORT if self._cut else f"bad response: {str(error)[:200]}") from None
-        if type(event) is h11.Response:
-            headers = _fields(event)
-            if fields_bytes(headers) > MAX_HEAD_BYTES:
-                raise PeerGone(f"bad response: head too large; allowed: {MAX_HEAD_BYTES} bytes")
-            self._counted = CountedBody.of(self._conn)
-            self._chunked = ChunkedBody(self._conn) if self._counted is None else None
-            return event.status_code, headers
-        if type(event) is h11.Data and self._chunked is not None:
-            return self._weighed(self._chunked, bytes(event.data))
-        return _meaning(event)
-
-    @staticmethod
-    def _weighed(body: ChunkedBody, data: bytes) -> bytes:
-        try:
-            return body.take(data)
         except TooMuchFraming as error:
             raise PeerGone(str(error).replace("request", "response")) from None
+        headers = _fields(event)
+        if fields_bytes(headers) > MAX_HEAD_BYTES:
+            raise PeerGone(f"bad response: head too large; allowed: {MAX_HEAD_BYTES} bytes")
+        self._body = body_reader(self._conn)
+        return event.status_code, headers
 
     def next_cycle(self) -> bool:
         """Make ready for the next request; False when this connection cannot carry one."""
-        if self._conn.our_state is not h11.DONE or self._conn.their_state is not h11.DONE:
+        if not self._is_over() or self._conn.trailing_data[0]:  # bytes that were not asked for: it is out of step
             return False
-        if self._conn.trailing_data[0]:
-            return False  # bytes that nobody asked for: a peer out of step is not to be trusted with a request
         self._begin_anew()
         return True
 
@@ -1668,7 +1682,7 @@ HOSTILE_RESPONSES = (
 def _refuses(wire: ServerWire | ClientWire, hostile: bytes) -> bool:
     try:
         wire.feed(hostile)
-        while wire.next_event() not in (Sign.NEED_DATA, Sign.PAUSED, Sign.CLOSED):
+        while wire.next_event() not in (WireEvent.NEED_DATA, WireEvent.PAUSED, WireEvent.CLOSED):
             continue
     except (BadRequest, PeerGone):
         return True
@@ -1776,6 +1790,8 @@ def tcp_progress(sock: socket.socket) -> tuple[bool, int]:
 
     The count is 0 where the kernel keeps none (before Linux 4.1): an established connection has one from its SYN.
     """
+    if sock.family is socket.AF_UNIX:  # it confirms nothing, and what comes on an idle connection is its end
+        return not _is_ready(sock.fileno(), select.POLLIN), 0
     info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
     state, confirmed_bytes = _TCP_INFO.unpack(info.ljust(_TCP_INFO.size, b"\0"))
     return state == _TCP_ESTABLISHED, confirmed_bytes
@@ -1984,11 +2000,11 @@ class Listener:
     Whoever is takes all that wait: the loop's own server takes one in a turn, and the last of many waited for long.
     """
 
-    def __init__(self, sock: socket.socket, server: Server, seat: Seat) -> None:
+    def __init__(self, sock: socket.socket, server: Server, slot: Slot) -> None:
         self._loop = asyncio.get_running_loop()
         self._sock = sock
         self._server = server
-        self._seat = seat
+        self._slot = slot
         self._opening: set[asyncio.Task[Any]] = set()
         self._pause: asyncio.TimerHandle | None = None
         sock.setblocking(False)
@@ -1998,7 +2014,7 @@ class Listener:
 
     def _on_connection(self) -> None:
         for _ in range(ACCEPTS_COUNT):
-            if not self._seat.is_next():
+            if not self._slot.is_next():
                 self._rest(TURN_S)
                 return
             if not self._accept():
@@ -2055,7 +2071,7 @@ class Server:
     """Serves `handler` on any number of listening sockets.
 
     `on_refused` is told of each request that was answered without a handler: the request, None if it had no valid head,
-    and the error.  `seat` tells of the other processes that serve the same sockets, `limits` are this one's.
+    and the error.  `slot` tells of the other processes that serve the same sockets, `limits` are this one's.
     Obligations: `listen` each socket, then at the end `stop_accepting`, `drained`, `give_up`, in this order.
     """
 
@@ -2064,10 +2080,10 @@ class Server:
         handler: Handler,
         timeouts: ServerTimeouts,
         on_refused: Callable[[Request | None, FaashoundError], None] = lambda request, error: None,
-        seat: Seat | None = None,
+        slot: Slot | None = None,
         limits: ConnectionLimits = ConnectionLimits(),
     ) -> None:
-        self._seat = seat or Seat(Board())
+        self._slot = slot or Slot(Scoreboard())
         self._roster = Roster(limits)
         self._refused_count = 0
         self._told_s = -math.inf
@@ -2081,8 +2097,8 @@ class Server:
 
     def listen(self, sock: socket.socket) -> None:
         """Accept connections on `sock`, bound already, TCP or Unix; the server owns it from here."""
-        self._seat.serves(True)
-        self._listeners.append(Listener(sock, self, self._seat))
+        self._slot.set_serving(True)
+        self._listeners.append(Listener(sock, self, self._slot))
 
     def admit(self, network: bytes) -> tuple[bool, ServerConnection | None]:
         """Listener: return whether there is no more room, and what serves a new connection, None if it is to be closed.
@@ -2099,7 +2115,7 @@ class Server:
         connection = ServerConnection(self, network, refusal)
         if refusal is None:
             self._roster.enter(connection)
-        self._seat.board.connections[self._seat.index] += 1
+        self._slot.count_connection(1)
         return was_full, connection
 
     def _tell(self, refusal: TooManyConnections) -> None:
@@ -2111,7 +2127,7 @@ class Server:
     def forget(self, connection: ServerConnection) -> None:
         """Connection: it is closed, or was never opened."""
         self.connections.discard(connection)
-        self._seat.board.connections[self._seat.index] -= 1
+        self._slot.count_connection(-1)
         if connection.is_surplus:
             self._refused_count -= 1
         else:
@@ -2120,7 +2136,7 @@ class Server:
     def stop_accepting(self) -> None:
         """Close the listening sockets and idle connections; what is in flight goes on and then closes.  Repeatable."""
         self.draining = True
-        self._seat.serves(False)
+        self._slot.set_serving(False)
         while self._listeners:
             self._listeners.pop().close()
         for connection in list(self.connections):
@@ -2166,7 +2182,7 @@ class Server:
         return self._date[1]
 
 
-class Phase(Table):
+class Phase(IdentityEnum):
     """Where an accepted connection stands in its present exchange."""
 
     IDLE = "no byte of a request has come"
@@ -2288,7 +2304,7 @@ class ServerConnection(asyncio.Protocol):
                 event = self._wire.next_event()
                 if isinstance(event, bytes):
                     pieces.append(event)
-                elif isinstance(event, Sign):
+                elif isinstance(event, WireEvent):
                     sign = event
                     break  # after END too: what follows waits for the end of this exchange
                 else:
@@ -2298,7 +2314,7 @@ class ServerConnection(asyncio.Protocol):
             return
         if pieces:
             cast(Request, self._request).body.feed(pieces[0] if len(pieces) == 1 else b"".join(pieces))
-        if sign is Sign.END:
+        if sign is WireEvent.END:
             self._received_whole()
         elif sign is None:
             self._advancing = True
@@ -2406,7 +2422,7 @@ class ServerConnection(asyncio.Protocol):
         self._alarm.set(None if limit_s == math.inf else self._loop.time() + limit_s)
         close = self._server.draining or self._refusal is not None or not self._wire.peer_done
         headers = (*response.headers, (b"Date", self._server.date()))
-        body = whole(response.body)
+        body = body_if_complete(response.body)
         if not isinstance(body, bytes) or len(body) > MAX_HEAD_BYTES:
             expect_stalls(self._transport.get_extra_info("socket"), True)  # its reader has the write timeout
         if isinstance(body, bytes):
@@ -2586,7 +2602,10 @@ class UpstreamTimeout(FaashoundError):
 
 @dataclass(frozen=True, slots=True)
 class Url:
-    """An http or https address: `target` is path and query as they go on the request line."""
+    """An http or https address: `target` is path and query as they go on the request line.
+
+    A `host` that begins with a slash is the path of a Unix socket.
+    """
 
     scheme: str
     host: str
@@ -2596,6 +2615,8 @@ class Url:
     @property
     def authority(self) -> str:
         """Return the Host field: the port is left out when it is the scheme's own."""
+        if self.host.startswith("/"):
+            return "localhost"
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == (443 if self.scheme == "https" else 80) else f"{host}:{self.port}"
 
@@ -2681,7 +2702,7 @@ class Client:
         answered is sent again, once, on a connection of its own, if its body can be had again and its method is
         idempotent, or if no byte of it had reached the other end (RFC 9110 9.2.2, RFC 9112 9.3.1).
         """
-        body = whole(body)
+        body = body_if_complete(body)
         once = not isinstance(body, bytes) and not callable(body)
         connection = self._kept(url, once)
         if connection is not None:
@@ -2691,7 +2712,7 @@ class Client:
                 if once or not (connection.untouched or (connection.silent and method in _IDEMPOTENT)):
                     raise
         connection = await self._connect(url, deadline_s)
-        return await connection.exchange(method, url, headers, whole(body), length, deadline_s)
+        return await connection.exchange(method, url, headers, body_if_complete(body), length, deadline_s)
 
     def _kept(self, url: Url, once: bool) -> ClientConnection | None:
         """Return an idle connection that can carry a request, if there is one; `once`: which cannot be repeated."""
@@ -2716,7 +2737,9 @@ class Client:
 
     async def _connect_any(self, url: Url) -> ClientConnection:
         """Return a connection to the first address that speaks: one that takes it but fails in TLS is not the last."""
-        left = take_turns(await self._resolve(url))[:MAX_ATTEMPTS_COUNT]
+        is_path = url.host.startswith("/")
+        found = [(socket.AF_UNIX, url.host)] if is_path else await self._resolve(url)
+        left = take_turns(found)[:MAX_ATTEMPTS_COUNT]
         reasons = [] if left else ["it has no address"]
         while left:
             try:
@@ -2773,6 +2796,8 @@ class Client:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(ATTEMPT_TIMEOUT_S):
+                if family is socket.AF_UNIX:
+                    return (await loop.create_unix_connection(lambda: ClientConnection(self), host))[1]
                 _, connection = await loop.create_connection(lambda: ClientConnection(self), host, port, family=family)
                 return connection
         except OSError as error:  # a TimeoutError of asyncio among them, which has no number
@@ -3014,14 +3039,14 @@ class ClientConnection(asyncio.Protocol):
     def _advance(self) -> None:
         """Take what the wire has, up to EVENTS_AT_ONCE_COUNT; then others are served before the rest."""
         pieces: list[bytes] = []
-        sign: Sign | None = None
+        sign: WireEvent | None = None
         error: PeerGone | None = None
         try:
             for _ in range(EVENTS_AT_ONCE_COUNT):
                 event = self._wire.next_event()
                 if isinstance(event, bytes):
                     pieces.append(event)
-                elif isinstance(event, Sign):
+                elif isinstance(event, WireEvent):
                     sign = event
                     break
                 else:
@@ -3033,7 +3058,7 @@ class ClientConnection(asyncio.Protocol):
         if error is not None:
             self._fail(error)
             self.abort()
-        elif sign is Sign.END:
+        elif sign is WireEvent.END:
             self._complete()
         else:
             self._throttle(is_rest=sign is None)
@@ -3206,7 +3231,7 @@ def describe_exit(status: int) -> str:
     return f"signal: {text}" + (" (core dumped)" if os.WCOREDUMP(status) else "")
 
 
-class State(Table):
+class ProcessState(IdentityEnum):
     """Where a call stands.  Its answer is decided on reaching DONE or KILLED."""
 
     RUNNING = "the process runs, its output is open"
@@ -3216,7 +3241,7 @@ class State(Table):
     KILLED = "deadline, hang-up or refusal: the tree is being killed"
 
 
-class Event(Table):
+class ProcessEvent(IdentityEnum):
     """What happens to a call."""
 
     EXIT = "the process has exited"
@@ -3228,25 +3253,25 @@ class Event(Table):
 
 # A process that has exited has done its work in time, so nothing that comes later takes its answer away.
 TRANSITIONS = {
-    (State.RUNNING, Event.EOF): State.CLOSED,
-    (State.RUNNING, Event.EXIT): State.EXITED,
-    (State.RUNNING, Event.DEADLINE): State.KILLED,
-    (State.RUNNING, Event.ABANDON): State.KILLED,
-    (State.CLOSED, Event.EXIT): State.DONE,
-    (State.CLOSED, Event.DEADLINE): State.KILLED,
-    (State.CLOSED, Event.ABANDON): State.KILLED,
-    (State.EXITED, Event.EOF): State.DONE,
-    (State.EXITED, Event.GRACE): State.DONE,
-    (State.EXITED, Event.DEADLINE): State.DONE,
-    (State.EXITED, Event.ABANDON): State.DONE,
-    (State.DONE, Event.ABANDON): State.DONE,
-    (State.KILLED, Event.EXIT): State.KILLED,
-    (State.KILLED, Event.EOF): State.KILLED,
-    (State.KILLED, Event.ABANDON): State.KILLED,
+    (ProcessState.RUNNING, ProcessEvent.EOF): ProcessState.CLOSED,
+    (ProcessState.RUNNING, ProcessEvent.EXIT): ProcessState.EXITED,
+    (ProcessState.RUNNING, ProcessEvent.DEADLINE): ProcessState.KILLED,
+    (ProcessState.RUNNING, ProcessEvent.ABANDON): ProcessState.KILLED,
+    (ProcessState.CLOSED, ProcessEvent.EXIT): ProcessState.DONE,
+    (ProcessState.CLOSED, ProcessEvent.DEADLINE): ProcessState.KILLED,
+    (ProcessState.CLOSED, ProcessEvent.ABANDON): ProcessState.KILLED,
+    (ProcessState.EXITED, ProcessEvent.EOF): ProcessState.DONE,
+    (ProcessState.EXITED, ProcessEvent.GRACE): ProcessState.DONE,
+    (ProcessState.EXITED, ProcessEvent.DEADLINE): ProcessState.DONE,
+    (ProcessState.EXITED, ProcessEvent.ABANDON): ProcessState.DONE,
+    (ProcessState.DONE, ProcessEvent.ABANDON): ProcessState.DONE,
+    (ProcessState.KILLED, ProcessEvent.EXIT): ProcessState.KILLED,
+    (ProcessState.KILLED, ProcessEvent.EOF): ProcessState.KILLED,
+    (ProcessState.KILLED, ProcessEvent.ABANDON): ProcessState.KILLED,
 }
 
 
-def next_state(state: State, event: Event) -> State:
+def next_state(state: ProcessState, event: ProcessEvent) -> ProcessState:
     """Return the state after `event`; AssertionError for a pair that cannot happen."""
     try:
         return TRANSITIONS[state, event]
@@ -3343,7 +3368,7 @@ def find_program(name: str, path: str | None) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Ending:
+class ProcessResult:
     """How a call ended: `status` is the wait status of its process, `output` what it wrote (and `stderr` if joined)."""
 
     pid: int
@@ -3906,7 +3931,7 @@ class Process:
     ) -> None:
         self.pid = pid
         self.mark = mark
-        self.state = State.RUNNING
+        self.state = ProcessState.RUNNING
         self.begun = False
         self.started_s = started_s
         self.stdin_bytes = 0
@@ -3932,7 +3957,7 @@ class Process:
         if pipes.stderr >= 0:
             self._reaper.ready.add(pipes.stderr, self._on_stderr)
 
-    async def run(self, body: AsyncIterator[bytes], deadline_s: float | None) -> Ending:
+    async def run(self, body: AsyncIterator[bytes], deadline_s: float | None) -> ProcessResult:
         """Feed `body` to the process, collect its output, wait for its end and return it.
 
         `deadline_s` is monotonic.  Raises DeadlineReached at the deadline, what `abandon` was given, or what reading
@@ -3959,13 +3984,13 @@ class Process:
             self._drop_output()
             await self._killed(DEADLINE_WAIT_S)
             raise self._error
-        return Ending(self.pid, self._status, self.output, time.perf_counter() - self._clock_s)
+        return ProcessResult(self.pid, self._status, self.output, time.perf_counter() - self._clock_s)
 
     def abandon(self, error: FaashoundError | None = None) -> None:
         """Kill the tree unless the answer is decided already; `run` raises `error`."""
-        if self.state in (State.RUNNING, State.CLOSED):
+        if self.state in (ProcessState.RUNNING, ProcessState.CLOSED):
             self._error = error
-        self._happens(Event.ABANDON)
+        self._happens(ProcessEvent.ABANDON)
 
     def describe(self) -> str:
         """Return how the process ended, or that it has not yet."""
@@ -3983,21 +4008,21 @@ class Process:
 
     def _on_deadline(self) -> None:
         self._reaper.reap()  # an exit that the loop has not seen yet came before the deadline
-        if self.state in (State.RUNNING, State.CLOSED):
+        if self.state in (ProcessState.RUNNING, ProcessState.CLOSED):
             self._error = DeadlineReached()
         if not self._answerable.done():
-            self._happens(Event.DEADLINE)
+            self._happens(ProcessEvent.DEADLINE)
 
-    def _happens(self, event: Event) -> None:
+    def _happens(self, event: ProcessEvent) -> None:
         before, self.state = self.state, next_state(self.state, event)
         if self.state is before:
             return
-        if self.state is State.EXITED:
+        if self.state is ProcessState.EXITED:
             self._timers.append(self._loop.call_later(OUTPUT_GRACE_S, self._on_grace))
-        elif self.state is State.DONE:
+        elif self.state is ProcessState.DONE:
             self._reaper.release(self)
             self._answer()
-        elif self.state is State.KILLED:
+        elif self.state is ProcessState.KILLED:
             self._killing = self._reaper.kill(self, self._term_grace_s)
             self._answer()
 
@@ -4015,7 +4040,7 @@ class Process:
 
     def on_exiting(self) -> None:
         """The process has exited and is not reaped yet: take what is in the pipe, then end its group."""
-        if self._spiller is None and not self._at_eof and self.state is not State.KILLED:
+        if self._spiller is None and not self._at_eof and self.state is not ProcessState.KILLED:
             self._drain()
         if self._at_eof:
             self._reaper.signal_group(self, signal.SIGKILL)
@@ -4024,9 +4049,9 @@ class Process:
         """The process has been reaped."""
         self._status = status
         self.exited.set_result(None)
-        self._happens(Event.EXIT)
-        if self.state is State.EXITED and self._at_eof:
-            self._happens(Event.EOF)
+        self._happens(ProcessEvent.EXIT)
+        if self.state is ProcessState.EXITED and self._at_eof:
+            self._happens(ProcessEvent.EOF)
 
     # Output.
 
@@ -4037,7 +4062,7 @@ class Process:
             return
         self._collect(data)
         if not data and self._spiller is None:
-            self._happens(Event.EOF)
+            self._happens(ProcessEvent.EOF)
 
     def _collect(self, data: bytes) -> None:
         if not data:
@@ -4071,7 +4096,7 @@ class Process:
             self._error = OutputLost(f"the output could not be kept: {_strerror(error)}")
 
     async def _spill_some(self) -> bool:
-        if self.state is State.KILLED:
+        if self.state is ProcessState.KILLED:
             return False
         try:
             more = await self._loop.run_in_executor(None, self.output.splice, self._pipes.stdout)
@@ -4083,7 +4108,7 @@ class Process:
         if not more:
             self._at_eof = True
             if not self._answerable.done():
-                self._happens(Event.EOF)
+                self._happens(ProcessEvent.EOF)
         return more
 
     def _drop_output(self) -> None:
@@ -4094,11 +4119,11 @@ class Process:
             self._spiller.add_done_callback(lambda _: self.output.close())
 
     def _on_grace(self) -> None:
-        if self.state is not State.EXITED:
+        if self.state is not ProcessState.EXITED:
             return
         if self._spiller is None:
             self._drain()
-        self._happens(Event.EOF if self._at_eof else Event.GRACE)
+        self._happens(ProcessEvent.EOF if self._at_eof else ProcessEvent.GRACE)
 
     def _on_stderr(self) -> None:
         try:
@@ -4494,7 +4519,7 @@ class Pool:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The application: a request becomes a process, its ending a response.
+# The application: a request becomes a process, its result a response.
 # ---------------------------------------------------------------------------------------------------------------
 
 FUNCTION_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
@@ -4565,19 +4590,19 @@ BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.
 
 
 class Histogram(NamedTuple):
-    """How long something took, as it stands in a tally: the sum in seconds, then how many fell into each bucket."""
+    """How long something took, among the shared counters: the sum in seconds, then how many fell into each bucket."""
 
-    cell: memoryview[float]
+    values: memoryview[float]
 
     @classmethod
-    def at(cls, seat: Seat, key: str) -> Histogram:
+    def at(cls, slot: Slot, key: str) -> Histogram:
         """Return this process's histogram under `key`."""
-        return cls(seat.cell(key, 1 + len(BUCKETS_S)))
+        return cls(slot.values(key, 1 + len(BUCKETS_S)))
 
     def observe(self, duration_s: float) -> None:
         """Count one."""
-        self.cell[0] += duration_s
-        self.cell[1 + bisect_left(BUCKETS_S, duration_s)] += 1
+        self.values[0] += duration_s
+        self.values[1 + bisect_left(BUCKETS_S, duration_s)] += 1
 
 
 def cumulated(numbers: Sequence[float]) -> tuple[list[tuple[str, float]], float]:
@@ -4590,13 +4615,13 @@ def cumulated(numbers: Sequence[float]) -> tuple[list[tuple[str, float]], float]
 class HttpMetrics:
     """The three metrics of the OpenFaaS watchdogs, under the same names, of all processes (a Prometheus collector)."""
 
-    def __init__(self, seat: Seat) -> None:
-        self._seat = seat
+    def __init__(self, slot: Slot) -> None:
+        self._slot = slot
         self._histogram = lru_cache(maxsize=256)(self._find_histogram)
 
     def _find_histogram(self, status: int, method: str) -> Histogram:
         known = method.lower() if method in (*FUNCTION_METHODS, "HEAD", "OPTIONS", "TRACE") else "unknown"
-        return Histogram.at(self._seat, f"{status} {known}")
+        return Histogram.at(self._slot, f"{status} {known}")
 
     def observe(self, status: int, method: str, duration_s: float) -> None:
         """Count one finished request; an unknown method is no label, or a stranger could fill the memory."""
@@ -4610,11 +4635,11 @@ class HttpMetrics:
         durations = core.HistogramMetricFamily(
             "http_request_duration_seconds", "Seconds spent serving HTTP requests.", labels=labels
         )
-        for key, numbers in self._seat.board.tally.totals().items():
+        for key, numbers in self._slot.scoreboard.counters.totals().items():
             buckets, total_s = cumulated(numbers)
             totals.add_metric(key.split(), buckets[-1][1])
             durations.add_metric(key.split(), buckets, total_s)
-        count = self._seat.in_flight_count
+        count = self._slot.in_flight_count
         yield from (totals, durations)
         yield core.GaugeMetricFamily("http_requests_in_flight", "total HTTP requests in-flight", value=count)
 
@@ -4643,10 +4668,10 @@ async def serve_metrics(collector: Collector, request: Request) -> Response:
 class Watchdog:
     """Handler of a function's server: health, limits, and one process per request."""
 
-    def __init__(self, settings: Settings, pool: Pool, lock_path: str | None, seat: Seat) -> None:
-        self.metrics = HttpMetrics(seat)
+    def __init__(self, settings: Settings, pool: Pool, lock_path: str | None, slot: Slot) -> None:
+        self.metrics = HttpMetrics(slot)
         self.accepting = True
-        self._seat = seat
+        self._slot = slot
         self._settings = settings
         self._pool = pool
         self._lock_path = lock_path
@@ -4662,7 +4687,7 @@ class Watchdog:
         try:
             if request.method not in FUNCTION_METHODS:
                 raise MethodNotAllowed(FUNCTION_METHODS)
-            admitted = self._seat.enter(self._settings.max_inflight)
+            admitted = self._slot.enter(self._settings.max_inflight)
             if not admitted:
                 raise TooManyRequests(self._settings.max_inflight)
             response = await self._run(request, call)
@@ -4679,7 +4704,7 @@ class Watchdog:
             raise
         finally:
             if admitted:
-                self._seat.leave()
+                self._slot.leave()
             self.metrics.observe(status, request.method, call.elapsed_s())
 
     def on_refused(self, request: Request | None, error: FaashoundError) -> None:
@@ -4700,7 +4725,7 @@ class Watchdog:
         return Response(200, (TEXT_PLAIN,), b"OK")
 
     def _ready(self, request: Request) -> Response:
-        if self._settings.max_inflight and self._seat.in_flight_count >= self._settings.max_inflight:
+        if self._settings.max_inflight and self._slot.in_flight_count >= self._settings.max_inflight:
             raise TooManyRequests(self._settings.max_inflight)
         return self._health(request)
 
@@ -4714,9 +4739,9 @@ class Watchdog:
             body = marshalled(request.headers, body)
         on_stderr = None if settings.combine_output else call.on_stderr
         call.process = process = self._pool.take(facts, on_stderr)
-        ending = await process.run(call.watched(body), None if timeout_s is None else time.monotonic() + timeout_s)
-        response = self._answer(request, ending)
-        call.ended(response, ending)
+        result = await process.run(call.watched(body), None if timeout_s is None else time.monotonic() + timeout_s)
+        response = self._answer(request, result)
+        call.ended(response, result)
         return response
 
     def _limited(self, request: Request) -> AsyncIterator[bytes]:
@@ -4739,13 +4764,13 @@ class Watchdog:
             raise BadTimeout(f"X-Timeout: {error}") from None
         return theirs_s if ours_s is None else min(ours_s, theirs_s)
 
-    def _answer(self, request: Request, ending: Ending) -> Response:
-        output, forced = ending.output, self._settings.content_type
-        if ending.status == 0:
+    def _answer(self, request: Request, result: ProcessResult) -> Response:
+        output, forced = result.output, self._settings.content_type
+        if result.status == 0:
             kind = content_type_of(request.header(b"content-type"), forced, output.head())
-            duration = (b"X-Duration-Seconds", b"%f" % ending.duration_s)
+            duration = (b"X-Duration-Seconds", b"%f" % result.duration_s)
             return output_response(200, (kind, duration), b"", output)
-        reason = describe_exit(ending.status).encode() + b"\n"
+        reason = describe_exit(result.status).encode() + b"\n"
         kind = content_type_of(None, forced, reason + output.head())
         return output_response(500, (kind,), reason, output)
 
@@ -4795,13 +4820,13 @@ class CallLog:
         """The process wrote a line on stderr, which does not join the response."""
         log_stderr(self._settings, self._prefix, line)
 
-    def ended(self, response: Response, ending: Ending) -> None:
+    def ended(self, response: Response, result: ProcessResult) -> None:
         """The process ended by itself."""
         if self._settings.write_debug:
-            log.info(self._prefix + "Out=" + ending.output.head().decode(errors="backslashreplace"))
+            log.info(self._prefix + "Out=" + result.output.head().decode(errors="backslashreplace"))
         if self._settings.debug_headers:
             self._headers("out", response.headers)
-        self._line(f"Wrote {ending.output.bytes_count} Bytes - Duration: {ending.duration_s:f}s", response.status)
+        self._line(f"Wrote {result.output.bytes_count} Bytes - Duration: {result.duration_s:f}s", response.status)
 
     def failed(self, error: FaashoundError) -> None:
         """The request was refused, or its process could not begin or was killed."""
@@ -4899,38 +4924,38 @@ def describe_socket(sock: socket.socket) -> str:
     return str(name[1]) if isinstance(name, tuple) else os.fsdecode(name)
 
 
-class Aftercare:
-    """What is to be done when a member of a crew ends.  Here nothing: what its children are goes with it."""
+class Hooks:
+    """What a program does as its worker processes come and go, in gunicorn's words.  Here: nothing."""
 
-    def let_go(self) -> None:
-        """This process has become a member."""
+    def post_fork(self) -> None:
+        """Runs in a worker process that was just forked."""
 
-    def on_start(self, pid: int) -> None:
-        """A member has been forked."""
+    def child_start(self, pid: int) -> None:
+        """Runs in the supervisor: it has forked a worker process."""
 
-    def on_end(self, index: int, pid: int) -> None:
-        """A member has been reaped."""
+    def child_exit(self, index: int, pid: int) -> None:
+        """Runs in the supervisor: it has reaped a worker process."""
 
-    def on_other_end(self, pid: int) -> None:
-        """A child of ours that is no member has been reaped."""
+    def foreign_exit(self, pid: int) -> None:
+        """Runs in the supervisor: it has reaped a child that is no worker process."""
 
 
-class Guard(Aftercare):
+class Guard(Hooks):
     """A forked process that waits for our end, however it comes, and then kills what our calls have left.
 
-    It knows of it by a pipe whose other end only we hold.  The first is forked before there is any thread; one that has
-    been killed is replaced (its own code calls nothing that a thread could have locked).
-    `roots` has a table for each process that runs functions, and a last one for those processes themselves.
+    It reads a parent-death pipe, whose other end only we hold.  The first is forked before there is any thread; one
+    that has been killed is replaced (its own code calls nothing that a thread could have locked).
+    `roots` has a table for each worker process, of the roots of its calls, and a last one of the worker processes.
     """
 
-    def __init__(self, members_count: int = 1) -> None:
+    def __init__(self, workers_count: int = 1) -> None:
         self.instance = os.urandom(8).hex().encode()
-        self.roots = tuple(RootTable() for _ in range(members_count + 1))
+        self.roots = tuple(RootTable() for _ in range(workers_count + 1))
         self._held_fd = -1
         self.pid = self._fork()
 
     def mark_of(self, index: int) -> bytes:
-        """Return what the marks of a member's calls begin with."""
+        """Return what the marks of a worker process's calls begin with."""
         return b"%s.%d" % (self.instance, index)
 
     def _fork(self) -> int:
@@ -4939,12 +4964,15 @@ class Guard(Aftercare):
         if pid == 0:
             self._watch(watched)
         os.close(watched)
-        self.let_go()
+        self._release_pipe()
         self._held_fd = held
         return pid
 
-    def let_go(self) -> None:
-        """Hold the pipe no longer: the end of this process means nothing to the guard."""
+    def post_fork(self) -> None:
+        """Hold the pipe no longer: the end of a worker process means nothing to the guard."""
+        self._release_pipe()
+
+    def _release_pipe(self) -> None:
         if self._held_fd >= 0:
             os.close(self._held_fd)
         self._held_fd = -1
@@ -4969,21 +4997,21 @@ class Guard(Aftercare):
         reaper.spare(self.pid, partial(self._replace, reaper))
 
     def _replace(self, reaper: Reaper) -> None:
-        self.on_other_end(self.pid)
+        self.foreign_exit(self.pid)
         self.keep(reaper)
 
-    def on_other_end(self, pid: int) -> None:
+    def foreign_exit(self, pid: int) -> None:
         """If it is the guard that was killed: start a new one."""
         if pid == self.pid:
             log.error("the guard was killed; a new one is started", pid=pid)
             self.pid = self._fork()
 
-    def on_start(self, pid: int) -> None:
-        """Have the guard know of a member, which leads a session."""
+    def child_start(self, pid: int) -> None:
+        """Have the guard know of a worker process, which leads a session."""
         self.roots[-1].add(pid)
 
-    def on_end(self, index: int, pid: int) -> None:
-        """Kill what a member has left, before another takes its place."""
+    def child_exit(self, index: int, pid: int) -> None:
+        """Kill what a worker process has left, before another takes its slot."""
         self.roots[-1].remove(pid)
         kill_left(self.mark_of(index) + b".", self.roots[index].pids())
         self.roots[index].clear()
@@ -5042,7 +5070,7 @@ class Signals:
         self.by_hand = False
         loop.add_signal_handler(signal.SIGTERM, self._on_signal, signal.SIGTERM)
         loop.add_signal_handler(signal.SIGINT, self._on_signal, signal.SIGINT)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # a crew has them wait until here
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # a supervisor's worker process blocks them until here
 
     def _on_signal(self, number: signal.Signals) -> None:
         if self.first.is_set():
@@ -5053,7 +5081,7 @@ class Signals:
         self.first.set()
 
     def stop_now(self) -> None:
-        """Stop as if both signals had come: whoever started us has gone."""
+        """Stop as if both signals had come: the process that started us has gone."""
         self.first.set()
         self.second.set()
 
@@ -5067,8 +5095,11 @@ class Signals:
         return True
 
 
-def lifeline_fd(environ: Mapping[str, str]) -> int | None:
-    """Return the pipe by which the process that started us lets us know of its end; None if it gave us none."""
+def parent_death_fd(environ: Mapping[str, str]) -> int | None:
+    """Return the read end of the pipe that tells of our parent's end; None if the parent gave us none.
+
+    The parent alone holds the write end, and never writes: when it ends, whatever way, the kernel closes it.
+    """
     if "FAASHOUND_LIFELINE_FD" not in environ:
         return None
     fd = int(environ["FAASHOUND_LIFELINE_FD"])
@@ -5076,8 +5107,8 @@ def lifeline_fd(environ: Mapping[str, str]) -> int | None:
     return fd
 
 
-def watch_lifeline(loop: asyncio.AbstractEventLoop, fd: int | None, on_end: Callable[[], None]) -> None:
-    """Call `on_end` when the other end of the pipe `fd` has gone, with the process that held it."""
+def watch_parent_death(loop: asyncio.AbstractEventLoop, fd: int | None, on_end: Callable[[], None]) -> None:
+    """Call `on_end` when a parent-death pipe, if there is one, is at its end."""
     if fd is None:
         return
 
@@ -5134,16 +5165,16 @@ def function_environment(environ: Mapping[str, str], user: Identity | None = Non
 
 
 @dataclass(frozen=True, slots=True)
-class Duty:
-    """What a process that serves is given: its seat, when to end with another process, whom to tell that it serves."""
+class WorkerContext:
+    """What a process that serves is given: its slot, its parent-death pipe, and what to call once it serves."""
 
-    seat: Seat
-    lifeline_fd: int | None
+    slot: Slot
+    parent_death_fd: int | None
     on_serving: Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Doors:
+class ListenSockets:
     """The listening sockets of a program: its own, and those of /metrics."""
 
     own: Sequence[socket.socket]
@@ -5155,26 +5186,52 @@ class Doors:
             sock.close()
 
     def announce(self) -> None:
-        """Log where one can connect, once somebody accepts."""
+        """Log where one can connect, once connections are accepted."""
         for sock in self.own:
             log.info(f"Listening on port: {describe_socket(sock)}")
         for sock in self.metrics:
             log.info(f"Metrics on port: {describe_socket(sock)}")
 
 
-def open_doors(host: str | None, port: int, metrics_port: int, environ: Mapping[str, str]) -> Doors:
-    """Open all sockets of a program; metrics_port 0: none for /metrics.  Raises CannotStart."""
+def bind_sockets(host: str | None, port: int, metrics_port: int, environ: Mapping[str, str]) -> ListenSockets:
+    """Bind all sockets of a program; metrics_port 0: none for /metrics.  Raises CannotStart."""
     own = open_sockets(host, port, environ)
-    return Doors(own, open_metrics_sockets(host, metrics_port))
+    return ListenSockets(own, bind_metrics_sockets(host, metrics_port))
 
 
-def open_metrics_sockets(host: str | None, port: int) -> list[socket.socket]:
+def bind_metrics_sockets(host: str | None, port: int) -> list[socket.socket]:
     """Return the sockets of /metrics, none for port 0.  Raises CannotStart."""
     return open_sockets(host, port, {}) if port else []
 
 
-class Member:
-    """One process of a crew, through all its lives; `pid` is 0 between two."""
+@dataclass(frozen=True, slots=True)
+class Program:
+    """What worker processes run: `run`, which returns the exit status, on `sockets`, with `hooks`.
+
+    `on_serving` is called once, in the process that was started, as soon as all of them accept connections.
+    """
+
+    run: Callable[[WorkerContext], int]
+    sockets: ListenSockets
+    on_serving: Callable[[], None]
+    hooks: Hooks = Hooks()
+
+
+def next_restart_s(delay_s: float | None, lived_s: float, status: int) -> float:
+    """Return the seconds to wait before the next start of a process of ours that has ended.
+
+    `delay_s` is the wait before this life (None for the first), `lived_s` its length, `status` its exit status, or
+    minus the number of the signal that ended it.
+    """
+    if status == BAD_SETTINGS_STATUS:
+        return LONGEST_RESTART_S
+    if delay_s is None or lived_s >= PROVEN_AFTER_S:
+        return FIRST_RESTART_S
+    return min(2 * delay_s, LONGEST_RESTART_S)
+
+
+class WorkerProcess:
+    """One of a supervisor's worker processes, through all its lives; `pid` is 0 between two."""
 
     def __init__(self, index: int) -> None:
         self.index = index
@@ -5183,97 +5240,86 @@ class Member:
         self._delay_s: float | None = None
         self._started_s = 0.0
 
-    def started(self, pid: int) -> None:
-        """It lives."""
+    def on_start(self, pid: int) -> None:
+        """It has been forked."""
         self.pid, self._started_s = pid, time.monotonic()
 
-    def ended(self) -> float:
-        """It has died: return the seconds until its next start."""
-        self.pid = 0
-        lived_s = time.monotonic() - self._started_s
-        again = self._delay_s is not None and lived_s < PROVEN_AFTER_S
-        self._delay_s = min(2 * cast(float, self._delay_s), LONGEST_RESTART_S) if again else FIRST_RESTART_S
-        self.due_s = time.monotonic() + self._delay_s
+    def on_exit(self, status: int) -> float:
+        """It has ended, or could not be forked: return the seconds until its next start."""
+        now_s, self.pid = time.monotonic(), 0
+        self._delay_s = next_restart_s(self._delay_s, now_s - self._started_s, status)
+        self.due_s = now_s + self._delay_s
         return self._delay_s
 
 
-class Crew:
-    """Runs a program in several processes that share its sockets, and replaces those that die.
+class Supervisor:
+    """Runs a program in several worker processes that share its sockets, and replaces those that die.
 
-    This process serves nothing: it has neither a loop nor a thread, so it can fork at any time.  It passes on the
-    signals that it gets, and ends when the last member has.  A member leads a session of its own (a terminal's Ctrl-C
-    is for us) and holds a lifeline: when we are gone it stops at once.
+    This process (gunicorn's arbiter) serves nothing: it has neither a loop nor a thread, so it can fork at any time.
+    It passes on the signals that it gets, and ends when the last worker process has.  Each of those leads a session of
+    its own (a terminal's Ctrl-C is for us), reads a parent-death pipe, and writes to the status pipe when its slot has
+    changed.
     """
 
-    def __init__(
-        self,
-        board: Board,
-        run: Callable[[Duty], int],
-        doors: Doors,
-        on_serving: Callable[[], None],
-        aftercare: Aftercare,
-    ) -> None:
-        self._board = board
-        self._doors = doors
-        self._aftercare = aftercare
-        self._run = run
-        self._on_serving = on_serving
-        self._members = [Member(index) for index in range(board.members_count)]
-        self._told = self._stopping = False
+    def __init__(self, scoreboard: Scoreboard, program: Program) -> None:
+        self._scoreboard = scoreboard
+        self._program = program
+        self._workers = [WorkerProcess(index) for index in range(scoreboard.workers_count)]
+        self._announced = self._stopping = False
         self._status = 0
-        self._lifeline, self._lifeline_end = os.pipe2(os.O_CLOEXEC)
-        self._news, self._news_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        self._signals = open_signalfd(signal.SIGCHLD, *STOP_SIGNALS)
+        self._death_fd, self._death_end_fd = os.pipe2(os.O_CLOEXEC)
+        self._status_fd, self._status_end_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._signal_fd = open_signalfd(signal.SIGCHLD, *STOP_SIGNALS)
 
-    def run(self, lifeline: int | None) -> int:
-        """Run until all members have ended; return the worst of their exit statuses."""
-        become_subreaper()  # what a member that dies leaves behind comes to us
+    def run(self, parent_death: int | None) -> int:
+        """Run until all worker processes have ended; return the worst of their exit statuses."""
+        become_subreaper()  # what a worker process that dies leaves behind comes to us
+        on_ready = {self._signal_fd: self._on_signal, self._status_fd: self._on_status_change}
         poller = select.poll()
-        for fd in (self._signals, self._news, lifeline):
-            if fd is not None:
-                poller.register(fd, select.POLLIN)
+        for fd in (*on_ready, *([] if parent_death is None else [parent_death])):
+            poller.register(fd, select.POLLIN)
         while True:
             self._start_due()
-            if not any(member.pid for member in self._members) and self._stopping:
+            if self._stopping and not any(worker.pid for worker in self._workers):
                 return self._status
-            for fd, _ in poller.poll(self._patience_ms()):
-                if fd == lifeline:
+            for fd, _ in poller.poll(self._poll_timeout_ms()):
+                if fd == parent_death:
                     poller.unregister(fd)
                     self._stop(*STOP_SIGNALS)
                 else:
-                    self._on_news() if fd == self._news else self._on_signals()
+                    on_ready[fd]()
 
-    def _patience_ms(self) -> float | None:
-        dues_s = [member.due_s for member in self._members if not member.pid and not self._stopping]
+    def _poll_timeout_ms(self) -> float | None:
+        dues_s = [worker.due_s for worker in self._workers if not worker.pid and not self._stopping]
         return max(0.0, min(dues_s) - time.monotonic()) * 1000 if dues_s else None
 
     def _start_due(self) -> None:
-        for member in self._members:
-            if not self._stopping and not member.pid and member.due_s <= time.monotonic():
-                self._start(member)
+        for worker in self._workers:
+            if not self._stopping and not worker.pid and worker.due_s <= time.monotonic():
+                self._start(worker)
 
-    def _start(self, member: Member) -> None:
+    def _start(self, worker: WorkerProcess) -> None:
         try:
             pid = os.fork()
         except OSError as error:
-            log.error(f"worker {member.index} cannot be started: {_strerror(error)}; again in {member.ended():g} s")
+            log.error(f"worker {worker.index} cannot be started: {_strerror(error)}; again in {worker.on_exit(1):g} s")
             return
         if pid == 0:
-            self._serve(member)
-        member.started(pid)
-        self._aftercare.on_start(pid)
+            self._run_worker(worker)
+        worker.on_start(pid)
+        self._program.hooks.child_start(pid)
 
-    def _serve(self, member: Member) -> NoReturn:
-        """Be the member: never return."""
+    def _run_worker(self, worker: WorkerProcess) -> NoReturn:
+        """Run the program in a process that was just forked, and exit: nothing of the supervisor may run in it."""
         status = 1
         try:
             os.setsid()
-            self._aftercare.let_go()
-            for fd in (self._lifeline_end, self._news, self._signals):
+            self._program.hooks.post_fork()
+            for fd in (self._death_end_fd, self._status_fd, self._signal_fd):
                 os.close(fd)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGCHLD,))
-            seat = Seat(self._board, member.index, self._tell)
-            status = self._run(Duty(seat, self._lifeline, lambda: None))
+            slot = Slot(self._scoreboard, worker.index, self._report_change)
+            status = self._program.run(WorkerContext(slot, self._death_fd, lambda: None))
         except FaashoundError as error:
             log.error(str(error))
         except Exception:
@@ -5282,22 +5328,22 @@ class Crew:
             log.flush()
             os._exit(status)
 
-    def _tell(self) -> None:
-        """Member: have the first process look at the board, if it is still there."""
+    def _report_change(self) -> None:
+        """Have the supervisor look at the scoreboard, if it is still there."""
         with suppress(BrokenPipeError):
-            os.write(self._news_end, b".")
+            os.write(self._status_end_fd, b".")
 
-    def _on_news(self) -> None:
-        os.read(self._news, MAX_WORKERS_COUNT)
-        if not self._told and all(self._board.serving):
-            self._told = True
-            self._on_serving()
-            log.info(f"Workers: {len(self._members)}")
-        if self._stopping and not any(self._board.serving):
-            self._doors.close()  # or a connection would wait for ever in a backlog that nobody looks at
+    def _on_status_change(self) -> None:
+        os.read(self._status_fd, MAX_WORKERS_COUNT)
+        if not self._announced and all(self._scoreboard.serving):
+            self._announced = True
+            self._program.on_serving()
+            log.info(f"Workers: {len(self._workers)}")
+        if self._stopping and not any(self._scoreboard.serving):
+            self._program.sockets.close()  # or a connection would wait for ever in a backlog that is not accepted from
 
-    def _on_signals(self) -> None:
-        siginfo = os.read(self._signals, _SIGINFO_BYTES)
+    def _on_signal(self) -> None:
+        siginfo = os.read(self._signal_fd, _SIGINFO_BYTES)
         number = signal.Signals(int.from_bytes(siginfo[:4], sys.byteorder))  # ssi_signo of signalfd(2)
         if number != signal.SIGCHLD:
             self._stop(number)
@@ -5307,78 +5353,67 @@ class Crew:
                 self._on_exit(*found)
 
     def _on_exit(self, pid: int, status: int) -> None:
-        member = next((each for each in self._members if each.pid == pid), None)
-        if member is None:
-            self._aftercare.on_other_end(pid)
+        worker = next((each for each in self._workers if each.pid == pid), None)
+        if worker is None:
+            self._program.hooks.foreign_exit(pid)
             return
-        self._aftercare.on_end(member.index, pid)
-        self._on_member_exit(member, status)
-
-    def _on_member_exit(self, member: Member, status: int) -> None:
-        serving, delay_s = self._board.serving[member.index], member.ended()
-        self._board.clear(member.index)
-        self._tell()
+        self._program.hooks.child_exit(worker.index, pid)
         code = os.waitstatus_to_exitcode(status)
+        was_serving, delay_s = self._scoreboard.serving[worker.index], worker.on_exit(code)
+        self._scoreboard.clear(worker.index)
+        self._report_change()
         if self._stopping:
             self._status = max(self._status, abs(code) and 1)
-        elif code > 0 and not serving and not self._told:  # it has said why it cannot start, and would again
+        elif code > 0 and not was_serving and not self._announced:  # it has said why it cannot start, and would again
             self._status = code
             self._stop(*STOP_SIGNALS)
         else:
-            text = f"worker {member.index} died ({describe_exit(status)}), and its calls with it"
+            text = f"worker {worker.index} died ({describe_exit(status)}), and its calls with it"
             log.error(f"{text}; next start in {delay_s:g} s")
 
     def _stop(self, *numbers: signal.Signals) -> None:
         self._stopping = True
-        for member in self._members:
+        for worker in self._workers:
             for number in numbers:
-                if member.pid:
-                    os.kill(member.pid, number)
+                if worker.pid:
+                    os.kill(worker.pid, number)
 
 
-def run_members(
-    count: int,
-    run: Callable[[Duty], int],
-    doors: Doors,
-    environ: Mapping[str, str],
-    aftercare: Aftercare,
-    on_serving: Callable[[], None],
-) -> int:
-    """Run a program in this process, or in a crew of `count`; return the exit status.
-
-    `on_serving` is called once, as soon as all of them accept connections.
-    """
+def run_workers(count: int, program: Program, environ: Mapping[str, str]) -> int:
+    """Run a program in this process, or in `count` worker processes under a supervisor; return the exit status."""
     gc.freeze()
-    lifeline, board = lifeline_fd(environ), Board(count)
+    parent_death, scoreboard = parent_death_fd(environ), Scoreboard(count)
     if count == 1:
-        return run(Duty(Seat(board), lifeline, on_serving))
-    return Crew(board, run, doors, on_serving, aftercare).run(lifeline)
+        return program.run(WorkerContext(Slot(scoreboard), parent_death, program.on_serving))
+    return Supervisor(scoreboard, program).run(parent_death)
 
 
-async def serve(settings: Settings, environ: Mapping[str, str], doors: Doors, guard: Guard, duty: Duty) -> int:
+async def serve(
+    settings: Settings, environ: Mapping[str, str], sockets: ListenSockets, guard: Guard, context: WorkerContext
+) -> int:
     """Serve until told to stop; return the exit status."""
-    loop, seat = asyncio.get_running_loop(), duty.seat
+    loop, slot = asyncio.get_running_loop(), context.slot
     signals = Signals(loop)
-    watch_lifeline(loop, duty.lifeline_fd, signals.stop_now)
-    reaper = Reaper(loop, guard.roots[seat.index])
-    if seat.is_alone:
+    watch_parent_death(loop, context.parent_death_fd, signals.stop_now)
+    reaper = Reaper(loop, guard.roots[slot.index])
+    if slot.is_alone:
         guard.keep(reaper)
-    mark = guard.mark_of(seat.index)
+    mark = guard.mark_of(slot.index)
     spawner = Spawner(reaper, mark, settings, function_environment(environ, settings.user))
     with ExitStack() as cleanup:
         cleanup.callback(reaper.close)
         on_stderr = None if settings.combine_output else partial(log_stderr, settings, log_prefix(settings, None))
-        pool = Pool(reaper, spawner, seat.share_of(settings.prewarm), on_stderr)
+        pool = Pool(reaper, spawner, slot.share_of(settings.prewarm), on_stderr)
         cleanup.callback(pool.close)
         lock_path = None if settings.suppress_lock else lock_file_path(environ)
-        watchdog = Watchdog(settings, pool, lock_path, seat)
+        watchdog = Watchdog(settings, pool, lock_path, slot)
         timeouts = ServerTimeouts(settings.read_timeout_s, settings.write_timeout_s, settings.read_timeout_s)
-        limits = connection_limits(settings.max_connections, settings.max_connections_per_address, 4, seat)
-        server = Server(watchdog, timeouts, watchdog.on_refused, seat, limits)
-        metrics_server = start_metrics(doors.metrics, partial(serve_metrics, watchdog.metrics))
-        for sock in doors.own:
+        limits = connection_limits(settings.max_connections, settings.max_connections_per_address, 4, slot)
+        server = Server(watchdog, timeouts, watchdog.on_refused, slot, limits)
+        metrics_server = start_metrics(sockets.metrics, partial(serve_metrics, watchdog.metrics))
+        for sock in sockets.own:
             server.listen(sock)
-        duty.on_serving()
+        context.on_serving()
         await signals.first.wait()
         watchdog.accepting = False
         if lock_path is not None:
@@ -5463,7 +5498,7 @@ def raise_descriptor_limit() -> None:
 
 
 def connection_limits(
-    max_connections: int | None, per_address: int | None, descriptors_each: int, seat: Seat
+    max_connections: int | None, per_address: int | None, descriptors_each: int, slot: Slot
 ) -> ConnectionLimits:
     """Return this process's part of what the operator allows, but no more than it has descriptors for.
 
@@ -5474,11 +5509,11 @@ def connection_limits(
     room = MAX_CONNECTIONS_COUNT
     if soft != resource.RLIM_INFINITY:
         room = max((soft - KEPT_BACK_COUNT) // descriptors_each, 1)
-    total = min(seat.share_of(max_connections or MAX_CONNECTIONS_COUNT), room)
-    if max_connections and total < seat.share_of(max_connections) and seat.is_first:
+    total = min(slot.share_of(max_connections or MAX_CONNECTIONS_COUNT), room)
+    if max_connections and total < slot.share_of(max_connections) and slot.is_first:
         allowed = f"{soft} descriptors (LimitNOFILE, ulimit -n) allow {total}"
         log.warning(f"max_connections={max_connections} is too much: in one process {allowed}")
-    return ConnectionLimits(total, seat.share_of(per_address) if per_address else max(total * 3 // 4, 1))
+    return ConnectionLimits(total, slot.share_of(per_address) if per_address else max(total * 3 // 4, 1))
 
 
 def lock_file_path(environ: Mapping[str, str]) -> str:
@@ -5637,17 +5672,17 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     if settings is None:
         return 2
     try:
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whoever started us may have blocked SIGCHLD or SIGTERM
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # our parent may have blocked SIGCHLD or SIGTERM
         with ExitStack() as cleanup:
-            doors = open_doors(settings.host, settings.port, settings.metrics_port, environ)
+            sockets = bind_sockets(settings.host, settings.port, settings.metrics_port, environ)
             if not settings.suppress_lock:
                 cleanup.callback(remove_lock_file, create_lock_file(environ))
             guard = Guard(settings.workers)
 
-            def run(duty: Duty) -> int:
-                return uvloop.run(serve(settings, environ, doors, guard, duty))
+            def run(context: WorkerContext) -> int:
+                return uvloop.run(serve(settings, environ, sockets, guard, context))
 
-            return run_members(settings.workers, run, doors, environ, guard, doors.announce)
+            return run_workers(settings.workers, Program(run, sockets, sockets.announce, guard), environ)
     except CannotStart as error:
         log.error(str(error))
         return 1

@@ -221,22 +221,6 @@ def parse_host_name(text: str) -> str:
 
 
 @lru_cache(maxsize=256)
-def foreign_name(host: bytes) -> str | None:
-    """Return what a Host field names if a page from outside may have made it lead to this machine (DNS rebinding).
-
-    None for an address, for localhost and the names below it (RFC 6761), and for no name at all, as in HTTP/1.0.  But
-    0.0.0.0 and IPv4 in IPv6 lead here from every page as well, and browsers do not say whose page it is that asks:
-    they send Sec-Fetch-Site to what they call trustworthy, 127.0.0.0/8 and ::1 (https://www.w3.org/TR/secure-contexts).
-    """
-    text = host.decode("latin-1").lower()
-    name = re.sub(r":[0-9]*$", "", text).removesuffix(".")
-    try:
-        address = ip_address(name.removeprefix("[").removesuffix("]"))
-        is_mapped = isinstance(address, IPv6Address) and address.ipv4_mapped is not None
-        return name if address.is_unspecified or is_mapped else None
-    except ValueError:
-        return None if not name or name == "localhost" or name.endswith(".localhost") else name
-
 
 # ---------------------------------------------------------------------------------------------------------------
 # This machine's own addresses.

@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from ..network.addresses import foreign_name, parse_host_name, parse_numeric_host
+from ..network.hosts import host_name, is_own_name
 from ..watchdog import FaashoundError, Header, Request, Response
 
 PREFLIGHT_AGE_S = 600  # how long browsers may remember a permission; Chromium takes two hours at most
@@ -49,17 +49,6 @@ class BadContentType(FaashoundError):
     """A body that a page could send without asking for permission."""
 
     status = 415
-
-
-def parse_hosts(text: str) -> frozenset[str]:
-    """Return the names of the setting allowed_hosts; ValueError says what is allowed."""
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    try:
-        if any(parse_numeric_host(word) for word in words):
-            raise ValueError("an address needs no entry")
-        return frozenset(map(parse_host_name, words))
-    except ValueError as error:
-        raise ValueError(f'{error}; allowed: host names without port, separated by commas ("faas.internal")') from None
 
 
 _ORIGIN = re.compile(r"(?P<scheme>https?)://(?P<host>[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::(?P<port>[0-9]{1,5}))?", re.ASCII)
@@ -124,12 +113,11 @@ class BrowserRules:
         """
         if not (self.on_loopback or self.hosts):
             return
-        name = foreign_name(request.host)
-        if name is None or name in self.hosts:
-            return
-        raise UnknownHost(
-            f"{name[:100]!r} is no name of this gateway; allowed: localhost, addresses, and allowed_hosts"
-        )
+        if not is_own_name(request.host, self.hosts):
+            raise UnknownHost(
+                f"{(host_name(request.host) or '')[:100]!r} is no name of this gateway; allowed: localhost, addresses,"
+                " and allowed_hosts"
+            )
 
     def check_call(self, request: Request) -> list[Header]:
         """Return what the answer to a function's call has to say to the page that makes it, if one does.

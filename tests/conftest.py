@@ -6,11 +6,13 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
-from tests.harness import Program
+from testkit.disks import mount_small_disk
+from testkit.harness import Program
 
 # Many examples are real requests to real processes: a busy machine is no failure of the program.
 settings.register_profile("processes", deadline=None)
@@ -65,3 +67,11 @@ def printenv() -> Iterator[Program]:
     """A watchdog whose function answers its environment, each variable ended by NUL."""
     with Program("watchdog", {"fprocess": "env -0"}) as program:
         yield program
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MiB."""
+    place = tmp_path / "disk"
+    with mount_small_disk(place):
+        yield place
