@@ -50,6 +50,9 @@ FILE_CHUNK_BYTES = 256 * 1024  # bodies go to and from files in pieces of this s
 RESERVE_PART = 8  # of a small disk, the part that the reserve takes at most
 
 
+RESULTS_PART = 0.75  # of the reserve, what results may take; the rest is for steps that give room back
+
+
 SLACK_PART = 4  # of the reserve, the part that is to be free besides: for the rows that are written beside bodies
 
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,21 @@ def test_queue_drains_when_calls_have_filled_its_disk(desk: Desk, body: Callable
     desk.do(desk.spool.sweep(60, 60))
     assert desk.spool.trouble is None
     desk.put(body=body(desk))
+
+
+def test_room_can_be_given_back_when_results_have_taken_what_they_may(desk: Desk) -> None:
+    """Results in rows, each larger than the payload that its call gives up for it: no reserve is enough for all."""
+    count = len(put_until_full(desk, lambda: inline(b""), headers=()))
+    with pytest.raises(QueueFull):
+        deque((run(desk, 2000) for _ in range(count)), 0)
+    done = desk.do(desk.spool.stats()).by_state[State.DONE]
+    assert 0 < done < count
+    assert desk.do(desk.spool.purge(state=State.DONE)) == done
+    assert desk.do(desk.spool.cancel_queued()) > 0
+    desk.clock.now_s += 3600
+    desk.do(desk.spool.sweep(60, 60))
+    assert desk.spool.trouble is None
+    desk.put()
 
 
 @pytest.mark.parametrize("end", ["cancelled", "done"])
