@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -219,7 +220,9 @@ def copy_sources(target: Path) -> None:
     target.mkdir()
     for path in [*ROOT.glob("*.py"), *ROOT.glob("Dockerfile*"), ROOT / "py.typed", ROOT / "pyproject.toml"]:
         shutil.copy(path, target)
-    shutil.copytree(ROOT / "examples", target / "examples", ignore=shutil.ignore_patterns("__pycache__"))
+    rooms = re.findall(r"^COPY (\w+) \1$", (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)
+    for folder in ("examples", *rooms):
+        shutil.copytree(ROOT / folder, target / folder, ignore=shutil.ignore_patterns("__pycache__"))
     machine = platform.machine()
     for_base = ["--only-binary=:all:", "--python-version", DEBIAN_PYTHON]
     for_base += [f"--platform=manylinux{version}_{machine}" for version in ("2014", "_2_28", "_2_34")]
