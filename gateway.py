@@ -280,8 +280,8 @@ async def assemble(stack: AsyncExitStack, common: Common, slot: Slot) -> Gateway
         local.start()
         stack.push_async_callback(local.stop, FUNCTIONS_GRACE_S)
     access = Access(queue.token, browser_rules(settings, sockets), door)
-    policy = build_policy([url] if url else [], settings.callback_allow)
     table = local.table if slot.is_first else local.published
+    policy = build_policy([url] if url else [], settings.callback_allow)
     functions = Functions(table, settings.function_url, settings.namespaces)
     metrics, health, via = GatewayMetrics(slot), Health(slot), build_via(queue.token)
     invocations = Invocations(settings, functions, access, via, metrics)

@@ -35,6 +35,7 @@ setup(
     script_name="setup.py",  # which stays out of the package; under pip the name would be that of pip's helper
     install_requires=[
         "aiodns>=4.0",  # of names that come from outside
+        "cronsim>=2.6",  # of schedules
         "h11==0.16.0",  # its grammar is tightened through private attributes
         "prometheus-client>=0.20",
         "psutil>=5.9",

@@ -13,7 +13,7 @@ its own: it forks its guard, sweeps its trees, obeys the parent-death pipe.
 
 The two sides talk over a pair of sockets (SOCK_SEQPACKET, so that a message is whole):
 
-    to the server       id; descriptors: the environment (a memfd), the parent-death pipe, the listener, stderr
+    to the server       id; descriptors: a memfd with directory and environment, parent-death pipe, listener, stderr
     from the server     launched(id, pid), with a pidfd | failed(id, errno) | exited(id, status)
 
 The server ends when the other end of the socket has gone.  When it dies itself it is started again (it is a managed
@@ -144,7 +144,7 @@ class ForkServer:
     def _ask(self, number: int, program: ManagedProgram, parent_death_fd: int) -> None:
         environ_fd = os.memfd_create("environ", os.MFD_CLOEXEC)
         with open(environ_fd, "wb") as file:
-            file.write(json.dumps(program.told_environ).encode())
+            file.write(json.dumps([program.directory, program.told_environ]).encode())
             file.flush()
             fds = [environ_fd, parent_death_fd]
             if program.listener is not None:
@@ -250,11 +250,13 @@ class Server:
             self._control.close()
             with open(fds[0], "rb", closefd=False) as file:
                 file.seek(0)
-                environ = json.load(file)
+                directory, environ = json.load(file)
             targets = [PARENT_DEATH_FD, *([LISTEN_FD] if has_listener else []), *([STDERR_FD] if has_stderr else [])]
             _take_descriptors(fds[1:], targets)
             os.close(fds[0])
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            if directory is not None:
+                os.chdir(directory)
             os.environ.clear()
             os.environ.update(environ)
             with contextlib.suppress(OSError), open("/proc/self/comm", "w", encoding="ascii") as file:

@@ -25,7 +25,7 @@ import dataclasses
 import itertools
 import os
 import socket
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from .endpoint import Endpoint, NotHealthy
 from .forkserver import ForkServer
 from .published import PublishedTable, publish
 from .runtime import open_runtime_directory
+from .secrets import MOUNT_VARIABLE, SecretFiles
 from .supervisor import ManagedProgram, Supervisor
 from .table import RESERVED_PREFIXES, UNIX_PREFIX, WATCHDOG_ROWS, Function, watchdog_settings
 
@@ -70,6 +71,10 @@ class LocalStatus:
     available_count: int
 
 
+async def _nothing() -> None:
+    """Commit nothing."""
+
+
 class LocalFunctions:
     """Runs the local functions of `table` behind sockets of their own.
 
@@ -89,6 +94,7 @@ class LocalFunctions:
     ) -> None:
         self.table: dict[FunctionName, Function] = dict(table)
         self.on_change: Callable[[], None] = lambda: None
+        self.secrets: SecretFiles | None = None  # where functions find theirs
         self._environ = environ
         self._watchdog = watchdog
         self._base = {
@@ -98,17 +104,19 @@ class LocalFunctions:
         }
         self._endpoints: dict[FunctionName, Endpoint] = {}
         self._numbers = itertools.count(1)
-        self._directory: Path
+        self.directory: Path  # for what is gone when we are; there after `open`
         self._fork_server: ForkServer | None = None
         self._supervisor: Supervisor | None = None
-        self._retiring: dict[asyncio.Task[None], Endpoint] = {}
+        self._open: set[Endpoint] = set()  # those in the table, those that are to be, and those that were
+        self._retiring: set[asyncio.Task[None]] = set()
+        self._is_stopping = False
         self._changing = asyncio.Lock()
         self._cleanup = contextlib.ExitStack()
 
     @property
     def published(self) -> PublishedTable:
         """The table as processes beside the one that runs the functions see it."""
-        return PublishedTable(self._directory / "table")
+        return PublishedTable(self.directory / "table")
 
     def open(self) -> None:
         """Open every socket; from then on `table` has the url of each local function.
@@ -116,18 +124,19 @@ class LocalFunctions:
         Call it once; `stop` must follow.  Raises OSError, with nothing left open.
         """
         with contextlib.ExitStack() as stack:
-            self._directory = stack.enter_context(open_runtime_directory(self._environ))
+            self.directory = stack.enter_context(open_runtime_directory(self._environ))
             for name, function in self.table.items():
                 if function.local:
                     self._endpoints[name] = endpoint = self._new_endpoint(function)
                     endpoint.open()
                     stack.callback(endpoint.close_socket)
+                    self._open.add(endpoint)
             self._cleanup = stack.pop_all()
         self._set_table(self.table)
 
     def start(self) -> None:
         """Start what is to be there before a call, and watch for calls; once, after `open`, inside the running loop."""
-        publish(self._directory / "table", self.table)  # one of several processes may take the place of another
+        publish(self.directory / "table", self.table)  # one of several processes may take the place of another
         if self._watchdog is None:
             self._fork_server = ForkServer(self._base)
             self._fork_server.start()
@@ -145,8 +154,8 @@ class LocalFunctions:
 
     async def stop(self, grace_s: float) -> None:
         """End every watchdog: SIGTERM, and after `grace_s` seconds what is left is killed, its functions with it."""
-        endpoints = [*self._endpoints.values(), *self._retiring.values()]
-        for endpoint in endpoints:
+        self._is_stopping = True
+        for endpoint in self._open:
             endpoint.stop_watching()
         for task in self._retiring:
             task.cancel()
@@ -154,8 +163,9 @@ class LocalFunctions:
             await self._supervisor.stop(grace_s)
         if self._fork_server is not None:
             await self._fork_server.stop()
-        for endpoint in endpoints:
+        for endpoint in self._open:
             endpoint.close_socket()
+        self._open.clear()
         self._cleanup.close()
 
     # Changes.
@@ -179,14 +189,17 @@ class LocalFunctions:
             limit = asyncio.Semaphore(ROLLS_COUNT)
             await asyncio.gather(*(self._roll_or_tell(function, limit) for function in rolling))
 
-    async def put(self, function: Function) -> None:
-        """Have `function`, new or in a new version; return when a call works, raise NotHealthy if none does."""
+    async def put(self, function: Function, commit: Callable[[], Awaitable[None]] = _nothing) -> None:
+        """Have `function`, new or in a new version; return when a call works, raise NotHealthy if none does.
+
+        `commit` is awaited when the version is known to work, before it serves; what it raises is raised, and nothing
+        has changed.
+        """
         async with self._changing:
-            if function.local and self._same_program(function):
-                self._set_table({**self.table, function.name: function})
-            elif function.local:
-                await self._roll(function)
+            if function.local and not self._same_program(function):
+                await self._roll(function, commit)
             else:
+                await commit()
                 self._set_table({**self.table, function.name: function})
 
     async def remove(self, name: FunctionName) -> None:
@@ -198,6 +211,8 @@ class LocalFunctions:
             self._set_table({each: function for each, function in self.table.items() if each != name})
             if endpoint is not None:
                 self._retire(endpoint)
+            if self.secrets is not None:
+                self.secrets.forget(name)
 
     async def scale(self, name: FunctionName, count: int) -> None:
         """Have `count` watchdogs for a function; 0: none, until a call comes.  Raises UnknownFunction, BadScale."""
@@ -220,11 +235,12 @@ class LocalFunctions:
         return endpoint is not None and _runs(endpoint.function) == _runs(function)
 
     def _new_endpoint(self, function: Function) -> Endpoint:
-        return Endpoint(function, self._directory / f"{os.getpid()}.{next(self._numbers)}", self._program)
+        return Endpoint(function, self.directory / f"{os.getpid()}.{next(self._numbers)}", self._program)
 
     def _add(self, function: Function) -> Endpoint:
         endpoint = self._new_endpoint(function)
         endpoint.open()
+        self._open.add(endpoint)
         if self._supervisor is not None:
             endpoint.start(self._supervisor)
         return endpoint
@@ -237,11 +253,12 @@ class LocalFunctions:
             except (NotHealthy, OSError) as error:
                 log.error(f"{error}; the old version of {function.name.short} goes on")
 
-    async def _roll(self, function: Function) -> None:
+    async def _roll(self, function: Function, commit: Callable[[], Awaitable[None]] = _nothing) -> None:
         """Start a version, and once it is healthy let it take the place of the one that serves, if there is one."""
         new = self._add(function)
         try:
             await new.become_healthy()
+            await commit()
         except BaseException:
             self._retire(new)
             raise
@@ -255,16 +272,21 @@ class LocalFunctions:
             self._retire(old)
 
     def _retire(self, endpoint: Endpoint) -> None:
-        task = asyncio.create_task(endpoint.retire())
-        self._retiring[task] = endpoint
-        task.add_done_callback(self._retiring.pop)
+        if not self._is_stopping:
+            task = asyncio.create_task(self._retired(endpoint))
+            self._retiring.add(task)
+            task.add_done_callback(self._retiring.discard)
+
+    async def _retired(self, endpoint: Endpoint) -> None:
+        await endpoint.retire()
+        self._open.discard(endpoint)
 
     def _set_table(self, table: Mapping[FunctionName, Function]) -> None:
         """Let `table`, with the addresses of what is run here, be in force."""
         new = {name: self._with_url(function) for name, function in table.items()}
         self.table.clear()
         self.table.update(new)
-        publish(self._directory / "table", self.table)
+        publish(self.directory / "table", self.table)
         self.on_change()
 
     def _with_url(self, function: Function) -> Function:
@@ -279,19 +301,22 @@ class LocalFunctions:
 
     def _program(self, function: Function, listener: socket.socket) -> ManagedProgram:
         command = self._watchdog or ("fwatchdog",)
-        return ManagedProgram(f"the watchdog of {function.name.short}", command, self._environ_of(function), listener)
+        name, environ = f"the watchdog of {function.name.short}", self._environ_of(function)
+        return ManagedProgram(name, command, environ, listener, directory=function.directory)
 
     def _environ_of(self, function: Function) -> dict[str, str]:
         """Return the whole environment of a function's watchdog, which hands the function its part of it."""
         settings = watchdog_settings(function.settings or {})
         given = {FUNCTION_VARIABLE + name: value for name, value in function.environment.items()}
+        if self.secrets is not None and function.secrets:
+            given[FUNCTION_VARIABLE + MOUNT_VARIABLE] = str(self.secrets.directory_of(function))
         names = {"OPENFAAS_NAME": function.name.name, "OPENFAAS_NAMESPACE": function.name.namespace}
         return {**self._base, **settings, **given, **names}
 
 
 def _runs(function: Function) -> tuple[object, ...]:
     """Return what makes one version of a function another program than the next."""
-    return function.settings, function.environment
+    return function.settings, function.environment, function.secrets, function.directory
 
 
 def _status_of(endpoint: Endpoint) -> LocalStatus:

@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from ..calls.names import FunctionName
 from .table import Function
@@ -52,7 +53,11 @@ class PublishedTable(Mapping[FunctionName, Function]):
         seen = found.st_ino, found.st_mtime_ns
         if seen != self._seen:
             documents = json.loads(self._path.read_text(encoding="utf-8"))
-            functions = [Function(**document | {"name": FunctionName(document["name"])}) for document in documents]
+            functions = [_function_of(document) for document in documents]
             self._table = {function.name: function for function in functions}
             self._seen = seen
         return self._table
+
+
+def _function_of(document: dict[str, Any]) -> Function:
+    return Function(**document | {"name": FunctionName(document["name"]), "secrets": tuple(document["secrets"])})

@@ -73,9 +73,9 @@ def describe_exit(status: int) -> str:
 class ManagedProgram:
     """What is to be kept running: `name` is what the log calls it, `environ` its whole environment.
 
-    It inherits `listener` as systemd hands it (sd_listen_fds(3)), and writes its stderr to `stderr_fd` if that is
-    given, else to ours.  `on_trouble` is told why it ended when it ends again before it has lived for PROVEN_AFTER_S,
-    and "" once it has.
+    It inherits `listener` as systemd hands it (sd_listen_fds(3)), writes its stderr to `stderr_fd` if that is given,
+    else to ours, and is started in `directory`, or where we were.  `on_trouble` is told why it ended when it ends again
+    before it has lived for PROVEN_AFTER_S, and "" once it has.
     """
 
     name: str
@@ -83,6 +83,7 @@ class ManagedProgram:
     environ: Mapping[str, str]
     listener: socket.socket | None = None
     stderr_fd: int | None = None
+    directory: str | None = None
     on_trouble: Callable[[str], None] = lambda trouble: None
 
     @property
@@ -145,7 +146,8 @@ class Spawner:
             actions.append((os.POSIX_SPAWN_DUP2, program.listener.fileno(), LISTEN_FD))
         actions.append((os.POSIX_SPAWN_DUP2, parent_death_fd, PARENT_DEATH_FD))
         # A group of its own: a terminal's Ctrl-C is for us, who then end our processes in order.
-        command, environ = tuple(program.command), program.told_environ
+        move = () if program.directory is None else ("/usr/bin/env", "-C", program.directory)  # GNU coreutils 8.28
+        command, environ = (*move, *program.command), program.told_environ
         spawn = partial(os.posix_spawn, command[0], command, environ, file_actions=actions, setpgroup=0)
         pid = spawn_under_own_limit(spawn, parent_death_fd)  # it raises its own, and knows then what its functions get
         try:

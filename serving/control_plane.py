@@ -74,7 +74,11 @@ def parse_parameters(query: bytes) -> Mapping[str, str]:
 
 
 def describe_upstream(function: Function, *, is_guarded: bool) -> dict[str, object]:
+<<<<<<< HEAD
     """Return where a function answers, for workers of ours, who call it there.
+=======
+    """Return where a function answers, for workers of ours, which call it there.
+>>>>>>> h-worker
 
     `is_guarded`: a caller's word completes its host.  `network` tells a worker whether loopback is the same for both.
     """
@@ -138,11 +142,18 @@ class ControlPlane:
         if parameters.get("usage") in ("1", "true") and function.name in status:
             usage = await measure_usage(status[function.name].pids)
         count = self.counts.totals().get(function.name, 0)
+<<<<<<< HEAD
         shown = describe_function(function, _replicas(function, status), count, usage)
         if self.access.is_worker(request):
             is_guarded = self.functions.is_guarded(function.name)
             shown["upstream"] = describe_upstream(function, is_guarded=is_guarded)
         return json_response(200, shown)
+=======
+        described = describe_function(function, _replicas(function, status), count, usage)
+        if self.access.is_worker(request):
+            described["upstream"] = describe_upstream(function, is_guarded=self.functions.is_guarded(function.name))
+        return json_response(200, described)
+>>>>>>> h-worker
 
     def _known_namespaces(self) -> list[str]:
         """Return the namespaces that functions may be in, the default one first."""

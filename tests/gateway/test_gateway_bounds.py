@@ -116,7 +116,8 @@ def test_keys_and_metrics_of_namespaces_are_apart() -> None:
             assert ids[0] != ids[1]
             for call_id in ids:
                 system.ended(call_id)
-            system.request("POST", "/function/cat.dev")
+            for _ in range(2):  # a name is counted as such once it has answered
+                system.request("POST", "/function/cat.dev")
             assert 'gateway_function_invocation_total{code="200",function_name="cat.dev"} 1.0' in system.metrics()
 
 

@@ -19,7 +19,7 @@ ROOMS = ("watchdog", "network", "calls", "jetstream", "queues", "functions", "dr
 OTHERS: dict[str, set[str]] = {
     "watchdog": {"h11", "uvloop", "psutil", "prometheus_client"},
     "network": {"aiodns", "psutil"},
-    "functions": {"psutil"},  # loaded in the fork server for the watchdogs' guards
+    "functions": {"cronsim", "psutil"},  # loaded in the fork server for the watchdogs' guards
     "jetstream": {"nats"},
     "draining": {"prometheus_client"},
     "worker": {"uvloop"},

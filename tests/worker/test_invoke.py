@@ -151,6 +151,10 @@ TOLD: dict[str, tuple[dict[str, Any], Upstream | None]] = {
         {"local": True, "upstream": {"url": "http://127.0.0.1:4000", "guarded": False, "network": HERE}},
         Upstream(Url("http", "127.0.0.1", 4000, "/"), ends_with_gateway=True),
     ),
+    "run by a gateway of this network, on a socket of its file system": (
+        {"local": True, "upstream": {"url": "unix:/run/x/cat", "guarded": False, "network": HERE}},
+        Upstream(Url("http", "/run/x/cat", 80, "/"), ends_with_gateway=True),
+    ),
     "run by a gateway of another machine": (
         {"local": True, "upstream": {"url": "http://127.0.0.1:4000", "guarded": False, "network": "a"}},
         None,
