@@ -4013,8 +4013,8 @@ class Stdin:
         self.bytes_count = 0
         self._fd = fd
         self._on_error = on_error
-        self._writable = Readiness(ready, fd, select.EPOLLOUT)
-        self._is_wide = False
+        self._ready = ready
+        self._writable: Readiness | None = None  # until the pipe is full for the first time
         self._task: asyncio.Task[None] | None = None
 
     def feed(self, body: AsyncIterator[bytes]) -> None:
@@ -4048,11 +4048,14 @@ class Stdin:
         while view:
             written = self._write_some(view)
             view = view[written:]
-            if not written:
+            if written:
+                continue
+            if self._writable is not None:
                 await self._writable.wait()
-                if not self._is_wide:  # now that the function has shown that it reads
-                    self._is_wide = True
-                    widen_pipe(self._fd)
+                continue
+            self._writable = Readiness(self._ready, self._fd, select.EPOLLOUT)
+            await self._writable.wait()
+            widen_pipe(self._fd)  # now that the function has shown that it reads
 
     def _write_some(self, data: bytes | memoryview) -> int:
         try:
@@ -4065,7 +4068,8 @@ class Stdin:
     def _close_pipe(self) -> None:
         """Close the writing end: the process reads the end of its input."""
         if self._fd >= 0:
-            self._writable.stop()
+            if self._writable is not None:
+                self._writable.stop()
             os.close(self._fd)
             self._fd = -1
 
@@ -4093,7 +4097,7 @@ class Stdout:
         self._fd = fd
         self._on_eof = on_eof
         self._on_lost = on_lost
-        self._readable = Readiness(ready, fd, select.EPOLLIN)
+        self._readable: Readiness | None = None  # while it spills
         self._stopped = self._discarding = False
         self._spiller: asyncio.Task[None] | None = None
         ready.add(fd, self._on_readable)
@@ -4128,7 +4132,7 @@ class Stdout:
 
     async def _spill(self) -> None:
         """Take over from memory: the rest goes to a file, in a thread, so that no disk stops the loop."""
-        loop = asyncio.get_running_loop()
+        loop, self._readable = asyncio.get_running_loop(), Readiness(self._ready, self._fd, select.EPOLLIN)
         try:
             widen_pipe(self._fd)
             await loop.run_in_executor(None, self.output.spill)
@@ -4147,7 +4151,8 @@ class Stdout:
     def stop(self, discarding: bool) -> None:
         """Wait for no more output; `discarding`: nor take what there is."""
         self._stopped, self._discarding = True, discarding
-        self._readable.wake()
+        if self._readable is not None:
+            self._readable.wake()
 
     async def settled(self) -> None:
         """Return when the output changes no more; after `stop`."""
@@ -4243,7 +4248,7 @@ class Process:
         self._timers: list[asyncio.TimerHandle] = []
         ready, pipes = sweeper.reaper.ready, birth.pipes
         self.stdin = Stdin(ready, pipes.stdin, self.abandon)
-        self.stdout = Stdout(ready, pipes.stdout, partial(self._happens, ProcessEvent.EOF), self._on_output_lost)
+        self.stdout = Stdout(ready, pipes.stdout, self._on_eof, self._on_output_lost)
         self.stderr = Stderr(ready, pipes.stderr, birth.on_stderr) if birth.on_stderr is not None else None
         sweeper.add(self)
 
@@ -4302,6 +4307,9 @@ class Process:
             self._error = DeadlineReached()
         if not self._answerable.done():
             self._happens(ProcessEvent.DEADLINE)
+
+    def _on_eof(self) -> None:
+        self._happens(ProcessEvent.EOF)
 
     def _on_output_lost(self, error: OutputLost) -> None:
         self.abandon()
@@ -4402,8 +4410,7 @@ class Pipes:
             os.close(fd)
 
 
-@dataclass(frozen=True, slots=True)
-class Birth:
+class Birth(NamedTuple):
     """What is known of a process that was just started: `started_s` is since boot, the mark as in its environment."""
 
     pid: int
