@@ -92,7 +92,7 @@ FRAMING_BYTES = 262144  # of a chunked body that are not its data, besides two f
 BACKLOG = 1024  # connections that the kernel keeps for us while the loop is busy (capped by net.core.somaxconn)
 MAX_LISTEN_FDS_COUNT = 64  # of socket activation
 MAX_WORKERS_COUNT = 64  # processes that share a port
-AUTO_WORKERS_COUNT = 4  # of them if nobody says how many: with its functions a loop keeps two processors busy or more
+AUTO_WORKERS_COUNT = 4  # of them by default: with its functions a loop keeps two processors busy or more
 MAX_CONNECTIONS_COUNT = 10000  # of one process, if neither the operator nor its descriptors allow fewer: about 100 MiB
 METRICS_CONNECTIONS_COUNT = 64  # of the port that a scraper and some probes look at
 REFUSED_AT_ONCE_COUNT = 16  # connections above the limit that are told so at the same time; more are closed
@@ -148,7 +148,7 @@ MAX_EXEC_STRING_BYTES = 131072  # one argument or variable (execve(2), MAX_ARG_S
 MAX_LOG_LINE_BYTES = 8192  # a longer line of a function's stderr is cut into pieces
 LINES_AT_ONCE_COUNT = 64  # lines of a function's stderr in one turn of the loop
 LAST_LINES_COUNT = 2000  # lines of it at the end of the call
-LOG_RETRY_S = 0.02  # between two tries of a log that nobody reads
+LOG_RETRY_S = 0.02  # between two tries to write a log whose reader is slow
 LOG_BACKLOG_BYTES = 1 << 20  # log lines that wait for a slow reader; more are dropped and counted
 SECRET_FIELDS = frozenset(  # header fields that are never shown, logged, or passed on to third parties
     b"authorization proxy-authorization authentication-info cookie cookie2 set-cookie set-cookie2 x-api-key api-key"
@@ -174,7 +174,11 @@ class FaashoundError(Exception):
     """Root of every error of ours: `status` is what a client is answered, the text is safe to show."""
 
     status: ClassVar[int] = 500
+    text: ClassVar[str] = ""  # of a kind that always says the same
     headers: Sequence[tuple[bytes, bytes]] = ()
+
+    def __init__(self, text: str = "") -> None:
+        super().__init__(text or self.text)
 
 
 def _strerror(error: OSError) -> str:
@@ -244,34 +248,23 @@ def parse_bool(text: str) -> bool:
         raise ValueError("allowed: true, false, 1, 0") from None
 
 
-def parse_count(text: str) -> int:
-    """Return a whole number from 0 to 2**31-1."""
-    if not re.fullmatch(r"[0-9]{1,10}", text, re.ASCII) or int(text) >= 2**31:
-        raise ValueError("allowed: a whole number from 0 to 2147483647")
+def parse_number(text: str, low: int, high: int, kind: str = "a whole number") -> int:
+    """Return a whole number from `low` to `high`; `kind` is what the error calls it."""
+    if not re.fullmatch(r"[0-9]{1,10}", text, re.ASCII) or not low <= int(text) <= high:
+        raise ValueError(f"allowed: {kind} from {low} to {high}")
     return int(text)
 
 
-def parse_positive_count(text: str) -> int:
-    """Return a whole number from 1 to 2**31-1."""
-    if not re.fullmatch(r"[0-9]{1,10}", text, re.ASCII) or not 1 <= int(text) < 2**31:
-        raise ValueError("allowed: a whole number from 1 to 2147483647")
-    return int(text)
-
-
-def parse_port(text: str) -> int:
-    """Return a TCP port, 0 to 65535."""
-    if not re.fullmatch(r"[0-9]{1,5}", text, re.ASCII) or int(text) > 65535:
-        raise ValueError("allowed: a port from 0 to 65535")
-    return int(text)
+parse_count = partial(parse_number, low=0, high=2**31 - 1)
+parse_positive_count = partial(parse_number, low=1, high=2**31 - 1)
+parse_port = partial(parse_number, low=0, high=65535, kind="a port")
 
 
 def parse_workers(text: str) -> int:
     """Return how many processes are to share a port, 1 to MAX_WORKERS_COUNT; `auto` is one for each processor, to 4."""
     if text == "auto":
         return min(usable_processors_count(), AUTO_WORKERS_COUNT)
-    if not re.fullmatch(r"[0-9]{1,3}", text, re.ASCII) or not 1 <= int(text) <= MAX_WORKERS_COUNT:
-        raise ValueError(f"allowed: auto, or a whole number from 1 to {MAX_WORKERS_COUNT}")
-    return int(text)
+    return parse_number(text, 1, MAX_WORKERS_COUNT, "auto, or a whole number")
 
 
 WORKERS_HELP = f"processes that share the port; auto: one per usable processor, at most {AUTO_WORKERS_COUNT}"
@@ -625,7 +618,7 @@ class Log:
         self._add("error", text, {"traceback": traceback.format_exc().strip()})
 
     def is_full(self) -> bool:
-        """Tell whether lines would be dropped now, because nobody reads them."""
+        """Tell whether lines would be dropped now, because stderr takes none."""
         return self._waiting_bytes >= LOG_BACKLOG_BYTES - MAX_LOG_LINE_BYTES
 
     def drop(self, count: int) -> None:
@@ -633,7 +626,7 @@ class Log:
         self._dropped_count += count
 
     def raw(self, text: str) -> None:
-        """Write a line of somebody else's as it is, but one line."""
+        """Write a line of another program as it is, but one line."""
         self._put(escape_line(text))
 
     def _add(self, level: str, text: str, fields: dict[str, object]) -> None:
@@ -686,7 +679,7 @@ class Log:
         self._scheduled = False
         if self._dropped_count:
             count, self._dropped_count = self._dropped_count, 0
-            self.warning(f"{count} log lines were dropped: nobody read them fast enough")
+            self.warning(f"{count} log lines were dropped: they were not read fast enough")
 
     def flush(self, limit_s: float = 1.0) -> None:
         """Write what waits, at the end of the program; give up after `limit_s`."""
@@ -715,7 +708,7 @@ def _write_all(data: bytes) -> int:
         return os.write(2, data)
     except BlockingIOError:
         return 0
-    except OSError:  # nobody will ever read it: the log must not be the end of the program
+    except OSError:  # its reader has gone: the log must not be the end of the program
         return len(data)
 
 
@@ -952,10 +945,7 @@ class HeadTooLarge(BadRequest):
     """The request line and the fields together are over MAX_HEAD_BYTES, or there are too many of them."""
 
     status = 431
-
-    def __init__(self) -> None:
-        limits = f"{MAX_HEAD_BYTES} bytes in all, {MAX_FIELDS_COUNT} headers"
-        super().__init__(f"request line and headers too large; allowed: {limits}")
+    text = f"request line and headers too large; allowed: {MAX_HEAD_BYTES} bytes in all, {MAX_FIELDS_COUNT} headers"
 
 
 class ExpectationFailed(BadRequest):
@@ -973,10 +963,7 @@ class ReadTimeout(FaashoundError):
 class TooMuchFraming(BadRequest):
     """The chunks of a body are so small, or their extensions so long, that reading them is mostly waste."""
 
-    def __init__(self) -> None:
-        super().__init__(
-            f"bad request: chunks too small; allowed: {FRAMING_BYTES} bytes of framing, and two for each byte of data"
-        )
+    text = f"bad request: chunks too small; allowed: {FRAMING_BYTES} bytes of framing, and two for each byte of data"
 
 
 class BodyTooLarge(FaashoundError):
@@ -993,9 +980,7 @@ class Stopping(FaashoundError):
 
     status = 503
     headers = ((b"Retry-After", b"1"),)
-
-    def __init__(self) -> None:
-        super().__init__("the server is stopping; the request was given up")
+    text = "the server is stopping; the request was given up"
 
 
 class TooManyConnections(FaashoundError):
@@ -1195,18 +1180,18 @@ class Request:
 
 
 class Stream(Protocol):
-    """A body that comes in pieces.  Whoever takes it must `aclose` it, also if nothing was read of it."""
+    """A body that comes in pieces.  Its consumer must `aclose` it, also if nothing was read of it."""
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         """Return what yields the pieces."""
 
     async def aclose(self) -> None:
-        """Let go of whatever the pieces come from."""
+        """Release what the pieces come from."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileBody:
-    """A body that is a plain file from its beginning on, behind a prefix.  Whoever takes it must close the file."""
+    """A body that is a plain file from its beginning on, behind a prefix.  Its consumer must close the file."""
 
     prefix: bytes
     file: io.FileIO
@@ -1710,7 +1695,7 @@ _try_h11_grammar()
 #
 # Server: one connection carries one exchange at a time; what a client pipelines waits in the wire.  The handler
 # runs in a task of its own from the moment the head is there, while the body still arrives.  That task is cancelled
-# when its answer can reach nobody (the client hung up) or is already known (the rest of the request is broken or
+# when its answer has no reader any more (the client hung up) or is already known (the rest of the request is broken or
 # late), so a handler needs no other sign.  An end of stream from the client counts as hanging up, as in Go: TCP
 # cannot tell a half-closed connection from a closed one.
 # Back-pressure: no reading while a body has BUFFERED_BYTES waiting, or more than a head of what was read is still to be
@@ -1926,7 +1911,7 @@ _MAPPED_IPV4 = bytes(10) + b"\xff\xff"  # RFC 4291 2.5.5.2: how a socket for bot
 def network_of(peername: object) -> bytes:
     """Return what stands for the client at `peername`: its IPv4 address, or its IPv6 network of 64 bits.
 
-    Whoever has one IPv6 address has the network (RFC 4291 2.5.4).  b"" for what has no address: Unix sockets.
+    A client that has one IPv6 address has the network (RFC 4291 2.5.4).  b"" for what has no address: Unix sockets.
     """
     if not isinstance(peername, tuple):
         return b""
@@ -1938,11 +1923,11 @@ def network_of(peername: object) -> bytes:
 
 
 class Roster:
-    """Who is connected, and who of them goes first when there is no more room.
+    """The accepted connections, and which of them is closed first when there is no more room.
 
-    That is the one which has waited longest for a request, or for the rest of its head: nothing is lost with it.  Those
-    that wait stand in the order of their last answer.  One that has begun an exchange since is left there, and left out
-    when it is its turn, so that an exchange costs no more than two moves in ordered dictionaries.
+    It is the one which has waited longest for a request, or for the rest of its head: nothing is lost with it.  Those
+    that wait stand in the order of their last answer.  One that has begun an exchange since is left there, and skipped
+    when it comes first, so that an exchange costs no more than two moves in ordered dictionaries.
     """
 
     def __init__(self, limits: ConnectionLimits) -> None:
@@ -2005,11 +1990,11 @@ class Roster:
 
 
 class Listener:
-    """Accepts from a listening socket, in turns with the other processes that do: who has the fewest connections first.
+    """Accepts from a listening socket, in turns with the other worker processes: the fewest connections go first.
 
-    The kernel wakes everybody for each connection and cares little who gets it; a client that keeps its connections
-    could load one loop for long and leave another idle.  Whoever is not next takes what is still there after TURN_S.
-    Whoever is takes all that wait: the loop's own server takes one in a turn, and the last of many waited for long.
+    The kernel wakes all of them for each connection, whichever has the fewest; a client that keeps its connections
+    could load one loop for long and leave another idle.  A process whose turn it is not takes what is still there after
+    TURN_S.  One whose turn it is takes all that wait: asyncio's server takes one a turn, so the last of many wait long.
     """
 
     def __init__(self, sock: socket.socket, server: Server, slot: Slot) -> None:
@@ -3001,8 +2986,8 @@ class ClientConnection(Connection):
     def _on_closed_by_peer(self) -> None:
         """Note whether its end of stream was sent before anything of our request had arrived.
 
-        Such an end confirms nothing of it, and nobody reads on behind it (RFC 9112 9.6).  An end by RST tells nothing:
-        the kernel sends it for a program that has read a part and closes, too, and does not confirm what that has read.
+        Such an end confirms nothing of it, and what comes behind it is not read (RFC 9112 9.6).  An end by RST tells
+        nothing: the kernel sends it for a program that has read a part and closes, too, and does not confirm that part.
         """
         if self.silent:
             with suppress(OSError, ValueError):  # the socket is closed: uvloop's TLS tells us only then
@@ -3287,7 +3272,7 @@ class ProcessEvent(IdentityEnum):
     EOF = "its output is at its end"
     GRACE = "a descendant has held the output for OUTPUT_GRACE_S"
     DEADLINE = "exec_timeout or X-Timeout has come"
-    ABANDON = "nobody waits for the answer any more, or it is known already"
+    ABANDON = "the client has gone, or its answer is known already"
 
 
 # A process that has exited has done its work in time, so nothing that comes later takes its answer away.
@@ -3334,18 +3319,14 @@ class FactsTooLarge(FaashoundError):
     """The request's facts do not fit into a process's environment (execve's limit), but would be fine without."""
 
     status = 431
-
-    def __init__(self) -> None:
-        super().__init__("request headers too large for the environment of a process; allowed: what execve takes")
+    text = "request headers too large for the environment of a process; allowed: what execve takes"
 
 
 class DeadlineReached(FaashoundError):
     """The process was still running at its deadline and has been killed (the text is OpenFaaS's)."""
 
     status = 408
-
-    def __init__(self) -> None:
-        super().__init__("Killed process.")
+    text = "Killed process."
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -3448,7 +3429,7 @@ class Output:
     def splice(self, pipe_fd: int) -> bool:
         """Move what comes out of a non-blocking pipe to the file; False at its end, BlockingIOError once it is empty.
 
-        Returns True after FILE_HOP_BYTES, as whoever writes may do so for ever.  While much comes, it waits for more in
+        Returns True after FILE_HOP_BYTES, as the writer may never stop.  While much comes, it waits for more in
         this thread, for each PIPE_BYTES up to SPILL_WAIT_S: to wait in the loop costs two changes of threads.  Read
         and write are no slower here than splice(2), which not every file system has.
         """
@@ -4045,8 +4026,8 @@ class Stdin:
         self.bytes_count = 0
         self._fd = fd
         self._on_error = on_error
-        self._writable = Readiness(ready, fd, select.EPOLLOUT)
-        self._is_wide = False
+        self._ready = ready
+        self._writable: Readiness | None = None  # until the pipe is full for the first time
         self._task: asyncio.Task[None] | None = None
 
     def feed(self, body: AsyncIterator[bytes]) -> None:
@@ -4080,11 +4061,14 @@ class Stdin:
         while view:
             written = self._write_some(view)
             view = view[written:]
-            if not written:
+            if written:
+                continue
+            if self._writable is not None:
                 await self._writable.wait()
-                if not self._is_wide:  # now that the function has shown that it reads
-                    self._is_wide = True
-                    widen_pipe(self._fd)
+                continue
+            self._writable = Readiness(self._ready, self._fd, select.EPOLLOUT)
+            await self._writable.wait()
+            widen_pipe(self._fd)  # now that the function has shown that it reads
 
     def _write_some(self, data: bytes | memoryview) -> int:
         try:
@@ -4097,7 +4081,8 @@ class Stdin:
     def _close_pipe(self) -> None:
         """Close the writing end: the process reads the end of its input."""
         if self._fd >= 0:
-            self._writable.stop()
+            if self._writable is not None:
+                self._writable.stop()
             os.close(self._fd)
             self._fd = -1
 
@@ -4125,7 +4110,7 @@ class Stdout:
         self._fd = fd
         self._on_eof = on_eof
         self._on_lost = on_lost
-        self._readable = Readiness(ready, fd, select.EPOLLIN)
+        self._readable: Readiness | None = None  # while it spills
         self._stopped = self._discarding = False
         self._spiller: asyncio.Task[None] | None = None
         ready.add(fd, self._on_readable)
@@ -4160,7 +4145,7 @@ class Stdout:
 
     async def _spill(self) -> None:
         """Take over from memory: the rest goes to a file, in a thread, so that no disk stops the loop."""
-        loop = asyncio.get_running_loop()
+        loop, self._readable = asyncio.get_running_loop(), Readiness(self._ready, self._fd, select.EPOLLIN)
         try:
             widen_pipe(self._fd)
             await loop.run_in_executor(None, self.output.spill)
@@ -4179,7 +4164,8 @@ class Stdout:
     def stop(self, discarding: bool) -> None:
         """Wait for no more output; `discarding`: nor take what there is."""
         self._stopped, self._discarding = True, discarding
-        self._readable.wake()
+        if self._readable is not None:
+            self._readable.wake()
 
     async def settled(self) -> None:
         """Return when the output changes no more; after `stop`."""
@@ -4275,7 +4261,7 @@ class Process:
         self._timers: list[asyncio.TimerHandle] = []
         ready, pipes = sweeper.reaper.ready, birth.pipes
         self.stdin = Stdin(ready, pipes.stdin, self.abandon)
-        self.stdout = Stdout(ready, pipes.stdout, partial(self._happens, ProcessEvent.EOF), self._on_output_lost)
+        self.stdout = Stdout(ready, pipes.stdout, self._on_eof, self._on_output_lost)
         self.stderr = Stderr(ready, pipes.stderr, birth.on_stderr) if birth.on_stderr is not None else None
         sweeper.add(self)
 
@@ -4334,6 +4320,9 @@ class Process:
             self._error = DeadlineReached()
         if not self._answerable.done():
             self._happens(ProcessEvent.DEADLINE)
+
+    def _on_eof(self) -> None:
+        self._happens(ProcessEvent.EOF)
 
     def _on_output_lost(self, error: OutputLost) -> None:
         self.abandon()
@@ -4434,8 +4423,7 @@ class Pipes:
             os.close(fd)
 
 
-@dataclass(frozen=True, slots=True)
-class Birth:
+class Birth(NamedTuple):
     """What is known of a process that was just started: `started_s` is since boot, the mark as in its environment."""
 
     pid: int
@@ -4586,7 +4574,7 @@ class Pool:
 
     Each serves exactly one request, like the others, and its deadline runs from there.  One that is taken is replaced
     when no call is running any more, or soon: not at once, when a start would take a core from those that are answered.
-    One that ends unasked is of no use to anybody, and makes the next start wait, longer each time.
+    One that ends before its request makes the next start wait, longer each time.
     """
 
     def __init__(self, reaper: Reaper, spawner: Spawner, size: int, on_stderr: Callable[[str], None] | None) -> None:
@@ -4673,18 +4661,16 @@ class Pool:
 # ---------------------------------------------------------------------------------------------------------------
 
 FUNCTION_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
-CLIENT_GONE_STATUS = 499  # nobody was there to read it; nginx's number, for the log and the metrics
+CLIENT_GONE_STATUS = 499  # the answer had no reader; nginx's number, for the log and the metrics
 _CALL_ID = re.compile(rb"[A-Za-z0-9._~-]{1,128}")
 _BINARY = re.compile(rb"[\x00-\x08\x0b\x0e-\x1a\x1c-\x1f]")  # what Go's sniffer takes for "not text"
 
 
 class ClientGone(FaashoundError):
-    """Nobody waits for the answer any more."""
+    """The client closed the connection before it had its answer."""
 
     status = CLIENT_GONE_STATUS
-
-    def __init__(self) -> None:
-        super().__init__("the client has gone")
+    text = "the client has gone"
 
 
 class MethodNotAllowed(FaashoundError):
@@ -4807,7 +4793,7 @@ async def serve_metrics(collector: Collector, request: Request) -> Response:
         return Response(404, (TEXT_PLAIN,), b"only /metrics is here\n")
     if request.method not in ("GET", "HEAD"):
         raise MethodNotAllowed(("GET", "HEAD"))
-    # Only here, and beside the loop: it takes 27 ms and 4 MiB, for which a function that nobody watches has no use.
+    # Only here, and beside the loop: it takes 27 ms and 4 MiB, for which a function without a scraper has no use.
     prometheus = await asyncio.get_running_loop().run_in_executor(None, importlib.import_module, "prometheus_client")
     registry = prometheus.CollectorRegistry()
     registry.register(collector)
@@ -5011,7 +4997,7 @@ class CallLog:
 # ---------------------------------------------------------------------------------------------------------------
 # Lifecycle: sockets, guard, signals, drain, exit status.
 #
-# SIGTERM (or SIGINT): unhealthy at once and the lock file removed, so that whoever routes to us looks elsewhere;
+# SIGTERM (or SIGINT): unhealthy at once and the lock file removed, so that proxies and orchestrators route elsewhere;
 # after healthcheck_interval no more connections are accepted and what is in flight may finish, bounded by the larger
 # of exec_timeout and write_timeout.  Another signal ends everything at once.  SIGINT, which a person sends, does not
 # wait for health checks.  The exit status is 0 when every call had its answer, 1 when some were cut.
