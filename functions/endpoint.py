@@ -28,6 +28,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..watchdog import BACKLOG, Client, FaashoundError, Url, log
+from .logs import LogPipe, LogStore
 from .scaling import Scale, parse_scale
 from .supervisor import ManagedProcess, ManagedProgram, Supervisor, lift
 from .table import Function
@@ -58,21 +59,24 @@ class NotHealthy(FaashoundError):
 class Endpoint:
     """The socket at `path` of `function`, and its watchdogs, which `supervisor` keeps running.
 
-    `program_of` returns what to run for a function on a socket.  Obligations: `open`, then `start`, and `close_socket`
-    when the supervisor has stopped, or `retire` while it goes on.
+    `program_of` returns what to run for a function on a socket, with a descriptor for its lines, which go to `logs`.
+    Obligations: `open`, then `start`, and `close_socket` when the supervisor has stopped, or `retire` while it goes on.
     """
 
     def __init__(
         self,
         function: Function,
         path: Path,
-        program_of: Callable[[Function, socket.socket], ManagedProgram],
+        program_of: Callable[[Function, socket.socket, int | None], ManagedProgram],
+        logs: LogStore | None = None,
     ) -> None:
         self.function = function
         self.path = path
         self.scaled_count: int | None = None  # what somebody has asked for by hand
         self.processes: list[ManagedProcess] = []
         self._program_of = program_of
+        self._logs = logs
+        self._log_pipe: LogPipe | None = None
         self._supervisor: Supervisor | None = None
         self._listener: socket.socket
         self._is_watched = False
@@ -133,15 +137,23 @@ class Endpoint:
     def _grow(self, count: int) -> None:
         if self._supervisor is None:
             raise AssertionError("an endpoint is started before it is woken")
+        if self._logs is not None and self._log_pipe is None:
+            self._log_pipe = self._logs.open_pipe(self.function, self.path.name)
         while len(self.processes) < count:
-            self.processes.append(self._supervisor.start(self._program_of(self.function, self._listener)))
+            fd = None if self._log_pipe is None else self._log_pipe.fd
+            self.processes.append(self._supervisor.start(self._program_of(self.function, self._listener, fd)))
 
     async def rest(self) -> None:
         """End the watchdogs, each when its calls have ended; what comes meanwhile wakes it again."""
         ending, self.processes = self.processes, []
+        log_pipe, self._log_pipe = self._log_pipe, None
         self._set_look(None)
         self._watch(True)
-        await self._end(ending)
+        try:
+            await self._end(ending)
+        finally:
+            if log_pipe is not None:
+                log_pipe.close()
 
     async def _end(self, processes: list[ManagedProcess]) -> None:
         if self._supervisor is not None and processes:
@@ -191,7 +203,10 @@ class Endpoint:
         self._watch(False)
 
     def close_socket(self) -> None:
-        """Close the socket.  Repeatable."""
+        """Close the socket, and the pipe of its log.  Repeatable."""
+        if self._log_pipe is not None:
+            self._log_pipe.close()
+            self._log_pipe = None
         self._listener.close()
         with contextlib.suppress(FileNotFoundError):
             self.path.unlink()
