@@ -47,6 +47,7 @@ async def count_claims(system: System, receiver: Receiver) -> int:
     names = {"queue_url": f"spool:{system.spool}", "gateway_url": gateway_url, "callback_allow": "127.0.0.0/8"}
     settings = parse_settings(Settings, names)
     spool = await CountingSpool.open(system.spool)
+    assert isinstance(spool, CountingSpool)
     try:
         rules = CallbackRules(build_policy([gateway_url], settings.callback_allow), None, 10.0)
         worker = Worker(settings, spool, await spool.enlist(), rules)
