@@ -70,7 +70,7 @@ from .draining.limits import FunctionLimits
 from .draining.metrics import Invocations, WorkerMetrics
 from .draining.outcomes import attempt_record
 from .draining.recording import PAUSE_S, Recorder
-from .draining.shares import Slots
+from .draining.shares import Allotment, Slots
 from .draining.status import StatusPage
 from .network.hosts import are_on_loopback, parse_hosts
 from .queues import Queue, open_queue
@@ -220,6 +220,7 @@ class Worker:
         # What cannot be recorded keeps its slot, or all of it would pile up.
         self._recorder = Recorder(queue, self._in_flight.hold)
         self._wake_up = asyncio.Event()  # there is a free slot, or maybe work, or an end: look again
+        self._has_claimed = asyncio.Event()  # what the queue has told of: it may be asked what else there is
         self._stopping = False
         self._last_error = ""
 
@@ -241,6 +242,7 @@ class Worker:
             while not self._stopping:
                 self._wake_up.clear()  # before the claim: what ends during it frees a slot that it did not see
                 if not await self._claim():
+                    self._has_claimed.set()
                     await self._wait_for_change()
             await self._drain()
             for helper in helpers:
@@ -277,8 +279,12 @@ class Worker:
 
     async def _claim(self) -> bool:
         """Start as much as there is and as there are slots for; tell whether to look again at once."""
+        wishes = [(kind, wanted) for kind in KINDS if (wanted := self._wanted(kind)) is not None]
         try:
-            again = [await self._claim_kind(kind) for kind in KINDS]
+            if len(wishes) == 1:  # without a task, so that the claim goes before the outcome that made room for it
+                again = [await self._claim_kind(*wishes[0])]
+            else:  # at once, which is one turn of the queue's writer
+                again = await asyncio.gather(*(self._claim_kind(*wish) for wish in wishes))
         except FaashoundError as error:
             self._tell_slots()
             self._note_error(error)
@@ -286,20 +292,19 @@ class Worker:
         self._last_error = ""
         return any(again)
 
-    async def _claim_kind(self, kind: Kind) -> bool:
-        slots = self._slots[kind]
-        allotment = slots.next_claim(time.monotonic())
-        if allotment is None:
-            return False
-        capacities = self._capacities(kind)
-        wanted = allotment.narrowed(capacities)
+    def _wanted(self, kind: Kind) -> Allotment | None:
+        """Return what a claim may take now, None if none is to be made."""
+        allotment = self._slots[kind].next_claim(time.monotonic())
+        return None if allotment is None else allotment.narrowed(self._capacities(kind))
+
+    async def _claim_kind(self, kind: Kind, wanted: Allotment) -> bool:
         claim = self._queue.claim if kind == "call" else self._queue.claim_callbacks
         leases = await claim(
             self._settings.queues, self._owner, self._settings.ack_wait_s, wanted.limit, wanted.capacities
         )
         for lease in leases:
             self._start(lease)
-        return slots.found(allotment, len(leases), passed_over=0 in capacities.values())
+        return self._slots[kind].found(wanted, len(leases))
 
     def _capacities(self, kind: Kind) -> dict[str, int]:
         """Return how many more each function may get that refuses calls, or each destination that is in trouble."""
@@ -320,7 +325,10 @@ class Worker:
                 await self._wake_up.wait()
 
     async def _wait_for_work(self) -> None:
-        """Pass on, for ever, that the queue has work; if it is in trouble, ask again after a moment."""
+        """Pass on, for ever, that the queue has work; if it is in trouble, ask again after a moment.
+
+        It is not asked before what it told of last has been claimed: it would tell of the same once more.
+        """
         while True:
             try:
                 if self._last_error:
@@ -330,8 +338,10 @@ class Worker:
             except FaashoundError as error:
                 self._note_error(error)
                 continue
+            self._has_claimed.clear()
             self._tell_slots()
             self._wake_up.set()
+            await self._has_claimed.wait()
 
     def _note_error(self, error: FaashoundError) -> None:
         """Log that the queue is in trouble, once for each kind of it."""

@@ -91,7 +91,7 @@ class Slots:
     """The slots for one kind of work: which flows hold them, and what is known of the work that waits for more.
 
         allotment = slots.next_claim(now_s)     # then claim as it says, `take` for each that was found, and:
-        again = slots.found(allotment, 2)
+        again = slots.found(allotment, 2)       # which may have been narrowed before
 
     What a claim has found nothing of is not asked for again before `wake_up`; times are of one monotonic clock.
     """
@@ -148,13 +148,20 @@ class Slots:
         self._may_be_owed = False
         return lend(self._slots_count, self.held)
 
-    def found(self, allotment: Allotment, count: int, *, passed_over: bool = False) -> bool:
-        """Tell of a claim's outcome, and whether a flow was passed over for reasons of its own; return: look again."""
-        if count or passed_over:  # where something was there may be more, and a flow that was passed over still waits
+    def found(self, wanted: Allotment, count: int) -> bool:
+        """Tell of the outcome of a claim that was made as `wanted`, narrowed or not; return whether to look again.
+
+        One that brings less than it might have, and passed no flow over, has emptied the queue: to ask once more would
+        be a turn of the queue's writer for nothing.  What comes later is told by `wake_up`.
+        """
+        has_passed_over = bool(wanted.capacities) and (count > 0 or 0 in wanted.capacities.values())
+        if count >= wanted.limit or has_passed_over:
             self._may_wait = True
-        if count and not allotment.is_for_all:
+        if wanted.is_for_all:
+            return count > 0 and self._may_wait
+        if count:
             self._may_be_owed = True
-        return bool(count) or not allotment.is_for_all
+        return True
 
     @property
     def lends_at_s(self) -> float | None:

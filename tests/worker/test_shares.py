@@ -174,7 +174,18 @@ def test_flow_that_was_passed_over_is_claimed_when_it_may() -> None:
     slots = Slots(16)
     allotment = slots.next_claim(0.0)
     assert allotment is not None
-    assert not slots.found(allotment, 0, passed_over=True)
+    assert not slots.found(allotment.narrowed({"a": 0}), 0)
     assert slots.next_claim(0.0) is not None
     assert not slots.found(allotment, 0)
     assert slots.next_claim(0.0) is None
+
+
+def test_claim_that_brings_less_than_it_might_is_the_last_until_there_is_more() -> None:
+    """One more would find nothing, and cost a turn of the queue's writer for each call."""
+    desk = Desk(16)
+    for _ in range(10):
+        desk.put("a")
+        desk.work()
+        desk.end("a")
+        desk.work()
+    assert desk.claims_count == 10
