@@ -60,9 +60,9 @@ $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '$(1
 	echo "make: pip could not install faashound and what it needs (above); it needs a package index it can reach" >&2; exit 1; }
 endef
 
-# What some tests want of the machine (tests/needed.py) is installed where that is for us to do, else named.
+# What some tests want of the machine (testkit/needed.py) is installed where that is for us to do, else named.
 define get_needed
-wanted="$$($(BIN)/python -m tests.needed)"; \
+wanted="$$($(BIN)/python -m testkit.needed)"; \
 if [ -z "$$wanted" ]; then exit 0; fi; \
 if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	echo "Installing $$wanted"; \

@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterator
 import pytest
 from hypothesis import settings
 
-from tests.harness import Program
+from testkit.harness import Program
 
 # Many examples are real requests to real processes: a busy machine is no failure of the program.
 settings.register_profile("processes", deadline=None)

@@ -12,7 +12,6 @@ import itertools
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
-from typing import Protocol
 
 from ...calls.model import QueueDamaged, QueueFull, QueueUnavailable, StoredBody
 from ...watchdog import BodyTooLarge
@@ -86,9 +85,7 @@ class Bodies:
     async def name(self, body: StoredBody | None, call_id: str) -> None:
         """Say which call is going to name this body."""
         if body is not None and body.file is not None:
-            await self._connection.publish(
-                Write(self._names.subject("body", body.file, _REFERENCE), call_id.encode())
-            )
+            await self._connection.publish(Write(self._names.subject("body", body.file, _REFERENCE), call_id.encode()))
 
     async def drop(self, body: StoredBody | None) -> None:
         """Remove a body that no call names."""

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from ...calls.model import (
     FINAL,
-
     CallbackState,
     CallNotDead,
     Kind,
@@ -24,18 +23,18 @@ from ...calls.model import (
     QueueDamaged,
     QueueFull,
     QueueUnavailable,
-    State,
 )
-from ...jetstream import Claimant, Record, accept, expire, requeue_callback, requeue_dead, take, take_back
+from ...calls.steps import Hold, Record, claim, expire, is_expired, requeue_callback, requeue_dead, take_back
 from ...watchdog import log
-from .connection import Conflict, Connection
+from .connection import Conflict
 from .flows import Delivery, Flows, Wanted
 from .owners import Held, Owners
-from .records import REVIVES_HEADER, join, parse_waiting
+from .records import REVIVES_HEADER, Standing, join, parse_waiting
 from .store import Store
 
 UNKNOWN_S = 1.0  # before an owner that could not be asked is asked again
 MAX_DELAY_S = 30 * 86400.0  # longest delay that is asked of the servers at once
+DAMAGED_S = 60.0  # before a message that cannot be read is looked at again
 MAX_FETCH_COUNT = 256  # messages that are looked at together
 
 
@@ -51,37 +50,43 @@ class Verdict(Enum):
 
 def judge(record: Record, kind: Kind, now_s: float) -> Verdict:
     """Return what a record says of a message of its call."""
-    call, callback = record.call, record.call.callback
     if record.hold is not None:
         return Verdict.ASK if record.hold.kind == kind else Verdict.DONE
     if kind == "callback":
+        callback = record.callback
         if callback is None or callback.state is not CallbackState.PENDING:
             return Verdict.DONE
         return Verdict.WAIT if callback.due_s > now_s else Verdict.TAKE
-    if call.state in FINAL:
+    if record.state in FINAL:
         return Verdict.DONE
-    if call.expires_s is not None and call.expires_s <= now_s:
+    if is_expired(record, now_s):
         return Verdict.EXPIRE
-    return Verdict.WAIT if call.due_s > now_s else Verdict.TAKE
+    return Verdict.WAIT if record.due_s > now_s else Verdict.TAKE
 
 
-def revive(record: Record, kind: Kind, revives: str | None, now_s: float) -> Record:
+def revive(standing: Standing, kind: Kind, revives: str | None, now_s: float) -> Record:
     """Return a dead record as its message queues it again, if the step was not written before its writer died."""
-    if revives is None or record.revision != int(revives):
-        return record
+    if revives is None or standing.revision != int(revives):
+        return standing.record
     try:
-        return requeue_dead(record, now_s) if kind == "call" else requeue_callback(record, now_s)
+        return (requeue_dead if kind == "call" else requeue_callback)(standing.record, now_s)
     except CallNotDead:
-        return record
+        return standing.record
+
+
+@dataclass(frozen=True, slots=True)
+class Claimant:
+    """Who claims what, and for how long."""
+
+    kind: Kind
+    owner: str
+    lease_s: float
 
 
 class Claims:
     """The claims of one process."""
 
-    def __init__(
-        self, connection: Connection, store: Store, flows: Flows, owners: Owners, now: Callable[[], float]
-    ) -> None:
-        self._connection = connection
+    def __init__(self, store: Store, flows: Flows, owners: Owners, now: Callable[[], float]) -> None:
         self._store = store
         self._flows = flows
         self._owners = owners
@@ -95,36 +100,31 @@ class Claims:
         leases: list[Lease] = []
         count = wanted.limit
         while len(leases) < wanted.limit:
-            rest = dataclasses.replace(wanted, limit=count)
-            deliveries = await self._flows.fetch(rest)
-            if not deliveries:
-                break
-            outcomes = await asyncio.gather(*(self._take(each, claimant) for each in deliveries), return_exceptions=True)
+            deliveries = await self._flows.fetch(replace(wanted, limit=count))
+            takes = (self._take(each, claimant) for each in deliveries)
+            outcomes = await asyncio.gather(*takes, return_exceptions=True)
             new = [outcome for outcome in outcomes if isinstance(outcome, Lease)]
+            failed = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
             leases += new
-            for outcome in outcomes:
-                if isinstance(outcome, BaseException) and not leases:
-                    raise outcome
-            if new and len(deliveries) < count:
+            if failed and not leases:
+                raise failed[0]
+            if failed or len(deliveries) < count:
                 break
             count = wanted.limit - len(leases) if new else min(2 * count, MAX_FETCH_COUNT)
-            if any(isinstance(outcome, BaseException) for outcome in outcomes):
-                break
         return leases
 
     async def _take(self, delivery: Delivery, claimant: Claimant) -> Lease | None:
         """Do with a message what its record says; return a lease if that is to take it."""
         try:
-            record = await self._read(delivery, claimant.kind)
-            while record is not None:
-                record = revive(record, claimant.kind, delivery.headers.get(REVIVES_HEADER), self._now())
+            standing = await self._read(delivery, claimant.kind)
+            while standing is not None:
                 try:
-                    return await self._act(record, delivery, claimant)
+                    return await self._act(standing, delivery, claimant)
                 except Conflict:
-                    record = await self._store.load(delivery.call_id)
+                    standing = await self._store.load(delivery.call_id)
         except QueueDamaged as error:  # it keeps no other from its run
             log.error(str(error), call_id=delivery.call_id)
-            await self._flows.nak(delivery, claimant.lease_s)
+            await self._flows.nak(delivery, DAMAGED_S)
             return None
         except (QueueUnavailable, QueueFull):
             await self._flows.nak(delivery)
@@ -132,81 +132,74 @@ class Claims:
         await self._flows.ack(delivery)  # its call is gone
         return None
 
-    async def _read(self, delivery: Delivery, kind: Kind) -> Record | None:
+    async def _read(self, delivery: Delivery, kind: Kind) -> Standing | None:
         if kind == "callback":
             return await self._store.load(delivery.call_id)
-        waiting = parse_waiting(delivery.data)
-        if delivery.count == 1 and REVIVES_HEADER not in delivery.headers:
-            return accept(waiting)
-        kept = await self._store.find_record(delivery.call_id)
-        if kept is None:
-            return accept(waiting)
-        if kept.place == "held":
-            return dataclasses.replace(accept(waiting), revision=kept.record.revision)
-        return join(kept, waiting)
+        accepted = parse_waiting(delivery.data)
+        is_new = delivery.count == 1 and REVIVES_HEADER not in delivery.headers
+        return join(None if is_new else await self._store.find_record(delivery.call_id), accepted)
 
-    async def _act(self, record: Record, delivery: Delivery, claimant: Claimant) -> Lease | None:
-        before, verdict = record, judge(record, claimant.kind, self._now())
+    async def _act(self, standing: Standing, delivery: Delivery, claimant: Claimant) -> Lease | None:
+        kind, now_s = claimant.kind, self._now()
+        record = revive(standing, kind, delivery.headers.get(REVIVES_HEADER), now_s)
+        verdict = judge(record, kind, now_s)
         if verdict is Verdict.ASK:
-            taken_over = await self._take_over(record, delivery, claimant)
-            if taken_over is None:
+            if not await self._is_gone(standing, delivery):
                 return None
-            record = taken_over
-            verdict = judge(record, claimant.kind, self._now())
-            if verdict is not Verdict.TAKE:
-                record = await self._store.save(record, before)
+            record = take_back(record, now_s)
+            verdict = judge(record, kind, now_s)
         if verdict is Verdict.TAKE:
-            return await self._lease(record, before, delivery, claimant)
-        if verdict is Verdict.WAIT:
-            await self._delay(record, delivery, claimant.kind)
-            return None
+            return await self._lease(standing, record, delivery, claimant)
         if verdict is Verdict.EXPIRE:
-            record = await self._store.save(expire(record, self._now()), record)
-        await self.settle(record, delivery, claimant.kind)
+            record = expire(record, now_s)
+        if record is not standing.record:
+            await self._store.save(standing, record)
+        await self.settle(standing._replace(record=record), delivery, kind)
         return None
 
-    async def _lease(self, record: Record, before: Record, delivery: Delivery, claimant: Claimant) -> Lease:
-        taken = await self._store.save(take(record, claimant), before)
+    async def _lease(self, standing: Standing, record: Record, delivery: Delivery, claimant: Claimant) -> Lease:
+        hold = Hold(claimant.kind, claimant.owner, standing.revision)
+        taken = await self._store.save(standing, claim(record, hold, self._now()))
         until_s = self._loop.time() + claimant.lease_s
         held = Held(taken, delivery, claimant.kind, claimant.owner, until_s, claimant.lease_s)
         self._owners.held[taken.revision] = held
-        self._owners.cancelled.discard(taken.call.id)
+        self._owners.cancelled.discard(taken.id)
         return Lease(taken.call, claimant.kind, claimant.owner, taken.revision)
 
-    async def _take_over(self, record: Record, delivery: Delivery, claimant: Claimant) -> Record | None:
-        """Return the call as it is without the owner that its record has; None if that lives, or may live."""
-        hold = record.hold
+    async def _is_gone(self, standing: Standing, delivery: Delivery) -> bool:
+        """Tell whether the owner that the record names is no more; if it lives, or may live, the message goes back."""
+        hold = standing.record.hold
         if hold is None:
-            raise AssertionError("only what is held can be taken over")
-        ours = self._owners.find(record.call.id, hold.fence)
+            raise AssertionError("only what is held has an owner")
+        lease_s = max(delivery.flow.lease_s or 0.0, UNKNOWN_S)
+        ours = self._owners.find(standing.id, hold.fence)
         if ours is not None:
             ours.delivery = delivery  # the servers have begun anew with it, and so do we
             await self._flows.progress(delivery)
-            return None
-        is_held = await self._owners.is_held(record.call.id, hold)
-        if is_held is False:
-            return take_back(record, self._now())
-        await self._flows.nak(delivery, UNKNOWN_S if is_held is None else max(hold.lease_s, UNKNOWN_S))
-        return None
+            return False
+        is_held = await self._owners.is_held(standing.id, hold, lease_s)
+        if is_held is not False:
+            await self._flows.nak(delivery, UNKNOWN_S if is_held is None else lease_s)
+        return is_held is False
 
     # -- after a step
 
-    async def settle(self, record: Record, delivery: Delivery, kind: Kind) -> None:
+    async def settle(self, standing: Standing, delivery: Delivery, kind: Kind) -> None:
         """Do what follows from a record that was written; what fails here is done when the message comes again."""
-        call, callback = record.call, record.call.callback
+        record = standing.record
+        pending = record.callback is not None and record.callback.state is CallbackState.PENDING
         with contextlib.suppress(QueueUnavailable, QueueFull):
-            if kind == "call" and call.state in FINAL:
-                if callback is not None and callback.state is CallbackState.PENDING:
-                    await self._store.put_callback(call)
-                await self._flows.ack(delivery)
-            elif kind == "callback" and (callback is None or callback.state is not CallbackState.PENDING):
+            if kind == "callback":
+                await (self._delay(record, delivery, kind) if pending else self._flows.ack(delivery))
+            elif record.state in FINAL:
+                if pending:
+                    await self._store.put_callback(standing.accepted, record)
                 await self._flows.ack(delivery)
             else:
                 await self._delay(record, delivery, kind)
 
     async def _delay(self, record: Record, delivery: Delivery, kind: Kind) -> None:
-        callback = record.call.callback
-        due_s = callback.due_s if kind == "callback" and callback is not None else record.call.due_s
+        due_s = record.callback.due_s if kind == "callback" and record.callback is not None else record.due_s
         await self._flows.nak(delivery, min(max(0.0, due_s - self._now()), MAX_DELAY_S))
 
     # -- ending
@@ -218,44 +211,41 @@ class Claims:
         held = self._owners.get(lease)
         if held is None:
             raise LeaseLost(f"the lease on call {lease.call.id} has passed to another worker")
-        record: Record | None = held.record
+        standing: Standing | None = held.standing
         while True:
-            if record is None or record.hold != held.record.hold:
+            if standing is None or standing.record.hold != held.standing.record.hold:
                 self._owners.held.pop(lease.fence, None)
                 raise LeaseLost(f"the lease on call {lease.call.id} has passed to another worker")
             try:
-                ended = await self._store.save(step(record), record)
+                ended = await self._store.save(standing, step(standing.record))
                 break
             except Conflict:
-                record = await self._store.load(lease.call.id)
+                standing = await self._store.load(lease.call.id)
         self._owners.held.pop(lease.fence, None)
         await self.settle(ended, held.delivery, kind)
-        return ended
+        return ended.record
 
-    async def reclaim(self, queues: tuple[str, ...] | None = None) -> int:
+    async def reclaim(self) -> int:
         """Take back what owners that are gone hold, and what was not renewed in time; return how many."""
         await asyncio.gather(*(self._flows.nak(held.delivery) for held in self._owners.drop_lapsed()))
-        names = await self._flows.refresh()
+        queues = tuple({name.queue for name in await self._flows.refresh()})
         count = 0
-        for kind in ("call", "callback"):
-            queues = tuple({name.queue for name in names})
-            wanted = Wanted(kind, queues, MAX_FETCH_COUNT, {}, 1.0)
-            for delivery in await self._flows.fetch(wanted):
+        kinds: tuple[Kind, ...] = ("call", "callback")
+        for kind in kinds:
+            for delivery in await self._flows.fetch(Wanted(kind, queues, MAX_FETCH_COUNT, {}, 1.0)):
                 count += await self._take_back(delivery, kind)
         return count
 
     async def _take_back(self, delivery: Delivery, kind: Kind) -> bool:
         """Take back one call if its owner is gone; either way its message goes back."""
-        record = await self._store.load(delivery.call_id) if delivery.count > 1 else None
-        if record is None or judge(record, kind, self._now()) is not Verdict.ASK:
+        standing = await self._store.load(delivery.call_id) if delivery.count > 1 else None
+        if standing is None or judge(standing.record, kind, self._now()) is not Verdict.ASK:
             await self._flows.nak(delivery)
             return False
-        claimant = Claimant(kind, "", 1.0, self._now())
-        back = await self._take_over(record, delivery, claimant)
-        if back is None:
+        if not await self._is_gone(standing, delivery):
             return False
         try:
-            back = await self._store.save(back, record)
+            back = await self._store.save(standing, take_back(standing.record, self._now()))
         except Conflict:
             await self._flows.nak(delivery)
             return False

@@ -292,7 +292,9 @@ class Connection:
             raise NoRespondersError
         return answer
 
-    async def call_api(self, operation: str, payload: Mapping[str, Any] | None = None, timeout_s: float = TRY_S) -> Json:
+    async def call_api(
+        self, operation: str, payload: Mapping[str, Any] | None = None, timeout_s: float = TRY_S
+    ) -> Json:
         """Return what JetStream answers; raises APIError besides what `request` raises."""
         data = b"" if payload is None else json.dumps(payload).encode()
         return _parse_answer(await self.request(f"$JS.API.{operation}", data, timeout_s))

@@ -19,9 +19,10 @@ from nats.errors import Error as NatsError
 from nats.errors import NoRespondersError
 
 from ...calls.model import Kind, Lease, QueueUnavailable
-from ...jetstream import Hold, Record
+from ...calls.steps import Hold
 from .connection import TRY_S, Connection, parse_status, queue_error
 from .flows import Delivery
+from .records import Standing
 from .subjects import build_token
 
 ASK_COUNT = 4  # questions within TRY_S to an owner
@@ -32,9 +33,9 @@ _MINE, _NOT_MINE = b"mine", b"not mine"
 
 @dataclass(slots=True)
 class Held:
-    """A lease of ours: the record behind it, the message to acknowledge, and until when it is good (loop's clock)."""
+    """A lease of ours: the call as it was claimed, the message to acknowledge, and until when it is good (loop's clock)."""
 
-    record: Record
+    standing: Standing
     delivery: Delivery
     kind: Kind
     owner: str
@@ -109,20 +110,20 @@ class Owners:
             await message.respond(b"here")
 
     async def _on_census(self, message: Msg) -> None:
-        running = [held.record.call for held in self.held.values() if held.kind == "call"]
+        running = [held.standing.accepted for held in self.held.values() if held.kind == "call"]
         await message.respond(json.dumps([[call.id, call.function, call.queue] for call in running]).encode())
 
     def find(self, call_id: str, fence: int) -> Held | None:
         """Return the lease of ours on a call that followed this revision, if it has not run out."""
         for held in self.held.values():
-            hold = held.record.hold
-            if hold is not None and (held.record.call.id, hold.fence) == (call_id, fence):
+            hold = held.standing.record.hold
+            if hold is not None and (held.standing.id, hold.fence) == (call_id, fence):
                 return held if self._loop.time() < held.until_s else None
         return None
 
     # -- questions
 
-    async def is_held(self, call_id: str, hold: Hold) -> bool | None:
+    async def is_held(self, call_id: str, hold: Hold, lease_s: float) -> bool | None:
         """Tell whether an owner still has the call that its record says it has; None: nobody can know now."""
         if hold.owner in self._owners:
             return self.find(call_id, hold.fence) is not None
@@ -139,7 +140,7 @@ class Owners:
             except NatsError:
                 return None
         quiet_s = self._loop.time() - max(self._returned_s, self._connection.troubled_s)
-        return False if quiet_s > hold.lease_s else None
+        return False if quiet_s > lease_s else None
 
     async def tell_cancel(self, call_id: str, hold: Hold) -> None:
         """Tell the owner of a call that its end is wanted; if the word is lost, it learns when it renews."""

@@ -16,8 +16,8 @@ from typing import TypeVar
 from ...calls.model import (
     FINAL,
     Call,
-    CallbackState,
     CallUnknown,
+    NewCall,
     QueueDamaged,
     State,
     Stats,
@@ -25,13 +25,13 @@ from ...calls.model import (
     Swept,
 )
 from ...calls.names import FunctionName
-from ...jetstream import Record, accept, expire
+from ...calls.steps import expire, may_forget, may_purge
 from ...watchdog import log
 from .bodies import Bodies
 from .connection import Conflict, Connection, Stored
 from .flows import Delivery, Flows, Wanted
 from .owners import Owners
-from .records import Kept, is_settled, join, parse_record, parse_waiting
+from .records import Kept, Standing, join, parse_record, parse_waiting
 from .store import Store
 from .subjects import PLACES, TIMERS, UNDELIVERED, FlowName, Place, build_token, parse_token
 
@@ -52,12 +52,6 @@ def places_of(states: Iterable[State]) -> list[Place]:
     for state in states:
         places += [PLACES[state], *([UNDELIVERED[state]] if state in UNDELIVERED else [])]
     return places
-
-
-def may_purge(call: Call, state: State, function: FunctionName | None) -> bool:
-    """Tell whether a person may delete the call."""
-    under_way = call.callback is not None and call.callback.state in (CallbackState.PENDING, CallbackState.RUNNING)
-    return call.state is state and function in (None, call.function) and not under_way
 
 
 def listed(call: Call) -> Call:
@@ -105,10 +99,10 @@ class People:
                     return found
         if state in (None, *FINAL):
             states = [each for each in State if each in FINAL and state in (None, each)]
-            async for record in self._ended(states, function, below_ended):
+            async for standing in self._ended(states, function, below_ended):
                 if len(found) >= limit:
                     break
-                found.append(listed(record.call))
+                found.append(listed(standing.call))
         return found[:limit]
 
     async def _place(self, before: str | None) -> tuple[int | None, int | None]:
@@ -116,7 +110,7 @@ class People:
         if before is None:
             return None, None
         waiting, kept = await asyncio.gather(self._store.find_waiting(before), self._store.find_record(before))
-        if kept is not None and kept.record.call.state in FINAL:
+        if kept is not None and kept.record.state in FINAL:
             return 0, kept.record.revision
         if waiting is None:
             raise CallUnknown(f"no call has the id {before}")
@@ -129,12 +123,13 @@ class People:
             raise CallUnknown(f"no call has the id {before}")
         calls = []
         for batch in _batches(ids):
-            for record in await asyncio.gather(*map(self._store.load, batch)):
-                if record is not None and record.call.state is State.RUNNING:
-                    calls.append(record.call)
+            for standing in await asyncio.gather(*map(self._store.load, batch)):
+                if standing is not None and standing.record.state is State.RUNNING:
+                    calls.append(standing.call)
         calls.sort(key=lambda call: (call.accepted_s, call.id), reverse=True)
         if last is not None:
-            calls = [call for call in calls if (call.accepted_s, call.id) < (last.call.accepted_s, last.call.id)]
+            end = last.accepted.accepted_s, last.id
+            calls = [call for call in calls if (call.accepted_s, call.id) < end]
         return [listed(call) for call in calls[:limit]]
 
     async def _waiting(self, function: FunctionName | None, below: int | None) -> AsyncIterator[Call]:
@@ -144,24 +139,22 @@ class People:
             for batch in _batches(page):
                 records = await asyncio.gather(*(self._store.find_record(_id_of(stored)) for stored in batch))
                 for stored, kept in zip(batch, records, strict=True):
-                    call = _read(stored)
-                    if call is not None:
-                        yield call if kept is None or kept.place == "held" else join(kept, call).call
+                    accepted = _read(stored)
+                    if accepted is not None:
+                        yield join(kept, accepted).call
 
     async def _ended(
         self, states: list[State], function: FunctionName | None, below: int | None
-    ) -> AsyncIterator[Record]:
+    ) -> AsyncIterator[Standing]:
         name = "*" if function is None else build_token(function)
         subjects = [self._names.subject("rec", place, "*", name) for place in places_of(states)]
         async for page in self._walk_back(self._names.records, subjects, below):
             for stored in page:
                 kept = _parse(stored)
-                if kept is not None and kept.record.call.state in states:
-                    yield kept.record
+                if kept is not None and kept.accepted is not None and kept.record.state in states:
+                    yield Standing(kept.accepted, kept.record, kept.revision, kept.place)
 
-    async def _walk_back(
-        self, stream: str, subjects: list[str], below: int | None
-    ) -> AsyncIterator[list[Stored]]:
+    async def _walk_back(self, stream: str, subjects: list[str], below: int | None) -> AsyncIterator[list[Stored]]:
         """Yield the messages of some filters, newest first: a window of revisions at a time, wider where there is little."""
         state = (await self._connection.info(stream))["state"]
         first, high, width = state["first_seq"], below or state["last_seq"] + 1, WINDOW_COUNT
@@ -198,22 +191,23 @@ class People:
     async def purge(self, state: State, function: FunctionName | None, call_id: str | None) -> int:
         """Delete one call, or all in a state, unless a callback is under way; return how many."""
         if call_id is not None:
-            record = await self._store.load(call_id)
-            if record is None or not may_purge(record.call, state, function):
+            standing = await self._store.load(call_id)
+            if standing is None or not may_purge(standing.record, state):
                 return 0
-            await self._store.forget(record)
+            await self._store.forget(standing)
             return 1
         name = "*" if function is None else build_token(function)
-        count, batch = 0, []
+        count = 0
+        batch: list[Kept] = []
         async for kept in self._store.walk(*places_of([state]), function=name):
-            if may_purge(kept.record.call, state, function):
-                batch.append(kept.record)
+            if may_purge(kept.record, state):
+                batch.append(kept)
             if len(batch) == STEP_COUNT:
                 count += await self._forget_all(batch)
                 batch = []
         return count + await self._forget_all(batch)
 
-    async def _forget_all(self, records: list[Record]) -> int:
+    async def _forget_all(self, records: list[Kept]) -> int:
         await asyncio.gather(*map(self._store.forget, records))
         return len(records)
 
@@ -226,7 +220,9 @@ class People:
         running = await self._owners.census()
         waiting = dict(zip(names, await self._counts(map(self._names.filter, names)), strict=True))
         by_function = self._count_waiting(waiting, running)
-        await self._count_ended(by_function, {FunctionName(each.name) for each in names if each.kind == "call"}, running)
+        await self._count_ended(
+            by_function, {FunctionName(each.name) for each in names if each.kind == "call"}, running
+        )
         by_state = dict.fromkeys(State, 0)
         for (_, state), count in by_function.items():
             by_state[state] += count
@@ -324,19 +320,20 @@ class People:
 
     async def _expire(self, timer: Delivery) -> bool:
         while True:
-            record = await self._store.load(timer.call_id)
-            if record is None or record.call.state in FINAL or record.call.expires_s is None:
+            standing = await self._store.load(timer.call_id)
+            record = None if standing is None else standing.record
+            if standing is None or record is None or record.state in FINAL or record.expires_s is None:
                 await self._flows.ack(timer)
                 return False
-            left_s = record.call.expires_s - self._now()
-            if left_s > 0 or record.call.state is State.RUNNING:
-                await self._flows.nak(timer, max(left_s, TIMER_PAUSE_S if record.call.state is State.RUNNING else 0.0))
+            left_s = record.expires_s - self._now()
+            if left_s > 0 or record.state is State.RUNNING:
+                await self._flows.nak(timer, max(left_s, TIMER_PAUSE_S if record.state is State.RUNNING else 0.0))
                 return False
             try:
-                expired = await self._store.save(expire(record, self._now()), record)
+                expired = await self._store.save(standing, expire(record, self._now()))
             except Conflict:
                 continue
-            await self._store.follow_end(record.call, expired.call)
+            await self._store.follow_end(standing, expired)
             await self._flows.ack(timer)
             return True
 
@@ -344,21 +341,20 @@ class People:
         count = 0
         for place in places_of([State.DONE, State.CANCELLED, State.EXPIRED]):
             async for kept in self._store.walk(place):
-                call = kept.record.call
-                if not is_settled(call) or call.finished_s is None:
-                    continue
-                if call.finished_s >= before_s:
-                    break
-                await self._store.forget(kept.record)
-                count += 1
+                if may_forget(kept.record, before_s):
+                    await self._store.forget(kept)
+                    count += 1
+                elif kept.record.finished_s is not None and kept.record.finished_s >= before_s:
+                    break  # what comes behind has ended later
         return count
 
     async def _drop_orphans(self) -> int:
         """Remove old bodies that no call names; one that is still to be read is named by its call."""
         count = 0
         async for body, call_id in self._bodies.walk_old():
-            record = None if call_id is None else await self._store.load(call_id)
-            named = () if record is None else (record.call.body, record.call.result)
+            standing = None if call_id is None else await self._store.load(call_id)
+            answer = None if standing is None else standing.record.answer
+            named = [standing and standing.accepted.body, answer and answer.result]
             if body.file not in {each.file for each in named if each is not None}:
                 await self._bodies.drop(body)
                 count += 1
@@ -369,7 +365,7 @@ def _id_of(stored: Stored) -> str:
     return parse_token(stored.subject.split(".")[2])
 
 
-def _read(stored: Stored) -> Call | None:
+def _read(stored: Stored) -> NewCall | None:
     try:
         return parse_waiting(stored.data)
     except QueueDamaged as error:

@@ -46,7 +46,6 @@ from ...calls.model import (
     CallExists,
     CallFinished,
     CallUnknown,
-    Event,
     KeyReused,
     Kind,
     Lease,
@@ -63,28 +62,27 @@ from ...calls.model import (
     check_same_request,
 )
 from ...calls.names import FunctionName
-from ...jetstream import (
-    Claimant,
+from ...calls.steps import (
+    Event,
     Record,
     accept,
+    build_call,
     cancel,
     end_callback,
-    end_cancelled,
     end_run,
-    note_attempt,
     release,
-    rename,
     requeue_callback,
     requeue_dead,
     retry_run,
+    stop_run,
 )
 from .bodies import CHUNK_BYTES, Bodies
-from .claims import Claims
+from .claims import Claimant, Claims
 from .connection import WRITE_S, Conflict, Connection, Options, Write, connect, end_tasks, queue_error
 from .flows import Flows, Wanted
 from .owners import Held, Owners
 from .people import People
-from .records import HELD_S
+from .records import HELD_S, Standing, rename
 from .store import Store
 from .streams import ensure_streams, read_token
 from .subjects import build_token
@@ -111,7 +109,7 @@ class JetStream:
         self._flows = Flows(connection)
         self._store = Store(connection, self._flows, self._bodies, now)
         self._owners = Owners(connection)
-        self._claims = Claims(connection, self._store, self._flows, self._owners, now)
+        self._claims = Claims(self._store, self._flows, self._owners, now)
         self._people = People(connection, self._store, self._flows, self._owners, self._bodies, now)
         self._rooms = rooms
         self._room_s, self._room_bytes = float("-inf"), 0  # when it was asked for, and what is left since
@@ -192,7 +190,7 @@ class JetStream:
         """Queue a call; the stream has acknowledged it when this returns, or QueueUnavailable after WRITE_S in all."""
         return await self._accept(call, self._create)
 
-    async def _accept(self, call: NewCall, create: Callable[[Record], Awaitable[Call]]) -> Call:
+    async def _accept(self, call: NewCall, create: Callable[[NewCall], Awaitable[None]]) -> Call:
         self._check_open()
         try:
             async with asyncio.timeout(WRITE_S):
@@ -200,13 +198,13 @@ class JetStream:
         except TimeoutError:
             raise QueueUnavailable(f"NATS has not acknowledged the call within {WRITE_S:g} s") from None
 
-    async def _put(self, call: NewCall, create: Callable[[Record], Awaitable[Call]]) -> Call:
+    async def _put(self, call: NewCall, create: Callable[[NewCall], Awaitable[None]]) -> Call:
         await self._take_room(call)
-        record = accept(call)
         try:
             if call.idempotency_key is None:
-                return await create(record)
-            earlier = await self._put_keyed(record, call.idempotency_key, create)
+                await create(call)
+                return build_call(call, accept(call))
+            earlier = await self._put_keyed(call, call.idempotency_key, create)
         except (CallExists, KeyReused):
             await self.drop_body(call.body)
             raise
@@ -214,9 +212,8 @@ class JetStream:
             await self.drop_body(call.body)
         return earlier
 
-    async def _create(self, record: Record) -> Call:
+    async def _create(self, call: NewCall) -> None:
         """Write the message of a new call.  Raises CallExists."""
-        call = record.call
         await self._bodies.name(call.body, call.id)
         is_fresh = 0 <= time.time() - made_s(call.id) < FRESH_S
         if not is_fresh and await self._store.find_record(call.id) is not None:
@@ -227,32 +224,32 @@ class JetStream:
             await self._store.put_waiting(call)
         except Conflict:
             raise CallExists(f"the call id {call.id} is in use") from None
-        return call
 
-    async def _put_keyed(self, record: Record, key: str, create: Callable[[Record], Awaitable[Call]]) -> Call:
+    async def _put_keyed(self, call: NewCall, key: str, create: Callable[[NewCall], Awaitable[None]]) -> Call:
         """The call that the key stands for from now on.
 
         The key is written first and decides the call's id.  A process that finds a key without a call puts the call
         under that id: then it does not matter which comes first, or dies between the two.
         """
-        subject, own_id = self._names.key(record.call.function, key), record.call.id
+        subject = self._names.key(call.function, key)
         while True:
-            first_id, revision = await self._claim_key(subject, own_id)
-            found = None if first_id == own_id else await self._store.load(first_id)
+            first_id, revision = await self._claim_key(subject, call.id)
+            found = None if first_id == call.id else await self._store.load(first_id)
             if found is None:
                 try:
-                    return await create(record if first_id == own_id else rename(record, first_id))
+                    own = call if first_id == call.id else rename(call, first_id)
+                    await create(own)
+                    return build_call(own, accept(own))
                 except CallExists:
                     found = await self._store.load(first_id)
             if found is None:
                 continue  # deleted meanwhile
-            known = found.call
-            if (known.function, known.idempotency_key) == (record.call.function, key):
-                check_same_request(known, record.call)
-                return known
+            if (found.accepted.function, found.accepted.idempotency_key) == (call.function, key):
+                check_same_request(found.call, call)
+                return found.call
             await self._connection.erase(self._names.records, revision)  # a key for an id of another call
-            if first_id == own_id:
-                raise CallExists(f"the call id {own_id} is in use")
+            if first_id == call.id:
+                raise CallExists(f"the call id {call.id} is in use")
 
     async def _claim_key(self, subject: str, call_id: str) -> tuple[str, int]:
         """The id that a key stands for, ours if it is new, and the key's revision."""
@@ -281,8 +278,8 @@ class JetStream:
     async def get(self, call_id: str) -> Call | None:
         """The call, or None."""
         self._check_open()
-        record = await self._store.load(call_id)
-        return None if record is None else record.call
+        standing = await self._store.load(call_id)
+        return None if standing is None else standing.call
 
     async def wait(self, call_id: str, timeout_s: float) -> Call:
         """The call once it is final, or as it is after `timeout_s`; CallUnknown if there is none (any more)."""
@@ -318,27 +315,26 @@ class JetStream:
     async def cancel(self, call_id: str) -> State:
         """CANCELLED: it was queued and will not run.  RUNNING: its worker is told."""
         self._check_open()
-        before, record = await self._store.change(call_id, partial(cancel, now_s=self._now()))
-        if record.hold is not None:
-            await self._owners.tell_cancel(call_id, record.hold)
+        before, after = await self._store.change(call_id, partial(cancel, now_s=self._now()))
+        if after.record.hold is not None:
+            await self._owners.tell_cancel(call_id, after.record.hold)
         else:
-            await self._store.follow_end(before.call, record.call)
-        return record.call.state
+            await self._store.follow_end(before, after)
+        return after.record.state
 
     async def cancel_queued(self, *, function: FunctionName | None = None) -> int:
         """Cancel every queued call, of one function or of all; return how many."""
         self._check_open()
 
         def step(record: Record) -> Record:
-            if record.call.state is not State.QUEUED:
+            if record.state is not State.QUEUED:
                 raise CallFinished("the call has begun to run")
             return cancel(record, self._now())
 
         count = 0
         async for call_id in self._people.walk_waiting(function):
             with contextlib.suppress(CallFinished, CallUnknown):
-                before, record = await self._store.change(call_id, step)
-                await self._store.follow_end(before.call, record.call)
+                await self._store.follow_end(*await self._store.change(call_id, step))
                 count += 1
         return count
 
@@ -357,21 +353,21 @@ class JetStream:
         self, queues: Sequence[str], owner: str, lease_s: float, limit: int, room: Mapping[str, int] | None = None
     ) -> list[Lease]:
         """Lease up to `limit` due calls from `queues`, and no more of a function than `room` says."""
-        return await self._claim(owner, Wanted("call", tuple(queues), limit, dict(room or {}), lease_s))
+        return await self._claim("call", owner, Wanted("call", tuple(queues), limit, dict(room or {}), lease_s))
 
     async def claim_callbacks(
         self, queues: Sequence[str], owner: str, lease_s: float, limit: int, room: Mapping[str, int] | None = None
     ) -> list[Lease]:
         """Lease up to `limit` due callbacks of `queues`, and no more of a destination than `room` says."""
-        return await self._claim(owner, Wanted("callback", tuple(queues), limit, dict(room or {}), lease_s))
+        return await self._claim("callback", owner, Wanted("callback", tuple(queues), limit, dict(room or {}), lease_s))
 
-    async def _claim(self, owner: str, wanted: Wanted) -> list[Lease]:
+    async def _claim(self, kind: Kind, owner: str, wanted: Wanted) -> list[Lease]:
         if owner not in self._owners:
             raise AssertionError(f"{owner} has not been enlisted: it could not be told of a cancel")
         if wanted.limit <= 0:
             return []
         self._check_open()
-        task = self._do(self._claims.claim(Claimant(wanted.kind, owner, wanted.lease_s, self._now()), wanted))
+        task = self._do(self._claims.claim(Claimant(kind, owner, wanted.lease_s), wanted))
         try:
             leases: list[Lease] = await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -398,25 +394,25 @@ class JetStream:
             each.until_s, each.lease_s = self._loop.time() + lease_s, lease_s
             await self._flows.progress(each.delivery)
         lost = {call_id for call_id, each in held.items() if each is None}
-        cancelled = self._owners.cancelled & {each.record.call.id for each in known if each.kind == "call"}
+        cancelled = self._owners.cancelled & {each.standing.id for each in known if each.kind == "call"}
         for call_id, is_lost in await asyncio.gather(*map(self._look, known)):
             (lost if is_lost else cancelled).update({call_id} if call_id else ())
         return Renewal(frozenset(lost), frozenset(cancelled - lost))
 
     async def _look(self, held: Held) -> tuple[str, bool]:
         """See whether a lease has passed on (the id, True), or its call is to be cancelled (the id, False)."""
-        kept = await self._store.find_near(held.record.call.id)
-        if kept is None or kept.record.revision <= held.record.revision:
+        kept = await self._store.find_near(held.standing.id)
+        if kept is None or kept.revision <= held.standing.revision:
             return "", False
-        if kept.record.hold != held.record.hold:
-            return held.record.call.id, True
-        return (held.record.call.id if kept.record.call.cancel_requested and held.kind == "call" else ""), False
+        if kept.record.hold != held.standing.record.hold:
+            return held.standing.id, True
+        return (held.standing.id if kept.record.cancel_requested and held.kind == "call" else ""), False
 
     async def cancelled_ids(self, owner: str) -> frozenset[str]:
         """The calls that `owner` runs and someone wants cancelled."""
         held = self._owners.held.values()
-        self._owners.cancelled &= {each.record.call.id for each in held}
-        mine = {each.record.call.id for each in held if (each.owner, each.kind) == (owner, "call")}
+        self._owners.cancelled &= {each.standing.id for each in held}
+        mine = {each.standing.id for each in held if (each.owner, each.kind) == (owner, "call")}
         return frozenset(mine & self._owners.cancelled)
 
     async def reclaim(self) -> int:
@@ -442,8 +438,8 @@ class JetStream:
             raise
 
     async def _read_excerpt(self, result: StoredBody | None) -> bytes | None:
-        if result is None:
-            return None
+        if result is None or result.inline is not None:
+            return result and result.inline and result.inline[:EXCERPT_BYTES]
         async for piece in self.open_body(result, EXCERPT_BYTES):
             return piece
         return b""
@@ -452,24 +448,19 @@ class JetStream:
         """Back into the queue until `due_s`; or CANCELLED, if asked for."""
         kept = None if excerpt is None else excerpt[:EXCERPT_BYTES]
         record = await self._end(lease, "call", partial(retry_run, attempt=attempt, due_s=due_s, excerpt=kept))
-        return record.call.state
+        return record.state
 
     async def release(self, lease: Lease) -> None:
         """Hand back a call or a callback that was not tried."""
-        await self._end(lease, lease.kind, partial(release, lease=lease, now_s=self._now()))
+        await self._end(lease, lease.kind, partial(release, now_s=self._now()))
 
     async def finish_cancelled(self, lease: Lease, attempt: Attempt) -> None:
         """The run was stopped because someone cancelled the call."""
-
-        def step(record: Record) -> Record:
-            stopped = dataclasses.replace(note_attempt(record, attempt), hold=None)
-            return end_cancelled(stopped, Event.STOP, attempt.finished_s)
-
-        await self._end(lease, "call", step)
+        await self._end(lease, "call", partial(stop_run, attempt=attempt))
 
     async def callback_done(self, lease: Lease, attempt: Attempt) -> None:
         """The outcome was delivered."""
-        await self._end(lease, "callback", partial(end_callback, attempt=attempt, event=Event.SUCCEED, due_s=None))
+        await self._end(lease, "callback", partial(end_callback, attempt=attempt, event=Event.SUCCEED))
 
     async def callback_retry(self, lease: Lease, attempt: Attempt, due_s: float) -> None:
         """The delivery failed and is to be tried again at `due_s`."""
@@ -477,7 +468,7 @@ class JetStream:
 
     async def callback_dead(self, lease: Lease, attempt: Attempt) -> None:
         """The delivery has failed for good."""
-        await self._end(lease, "callback", partial(end_callback, attempt=attempt, event=Event.GIVE_UP, due_s=None))
+        await self._end(lease, "callback", partial(end_callback, attempt=attempt, event=Event.GIVE_UP))
 
     # -- waiting
 
@@ -513,34 +504,36 @@ class JetStream:
     async def requeue_dead(self, call_id: str) -> Call:
         """A dead letter is queued as if new."""
         self._check_open()
-        record = await self._load(call_id)
-        again = requeue_dead(record, self._now())
-        with contextlib.suppress(Conflict):
-            await self._store.put_waiting(again.call, record.revision)
-        try:
-            again = await self._store.save(again, record)
-        except Conflict:  # a worker has seen the message, and has done it
-            again = await self._load(call_id)
-        await self._bodies.drop(record.call.result)
+        standing = await self._load(call_id)
+        record = requeue_dead(standing.record, self._now())
+        accepted = dataclasses.replace(standing.accepted, due_s=record.due_s, expires_s=None)
+        with contextlib.suppress(Conflict):  # an earlier try has come so far
+            await self._store.put_waiting(accepted, standing.revision)
+        again = await self._revive(standing, record)
+        if standing.record.answer is not None:
+            await self._bodies.drop(standing.record.answer.result)
         return again.call
 
     async def requeue_callback(self, call_id: str) -> Call:
         """A dead callback is due now, attempts from 0."""
         self._check_open()
-        record = await self._load(call_id)
-        again = requeue_callback(record, self._now())
-        await self._store.put_callback(again.call, record.revision)
-        try:
-            again = await self._store.save(again, record)
-        except Conflict:  # a worker has seen the message, and has done it
-            again = await self._load(call_id)
-        return again.call
+        standing = await self._load(call_id)
+        record = requeue_callback(standing.record, self._now())
+        await self._store.put_callback(standing.accepted, record, standing.revision)
+        return (await self._revive(standing, record)).call
 
-    async def _load(self, call_id: str) -> Record:
-        record = await self._store.load(call_id)
-        if record is None:
+    async def _revive(self, standing: Standing, record: Record) -> Standing:
+        """Write what the message that waits by now says as well; a worker that has seen it has done so."""
+        try:
+            return await self._store.save(standing, record)
+        except Conflict:
+            return await self._load(standing.id)
+
+    async def _load(self, call_id: str) -> Standing:
+        standing = await self._store.load(call_id)
+        if standing is None:
             raise CallUnknown(f"no call has the id {call_id}")
-        return record
+        return standing
 
     async def purge(self, *, state: State, function: FunctionName | None = None, call_id: str | None = None) -> int:
         """Delete calls in a final state, except those with a callback under way; return how many."""
@@ -565,20 +558,18 @@ class JetStream:
         """Queue a call that does not run before `let_go`; as `put` otherwise."""
         return await self._accept(dataclasses.replace(call, due_s=HELD_S), self._create_held)
 
-    async def _create_held(self, record: Record) -> Call:
-        call = record.call
+    async def _create_held(self, call: NewCall) -> None:
         await self._bodies.name(call.body, call.id)
         if await self._store.find_waiting(call.id) is not None:
             raise CallExists(f"the call id {call.id} is in use")
         try:
-            await self._store.save(record, place="held")
+            await self._store.save(Standing(call, accept(call)), accept(call), "held")
         except Conflict:
             raise CallExists(f"the call id {call.id} is in use") from None
-        return call
 
     async def held_ids(self) -> list[str]:
         """The calls that were put held and not let go."""
-        return [kept.record.call.id async for kept in self._store.walk("held")]
+        return [kept.call_id async for kept in self._store.walk("held")]
 
     async def is_held(self, call_id: str) -> bool:
         """Whether the call was put held and not let go."""
@@ -588,11 +579,11 @@ class JetStream:
     async def let_go(self, call_id: str, due_s: float, expires_s: float | None) -> None:
         """Let a held call run; nothing happens to one that is not held."""
         kept = await self._store.find_record(call_id)
-        if kept is None or kept.place != "held":
+        if kept is None or kept.accepted is None or kept.place != "held":
             return
-        call = dataclasses.replace(kept.record.call, due_s=due_s, expires_s=expires_s)
+        call = dataclasses.replace(kept.accepted, due_s=due_s, expires_s=expires_s)
         if expires_s is not None:
             await self._store.put_timer(call)
         with contextlib.suppress(Conflict):  # an earlier run of the migration has come so far
             await self._store.put_waiting(call)
-        await self._connection.erase(self._names.records, kept.record.revision)
+        await self._connection.erase(self._names.records, kept.revision)

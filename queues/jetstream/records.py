@@ -9,12 +9,11 @@ Either is a JSON text behind its length in four bytes, then the bytes that it co
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import fields, replace
+from typing import Any, NamedTuple
 
 from ...calls.model import (
     EXCERPT_BYTES,
@@ -29,7 +28,7 @@ from ...calls.model import (
     StoredBody,
 )
 from ...calls.names import FunctionName
-from ...jetstream import Hold, Record
+from ...calls.steps import Hold, Record, StoredAnswer, accept, build_call, may_forget_result
 from .connection import Stored
 from .subjects import PLACES, UNDELIVERED, Place, parse_token
 
@@ -38,164 +37,178 @@ Json = dict[str, Any]
 REVIVES_HEADER = "Faashound-Revives"  # the revision of a dead record that this message queues again
 HELD_S = 1e12  # the due time of a call that is held back: no clock will show it
 
-_NEW_FIELDS = tuple(each.name for each in fields(NewCall))
-_NEW_PLAIN = tuple(name for name in _NEW_FIELDS if name not in ("headers", "body"))
-_STANDING_FIELDS = (
-    *("due_s", "expires_s", "attempts", "started_s", "finished_s", "status", "error", "duration_s"),
-    *("cancel_requested", "result_headers"),
+_NEW_PLAIN = tuple(each.name for each in fields(NewCall) if each.name not in ("headers", "body"))
+_PLAIN_FIELDS = (
+    *("due_s", "expires_s", "wants_callback", "attempts", "started_s", "finished_s", "status", "error", "duration_s"),
+    *("cancel_requested", "hold"),
 )
+_DEFAULTS = Record._field_defaults
 
 
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """A record as it is kept: without the call's request (`whole` is False) it needs the message that waits."""
+class Standing(NamedTuple):
+    """A call as it stands; `revision` is that of its record, 0 while it has none, and `place` where that is."""
 
+    accepted: NewCall
     record: Record
-    whole: bool
+    revision: int = 0
+    place: Place | None = None
+
+    @property
+    def id(self) -> str:
+        """The call's id."""
+        return self.accepted.id
+
+    @property
+    def call(self) -> Call:
+        """The whole call."""
+        return build_call(self.accepted, self.record)
+
+
+class Kept(NamedTuple):
+    """A record as it is kept: if it is short, `accepted` is None and the message that waits has the request."""
+
+    call_id: str
+    function: FunctionName
+    accepted: NewCall | None
+    record: Record
+    revision: int
     place: Place
 
 
-def place_of(call: Call) -> Place:
+def place_of(record: Record) -> Place:
     """Return where the record of a call belongs."""
-    if call.callback is not None and call.callback.state is CallbackState.DEAD:
-        return UNDELIVERED[call.state]
-    return PLACES[call.state]
+    if record.callback is not None and record.callback.state is CallbackState.DEAD:
+        return UNDELIVERED[record.state]
+    return PLACES[record.state]
 
 
-def is_settled(call: Call) -> bool:
+def is_settled(record: Record) -> bool:
     """Tell whether nothing is left to be done: what is settled may be forgotten in time."""
-    delivered = call.callback is None or call.callback.state is CallbackState.DELIVERED
-    return call.state in FINAL and call.state is not State.DEAD and delivered
+    delivered = record.callback is None or record.callback.state is CallbackState.DELIVERED
+    return record.state in FINAL and record.state is not State.DEAD and delivered
+
+
+def rename(accepted: NewCall, call_id: str) -> NewCall:
+    """Return the same call under another id; the header field that carries the id follows."""
+    headers = tuple(
+        (name, call_id if name.lower() == "x-call-id" and value == accepted.id else value)
+        for name, value in accepted.headers
+    )
+    return replace(accepted, id=call_id, headers=headers)
 
 
 def build_waiting(call: NewCall) -> bytes:
     """Return the message of a call that waits."""
     facts: Json = {name: getattr(call, name) for name in _NEW_PLAIN}
     facts["headers"] = call.headers
-    facts["body"] = _build_body(call.body)
+    facts["body"] = [call.body.bytes_count, call.body.file]
     return _pack(facts, call.body.inline or b"")
 
 
-def parse_waiting(message_data: bytes) -> Call:
+def parse_waiting(data: bytes | memoryview) -> NewCall:
     """Return the call as it was put; QueueDamaged if it cannot be read."""
     try:
-        facts, rest = _unpack(message_data)
-        body, _ = _parse_body(facts.pop("body"), rest)
+        facts, rest = _unpack(data)
+        bytes_count, file = facts["body"]
+        facts["body"], _ = _parse_body(bytes_count, file, rest)
         facts["headers"] = _parse_headers(facts["headers"])
         facts["function"] = FunctionName(facts["function"])
-        return Call(body=body, **facts)
+        return NewCall(**facts)
     except (KeyError, ValueError, TypeError) as error:
         raise QueueDamaged(f"a message of the queue cannot be read: {error!r}") from error
 
 
-def build_record(record: Record) -> bytes:
-    """Return the record of a call, as short as its state lets it be."""
-    call, hold, callback = record.call, record.hold, record.call.callback
-    whole = call.state in FINAL or call.due_s == HELD_S
-    facts: Json = {name: getattr(call, name) for name in _STANDING_FIELDS}
-    facts["state"] = call.state.value
-    facts["function"] = call.function
-    facts["hold"] = hold and [hold.kind, hold.owner, hold.fence, hold.lease_s]
-    facts["stored_s"] = record.stored_s
-    facts["callback"] = callback and [
-        callback.state.value,
-        callback.attempts,
-        callback.due_s,
-        callback.status,
-        callback.error,
-    ]
-    facts["history"] = [dataclasses.astuple(attempt) for attempt in call.history]
-    facts["result"] = call.result and _build_body(call.result)
-    excerpt = None if call.excerpt == _own_excerpt(call.result) else call.excerpt
-    facts["excerpt"] = None if excerpt is None else len(excerpt)
-    request = build_waiting(call) if whole else b""
-    facts["request"] = len(request)
-    return _pack(facts, request, (call.result and call.result.inline) or b"", excerpt or b"")
+def build_record(standing: Standing, *, whole: bool) -> bytes:
+    """Return the record of a call; it is `whole` when there is no message besides."""
+    accepted, record = standing.accepted, standing.record
+    facts: Json = {
+        name: value for name in _PLAIN_FIELDS if (value := getattr(record, name)) != _DEFAULTS.get(name, "none")
+    }
+    facts["state"] = record.state.value
+    parts: list[bytes] = []
+    if whole:
+        parts.append(build_waiting(accepted))
+        facts["request"] = len(parts[0])
+    if record.callback is not None:
+        callback = record.callback
+        facts["callback"] = [callback.state.value, callback.attempts, callback.due_s, callback.status, callback.error]
+    if record.history:
+        facts["history"] = [(each.started_s, each.finished_s, each.status, each.error) for each in record.history]
+    if record.answer is not None:
+        facts["answer"] = _build_answer(record.answer, parts)
+    return _pack(facts, *parts)
+
+
+def _build_answer(answer: StoredAnswer, parts: list[bytes]) -> list[object]:
+    result = answer.result
+    excerpt = None if answer.excerpt == _own_excerpt(result) else answer.excerpt
+    parts += [(result and result.inline) or b"", excerpt or b""]
+    stored = result and [result.bytes_count, result.file]
+    return [stored, answer.headers, None if excerpt is None else len(excerpt), answer.stored_s]
 
 
 def parse_record(stored: Stored) -> Kept:
-    """Return a record from its message; what is not in a short one is empty.  QueueDamaged if it is none."""
-    _, _, place, token, _ = stored.subject.split(".")
+    """Return a record from its message.  QueueDamaged if it is none."""
+    _, _, place, token, function = stored.subject.split(".")
     call_id = parse_token(token)
     try:
         facts, rest = _unpack(stored.data)
-        size = facts["request"]
-        call = parse_waiting(bytes(rest[:size])) if size else _blank(call_id, facts)
-        result, rest = _parse_body(facts["result"], rest[size:]) if facts["result"] else (None, rest[size:])
-        excerpt = _own_excerpt(result) if facts["excerpt"] is None else bytes(rest[: facts["excerpt"]])
-        changes = {name: facts[name] for name in _STANDING_FIELDS}
-        changes["result_headers"] = _parse_headers(facts["result_headers"])
-        call = dataclasses.replace(
-            call,
-            **changes,
-            state=State(facts["state"]),
-            result=result,
-            excerpt=excerpt,
-            callback=_parse_callback(facts["callback"]),
-            history=tuple(itertools.starmap(Attempt, facts["history"])),
-        )
-        hold = Hold(*facts["hold"]) if facts["hold"] else None
-        record = Record(call, hold, facts["stored_s"], stored.revision)
+        size = facts.pop("request", 0)
+        accepted = parse_waiting(rest[:size]) if size else None
+        record = Record(**(facts | _parse_parts(facts, rest[size:])))
     except (KeyError, ValueError, TypeError) as error:
         raise QueueDamaged(
             f"the record of call {call_id} (revision {stored.revision}) cannot be read: {error!r}"
         ) from error
-    return Kept(record, bool(size), place)  # type: ignore[arg-type]
+    return Kept(call_id, FunctionName(parse_token(function)), accepted, record, stored.revision, place)  # type: ignore[arg-type]
 
 
-def join(kept: Kept, waiting: Call) -> Record:
-    """Return a short record with the request that its message has."""
-    if kept.whole:
-        return kept.record
-    request = {name: getattr(waiting, name) for name in _NEW_FIELDS if name not in ("due_s", "expires_s")}
-    return dataclasses.replace(kept.record, call=dataclasses.replace(kept.record.call, **request))
+def _parse_parts(facts: Json, rest: memoryview) -> Json:
+    """The fields of a record that JSON does not have as they are."""
+    parts: Json = {"state": State(facts["state"])}
+    if "callback" in facts:
+        state, attempts, due_s, status, error = facts["callback"]
+        parts["callback"] = Callback(CallbackState(state), attempts, due_s, status, error)
+    if "hold" in facts:
+        parts["hold"] = Hold(*facts["hold"])
+    if "history" in facts:
+        parts["history"] = tuple(itertools.starmap(Attempt, facts["history"]))
+    if "answer" in facts:
+        body, headers, size, stored_s = facts["answer"]
+        result, rest = _parse_body(*body, rest) if body else (None, rest)
+        excerpt = _own_excerpt(result) if size is None else bytes(rest[:size])
+        parts["answer"] = StoredAnswer(result, _parse_headers(headers), excerpt, stored_s)
+    return parts
+
+
+def join(kept: Kept | None, accepted: NewCall) -> Standing:
+    """Return a call from its message and its record, if it has one that counts."""
+    if kept is None:
+        return Standing(accepted, accept(accepted))
+    if kept.place == "held":  # it has just been let go
+        return Standing(accepted, accept(accepted), kept.revision, kept.place)
+    return Standing(kept.accepted or accepted, kept.record, kept.revision, kept.place)
 
 
 def forget_result(record: Record, before_s: float) -> Record:
     """Return the record without the result that has been kept long enough."""
-    call = record.call
-    if call.result is None or record.stored_s is None or record.stored_s >= before_s:
+    if record.answer is None or not may_forget_result(record, before_s):
         return record
-    if call.callback is not None and call.callback.state is not CallbackState.DELIVERED:
-        return record
-    return dataclasses.replace(record, call=dataclasses.replace(call, result=None, result_headers=()))
+    return record._replace(answer=record.answer._replace(result=None, headers=()))
 
 
-def _blank(call_id: str, facts: Mapping[str, Any]) -> Call:
-    return Call(
-        id=call_id,
-        function=FunctionName(facts["function"]),
-        queue="",
-        method="",
-        path="",
-        query="",
-        headers=(),
-        body=StoredBody(0, b"", None),
-        callback_url=None,
-        due_s=0.0,
-        expires_s=None,
-        idempotency_key=None,
-        accepted_s=0.0,
-    )
-
-
-def _pack(facts: Json, *parts: bytes) -> bytes:
+def _pack(facts: Mapping[str, Any], *parts: bytes) -> bytes:
     head = json.dumps(facts, separators=(",", ":")).encode()
     return b"".join((len(head).to_bytes(4, "big"), head, *parts))
 
 
-def _unpack(data: bytes) -> tuple[Json, memoryview]:
+def _unpack(data: bytes | memoryview) -> tuple[Json, memoryview]:
     end = 4 + int.from_bytes(data[:4], "big")
-    facts: Json = json.loads(data[4:end])
+    facts: Json = json.loads(bytes(data[4:end]))
     return facts, memoryview(data)[end:]
 
 
-def _build_body(body: StoredBody) -> list[object]:
-    return [body.bytes_count, body.file]
-
-
-def _parse_body(facts: Sequence[Any], rest: memoryview) -> tuple[StoredBody, memoryview]:
-    bytes_count, file = facts
+def _parse_body(bytes_count: int, file: str | None, rest: memoryview) -> tuple[StoredBody, memoryview]:
     if file is not None:
         return StoredBody(bytes_count, None, file), rest
     if len(rest) < bytes_count:
@@ -210,10 +223,3 @@ def _parse_headers(pairs: Sequence[Sequence[str]]) -> tuple[tuple[str, str], ...
 def _own_excerpt(result: StoredBody | None) -> bytes | None:
     """An inline result is its own excerpt."""
     return result.inline[:EXCERPT_BYTES] if result is not None and result.inline is not None else None
-
-
-def _parse_callback(facts: Sequence[Any] | None) -> Callback | None:
-    if facts is None:
-        return None
-    state, attempts, due_s, status, error = facts
-    return Callback(CallbackState(state), attempts, due_s, status, error)

@@ -90,7 +90,9 @@ async def ensure_streams(connection: Connection, options: Options) -> dict[str, 
         found = await _ensure(connection, wanted)
         bad, odd = compare_streams(wanted, found)
         if bad:
-            raise QueueUnavailable("; ".join([*bad, "it has been left as it is: mend or remove it, or set nats_prefix"]))
+            raise QueueUnavailable(
+                "; ".join([*bad, "it has been left as it is: mend or remove it, or set nats_prefix"])
+            )
         for line in odd:
             log.warning(f"{line}; it has been left as it is")
         rooms[wanted["name"]] = int(found.get("max_bytes") or -1)

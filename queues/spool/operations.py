@@ -17,13 +17,8 @@ from functools import lru_cache
 from typing import Any, Protocol, cast
 
 from ...calls.model import (
-    CALLBACK_TRANSITIONS,
     EXCERPT_BYTES,
-    EXPIRED_ERROR,
-    EXPIRED_STATUS,
     HISTORY_COUNT,
-    LOST_ERROR,
-    TRANSITIONS,
     Attempt,
     Bounds,
     Call,
@@ -32,7 +27,6 @@ from ...calls.model import (
     CallFinished,
     CallNotDead,
     CallUnknown,
-    Event,
     Kind,
     Lease,
     LeaseLost,
@@ -45,11 +39,20 @@ from ...calls.model import (
     TooManyBytesQueued,
     TooManyQueued,
     check_same_request,
+)
+from ...calls.names import FunctionName
+from ...calls.steps import (
+    CALLBACK_TRANSITIONS,
+    EXPIRED_ERROR,
+    EXPIRED_STATUS,
+    LOST_ERROR,
+    TRANSITIONS,
+    Event,
     lost_wait_s,
     next_callback_state,
     next_state,
+    run_event,
 )
-from ...calls.names import FunctionName
 from ...watchdog import log
 from .limits import BUSY_S, LETTER_BYTES, ROWS_COUNT, SET_BACK_S, SPARE_PAGE_COUNT
 from .notifier import Ring
@@ -392,7 +395,7 @@ def _finish(tx: _Transaction, lease: Lease, ending: _Ending) -> tuple[str, ...]:
     tx.db.execute(
         "UPDATE calls SET state = ?, finished_s = ?, status = ?, error = ?, duration_s = ? WHERE seq = ?",
         (
-            next_state(State.RUNNING, run.event).value,
+            next_state(State.RUNNING, run_event(run)).value,
             attempt.finished_s,
             run.status,
             attempt.error,

@@ -62,7 +62,6 @@ from ...calls.model import (
     Bounds,
     Call,
     CallUnknown,
-    Event,
     Kind,
     Lease,
     LeaseLost,
@@ -80,6 +79,7 @@ from ...calls.model import (
     Swept,
 )
 from ...calls.names import FunctionName
+from ...calls.steps import Event
 from ...watchdog import BodyTooLarge, FaashoundError, log
 from .bodies import _BodyFile, _list_old_bodies, _open_body, _read_excerpt, _unlink_bodies, _unlink_orphans
 from .errors import DISK_FULL, NO_MEMORY, _disk_error

@@ -4,7 +4,7 @@ No registry of images is asked: the two bases are made from Debian's packages, `
 without Python, `tools` with what building and the examples need.  Builds have no network: wheels are fetched before.
 The engine is a `dockerd` of our own, with its data in a temporary directory and without rules in the machine's
 firewall; or the one that DOCKER_HOST names, where bases and layers stay for the next run.  All that takes root, and
-programs of the machine: see tests/needed.py.  `pytest -m 'not images'` leaves these tests out.
+programs of the machine: see testkit/needed.py.  `pytest -m 'not images'` leaves these tests out.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import ROOT, http_request, wait_until
-from tests.needed import tool, want_root
+from testkit.harness import ROOT, http_request, wait_until
+from testkit.needed import tool, want_root
 
 ENGINE_DEADLINE_S = 30.0
 BUILD_DEADLINE_S = 300.0

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.harness import Answer, free_port, http_request, wait_until
+from testkit.harness import Answer, free_port, http_request, wait_until
 from tests.images.conftest import Engine, Images, call_later, said
 
 HARDENED = ["--read-only", "--tmpfs=/tmp", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--network=host"]
