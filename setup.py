@@ -17,7 +17,7 @@ def read_version() -> str:
 
 
 # The rooms of the house.  An image of the watchdog is built from watchdog.py alone, without them.
-ROOMS = ["network", "calls", "queues", "queues/spool", "functions", "draining", "serving"]
+ROOMS = ["network", "calls", "queues", "queues/spool", "queues/jetstream", "functions", "draining", "serving"]
 PACKAGES = ["faashound", *(f"faashound.{room.replace('/', '.')}" for room in ROOMS if (ROOT / room).is_dir())]
 
 NATS = ["nats-py[nkeys]>=2.9"]

@@ -194,6 +194,7 @@ class Claims:
             elif record.state in FINAL:
                 if pending:
                     await self._store.put_callback(standing.accepted, record)
+                await self._store.end_timer(standing.accepted)
                 await self._flows.ack(delivery)
             else:
                 await self._delay(record, delivery, kind)

@@ -198,6 +198,11 @@ class Store:
         """Have a sweep look whether the call has expired, when it may have."""
         await self._connection.publish(Write(self._names.timer(call.id), b""))
 
+    async def end_timer(self, call: NewCall) -> None:
+        """The call has ended: its expiry does not matter any more."""
+        if call.expires_s is not None:
+            await self._connection.purge(self._names.queue, self._names.timer(call.id))
+
     async def end_waiting(self, call_id: str) -> None:
         """The call will not be run from the message that waits."""
         waiting = await self.find_waiting(call_id)
@@ -209,6 +214,7 @@ class Store:
         if after.record.callback is not None:
             await self.put_callback(after.accepted, after.record)
         if before.record.state is State.QUEUED:
+            await self.end_timer(after.accepted)
             await self.end_waiting(after.id)
 
     async def forget(self, kept: Kept | Standing) -> None:

@@ -25,7 +25,8 @@ import uvloop
 
 from faashound.calls.model import FINAL, Lease, LeaseLost, QueueFull, QueueUnavailable, State
 from faashound.calls.names import FunctionName
-from faashound.jetstream import WRITE_S, JetStream, Options
+from faashound.queues.jetstream.connection import WRITE_S, Options
+from faashound.queues.jetstream.queue import JetStream
 from faashound.watchdog import finished_first
 from testkit.nats_servers import Cluster
 from testkit.queue_kit import QUEUE, finish, inline, new_call
@@ -262,7 +263,7 @@ def faulty(cluster: Cluster, fault: Callable[[Traffic, str], Awaitable[None]]) -
         options = cluster.options(prefix())
         async with traffic(options) as under_way:
             await under_way.reach(BATCH)
-            await fault(under_way, f"{options.prefix}-calls")
+            await fault(under_way, f"{options.prefix}-queue")
             await under_way.reach(BATCH)
             return await under_way.settle()
 
