@@ -171,16 +171,13 @@ class Claims:
         hold = standing.record.hold
         if hold is None:
             raise AssertionError("only what is held has an owner")
-        lease_s = max(delivery.flow.lease_s or 0.0, UNKNOWN_S)
         ours = self._owners.find(standing.id, hold.fence)
         if ours is not None:
             ours.delivery = delivery  # the servers have begun anew with it, and so do we
-            await self._flows.progress(delivery)
-            return False
-        is_held = await self._owners.is_held(standing.id, hold, lease_s)
-        if is_held is not False:
-            await self._flows.nak(delivery, UNKNOWN_S if is_held is None else lease_s)
-        return is_held is False
+        left_s = await self._owners.ask_left_s(standing.id, hold, max(delivery.flow.lease_s or 0.0, UNKNOWN_S))
+        if left_s != 0.0:
+            await self._flows.nak(delivery, UNKNOWN_S if left_s is None else left_s)
+        return left_s == 0.0
 
     # -- after a step
 

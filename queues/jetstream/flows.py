@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
+from nats.js.errors import NotFoundError
 
 from .connection import TRY_S, Connection, Stored, Write, parse_status
 from .subjects import TIMERS, FlowKind, FlowName, Names, parse_token
@@ -302,9 +303,15 @@ class Flows:
             flow.lease_s = None
 
     async def _ensure(self, flow: Flow, lease_s: float) -> None:
-        """Make the consumer of a flow, or see that it is there."""
+        """Make the consumer of a flow, or see that it is there; of workers with different leases the shortest decides."""
         self._by_consumer[flow.consumer] = flow
         lease_s = max(lease_s, MIN_LEASE_S)
+        stream = self._names.queue
+        with contextlib.suppress(NotFoundError):
+            found = await self._connection.insist(f"CONSUMER.INFO.{stream}.{flow.consumer}")
+            if found["config"]["ack_wait"] <= int(lease_s * _NS):
+                flow.lease_s = found["config"]["ack_wait"] / _NS
+                return
         config = {
             "name": flow.consumer,
             "durable_name": flow.consumer,
@@ -316,7 +323,6 @@ class Flows:
             "max_waiting": 8192,
             "inactive_threshold": int(IDLE_S * _NS),
         }
-        stream = self._names.queue
         operation = f"CONSUMER.CREATE.{stream}.{flow.consumer}.{config['filter_subject']}"
         await self._connection.insist(operation, {"stream_name": stream, "action": "", "config": config})
         flow.lease_s = lease_s

@@ -28,9 +28,6 @@ from .subjects import build_token
 ASK_COUNT = 4  # questions within TRY_S to an owner
 ANSWERS_S = 0.1  # of silence after which no more answers are awaited
 
-_MINE, _NOT_MINE = b"mine", b"not mine"
-
-
 @dataclass(slots=True)
 class Held:
     """A lease of ours: the call as it was claimed, the message to acknowledge, and until when it is good (loop's clock)."""
@@ -105,7 +102,8 @@ class Owners:
             self.cancel.set()
         elif "holds" in question:
             call_id, fence = question["holds"]
-            await message.respond(_MINE if self.find(call_id, fence) is not None else _NOT_MINE)
+            held = self.find(call_id, fence)
+            await message.respond(b"0" if held is None else str(self.left_s(held)).encode())
         else:
             await message.respond(b"here")
 
@@ -121,18 +119,23 @@ class Owners:
                 return held if self._loop.time() < held.until_s else None
         return None
 
+    def left_s(self, held: Held) -> float:
+        """How much longer a lease is good."""
+        return held.until_s - self._loop.time()
+
     # -- questions
 
-    async def is_held(self, call_id: str, hold: Hold, lease_s: float) -> bool | None:
-        """Tell whether an owner still has the call that its record says it has; None: nobody can know now."""
+    async def ask_left_s(self, call_id: str, hold: Hold, lease_s: float) -> float | None:
+        """How much longer an owner has the call that its record says it has, 0: not at all; None: not to be known now."""
         if hold.owner in self._owners:
-            return self.find(call_id, hold.fence) is not None
+            held = self.find(call_id, hold.fence)
+            return 0.0 if held is None else self.left_s(held)
         question = json.dumps({"holds": [call_id, hold.fence]}).encode()
         subject = self._names.subject("owner", build_token(hold.owner))
         for _ in range(ASK_COUNT):
             try:
                 answer = await self._connection.request(subject, question, TRY_S / ASK_COUNT)
-                return answer.data == _MINE
+                return float(answer.data)
             except NoRespondersError:
                 break
             except TimeoutError:
@@ -140,7 +143,7 @@ class Owners:
             except NatsError:
                 return None
         quiet_s = self._loop.time() - max(self._returned_s, self._connection.troubled_s)
-        return False if quiet_s > lease_s else None
+        return 0.0 if quiet_s > lease_s else None
 
     async def tell_cancel(self, call_id: str, hold: Hold) -> None:
         """Tell the owner of a call that its end is wanted; if the word is lost, it learns when it renews."""

@@ -111,7 +111,7 @@ class People:
             return None, None
         waiting, kept = await asyncio.gather(self._store.find_waiting(before), self._store.find_record(before))
         if kept is not None and kept.record.state in FINAL:
-            return 0, kept.record.revision
+            return 0, kept.revision
         if waiting is None:
             raise CallUnknown(f"no call has the id {before}")
         return waiting.revision, None
