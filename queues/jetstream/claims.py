@@ -27,7 +27,7 @@ from ...calls.model import (
 from ...calls.steps import Hold, Record, claim, expire, is_expired, requeue_callback, requeue_dead, take_back
 from ...watchdog import log
 from .connection import Conflict
-from .flows import Delivery, Flows, Wanted
+from .flows import LOOK_LEASE_S, Delivery, Flows, Wanted
 from .owners import Held, Owners
 from .records import REVIVES_HEADER, Standing, join, parse_waiting
 from .store import Store
@@ -185,16 +185,18 @@ class Claims:
         """Do what follows from a record that was written; what fails here is done when the message comes again."""
         record = standing.record
         pending = record.callback is not None and record.callback.state is CallbackState.PENDING
+        is_over = not pending if kind == "callback" else record.state in FINAL
         with contextlib.suppress(QueueUnavailable, QueueFull):
-            if kind == "callback":
-                await (self._delay(record, delivery, kind) if pending else self._flows.ack(delivery))
-            elif record.state in FINAL:
-                if pending:
-                    await self._store.put_callback(standing.accepted, record)
-                await self._store.end_timer(standing.accepted)
-                await self._flows.ack(delivery)
-            else:
+            if not is_over:
                 await self._delay(record, delivery, kind)
+                return
+            if kind == "call" and pending:
+                await self._store.put_callback(standing.accepted, record)
+            if kind == "call":
+                await self._store.end_timer(standing.accepted)
+            if delivery.count > 1 or record.attempts != 1 or REVIVES_HEADER in delivery.headers:
+                await self._store.drop_older(standing.id)  # it may have been elsewhere
+            await self._flows.ack(delivery)
 
     async def _delay(self, record: Record, delivery: Delivery, kind: Kind) -> None:
         due_s = record.callback.due_s if kind == "callback" and record.callback is not None else record.due_s
@@ -230,7 +232,7 @@ class Claims:
         count = 0
         kinds: tuple[Kind, ...] = ("call", "callback")
         for kind in kinds:
-            for delivery in await self._flows.fetch(Wanted(kind, queues, MAX_FETCH_COUNT, {}, 1.0)):
+            for delivery in await self._flows.fetch(Wanted(kind, queues, MAX_FETCH_COUNT, {}, LOOK_LEASE_S)):
                 count += await self._take_back(delivery, kind)
         return count
 

@@ -438,9 +438,9 @@ class Connection:
             if not isinstance(cause, APIError) or cause.err_code not in _NOTHING_THERE:
                 raise
 
-    async def purge(self, stream: str, subject: str) -> None:
-        """Remove all messages of a subject, which may have wildcards."""
-        await self.insist(f"STREAM.PURGE.{stream}", {"filter": subject})
+    async def purge(self, stream: str, subject: str, keep: int = 0) -> None:
+        """Remove all messages of a subject, which may have wildcards, but the last `keep`."""
+        await self.insist(f"STREAM.PURGE.{stream}", {"filter": subject} | ({"keep": keep} if keep else {}))
 
     async def info(self, stream: str) -> Json:
         """Return what the servers know of a stream."""

@@ -32,6 +32,7 @@ ANNOUNCED_S = 600.0  # after which a flow is announced again by those who put in
 IDLE_S = 3600.0  # after which the servers may forget the consumer of a flow that no worker asks for
 FLOWS_KNOWN_COUNT = 10_000  # flows that this process remembers to have announced
 PAGE_COUNT = 200  # flows that are read together
+LOOK_LEASE_S = 60.0  # of a message that is only looked at
 MIN_LEASE_S = 1.0  # shortest time after which the servers deliver again what has not been acknowledged
 
 KINDS: tuple[FlowKind, ...] = ("call", "callback", "timer")
@@ -368,7 +369,7 @@ class Flows:
 
     def _everything(self) -> list[Wanted]:
         queues = tuple({name.queue for name in self._flows})
-        return [Wanted(kind, queues, 1, {}, MIN_LEASE_S) for kind in KINDS[:2]]
+        return [Wanted(kind, queues, 1, {}, LOOK_LEASE_S) for kind in KINDS[:2]]
 
     async def _look(self, wishes: Iterable[Wanted]) -> None:
         """Ask every flow that is not watched, and watch it."""

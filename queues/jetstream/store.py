@@ -146,8 +146,12 @@ class Store:
         )
         revision = await self._connection.publish(write)
         if standing.place not in (None, place):
-            await self._connection.erase(self._names.records, standing.revision)
+            await self.drop_older(accepted.id)
         return changed._replace(revision=revision)
+
+    async def drop_older(self, call_id: str) -> None:
+        """Remove what is left of a record at its old places: also where another process died before it could."""
+        await self._connection.purge(self._names.records, self._names.record_of(call_id), keep=1)
 
     async def _prepare_end(self, accepted: NewCall, record: Record) -> dict[str, str]:
         """Return what has the servers forget the call in time; its key goes with it."""
