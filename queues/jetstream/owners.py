@@ -28,6 +28,7 @@ from .subjects import build_token
 ASK_COUNT = 4  # questions within TRY_S to an owner
 ANSWERS_S = 0.1  # of silence after which no more answers are awaited
 
+
 @dataclass(slots=True)
 class Held:
     """A lease of ours: the call as it was claimed, the message to acknowledge, and until when it is good (loop's clock)."""

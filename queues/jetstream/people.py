@@ -278,8 +278,8 @@ class People:
                     )
                     for function, count in zip(ordered, found, strict=True):
                         counts[function, state] += count
-        for _, function, _ in running:
-            counts[FunctionName(function), State.DONE] -= 1  # their records are where those of the ended will be
+        for _, name, _ in running:
+            counts[FunctionName(name), State.DONE] -= 1  # their records are where those of the ended will be
 
     async def _oldest_age_s(self, waiting: dict[FlowName, int], running: set[str]) -> float | None:
         """How long the oldest call that is due has waited, by the first message of each flow that does not run."""

@@ -438,8 +438,10 @@ class JetStream:
             raise
 
     async def _read_excerpt(self, result: StoredBody | None) -> bytes | None:
-        if result is None or result.inline is not None:
-            return result and result.inline and result.inline[:EXCERPT_BYTES]
+        if result is None:
+            return None
+        if result.inline is not None:
+            return result.inline[:EXCERPT_BYTES]
         async for piece in self.open_body(result, EXCERPT_BYTES):
             return piece
         return b""

@@ -13,7 +13,7 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from ...calls.model import (
     EXCERPT_BYTES,
@@ -160,7 +160,7 @@ def parse_record(stored: Stored) -> Kept:
         raise QueueDamaged(
             f"the record of call {call_id} (revision {stored.revision}) cannot be read: {error!r}"
         ) from error
-    return Kept(call_id, FunctionName(parse_token(function)), accepted, record, stored.revision, place)  # type: ignore[arg-type]
+    return Kept(call_id, FunctionName(parse_token(function)), accepted, record, stored.revision, cast(Place, place))
 
 
 def _parse_parts(facts: Json, rest: memoryview) -> Json:
@@ -175,7 +175,7 @@ def _parse_parts(facts: Json, rest: memoryview) -> Json:
         parts["history"] = tuple(itertools.starmap(Attempt, facts["history"]))
     if "answer" in facts:
         body, headers, size, stored_s = facts["answer"]
-        result, rest = _parse_body(*body, rest) if body else (None, rest)
+        result, rest = _parse_body(body[0], body[1], rest) if body else (None, rest)
         excerpt = _own_excerpt(result) if size is None else bytes(rest[:size])
         parts["answer"] = StoredAnswer(result, _parse_headers(headers), excerpt, stored_s)
     return parts

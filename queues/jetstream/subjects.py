@@ -2,12 +2,11 @@
 
 A token of a subject may hold no dot, and a function's whole name has one: `build_token` is where texts become tokens.
 
-| stream | subjects | what is on them |
-|---|---|---|
-| `P-queue` | `P.call.ID.QUEUE.FUNCTION`, `P.callback.ID.QUEUE.DESTINATION`, `P.timer.ID.all.all` | what waits; an ack removes it |
-| `P-records` | `P.rec.PLACE.ID.FUNCTION` | what is known of a call since it was first taken; one message a call |
-| | `P.key.HASH`, `P.flow.KIND.QUEUE.NAME`, `P.meta.*` | idempotency keys; which flows there are; the queue's secret |
-| `P-bodies` | `P.body.NAME.NUMBER`, `P.body.NAME.ref` | long bodies in pieces, and the call that names them |
+- `P-queue`, what waits; an acknowledgement removes it: `P.call.ID.QUEUE.FUNCTION`, `P.callback.ID.QUEUE.DESTINATION`,
+  and `P.timer.ID.all.all`, which tells that a call may expire.
+- `P-records`, one message a subject: `P.rec.PLACE.ID.FUNCTION`, what is known of a call since it was first taken;
+  `P.key.HASH`, which call an idempotency key stands for; `P.flow.KIND.QUEUE.NAME`, which flows there are; `P.meta.*`.
+- `P-bodies`: `P.body.NAME.NUMBER`, long bodies in pieces, and `P.body.NAME.ref`, the call that names one.
 
 Outside of any stream: `P.event.ID` (a record has changed) and `P.owner.*` (questions to workers).
 """
@@ -23,8 +22,15 @@ from ...calls.model import Kind, State
 from ...calls.names import FunctionName
 
 Place = Literal[
-    *("queued", "run", "dead", "cancelled", "expired", "held"),
-    *("run-undelivered", "dead-undelivered", "expired-undelivered"),
+    "queued",
+    "run",
+    "dead",
+    "cancelled",
+    "expired",
+    "held",
+    "run-undelivered",
+    "dead-undelivered",
+    "expired-undelivered",
 ]
 FlowKind = Literal["call", "callback", "timer"]
 

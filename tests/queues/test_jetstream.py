@@ -1,8 +1,9 @@
-"""What only the queue on NATS does: what is on the wire, turns, leases and their end, streams that differ, logging in."""
+"""What only the queue on NATS does: what is on the wire, turns, leases, streams that differ, logging in."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import subprocess
 import time
@@ -101,7 +102,7 @@ def with_connection(options: Options, scenario: Callable[[Connection], Awaitable
 
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
     async with asyncio.timeout(LONG_S):
-        while not await condition():
+        while not await condition():  # noqa: ASYNC110 - nothing announces it
             await asyncio.sleep(0.02)
 
 
@@ -179,7 +180,7 @@ def test_call_comes_back_from_its_message(body: StoredBody, fields: Any, text: s
 def test_what_is_damaged_is_not_passed_off_as_whole(payload: bytes) -> None:
     with pytest.raises(QueueDamaged, match="cannot be read"):
         parse_waiting(payload)
-    with pytest.raises(QueueDamaged, match="of call x .* cannot be read"):
+    with pytest.raises(QueueDamaged, match=r"of call x .* cannot be read"):
         parse_record(Stored("p.rec.run.x.f=g", 1, {}, payload, 0.0))
 
 
@@ -497,7 +498,7 @@ def test_figures_of_all_processes_are_right_when_calls_are_purged_from_full_stre
         small = dataclasses.replace(options, max_bytes=200_000)
         one, other = await JetStream.open(small), await JetStream.open(small)
         count = 0
-        with pytest.raises(QueueFull):
+        with contextlib.suppress(QueueFull):
             while True:
                 await one.put(new_call(due_s=0.0))
                 count += 1

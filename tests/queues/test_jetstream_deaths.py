@@ -109,9 +109,7 @@ DEATHS = {
     "run again: record, not its old place": Death("put claim retry DIE claim", "store:Store.drop_older"),
     "cancel: record, not the message": Death("put DIE cancel", "store:Store.end_waiting", State.CANCELLED, 0),
     "requeue: message, not the record": Death("put claim bury DIE requeue", "store:Store.save"),
-    "requeue: message and record, not its old place": Death(
-        "put claim bury DIE requeue", "store:Store.drop_older"
-    ),
+    "requeue: message and record, not its old place": Death("put claim bury DIE requeue", "store:Store.drop_older"),
     "delivery: record, not the ack": Death("put claim finish claim_callback DIE deliver", "flows:Flows.ack", runs=0),
     "delivery: claimed": Death("put claim finish DIE claim_callback", "owners:Held.__init__", runs=0),
     "requeue of a delivery: message, not the record": Death(
