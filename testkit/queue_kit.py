@@ -156,7 +156,7 @@ class JetDesk(Desk):
         return {subject.split(".")[2] for subject in info["state"].get("subjects") or {}}
 
     async def pass_time(self) -> None:
-        """The servers keep the delays, by their own clock: without a consumer they have none, and deliver everything."""
+        """The servers keep the delays, by their own clock: without a consumer they deliver everything."""
         connection = await connect(self.options)
         stream = connection.names.queue
         names = await connection.call_api(f"CONSUMER.NAMES.{stream}")

@@ -1,7 +1,7 @@
 """Long bodies: cut into messages of a stream of their own, written and read a few at a time.
 
-A body is safe before the call that names it is put.  `name` tells, beside the pieces, which call that is: a body that is
-old and that no call names is what a crash has left.
+A body is safe before the call that names it is put.  `name` tells, beside the pieces, which call that is: a body that
+is old and that no call names is what a crash has left.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ How turns are taken.  `fetch` goes round the flows, beginning behind the one tha
 it has room for, each for its share, without waiting.  A flow that has nothing is *watched*: one request for one message
 stays with the servers for WATCH_S, and while it does the flow need not be asked again.  So a worker that is busy with
 one function learns of a call of another at once, and an idle one sends a request a flow every WATCH_S.  What comes in
-waits here, in the flow's stash, and goes back to the servers if it is not taken within STASH_S: this worker has no room.
+waits here, in the flow's stash, and goes back to the servers if it is not taken within STASH_S: we have no room.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from nats.aio.msg import Msg
@@ -27,6 +27,8 @@ from .connection import TRY_S, Connection, Stored, Write, parse_status
 from .subjects import TIMERS, FlowKind, FlowName, Names, parse_token
 
 WATCH_S = 3.0  # that a request for the next message stays with the servers
+AHEAD_S = 0.1  # between two claims of a worker for which it is worth to ask in advance
+AHEAD_COUNT = 256  # messages that a flow has to have besides, so that no other worker lacks what waits here
 STASH_S = 0.5  # that a message waits here for someone to claim it
 ANNOUNCED_S = 600.0  # after which a flow is announced again by those who put into it
 IDLE_S = 3600.0  # after which the servers may forget the consumer of a flow that no worker asks for
@@ -42,7 +44,7 @@ _NS = 1_000_000_000
 
 @dataclass(eq=False, slots=True)
 class Delivery:
-    """A message that was delivered to us and is to be acknowledged.  `count` deliveries were made, this one included."""
+    """A message that was delivered to us, for the time number `count`; `more_count` stand behind it in its flow."""
 
     flow: Flow
     call_id: str
@@ -119,6 +121,8 @@ class Flows:
         self._announced: dict[FlowName, float] = {}
         self._last: dict[FlowKind, tuple[str, str]] = dict.fromkeys(KINDS, ("", ""))
         self._wanted: dict[FlowKind, Wanted] = {}  # what was last claimed
+        self._ahead: dict[FlowKind, asyncio.Future[list[bool | BaseException]]] = {}  # what is asked for in advance
+        self._fetched_s = float("-inf")
         self._closed = False
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -191,6 +195,9 @@ class Flows:
         """Return up to `limit` messages, in turns between flows; fewer only if there are no more."""
         if wanted.kind != "timer":
             self._wanted[wanted.kind] = wanted
+        ahead = self._ahead.pop(wanted.kind, None)
+        if ahead is not None:
+            await ahead
         left = dict(wanted.room)
         taken = deal(self._ring(wanted), wanted, left, wanted.limit)
         dry: set[Flow] = set()
@@ -212,9 +219,21 @@ class Flows:
             self._last[wanted.kind] = taken[-1].flow.name.queue, taken[-1].flow.name.name
         for flow in dry:
             await self._watch(flow)
+        self._look_ahead(wanted, taken)
         if not any(flow.stash for flow in self._flows.values()):
             self.arrived.clear()
         return taken
+
+    def _look_ahead(self, wanted: Wanted, taken: Sequence[Delivery]) -> None:
+        """A worker that comes for more all the time: ask in advance, while it works, where there is a backlog."""
+        now_s = self._loop.time()
+        last_s, self._fetched_s = self._fetched_s, now_s
+        if len(taken) < wanted.limit or now_s - last_s > AHEAD_S:
+            return
+        flows = {each.flow for each in taken if each.more_count > AHEAD_COUNT and not each.flow.stash}
+        polls = [self._poll(flow, -(-wanted.limit // len(flows)), wanted.lease_s) for flow in flows]
+        if polls:
+            self._ahead[wanted.kind] = asyncio.gather(*polls, return_exceptions=True)
 
     async def _look_again(self, wanted: Wanted, left: Mapping[str, int], dry: set[Flow]) -> bool:
         """Nothing was found: look for flows that are new, and ask those too that are watched.
@@ -304,7 +323,7 @@ class Flows:
             flow.lease_s = None
 
     async def _ensure(self, flow: Flow, lease_s: float) -> None:
-        """Make the consumer of a flow, or see that it is there; of workers with different leases the shortest decides."""
+        """Make the consumer of a flow, or see that it is there; the shortest lease of all workers decides."""
         self._by_consumer[flow.consumer] = flow
         lease_s = max(lease_s, MIN_LEASE_S)
         stream = self._names.queue

@@ -1,8 +1,8 @@
 """Who runs what, and is it alive: questions that workers answer for one another, outside of any stream.
 
 The servers tell that a lease may have run out, by delivering its message again; they do not know whether its owner is
-dead, hangs, or could not reach them.  So the owner is asked.  Who does not answer is taken for dead only if we ourselves
-could be heard all the while.
+dead, hangs, or could not reach them.  So the owner is asked.  One that does not answer is taken for dead only if we
+ourselves could be heard all the while.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ANSWERS_S = 0.1  # of silence after which no more answers are awaited
 
 @dataclass(slots=True)
 class Held:
-    """A lease of ours: the call as it was claimed, the message to acknowledge, and until when it is good (loop's clock)."""
+    """A lease of ours: the call as it was claimed, the message to acknowledge, until when it is good (loop's clock)."""
 
     standing: Standing
     delivery: Delivery
@@ -127,7 +127,7 @@ class Owners:
     # -- questions
 
     async def ask_left_s(self, call_id: str, hold: Hold, lease_s: float) -> float | None:
-        """How much longer an owner has the call that its record says it has, 0: not at all; None: not to be known now."""
+        """How much longer the owner that a record names has its call; 0: not at all; None: that cannot be known now."""
         if hold.owner in self._owners:
             held = self.find(call_id, hold.fence)
             return 0.0 if held is None else self.left_s(held)

@@ -155,7 +155,7 @@ class People:
                     yield Standing(kept.accepted, kept.record, kept.revision, kept.place)
 
     async def _walk_back(self, stream: str, subjects: list[str], below: int | None) -> AsyncIterator[list[Stored]]:
-        """Yield the messages of some filters, newest first: a window of revisions at a time, wider where there is little."""
+        """Yield the messages of some filters, newest first, a window of revisions at a time."""
         state = (await self._connection.info(stream))["state"]
         first, high, width = state["first_seq"], below or state["last_seq"] + 1, WINDOW_COUNT
         while high > first:

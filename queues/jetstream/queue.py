@@ -4,8 +4,9 @@ Use: `await queues.open_queue(url, settings)`; every method of JetStream is desc
 
 How it is kept.  The broker is the queue.  A call waits as a message of a stream from which an acknowledgement removes
 it, and each flow's consumer keeps order, lease (`ack_wait`, extended by "in progress"), redelivery and delay ("not
-acknowledged", with a delay).  What the broker cannot know is in one small record a call: state, attempts, owner, result.
-A put is one write; a claim writes the record; an end writes it again, with the result, and then acknowledges the message.
+acknowledged", with a delay).  What the broker cannot know is in one small record a call: state, attempts, owner,
+result.  A put is one write; a claim writes the record; an end writes it again, with the result, and then acknowledges
+the message.
 No process keeps a list of calls, and none is elected.
 
 Contract:

@@ -166,7 +166,7 @@ class Store:
         return headers
 
     async def change(self, call_id: str, step: Callable[[Record], Record]) -> tuple[Standing, Standing]:
-        """Take a step from what the call is now; return it before and after.  Raises CallUnknown, and what `step` does."""
+        """Take a step from what the call is now; return both.  Raises CallUnknown, and what `step` does."""
         while True:
             standing = await self.load(call_id)
             if standing is None:

@@ -107,8 +107,8 @@ async def _refuse_old(connection: Connection) -> None:
     except NotFoundError:
         return
     raise QueueUnavailable(
-        f"the stream {names.old_calls} is the queue of an earlier version ({info['state']['messages']} messages): let that"
-        f" version's workers drain it and remove the stream (nats stream rm {names.old_calls}), or set another"
+        f"the stream {names.old_calls} is the queue of an earlier version ({info['state']['messages']} messages): let"
+        f" that version's workers drain it and remove the stream (nats stream rm {names.old_calls}), or set another"
         " nats_prefix; it has been left as it is"
     )
 
