@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import re
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -340,7 +341,7 @@ class Connection:
             nonlocal tries
             tries += 1
             try:
-                answer = _parse_answer(await self.request(write.subject, write.payload, timeout_s, fields))
+                answer = _parse_ack(await self.request(write.subject, write.payload, timeout_s, fields))
             except APIError as error:
                 if error.err_code not in _WRONG_SEQUENCE:
                     raise
@@ -348,7 +349,7 @@ class Connection:
                 if stored is None or stored.headers.get(WRITE_HEADER) != number:
                     raise Conflict from error
                 return stored.revision  # an earlier try was heard after all
-            return int(answer["seq"])
+            return answer
 
         revision = await self.with_retries(send)
         self.commit_count += 1
@@ -448,6 +449,15 @@ class Connection:
             return await self.insist(f"STREAM.INFO.{stream}")
         except NotFoundError as error:
             raise QueueUnavailable(f"the stream {stream} is gone") from error
+
+
+_ACK = re.compile(rb'\{"stream":"[^"]*",\s*"seq":(\d+)')  # a quarter of the time that JSON takes
+
+
+def _parse_ack(message: Msg) -> int:
+    """Return the revision that a write has got; raises APIError."""
+    found = _ACK.match(message.data)
+    return int(found[1]) if found else int(_parse_answer(message)["seq"])
 
 
 def _parse_answer(message: Msg) -> Json:

@@ -122,7 +122,7 @@ class Flows:
         self._last: dict[FlowKind, tuple[str, str]] = dict.fromkeys(KINDS, ("", ""))
         self._wanted: dict[FlowKind, Wanted] = {}  # what was last claimed
         self._ahead: dict[FlowKind, asyncio.Future[list[bool | BaseException]]] = {}  # what is asked for in advance
-        self._fetched_s = float("-inf")
+        self._fetched_s: dict[FlowKind, float] = {}
         self._closed = False
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -227,7 +227,8 @@ class Flows:
     def _look_ahead(self, wanted: Wanted, taken: Sequence[Delivery]) -> None:
         """A worker that comes for more all the time: ask in advance, while it works, where there is a backlog."""
         now_s = self._loop.time()
-        last_s, self._fetched_s = self._fetched_s, now_s
+        last_s = self._fetched_s.get(wanted.kind, float("-inf"))
+        self._fetched_s[wanted.kind] = now_s
         if len(taken) < wanted.limit or now_s - last_s > AHEAD_S:
             return
         flows = {each.flow for each in taken if each.more_count > AHEAD_COUNT and not each.flow.stash}
