@@ -1,11 +1,8 @@
-"""Which functions exist, and where each answers: a file's table, a name pattern, or watchdogs run here.
+"""Which functions exist, and where each answers: a file's table, or a name pattern.
 
     table = read_functions(Path("functions.toml"))
-    local = LocalFunctions(table, environ=os.environ, hidden=settings_names)
-    local.start()                                        # inside a running event loop
-    functions = Functions(local.table, pattern="http://{name}.{namespace}.svc:8080")
-    functions.lookup("cat").url                          # http://127.0.0.1:40123, of cat.openfaas-fn
-    await local.stop(grace_s=30)
+    functions = Functions(table, pattern="http://{name}.{namespace}.svc:8080")
+    functions.lookup("resize.prod").url                  # http://10.0.0.7:8080
 
 The file is TOML, one table per function.  `fprocess` has a watchdog run for it on this machine, and any setting of
 the watchdog may stand beside it; `url` says that the function already answers elsewhere:
@@ -35,13 +32,24 @@ import tomllib
 import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from ..calls.model import parse_queue_name
 from ..calls.names import DEFAULT_NAMESPACE, BadFunctionName, FunctionName, parse_function_name
 from ..calls.retries import BadAnnotations, parse_annotations
-from ..watchdog import BadSettings, FaashoundError, Settings, parse_settings, settings_table, without_credentials
+from ..watchdog import (
+    BadSettings,
+    FaashoundError,
+    Settings,
+    Url,
+    parse_settings,
+    parse_url,
+    settings_table,
+    without_credentials,
+)
+from .scaling import BadLabels, parse_scale
 
 
 class BadFunctions(FaashoundError):
@@ -74,6 +82,17 @@ def parse_base_url(text: str) -> str:
     if not usable or "@" in text or "?" in text or "#" in text or "\\" in text:
         raise ValueError(f"allowed: {_URL_HELP}")
     return text.rstrip("/")
+
+
+UNIX_PREFIX = "unix:"  # of the url of a function that is run here
+
+
+@lru_cache(maxsize=4096)
+def parse_upstream(text: str) -> Url:
+    """Return where a function with the base URL `text` is reached: over TCP, or at the path of a Unix socket."""
+    if text.startswith(UNIX_PREFIX):
+        return Url("http", text.removeprefix(UNIX_PREFIX), 80, "/")
+    return parse_url(text)
 
 
 def parse_function_url(text: str) -> str:
@@ -111,7 +130,7 @@ QUEUE_ANNOTATION = "com.openfaas.queue"
 
 @dataclass(frozen=True, slots=True)
 class Function:
-    """One function.  `url` is its base URL without trailing slash, or None while its watchdog has no socket yet.
+    """One function.  `url` is where it answers (see `parse_upstream`), or None while its watchdog has no socket yet.
 
     `settings` are the watchdog's settings as typed in the file (`fprocess` among them), or None for a function
     that runs elsewhere; `environment` is what its process gets besides.
@@ -163,6 +182,14 @@ class Functions:
             return listed
         return Function(name, url=_fill(self._pattern, name))
 
+    def __contains__(self, name: object) -> bool:
+        """Whether the table lists a function of this whole name, wherever the pattern leads."""
+        return name in self._table
+
+    def is_guarded(self, name: FunctionName) -> bool:
+        """Tell whether a caller's word completes the host of a function, whose address is then to be judged."""
+        return name not in self and completes_host(self._pattern)
+
     def __iter__(self) -> Iterator[Function]:
         """Yield the functions of the table, in the file's order; what the pattern covers cannot be listed."""
         return iter(self._table.values())
@@ -180,10 +207,10 @@ _COMMAND_KEYS = ("fprocess", "function_process")
 _TEXT_TABLES = ("environment", "annotations", "labels")
 
 
-_ROWS = {name: row for row in settings_table(Settings).values() for name in (row.name, row.alias) if name}
+WATCHDOG_ROWS = {name: row for row in settings_table(Settings).values() for name in (row.name, row.alias) if name}
 
 
-_RESERVED_PREFIXES = ("FAASHOUND_", "LISTEN_")
+RESERVED_PREFIXES = ("FAASHOUND_", "LISTEN_")
 
 
 _REFUSED = {
@@ -194,7 +221,7 @@ _REFUSED = {
 }
 
 
-_LOCAL_KEYS = [name for name in _ROWS if name not in _REFUSED] + ["environment"]
+_LOCAL_KEYS = [name for name in WATCHDOG_ROWS if name not in _REFUSED] + ["environment"]
 
 
 _KEYS = [*_LOCAL_KEYS, "url", "annotations", "labels"]
@@ -316,6 +343,8 @@ def _parse_function(name: str, entry: Mapping[str, Any], report: _Report) -> Fun
     texts = {key: _parse_texts((name, key), entry.get(key, {}), report) for key in _TEXT_TABLES}
     _check_environment(name, texts["environment"], report)
     _check_annotations(name, texts["annotations"], report)
+    if not elsewhere:
+        _check_labels(name, texts["labels"], report)
     url = _parse_value((name, "url"), entry["url"], parse_base_url, report) if elsewhere else None
     return Function(whole_name, url, None if elsewhere else _parse_local(name, entry, report), **texts)
 
@@ -337,8 +366,8 @@ def _parse_local(name: str, entry: Mapping[str, Any], report: _Report) -> dict[s
     found_before = len(report.found)
     settings = {}
     for key in _LOCAL_KEYS:
-        if key in _ROWS and key in entry:
-            settings[key] = _parse_value((name, key), entry[key], _checked(_ROWS[key].parse), report) or ""
+        if key in WATCHDOG_ROWS and key in entry:
+            settings[key] = _parse_value((name, key), entry[key], _checked(WATCHDOG_ROWS[key].parse), report) or ""
     if len(report.found) == found_before and any(key in settings for key in _COMMAND_KEYS):
         try:
             parse_settings(Settings, watchdog_settings(settings))
@@ -407,10 +436,10 @@ def _check_environment(name: str, environment: Mapping[str, str], report: _Repor
         path = (name, "environment", key)
         if not key or "=" in key or "\0" in key:
             report.add(path, "not a variable's name; allowed: anything without '=' and NUL")
-        elif key in _ROWS:
+        elif key in WATCHDOG_ROWS:
             report.add(path, "a setting of the watchdog; write it beside fprocess")
-        elif key.startswith(_RESERVED_PREFIXES):
-            report.add(path, f"reserved; allowed: names that do not start with {' or '.join(_RESERVED_PREFIXES)}")
+        elif key.startswith(RESERVED_PREFIXES):
+            report.add(path, f"reserved; allowed: names that do not start with {' or '.join(RESERVED_PREFIXES)}")
 
 
 def _check_annotations(name: str, annotations: Mapping[str, str], report: _Report) -> None:
@@ -426,6 +455,14 @@ def _check_annotations(name: str, annotations: Mapping[str, str], report: _Repor
         problems[QUEUE_ANNOTATION] = str(error)
     for annotation, problem in problems.items():
         report.add((name, "annotations", annotation), problem)
+
+
+def _check_labels(name: str, labels: Mapping[str, str], report: _Report) -> None:
+    try:
+        parse_scale(labels)
+    except BadLabels as error:
+        for label, problem in error.problems.items():
+            report.add((name, "labels", label), problem)
 
 
 def watchdog_settings(settings: Mapping[str, str]) -> dict[str, str]:

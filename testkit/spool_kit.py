@@ -11,12 +11,14 @@ import itertools
 import os
 import pickle
 import signal
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
 from typing import IO, Any
 
 from faashound.queues import Queue
+from faashound.queues.spool.limits import DATABASE
 from faashound.queues.spool.queue import Spool
 from faashound.watchdog import FaashoundError
 from testkit.queue_kit import LEASE_S, QUEUE, START_S, Clock, SpoolDesk, finish, inline, new_call
@@ -42,6 +44,15 @@ class Desk(SpoolDesk):
 
     def open(self) -> Spool:
         return as_spool(super().open())
+
+    def rows(self, sql: str) -> list[tuple[Any, ...]]:
+        """What another program reads in the queue's file."""
+        with contextlib.closing(sqlite3.connect(self.directory / DATABASE)) as db:
+            return db.execute(sql).fetchall()
+
+    def release_reserve(self) -> None:
+        """As a step does that finds no room."""
+        os.truncate(self.directory / "reserve", 0)
 
     def body_files(self) -> set[str]:
         return {path.name for path in (self.directory / "bodies").iterdir()}
@@ -120,6 +131,11 @@ async def obey(directory: Path, commands: IO[bytes], answers: IO[bytes]) -> None
             answer = error
 
 
+def writer_connection(spool: Spool) -> sqlite3.Connection:
+    """The connection that writes: what it executes, and how, no user of a queue can see."""
+    return spool._writer._db
+
+
 def crash_at(spool: Spool, statement: int) -> None:
     count = itertools.count(1)
 
@@ -127,7 +143,7 @@ def crash_at(spool: Spool, statement: int) -> None:
         if next(count) == statement:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    spool._writer._db.set_trace_callback(trace)
+    writer_connection(spool).set_trace_callback(trace)
 
 
 if __name__ == "__main__":

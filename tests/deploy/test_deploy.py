@@ -14,12 +14,12 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from faashound import gateway, watchdog, worker
+from faashound import watchdog, worker
 from faashound.queues.nats_settings import NatsSettings
+from faashound.serving import settings as gateway
 from faashound.watchdog import parse_duration
-from testkit.harness import ROOT
+from testkit.harness import ROOT, said
 from testkit.needed import tool
-from tests.images.conftest import said
 
 DEPLOY = ROOT / "deploy"
 KUBERNETES_VERSION = "1.30"

@@ -20,6 +20,7 @@ import pytest
 
 from faashound.calls.ids import new_call_id
 from testkit.harness import (
+    TICK_S,
     InBackground,
     connect,
     free_port,
@@ -182,7 +183,7 @@ def test_gateway_answers_504_at_upstream_timeout_and_the_function_ends(system: S
     answer = system.request("POST", "/function/shell", b"sleep 60")
     assert answer.status == 504
     assert answer.headers["x-openfaas-internal"] == "gateway"
-    assert 2.0 <= answer.elapsed_s < 2.0 + noise_s()
+    assert 2.0 - TICK_S <= answer.elapsed_s < 2.0 + noise_s()
     system.wait_idle()
 
 
@@ -428,7 +429,7 @@ def test_wait_returns_at_its_limit_with_the_state_as_it_is(system: System) -> No
     call_id = system.submit("shell", b"sleep 60")
     answer = system.request("GET", f"/async-function/{call_id}?wait=300ms")
     assert json.loads(answer.body)["state"] == "running"
-    assert 0.3 <= answer.elapsed_s < 0.3 + noise_s()
+    assert 0.3 - TICK_S <= answer.elapsed_s < 0.3 + noise_s()
     system.request("DELETE", f"/async-function/{call_id}")
 
 
@@ -523,16 +524,6 @@ def test_healthz_answers_get_alone(system: System) -> None:
 @pytest.mark.parametrize("path", ["/", "/metrics", "/functions", "/system", "/system/", "/system/function", "//"])
 def test_other_paths_are_not_found(system: System, path: str) -> None:
     assert system.request("GET", path).status == 404
-
-
-def test_system_lists_functions_without_what_they_run(system: System) -> None:
-    names = [function["name"] for function in json.loads(system.request("GET", "/system/functions").body)]
-    assert names == ["cat", "shell", "env", "echo", "down"]
-    one = json.loads(system.request("GET", "/system/function/cat").body)
-    assert one == {"name": "cat", "namespace": "openfaas-fn", "local": True, "annotations": {}, "labels": {}}
-    unknown = system.request("GET", "/system/function/nobody")
-    assert unknown.status == 404
-    assert "x-openfaas-internal" not in unknown.headers
 
 
 def test_metrics_have_the_names_of_openfaas() -> None:

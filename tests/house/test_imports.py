@@ -19,10 +19,12 @@ ROOMS = ("watchdog", "network", "calls", "queues", "functions", "draining", "wor
 OTHERS: dict[str, set[str]] = {
     "watchdog": {"h11", "uvloop", "psutil", "prometheus_client"},
     "network": {"aiodns", "psutil"},
+    "functions": {"psutil"},  # loaded in the fork server for the watchdogs' guards
     "queues": {"nats"},
-    "worker": {"uvloop", "prometheus_client"},
-    "serving": {"prometheus_client"},
-    "gateway": {"uvloop", "prometheus_client"},
+    "draining": {"prometheus_client"},
+    "worker": {"uvloop"},
+    "serving": {"prometheus_client", "psutil"},
+    "gateway": {"uvloop"},
 }
 
 LONGEST_FUNCTION_LINES = 60

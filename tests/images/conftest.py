@@ -17,14 +17,14 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from testkit.harness import ROOT, http_request, wait_until
+from testkit.harness import ROOT, http_request, said, wait_until
 from testkit.needed import tool, want_root
 
 ENGINE_DEADLINE_S = 30.0
@@ -130,27 +130,6 @@ class OwnEngine(Engine):
         for path in reversed(mounted):
             if Path(path).is_relative_to(self.directory):
                 said(["umount", path])
-
-
-def said(
-    command: Sequence[str],
-    *,
-    stdin: bytes | None = None,
-    deadline_s: float = 60.0,
-    environment: Mapping[str, str] = os.environ,
-) -> str:
-    """Run a command and return what it prints; AssertionError with its complaint if it fails."""
-    done = subprocess.run(
-        command,
-        input=stdin,
-        stdin=None if stdin is not None else subprocess.DEVNULL,
-        capture_output=True,
-        timeout=deadline_s,
-        env={**environment, "DOCKER_BUILDKIT": "0"},  # BuildKit would take a plugin of the client
-        check=False,
-    )
-    assert done.returncode == 0, f"{command}: {done.stderr.decode(errors='replace')[-3000:]}"
-    return done.stdout.decode(errors="replace")
 
 
 class Images:

@@ -7,10 +7,11 @@ import contextlib
 import fcntl
 import os
 import resource
+import shutil
 import socket
+import subprocess
 import time
 import tracemalloc
-import uuid
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,22 +19,21 @@ from typing import Any
 
 import pytest
 
-from faashound.calls.ids import _next_id, _randomness, new_call_id
 from faashound.calls.model import (
     INLINE_BYTES,
     CallExists,
     QueueDamaged,
     QueueUnavailable,
     State,
-    destination_of,
 )
-from faashound.calls.steps import lost_wait_s
 from faashound.queues.spool import queue as spool_queue
 from faashound.queues.spool.limits import DATABASE, STEP_COUNT
-from faashound.queues.spool.notifier import Ring
+from faashound.queues.spool.notifier import WakeUp
+from testkit.needed import want_root
 from testkit.queue_kit import inline, read_all
 from testkit.spool_kit import START_S, Desk, new_call
 
+NOBODY = 65534
 LONG_S = 20.0  # how long a test waits for what should come at once
 BIG = os.urandom(INLINE_BYTES + 1)
 
@@ -43,81 +43,6 @@ def desk(tmp_path: Path) -> Iterator[Desk]:
     desk = Desk(tmp_path / "spool")
     yield desk
     desk.close()
-
-
-# -- call ids
-
-
-def test_new_call_id_is_a_version_7_uuid_with_the_time_in_front() -> None:
-    before_ms = time.time_ns() // 1_000_000
-    made = uuid.UUID(new_call_id())
-    assert (made.version, made.variant) == (7, uuid.RFC_4122)
-    assert before_ms <= made.int >> 80 <= time.time_ns() // 1_000_000 + 1
-
-
-def test_new_call_id_grows_within_a_millisecond() -> None:
-    made = [new_call_id() for _ in range(5000)]
-    assert made == sorted(set(made))
-
-
-def test_new_call_id_uses_other_random_bits_in_a_forked_child() -> None:
-    new_call_id()  # some of what was fetched is left now
-    reads, writes = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.write(writes, f"{_randomness.bits(64):x}".encode())
-        os._exit(0)
-    os.waitpid(child, 0)
-    ours, theirs = _randomness.bits(64), int(os.read(reads, 100), 16)
-    os.close(reads)
-    os.close(writes)
-    assert ours != theirs
-
-
-@pytest.mark.parametrize(
-    ("last", "now_ms", "stamp_ms"),
-    [
-        pytest.param((100, 5), 101, 101, id="clock-goes-on"),
-        pytest.param((100, 5), 100, 100, id="same-millisecond"),
-        pytest.param((100, 5), 50, 100, id="clock-set-back"),
-        pytest.param((100, (1 << 74) - 1), 100, 101, id="random-bits-used-up"),
-    ],
-)
-def test_next_id_is_greater_when(last: tuple[int, int], now_ms: int, stamp_ms: int) -> None:
-    made = _next_id(last, now_ms)
-    assert made > last
-    assert made[0] == stamp_ms
-    assert made[1] < 1 << 74
-
-
-# -- names
-
-
-@pytest.mark.parametrize(
-    ("url", "destination"),
-    [
-        ("http://caller/done", "caller:80"),
-        ("https://caller/done?x=1", "caller:443"),
-        ("HTTPS://Caller.Example.:8443/", "caller.example:8443"),
-        ("http://[2001:DB8::1]/", "[2001:db8::1]:80"),
-        ("http://caller?done", "caller:80"),
-        ("http://0x7f.1:81/", "127.0.0.1:81"),
-        ("http://2130706433/", "127.0.0.1:80"),
-        ("http://[2001:db8:0:0::1]/", "[2001:db8::1]:80"),
-        ("http://[::ffff:127.0.0.1]/", "127.0.0.1:80"),
-        ("http://1.2.3.4.5/", "1.2.3.4.5:80"),
-        ("http://user@caller/", ""),
-        ("ftp://caller/", ""),
-        ("", ""),
-    ],
-)
-def test_destination_of_a_callback_is_its_host_and_port(url: str, destination: str) -> None:
-    assert destination_of(url) == destination
-
-
-@pytest.mark.parametrize(("attempts", "wait_s"), [(1, 0.0), (2, 1.0), (3, 2.0), (7, 32.0), (8, 60.0), (10_000, 60.0)])
-def test_callback_that_was_lost_waits_up_to_a_minute(attempts: int, wait_s: float) -> None:
-    assert lost_wait_s(attempts) == wait_s
 
 
 # -- putting
@@ -228,7 +153,7 @@ def test_claim_is_asked_for_again_when_expired_calls_took_its_turn(desk: Desk) -
 def test_reclaim_voids_leases_of_an_earlier_boot(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     desk.put()
     desk.claim_one()
-    monkeypatch.setattr(spool_queue, "_read_boot_id", lambda: "another-boot")
+    monkeypatch.setattr(spool_queue, "read_boot_id", lambda: "another-boot")
     desk.open()  # opening takes back
     assert [call.state for call in desk.do(desk.spool.calls())] == [State.QUEUED]
 
@@ -236,17 +161,18 @@ def test_reclaim_voids_leases_of_an_earlier_boot(desk: Desk, monkeypatch: pytest
 # -- waiting
 
 
-def test_bell_with_an_unread_backlog_announces_everything(desk: Desk) -> None:
-    """A full buffer loses bells: whatever the lost ones said must be acted on."""
-    other = desk.open()
-    for _ in range(3):
-        other._bells.ring(Ring.WORK)
+def test_notifier_with_an_unread_backlog_announces_everything(desk: Desk) -> None:
+    """A full buffer loses wake-ups: whatever the lost ones said must be acted on."""
+    (ours,) = (desk.directory / "bells").iterdir()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        for _ in range(3):
+            other.sendto(bytes([WakeUp.WORK]), str(ours))
     assert desk.do(desk.spool.wait_for_cancel(LONG_S))
 
 
-def test_bell_is_rung_when_it_was_hung_up_after_others_had_been_listed(desk: Desk) -> None:
-    bells = desk.directory / "bells"
-    os.utime(bells, (START_S, START_S))  # nothing has changed there for long: what is listed now is remembered
+def test_notifier_is_woken_when_it_came_after_the_others_had_been_listed(desk: Desk) -> None:
+    notifiers = desk.directory / "bells"
+    os.utime(notifiers, (START_S, START_S))  # nothing has changed there for long: what is listed now is remembered
     desk.put()
     other = desk.open()
     assert desk.do(other.wait_for_work(LONG_S))  # of what is there already
@@ -254,10 +180,10 @@ def test_bell_is_rung_when_it_was_hung_up_after_others_had_been_listed(desk: Des
     assert desk.do(other.wait_for_work(LONG_S))
 
 
-def test_bell_that_nobody_holds_is_removed(desk: Desk) -> None:
+def test_notifier_whose_process_has_died_is_removed(desk: Desk) -> None:
     stale = desk.directory / "bells" / "1-dead.sock"
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as bell:
-        bell.bind(str(stale))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier:
+        notifier.bind(str(stale))
     assert stale.exists()
     deadline_s = time.monotonic() + LONG_S
     while stale.exists():
@@ -265,7 +191,7 @@ def test_bell_that_nobody_holds_is_removed(desk: Desk) -> None:
         desk.put()
 
 
-def test_queue_in_a_directory_with_a_long_name_has_bells(tmp_path: Path) -> None:
+def test_queue_in_a_directory_with_a_long_name_is_woken(tmp_path: Path) -> None:
     desk = Desk(tmp_path / ("d" * 200))
     other = desk.open()
     desk.do(other.put(new_call()))
@@ -329,7 +255,43 @@ def moved_bodies(desk: Desk) -> Iterator[None]:
     away.rename(bodies)
 
 
-@pytest.mark.parametrize("trouble", [no_descriptors, moved_bodies], ids=lambda trouble: trouble.__name__)
+@contextlib.contextmanager
+def no_permission(_: Desk) -> Iterator[None]:
+    """EACCES, as when someone has changed an owner or a mode by mistake."""
+    want_root("becoming another user")
+    os.seteuid(NOBODY)
+    yield
+    os.seteuid(0)
+
+
+@contextlib.contextmanager
+def failing_disk(desk: Desk) -> Iterator[None]:
+    """EIO: the body lies on a device whose end has been cut off."""
+    want_root("mounting a small disk")
+    (body,) = (desk.directory / "bodies").iterdir()
+    image, disk = desk.directory.parent / "image", desk.directory.parent / "disk"
+    disk.mkdir()
+    with contextlib.ExitStack() as stack:
+        for command in (
+            ["truncate", "-s", "8M", str(image)],
+            ["mkfs.ext4", "-q", str(image)],
+            ["mount", "-o", "loop", str(image), str(disk)],
+        ):
+            subprocess.run(command, check=True)
+        stack.callback(subprocess.run, ["umount", "-l", str(disk)], check=True)
+        copy = shutil.copy(body, disk)
+        subprocess.run(["sync", "-f", str(copy)], check=True)
+        subprocess.run(["mount", "--bind", str(copy), str(body)], check=True)
+        stack.callback(subprocess.run, ["umount", "-l", str(body)], check=True)
+        os.truncate(image, 65536)
+        with open(body, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        yield
+
+
+@pytest.mark.parametrize(
+    "trouble", [no_descriptors, moved_bodies, no_permission, failing_disk], ids=lambda trouble: trouble.__name__
+)
 def test_body_that_cannot_be_read_for_a_moment_is_not_damaged(desk: Desk, trouble: Any) -> None:
     body = desk.do(desk.spool.store_body(BIG))
     with trouble(desk), pytest.raises(QueueUnavailable):

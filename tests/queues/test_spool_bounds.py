@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import sqlite3
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,12 +14,12 @@ import pytest
 
 from faashound.calls.model import INLINE_BYTES, Bounds, QueueLimits, RunEnd, State, TooManyBytesQueued, TooManyQueued
 from faashound.calls.names import parse_function_name
-from faashound.queues.spool import database, operations
-from faashound.queues.spool.limits import LETTER_BYTES, STEP_COUNT
+from faashound.queues.spool import database
+from faashound.queues.spool.limits import DATABASE, LETTER_BYTES, STEP_COUNT
 from faashound.queues.spool.queue import Spool
 from faashound.queues.spool.schema import MIGRATIONS
 from faashound.watchdog import log
-from testkit.spool_kit import QUEUE, START_S, Desk, inline, new_call
+from testkit.spool_kit import START_S, Desk, inline, new_call
 
 DAY_S = 86400.0
 BIG = bytes(INLINE_BYTES + 1)
@@ -40,7 +42,7 @@ def desk(tmp_path: Path) -> Iterator[LimitedDesk]:
 
 def waiting(desk: Desk) -> dict[str, tuple[int, int]]:
     """What the queue has kept count of."""
-    rows = desk.do(desk.spool._read(lambda db: db.execute("SELECT function, calls, bytes FROM waiting").fetchall()))
+    rows = desk.rows("SELECT function, calls, bytes FROM waiting")
     return {function: (calls, bytes_count) for function, calls, bytes_count in rows if calls or bytes_count}
 
 
@@ -121,7 +123,7 @@ def test_functions_that_have_nothing_waiting_are_forgotten(desk: LimitedDesk) ->
     desk.put("made-up")
     desk.finish(desk.claim_one())
     desk.do(desk.spool.sweep(60, 60))
-    assert desk.do(desk.spool._read(lambda db: db.execute("SELECT count(*) FROM waiting").fetchone())) == (0,)
+    assert desk.rows("SELECT count(*) FROM waiting") == [(0,)]
 
 
 # -- cancelling all
@@ -211,14 +213,21 @@ def test_letter_that_is_being_delivered_stays_when_its_time_is_over(desk: Limite
 def test_older_file_knows_what_waits_when_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(database, "MIGRATIONS", MIGRATIONS[:-1])
-        patch.setattr(operations, "SQL_ADD_WAITING", "SELECT ?, ?, ?")
-        patch.setattr(operations, "_check_limits", lambda *_: (None, None, None))
-        desk = Desk(tmp_path / "spool")
-        for number in range(3):
-            desk.put(body=inline(bytes(100 * number)))
-        desk.claim_one()
-        desk.close()
+        Desk.create(tmp_path / "spool")
+    with contextlib.closing(sqlite3.connect(tmp_path / "spool" / DATABASE)) as db:
+        for number, state in enumerate(["queued", "running", "queued", "done"]):
+            call = number, str(number), state
+            db.execute(
+                "INSERT INTO calls (seq, id, function, queue, state, due_s, accepted_s)"
+                " VALUES (?, ?, 'f.openfaas-fn', 'q', ?, 0, 0)",
+                call,
+            )
+            db.execute(
+                "INSERT INTO requests (seq, method, path, query, headers, bytes_count)"
+                " VALUES (?, 'POST', '/', '', '[]', ?)",
+                (number, 100 * number),
+            )
+        db.commit()
     desk = Desk(tmp_path / "spool")
     assert waiting(desk) == {"f.openfaas-fn": (3, 300)}
-    assert QUEUE
     desk.close()

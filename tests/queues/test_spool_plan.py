@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from faashound.queues.spool.database import _migrate
-from faashound.queues.spool.operations import _Claimant, _pick, _Wanted
+from faashound.queues.spool.claims import Wanted, pick
+from faashound.queues.spool.database import migrate_schema
 from faashound.queues.spool.statements import (
-    CALLBACKS_LINE,
-    CALLS_LINE,
+    CALL_FLOWS,
+    CALLBACK_FLOWS,
     SQL_EXPIRING,
     SQL_NEXT_CALLBACK,
     SQL_NEXT_DUE,
@@ -30,7 +30,7 @@ NOW_S = 1000.0
 @pytest.fixture
 def db() -> Iterator[sqlite3.Connection]:
     db = sqlite3.connect(":memory:", isolation_level=None)
-    _migrate(db)
+    migrate_schema(db)
     yield db
     db.close()
 
@@ -71,11 +71,11 @@ OLD = {"before_s": 1, "after_s": 0, "after_seq": 0, "limit": 9}
 @pytest.mark.parametrize(
     ("sql", "values", "index"),
     [
-        pytest.param(CALLS_LINE.flows, AFTER, "calls_queued", id="functions"),
-        pytest.param(CALLS_LINE.due, ("q", "f", 1, 1), "calls_queued", id="due"),
-        pytest.param(CALLBACKS_LINE.flows, AFTER, "callbacks_ready", id="destinations"),
+        pytest.param(CALL_FLOWS.flows, AFTER, "calls_queued", id="functions"),
+        pytest.param(CALL_FLOWS.due, ("q", "f", 1, 1), "calls_queued", id="due"),
+        pytest.param(CALLBACK_FLOWS.flows, AFTER, "callbacks_ready", id="destinations"),
         pytest.param(SQL_EXPIRING, {"now_s": 1, "limit": 1}, "calls_expiring", id="expiring"),
-        pytest.param(CALLBACKS_LINE.due, ("q", "a:80", 1, 1), "callbacks_ready", id="due-callbacks"),
+        pytest.param(CALLBACK_FLOWS.due, ("q", "a:80", 1, 1), "callbacks_ready", id="due-callbacks"),
         pytest.param(SQL_NEXT_DUE, {"after_s": 1}, "calls_queued", id="next-due"),
         pytest.param(SQL_NEXT_CALLBACK, {"after_s": 1}, "callbacks_due", id="next-callback"),
         pytest.param(SQL_OLD_RESULTS, OLD, "results_stored", id="old-results"),
@@ -100,13 +100,13 @@ def test_callbacks_that_fall_due_are_found_by_their_index(db: sqlite3.Connection
 def claim_cost(backlog: Callable[[sqlite3.Connection], None]) -> int:
     """What it takes to pick eight calls of three functions, with a backlog beside them."""
     db = sqlite3.connect(":memory:", isolation_level=None)
-    _migrate(db)
+    migrate_schema(db)
     for function in "abc":
         add_calls(db, function, 20, 10.0)
     backlog(db)
-    wanted = _Wanted(("q",), 8, {})
+    wanted = Wanted(("q",), 8, {})
     picked: list[object] = []
-    cost = steps(db, lambda: picked.extend(_pick(db, CALLS_LINE, wanted, ("", ""), NOW_S)))
+    cost = steps(db, lambda: picked.extend(pick(db, CALL_FLOWS, wanted, ("", ""), NOW_S)))
     assert len(picked) == 8
     db.close()
     return cost
@@ -150,16 +150,16 @@ def test_claim_of_callbacks_costs_the_same_with_a_backlog_a_hundred_times_as_lon
 ) -> None:
     def cost(count: int) -> int:
         with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
-            _migrate(db)
+            migrate_schema(db)
             for name in "abc":
                 add_callbacks(db, f"{name}:80", 20, 10.0, True)
             add_callbacks(db, destination, count, due_s, ready)
-            wanted, claimant = _Wanted(("q",), 8, {}), _Claimant("w", NOW_S, "boot", 1.0)
+            wanted = Wanted(("q",), 8, {})
             taken: list[object] = []
 
             def claim() -> None:
-                db.execute(SQL_READY_CALLBACKS, {"now_s": claimant.now_s, "limit": 500})
-                taken.extend(_pick(db, CALLBACKS_LINE, wanted, ("", ""), NOW_S))
+                db.execute(SQL_READY_CALLBACKS, {"now_s": NOW_S, "limit": 500})
+                taken.extend(pick(db, CALLBACK_FLOWS, wanted, ("", ""), NOW_S))
 
             spent = steps(db, claim)
             assert len(taken) == 8

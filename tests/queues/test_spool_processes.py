@@ -12,18 +12,11 @@ import pytest
 
 from faashound.calls.model import INLINE_BYTES, Attempt, Call, LeaseLost, RunEnd, State
 from faashound.queues.spool.limits import ORPHAN_S
-from faashound.queues.spool.statements import _accepted
+from faashound.queues.spool.rows import build_accepted
 from testkit.spool_kit import LEASE_S, QUEUE, START_S, Desk, Remote, inline, new_call
 
 LONG_S = 20.0
 BIG = os.urandom(INLINE_BYTES + 1)
-
-
-@pytest.fixture
-def desk(tmp_path: Path) -> Iterator[Desk]:
-    desk = Desk(tmp_path / "spool")
-    yield desk
-    desk.close()
 
 
 @pytest.fixture
@@ -139,7 +132,7 @@ def prepare(remote: Remote, method: str) -> tuple[Call, tuple[object, ...], dict
     """A call in the state that `method` needs, as it is then, and what to pass to the method."""
     new = new_call(callback_url="http://caller/")
     if method == "put":
-        return _accepted(new), (new,), {}
+        return build_accepted(new), (new,), {}
     call: Call = remote.call("put", new)
     (lease,) = remote.call("claim", [QUEUE], remote.owner, LEASE_S, 1)
     attempt = Attempt(START_S, START_S, 500, "failed")

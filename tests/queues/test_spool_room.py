@@ -26,11 +26,9 @@ from faashound.calls.model import (
 from faashound.queues.spool.limits import FILE_CHUNK_BYTES
 from faashound.queues.spool.queue import Spool
 from faashound.watchdog import PeerGone
+from testkit.disks import fill
 from testkit.queue_kit import read_all
 from testkit.spool_kit import LEASE_S, QUEUE, START_S, Desk, Remote, inline, new_call
-from tests.queues.test_spool_faults import fill, small_disk
-
-__all__ = ["small_disk"]  # a fixture
 
 DISK_BYTES = 2 << 20
 LONG_S = 20.0
@@ -154,7 +152,7 @@ def test_reserve_is_taken_up_again_when_there_is_room(small_disk: Path, desk: De
     desk.put()
     assert desk.do(desk.spool.stats()).reserve_bytes == DISK_BYTES // 8
     ballast = fill(small_disk)
-    desk.spool._reserve.release()
+    desk.release_reserve()
     fill(small_disk).rename(small_disk / "more")
     with pytest.raises(QueueFull):
         desk.put()
@@ -170,7 +168,7 @@ def test_reserve_is_taken_up_again_when_there_is_room(small_disk: Path, desk: De
 
 
 def test_reserve_of_another_process_is_respected(desk: Desk) -> None:
-    desk.spool._reserve.release()
+    desk.release_reserve()
     other = desk.open()
     assert other.trouble is None
     assert desk.spool.trouble is None
@@ -196,7 +194,7 @@ def test_refused_calls_leave_no_body_when_the_disk_is_full(small_disk: Path, des
     body = long_body(desk)
     fill(small_disk)
     put_until_full(desk, lambda: inline(bytes(20_000)))
-    desk.spool._reserve.release()
+    desk.release_reserve()
     with pytest.raises(QueueFull):
         desk.do(desk.spool.store_body(os.urandom(INLINE_BYTES + 1)))
     fill(small_disk).rename(small_disk / "more")
@@ -228,6 +226,11 @@ def test_refused_call_does_not_fail_others_of_its_group_when_the_disk_is_full(sm
 # -- results
 
 
+def waits_for_room(desk: Desk) -> bool:
+    """Whether a result waits: it has taken the half of the reserve that is for results, and that was not enough."""
+    return (desk.directory / "reserve").stat().st_size < DISK_BYTES // 8
+
+
 def test_result_waits_for_room_and_is_stored_whole(small_disk: Path, desk: Desk) -> None:
     result = os.urandom(DISK_BYTES // 2)
     ballast = fill(small_disk)
@@ -235,7 +238,7 @@ def test_result_waits_for_room_and_is_stored_whole(small_disk: Path, desk: Desk)
     async def scenario() -> StoredBody:
         storing = asyncio.create_task(desk.spool.store_result(in_pieces(result)))
         deadline_s = time.monotonic() + LONG_S
-        while not desk.spool._result_turn.locked():
+        while not waits_for_room(desk):
             assert time.monotonic() < deadline_s
             await asyncio.sleep(0.01)
         assert not storing.done()
@@ -288,7 +291,7 @@ def test_result_that_breaks_off_while_it_waits_is_told_from_one_that_never_came(
 
     async def scenario() -> None:
         storing = asyncio.create_task(desk.spool.store_result(broken(DISK_BYTES // 2)))
-        while not desk.spool._result_turn.locked():  # noqa: ASYNC110 - nothing announces that it waits
+        while not waits_for_room(desk):  # noqa: ASYNC110 - nothing announces it
             await asyncio.sleep(0.01)
         ballast.unlink()
         await storing
@@ -303,7 +306,7 @@ def test_call_that_is_done_gives_its_payload_only_when_the_disk_is_short(small_d
     leases = desk.claim(3)
     desk.finish(leases[0])
     fill(small_disk)
-    desk.spool._reserve.release()
+    desk.release_reserve()
     fill(small_disk).rename(small_disk / "more")
     (small_disk / "more").unlink()  # room for steps, none for the whole reserve
     fill_but(small_disk, DISK_BYTES // 16)
