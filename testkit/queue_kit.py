@@ -173,7 +173,7 @@ class JetClock(Clock):
         self._desk = desk
 
     @property
-    def now_s(self) -> float:  # type: ignore[override]
+    def now_s(self) -> float:
         return self._now_s
 
     @now_s.setter

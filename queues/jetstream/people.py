@@ -339,14 +339,17 @@ class People:
 
     async def _drop_calls(self, before_s: float) -> int:
         count = 0
+        batch: list[Kept] = []
         for place in places_of([State.DONE, State.CANCELLED, State.EXPIRED]):
             async for kept in self._store.walk(place):
                 if may_forget(kept.record, before_s):
-                    await self._store.forget(kept)
-                    count += 1
+                    batch.append(kept)
                 elif kept.record.finished_s is not None and kept.record.finished_s >= before_s:
                     break  # what comes behind has ended later
-        return count
+                if len(batch) == STEP_COUNT:
+                    count += await self._forget_all(batch)
+                    batch = []
+        return count + await self._forget_all(batch)
 
     async def _drop_orphans(self) -> int:
         """Remove old bodies that no call names; one that is still to be read is named by its call."""

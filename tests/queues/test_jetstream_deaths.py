@@ -146,7 +146,7 @@ async def go_on(options: Options, call_id: str) -> tuple[State, int, CallbackSta
         if call is None:
             return State.EXPIRED, runs, None, 0
         records = await queue._connection.count(queue._names.record_of(call_id))
-        return call.state, runs, call.callback and call.callback.state, records
+        return call.state, runs, None if call.callback is None else call.callback.state, records
     finally:
         await queue.close()
 

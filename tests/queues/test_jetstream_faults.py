@@ -404,10 +404,8 @@ def test_delayed_calls_survive_a_restart_of_all_servers(cluster: Cluster) -> Non
         ended = 0
         deadline_s = time.monotonic() + RECOVERY_S
         while ended < 250 and time.monotonic() < deadline_s:
-            leases = await insist(lambda: queue.claim([QUEUE], owner, LEASE_S, 64))
-            await asyncio.gather(
-                *(insist(lambda lease=lease: finish(queue, lease, State.DONE, None)) for lease in leases)
-            )
+            leases = await insist(partial(queue.claim, [QUEUE], owner, LEASE_S, 64))
+            await asyncio.gather(*(insist(partial(finish, queue, lease, State.DONE, None)) for lease in leases))
             assert all(lease.call.due_s <= time.time() for lease in leases)
             ended += len(leases)
             if not leases:
