@@ -74,6 +74,12 @@ def revive(standing: Standing, kind: Kind, revives: str | None, now_s: float) ->
         return standing.record
 
 
+def is_written(found: Record, wanted: Record) -> bool:
+    """Tell whether a record is what our step has made, in an earlier try whose acknowledgement was lost."""
+    new = wanted.history[-1:]
+    return bool(new) and found.hold is None and (found.state, found.history[-1:]) == (wanted.state, new)
+
+
 @dataclass(frozen=True, slots=True)
 class Claimant:
     """Who claims what, and for how long."""
@@ -212,7 +218,11 @@ class Claims:
         if held is None:
             raise LeaseLost(f"the lease on call {lease.call.id} has passed to another worker")
         standing: Standing | None = held.standing
+        wanted = step(held.standing.record)
         while True:
+            if standing is not None and is_written(standing.record, wanted):
+                ended = standing
+                break
             if standing is None or standing.record.hold != held.standing.record.hold:
                 self._owners.held.pop(lease.fence, None)
                 raise LeaseLost(f"the lease on call {lease.call.id} has passed to another worker")

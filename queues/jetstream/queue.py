@@ -510,6 +510,7 @@ class JetStream:
         standing = await self._load(call_id)
         record = requeue_dead(standing.record, self._now())
         accepted = dataclasses.replace(standing.accepted, due_s=record.due_s, expires_s=None)
+        await self._store.end_callback(call_id)
         with contextlib.suppress(Conflict):  # an earlier try has come so far
             await self._store.put_waiting(accepted, standing.revision)
         again = await self._revive(standing, record)

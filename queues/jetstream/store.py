@@ -202,6 +202,10 @@ class Store:
         """Have a sweep look whether the call has expired, when it may have."""
         await self._connection.publish(Write(self._names.timer(call.id), b""))
 
+    async def end_callback(self, call_id: str) -> None:
+        """The outcome will not be delivered: one that waits would hold up that of the next end."""
+        await self._connection.purge(self._names.queue, self._names.waiting_of("callback", call_id))
+
     async def end_timer(self, call: NewCall) -> None:
         """The call has ended: its expiry does not matter any more."""
         if call.expires_s is not None:

@@ -31,6 +31,7 @@ from faashound.calls.model import (
     QueueDamaged,
     QueueFull,
     QueueUnavailable,
+    RunEnd,
     State,
     StoredBody,
 )
@@ -39,6 +40,7 @@ from faashound.calls.steps import Hold, Record, StoredAnswer
 from faashound.queues import open_queue, trouble_of
 from faashound.queues.jetstream import bodies as bodies_module
 from faashound.queues.jetstream import connection as connection_module
+from faashound.queues.jetstream.bodies import Bodies
 from faashound.queues.jetstream.connection import Connection, Options, Stored, Write, connect
 from faashound.queues.jetstream.flows import Delivery, Flow, Wanted, deal
 from faashound.queues.jetstream.queue import JetStream
@@ -355,6 +357,45 @@ def test_call_whose_owner_renews_is_not_taken_over_when_the_servers_deliver_it_a
         assert (call.state, call.attempts) == (State.DONE, 1)
 
     with_queues(options, 2, scenario)
+
+
+def test_end_that_is_told_again_is_the_same_end(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first try was heard, and its acknowledgement lost: the worker tells the end once more."""
+    original = Connection.publish
+
+    async def deaf(self: Connection, write: Write) -> int:
+        await original(self, write)
+        monkeypatch.undo()
+        raise QueueUnavailable("no acknowledgement")
+
+    async def scenario(queue: JetStream) -> None:
+        owner = await queue.enlist()
+        call = await queue.put(new_call(due_s=0.0, callback_url="http://caller/"))
+        lease = await claim_one(queue, owner)
+        result = await queue.store_body(bytes(50_000))
+        await queue._bodies.name(result, call.id)
+        end = RunEnd(State.DONE, Attempt(1.0, 2.0, 200, None), 200, 1.0, result)
+        monkeypatch.setattr(JetStream, "_read_excerpt", no_excerpt)
+        monkeypatch.setattr(Bodies, "name", no_name)
+        monkeypatch.setattr(Connection, "publish", deaf)
+        with pytest.raises(QueueUnavailable, match="no acknowledgement"):
+            await queue.finish(lease, end)
+        await queue.finish(lease, end)
+        ended = await queue.get(call.id)
+        assert ended is not None
+        assert ended.result is not None
+        assert await read_all(queue, ended.result) == bytes(50_000)
+        assert len(await queue.claim_callbacks([QUEUE], owner, LEASE_S, 1)) == 1
+
+    with_queues(options, 1, scenario)
+
+
+async def no_excerpt(self: JetStream, result: StoredBody | None) -> bytes | None:
+    return None
+
+
+async def no_name(self: Bodies, body: StoredBody | None, call_id: str) -> None:
+    return None
 
 
 def test_leases_that_lapse_together_are_taken_back_once_by_many(options: Options) -> None:
