@@ -201,11 +201,14 @@ class Flows:
         left = dict(wanted.room)
         taken = deal(self._ring(wanted), wanted, left, wanted.limit)
         dry: set[Flow] = set()
+        looked_again = False
         while len(taken) < wanted.limit:
             ring = [flow for flow in self._ring(wanted, left) if flow not in dry and not flow.watched]
             if not ring:
-                if taken or not await self._look_again(wanted, left, dry):
+                if taken or looked_again:
                     break
+                looked_again = True
+                await self._look_again(wanted, left, dry)
             else:
                 need = wanted.limit - len(taken)
                 share = -(-need // len(ring))
@@ -236,16 +239,17 @@ class Flows:
         if polls:
             self._ahead[wanted.kind] = asyncio.gather(*polls, return_exceptions=True)
 
-    async def _look_again(self, wanted: Wanted, left: Mapping[str, int], dry: set[Flow]) -> bool:
-        """Nothing was found: look for flows that are new, and ask those too that are watched.
+    async def _look_again(self, wanted: Wanted, left: Mapping[str, int], dry: set[Flow]) -> None:
+        """Nothing was found: look for flows that are new, and ask all once more, also those that are watched.
 
-        An answer comes behind what has been delivered to the watcher.  False: all have been asked.
+        An answer comes behind what has been delivered to the watcher; and the servers may have acknowledged a message
+        a moment before its consumer knows of it.
         """
         await self.refresh()
-        ring = [flow for flow in self._ring(wanted, left) if flow not in dry]
+        ring = self._ring(wanted, left)
         answers = await asyncio.gather(*(self._poll(flow, 1, wanted.lease_s) for flow in ring))
-        dry.update(flow for flow, is_dry in zip(ring, answers, strict=True) if is_dry and not flow.stash)
-        return bool(ring)
+        for flow, is_dry in zip(ring, answers, strict=True):
+            (dry.add if is_dry and not flow.stash else dry.discard)(flow)
 
     def _ring(self, wanted: Wanted, left: Mapping[str, int] | None = None) -> list[Flow]:
         """The flows that may be served, beginning behind the one that was served last."""
@@ -340,6 +344,7 @@ class Flows:
             "ack_policy": "explicit",
             "ack_wait": int(lease_s * _NS),
             "max_deliver": -1,
+            "mem_storage": True,  # what a restart of all servers forgets is delivered again, and its record decides
             "max_ack_pending": -1,  # what is delayed counts
             "max_waiting": 8192,
             "inactive_threshold": int(IDLE_S * _NS),
