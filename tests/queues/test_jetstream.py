@@ -40,6 +40,7 @@ from faashound.calls.steps import Hold, Record, StoredAnswer
 from faashound.queues import open_queue, trouble_of
 from faashound.queues.jetstream import bodies as bodies_module
 from faashound.queues.jetstream import connection as connection_module
+from faashound.queues.jetstream import people as people_module
 from faashound.queues.jetstream.bodies import Bodies
 from faashound.queues.jetstream.connection import Connection, Options, Stored, Write, connect
 from faashound.queues.jetstream.flows import Delivery, Flow, Wanted, deal
@@ -139,6 +140,7 @@ records = st.builds(
     finished_s=st.none() | seconds,
     status=st.none() | st.integers(100, 599),
     error=st.none() | texts,
+    duration_s=st.none() | seconds,
     cancel_requested=st.booleans(),
     callback=st.none()
     | st.builds(
@@ -459,6 +461,26 @@ def test_function_that_appears_is_served_by_workers_that_wait(options: Options) 
             await finish(worker, lease, State.DONE, None)
 
     with_queues(options, 2, scenario)
+
+
+def test_flow_is_forgotten_only_when_nothing_waits_in_it(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function that nobody calls any more is forgotten; the calls of one that has gone wait for its return."""
+    monkeypatch.setattr(people_module, "IDLE_FLOW_S", -1.0)
+
+    async def scenario(gateway: JetStream) -> None:
+        owner = await gateway.enlist()
+        waits = await gateway.put(new_call("gone", due_s=0.0))
+        await gateway.put(new_call("idle", due_s=0.0))
+        for lease in await gateway.claim([QUEUE], owner, LEASE_S, 2):
+            await (gateway.release(lease) if lease.call.id == waits.id else finish(gateway, lease, State.DONE, None))
+        await gateway._flows.flush()
+        await gateway.sweep(3600, 1e9)
+        worker = await JetStream.open(options)
+        assert {name.name for name in await worker._flows.refresh()} == {"gone.openfaas-fn", "all"}
+        assert (await claim_one(worker, await worker.enlist())).call.id == waits.id
+        await worker.close()
+
+    with_queues(options, 1, scenario)
 
 
 def test_worker_serves_three_hundred_functions(options: Options) -> None:
