@@ -111,7 +111,8 @@ async def open_queue(
     if isinstance(url, Path):
         return await Spool.open(url, limits=limits or QueueLimits(reserve_bytes=None), now=now)
     try:
-        from ..jetstream import JetStream, Options
+        from .jetstream.connection import Options
+        from .jetstream.queue import JetStream
     except ImportError as error:
         raise CannotStart(f"queue_url={url} needs nats-py: pip install 'faashound[nats]' ({error})") from error
     settings = nats or default_nats_settings()

@@ -39,7 +39,7 @@ REPORT_COUNT = 100  # calls between two words about how far it is
 
 @runtime_checkable
 class Target(Queue, Protocol):
-    """A queue that can keep a call without letting it run; see `jetstream.JetStream`."""
+    """A queue that can keep a call without letting it run; see `jetstream.queue.JetStream`."""
 
     async def put_held(self, call: NewCall) -> Call: ...
     async def held_ids(self) -> list[str]: ...

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from faashound import jetstream
+from faashound.queues.jetstream.connection import Options
 from testkit.harness import wait_until
 
 START_S = 20.0
@@ -119,9 +119,9 @@ class Cluster:
     def wait_until_healthy(self) -> None:
         wait_until(lambda: all(server.is_healthy() for server in self.servers), START_S, "all servers healthy")
 
-    def options(self, prefix: str, **changes: Any) -> jetstream.Options:
+    def options(self, prefix: str, **changes: Any) -> Options:
         values = {"replicas": len(self.servers), **changes}
-        return jetstream.Options(tuple(server.url for server in self.servers), prefix=prefix, **values)
+        return Options(tuple(server.url for server in self.servers), prefix=prefix, **values)
 
     def leader(self, stream: str) -> NatsServer:
         """The server that leads a stream."""

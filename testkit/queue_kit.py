@@ -9,12 +9,13 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
-from faashound import jetstream
 from faashound.calls.ids import new_call_id
 from faashound.calls.model import INLINE_BYTES, Attempt, Call, Lease, NewCall, RunEnd, State, StoredBody
 from faashound.calls.names import FunctionName, parse_function_name
-from faashound.jetstream import JetStream
 from faashound.queues import Queue
+from faashound.queues.jetstream import bodies as jetstream_bodies
+from faashound.queues.jetstream.connection import Options, connect
+from faashound.queues.jetstream.queue import JetStream
 from faashound.queues.spool.queue import Spool
 
 T = TypeVar("T")
@@ -39,7 +40,7 @@ class Desk(ABC):
     inline_bytes: int  # longest body that is not stored apart
 
     def __init__(self, loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None) -> None:
-        self.clock = Clock()
+        self.clock = self.make_clock()
         self.runner = asyncio.Runner(loop_factory=loop_factory)
         self.queues: list[Queue] = []
         self.queue = self.open()
@@ -52,6 +53,9 @@ class Desk(ABC):
         """The same queue once more, as another process would have it."""
         self.queues.append(self.do(self.open_queue()))
         return self.queues[-1]
+
+    def make_clock(self) -> Clock:
+        return Clock()
 
     @abstractmethod
     async def open_queue(self) -> Queue: ...
@@ -132,22 +136,50 @@ class SpoolDesk(Desk):
 class JetDesk(Desk):
     """A desk with a queue on NATS."""
 
-    inline_bytes = jetstream.INLINE_BYTES
+    inline_bytes = jetstream_bodies.INLINE_BYTES
 
-    def __init__(
-        self, options: jetstream.Options, loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
-    ) -> None:
+    def __init__(self, options: Options, loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None) -> None:
         self.options = options
         super().__init__(loop_factory)
+
+    def make_clock(self) -> Clock:
+        return JetClock(self)
 
     async def open_queue(self) -> JetStream:
         return await JetStream.open(self.options, now=self.clock)
 
     async def stored_bodies(self) -> set[str]:
-        queue = self.queues[0]
-        assert isinstance(queue, JetStream)
-        info = await queue._link.info(queue._names.bodies, ">")
-        return {subject.split(".")[2] for subject in info.state.subjects or {}}
+        connection = await connect(self.options)
+        stream = connection.names.bodies
+        info = await connection.call_api(f"STREAM.INFO.{stream}", {"subjects_filter": ">"})
+        await connection.close()
+        return {subject.split(".")[2] for subject in info["state"].get("subjects") or {}}
+
+    async def pass_time(self) -> None:
+        """The servers keep the delays, by their own clock: without a consumer they deliver everything."""
+        connection = await connect(self.options)
+        stream = connection.names.queue
+        names = await connection.call_api(f"CONSUMER.NAMES.{stream}")
+        for name in names["consumers"] or ():
+            await connection.call_api(f"CONSUMER.DELETE.{stream}.{name}")
+        await connection.close()
+
+
+class JetClock(Clock):
+    """A wall clock whose jumps the servers feel as well, which keep the delays."""
+
+    def __init__(self, desk: JetDesk) -> None:
+        self._now_s = START_S
+        self._desk = desk
+
+    @property
+    def now_s(self) -> float:
+        return self._now_s
+
+    @now_s.setter
+    def now_s(self, value: float) -> None:
+        self._now_s = value
+        self._desk.do(self._desk.pass_time())
 
 
 async def finish(queue: Queue, lease: Lease, state: State, result: StoredBody | None, **changes: Any) -> None:

@@ -13,14 +13,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 # The rooms, in the order in which they stand: each may import itself and those before it.  `watchdog.py` runs alone.
-ROOMS = ("watchdog", "network", "calls", "jetstream", "queues", "functions", "draining", "worker", "serving", "gateway")
+ROOMS = ("watchdog", "network", "calls", "queues", "functions", "draining", "worker", "serving", "gateway")
 
 # Of others, what each room may import besides the standard library.  Only watchdog has h11: HTTP is spoken there.
 OTHERS: dict[str, set[str]] = {
     "watchdog": {"h11", "uvloop", "psutil", "prometheus_client"},
     "network": {"aiodns", "psutil"},
     "functions": {"cronsim", "psutil"},  # loaded in the fork server for the watchdogs' guards
-    "jetstream": {"nats"},
+    "queues": {"nats"},
     "draining": {"prometheus_client"},
     "worker": {"uvloop"},
     "serving": {"prometheus_client", "psutil"},

@@ -1,8 +1,9 @@
-"""What only the queue on NATS does: records, the schedule, the foreman's end, streams that differ, logging in."""
+"""What only the queue on NATS does: what is on the wire, turns, leases, streams that differ, logging in."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import subprocess
 import time
@@ -17,52 +18,51 @@ import nkeys  # type: ignore[import-untyped]
 import pytest
 import uvloop
 from hypothesis import given
-from nats.js.api import StreamConfig
 
-from faashound import jetstream
 from faashound.calls.ids import new_call_id
 from faashound.calls.model import (
     EXCERPT_BYTES,
     Attempt,
-    Call,
     Callback,
     CallbackState,
     CallExists,
     Lease,
     LeaseLost,
     QueueDamaged,
+    QueueFull,
     QueueUnavailable,
+    RunEnd,
     State,
     StoredBody,
 )
 from faashound.calls.names import parse_function_name
-from faashound.jetstream import (
-    HEADER,
-    Hold,
-    Index,
-    JetStream,
-    Options,
-    Record,
-    Schedule,
-    Wanted,
-    accept,
-    build_payload,
-    build_summary,
-    build_token,
-    parse_record,
-    parse_summary,
-    parse_token,
-    take,
-)
+from faashound.calls.steps import Hold, Record, StoredAnswer
 from faashound.queues import open_queue, trouble_of
+from faashound.queues.jetstream import bodies as bodies_module
+from faashound.queues.jetstream import connection as connection_module
+from faashound.queues.jetstream import people as people_module
+from faashound.queues.jetstream.bodies import Bodies
+from faashound.queues.jetstream.connection import Connection, Options, Stored, Write, connect
+from faashound.queues.jetstream.flows import Delivery, Flow, Wanted, deal
+from faashound.queues.jetstream.queue import JetStream
+from faashound.queues.jetstream.records import (
+    Standing,
+    build_record,
+    build_waiting,
+    parse_record,
+    parse_waiting,
+    place_of,
+)
+from faashound.queues.jetstream.subjects import FlowName, Names, build_token, parse_token
 from faashound.queues.nats_settings import NatsSettings
 from faashound.queues.urls import NatsUrl, parse_queue_url
 from faashound.watchdog import BadSettings, CannotStart, parse_settings
 from testkit.nats_servers import Cluster
 from testkit.needed import tool
-from testkit.queue_kit import LEASE_S, QUEUE, START_S, finish, inline, new_call, read_all
+from testkit.queue_kit import LEASE_S, QUEUE, finish, inline, new_call, read_all
 
 LONG_S = 20.0
+NAMES = Names("p")
 
 
 @pytest.fixture(scope="module")
@@ -76,16 +76,11 @@ def options(server: Cluster) -> Options:
     return server.options(f"t{uuid.uuid4().hex[:12]}")
 
 
-async def opened(options: Options, count: int = 1) -> AsyncIterator[JetStream]:
-    for _ in range(count):
-        yield await JetStream.open(options)
-
-
 def with_queues(options: Options, count: int, scenario: Callable[..., Awaitable[Any]]) -> Any:
     """What `scenario` returns, given so many queues of their own on the same streams."""
 
     async def run() -> Any:
-        queues = [queue async for queue in opened(options, count)]
+        queues = [await JetStream.open(options) for _ in range(count)]
         try:
             return await scenario(*queues)
         finally:
@@ -95,11 +90,30 @@ def with_queues(options: Options, count: int, scenario: Callable[..., Awaitable[
     return uvloop.run(run())
 
 
-# -- records
+def with_connection(options: Options, scenario: Callable[[Connection], Awaitable[Any]]) -> Any:
+    """What `scenario` returns, given a bare connection: for what no queue does by itself."""
+
+    async def run() -> Any:
+        connection = await connect(options)
+        try:
+            return await scenario(connection)
+        finally:
+            await connection.close()
+
+    return uvloop.run(run())
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(LONG_S):
+        while not await condition():  # noqa: ASYNC110 - nothing announces it
+            await asyncio.sleep(0.02)
+
+
+# -- what is on the wire
 
 texts = st.text(max_size=20)
 seconds = st.floats(0, 1e10, allow_nan=False)
-bodies = st.one_of(
+stored_bodies = st.one_of(
     st.binary(max_size=5000).map(inline), st.builds(StoredBody, st.integers(0), st.none(), st.uuids().map(str))
 )
 headers = st.lists(st.tuples(texts, texts), max_size=3).map(tuple)
@@ -107,113 +121,118 @@ attempts = st.builds(Attempt, seconds, seconds, st.none() | st.integers(100, 599
 
 
 @st.composite
-def records(draw: st.DrawFn) -> Record:
-    result = draw(st.none() | bodies)
+def answers(draw: st.DrawFn) -> StoredAnswer:
+    result = draw(st.none() | stored_bodies)
     excerpt = draw(st.none() | st.binary(max_size=100))
     if result is not None and result.inline is not None:
         excerpt = result.inline[:EXCERPT_BYTES]
-    callbacks = st.builds(Callback, st.sampled_from(CallbackState), st.integers(0), seconds, st.none(), texts)
-    call = Call(
-        **dataclasses.asdict(new_call()) | {"body": draw(bodies), "headers": draw(headers)},
-        state=draw(st.sampled_from(State)),
-        attempts=draw(st.integers(0, 99)),
-        finished_s=draw(st.none() | seconds),
-        cancel_requested=draw(st.booleans()),
-        result=result,
-        result_headers=draw(headers),
-        excerpt=excerpt,
-        callback=draw(st.none() | callbacks),
-        history=tuple(draw(st.lists(attempts, max_size=3))),
-    )
-    hold = draw(st.none() | st.builds(Hold, st.sampled_from(["call", "callback"]), texts, st.integers(0), seconds))
-    return Record(call, hold, draw(st.none() | seconds), draw(st.integers(1)), draw(st.sampled_from(["", "abc"])))
+    return StoredAnswer(result, draw(headers), excerpt, draw(seconds))
 
 
-@given(records())
-def test_record_comes_back_from_its_message(record: Record) -> None:
-    fields = {HEADER: build_summary(record), jetstream.ORIGIN_HEADER: record.origin}
-    assert fields[HEADER].isascii()
-    assert parse_record(record.call.id, record.revision, fields, build_payload(record)) == record
+records = st.builds(
+    Record,
+    st.sampled_from([State.QUEUED, State.RUNNING, State.DONE, State.DEAD, State.EXPIRED]),
+    due_s=seconds,
+    expires_s=st.none() | seconds,
+    wants_callback=st.booleans(),
+    attempts=st.integers(0, 99),
+    started_s=st.none() | seconds,
+    finished_s=st.none() | seconds,
+    status=st.none() | st.integers(100, 599),
+    error=st.none() | texts,
+    duration_s=st.none() | seconds,
+    cancel_requested=st.booleans(),
+    callback=st.none()
+    | st.builds(
+        Callback,
+        st.sampled_from([CallbackState.PENDING, CallbackState.DELIVERED]),
+        st.integers(0),
+        seconds,
+        st.none(),
+        texts,
+    ),
+    hold=st.none() | st.builds(Hold, st.sampled_from(["call", "callback"]), texts, st.integers(0)),
+    history=st.lists(attempts, max_size=3).map(tuple),
+    answer=st.none() | answers(),
+)
+
+
+def stored_record(standing: Standing, *, whole: bool) -> Stored:
+    accepted = standing.accepted
+    subject = NAMES.record(place_of(standing.record), accepted.id, accepted.function)
+    return Stored(subject, standing.revision, {}, build_record(standing, whole=whole), 0.0)
+
+
+@given(records, stored_bodies, headers, st.booleans())
+def test_record_comes_back_from_its_message(record: Record, body: StoredBody, fields: Any, whole: bool) -> None:
+    standing = Standing(new_call(body=body, headers=fields), record, 7)
+    kept = parse_record(stored_record(standing, whole=whole))
+    assert (kept.call_id, kept.function) == (standing.id, standing.accepted.function)
+    assert (kept.record, kept.revision, kept.place) == (record, 7, place_of(record))
+    assert kept.accepted == (standing.accepted if whole else None)
+
+
+@given(stored_bodies, headers, texts, st.none() | seconds)
+def test_call_comes_back_from_its_message(body: StoredBody, fields: Any, text: str, expires_s: float | None) -> None:
+    call = new_call(body=body, headers=fields, path=text, query=text, expires_s=expires_s, idempotency_key=text)
+    assert parse_waiting(build_waiting(call)) == call
 
 
 @pytest.mark.parametrize(
     "payload", [b"", b"\0\0\0\2{}", b"\0\0\0\5{}", b"\xff" * 20], ids=["empty", "bare", "short", "odd"]
 )
-def test_record_that_is_damaged_is_not_passed_off_as_whole(payload: bytes) -> None:
+def test_what_is_damaged_is_not_passed_off_as_whole(payload: bytes) -> None:
     with pytest.raises(QueueDamaged, match="cannot be read"):
-        parse_record("x", 1, {HEADER: build_summary(accept(new_call()))}, payload)
-
-
-def test_record_of_an_earlier_version_is_of_the_default_namespace() -> None:
-    record = accept(new_call())
-    header = build_summary(record).replace('"f.openfaas-fn"', '"f"')
-    found = parse_record(record.call.id, 1, {HEADER: header}, build_payload(record)).call.function
-    assert (found, found.namespace) == ("f.openfaas-fn", "openfaas-fn")
+        parse_waiting(payload)
+    with pytest.raises(QueueDamaged, match=r"of call x .* cannot be read"):
+        parse_record(Stored("p.rec.run.x.f=g", 1, {}, payload, 0.0))
 
 
 @given(st.text(max_size=30))
 def test_token_comes_back_and_is_one(text: str) -> None:
     token = build_token(text)
     assert parse_token(token) == text
+    assert token
     assert not set(token) & set(" .*>\r\n\t")
 
 
-# -- the schedule
+@pytest.mark.parametrize(
+    "name",
+    [
+        FlowName("call", "faas-request", "f.openfaas-fn"),
+        FlowName("callback", "q.1", "host.example:8080"),
+        FlowName("callback", "q", "[2001:db8::1]:80"),
+        FlowName("callback", "q", ""),
+    ],
+    ids=["function", "host", "address", "odd"],
+)
+def test_flow_comes_back_from_its_subject(name: FlowName) -> None:
+    assert NAMES.parse_flow(NAMES.flow(name)) == name
+    assert not set(NAMES.consumer(name)) & set(" .*>/\\")
 
 
-def schedule(*calls: tuple[str, float], now_s: float = START_S) -> Schedule:
-    made = Schedule(Index())
-    for number, (function, due_s) in enumerate(calls, 1):
-        record = accept(new_call(function, id=f"{function}{number}", due_s=due_s))
-        entry = parse_summary(record.call.id, number, build_summary(record))
-        made.index.apply(entry)
-        made.apply(entry, now_s, 0.0)
+# -- turns
+
+
+def flow(name: str, count: int) -> Flow:
+    made = Flow(FlowName("call", QUEUE, name), name)
+    made.stash += [Delivery(made, f"{name}{number}", 0.0, "", b"", {}, number, 1, 0) for number in range(count)]
     return made
 
 
-def dealt(made: Schedule, limit: int, now_s: float = START_S, clock_s: float = 0.0) -> list[str]:
-    made.advance(now_s, clock_s)
-    return [element[1] for element in made.deal("call", Wanted((QUEUE,), limit, {}), now_s, clock_s)]
-
-
-def test_schedule_deals_a_call_once_and_again_when_nobody_took_it() -> None:
-    made = schedule(("f", START_S))
-    assert [dealt(made, 5), dealt(made, 5)] == [["f1"], []]
-    before = made.generation
-    assert dealt(made, 5, clock_s=jetstream.RESERVED_S) == ["f1"]
-    assert made.generation > before
-
-
-def test_schedule_forgets_what_was_dealt_when_it_is_taken() -> None:
-    made = schedule(("f", START_S))
-    dealt(made, 1)
-    record = take(accept(new_call(id="f1")), jetstream.Claimant("call", "w", LEASE_S, START_S))
-    entry = parse_summary("f1", 7, build_summary(record))
-    made.index.apply(entry)
-    made.apply(entry, START_S, 1.0)
-    assert dealt(made, 5, clock_s=jetstream.RESERVED_S) == []
-    assert made.lapsed(1.0 + LEASE_S) == ["f1"]
-    assert made.lapsed(LEASE_S) == []
-
-
-def test_schedule_gives_leases_their_whole_time_after_a_pause() -> None:
-    made = schedule()
-    record = take(accept(new_call(id="f1")), jetstream.Claimant("call", "w", LEASE_S, START_S))
-    entry = parse_summary("f1", 7, build_summary(record))
-    made.index.apply(entry)
-    made.apply(entry, START_S, 0.0)
-    made.extend(500.0)
-    assert made.lapsed(500.0 + LEASE_S - 1) == []
-    made.void("w")
-    made.extend(600.0)  # an owner that has gone stays gone
-    assert made.lapsed(600.0) == ["f1"]
-
-
-def test_schedule_announces_a_delayed_call_when_it_falls_due() -> None:
-    made = schedule(("f", START_S + 10))
-    assert (made.generation, made.next_due_s(), dealt(made, 5)) == (0, START_S + 10, [])
-    assert dealt(made, 5, START_S + 10) == ["f1"]
-    assert (made.generation, made.next_due_s()) == (1, None)
+@pytest.mark.parametrize(
+    ("flows", "room", "count", "expected"),
+    [
+        pytest.param({"a": 3, "b": 1}, {}, 9, "a0 b0 a1 a2", id="what-the-short-flow-leaves"),
+        pytest.param({"a": 3, "b": 3}, {}, 3, "a0 b0 a1", id="no-more-than-asked"),
+        pytest.param({"a": 3, "b": 3}, {"a": 1}, 9, "a0 b0 b1 b2", id="no-more-than-there-is-room"),
+        pytest.param({"a": 0}, {}, 9, "", id="nothing"),
+    ],
+)
+def test_deal_takes_turns(flows: dict[str, int], room: dict[str, int], count: int, expected: str) -> None:
+    ring = [flow(name, size) for name, size in flows.items()]
+    wanted = Wanted("call", (QUEUE,), count, room, 1.0)
+    assert " ".join(each.call_id for each in deal(ring, wanted, dict(room), count)) == expected
 
 
 # -- keys
@@ -224,7 +243,7 @@ def test_put_finishes_what_another_put_of_the_same_key_began(options: Options) -
 
     async def scenario(queue: JetStream) -> None:
         first = new_call_id()
-        await queue._link.save(queue._names.key(parse_function_name("f"), "k"), first.encode(), {}, 0)
+        await queue._connection.publish(Write(queue._names.key(parse_function_name("f"), "k"), first.encode(), {}, 0))
         call = new_call(idempotency_key="k")
         put = await queue.put(dataclasses.replace(call, headers=(("X-Call-Id", call.id), ("X-Other", call.id))))
         assert (put.id, put.headers) == (first, (("X-Call-Id", first), ("X-Other", call.id)))
@@ -260,56 +279,19 @@ def test_key_is_free_again_when_its_call_is_deleted(options: Options) -> None:
         await queue.cancel(call.id)
         assert await queue.purge(state=State.CANCELLED) == 1
         assert await queue.get(call.id) is None
-        assert (await queue.put(call)).state is State.QUEUED  # the same id too, though a tombstone is on it
+        assert (await queue.put(call)).state is State.QUEUED  # the same id too
 
     with_queues(options, 1, scenario)
 
 
-# -- the foreman
+# -- leases
 
 
-async def claim_one(queue: JetStream, owner: str) -> Lease:
+async def claim_one(queue: JetStream, owner: str, lease_s: float = LEASE_S) -> Lease:
     async with asyncio.timeout(LONG_S):
-        while not (leases := await queue.claim([QUEUE], owner, LEASE_S, 1)):
+        while not (leases := await queue.claim([QUEUE], owner, lease_s, 1)):
             await queue.wait_for_work(LONG_S)
     return leases[0]
-
-
-@pytest.mark.parametrize("way", ["closed", "killed"])
-def test_workers_go_on_when_the_foreman_is(options: Options, way: str) -> None:
-    async def scenario(foreman: JetStream, worker: JetStream) -> None:
-        await foreman.enlist()
-        owner = await worker.enlist()
-        await worker.put(new_call(due_s=0.0))
-        first = await claim_one(worker, owner)
-        assert foreman._foreman is not None
-        assert worker._foreman is None
-        if way == "closed":
-            await foreman.close()
-        else:  # no good-bye: its connection is gone, and so is its subscription
-            foreman._foreman.in_office = False
-            await foreman._link.close()
-        await worker.put(new_call(due_s=0.0))
-        second = await claim_one(worker, owner)
-        assert worker._foreman is not None
-        assert (await worker.renew([first, second], LEASE_S)).lost == frozenset()
-
-    with_queues(options, 2, scenario)
-
-
-def test_foreman_that_is_replaced_retires(options: Options) -> None:
-    async def scenario(old: JetStream, new: JetStream) -> None:
-        await old.enlist()
-        new._office = old._office  # it takes the old one for dead
-        await new._look_for_foreman()
-        async with asyncio.timeout(LONG_S):
-            while old._foreman is None or old._foreman.in_office:  # noqa: ASYNC110 - it hears of it by itself
-                await asyncio.sleep(0.01)
-        owner = await old.enlist()
-        await new.put(new_call(due_s=0.0))
-        assert (await claim_one(old, owner)).call.attempts == 1
-
-    with_queues(options, 2, scenario)
 
 
 def test_two_workers_share_what_there_is_and_run_nothing_twice(options: Options) -> None:
@@ -330,49 +312,205 @@ def test_two_workers_share_what_there_is_and_run_nothing_twice(options: Options)
     with_queues(options, 3, scenario)
 
 
-async def wait_in_line(queue: JetStream, foreman: JetStream) -> asyncio.Task[bool]:
-    """A task that waits for work, and that the foreman knows of."""
-    waiting = asyncio.create_task(queue.wait_for_work(LONG_S))
-    async with asyncio.timeout(LONG_S):
-        while foreman._foreman is None or queue._link.name not in foreman._foreman._parked:  # noqa: ASYNC110
-            await asyncio.sleep(0.001)
-    return waiting
+@pytest.mark.parametrize("way", ["closed", "killed"])
+def test_call_of_a_worker_that_is_gone_is_taken_over(options: Options, way: str) -> None:
+    async def scenario(worker: JetStream, doomed: JetStream) -> None:
+        owner, dead = await worker.enlist(), await doomed.enlist()
+        await worker.put(new_call(due_s=0.0))
+        await claim_one(doomed, dead, 1.0)
+        if way == "closed":
+            await doomed.close()
+        else:  # no good-bye: its connection is gone, and so is what answers for it
+            await doomed._connection.close()
+        assert (await claim_one(worker, owner)).call.attempts == 2
+
+    with_queues(options, 2, scenario)
 
 
-def test_worker_that_gave_up_waiting_takes_nobodys_call(options: Options) -> None:
-    """A worker that finishes something leaves its place in the line, and comes back: it must stand there once."""
+def test_lease_that_is_not_renewed_passes_to_another_worker_though_its_owner_lives(options: Options) -> None:
+    async def scenario(worker: JetStream, sleeper: JetStream) -> None:
+        owner, slow = await worker.enlist(), await sleeper.enlist()
+        await worker.put(new_call(due_s=0.0))
+        (lease,) = await sleeper.claim([QUEUE], slow, 1.0, 1)
+        began_s = time.monotonic()
+        assert (await claim_one(worker, owner)).call.attempts == 2
+        assert time.monotonic() - began_s > 0.9
+        assert (await sleeper.renew([lease], LEASE_S)).lost == {lease.call.id}
+        with pytest.raises(LeaseLost):
+            await sleeper.release(lease)
 
-    async def scenario(foreman: JetStream, worker: JetStream, gateway: JetStream) -> None:
-        await foreman.enlist()
-        for queue in (foreman, worker):
-            owner = await queue.enlist()
-            for _ in range(3):
-                waiting = await wait_in_line(queue, foreman)
-                waiting.cancel()
-                await asyncio.wait([waiting])
-                await queue.claim([QUEUE], owner, LEASE_S, 1)
-            waiting = await wait_in_line(queue, foreman)
+    with_queues(options, 2, scenario)
+
+
+def test_call_whose_owner_renews_is_not_taken_over_when_the_servers_deliver_it_again(options: Options) -> None:
+    async def scenario(worker: JetStream, other: JetStream) -> None:
+        owner, idle = await worker.enlist(), await other.enlist()
+        await worker.put(new_call(due_s=0.0))
+        lease = await claim_one(worker, owner, LEASE_S)
+        connection = await connect(options)
+        names = await connection.call_api(f"CONSUMER.NAMES.{connection.names.queue}")
+        for name in names["consumers"]:  # with it goes what the servers know of the lease
+            await connection.call_api(f"CONSUMER.DELETE.{connection.names.queue}.{name}")
+        await connection.close()
+        assert await other.claim([QUEUE], idle, LEASE_S, 1) == []
+        await finish(worker, lease, State.DONE, None)
+        call = await other.get(lease.call.id)
+        assert call is not None
+        assert (call.state, call.attempts) == (State.DONE, 1)
+
+    with_queues(options, 2, scenario)
+
+
+def test_end_that_is_told_again_is_the_same_end(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first try was heard, and its acknowledgement lost: the worker tells the end once more."""
+    original = Connection.publish
+
+    async def deaf(self: Connection, write: Write) -> int:
+        await original(self, write)
+        monkeypatch.undo()
+        raise QueueUnavailable("no acknowledgement")
+
+    async def scenario(queue: JetStream) -> None:
+        owner = await queue.enlist()
+        call = await queue.put(new_call(due_s=0.0, callback_url="http://caller/"))
+        lease = await claim_one(queue, owner)
+        result = await queue.store_body(bytes(50_000))
+        await queue._bodies.name(result, call.id)
+        end = RunEnd(State.DONE, Attempt(1.0, 2.0, 200, None), 200, 1.0, result)
+        monkeypatch.setattr(JetStream, "_read_excerpt", no_excerpt)
+        monkeypatch.setattr(Bodies, "name", no_name)
+        monkeypatch.setattr(Connection, "publish", deaf)
+        with pytest.raises(QueueUnavailable, match="no acknowledgement"):
+            await queue.finish(lease, end)
+        await queue.finish(lease, end)
+        ended = await queue.get(call.id)
+        assert ended is not None
+        assert ended.result is not None
+        assert await read_all(queue, ended.result) == bytes(50_000)
+        assert len(await queue.claim_callbacks([QUEUE], owner, LEASE_S, 1)) == 1
+
+    with_queues(options, 1, scenario)
+
+
+async def no_excerpt(self: JetStream, result: StoredBody | None) -> bytes | None:
+    return None
+
+
+async def no_name(self: Bodies, body: StoredBody | None, call_id: str) -> None:
+    return None
+
+
+def test_leases_that_lapse_together_are_taken_back_once_by_many(options: Options) -> None:
+    """Two look for what has lapsed at the same time, while one of the calls is being ended."""
+
+    async def scenario(one: JetStream, other: JetStream) -> None:
+        owner = await one.enlist()
+        await asyncio.gather(*(one.put(new_call(due_s=0.0)) for _ in range(20)))
+        leases = await one.claim([QUEUE], owner, 0.0, 20)
+        ends = asyncio.gather(*(finish(one, lease, State.DONE, None) for lease in leases[:5]), return_exceptions=True)
+        counts = await asyncio.gather(one.reclaim(), other.reclaim(), one.reclaim())
+        failed = [end for end in await ends if end is not None]
+        assert all(isinstance(end, LeaseLost) for end in failed)
+        await one.put(new_call(due_s=0.0))
+        runs = 0
+        async with asyncio.timeout(LONG_S):
+            while (await one.stats()).by_state[State.DONE] < 21:
+                for lease in await one.claim([QUEUE], owner, LEASE_S, 30):
+                    await finish(one, lease, State.DONE, None)
+                    runs += 1
+        assert sum(counts) <= 20
+        assert runs == 21 - (5 - len(failed))
+
+    with_queues(options, 2, scenario)
+
+
+def test_wake_up_reaches_a_worker_of_the_right_queue(options: Options) -> None:
+    async def scenario(one: JetStream, other: JetStream, gateway: JetStream) -> None:
+        owners = {"a": await one.enlist(), "b": await other.enlist()}
+        for queue, worker in (("a", one), ("b", other)):
+            await gateway.put(new_call(queue=queue, due_s=0.0))
+            await finish(worker, (await worker.claim([queue], owners[queue], LEASE_S, 1))[0], State.DONE, None)
+            assert await worker.claim([queue], owners[queue], LEASE_S, 1) == []
+        slowest_s = 0.0
+        for _ in range(30):
+            waiting = asyncio.create_task(other.wait_for_work(LONG_S))
+            idle = asyncio.create_task(one.wait_for_work(LONG_S))
             began_s = time.monotonic()
-            await gateway.put(new_call(due_s=0.0))
+            await gateway.put(new_call(queue="b", due_s=0.0))
             assert await waiting
-            assert time.monotonic() - began_s < 1.0
-            await finish(queue, await claim_one(queue, owner), State.DONE, None)
+            (lease,) = await other.claim(["b"], owners["b"], LEASE_S, 1)
+            slowest_s = max(slowest_s, time.monotonic() - began_s)
+            await finish(other, lease, State.DONE, None)
+            idle.cancel()
+        assert slowest_s < 1.0
 
     with_queues(options, 3, scenario)
 
 
-def test_lease_of_a_worker_that_died_lapses_by_the_foremans_clock(options: Options) -> None:
-    async def scenario(foreman: JetStream, worker: JetStream) -> None:
-        owner, dead = await foreman.enlist(), await worker.enlist()
-        await foreman.put(new_call(due_s=0.0))
-        (lease,) = await worker.claim([QUEUE], dead, 1.0, 1)
-        began_s = time.monotonic()
-        assert (await claim_one(foreman, owner)).call.attempts == 2
-        assert time.monotonic() - began_s > 0.9
-        with pytest.raises(LeaseLost):
-            await worker.release(lease)
+def test_function_that_appears_is_served_by_workers_that_wait(options: Options) -> None:
+    async def scenario(worker: JetStream, gateway: JetStream) -> None:
+        owner = await worker.enlist()
+        assert await worker.claim([QUEUE], owner, LEASE_S, 1) == []
+        for number in range(5):
+            waiting = asyncio.create_task(worker.wait_for_work(LONG_S))
+            await asyncio.sleep(0)
+            await gateway.put(new_call(f"new{number}", due_s=0.0))
+            assert await waiting
+            lease = await claim_one(worker, owner)
+            assert lease.call.function.name == f"new{number}"
+            await finish(worker, lease, State.DONE, None)
 
     with_queues(options, 2, scenario)
+
+
+def test_flow_is_forgotten_only_when_nothing_waits_in_it(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function that nobody calls any more is forgotten; the calls of one that has gone wait for its return."""
+    monkeypatch.setattr(people_module, "IDLE_FLOW_S", -1.0)
+
+    async def scenario(gateway: JetStream) -> None:
+        owner = await gateway.enlist()
+        waits = await gateway.put(new_call("gone", due_s=0.0))
+        await gateway.put(new_call("idle", due_s=0.0))
+        for lease in await gateway.claim([QUEUE], owner, LEASE_S, 2):
+            await (gateway.release(lease) if lease.call.id == waits.id else finish(gateway, lease, State.DONE, None))
+        await gateway._flows.flush()
+        await gateway.sweep(3600, 1e9)
+        worker = await JetStream.open(options)
+        assert {name.name for name in await worker._flows.refresh()} == {"gone.openfaas-fn", "all"}
+        assert (await claim_one(worker, await worker.enlist())).call.id == waits.id
+        await worker.close()
+
+    with_queues(options, 1, scenario)
+
+
+def test_worker_serves_three_hundred_functions(options: Options) -> None:
+    async def scenario(worker: JetStream, gateway: JetStream) -> None:
+        owner = await worker.enlist()
+        await asyncio.gather(*(gateway.put(new_call(f"f{number}", due_s=0.0)) for number in range(300)))
+        served: set[str] = set()
+        while leases := await worker.claim([QUEUE], owner, LEASE_S, 16):
+            served |= {lease.call.function for lease in leases}
+            await asyncio.gather(*(finish(worker, lease, State.DONE, None) for lease in leases))
+        assert len(served) == 300
+
+    with_queues(options, 2, scenario)
+
+
+def test_delayed_calls_cost_a_claim_nothing_until_they_are_due(options: Options) -> None:
+    async def scenario(queue: JetStream) -> None:
+        owner = await queue.enlist()
+        now_s = time.time()
+        await asyncio.gather(*(queue.put(new_call(due_s=now_s + 3600)) for _ in range(2000)))
+        soon = await queue.put(new_call(due_s=now_s))
+        (lease,) = await queue.claim([QUEUE], owner, LEASE_S, 5)
+        assert lease.call.id == soon.id
+        commits = queue._connection.commit_count
+        for _ in range(20):
+            assert await queue.claim([QUEUE], owner, LEASE_S, 5) == []
+        assert queue._connection.commit_count == commits
+        assert (await queue.stats()).by_state[State.QUEUED] == 2000
+
+    with_queues(options, 1, scenario)
 
 
 # -- bodies and housekeeping
@@ -384,7 +522,7 @@ def test_sweep_removes_bodies_that_no_call_names(options: Options, monkeypatch: 
         await queue.put(new_call(body=named))
         lost = await queue.store_body(bytes(100_000))
         assert (await queue.sweep(60, 60)).file_count == 0  # it may be on its way into a call
-        monkeypatch.setattr(jetstream, "ORPHAN_S", -1.0)
+        monkeypatch.setattr(bodies_module, "ORPHAN_S", -1.0)
         assert (await queue.sweep(60, 60)).file_count == 1
         assert await read_all(queue, named) == bytes(100_000)
         with pytest.raises(QueueDamaged, match="too short"):
@@ -393,27 +531,103 @@ def test_sweep_removes_bodies_that_no_call_names(options: Options, monkeypatch: 
     with_queues(options, 1, scenario)
 
 
-def test_call_that_is_taken_just_before_it_expires_runs(options: Options) -> None:
+def test_message_that_cannot_be_read_keeps_no_other_from_its_run(options: Options) -> None:
     async def scenario(queue: JetStream) -> None:
         owner = await queue.enlist()
-        call = await queue.put(new_call(due_s=0.0, expires_s=time.time() + 3600))
-        assert queue._foreman is not None
-        (lease,) = await queue.claim([QUEUE], owner, LEASE_S, 1)
-        entry = parse_summary(call.id, 1, build_summary(accept(call)))  # what the foreman knew a moment ago
-        await queue._foreman._expire(entry, time.time() + 7200)
-        await finish(queue, lease, State.DONE, None)
+        names, call = queue._names, await queue.put(new_call(due_s=0.0))
+        await queue._connection.publish(Write(names.waiting("call", "odd", QUEUE, call.function), b"?"))
+        assert (await claim_one(queue, owner)).call.id == call.id
+        with pytest.raises(QueueDamaged, match="cannot be read"):
+            await queue.get("odd")
 
     with_queues(options, 1, scenario)
 
 
-def test_record_that_nobody_can_read_keeps_no_other_from_its_run(options: Options) -> None:
+def test_sweep_looks_at_more_bodies_than_one_answer_has(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies_module, "ORPHAN_S", -1.0)
+    monkeypatch.setattr(bodies_module, "PAGE_COUNT", 10)
+
+    async def scenario(queue: JetStream) -> None:
+        for _ in range(25):
+            await queue.put(new_call(body=await queue.store_body(bytes(20_000))))
+        await queue.store_body(bytes(20_000))
+        assert (await queue.sweep(60, 60)).file_count == 1
+
+    with_queues(options, 1, scenario)
+
+
+def test_figures_of_all_processes_are_right_when_calls_are_purged_from_full_streams(options: Options) -> None:
+    async def scenario() -> None:
+        small = dataclasses.replace(options, max_bytes=200_000)
+        one, other = await JetStream.open(small), await JetStream.open(small)
+        count = 0
+        with contextlib.suppress(QueueFull):
+            while True:
+                await one.put(new_call(due_s=0.0))
+                count += 1
+        assert (await other.stats()).by_state[State.QUEUED] == count
+        assert await one.cancel_queued() == count
+        assert await one.purge(state=State.CANCELLED) == count
+        assert sum((await other.stats()).by_state.values()) == 0
+        assert await other.calls() == []
+        await other.close()
+        await one.close()
+
+    uvloop.run(scenario())
+
+
+def test_what_has_ended_is_forgotten_by_the_servers(options: Options) -> None:
     async def scenario(queue: JetStream) -> None:
         owner = await queue.enlist()
-        await queue._link.save(queue._names.call("odd"), b"", {HEADER: "{}"}, 0)
-        await queue.put(new_call(due_s=0.0))
-        assert (await claim_one(queue, owner)).call.attempts == 1
-        with pytest.raises(QueueDamaged, match="odd"):
-            await queue.get("odd")
+        await queue.sweep(1, 1)  # tells how long
+        call = await queue.put(new_call(due_s=0.0, idempotency_key="k"))
+        await finish(queue, await claim_one(queue, owner), State.DONE, None)
+        assert (await queue.stats()).by_state[State.DONE] == 1
+
+        async def is_forgotten() -> bool:
+            return await queue.get(call.id) is None
+
+        await until(is_forgotten)
+        assert (await queue.put(new_call(idempotency_key="k"))).id != call.id
+
+    with_queues(options, 1, scenario)
+
+
+def test_call_that_has_ended_leaves_no_timer(options: Options) -> None:
+    async def scenario(queue: JetStream) -> None:
+        owner = await queue.enlist()
+        for _ in range(3):
+            await queue.put(new_call(due_s=0.0, expires_s=time.time() + 86400))
+            await finish(queue, await claim_one(queue, owner), State.DONE, None)
+        await queue.cancel((await queue.put(new_call(due_s=0.0, expires_s=time.time() + 86400))).id)
+        await queue._flows.flush()
+        info = await queue._connection.info(queue._names.queue)
+        assert info["state"]["messages"] == 0
+
+    with_queues(options, 1, scenario)
+
+
+def test_lists_of_what_has_ended_read_only_what_they_show(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(queue: JetStream) -> None:
+        owner = await queue.enlist()
+        for _ in range(4):
+            await asyncio.gather(*(queue.put(new_call(due_s=0.0)) for _ in range(500)))
+            while leases := await queue.claim([QUEUE], owner, LEASE_S, 64):
+                await asyncio.gather(*(finish(queue, lease, State.DONE, None) for lease in leases))
+        read = 0
+        original = Connection.read_batch
+
+        async def counted(self: Connection, subject: str, revision: int, count: int) -> list[Stored]:
+            nonlocal read
+            found = await original(self, subject, revision, count)
+            read += len(found)
+            return found
+
+        monkeypatch.setattr(Connection, "read_batch", counted)
+        page = await queue.calls(state=State.DONE, limit=20)
+        more = await queue.calls(state=State.DONE, limit=20, before=page[-1].id)
+        assert len({call.id for call in page + more}) == 40
+        assert read < 1200
 
     with_queues(options, 1, scenario)
 
@@ -449,10 +663,10 @@ def test_queue_remembers_nothing_of_what_was_swept(options: Options) -> None:
             (lease,) = await queue.claim([QUEUE], owner, LEASE_S, 1)
             await finish(queue, lease, State.DONE, await queue.store_body(bytes(50_000)))
         swept = await queue.sweep(0, 0)
-        bodies = await queue._link.info(queue._names.bodies)
-        keys = await queue._link.info(queue._names.calls, queue._names.subject("key", "*"))
+        bodies = await queue._connection.info(queue._names.bodies)
+        keys = await queue._connection.count(queue._names.subject("key", "*"))
         assert (await queue.stats()).by_state[State.DONE] == 0
-        return swept.call_count, bodies.state.messages + len(keys.state.subjects or {})
+        return swept.call_count, bodies["state"]["messages"] + keys
 
     assert with_queues(options, 1, scenario) == (10, 0)
 
@@ -460,37 +674,51 @@ def test_queue_remembers_nothing_of_what_was_swept(options: Options) -> None:
 # -- opening
 
 
+async def stream_config(connection: Connection, name: str) -> dict[str, Any]:
+    config: dict[str, Any] = (await connection.info(name))["config"]
+    return config
+
+
 def test_stream_that_differs_is_told_and_left_as_it_is(options: Options) -> None:
-    name = f"{options.prefix}-calls"
-
-    async def scenario() -> None:
-        queue = await JetStream.open(options)
-        config = (await queue._link.info(name)).config
-        await queue._link.js.delete_stream(name)
-        config = dataclasses.replace(config, max_msgs_per_subject=5)
-        await queue._link.js.add_stream(config)
-        with pytest.raises(QueueUnavailable, match="max_msgs_per_subject"):
+    async def scenario(connection: Connection) -> None:
+        await (await JetStream.open(options)).close()
+        name = connection.names.records
+        config = await stream_config(connection, name) | {"max_msgs_per_subject": 5}
+        await connection.call_api(f"STREAM.DELETE.{name}")
+        await connection.call_api(f"STREAM.CREATE.{name}", config)
+        with pytest.raises(QueueUnavailable, match="max_msgs_per_subject 5, wanted is 1"):
             await JetStream.open(options)
-        assert (await queue._link.info(name)).config.max_msgs_per_subject == 5
-        await queue.close()
+        assert (await stream_config(connection, name))["max_msgs_per_subject"] == 5
 
-    uvloop.run(scenario())
+    with_connection(options, scenario)
 
 
 def test_stream_with_other_limits_is_used_as_it_is(options: Options) -> None:
-    async def scenario() -> None:
-        first = await JetStream.open(options)
-        other = await JetStream.open(dataclasses.replace(options, max_bytes=1 << 20))
-        config: StreamConfig = (await other._link.info(f"{options.prefix}-calls")).config
-        assert config.max_bytes == options.max_bytes
-        await other.close()
-        await first.close()
+    async def scenario(connection: Connection) -> None:
+        await (await JetStream.open(options)).close()
+        await (await JetStream.open(dataclasses.replace(options, max_bytes=1 << 20))).close()
+        assert (await stream_config(connection, connection.names.bodies))["max_bytes"] == options.max_bytes
 
-    uvloop.run(scenario())
+    with_connection(options, scenario)
+
+
+def test_queue_of_an_earlier_version_is_told_and_left_as_it_is(options: Options) -> None:
+    async def scenario(connection: Connection) -> None:
+        name, prefix = connection.names.old_calls, options.prefix
+        subjects = [f"{prefix}.{kind}.*" for kind in ("call", "key", "meta")]
+        await connection.call_api(f"STREAM.CREATE.{name}", {"name": name, "subjects": subjects, "storage": "file"})
+        await connection.request(f"{prefix}.call.x", b"a record")
+        with pytest.raises(
+            QueueUnavailable, match=rf"{name} is the queue of an earlier version \(1 messages\).*drain it"
+        ):
+            await JetStream.open(options)
+        assert (await connection.info(name))["state"]["messages"] == 1
+
+    with_connection(options, scenario)
 
 
 def test_open_says_so_when_there_is_no_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jetstream, "CONNECT_S", 0.5)
+    monkeypatch.setattr(connection_module, "CONNECT_S", 0.5)
     with pytest.raises(QueueUnavailable, match="cannot connect to NATS at nats:"):
         uvloop.run(JetStream.open(Options(("nats://127.0.0.1:1",))))
 
@@ -587,7 +815,7 @@ def test_queue_opens_with_what_the_settings_say_and_not_without(
     if way is login_tls:
         tool("openssl")
     config, environ = way(tmp_path)
-    monkeypatch.setattr(jetstream, "CONNECT_S", 3.0)
+    monkeypatch.setattr(connection_module, "CONNECT_S", 3.0)
     with Cluster(1, config) as cluster:
         scheme = "tls" if way is login_tls else "nats"
         url = parse_queue_url(cluster.servers[0].url.replace("nats:", f"{scheme}:"))

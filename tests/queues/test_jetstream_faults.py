@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import dataclasses
 import gc
-import threading
 import time
 import uuid
 from collections import Counter
@@ -24,8 +23,8 @@ import pytest
 import uvloop
 
 from faashound.calls.model import FINAL, Lease, LeaseLost, QueueFull, QueueUnavailable, State
-from faashound.calls.names import FunctionName
-from faashound.jetstream import WRITE_S, JetStream, Options
+from faashound.queues.jetstream.connection import WRITE_S, Options
+from faashound.queues.jetstream.queue import JetStream
 from faashound.watchdog import finished_first
 from testkit.nats_servers import Cluster
 from testkit.queue_kit import QUEUE, finish, inline, new_call
@@ -262,7 +261,7 @@ def faulty(cluster: Cluster, fault: Callable[[Traffic, str], Awaitable[None]]) -
         options = cluster.options(prefix())
         async with traffic(options) as under_way:
             await under_way.reach(BATCH)
-            await fault(under_way, f"{options.prefix}-calls")
+            await fault(under_way, f"{options.prefix}-queue")
             await under_way.reach(BATCH)
             return await under_way.settle()
 
@@ -366,22 +365,88 @@ def test_client_that_is_cut_off_refuses_in_time_and_comes_back(cluster: Cluster)
     assert ledger.refused_count
 
 
-def test_worker_that_is_blocked_is_cut_off_as_slow_and_hears_everything_again(cluster: Cluster) -> None:
+def test_queue_goes_on_when_the_leader_of_a_consumer_is_killed(cluster: Cluster) -> None:
+    async def kill_leader(under_way: Traffic, stream: str) -> None:
+        name = await leader_of_consumer(under_way.queues[0], stream)
+        leader = next(server for server in cluster.servers if server.name == name)
+        leader.kill()
+        await under_way.reach(BATCH)
+        leader.start()
+        await asyncio.to_thread(cluster.wait_until_healthy)
+
+    check("kill -9 of a consumer's leader", faulty(cluster, kill_leader))
+
+
+async def leader_of_consumer(queue: JetStream, stream: str) -> str:
+    names = await queue._connection.insist(f"CONSUMER.NAMES.{stream}")
+    info = await queue._connection.insist(f"CONSUMER.INFO.{stream}.{names['consumers'][0]}")
+    leader: str = info["cluster"]["leader"]
+    return leader
+
+
+def test_delayed_calls_survive_a_restart_of_all_servers(cluster: Cluster) -> None:
+    count = 10_000
+
     async def scenario() -> tuple[int, int]:
         options = cluster.options(prefix())
-        sleeper = await JetStream.open(options)
-        before = (await sleeper.stats()).by_state[State.QUEUED]
-        flood = threading.Thread(target=uvloop.run, args=(put_many(options, 4000, FunctionName("f" * 2000)),))
-        flood.start()
-        flood.join()  # blocks our loop: nobody reads what the servers have to say
+        queue = await JetStream.open(options)
+        owner, now_s = await queue.enlist(), time.time()
+        for start in range(0, count, 250):
+            soon = 20 if start < 250 else 3600
+            calls = [new_call(due_s=now_s + soon, accepted_s=now_s) for _ in range(250)]
+            await asyncio.gather(*(queue.put(call) for call in calls))
+        assert await queue.claim([QUEUE], owner, LEASE_S, 8) == []  # the servers keep the delays from now on
+        for server in cluster.servers:
+            server.kill()
+        for server in cluster.servers:
+            server.start()
+        await asyncio.to_thread(cluster.wait_until_healthy)
+        ended = 0
         deadline_s = time.monotonic() + RECOVERY_S
-        while (after := await sleeper.stats()).by_state[State.QUEUED] < 4000:
-            assert time.monotonic() < deadline_s
-            await asyncio.sleep(0.05)
-        await sleeper.close()
-        return before, after.by_state[State.QUEUED]
+        while ended < 250 and time.monotonic() < deadline_s:
+            leases = await insist(partial(queue.claim, [QUEUE], owner, LEASE_S, 64))
+            await asyncio.gather(*(insist(partial(finish, queue, lease, State.DONE, None)) for lease in leases))
+            assert all(lease.call.due_s <= time.time() for lease in leases)
+            ended += len(leases)
+            if not leases:
+                await insist(lambda: queue.wait_for_work(0.5))
+        left = (await queue.stats()).by_state[State.QUEUED]
+        await queue.close()
+        return ended, left
 
-    assert uvloop.run(scenario()) == (0, 4000)
+    try:
+        ended, left = uvloop.run(scenario())
+    finally:
+        for server in cluster.servers:
+            if server.process is None:
+                server.start()
+        cluster.wait_until_healthy()
+    print(f"restart with {count} delayed: ended {ended}, still delayed {left}")
+    assert (ended, left) == (250, count - 250)
+
+
+def test_worker_that_was_blocked_past_its_lease_changes_nothing_and_goes_on(cluster: Cluster) -> None:
+    async def scenario() -> tuple[int, State]:
+        options = cluster.options(prefix())
+        sleeper, worker = await JetStream.open(options), await JetStream.open(options)
+        owner, other = await sleeper.enlist(), await worker.enlist()
+        call = await sleeper.put(new_call(due_s=0.0))
+        (old,) = await sleeper.claim([QUEUE], owner, 1.0, 1)
+        asyncio.get_running_loop().call_later(0.05, time.sleep, 2.5)  # it neither renews nor answers for the call
+        await asyncio.sleep(0.1)
+        async with asyncio.timeout(RECOVERY_S):
+            while not (leases := await worker.claim([QUEUE], other, LEASE_S, 1)):
+                await worker.wait_for_work(1)
+        with pytest.raises(LeaseLost):
+            await finish(sleeper, old, State.DEAD, None)
+        await finish(worker, leases[0], State.DONE, None)
+        ended = await sleeper.get(call.id)
+        assert ended is not None
+        await worker.close()
+        await sleeper.close()
+        return leases[0].call.attempts, ended.state
+
+    assert uvloop.run(scenario()) == (2, State.DONE)
 
 
 async def put_until_full(queue: JetStream) -> int:
@@ -392,13 +457,6 @@ async def put_until_full(queue: JetStream) -> int:
             await queue.put(new_call(due_s=0.0))
             count += 1
     return count
-
-
-async def put_many(options: Options, count: int, function: FunctionName) -> None:
-    queue = await JetStream.open(options)
-    for _ in range(count // 50):
-        await asyncio.gather(*(queue.put(new_call(function)) for _ in range(50)))
-    await queue.close()
 
 
 def test_full_stream_refuses_calls_and_goes_on_with_those_it_has(cluster: Cluster) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from faashound.calls.model import INLINE_BYTES, Call, QueueUnavailable, State
-from faashound.jetstream import JetStream, Options
+from faashound.queues.jetstream.connection import Options
+from faashound.queues.jetstream.queue import JetStream
 from faashound.queues.migrate import Migrated, migrate
 from faashound.queues.spool.queue import Spool
 from testkit.harness import ROOT, run
@@ -127,7 +128,8 @@ def test_migrate_takes_a_call_whose_key_is_known_for_the_same(tmp_path: Path, op
 MOVER = """
 import asyncio, sys
 from pathlib import Path
-from faashound.jetstream import JetStream, Options
+from faashound.queues.jetstream.connection import Options
+from faashound.queues.jetstream.queue import JetStream
 from faashound.migrate import migrate
 async def main():
     target = await JetStream.open(Options((sys.argv[2],), prefix=sys.argv[3]))

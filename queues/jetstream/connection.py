@@ -1,0 +1,470 @@
+"""One connection to the servers, and what is asked of JetStream through it.
+
+Everything that can be answered comes back on one inbox: acknowledgements, direct reads and pulled messages.  So a
+request is a future and a timer, not a subscription.
+
+Contract: no write and no read waits longer than WRITE_S; then it raises QueueUnavailable.  Of a write that was on its
+way when its time was up nobody knows whether it happened, as with any network.  `publish` is tried again by itself,
+and knows its own earlier try by a number that goes with it, so it writes once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import re
+import secrets
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, TypeVar
+
+from nats.aio.client import Client as NatsClient
+from nats.aio.msg import Msg
+from nats.errors import Error as NatsError
+from nats.errors import NoRespondersError
+from nats.js.errors import APIError, NotFoundError, ServiceUnavailableError
+
+from ...calls.model import QueueFull, QueueUnavailable
+from ...watchdog import CannotStart, log
+from .subjects import Names
+
+T = TypeVar("T")
+Json = dict[str, Any]
+
+MIN_VERSION = (2, 11)  # of the servers: time-to-live of single messages, reads in batches
+CONNECT_S = 10.0
+WRITE_S = 10.0  # longest wait for an acknowledgement; a leader that dies is replaced within 4 to 9 s
+TRY_S = 2.0  # of one try within it
+RETRY_PAUSE_S = 0.1
+
+WRITE_HEADER = "Faashound-Write"
+EXPECTED_HEADER = "Nats-Expected-Last-Subject-Sequence"
+EXPECTED_SUBJECT_HEADER = "Nats-Expected-Last-Subject-Sequence-Subject"
+TTL_HEADER = "Nats-TTL"
+
+_FULL_CODES = frozenset({10002, 10023, 10028, 10047})  # resources of account, server, memory, storage
+_STORE_FAILED = 10077  # "maximum bytes exceeded" among other reasons
+_WRONG_SEQUENCE = (10071, 10164)  # the second: a write to the subject is still on its way through the cluster
+_NOTHING_THERE = (10037, 10043, 10057)  # no message found; message delete failed: it is not there
+
+
+class Conflict(Exception):
+    """Another process has written the subject since it was read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Where the servers are, how to log in (arguments of `Client.connect`), and what the streams are to be."""
+
+    servers: tuple[str, ...]
+    login: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    prefix: str = "faashound"
+    replicas: int = 1
+    max_bytes: int = 4 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A message of a stream; `more_count` messages that match stand behind it, where that was asked for."""
+
+    subject: str
+    revision: int
+    headers: Mapping[str, str]
+    data: bytes
+    stored_s: float
+    more_count: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """A message to be stored; with `expected`, only behind that revision of its subject, or of `among`."""
+
+    subject: str
+    payload: bytes
+    headers: Mapping[str, str] = field(default_factory=dict)
+    expected: int | None = None
+    among: str | None = None
+
+    def fields(self, number: str) -> dict[str, str]:
+        """Return all header fields; `number` tells this write from every other."""
+        fields = {**self.headers, WRITE_HEADER: number}
+        if self.expected is not None:
+            fields[EXPECTED_HEADER] = str(self.expected)
+            if self.among is not None:
+                fields[EXPECTED_SUBJECT_HEADER] = self.among
+        return fields
+
+
+def queue_error(error: Exception) -> QueueFull | QueueUnavailable:
+    """Return what an error of NATS means to the user of the queue."""
+    if isinstance(error, APIError):
+        full = error.err_code in _FULL_CODES or (
+            error.err_code == _STORE_FAILED and "maximum" in (error.description or "")
+        )
+        if full:
+            return QueueFull(f"NATS has no room for the queue: {error.description}")
+        return QueueUnavailable(f"NATS refuses: {error.description} ({error.err_code})")
+    return QueueUnavailable(f"NATS cannot be used: {error or type(error).__name__}")
+
+
+def _may_pass(error: Exception) -> bool:
+    """Tell whether an error may be over in a moment: no leader yet, no answer, a server that starts."""
+    if isinstance(error, APIError):
+        return error.code == 503 and isinstance(queue_error(error), QueueUnavailable)
+    return isinstance(error, TimeoutError | NoRespondersError | NatsError)
+
+
+def parse_status(message: Msg) -> str | None:
+    """Return the status of a message that is none, such as 404 for a pull from an empty stream."""
+    return message.headers.get("Status") if message.headers and not message.data else None
+
+
+def parse_stored(message: Msg) -> Stored:
+    """Return the message that a direct read has brought."""
+    headers = message.headers or {}
+    return Stored(
+        headers["Nats-Subject"],
+        int(headers["Nats-Sequence"]),
+        headers,
+        message.data,
+        _parse_time(headers["Nats-Time-Stamp"]),
+        int(headers.get("Nats-Num-Pending", 0)),
+    )
+
+
+def _parse_time(text: str) -> float:
+    return datetime.fromisoformat(f"{text[:19]}+00:00").timestamp()
+
+
+async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancel tasks until they have ended: asyncio.wait_for, which nats-py uses, can lose a cancellation (bpo-37658)."""
+    left = set(tasks)
+    while left:
+        for task in left:
+            task.cancel()
+        _, left = await asyncio.wait(left, timeout=RETRY_PAUSE_S)
+
+
+class Reporter:
+    """Tells the log how the connection fares, and `on_return` that it is back."""
+
+    def __init__(self) -> None:
+        self.last = "no answer"
+        self.closing = False
+        self.on_return: Callable[[], None] = lambda: None
+
+    async def on_error(self, error: Exception) -> None:
+        """An error of the client that no call of ours gets."""
+        text = str(error) or type(error).__name__
+        if text != self.last:
+            log.warning(f"NATS: {text}")
+        self.last = text
+
+    async def on_disconnect(self) -> None:
+        """The connection is gone."""
+        if not self.closing:
+            log.warning("the connection to NATS is lost; trying again until there is one")
+
+    async def on_reconnect(self) -> None:
+        """There is one again."""
+        self.last = "no answer"
+        log.info("connected to NATS again")
+        self.on_return()
+
+
+async def connect(options: Options) -> Connection:
+    """Return a connection that comes back by itself whenever it is lost.  Raises QueueUnavailable, CannotStart."""
+    client, reporter = NatsClient(), Reporter()
+    try:
+        async with asyncio.timeout(CONNECT_S):
+            await client.connect(
+                list(options.servers),
+                error_cb=reporter.on_error,
+                disconnected_cb=reporter.on_disconnect,
+                reconnected_cb=reporter.on_reconnect,
+                name="faashound",
+                connect_timeout=2,
+                reconnect_time_wait=0.25,  # type: ignore[arg-type]  # it goes to asyncio.sleep
+                max_reconnect_attempts=-1,
+                ping_interval=5,
+                max_outstanding_pings=2,
+                **options.login,
+            )
+    except ImportError as error:
+        raise CannotStart("NKeys and creds files need the package nkeys: pip install 'faashound[nats]'") from error
+    except (NatsError, OSError, TimeoutError, ValueError) as error:
+        with contextlib.suppress(NatsError, OSError):
+            await client.close()
+        reason = reporter.last if isinstance(error, TimeoutError) else (str(error) or type(error).__name__)
+        raise QueueUnavailable(f"cannot connect to NATS at {','.join(options.servers)}: {reason}") from error
+    version = client.connected_server_version
+    if (version.major, version.minor) < MIN_VERSION:
+        await client.close()
+        raise QueueUnavailable(f"NATS {version.major}.{version.minor} is too old; needed: 2.11 or newer")
+    connection = Connection(client, Names(options.prefix), reporter)
+    await connection.start()
+    return connection
+
+
+class Connection:
+    """A connection to the servers, and the names on them."""
+
+    def __init__(self, client: NatsClient, names: Names, reporter: Reporter) -> None:
+        """Not for callers: use `connect`."""
+        self.client = client
+        self.names = names
+        self.reporter = reporter
+        self.on_pulled: Callable[[Msg], None] = lambda _: None
+        self.commit_count = 0
+        self._name = secrets.token_hex(6)  # tells our writes from those of others
+        self._numbers = itertools.count()
+        self._loop = asyncio.get_running_loop()
+        self._troubled_s = float("-inf")  # when something could last not be done
+        self._inbox = client.new_inbox()
+        self._handlers: dict[str, Callable[[Msg], None]] = {}
+
+    async def start(self) -> None:
+        """Listen to what is answered."""
+        await self.client.subscribe(f"{self._inbox}.*", cb=self._on_answer, pending_bytes_limit=1 << 30)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether we are connected, and nothing has failed just now."""
+        return bool(self.client.is_connected) and self._loop.time() - self._troubled_s > WRITE_S
+
+    @property
+    def troubled_s(self) -> float:
+        """When something could last not be done, by the loop's clock."""
+        return self._troubled_s
+
+    async def close(self) -> None:
+        """Hang up."""
+        self.reporter.closing = True
+        with contextlib.suppress(NatsError):
+            await self.client.close()
+
+    # -- questions and answers
+
+    async def _on_answer(self, message: Msg) -> None:
+        if not message.subject.startswith(self._inbox):  # a pulled message keeps the subject that it was stored with
+            self.on_pulled(message)
+            return
+        handler = self._handlers.get(message.subject.rpartition(".")[2])
+        if handler is not None:
+            handler(message)
+
+    def listen(self, handler: Callable[[Msg], None]) -> str:
+        """Return a subject whose messages go to `handler`, until `unlisten`."""
+        token = str(next(self._numbers))
+        self._handlers[token] = handler
+        return f"{self._inbox}.{token}"
+
+    def unlisten(self, inbox: str) -> None:
+        """What still comes is dropped."""
+        self._handlers.pop(inbox.rpartition(".")[2], None)
+
+    async def request(
+        self, subject: str, payload: bytes, timeout_s: float = TRY_S, headers: Mapping[str, str] | None = None
+    ) -> Msg:
+        """Return the answer.  Raises TimeoutError, NoRespondersError, NatsError."""
+        future: asyncio.Future[Msg] = self._loop.create_future()
+        token = str(next(self._numbers))
+
+        def on_answer(message: Msg) -> None:
+            if not future.done():
+                future.set_result(message)
+
+        def on_silence() -> None:
+            if not future.done():
+                future.set_exception(TimeoutError())
+
+        self._handlers[token] = on_answer
+        timer = self._loop.call_later(timeout_s, on_silence)
+        try:
+            await self.client.publish(subject, payload, f"{self._inbox}.{token}", dict(headers) if headers else None)
+            answer = await future
+        finally:
+            timer.cancel()
+            del self._handlers[token]
+        if answer.headers and answer.headers.get("Status") == "503":
+            raise NoRespondersError
+        return answer
+
+    async def call_api(
+        self, operation: str, payload: Mapping[str, Any] | None = None, timeout_s: float = TRY_S
+    ) -> Json:
+        """Return what JetStream answers; raises APIError besides what `request` raises."""
+        data = b"" if payload is None else json.dumps(payload).encode()
+        return _parse_answer(await self.request(f"$JS.API.{operation}", data, timeout_s))
+
+    async def insist(self, operation: str, payload: Mapping[str, Any] | None = None) -> Json:
+        """As `call_api`, tried again while that may help."""
+        return await self.with_retries(lambda timeout_s: self.call_api(operation, payload, timeout_s))
+
+    async def with_retries(self, work: Callable[[float], Awaitable[T]]) -> T:
+        """Return what `work(timeout_s)` returns, tried again while that may help, up to WRITE_S.
+
+        Raises QueueUnavailable and QueueFull; NotFoundError and other errors of ours pass.
+        """
+        deadline_s = self._loop.time() + WRITE_S
+        while True:
+            left_s = deadline_s - self._loop.time()
+            try:
+                if not self.client.is_connected:
+                    raise QueueUnavailable("no NATS server can be reached")
+                return await work(min(TRY_S, left_s))
+            except NotFoundError:
+                raise
+            except QueueUnavailable as error:
+                problem: Exception = error
+            except (NatsError, TimeoutError) as error:
+                problem = queue_error(error)
+                if not _may_pass(error):
+                    self._troubled_s = self._loop.time()
+                    raise problem from error
+            if deadline_s - self._loop.time() <= RETRY_PAUSE_S:
+                self._troubled_s = self._loop.time()
+                raise problem
+            await asyncio.sleep(RETRY_PAUSE_S)
+
+    # -- streams
+
+    async def publish(self, write: Write) -> int:
+        """Store a message; return its revision.  Raises Conflict, QueueUnavailable, QueueFull."""
+        number = f"{self._name}.{next(self._numbers)}"
+        fields, tries = write.fields(number), 0
+
+        async def send(timeout_s: float) -> int:
+            nonlocal tries
+            tries += 1
+            try:
+                answer = _parse_ack(await self.request(write.subject, write.payload, timeout_s, fields))
+            except APIError as error:
+                if error.err_code not in _WRONG_SEQUENCE:
+                    raise
+                stored = await self.load(write.among or write.subject) if tries > 1 else None
+                if stored is None or stored.headers.get(WRITE_HEADER) != number:
+                    raise Conflict from error
+                return stored.revision  # an earlier try was heard after all
+            return answer
+
+        revision = await self.with_retries(send)
+        self.commit_count += 1
+        return revision
+
+    def _stream_of(self, subject: str) -> str:
+        kind = subject.split(".", 2)[1]
+        if kind in ("call", "callback", "timer"):
+            return self.names.queue
+        return self.names.bodies if kind == "body" else self.names.records
+
+    async def load(self, subject: str) -> Stored | None:
+        """Return the last message of a subject, or of a filter, as the stream's leader has it; or None."""
+        stream = self._stream_of(subject)
+
+        async def read(timeout_s: float) -> Stored | None:
+            async with asyncio.timeout(timeout_s):
+                found = await self.client.jetstream().get_last_msg(stream, subject)
+            time_s = found.time.timestamp() if found.time is not None else 0.0
+            return Stored(found.subject or "", found.seq or 0, found.headers or {}, found.data or b"", time_s)
+
+        return await self._find(stream, read)
+
+    async def load_near(self, subject: str) -> Stored | None:
+        """Return the last message of a subject as some server has it, which may be a little behind; or None."""
+        stream = self._stream_of(subject)
+        question = json.dumps({"last_by_subj": subject}).encode()
+
+        async def read(timeout_s: float) -> Stored | None:
+            answer = await self.request(f"$JS.API.DIRECT.GET.{stream}", question, timeout_s)
+            if parse_status(answer) == "404":
+                return None
+            return parse_stored(answer)
+
+        return await self._find(stream, read)
+
+    async def _find(self, stream: str, read: Callable[[float], Awaitable[Stored | None]]) -> Stored | None:
+        try:
+            return await self.with_retries(read)
+        except NotFoundError as error:
+            if error.err_code == 10059:  # the stream, not the message
+                raise QueueUnavailable(f"the stream {stream} is gone") from error
+            return None
+
+    async def read_batch(self, subject: str, revision: int, count: int) -> list[Stored]:
+        """Return up to `count` messages that match a filter, from `revision` on, in their order."""
+        question = json.dumps({"seq": max(1, revision), "batch": count, "next_by_subj": subject}).encode()
+        stream = self._stream_of(subject)
+
+        async def read(timeout_s: float) -> list[Stored]:
+            found: list[Stored] = []
+            ended: asyncio.Future[str | None] = self._loop.create_future()
+
+            def on_message(message: Msg) -> None:
+                status = parse_status(message)
+                if status is None:
+                    found.append(parse_stored(message))
+                elif not ended.done():
+                    ended.set_result(status)
+
+            inbox = self.listen(on_message)
+            try:
+                await self.client.publish(f"$JS.API.DIRECT.GET.{stream}", question, inbox)
+                async with asyncio.timeout(timeout_s):
+                    status = await ended
+            finally:
+                self.unlisten(inbox)
+            if status == "503":
+                raise NoRespondersError
+            return found
+
+        return await self.with_retries(read)
+
+    async def count(self, subject: str) -> int:
+        """Return how many messages match a filter, without reading them."""
+        first = await self.read_batch(subject, 1, 1)
+        return first[0].more_count + 1 if first else 0
+
+    async def erase(self, stream: str, revision: int) -> None:
+        """Remove one message, unless it is gone already."""
+        try:
+            await self.insist(f"STREAM.MSG.DELETE.{stream}", {"seq": revision, "no_erase": True})
+        except NotFoundError:
+            pass
+        except QueueUnavailable as error:
+            cause = error.__cause__
+            if not isinstance(cause, APIError) or cause.err_code not in _NOTHING_THERE:
+                raise
+
+    async def purge(self, stream: str, subject: str, keep: int = 0) -> None:
+        """Remove all messages of a subject, which may have wildcards, but the last `keep`."""
+        await self.insist(f"STREAM.PURGE.{stream}", {"filter": subject} | ({"keep": keep} if keep else {}))
+
+    async def info(self, stream: str) -> Json:
+        """Return what the servers know of a stream."""
+        try:
+            return await self.insist(f"STREAM.INFO.{stream}")
+        except NotFoundError as error:
+            raise QueueUnavailable(f"the stream {stream} is gone") from error
+
+
+_ACK = re.compile(rb'\{"stream":"[^"]*",\s*"seq":(\d+)')  # a quarter of the time that JSON takes
+
+
+def _parse_ack(message: Msg) -> int:
+    """Return the revision that a write has got; raises APIError."""
+    found = _ACK.match(message.data)
+    return int(found[1]) if found else int(_parse_answer(message)["seq"])
+
+
+def _parse_answer(message: Msg) -> Json:
+    answer: Json = json.loads(message.data)
+    error = answer.get("error")
+    if error is not None:
+        if error.get("code") == 503:
+            raise ServiceUnavailableError(**error)
+        APIError.from_error(error)
+    return answer

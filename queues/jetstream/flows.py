@@ -1,0 +1,440 @@
+"""The way out of the queue: a consumer a flow, pulled in turns.
+
+A flow is the calls of one function, or the callbacks to one destination, in one queue.  The servers keep each flow's
+order, its leases and its delays, by a durable consumer; we only choose from which to take.  That there is a flow is a
+message of its own, written by the first process that puts something into it, so the workers need no list of functions.
+
+How turns are taken.  `fetch` goes round the flows, beginning behind the one that was served last, and asks as many as
+it has room for, each for its share, without waiting.  A flow that has nothing is *watched*: one request for one message
+stays with the servers for WATCH_S, and while it does the flow need not be asked again.  So a worker that is busy with
+one function learns of a call of another at once, and an idle one sends a request a flow every WATCH_S.  What comes in
+waits here, in the flow's stash, and goes back to the servers if it is not taken within STASH_S: we have no room.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from nats.aio.msg import Msg
+from nats.errors import Error as NatsError
+from nats.js.errors import NotFoundError
+
+from .connection import TRY_S, Connection, Stored, Write, parse_status
+from .subjects import TIMERS, FlowKind, FlowName, Names, parse_token
+
+WATCH_S = 3.0  # that a request for the next message stays with the servers
+AHEAD_S = 0.1  # between two claims of a worker for which it is worth to ask in advance
+AHEAD_COUNT = 256  # messages that a flow has to have besides, so that no other worker lacks what waits here
+STASH_S = 0.5  # that a message waits here for someone to claim it
+ANNOUNCED_S = 600.0  # after which a flow is announced again by those who put into it
+IDLE_S = 3600.0  # after which the servers may forget the consumer of a flow that no worker asks for
+FLOWS_KNOWN_COUNT = 10_000  # flows that this process remembers to have announced
+PAGE_COUNT = 200  # flows that are read together
+LOOK_LEASE_S = 60.0  # of a message that is only looked at
+MIN_LEASE_S = 1.0  # shortest time after which the servers deliver again what has not been acknowledged
+
+KINDS: tuple[FlowKind, ...] = ("call", "callback", "timer")
+DUE_HEADER = "Faashound-Due"
+_NS = 1_000_000_000
+
+
+@dataclass(eq=False, slots=True)
+class Delivery:
+    """A message that was delivered to us, for the time number `count`; `more_count` stand behind it in its flow."""
+
+    flow: Flow
+    call_id: str
+    due_s: float
+    reply: str
+    data: bytes
+    headers: Mapping[str, str]
+    revision: int
+    count: int
+    more_count: int
+
+
+@dataclass(eq=False, slots=True)
+class Flow:
+    """What this process knows of a flow."""
+
+    name: FlowName
+    consumer: str
+    lease_s: float | None = None  # of the consumer; None: to be made, or made again
+    stash: list[Delivery] = field(default_factory=list)
+    polls: list[Callable[[], None]] = field(default_factory=list)  # told of each message
+    acked: str = ""  # the last message that was acknowledged
+    watched: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """How much a claim may take: from which queues, how many in all, and how many of each name in `room`."""
+
+    kind: FlowKind
+    queues: tuple[str, ...]
+    limit: int
+    room: Mapping[str, int]
+    lease_s: float
+
+
+def parse_delivery(flow: Flow, message: Msg) -> Delivery:
+    """Return what a pull has brought; the subject to answer to tells the rest."""
+    tokens = message.reply.split(".")
+    first = 4 if len(tokens) == 9 else 6  # with a domain and an account's hash in front
+    count, revision, _, _, more_count = map(int, tokens[first : first + 5])
+    headers = message.headers or {}
+    call_id = parse_token(message.subject.split(".")[2])
+    due_s = float(headers.get(DUE_HEADER, 0.0))
+    return Delivery(flow, call_id, due_s, message.reply, message.data, headers, revision, count, more_count)
+
+
+def deal(ring: Iterable[Flow], wanted: Wanted, left: dict[str, int], count: int) -> list[Delivery]:
+    """Take up to `count` messages from the stashes, in turns; `left` is the room of names, and shrinks."""
+    taken: list[Delivery] = []
+    flows = [flow for flow in ring if flow.stash]
+    while flows and len(taken) < count:
+        for flow in flows:
+            if len(taken) < count and flow.stash and left.get(flow.name.name, 1) > 0:
+                taken.append(flow.stash.pop(0))
+                if flow.name.name in left:
+                    left[flow.name.name] -= 1  # one name in two queues shares one room
+        flows = [flow for flow in flows if flow.stash and left.get(flow.name.name, 1) > 0]
+    return taken
+
+
+class Flows:
+    """The flows that are known, what was delivered of them and has not been claimed, and who is next."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.arrived = asyncio.Event()
+        self._connection = connection
+        self._names: Names = connection.names
+        self._loop = asyncio.get_running_loop()
+        self._by_consumer: dict[str, Flow] = {}
+        self._flows: dict[FlowName, Flow] = {TIMERS: Flow(TIMERS, self._names.consumer(TIMERS))}
+        self._order: list[Flow] | None = None
+        self._revision = 0  # of the newest flow that was read
+        self._announced: dict[FlowName, float] = {}
+        self._last: dict[FlowKind, tuple[str, str]] = dict.fromkeys(KINDS, ("", ""))
+        self._wanted: dict[FlowKind, Wanted] = {}  # what was last claimed
+        self._ahead: dict[FlowKind, asyncio.Future[list[bool | BaseException]]] = {}  # what is asked for in advance
+        self._fetched_s: dict[FlowKind, float] = {}
+        self._closed = False
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Hear of new flows from now on."""
+        self._connection.on_pulled = self._on_pulled
+        await self._connection.client.subscribe(self._names.subject("flow", "*", "*", "*"), cb=self._on_announced)
+
+    async def close(self) -> None:
+        """Give back what nobody has claimed."""
+        self._closed = True
+        for flow in self._flows.values():
+            for delivery in flow.stash:
+                await self.nak(delivery)
+            flow.stash.clear()
+
+    # -- which flows there are
+
+    async def announce(self, name: FlowName) -> None:
+        """Say that there is a flow, before something is put into it."""
+        now_s = self._loop.time()
+        if now_s - self._announced.get(name, float("-inf")) < ANNOUNCED_S:
+            return
+        await self._connection.publish(Write(self._names.flow(name), b""))
+        if len(self._announced) >= FLOWS_KNOWN_COUNT:
+            self._announced.clear()
+        self._announced[name] = now_s
+        self._learn(name)
+
+    async def _on_announced(self, message: Msg) -> None:
+        self._learn(self._names.parse_flow(message.subject))
+
+    def _learn(self, name: FlowName) -> None:
+        if name not in self._flows:
+            self._flows[name] = Flow(name, self._names.consumer(name))
+            self._order = None
+            self.arrived.set()
+
+    async def refresh(self) -> list[FlowName]:
+        """Read which flows there are; return all."""
+        while True:
+            page = await self._connection.read_batch(
+                self._names.subject("flow", "*", "*", "*"), self._revision + 1, PAGE_COUNT
+            )
+            for stored in page:
+                self._learn(self._names.parse_flow(stored.subject))
+                self._revision = max(self._revision, stored.revision)
+            if len(page) < PAGE_COUNT:
+                return list(self._flows)
+
+    async def forget_idle(self, before_s: float) -> None:
+        """Remove the flows that nobody has put into since `before_s` and that have nothing."""
+        subject, revision = self._names.subject("flow", "*", "*", "*"), 1
+        while page := await self._connection.read_batch(subject, revision, PAGE_COUNT):
+            for stored in page:
+                if stored.stored_s < before_s:
+                    await self._forget(stored)
+            revision = page[-1].revision + 1
+
+    async def _forget(self, stored: Stored) -> None:
+        name = self._names.parse_flow(stored.subject)
+        if not await self._connection.read_batch(self._names.filter(name), 1, 1):
+            await self._connection.erase(self._names.records, stored.revision)
+            self._flows.pop(name, None)
+            self._order = None
+
+    # -- taking
+
+    async def fetch(self, wanted: Wanted) -> list[Delivery]:
+        """Return up to `limit` messages, in turns between flows; fewer only if there are no more."""
+        if wanted.kind != "timer":
+            self._wanted[wanted.kind] = wanted
+        ahead = self._ahead.pop(wanted.kind, None)
+        if ahead is not None:
+            await ahead
+        left = dict(wanted.room)
+        taken = deal(self._ring(wanted), wanted, left, wanted.limit)
+        dry: set[Flow] = set()
+        looked_again = False
+        while len(taken) < wanted.limit:
+            ring = [flow for flow in self._ring(wanted, left) if flow not in dry and not flow.watched]
+            if not ring:
+                if taken or looked_again:
+                    break
+                looked_again = True
+                await self._look_again(wanted, left, dry)
+            else:
+                need = wanted.limit - len(taken)
+                share = -(-need // len(ring))
+                asked = ring[:need]
+                counts = await asyncio.gather(
+                    *(self._poll(flow, min(share, left.get(flow.name.name, share)), wanted.lease_s) for flow in asked)
+                )
+                dry.update(flow for flow, is_dry in zip(asked, counts, strict=True) if is_dry)
+            taken += deal(self._ring(wanted), wanted, left, wanted.limit - len(taken))
+        if taken:
+            self._last[wanted.kind] = taken[-1].flow.name.queue, taken[-1].flow.name.name
+        for flow in dry:
+            await self._watch(flow)
+        self._look_ahead(wanted, taken)
+        if not any(flow.stash for flow in self._flows.values()):
+            self.arrived.clear()
+        return taken
+
+    def _look_ahead(self, wanted: Wanted, taken: Sequence[Delivery]) -> None:
+        """A worker that comes for more all the time: ask in advance, while it works, where there is a backlog."""
+        now_s = self._loop.time()
+        last_s = self._fetched_s.get(wanted.kind, float("-inf"))
+        self._fetched_s[wanted.kind] = now_s
+        if len(taken) < wanted.limit or now_s - last_s > AHEAD_S:
+            return
+        flows = {each.flow for each in taken if each.more_count > AHEAD_COUNT and not each.flow.stash}
+        polls = [self._poll(flow, -(-wanted.limit // len(flows)), wanted.lease_s) for flow in flows]
+        if polls:
+            self._ahead[wanted.kind] = asyncio.gather(*polls, return_exceptions=True)
+
+    async def _look_again(self, wanted: Wanted, left: Mapping[str, int], dry: set[Flow]) -> None:
+        """Nothing was found: look for flows that are new, and ask all once more, also those that are watched.
+
+        An answer comes behind what has been delivered to the watcher; and the servers may have acknowledged a message
+        a moment before its consumer knows of it.
+        """
+        await self.refresh()
+        ring = self._ring(wanted, left)
+        answers = await asyncio.gather(*(self._poll(flow, 1, wanted.lease_s) for flow in ring))
+        for flow, is_dry in zip(ring, answers, strict=True):
+            (dry.add if is_dry and not flow.stash else dry.discard)(flow)
+
+    def _ring(self, wanted: Wanted, left: Mapping[str, int] | None = None) -> list[Flow]:
+        """The flows that may be served, beginning behind the one that was served last."""
+        if self._order is None:
+            self._order = sorted(self._flows.values(), key=lambda flow: (flow.name.queue, flow.name.name))
+        room = wanted.room if left is None else left
+        flows = [
+            flow
+            for flow in self._order
+            if flow.name.kind == wanted.kind and flow.name.queue in wanted.queues and room.get(flow.name.name, 1) > 0
+        ]
+        last = self._last[wanted.kind]
+        after = [flow for flow in flows if (flow.name.queue, flow.name.name) > last]
+        return after + flows[: len(flows) - len(after)]
+
+    async def _poll(self, flow: Flow, count: int, lease_s: float) -> bool:
+        """Ask for up to `count` messages that are there now; tell whether there were fewer."""
+        is_new = flow.lease_s is None
+        if is_new:
+            await self._ensure(flow, lease_s)
+        is_dry = await self._poll_once(flow, count)
+        if flow.lease_s is None and not is_new:  # the servers had forgotten the consumer
+            return await self._poll(flow, count, lease_s)
+        return is_dry
+
+    async def _poll_once(self, flow: Flow, count: int) -> bool:
+        ended: asyncio.Future[str | None] = self._loop.create_future()
+        received = 0
+
+        def end(status: str | None) -> None:
+            if not ended.done():
+                ended.set_result(status)
+
+        def on_message() -> None:
+            nonlocal received
+            received += 1
+            if received >= count:
+                end(None)
+
+        inbox = self._connection.listen(lambda message: end(parse_status(message)))
+        flow.polls.append(on_message)
+        timer = self._loop.call_later(TRY_S, end, "408")
+        try:
+            await self._ask(flow, inbox, {"batch": count, "no_wait": True})
+            self._note(flow, await ended)
+        finally:
+            timer.cancel()
+            flow.polls.remove(on_message)
+            self._connection.unlisten(inbox)
+        flow.stash.sort(key=lambda each: (each.due_s, each.call_id))
+        return received < count
+
+    async def _watch(self, flow: Flow) -> None:
+        """Leave a request for the next message with the servers."""
+        if flow.watched or flow.stash or flow.lease_s is None or self._closed:
+            return
+        flow.watched = True
+
+        def end(status: str | None) -> None:
+            self._note(flow, status)
+            self._connection.unlisten(inbox)
+            timer.cancel()
+            flow.watched = False
+
+        inbox = self._connection.listen(lambda message: end(parse_status(message)))
+        timer = self._loop.call_later(WATCH_S + 1, end, None)
+        await self._ask(flow, inbox, {"batch": 1, "expires": int(WATCH_S * _NS)})
+
+    async def _ask(self, flow: Flow, inbox: str, question: Mapping[str, object]) -> None:
+        subject = f"$JS.API.CONSUMER.MSG.NEXT.{self._names.queue}.{flow.consumer}"
+        with contextlib.suppress(NatsError):
+            await self._connection.client.publish(subject, json.dumps(question).encode(), inbox)
+
+    def _note(self, flow: Flow, status: str | None) -> None:
+        if status in ("409", "503"):  # the consumer is gone, or has no leader now
+            flow.lease_s = None
+
+    async def _ensure(self, flow: Flow, lease_s: float) -> None:
+        """Make the consumer of a flow, or see that it is there; the shortest lease of all workers decides."""
+        self._by_consumer[flow.consumer] = flow
+        lease_s = max(lease_s, MIN_LEASE_S)
+        stream = self._names.queue
+        with contextlib.suppress(NotFoundError):
+            found = await self._connection.insist(f"CONSUMER.INFO.{stream}.{flow.consumer}")
+            if found["config"]["ack_wait"] <= int(lease_s * _NS):
+                flow.lease_s = found["config"]["ack_wait"] / _NS
+                return
+        config = {
+            "name": flow.consumer,
+            "durable_name": flow.consumer,
+            "filter_subject": self._names.filter(flow.name),
+            "ack_policy": "explicit",
+            "ack_wait": int(lease_s * _NS),
+            "max_deliver": -1,
+            "mem_storage": True,  # what a restart of all servers forgets is delivered again, and its record decides
+            "max_ack_pending": -1,  # what is delayed counts
+            "max_waiting": 8192,
+            "inactive_threshold": int(IDLE_S * _NS),
+        }
+        operation = f"CONSUMER.CREATE.{stream}.{flow.consumer}.{config['filter_subject']}"
+        await self._connection.insist(operation, {"stream_name": stream, "action": "", "config": config})
+        flow.lease_s = lease_s
+
+    def _on_pulled(self, message: Msg) -> None:
+        tokens = message.reply.split(".")
+        flow = self._by_consumer.get(tokens[3 if len(tokens) == 9 else 5])
+        if flow is None:
+            return
+        delivery = parse_delivery(flow, message)
+        flow.stash.append(delivery)
+        self.arrived.set()
+        self._loop.call_later(STASH_S, self._give_back, delivery)
+        flow.watched = False  # by this message, unless it has come by a poll: then the next look asks once more
+        for told in flow.polls:
+            told()
+
+    def _give_back(self, delivery: Delivery) -> None:
+        if delivery in delivery.flow.stash and not self._closed:
+            delivery.flow.stash.remove(delivery)
+            task = self._loop.create_task(self.nak(delivery))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    # -- waiting
+
+    async def wait(self, timeout_s: float) -> bool:
+        """True when something has come that was not there before.  False after `timeout_s`."""
+        deadline_s = self._loop.time() + timeout_s
+        while not self.arrived.is_set():
+            await self._look(self._wanted.values() or self._everything())
+            left_s = deadline_s - self._loop.time()
+            if self.arrived.is_set() or left_s <= 0:
+                break
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(left_s, WATCH_S / 2)):
+                    await self.arrived.wait()
+            if self.arrived.is_set() and not any(flow.stash for flow in self._flows.values()):
+                self.arrived.clear()  # only a flow that is new: ask it
+        came = self.arrived.is_set()
+        self.arrived.clear()
+        return came
+
+    def _everything(self) -> list[Wanted]:
+        queues = tuple({name.queue for name in self._flows})
+        return [Wanted(kind, queues, 1, {}, LOOK_LEASE_S) for kind in KINDS[:2]]
+
+    async def _look(self, wishes: Iterable[Wanted]) -> None:
+        """Ask every flow that is not watched, and watch it."""
+        if len(self._flows) == 1:  # only that of the timers, which is always there
+            await self.refresh()
+        asked = [
+            (flow, wanted.lease_s)
+            for wanted in wishes
+            for flow in self._ring(wanted)
+            if not flow.watched and not flow.stash
+        ]
+        await asyncio.gather(*(self._poll(flow, 1, lease_s) for flow, lease_s in asked))
+        for flow, _ in asked:
+            await self._watch(flow)
+
+    # -- acknowledging: none of these is sure to arrive, and what is lost comes again after its lease
+
+    async def ack(self, delivery: Delivery) -> None:
+        """The message is done with."""
+        delivery.flow.acked = delivery.reply
+        await self._answer(delivery, b"+ACK")
+
+    async def flush(self) -> None:
+        """Return when the servers have heard what was acknowledged: they answer to one behind the others."""
+        flows = [flow for flow in self._flows.values() if flow.acked]
+        for flow in flows:
+            reply, flow.acked = flow.acked, ""
+            with contextlib.suppress(NatsError, TimeoutError):
+                await self._connection.request(reply, b"+ACK", TRY_S)
+
+    async def nak(self, delivery: Delivery, delay_s: float = 0.0) -> None:
+        """The message is to be delivered again after a while; returns when the servers know."""
+        body = b"-NAK" if delay_s <= 0 else b"-NAK " + json.dumps({"delay": int(delay_s * _NS)}).encode()
+        with contextlib.suppress(NatsError, TimeoutError):
+            await self._connection.request(delivery.reply, body, TRY_S)
+
+    async def progress(self, delivery: Delivery) -> None:
+        """The message is still being worked on."""
+        await self._answer(delivery, b"+WPI")
+
+    async def _answer(self, delivery: Delivery, body: bytes) -> None:
+        with contextlib.suppress(NatsError):
+            await self._connection.client.publish(delivery.reply, body)

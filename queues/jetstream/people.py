@@ -1,0 +1,388 @@
+"""What people and housekeeping ask of the queue: lists, figures, deletions, and what is old.
+
+Nothing here is on the way of a call.  Lists read backwards from the newest message, a window at a time; figures are the
+servers' own counts of subjects; only what runs is asked of the workers, who know it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import TypeVar
+
+from ...calls.model import (
+    FINAL,
+    Call,
+    CallUnknown,
+    NewCall,
+    QueueDamaged,
+    State,
+    Stats,
+    StoredBody,
+    Swept,
+)
+from ...calls.names import FunctionName
+from ...calls.steps import expire, may_forget, may_purge
+from ...watchdog import log
+from .bodies import Bodies
+from .connection import Conflict, Connection, Stored
+from .flows import Delivery, Flows, Wanted
+from .owners import Owners
+from .records import Kept, Standing, join, parse_record, parse_waiting
+from .store import Store
+from .subjects import PLACES, TIMERS, UNDELIVERED, FlowName, Place, build_token, parse_token
+
+T = TypeVar("T")
+
+STEP_COUNT = 64  # calls that are worked on at the same time
+WINDOW_COUNT = 256  # revisions that are looked at together, to begin with
+PAGE_COUNT = 200  # messages in one answer
+TIMER_COUNT = 256  # calls whose expiry is looked at together
+TIMER_PAUSE_S = 60.0  # before a call that was running when it should have expired is looked at again
+IDLE_FLOW_S = 86400.0  # after which a flow that nobody puts into is forgotten
+FRONT_COUNT = 64  # messages that are looked at to find the oldest one of a flow that waits
+
+
+def places_of(states: Iterable[State]) -> list[Place]:
+    """Return where the records of calls in these final states are."""
+    places: list[Place] = []
+    for state in states:
+        places += [PLACES[state], *([UNDELIVERED[state]] if state in UNDELIVERED else [])]
+    return places
+
+
+def listed(call: Call) -> Call:
+    """Return a call as lists have it."""
+    body = StoredBody(call.body.bytes_count, None, call.body.file)
+    result = call.result and StoredBody(call.result.bytes_count, None, call.result.file)
+    return dataclasses.replace(call, body=body, result=result, history=())
+
+
+class People:
+    """The answers of one process."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        store: Store,
+        flows: Flows,
+        owners: Owners,
+        bodies: Bodies,
+        now: Callable[[], float],
+    ) -> None:
+        self._connection = connection
+        self._names = connection.names
+        self._store = store
+        self._flows = flows
+        self._owners = owners
+        self._bodies = bodies
+        self._now = now
+
+    # -- lists
+
+    async def calls(
+        self, state: State | None, function: FunctionName | None, limit: int, before: str | None
+    ) -> list[Call]:
+        """A page: what waits and runs, newest first, then what has ended, the last end first."""
+        if state is State.RUNNING:
+            return await self._running(function, limit, before)
+        below_waiting, below_ended = await self._place(before)
+        found: list[Call] = []
+        if state in (None, State.QUEUED) and below_waiting != 0:
+            async for call in self._waiting(function, below_waiting):
+                if len(found) < limit and state in (None, call.state) and call.state not in FINAL:
+                    found.append(listed(call))
+                if len(found) >= limit:
+                    return found
+        if state in (None, *FINAL):
+            states = [each for each in State if each in FINAL and state in (None, each)]
+            async for standing in self._ended(states, function, below_ended):
+                if len(found) >= limit:
+                    break
+                found.append(listed(standing.call))
+        return found[:limit]
+
+    async def _place(self, before: str | None) -> tuple[int | None, int | None]:
+        """Below which revisions a page begins, among what waits and what has ended; None: at the newest."""
+        if before is None:
+            return None, None
+        waiting, kept = await asyncio.gather(self._store.find_waiting(before), self._store.find_record(before))
+        if kept is not None and kept.record.state in FINAL:
+            return 0, kept.revision
+        if waiting is None:
+            raise CallUnknown(f"no call has the id {before}")
+        return waiting.revision, None
+
+    async def _running(self, function: FunctionName | None, limit: int, before: str | None) -> list[Call]:
+        ids = [call_id for call_id, name, _ in await self._owners.census() if function in (None, name)]
+        last = None if before is None else await self._store.load(before)
+        if before is not None and last is None:
+            raise CallUnknown(f"no call has the id {before}")
+        calls = []
+        for batch in _batches(ids):
+            for standing in await asyncio.gather(*map(self._store.load, batch)):
+                if standing is not None and standing.record.state is State.RUNNING:
+                    calls.append(standing.call)
+        calls.sort(key=lambda call: (call.accepted_s, call.id), reverse=True)
+        if last is not None:
+            end = last.accepted.accepted_s, last.id
+            calls = [call for call in calls if (call.accepted_s, call.id) < end]
+        return [listed(call) for call in calls[:limit]]
+
+    async def _waiting(self, function: FunctionName | None, below: int | None) -> AsyncIterator[Call]:
+        """The calls whose message waits, newest first, as their records have them."""
+        subject = self._names.subject("call", "*", "*", "*" if function is None else build_token(function))
+        async for page in self._walk_back(self._names.queue, [subject], below):
+            for batch in _batches(page):
+                records = await asyncio.gather(*(self._store.find_record(_id_of(stored)) for stored in batch))
+                for stored, kept in zip(batch, records, strict=True):
+                    accepted = _read(stored)
+                    if accepted is not None:
+                        yield join(kept, accepted).call
+
+    async def _ended(
+        self, states: list[State], function: FunctionName | None, below: int | None
+    ) -> AsyncIterator[Standing]:
+        name = "*" if function is None else build_token(function)
+        subjects = [self._names.subject("rec", place, "*", name) for place in places_of(states)]
+        async for page in self._walk_back(self._names.records, subjects, below):
+            for stored in page:
+                kept = _parse(stored)
+                if kept is not None and kept.accepted is not None and kept.record.state in states:
+                    yield Standing(kept.accepted, kept.record, kept.revision, kept.place)
+
+    async def _walk_back(self, stream: str, subjects: list[str], below: int | None) -> AsyncIterator[list[Stored]]:
+        """Yield the messages of some filters, newest first, a window of revisions at a time."""
+        state = (await self._connection.info(stream))["state"]
+        first, high, width = state["first_seq"], below or state["last_seq"] + 1, WINDOW_COUNT
+        while high > first:
+            low = max(first, high - width)
+            pages = await asyncio.gather(*(self._window(subject, low, high) for subject in subjects))
+            found = sorted((stored for page in pages for stored in page), key=lambda each: -each.revision)
+            yield found
+            high, width = low, width if len(found) > WINDOW_COUNT // 4 else 4 * width
+
+    async def _window(self, subject: str, low: int, high: int) -> list[Stored]:
+        found: list[Stored] = []
+        while low < high:
+            page = await self._connection.read_batch(subject, low, min(PAGE_COUNT, high - low))
+            found += [stored for stored in page if stored.revision < high]
+            if not page or page[-1].revision >= high - 1:
+                break
+            low = page[-1].revision + 1
+        return found
+
+    async def walk_waiting(self, function: FunctionName | None) -> AsyncIterator[str]:
+        """Yield the ids of the calls whose message waits, oldest first; some may run, or have ended."""
+        subject, revision = (
+            self._names.subject("call", "*", "*", "*" if function is None else build_token(function)),
+            1,
+        )
+        while page := await self._connection.read_batch(subject, revision, PAGE_COUNT):
+            for stored in page:
+                yield _id_of(stored)
+            revision = page[-1].revision + 1
+
+    # -- deletions
+
+    async def purge(self, state: State, function: FunctionName | None, call_id: str | None) -> int:
+        """Delete one call, or all in a state, unless a callback is under way; return how many."""
+        if call_id is not None:
+            standing = await self._store.load(call_id)
+            if standing is None or not may_purge(standing.record, state):
+                return 0
+            await self._store.forget(standing)
+            return 1
+        name = "*" if function is None else build_token(function)
+        count = 0
+        batch: list[Kept] = []
+        async for kept in self._store.walk(*places_of([state]), function=name):
+            if may_purge(kept.record, state):
+                batch.append(kept)
+            if len(batch) == STEP_COUNT:
+                count += await self._forget_all(batch)
+                batch = []
+        return count + await self._forget_all(batch)
+
+    async def _forget_all(self, records: list[Kept]) -> int:
+        await asyncio.gather(*map(self._store.forget, records))
+        return len(records)
+
+    # -- figures
+
+    async def stats(self) -> Stats:
+        """The queue in figures, by the servers' counts."""
+        await self._flows.flush()
+        names = await self._flows.refresh()
+        running = await self._owners.census()
+        waiting = dict(zip(names, await self._counts(map(self._names.filter, names)), strict=True))
+        by_function = self._count_waiting(waiting, running)
+        await self._count_ended(
+            by_function, {FunctionName(each.name) for each in names if each.kind == "call"}, running
+        )
+        by_state = dict.fromkeys(State, 0)
+        for (_, state), count in by_function.items():
+            by_state[state] += count
+        by_queue = Counter({name.queue: 0 for name in names if name.kind != "timer"})
+        for name, count in waiting.items():
+            if name.kind != "timer":
+                by_queue[name.queue] += count
+        by_queue.subtract(queue for _, _, queue in running)
+        undelivered = await self._counts(self._names.subject("rec", place, "*", "*") for place in UNDELIVERED.values())
+        return Stats(
+            by_state=by_state,
+            by_function={key: count for key, count in by_function.items() if count > 0},
+            waiting=Counter({queue: count for queue, count in by_queue.items() if count > 0}),
+            oldest_due_age_s=await self._oldest_age_s(waiting, {call_id for call_id, _, _ in running}),
+            callback_pending_count=sum(count for name, count in waiting.items() if name.kind == "callback"),
+            callback_dead_count=sum(undelivered),
+            commit_count=self._connection.commit_count,
+        )
+
+    async def _counts(self, subjects: Iterable[str]) -> list[int]:
+        counts: list[int] = []
+        for batch in _batches(list(subjects)):
+            counts += await asyncio.gather(*map(self._connection.count, batch))
+        return counts
+
+    def _count_waiting(
+        self, waiting: dict[FlowName, int], running: list[tuple[str, str, str]]
+    ) -> Counter[tuple[FunctionName, State]]:
+        counts: Counter[tuple[FunctionName, State]] = Counter()
+        for name, count in waiting.items():
+            if name.kind == "call":
+                counts[FunctionName(name.name), State.QUEUED] += count
+        for _, function, _ in running:
+            counts[FunctionName(function), State.QUEUED] -= 1
+            counts[FunctionName(function), State.RUNNING] += 1
+        return counts
+
+    async def _count_ended(
+        self,
+        counts: Counter[tuple[FunctionName, State]],
+        functions: set[FunctionName],
+        running: list[tuple[str, str, str]],
+    ) -> None:
+        """Add what has ended: places that hold nothing at all are not asked for each function."""
+        for state in FINAL:
+            places = places_of([state])
+            totals = await self._counts(self._names.subject("rec", place, "*", "*") for place in places)
+            for place, total in zip(places, totals, strict=True):
+                if total:
+                    ordered = sorted(functions)
+                    found = await self._counts(
+                        self._names.subject("rec", place, "*", build_token(each)) for each in ordered
+                    )
+                    for function, count in zip(ordered, found, strict=True):
+                        counts[function, state] += count
+        for _, name, _ in running:
+            counts[FunctionName(name), State.DONE] -= 1  # their records are where those of the ended will be
+
+    async def _oldest_age_s(self, waiting: dict[FlowName, int], running: set[str]) -> float | None:
+        """How long the oldest call that is due has waited, by the first message of each flow that does not run."""
+        flows = [name for name, count in waiting.items() if count and name.kind == "call"]
+        fronts = []
+        for batch in _batches(flows):
+            fronts += await asyncio.gather(
+                *(self._connection.read_batch(self._names.filter(name), 1, FRONT_COUNT) for name in batch)
+            )
+        calls = [call for front in fronts for stored in front if (call := _read(stored)) is not None]
+        due = [call.due_s for call in calls if call.id not in running]
+        oldest_s = min(due, default=float("inf"))
+        return self._now() - oldest_s if oldest_s <= self._now() else None
+
+    # -- housekeeping
+
+    async def sweep(self, results_s: float, calls_s: float) -> Swept:
+        """Drop what is old and was not dropped by the servers, and bodies of no call."""
+        now_s, before_bytes = self._now(), await self._size_bytes()
+        await self._store.tell_retention(results_s, calls_s)
+        expired = await self.expire_due()
+        calls = await self._drop_calls(now_s - calls_s)
+        files = await self._drop_orphans()
+        await self._flows.forget_idle(time.time() - IDLE_FLOW_S)
+        return Swept(expired, 0, calls, files, max(0, before_bytes - await self._size_bytes()))
+
+    async def _size_bytes(self) -> int:
+        streams = (self._names.queue, self._names.records, self._names.bodies)
+        return sum([(await self._connection.info(name))["state"]["bytes"] for name in streams])
+
+    async def expire_due(self) -> int:
+        """End the calls that have waited too long; their timers tell."""
+        count = 0
+        wanted = Wanted("timer", (TIMERS.queue,), TIMER_COUNT, {}, TIMER_PAUSE_S)
+        while deliveries := await self._flows.fetch(wanted):
+            count += sum(await asyncio.gather(*map(self._expire, deliveries)))
+        return count
+
+    async def _expire(self, timer: Delivery) -> bool:
+        while True:
+            standing = await self._store.load(timer.call_id)
+            record = None if standing is None else standing.record
+            if standing is None or record is None or record.state in FINAL or record.expires_s is None:
+                await self._flows.ack(timer)
+                return False
+            left_s = record.expires_s - self._now()
+            if left_s > 0 or record.state is State.RUNNING:
+                await self._flows.nak(timer, max(left_s, TIMER_PAUSE_S if record.state is State.RUNNING else 0.0))
+                return False
+            try:
+                expired = await self._store.save(standing, expire(record, self._now()))
+            except Conflict:
+                continue
+            await self._store.follow_end(standing, expired)
+            await self._flows.ack(timer)
+            return True
+
+    async def _drop_calls(self, before_s: float) -> int:
+        count = 0
+        batch: list[Kept] = []
+        for place in places_of([State.DONE, State.CANCELLED, State.EXPIRED]):
+            async for kept in self._store.walk(place):
+                if may_forget(kept.record, before_s):
+                    batch.append(kept)
+                elif kept.record.finished_s is not None and kept.record.finished_s >= before_s:
+                    break  # what comes behind has ended later
+                if len(batch) == STEP_COUNT:
+                    count += await self._forget_all(batch)
+                    batch = []
+        return count + await self._forget_all(batch)
+
+    async def _drop_orphans(self) -> int:
+        """Remove old bodies that no call names; one that is still to be read is named by its call."""
+        count = 0
+        async for body, call_id in self._bodies.walk_old():
+            standing = None if call_id is None else await self._store.load(call_id)
+            answer = None if standing is None else standing.record.answer
+            named = [standing and standing.accepted.body, answer and answer.result]
+            if body.file not in {each.file for each in named if each is not None}:
+                await self._bodies.drop(body)
+                count += 1
+        return count
+
+
+def _id_of(stored: Stored) -> str:
+    return parse_token(stored.subject.split(".")[2])
+
+
+def _read(stored: Stored) -> NewCall | None:
+    try:
+        return parse_waiting(stored.data)
+    except QueueDamaged as error:
+        log.error(str(error))
+        return None
+
+
+def _parse(stored: Stored) -> Kept | None:
+    try:
+        return parse_record(stored)
+    except QueueDamaged as error:
+        log.error(str(error))
+        return None
+
+
+def _batches(items: list[T]) -> Iterable[list[T]]:
+    return (items[start : start + STEP_COUNT] for start in range(0, len(items), STEP_COUNT))
