@@ -131,11 +131,3 @@ def test_function_fits_on_a_page(path: Path) -> None:
 @pytest.mark.parametrize("path", [path for path in MODULES if path != ROOT / "watchdog.py"], ids=module_id)
 def test_module_is_read_in_one_sitting(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST_MODULE_LINES
-
-
-@pytest.mark.parametrize("room", sorted({path.parent.relative_to(ROOT).as_posix() for path in MODULES} - {"."}))
-def test_room_is_in_the_package_and_in_the_images(room: str) -> None:
-    top = room.partition("/")[0]
-    assert f'"{room}"' in (ROOT / "setup.py").read_text(encoding="utf-8")
-    assert f"COPY {top} {top}\n" in (ROOT / "Dockerfile").read_text(encoding="utf-8")
-    assert f"!{top}\n" in (ROOT / ".dockerignore").read_text(encoding="utf-8")
