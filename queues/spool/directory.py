@@ -1,4 +1,4 @@
-"""FIXDOC."""
+"""The directory of a queue: opened and checked before anything in it is trusted, and the lock that writers take turns by."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FIXDOC."""
+"""Which workers live: each holds a lock that the kernel lets go of when it dies, however it dies."""
 
 from __future__ import annotations
 

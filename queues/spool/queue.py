@@ -482,7 +482,7 @@ class Spool:
     def _on_notified(self) -> None:
         self._on_wake_up(self._notifier.read())
 
-    def _on_wake_up(self, wake_up: WakeUp) -> None:
+    def _on_wake_up(self, wake_up: int) -> None:
         if wake_up & WakeUp.WORK:
             self._work.set()
         if wake_up & WakeUp.CANCEL:
