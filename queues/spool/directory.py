@@ -1,4 +1,4 @@
-"""The directory of a queue: opened and checked before anything in it is trusted, and the lock that writers take turns by."""
+"""The directory of a queue: checked before anything in it is trusted, and the lock by which writers take turns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes wrong on a disk, said in the queue's own errors: full, unavailable, or damaged, with what to do about it."""
+"""What goes wrong on a disk, in the queue's own errors: full, unavailable or damaged, with what to do about it."""
 
 from __future__ import annotations
 
