@@ -2,6 +2,7 @@
 #   make run     start the system with the examples, here, now
 #   make demo    five calls and their answers, checked
 #   make test    all checks: lint, types, tests with a floor for coverage; as root it gets by apt what they want
+#   make quick   lint, types, and the tests that start no process
 #   make lint    lint and types only
 #   make clean   remove what these have made
 # PYTHON=python3.12 picks another interpreter than python3.
@@ -11,7 +12,7 @@ BIN    := .venv/bin
 STATE  := .run
 URL    := http://127.0.0.1:8080
 
-.PHONY: help run demo test lint clean
+.PHONY: help run demo test quick lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -29,6 +30,9 @@ demo: .venv/installed
 test: lint
 	@$(get_needed)
 	@$(BIN)/python -m pytest -q -n 2 --timeout 300 --cov --cov-report term
+
+quick: lint
+	@$(BIN)/python -m pytest -q -n 2 --no-processes
 
 lint: .venv/installed-test .venv/package/faashound
 	@$(BIN)/ruff check -q --output-format concise . || { echo "make: ruff found faults; '$(BIN)/ruff check --fix .' mends some of them" >&2; exit 1; }

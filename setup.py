@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 
@@ -16,9 +16,10 @@ def read_version() -> str:
     return found[1]
 
 
-# The rooms of the house.  An image of the watchdog is built from watchdog.py alone, without them.
-ROOMS = ["network", "calls", "queues", "queues/spool", "functions", "draining", "serving"]
-PACKAGES = ["faashound", *(f"faashound.{room.replace('/', '.')}" for room in ROOMS if (ROOT / room).is_dir())]
+# The rooms of the house, which Dockerfile and .dockerignore name too (tests/house/test_packaging.py compares them).  An
+# image of the watchdog is built from watchdog.py alone, without them.
+ROOMS = ["network", "calls", "queues", "functions", "draining", "serving"]
+INSIDE = find_packages(str(ROOT), include=[name for room in ROOMS for name in (room, f"{room}.*")])
 
 NATS = ["nats-py[nkeys]>=2.9"]
 
@@ -28,12 +29,13 @@ setup(
     description="Run any program as an HTTP function, now or later: watchdog, gateway, worker as OpenFaaS users know",
     license="MIT",
     python_requires=">=3.11",
-    packages=PACKAGES,
+    packages=["faashound", *(f"faashound.{package}" for package in INSIDE)],
     package_dir={"faashound": "."},
     package_data={"faashound": ["py.typed"]},
     script_name="setup.py",  # which stays out of the package; under pip the name would be that of pip's helper
     install_requires=[
         "aiodns>=4.0",  # of names that come from outside
+        "cronsim>=2.6",  # of schedules
         "h11==0.16.0",  # its grammar is tightened through private attributes
         "prometheus-client>=0.20",
         "psutil>=5.9",

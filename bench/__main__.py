@@ -1,4 +1,4 @@
-"""Measure everything that issue 5 promises, in one command, on this machine's loopback.
+"""Measure everything that has a target, in one command, on this machine's loopback.
 
     python -m bench                                   # all, about ten minutes
     python -m bench --quick --only watchdog,large     # less

@@ -29,21 +29,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from testkit import tree
+from testkit.apart import UNSHARE_PIDS
 from testkit.harness import clean_environment, command_of, connect, free_port, processes_marked, wait_until
 from testkit.inspection import state_of
 
 PATIENCE_S = 15.0  # no answer by then is "none"
 AFTERMATH_S = 1.0  # after the answer: how long the watchdog has to clean up
-UNSHARE = ["unshare", *(["-Ur"] if os.geteuid() else []), "--pid", "--fork", "--mount-proc", "--kill-child"]
-DOUBLE_FORKS = """
-import os
-for _ in range(200):
-    if os.fork() == 0:
-        if os.fork() == 0:
-            os._exit(0)
-        os._exit(0)
-    os.wait()
-"""
 
 
 @dataclass(frozen=True)
@@ -106,7 +98,7 @@ def running(command: Sequence[str], settings: Mapping[str, str] = {}, *, as_firs
     fixed = {"fprocess": "sh", "port": str(port), "metrics_port": str(free_port()), "TMPDIR": temporary}
     name, _, value = mark.partition("=")
     environment = clean_environment(fixed | {name: value} | dict(settings))
-    argv = [*(UNSHARE if as_first else ()), *command]
+    argv = [*(UNSHARE_PIDS if as_first else ()), *command]
     process = subprocess.Popen(argv, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_until(lambda: process.poll() is not None or accepts(port), PATIENCE_S, f"{argv} listens")
@@ -198,7 +190,7 @@ def after_hang_up(watchdog: Running) -> str:
 def first_process(command: Sequence[str]) -> Row:
     """A function that double-forks, in front of a watchdog that is PID 1."""
     with running(command, as_first=True) as watchdog:
-        script = f"{shlex.quote(sys.executable)} -SEIc '{DOUBLE_FORKS}'".encode()
+        script = f"{shlex.quote(sys.executable)} -SEIc '{tree.double_forks(200)}'".encode()
         answer, elapsed_s = ask(watchdog, script)
         left = after(watchdog, watchdog.zombies)
         return Row(answer, elapsed_s, left, watchdog.peak_bytes(), "zombies")

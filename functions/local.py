@@ -1,43 +1,89 @@
-"""Functions run here: a watchdog for each, on a socket that the gateway opens and keeps."""
+"""The functions of a gateway as they are at work: those run here behind sockets, those elsewhere as they stand.
+
+    local = LocalFunctions(table, environ=os.environ, hidden=settings_names)
+    local.open()                              # before any fork: sockets are there, `local.table` has every url
+    local.start()                             # in the process that runs them, inside its loop
+    await local.apply(new_table)              # what has changed, and nothing else: see below
+    await local.put(function); await local.remove(name); await local.scale(name, 3)
+    await local.stop(grace_s=30)
+
+A function is at work in one version at a time (endpoint.py).  A changed one rolls: the new version is started on a
+socket of its own, and when it is healthy the table names that socket; the old one finishes its calls and ends.  One
+that does not get healthy leaves the old one serving.  Annotations and labels change without a restart.
+
+`table` is one mapping that changes in place, between two turns of the loop: a reader sees all of a change or nothing.
+Other processes of the gateway read the same from `published` (published.py).
+
+Errors: NotHealthy, whose text is for the one that wanted the change; UnknownFunction.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
+import itertools
+import os
 import socket
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..calls.names import FunctionName
-from ..watchdog import FUNCTION_VARIABLE
-from .supervisor import Child, Keeper, listen_on_loopback, python_command
-from .table import _RESERVED_PREFIXES, _ROWS, Function, watchdog_settings
+from ..watchdog import FUNCTION_VARIABLE, FaashoundError, log
+from .endpoint import Endpoint, NotHealthy
+from .forkserver import ForkServer
+from .logs import SETTINGS, LogStore
+from .published import PublishedTable, publish
+from .runtime import open_runtime_directory
+from .secrets import MOUNT_VARIABLE, SecretFiles
+from .supervisor import ManagedProgram, Supervisor
+from .table import RESERVED_PREFIXES, UNIX_PREFIX, WATCHDOG_ROWS, Function, watchdog_settings
 
 _SHARED = ("log_format",)  # the gateway's holds for its watchdogs as well: their lines go to one stderr
 
+ROLLS_COUNT = 4  # at once: each takes a processor for some milliseconds, and calls go on
 
-# ---------------------------------------------------------------------------------------------------------------
-# Functions run here.  The gateway opens each function's socket and keeps it for its own life; the watchdog inherits
-# it as a service does from systemd.  So a connection made while a watchdog starts, or is started again, waits in the
-# backlog and is never refused.
-# ---------------------------------------------------------------------------------------------------------------
+
+class UnknownFunction(FaashoundError):
+    """No function that is run here has this name."""
+
+    status = 404
+
+
+class BadScale(FaashoundError):
+    """So many watchdogs cannot be had."""
+
+    status = 400
 
 
 @dataclass(frozen=True, slots=True)
 class LocalStatus:
-    """What is known of one local function's watchdog; `pid` is None between two lives."""
+    """What is known of one local function.  `pids` are its watchdogs that run now; none while it is asleep.
 
-    pid: int | None
+    `wanted_count` is what the operator has asked for, or what it has when it is awake; `available_count` what serves,
+    or would as soon as a call comes.
+    """
+
+    pids: Sequence[int]
     restart_count: int
-    address: tuple[str, int]
+    path: Path
+    wanted_count: int
+    available_count: int
+
+
+async def _nothing() -> None:
+    """Commit nothing."""
 
 
 class LocalFunctions:
-    """Runs one watchdog for each local function of `table`, and starts again what dies.
+    """Runs the local functions of `table` behind sockets of their own.
 
     `environ` is the gateway's own environment; the watchdogs get it without the variables named in `hidden` (the
     settings of the gateway and the worker, which are no business of theirs), without the watchdog's own settings
-    (except for log_format), and without FAASHOUND_* and LISTEN_*.  `watchdog` is the command that serves a function.
+    (except for log_format), and without FAASHOUND_* and LISTEN_*.  `watchdog` is the command that serves a function;
+    without one, a fork server has it ready.  Lines of functions go to `logs`, or to our stderr.  `on_change` is called
+    after each change of the table.
     """
 
     def __init__(
@@ -46,20 +92,35 @@ class LocalFunctions:
         *,
         environ: Mapping[str, str],
         hidden: Collection[str] = (),
-        watchdog: Sequence[str] = python_command("faashound.watchdog"),
+        watchdog: Sequence[str] | None = None,
+        logs: LogStore | None = None,
     ) -> None:
-        self.table: Mapping[FunctionName, Function] = table
-        self._command = tuple(watchdog)
+        self.table: dict[FunctionName, Function] = dict(table)
+        self.on_change: Callable[[], None] = lambda: None
+        self.secrets: SecretFiles | None = None  # where functions find theirs
+        self._environ = environ
+        self._watchdog = watchdog
+        self._logs = logs
         self._base = {
             name: value
             for name, value in environ.items()
-            if name in _SHARED or not (name in hidden or name in _ROWS or name.startswith(_RESERVED_PREFIXES))
+            if name in _SHARED or not (name in hidden or name in WATCHDOG_ROWS or name.startswith(RESERVED_PREFIXES))
         }
-        self._listeners: dict[FunctionName, socket.socket] = {}
-        self._addresses: dict[FunctionName, tuple[str, int]] = {}
-        self._children: dict[FunctionName, Child] = {}
-        self._keeper: Keeper | None = None
+        self._endpoints: dict[FunctionName, Endpoint] = {}
+        self._numbers = itertools.count(1)
+        self.directory: Path  # for what is gone when we are; there after `open`
+        self._fork_server: ForkServer | None = None
+        self._supervisor: Supervisor | None = None
+        self._open: set[Endpoint] = set()  # those in the table, those that are to be, and those that were
+        self._retiring: set[asyncio.Task[None]] = set()
+        self._is_stopping = False
+        self._changing = asyncio.Lock()
         self._cleanup = contextlib.ExitStack()
+
+    @property
+    def published(self) -> PublishedTable:
+        """The table as processes beside the one that runs the functions see it."""
+        return PublishedTable(self.directory / "table")
 
     def open(self) -> None:
         """Open every socket; from then on `table` has the url of each local function.
@@ -67,45 +128,210 @@ class LocalFunctions:
         Call it once; `stop` must follow.  Raises OSError, with nothing left open.
         """
         with contextlib.ExitStack() as stack:
-            names = [name for name, function in self.table.items() if function.local]
-            self._listeners = {name: stack.enter_context(listen_on_loopback()) for name in names}
+            self.directory = stack.enter_context(open_runtime_directory(self._environ))
+            for name, function in self.table.items():
+                if function.local:
+                    self._endpoints[name] = endpoint = self._new_endpoint(function)
+                    endpoint.open()
+                    stack.callback(endpoint.close_socket)
+                    self._open.add(endpoint)
             self._cleanup = stack.pop_all()
-        self._addresses = {name: listener.getsockname() for name, listener in self._listeners.items()}
-        self.table = {name: self._with_url(function) for name, function in self.table.items()}
+        self._set_table(self.table)
 
     def start(self) -> None:
-        """Start every watchdog; once, after `open`, inside the running loop."""
-        self._keeper = Keeper()
-        for name, listener in self._listeners.items():
-            environ = self._environ(self.table[name])
-            self._children[name] = self._keeper.start(f"the watchdog of {name.short}", self._command, environ, listener)
+        """Start what is to be there before a call, and watch for calls; once, after `open`, inside the running loop."""
+        publish(self.directory / "table", self.table)  # one of several processes may take the place of another
+        if self._watchdog is None:
+            self._fork_server = ForkServer(self._base)
+            self._fork_server.start()
+        self._supervisor = Supervisor(self._fork_server)
+        for endpoint in self._endpoints.values():
+            endpoint.start(self._supervisor)
 
-    def address(self, name: FunctionName) -> tuple[str, int]:
-        """Return host and port of a local function; KeyError for any other name."""
-        return self._addresses[name]
+    def path(self, name: FunctionName) -> Path:
+        """Return the socket of a local function; KeyError for any other name."""
+        return self._endpoints[name].path
 
     def status(self) -> dict[FunctionName, LocalStatus]:
-        """Return what is known of each local function's watchdog, by the function's whole name."""
-        return {
-            name: LocalStatus(child.pid, child.restart_count, self.address(name))
-            for name, child in self._children.items()
-        }
+        """Return what is known of each local function, by its whole name."""
+        return {name: _status_of(endpoint) for name, endpoint in self._endpoints.items()}
 
     async def stop(self, grace_s: float) -> None:
         """End every watchdog: SIGTERM, and after `grace_s` seconds what is left is killed, its functions with it."""
-        if self._keeper is not None:
-            await self._keeper.stop(grace_s)
+        self._is_stopping = True
+        for endpoint in self._open:
+            endpoint.stop_watching()
+        for task in self._retiring:
+            task.cancel()
+        if self._supervisor is not None:
+            await self._supervisor.stop(grace_s)
+        if self._fork_server is not None:
+            await self._fork_server.stop()
+        for endpoint in self._open:
+            endpoint.close_socket()
+        self._open.clear()
         self._cleanup.close()
 
-    def _with_url(self, function: Function) -> Function:
-        if not function.local:
-            return function
-        host, port = self.address(function.name)
-        return dataclasses.replace(function, url=f"http://{host}:{port}")
+    # Changes.
 
-    def _environ(self, function: Function) -> dict[str, str]:
+    async def apply(self, table: Mapping[FunctionName, Function]) -> None:
+        """Make `table` the one in force: new functions are there, others gone, changed ones rolled.
+
+        A function that does not change keeps its processes.  One whose new version does not get healthy keeps the old
+        version; the log says why.
+        """
+        async with self._changing:
+            rolling = [function for function in table.values() if self._is_other_version(function)]
+            kept = {function.name: self.table[function.name] for function in rolling}
+            added = [self._add(function) for function in table.values() if self._is_new(function)]
+            gone = [name for name in self._endpoints if name not in table or not table[name].local]
+            removed = [self._endpoints.pop(name) for name in gone]
+            self._endpoints |= {endpoint.function.name: endpoint for endpoint in added}
+            self._set_table({**table, **kept})
+            for endpoint in removed:
+                self._retire(endpoint)
+            limit = asyncio.Semaphore(ROLLS_COUNT)
+            await asyncio.gather(*(self._roll_or_tell(function, limit) for function in rolling))
+
+    async def put(self, function: Function, commit: Callable[[], Awaitable[None]] = _nothing) -> None:
+        """Have `function`, new or in a new version; return when a call works, raise NotHealthy if none does.
+
+        `commit` is awaited when the version is known to work, before it serves; what it raises is raised, and nothing
+        has changed.
+        """
+        async with self._changing:
+            if function.local and not self._same_program(function):
+                await self._roll(function, commit)
+            else:
+                await commit()
+                self._set_table({**self.table, function.name: function})
+
+    async def remove(self, name: FunctionName) -> None:
+        """Have no function of this name any more; its calls finish.  Raises UnknownFunction."""
+        async with self._changing:
+            if name not in self.table:
+                raise UnknownFunction(f"there is no function {name.short}")
+            endpoint = self._endpoints.pop(name, None)
+            self._set_table({each: function for each, function in self.table.items() if each != name})
+            if endpoint is not None:
+                self._retire(endpoint)
+            if self.secrets is not None:
+                self.secrets.forget(name)
+
+    async def scale(self, name: FunctionName, count: int) -> None:
+        """Have `count` watchdogs for a function; 0: none, until a call comes.  Raises UnknownFunction, BadScale."""
+        endpoint = self._endpoints.get(name)
+        if endpoint is None:
+            raise UnknownFunction(f"no function that is run here is called {name.short}")
+        if not 0 <= count <= endpoint.scale.max_count:
+            raise BadScale(f"replicas: {count}; allowed: 0 to {endpoint.scale.max_count} (com.openfaas.scale.max)")
+        await endpoint.set_count(count)
+
+    def _is_new(self, function: Function) -> bool:
+        return function.local and function.name not in self._endpoints
+
+    def _is_other_version(self, function: Function) -> bool:
+        return function.local and function.name in self._endpoints and not self._same_program(function)
+
+    def _same_program(self, function: Function) -> bool:
+        """Whether what runs for a function is what its new table wants to run."""
+        endpoint = self._endpoints.get(function.name)
+        return endpoint is not None and _runs(endpoint.function) == _runs(function)
+
+    def _new_endpoint(self, function: Function) -> Endpoint:
+        return Endpoint(function, self.directory / f"{os.getpid()}.{next(self._numbers)}", self._program, self._logs)
+
+    def _add(self, function: Function) -> Endpoint:
+        endpoint = self._new_endpoint(function)
+        endpoint.open()
+        self._open.add(endpoint)
+        if self._supervisor is not None:
+            endpoint.start(self._supervisor)
+        return endpoint
+
+    async def _roll_or_tell(self, function: Function, limit: asyncio.Semaphore) -> None:
+        async with limit:
+            try:
+                await self._roll(function)
+                log.info(f"{function.name.short} is served by its new version")
+            except (NotHealthy, OSError) as error:
+                log.error(f"{error}; the old version of {function.name.short} goes on")
+
+    async def _roll(self, function: Function, commit: Callable[[], Awaitable[None]] = _nothing) -> None:
+        """Start a version, and once it is healthy let it take the place of the one that serves, if there is one."""
+        new = self._add(function)
+        try:
+            await new.become_healthy()
+            await commit()
+        except BaseException:
+            self._retire(new)
+            raise
+        old = self._endpoints.get(function.name)
+        self._endpoints[function.name] = new
+        self._set_table({**self.table, function.name: function})
+        if old is not None:
+            if old.scaled_count:
+                new.scaled_count = old.scaled_count
+                new.wake()
+            self._retire(old)
+
+    def _retire(self, endpoint: Endpoint) -> None:
+        if not self._is_stopping:
+            task = asyncio.create_task(self._retired(endpoint))
+            self._retiring.add(task)
+            task.add_done_callback(self._retiring.discard)
+
+    async def _retired(self, endpoint: Endpoint) -> None:
+        await endpoint.retire()
+        self._open.discard(endpoint)
+
+    def _set_table(self, table: Mapping[FunctionName, Function]) -> None:
+        """Let `table`, with the addresses of what is run here, be in force."""
+        new = {name: self._with_url(function) for name, function in table.items()}
+        self.table.clear()
+        self.table.update(new)
+        publish(self.directory / "table", self.table)
+        self.on_change()
+
+    def _with_url(self, function: Function) -> Function:
+        endpoint = self._endpoints.get(function.name)
+        if not function.local or endpoint is None:
+            return function
+        if _runs(endpoint.function) == _runs(function):
+            endpoint.function = function
+        return dataclasses.replace(function, url=f"{UNIX_PREFIX}{endpoint.path}")
+
+    # What is run.
+
+    def _program(self, function: Function, listener: socket.socket, stderr_fd: int | None) -> ManagedProgram:
+        command = self._watchdog or ("fwatchdog",)
+        name, environ = f"the watchdog of {function.name.short}", self._environ_of(function)
+        return ManagedProgram(name, command, environ, listener, stderr_fd, function.directory)
+
+    def _environ_of(self, function: Function) -> dict[str, str]:
         """Return the whole environment of a function's watchdog, which hands the function its part of it."""
         settings = watchdog_settings(function.settings or {})
         given = {FUNCTION_VARIABLE + name: value for name, value in function.environment.items()}
+        if self.secrets is not None and function.secrets:
+            given[FUNCTION_VARIABLE + MOUNT_VARIABLE] = str(self.secrets.directory_of(function))
         names = {"OPENFAAS_NAME": function.name.name, "OPENFAAS_NAMESPACE": function.name.namespace}
-        return {**self._base, **settings, **given, **names}
+        log_settings = {} if self._logs is None else SETTINGS
+        return {**self._base, **settings, **given, **names, **log_settings}
+
+
+def _runs(function: Function) -> tuple[object, ...]:
+    """Return what makes one version of a function another program than the next."""
+    return function.settings, function.environment, function.secrets, function.directory
+
+
+def _status_of(endpoint: Endpoint) -> LocalStatus:
+    pids = endpoint.pids
+    scaled_count = endpoint.scaled_count
+    wanted_count = endpoint.scale.woken_count if scaled_count is None else scaled_count
+    available_count = len(pids) or (wanted_count if not endpoint.processes else 0)
+    return LocalStatus(pids, endpoint.restart_count, endpoint.path, wanted_count, available_count)
+
+
+def queues_of(table: Iterable[Function]) -> frozenset[str]:
+    """Return the queues that the functions of a table name."""
+    return frozenset(function.queue for function in table)

@@ -1,15 +1,17 @@
 """Keeps programs of ours running beside this one: watchdogs of local functions, a local worker.
 
-    keeper = Keeper()
-    child = keeper.start("the worker", [sys.executable, "-m", "faashound.worker"], environ)
-    await keeper.stop(grace_s=30)
+    supervisor = Supervisor()
+    process = supervisor.start(ManagedProgram("the worker", (sys.executable, "-m", "faashound.worker"), environ))
+    await supervisor.end(process, grace_s=30)      # this one, and leave the others
+    await supervisor.stop(grace_s=30)              # all of them
 
-What it promises: a child that dies is logged with the reason and started again, with growing delay; none outlives
-this process, whatever way it ends.  For that each inherits the read end of a pipe, the lifeline, whose write end is
-only here: when we end, the kernel closes it, and a child that reads end of file stops at once.
+What it promises: a process that dies is logged with the reason and started again, with growing delay; none outlives
+this process, whatever way it ends.  For that each inherits the read end of a pipe, the parent-death pipe, whose write
+end is only here: when we end, the kernel closes it, and a process that reads end of file stops at once.
 
-One task per child runs: spawn, wait for the exit, reap, log, sleep, again.  A process is known by its pidfd, which
-cannot come to mean another process as a number can.
+One task for each managed process runs: launch, wait for the exit, reap, log, sleep, again.  A process is known by its
+pidfd, which cannot come to mean another process as a number can.  How it comes into being is a `Launcher`'s business:
+`Spawner` here runs a command, the fork server (forkserver.py) forks a watchdog.
 """
 
 from __future__ import annotations
@@ -23,30 +25,29 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
-from ..watchdog import BACKLOG, log, spawn_under_own_limit
-
-FIRST_RESTART_S = 0.1
-
-
-LONGEST_RESTART_S = 30.0
-
-
-PROVEN_AFTER_S = 10.0  # a child that has lived this long starts its delays from the beginning
-
+from ..watchdog import (
+    BAD_SETTINGS_STATUS,
+    FIRST_RESTART_S,
+    PROVEN_AFTER_S,
+    log,
+    next_restart_s,
+    spawn_under_own_limit,
+)
 
 KILL_GRACE_S = 2.0  # between "stop at once" and SIGKILL: for a watchdog to end the trees it has started
-
-
-BAD_SETTINGS_STATUS = 2  # our programs' exit status for settings that no restart will mend
 
 
 LISTEN_FD = 3  # systemd's SD_LISTEN_FDS_START
 
 
-LIFELINE_FD = 4
+PARENT_DEATH_FD = 4
+
+
+UNKNOWN_STATUS = 1  # of a process whose exit nobody could tell us
 
 
 def python_command(module: str) -> tuple[str, ...]:
@@ -56,19 +57,6 @@ def python_command(module: str) -> tuple[str, ...]:
     working directory first, where people keep their functions beside functions.toml.
     """
     return (sys.executable, "-I" if sys.flags.isolated else "-P", "-m", module)
-
-
-def next_restart_s(delay_s: float | None, lived_s: float, status: int) -> float:
-    """Return the seconds to wait before the next start of a child that has exited.
-
-    `delay_s` is the wait before this life (None for the first), `lived_s` its length, `status` its exit status, or
-    minus the number of the signal that ended it.
-    """
-    if status == BAD_SETTINGS_STATUS:
-        return LONGEST_RESTART_S
-    if delay_s is None or lived_s >= PROVEN_AFTER_S:
-        return FIRST_RESTART_S
-    return min(2 * delay_s, LONGEST_RESTART_S)
 
 
 def describe_exit(status: int) -> str:
@@ -81,177 +69,243 @@ def describe_exit(status: int) -> str:
     return f"exited with status {status}"
 
 
-class Child:
-    """One program that is kept running.  `pid` is None between two lives.
+@dataclass(frozen=True)
+class ManagedProgram:
+    """What is to be kept running: `name` is what the log calls it, `environ` its whole environment.
 
-    `on_trouble` is told why it ended when it ends again before it has lived for PROVEN_AFTER_S, and "" once it has.
+    It inherits `listener` as systemd hands it (sd_listen_fds(3)), writes its stderr to `stderr_fd` if that is given,
+    else to ours, and is started in `directory`, or where we were.  `on_trouble` is told why it ended when it ends again
+    before it has lived for PROVEN_AFTER_S, and "" once it has.
     """
 
-    def __init__(
-        self,
-        name: str,
-        command: Sequence[str],
-        environ: Mapping[str, str],
-        listener: socket.socket | None,
-        on_trouble: Callable[[str], None] = lambda trouble: None,
-    ) -> None:
-        self.name = name
+    name: str
+    command: Sequence[str]
+    environ: Mapping[str, str]
+    listener: socket.socket | None = None
+    stderr_fd: int | None = None
+    directory: str | None = None
+    on_trouble: Callable[[str], None] = lambda trouble: None
+
+    @property
+    def told_environ(self) -> dict[str, str]:
+        """Its environment with what it needs to know of the descriptors that it inherits."""
+        told = {**self.environ, "FAASHOUND_LIFELINE_FD": str(PARENT_DEATH_FD)}
+        if self.listener is not None:
+            told["LISTEN_FDS"] = "1"  # no LISTEN_PID: it is not known before the process exists
+        return told
+
+
+class Running(Protocol):
+    """A process that was launched.  Its owner closes it once it has exited, whatever happens."""
+
+    pid: int
+    pidfd: int
+
+    async def exited(self) -> int:
+        """Wait for its end and return its status as in `describe_exit`."""
+
+    def close(self) -> None:
+        """Kill it if it still runs, reap it, and forget it."""
+
+
+class Launcher(Protocol):
+    """What brings a program into being."""
+
+    async def launch(self, program: ManagedProgram, parent_death_fd: int) -> Running:
+        """Start it; raises OSError."""
+
+
+class SpawnedProcess:
+    """A child of this process."""
+
+    def __init__(self, pid: int, pidfd: int) -> None:
+        self.pid = pid
+        self.pidfd = pidfd
+
+    async def exited(self) -> int:
+        """See `Running`."""
+        await readable(self.pidfd)
+        return read_status(self.pidfd)
+
+    def close(self) -> None:
+        """See `Running`."""
+        signal_process(self.pidfd, signal.SIGKILL)
+        os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
+        os.close(self.pidfd)
+
+
+class Spawner:
+    """Launches a program by posix_spawn(3)."""
+
+    async def launch(self, program: ManagedProgram, parent_death_fd: int) -> SpawnedProcess:
+        """See `Launcher`."""
+        actions: list[tuple[Any, ...]] = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
+        if program.stderr_fd is not None:
+            actions.append((os.POSIX_SPAWN_DUP2, program.stderr_fd, 2))
+        if program.listener is not None:
+            actions.append((os.POSIX_SPAWN_DUP2, program.listener.fileno(), LISTEN_FD))
+        actions.append((os.POSIX_SPAWN_DUP2, parent_death_fd, PARENT_DEATH_FD))
+        # A group of its own: a terminal's Ctrl-C is for us, who then end our processes in order.
+        move = () if program.directory is None else ("/usr/bin/env", "-C", program.directory)  # GNU coreutils 8.28
+        command, environ = (*move, *program.command), program.told_environ
+        spawn = partial(os.posix_spawn, command[0], command, environ, file_actions=actions, setpgroup=0)
+        pid = spawn_under_own_limit(spawn, parent_death_fd)  # it raises its own, and knows then what its functions get
+        try:
+            return SpawnedProcess(pid, os.pidfd_open(pid))
+        except OSError:  # out of descriptors: what cannot be watched must not run
+            kill_child(pid)
+            raise
+
+
+class ManagedProcess:
+    """One program that is kept running.  `pid` is None between two lives."""
+
+    def __init__(self, program: ManagedProgram) -> None:
+        self.program = program
         self.restart_count = 0
-        self.on_trouble = on_trouble
-        self.pid: int | None = None
-        self._pidfd: int | None = None
-        self._command = tuple(command)
-        self._environ = {**environ, "FAASHOUND_LIFELINE_FD": str(LIFELINE_FD)}
-        if listener is not None:
-            self._environ["LISTEN_FDS"] = "1"  # no LISTEN_PID: nobody can know it before posix_spawn
-        self._listener = listener
+        self.last_exit: str | None = None  # why its last life ended, if it was not told to
+        self.is_ending = False
+        self._running: Running | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """The number of the process, if there is one."""
+        return None if self._running is None else self._running.pid
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the process, if there is one."""
-        if self._pidfd is not None:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, number)
+        if self._running is not None:
+            signal_process(self._running.pidfd, number)
 
-    async def run(self, lifeline: int) -> int:
+    async def run(self, launcher: Launcher, parent_death_fd: int) -> int:
         """Run one process to its end and return its status as in `describe_exit`; OSError if it cannot be started.
 
         When cancelled, it is killed and reaped first.
         """
-        pidfd = self._spawn(lifeline)
+        self._running = running = await launcher.launch(self.program, parent_death_fd)
         try:
-            await _readable(pidfd)
+            return await running.exited()
         finally:
-            self.signal(signal.SIGKILL)  # matters when cancelled; means nothing to a process that has exited
-            status = self._reap(pidfd)
-        return status
-
-    def _spawn(self, lifeline: int) -> int:
-        """Start a process and return its pidfd, which `_reap` closes."""
-        actions: list[tuple[Any, ...]] = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
-        if self._listener is not None:
-            actions.append((os.POSIX_SPAWN_DUP2, self._listener.fileno(), LISTEN_FD))
-        actions.append((os.POSIX_SPAWN_DUP2, lifeline, LIFELINE_FD))
-        # A group of its own: a terminal's Ctrl-C is for us, who then end our children in order.
-        spawn = partial(
-            os.posix_spawn, self._command[0], self._command, self._environ, file_actions=actions, setpgroup=0
-        )
-        pid = spawn_under_own_limit(spawn, lifeline)  # it raises its own, and knows then what its functions get
-        try:
-            self._pidfd = os.pidfd_open(pid)
-        except OSError:  # out of descriptors: what cannot be watched must not run
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            raise
-        self.pid = pid
-        return self._pidfd
-
-    def _reap(self, pidfd: int) -> int:
-        """Wait for the process, which has exited or is about to, and forget it."""
-        result = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
-        if result is None:
-            raise AssertionError("waitid without WNOHANG returns a result")
-        os.close(pidfd)
-        self.pid = self._pidfd = None
-        return result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
+            running.close()
+            self._running = None
 
 
-class Keeper:
-    """Keeps children running until `stop`, which must follow.  Made inside the running loop."""
+class Supervisor:
+    """Keeps processes running until `stop`, which must follow.  Made inside the running loop."""
 
-    def __init__(self) -> None:
-        self._tasks: dict[Child, asyncio.Task[None]] = {}
-        self._lifeline_end = contextlib.ExitStack()
+    def __init__(self, launcher: Launcher | None = None) -> None:
+        self._launcher = launcher or Spawner()
+        self._tasks: dict[ManagedProcess, asyncio.Task[None]] = {}
+        self._parent_death_end = contextlib.ExitStack()
         self._cleanup = contextlib.ExitStack()
-        self._lifeline = _open_lifeline(self._cleanup, self._lifeline_end)
-        self._stopping = False
+        self._parent_death_fd = _open_parent_death_pipe(self._cleanup, self._parent_death_end)
 
-    def start(
-        self,
-        name: str,
-        command: Sequence[str],
-        environ: Mapping[str, str],
-        listener: socket.socket | None = None,
-        on_trouble: Callable[[str], None] = lambda trouble: None,
-    ) -> Child:
-        """Keep `command` running with the whole environment `environ`; it inherits `listener` as systemd hands it.
+    def start(self, program: ManagedProgram) -> ManagedProcess:
+        """Keep `program` running until it is told to end."""
+        process = ManagedProcess(program)
+        self._tasks[process] = asyncio.create_task(self._keep(process), name=program.name)
+        return process
 
-        `name` is what the log calls it; `on_trouble` is described at `Child`.
-        """
-        child = Child(name, command, environ, listener, on_trouble)
-        self._tasks[child] = asyncio.create_task(self._keep(child), name=name)
-        return child
+    async def end(self, process: ManagedProcess, grace_s: float) -> None:
+        """End one process: SIGTERM, and SIGKILL after `grace_s` seconds; return when it is gone.  Repeatable."""
+        task = self._tasks.get(process)
+        if task is None:
+            return
+        self._ask_to_end(process)
+        await asyncio.wait((task,), timeout=grace_s)
+        task.cancel()
+        await asyncio.wait((task,))
+        self._tasks.pop(process, None)
 
     async def stop(self, grace_s: float) -> None:
-        """End every child: SIGTERM, and after `grace_s` seconds what is left is stopped at once, then killed."""
-        self._stopping = True
-        for child, task in self._tasks.items():
-            if child.pid is None:
-                task.cancel()
-            else:
-                child.signal(signal.SIGTERM)
+        """End every process: SIGTERM, and after `grace_s` seconds what is left is stopped at once, then killed."""
+        for process in self._tasks:
+            self._ask_to_end(process)
         await self._ended(grace_s)
-        self._lifeline_end.close()
+        self._parent_death_end.close()
         await self._ended(KILL_GRACE_S)
         for task in self._tasks.values():
             task.cancel()
         await self._ended(None)
         self._cleanup.close()
 
+    def _ask_to_end(self, process: ManagedProcess) -> None:
+        process.is_ending = True
+        if process.pid is None:
+            self._tasks[process].cancel()
+        else:
+            process.signal(signal.SIGTERM)
+
     async def _ended(self, timeout_s: float | None) -> None:
         if self._tasks:
             await asyncio.wait(self._tasks.values(), timeout=timeout_s)
 
-    async def _keep(self, child: Child) -> None:
-        """Run a child, again and again, until told to stop."""
+    async def _keep(self, process: ManagedProcess) -> None:
+        """Run a process, again and again, until told to end."""
         delay_s: float | None = None
+        program = process.program
         while True:
             started_s = time.monotonic()
-            proven = asyncio.get_running_loop().call_later(PROVEN_AFTER_S, child.on_trouble, "")
+            proven = asyncio.get_running_loop().call_later(PROVEN_AFTER_S, program.on_trouble, "")
             try:
-                status = await child.run(self._lifeline)
-                outcome = describe_exit(status)
+                status = await process.run(self._launcher, self._parent_death_fd)
+                process.last_exit = describe_exit(status)
             except OSError as error:
-                status, outcome = 1, f"cannot be started: {error.strerror}"
+                status, process.last_exit = 1, f"cannot be started: {error.strerror}"
             finally:
                 proven.cancel()
-            if self._stopping:
+            if process.is_ending:
                 return
             delay_s = next_restart_s(delay_s, time.monotonic() - started_s, status)
             if delay_s > FIRST_RESTART_S:
-                child.on_trouble(outcome)
-            log.error(f"{child.name} {outcome}; next start in {delay_s:g} s")
+                program.on_trouble(process.last_exit)
+            log.error(f"{program.name} {process.last_exit}; next start in {delay_s:g} s")
             await asyncio.sleep(delay_s)
-            child.restart_count += 1
+            process.restart_count += 1
 
 
-def _lift(fd: int) -> int:
+def read_status(pidfd: int) -> int:
+    """Return the status of a child that has exited, and is still to be reaped."""
+    result = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOWAIT)
+    if result is None:
+        raise AssertionError("waitid without WNOHANG returns a result")
+    return result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
+
+
+def kill_child(pid: int) -> None:
+    """Kill and reap a child."""
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def signal_process(pidfd: int, number: signal.Signals) -> None:
+    """Send a signal to the process of `pidfd`, unless it has been reaped."""
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(pidfd, number)
+
+
+def lift(fd: int) -> int:
     """Return a duplicate of `fd` above the numbers that a child's descriptors get, close-on-exec like every other.
 
     From below, one dup2 of a spawn would overwrite the source of the next.
     """
-    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, LIFELINE_FD + 1)
+    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, PARENT_DEATH_FD + 1)
 
 
-def _open_lifeline(stack: contextlib.ExitStack, end: contextlib.ExitStack) -> int:
+def _open_parent_death_pipe(stack: contextlib.ExitStack, end: contextlib.ExitStack) -> int:
     """Return the read end of a new pipe, closed by `stack`; its write end is closed by `end`, at the latest by both."""
     low, write_end = os.pipe()
     stack.callback(end.close)
     end.callback(os.close, write_end)
     try:
-        lifeline = _lift(low)
+        read_end = lift(low)
     finally:
         os.close(low)
-    stack.callback(os.close, lifeline)
-    return lifeline
+    stack.callback(os.close, read_end)
+    return read_end
 
 
-def listen_on_loopback() -> socket.socket:
-    """Return a new listening socket on 127.0.0.1, for a child to inherit."""
-    with socket.create_server(("127.0.0.1", 0), backlog=BACKLOG) as low:
-        return socket.socket(fileno=_lift(low.fileno()))
-
-
-async def _readable(fd: int) -> None:
+async def readable(fd: int) -> None:
     """Return once `fd` is readable; a pidfd is when its process has exited."""
     loop = asyncio.get_running_loop()
     ready = asyncio.Event()

@@ -1,11 +1,8 @@
-"""Which functions exist, and where each answers: a file's table, a name pattern, or watchdogs run here.
+"""Which functions exist, and where each answers: a file's table, or a name pattern.
 
     table = read_functions(Path("functions.toml"))
-    local = LocalFunctions(table, environ=os.environ, hidden=settings_names)
-    local.start()                                        # inside a running event loop
-    functions = Functions(local.table, pattern="http://{name}.{namespace}.svc:8080")
-    functions.lookup("cat").url                          # http://127.0.0.1:40123, of cat.openfaas-fn
-    await local.stop(grace_s=30)
+    functions = Functions(table, pattern="http://{name}.{namespace}.svc:8080")
+    functions.lookup("resize.prod").url                  # http://10.0.0.7:8080
 
 The file is TOML, one table per function.  `fprocess` has a watchdog run for it on this machine, and any setting of
 the watchdog may stand beside it; `url` says that the function already answers elsewhere:
@@ -35,13 +32,25 @@ import tomllib
 import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from ..calls.model import parse_queue_name
 from ..calls.names import DEFAULT_NAMESPACE, BadFunctionName, FunctionName, parse_function_name
 from ..calls.retries import BadAnnotations, parse_annotations
-from ..watchdog import BadSettings, FaashoundError, Settings, parse_settings, settings_table, without_credentials
+from ..watchdog import (
+    BadSettings,
+    FaashoundError,
+    Settings,
+    Url,
+    parse_settings,
+    parse_url,
+    settings_table,
+    without_credentials,
+)
+from .scaling import BadLabels, parse_scale
+from .schedules import BadSchedule, parse_schedules
 
 
 class BadFunctions(FaashoundError):
@@ -74,6 +83,17 @@ def parse_base_url(text: str) -> str:
     if not usable or "@" in text or "?" in text or "#" in text or "\\" in text:
         raise ValueError(f"allowed: {_URL_HELP}")
     return text.rstrip("/")
+
+
+UNIX_PREFIX = "unix:"  # of the url of a function that is run here
+
+
+@lru_cache(maxsize=4096)
+def parse_upstream(text: str) -> Url:
+    """Return where a function with the base URL `text` is reached: over TCP, or at the path of a Unix socket."""
+    if text.startswith(UNIX_PREFIX):
+        return Url("http", text.removeprefix(UNIX_PREFIX), 80, "/")
+    return parse_url(text)
 
 
 def parse_function_url(text: str) -> str:
@@ -111,10 +131,11 @@ QUEUE_ANNOTATION = "com.openfaas.queue"
 
 @dataclass(frozen=True, slots=True)
 class Function:
-    """One function.  `url` is its base URL without trailing slash, or None while its watchdog has no socket yet.
+    """One function.  `url` is where it answers (see `parse_upstream`), or None while its watchdog has no socket yet.
 
     `settings` are the watchdog's settings as typed in the file (`fprocess` among them), or None for a function
-    that runs elsewhere; `environment` is what its process gets besides.
+    that runs elsewhere; `environment` is what its process gets besides, `secrets` the names of those that it finds in
+    a directory of its own, `directory` where it is started (None: where the gateway was).
     """
 
     name: FunctionName
@@ -123,6 +144,8 @@ class Function:
     environment: Mapping[str, str] = field(default_factory=dict)
     annotations: Mapping[str, str] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
+    secrets: tuple[str, ...] = ()
+    directory: str | None = None
 
     @property
     def local(self) -> bool:
@@ -133,6 +156,14 @@ class Function:
     def queue(self) -> str:
         """The queue that its asynchronous calls wait in."""
         return self.annotations.get(QUEUE_ANNOTATION, DEFAULT_QUEUE)
+
+
+_SECRETS_ARE = "1 to 253 lower-case letters, digits, '-' and '.', a letter or digit first and last"
+
+
+def is_secret_name(text: str) -> bool:
+    """Tell whether `text` may be the name of a secret, which is the name of a file (as Kubernetes has it)."""
+    return len(text) <= 253 and re.fullmatch(r"[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?", text, re.ASCII) is not None
 
 
 class Functions:
@@ -163,6 +194,14 @@ class Functions:
             return listed
         return Function(name, url=_fill(self._pattern, name))
 
+    def __contains__(self, name: object) -> bool:
+        """Whether the table lists a function of this whole name, wherever the pattern leads."""
+        return name in self._table
+
+    def is_guarded(self, name: FunctionName) -> bool:
+        """Tell whether a caller's word completes the host of a function, whose address is then to be judged."""
+        return name not in self and completes_host(self._pattern)
+
     def __iter__(self) -> Iterator[Function]:
         """Yield the functions of the table, in the file's order; what the pattern covers cannot be listed."""
         return iter(self._table.values())
@@ -180,13 +219,13 @@ _COMMAND_KEYS = ("fprocess", "function_process")
 _TEXT_TABLES = ("environment", "annotations", "labels")
 
 
-_ROWS = {name: row for row in settings_table(Settings).values() for name in (row.name, row.alias) if name}
+WATCHDOG_ROWS = {name: row for row in settings_table(Settings).values() for name in (row.name, row.alias) if name}
 
 
-_RESERVED_PREFIXES = ("FAASHOUND_", "LISTEN_")
+RESERVED_PREFIXES = ("FAASHOUND_", "LISTEN_")
 
 
-_REFUSED = {
+REFUSED_SETTINGS = {
     "host": "the gateway opens the socket of a function that it runs",
     "port": "the gateway opens the socket of a function that it runs",
     "metrics_port": "the gateway counts the calls of a function that it runs",
@@ -194,7 +233,10 @@ _REFUSED = {
 }
 
 
-_LOCAL_KEYS = [name for name in _ROWS if name not in _REFUSED] + ["environment"]
+_LOCAL_KEYS = [name for name in WATCHDOG_ROWS if name not in REFUSED_SETTINGS] + ["environment", "secrets"]
+
+
+IMAGES_TABLE = "images"  # of the file: what deployments may call an image, unless it is a function of this name
 
 
 _KEYS = [*_LOCAL_KEYS, "url", "annotations", "labels"]
@@ -228,7 +270,9 @@ def parse_functions(text: str, source: str) -> dict[FunctionName, Function]:
     report = _Report(source, find_lines(text))
     table: dict[FunctionName, Function] = {}
     for key, entry in document.items():
-        if isinstance(entry, dict):
+        if _is_images(key, entry):
+            _check_images(entry, report)
+        elif isinstance(entry, dict):
             function = _parse_function(key, entry, report)
             if function.name in table:
                 report.add((key,), f"{function.name} has a table already")
@@ -238,6 +282,25 @@ def parse_functions(text: str, source: str) -> dict[FunctionName, Function]:
     if report.found:
         raise BadFunctions(report.problems())
     return table
+
+
+def read_images(path: Path) -> dict[str, str]:
+    """Return the images of the file at `path`, which `read_functions` has found right: to "process" or a directory."""
+    try:
+        entry = tomllib.loads(path.read_text(encoding="utf-8-sig")).get(IMAGES_TABLE, {})
+    except FileNotFoundError:
+        return {}
+    return dict(entry) if _is_images(IMAGES_TABLE, entry) else {}
+
+
+def _is_images(key: str, entry: object) -> bool:
+    return key == IMAGES_TABLE and isinstance(entry, dict) and not {"url", *_COMMAND_KEYS} & entry.keys()
+
+
+def _check_images(entry: Mapping[str, Any], report: _Report) -> None:
+    for name, value in entry.items():
+        if value != "process" and not (isinstance(value, str) and value.startswith("/")):
+            report.add((IMAGES_TABLE, name), 'allowed: "process", or the absolute path of a working directory')
 
 
 def find_lines(text: str) -> dict[tuple[str, ...], int]:
@@ -316,16 +379,28 @@ def _parse_function(name: str, entry: Mapping[str, Any], report: _Report) -> Fun
     texts = {key: _parse_texts((name, key), entry.get(key, {}), report) for key in _TEXT_TABLES}
     _check_environment(name, texts["environment"], report)
     _check_annotations(name, texts["annotations"], report)
+    if not elsewhere:
+        _check_labels(name, texts["labels"], report)
     url = _parse_value((name, "url"), entry["url"], parse_base_url, report) if elsewhere else None
-    return Function(whole_name, url, None if elsewhere else _parse_local(name, entry, report), **texts)
+    secrets = _parse_names((name, "secrets"), entry.get("secrets", []), report)
+    settings = None if elsewhere else _parse_local(name, entry, report)
+    environment, annotations, labels = (texts[key] for key in _TEXT_TABLES)
+    return Function(whole_name, url, settings, environment, annotations, labels, secrets)
+
+
+def _parse_names(path: tuple[str, ...], value: Any, report: _Report) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(each, str) and is_secret_name(each) for each in value):
+        report.add(path, f"not a list of names of secrets; allowed: {_SECRETS_ARE}")
+        return ()
+    return tuple(value)
 
 
 def _key_problem(key: str, elsewhere: bool) -> str | None:
     """Return what is wrong with a key of a function's table, or None."""
-    if elsewhere and (key in _LOCAL_KEYS or key in _REFUSED):
+    if elsewhere and (key in _LOCAL_KEYS or key in REFUSED_SETTINGS):
         return "means nothing beside url: a function that runs elsewhere has its own watchdog"
-    if key in _REFUSED:
-        return f"not allowed here: {_REFUSED[key]}"
+    if key in REFUSED_SETTINGS:
+        return f"not allowed here: {REFUSED_SETTINGS[key]}"
     if key in _KEYS:
         return None
     close = difflib.get_close_matches(key.lower(), _KEYS, 1)
@@ -337,8 +412,8 @@ def _parse_local(name: str, entry: Mapping[str, Any], report: _Report) -> dict[s
     found_before = len(report.found)
     settings = {}
     for key in _LOCAL_KEYS:
-        if key in _ROWS and key in entry:
-            settings[key] = _parse_value((name, key), entry[key], _checked(_ROWS[key].parse), report) or ""
+        if key in WATCHDOG_ROWS and key in entry:
+            settings[key] = _parse_value((name, key), entry[key], _checked(WATCHDOG_ROWS[key].parse), report) or ""
     if len(report.found) == found_before and any(key in settings for key in _COMMAND_KEYS):
         try:
             parse_settings(Settings, watchdog_settings(settings))
@@ -407,25 +482,37 @@ def _check_environment(name: str, environment: Mapping[str, str], report: _Repor
         path = (name, "environment", key)
         if not key or "=" in key or "\0" in key:
             report.add(path, "not a variable's name; allowed: anything without '=' and NUL")
-        elif key in _ROWS:
+        elif key in WATCHDOG_ROWS:
             report.add(path, "a setting of the watchdog; write it beside fprocess")
-        elif key.startswith(_RESERVED_PREFIXES):
-            report.add(path, f"reserved; allowed: names that do not start with {' or '.join(_RESERVED_PREFIXES)}")
+        elif key.startswith(RESERVED_PREFIXES):
+            report.add(path, f"reserved; allowed: names that do not start with {' or '.join(RESERVED_PREFIXES)}")
 
 
 def _check_annotations(name: str, annotations: Mapping[str, str], report: _Report) -> None:
     """Report annotations that the worker or the queue could not make sense of; all others are the operator's own."""
-    problems = {}
+    problems: dict[str, str] = {}
     try:
         parse_annotations(name, annotations)
     except BadAnnotations as error:
-        problems = error.problems
+        problems |= error.problems
     try:
         parse_queue_name(annotations.get(QUEUE_ANNOTATION, DEFAULT_QUEUE))
     except ValueError as error:
         problems[QUEUE_ANNOTATION] = str(error)
+    try:
+        parse_schedules(annotations)
+    except BadSchedule as error:
+        problems |= error.problems
     for annotation, problem in problems.items():
         report.add((name, "annotations", annotation), problem)
+
+
+def _check_labels(name: str, labels: Mapping[str, str], report: _Report) -> None:
+    try:
+        parse_scale(labels)
+    except BadLabels as error:
+        for label, problem in error.problems.items():
+            report.add((name, "labels", label), problem)
 
 
 def watchdog_settings(settings: Mapping[str, str]) -> dict[str, str]:

@@ -101,10 +101,7 @@ class FailureLog:
         self._failures[address] = failures
         if len(self._failures) > MAX_ADDRESSES_COUNT:
             self._failures.popitem(last=False)
-        doublings = failures.count - FREE_FAILURES_COUNT - 1
-        return failures.count, min(
-            FIRST_DELAY_S * 2.0 ** min(doublings, 30), LONGEST_DELAY_S
-        ) if doublings >= 0 else 0.0
+        return failures.count, _delay_s(failures.count)
 
     def told(self, address: str) -> None:
         """A late answer has been given, or its client has gone."""

@@ -23,16 +23,7 @@ from pathlib import Path
 
 NAMESERVER = "127.0.0.9"
 HOSTS = "127.0.0.1 localhost\n127.0.0.1 good.test\n127.0.0.2 two.test\n127.0.0.3 two.test\n"
-UNSHARE = [
-    "unshare",
-    *(["-Ur"] if os.geteuid() else []),
-    "--mount",
-    "--net",
-    "--pid",
-    "--fork",
-    "--mount-proc",
-    "--kill-child",
-]
+UNSHARE_PIDS = ["unshare", *(["-Ur"] if os.geteuid() else []), "--pid", "--fork", "--mount-proc", "--kill-child"]
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -40,7 +31,7 @@ def run_apart(function: Callable[[], None], deadline_s: float = 60) -> None:
     """Run `function` in namespaces of its own, in a process of its own."""
     module, name = function.__module__, function.__name__
     code = f"from testkit import apart; apart.settle(); from {module} import {name}; {name}()"
-    command = [*UNSHARE, sys.executable, "-c", code]
+    command = [*UNSHARE_PIDS, "--mount", "--net", sys.executable, "-c", code]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=deadline_s)
     assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
 

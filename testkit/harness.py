@@ -40,6 +40,7 @@ START_DEADLINE_S = 20.0
 STOP_DEADLINE_S = 15.0
 REPLY_DEADLINE_S = 15.0
 NOISE_S = 0.6  # what a machine of two cores that runs these tests and nothing else may add to any measured time
+TICK_S = 0.001  # of libuv's clock, which knows whole milliseconds only: so much before its time may a timer ring
 OWN_CROWD = 1.0  # processes for each core that the tests are themselves, two at a time, and their programs
 TCP_ESTABLISHED = 1
 MARK_NAME = "HARNESS_MARK"  # not FAASHOUND_...: what is named so is not passed on to functions
@@ -100,6 +101,27 @@ def run(name: str, arguments: Sequence[str] = (), settings: Mapping[str, str] = 
         timeout=START_DEADLINE_S,
         check=False,
     )
+
+
+def said(
+    command: Sequence[str],
+    *,
+    stdin: bytes | None = None,
+    deadline_s: float = 60.0,
+    environment: Mapping[str, str] = os.environ,
+) -> str:
+    """Run a command and return what it prints; AssertionError with its complaint if it fails."""
+    done = subprocess.run(
+        command,
+        input=stdin,
+        stdin=None if stdin is not None else subprocess.DEVNULL,
+        capture_output=True,
+        timeout=deadline_s,
+        env={**environment, "DOCKER_BUILDKIT": "0"},  # BuildKit would take a plugin of the client
+        check=False,
+    )
+    assert done.returncode == 0, f"{command}: {done.stderr.decode(errors='replace')[-3000:]}"
+    return done.stdout.decode(errors="replace")
 
 
 def processes_marked(mark: str) -> set[int]:

@@ -19,6 +19,7 @@ import pytest
 PACKAGES = {  # of Debian, by the program that they bring
     "docker": "docker.io",
     "dockerd": "docker.io",
+    "git": "git",
     "mmdebstrap": "mmdebstrap",
     "openssl": "openssl",
     "runc": "runc",

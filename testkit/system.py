@@ -42,6 +42,10 @@ fprocess = "env"
 """
 
 
+SIGNING_SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+NOTES_RUN = b'echo "$Http_X_Call_Id" >>"$TMPDIR/runs"\n'  # a script's first line, so that its runs can be counted
+
+
 class System(Program):
     """A gateway with its local functions and, unless `worker` is none, its worker."""
 
@@ -51,8 +55,9 @@ class System(Program):
         settings: Mapping[str, str] | None = None,
         spool: Path | None = None,
         prefix: Sequence[str] = (),
+        pass_fds: Sequence[int] = (),
     ) -> None:
-        super().__init__("gateway", ready_line=GATEWAY_READY, prefix=prefix)
+        super().__init__("gateway", ready_line=GATEWAY_READY, prefix=prefix, pass_fds=pass_fds)
         self.spool = spool or self.temporary / "spool"
         path = self.temporary / "functions.toml"
         path.write_text(functions)
@@ -112,6 +117,12 @@ class System(Program):
     def metrics(self) -> str:
         """Return what the gateway's /metrics says."""
         return http_request(self.metrics_port, "GET", "/metrics").text
+
+
+def runs(system: System) -> list[str]:
+    """Return the ids of the calls that began with NOTES_RUN, in the order in which they ran."""
+    path = system.temporary / "runs"
+    return path.read_text().split() if path.exists() else []
 
 
 def rows(spool: Path, sql: str, *values: object) -> list[dict[str, Any]]:
@@ -223,6 +234,12 @@ class Receiver:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+def functions_at(receiver: Receiver, **annotations: str) -> str:
+    """Return a functions file whose one function, `up`, is `receiver`; `a__b` is the annotation com.openfaas.a.b."""
+    lines = [f'annotations."com.openfaas.{name.replace("__", ".")}" = "{value}"' for name, value in annotations.items()]
+    return "\n".join([f'[up]\nurl = "{receiver.url("/fn")}"', *lines])
 
 
 def _read_body(handler: BaseHTTPRequestHandler) -> bytes:

@@ -30,6 +30,12 @@ def command(directory: object) -> str:
     return f"{sys.executable} -S -E -I {__file__} {directory}"
 
 
+def double_forks(count: int, *, reaped: bool = True) -> str:
+    """Return a program that leaves `count` orphans, which end at once, and reaps the parents of them that it forked."""
+    forks = ["import os", f"for _ in range({count}):", " if os.fork() == 0:", "  os.fork()", "  os._exit(0)"]
+    return "\n".join([*forks, " os.wait()"] if reaped else forks)
+
+
 def alive(directory: object, *, or_zombie: bool = True) -> set[int]:
     """Return the numbers of the recorded processes that live, or (`or_zombie`) wait to be reaped."""
     recorded = [(int(pid), started) for pid, started in (name.split(".") for name in os.listdir(str(directory)))]

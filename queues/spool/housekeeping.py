@@ -23,6 +23,7 @@ from .limits import BUSY_S, LETTER_BYTES, SET_BACK_S, SPARE_PAGE_COUNT
 from .notifier import WakeUp
 from .rows import read_stored, save
 from .statements import (
+    SQL_DROP_PAYLOAD,
     SQL_EXPIRING,
     SQL_FILES,
     SQL_LETTER_SIZES,
@@ -158,13 +159,16 @@ def purge(tx: Transaction, state: State, function: FunctionName | None, call_id:
 
 
 def drop_payloads(tx: Transaction, rows: Sequence[int]) -> tuple[str, ...]:
-    """Forgets the bodies of calls that will not run again, but not how long they were; returns the files they named."""
+    """Forgets the bodies of calls that will not run again, but not how long they were; returns the files they named.
+
+    Long header fields go as well: they can fill a disk as bodies do, and a row that kept them would be written anew.
+    """
     files: list[str] = []
     for seq in rows:
         files.extend(
             file for (file,) in tx.db.execute("SELECT file FROM requests WHERE seq = ? AND file IS NOT NULL", (seq,))
         )
-        tx.db.execute("UPDATE requests SET file = NULL, inline = NULL WHERE seq = ?", (seq,))
+        tx.db.execute(SQL_DROP_PAYLOAD, (seq,))
     return tuple(files)
 
 

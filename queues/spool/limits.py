@@ -32,6 +32,9 @@ SET_BACK_S = 60.0  # a wall clock that is set back by less only delays what is d
 RECLAIM_S = 1.0  # shortest time between two looks for dead owners
 
 
+KEPT_HEADERS_CHARS = 1024  # of a request's fields, as stored: longer ones go when its payload does
+
+
 LETTER_BYTES = 1024  # what a dead letter without bodies is reckoned to take
 
 
@@ -45,6 +48,9 @@ FILE_CHUNK_BYTES = 256 * 1024  # bodies go to and from files in pieces of this s
 
 
 RESERVE_PART = 8  # of a small disk, the part that the reserve takes at most
+
+
+RESULTS_PART = 0.75  # of the reserve, what results may take; the rest is for steps that give room back
 
 
 SLACK_PART = 4  # of the reserve, the part that is to be free besides: for the rows that are written beside bodies

@@ -4,8 +4,8 @@
     save(tx, stored, steps.cancel(stored.record, now_s))
 
 `save` writes what the step has changed, and nothing else; it keeps the counts of what waits, and notes whom to wake.
-Leases are not written here: whoever takes or ends one does that first, since the row of a lease is what decides
-whether there may be a step at all (claims.py, ends.py).
+Leases are not written here: claims.py and ends.py do that first, since the row of a lease is what decides whether there
+may be a step at all.
 
 It refuses to: decide anything.  What may happen to a call, and what follows from it, stands in calls/steps.py.
 """

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .limits import KEPT_HEADERS_CHARS
+
 # --------------------------------------------------------------------------------------------------------------------
 # Statements
 #
@@ -133,6 +135,13 @@ SQL_NEXT_CALLBACK = """
 SQL_ENDED = """
     SELECT value FROM json_each(?)
     WHERE NOT EXISTS (SELECT 1 FROM calls WHERE id = value AND state IN ('queued', 'running'))
+"""
+
+
+SQL_DROP_PAYLOAD = f"""
+    UPDATE requests SET file = NULL, inline = NULL,
+        headers = CASE WHEN length(headers) > {KEPT_HEADERS_CHARS} THEN '[]' ELSE headers END
+    WHERE seq = ?
 """
 
 

@@ -24,7 +24,7 @@ from ...watchdog import log
 from .body_files import unlink_bodies
 from .errors import DISK_FULL, NO_MEMORY, disk_error, sqlite_error
 from .housekeeping import truncate_journal
-from .limits import GROUP_COUNT
+from .limits import GROUP_COUNT, RESULTS_PART
 from .notifier import WakeUp
 from .parts import Parts
 from .puts import Put, put_all
@@ -45,13 +45,17 @@ T = TypeVar("T")
 
 @dataclass(slots=True, eq=False)
 class _Operation:
-    """Something to write. `alone`: under the writer lock, outside any transaction. `joins`: together with its like."""
+    """Something to write. `alone`: under the writer lock, outside any transaction. `joins`: together with its like.
+
+    `may_wait`: a result, which is to wait for room rather than take what is kept for steps that give room back.
+    """
 
     run: Callable[[Transaction], Any]
     future: asyncio.Future[Any]
     alone: bool
     joins: bool = False
     bytes_count: int = 0  # of a body that goes into a row
+    may_wait: bool = False
     answer: Any = None
     error: BaseException | None = None
 
@@ -97,13 +101,13 @@ class Writer:
     ) -> asyncio.Future[T]:
         """The future of what `run` returns, done once that is on disk; `body`: what it writes that may be large."""
         future: asyncio.Future[T] = self._loop.create_future()
-        joins = False
+        joins, may_wait = False, body is not None
         if isinstance(run, Put):
             joins, body = run.call.idempotency_key is None, run.call.body
         bytes_count = 0 if body is None or body.inline is None else body.bytes_count
         if not self._gathered:
             self._loop.call_soon(self.hand_over)
-        self._gathered.append(_Operation(run, future, alone, joins, bytes_count))
+        self._gathered.append(_Operation(run, future, alone, joins, bytes_count, may_wait))
         return future
 
     def hand_over(self) -> None:
@@ -201,7 +205,11 @@ class Writer:
         return wake_ups
 
     def _work_without_room(self, operation: _Operation) -> int:
-        """Does a step, if need be with the reserve. First the journal's pages go to their places, which takes room."""
+        """Does a step, if need be with the reserve. First the journal's pages go to their places, which takes room.
+
+        Results may be larger than what their calls give up, and would use up the whole in the end; then nothing could
+        be cancelled or dropped any more. So they get a part of it, and what holds them holds them until there is room.
+        """
         operation.error = None
         work = (
             partial(self._run_alone, operation) if operation.alone else partial(self._commit, [operation], short=True)
@@ -215,7 +223,7 @@ class Writer:
             if not isinstance(operation.error, QueueFull):
                 return wake_up
         operation.error = None
-        self._reserve.release()
+        self._reserve.release(RESULTS_PART if operation.may_wait else 1.0)
         self.tidy(refill=False)
         try:
             return work()

@@ -275,6 +275,8 @@ ELSEWHERE_AT_THE_GATEWAY = {
     "dots at the end": "/function/a/..",
     "encoded dots": "/function/%2e%2E/system/calls",
     "dots that are encoded twice": "/function/%252e%252e/system/calls",
+    "dots that are encoded three times": "/function/%25252e%25252e/system/calls",
+    "dots with a parameter": "/function/a/..;x/..;/system/calls",
     "encoded slash": "/function/..%2fsystem/calls",
     "backslash": "/function/..%5csystem/calls",
 }
@@ -311,6 +313,19 @@ def test_policy_refuses_the_gateway_under_another_name_whatever_is_allowed(
     url = rules.check_url("http://evil.example:8080/system/calls")
     with pytest.raises(CallbackRefused, match="is the gateway; allowed: its own name"):
         asyncio.run(resolve_with(rules.guard(lookup), url))
+
+
+def test_policy_passes_functions_of_the_gateway_under_a_name_that_is_allowed_in_full() -> None:
+    rules = policy("web", "http://127.0.0.1:8080")
+    names = {"web": "127.0.0.1", "127.0.0.1": "127.0.0.1"}
+
+    async def lookup(url: Url) -> list[tuple[socket.AddressFamily, str]]:
+        return [(socket.AF_INET, names[url.host])]
+
+    url = rules.check_url("http://web:8080/function/notify")
+    assert asyncio.run(resolve_with(rules.guard(lookup), url)) == [(socket.AF_INET, "127.0.0.1")]
+    with pytest.raises(CallbackRefused, match="is the gateway; allowed"):
+        asyncio.run(resolve_with(rules.guard(lookup), rules.check_url("http://web:8080/system/calls")))
 
 
 def test_policy_passes_the_gateway_by_name_whatever_private_address_it_has() -> None:
@@ -532,8 +547,11 @@ def test_callback_carries_the_functions_fields_in_order_and_then_ours() -> None:
 @pytest.mark.parametrize(
     "name",
     ["Connection", "Keep-Alive", "Proxy-Connection", "TE", "Trailer", "Transfer-Encoding", "Upgrade", "Content-Length"]
+    + ["X-Callback-Url", "X-Delay", "X-Expires", "Idempotency-Key", "X-Timeout"]
     + ["Host", "Expect", "Set-Cookie", "cookie", "AUTHORIZATION", "Proxy-Authenticate", "WWW-Authenticate", "X-Api-Key"]
-    + ["x-call-id", "X-FUNCTION-STATUS", "X-Retry", "user-agent", "webhook-id", "Webhook-Signature"],
+    + ["x-call-id", "X-FUNCTION-STATUS", "X-Retry", "user-agent", "webhook-id", "Webhook-Signature"]
+    + ["X-Callback-Url", "X-Delay", "X-Expires", "X-Timeout", "Idempotency-Key", "X-Worker-Token", "Via", "Forwarded"]
+    + ["X-Forwarded-For", "X-Forwarded-Host", "Origin", "Sec-Fetch-Site", "Access-Control-Request-Method"],
 )
 def test_callback_does_not_pass_on(name: str) -> None:
     assert list(build_callback_headers(FACTS, [(name, "evil")])) == OURS

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from faashound.calls.retries import (
     CALLBACK_POLICY,
     MAX_RETRY_AFTER_S,
+    AttemptOutcome,
     BadAnnotations,
     Concurrency,
     Dead,
     Done,
-    End,
     HandBack,
-    Outcome,
+    OutcomeKind,
     Progress,
     RetryAnnotations,
     RetryAt,
@@ -37,17 +37,17 @@ from faashound.calls.retries import (
 
 NOW_S = 1_700_000_000.0  # Tue, 14 Nov 2023 22:13:20 GMT
 POLICY = RetryPolicy()
-UNREACHABLE = Outcome(End.UNREACHABLE, error="connection refused")
-TIMED_OUT = Outcome(End.TIMED_OUT, error="over call_timeout (60s)")
-REFUSED = Outcome(End.REFUSED, error="refused: not allowed by callback_allow")
-HELD_BACK = Outcome(End.HELD_BACK, error="not tried: a:80 cannot be reached")
-LOST = Outcome(End.UNREADABLE, error="the file is gone")
-FAULT = Outcome(End.FAILED, error="a fault of the worker")
-PREVENTED = Outcome(End.PREVENTED, error="no descriptors")
+UNREACHABLE = AttemptOutcome(OutcomeKind.UNREACHABLE, error="connection refused")
+TIMED_OUT = AttemptOutcome(OutcomeKind.TIMED_OUT, error="over call_timeout (60s)")
+REFUSED = AttemptOutcome(OutcomeKind.REFUSED, error="refused: not allowed by callback_allow")
+HELD_BACK = AttemptOutcome(OutcomeKind.HELD_BACK, error="not tried: a:80 cannot be reached")
+LOST = AttemptOutcome(OutcomeKind.UNREADABLE, error="the file is gone")
+FAULT = AttemptOutcome(OutcomeKind.FAILED, error="a fault of the worker")
+PREVENTED = AttemptOutcome(OutcomeKind.PREVENTED, error="no descriptors")
 
 
-def answered(status: int, *, retry_after: str | None = None, internal: bool = False) -> Outcome:
-    return Outcome(End.ANSWERED, status, retry_after, internal)
+def answered(status: int, *, retry_after: str | None = None, internal: bool = False) -> AttemptOutcome:
+    return AttemptOutcome(OutcomeKind.ANSWERED, status, retry_after, internal)
 
 
 def gave_up(cause: str, status: int, with_answer: bool) -> Dead:
@@ -100,7 +100,7 @@ STEPS = {
 
 
 @pytest.mark.parametrize(("progress", "outcome", "step"), STEPS.values(), ids=STEPS)
-def test_call_goes_on_with(progress: Progress, outcome: Outcome, step: object) -> None:
+def test_call_goes_on_with(progress: Progress, outcome: AttemptOutcome, step: object) -> None:
     assert next_step(progress, POLICY, outcome, NOW_S, never) == step
 
 
@@ -148,7 +148,7 @@ outcomes = st.one_of(
 @settings(max_examples=300)
 @given(policies, st.lists(outcomes, min_size=50, max_size=50), st.randoms(use_true_random=False))
 def test_call_ends_within_its_attempts_whatever_happens(
-    policy: RetryPolicy, script: list[Outcome], chance: random.Random
+    policy: RetryPolicy, script: list[AttemptOutcome], chance: random.Random
 ) -> None:
     now_s = NOW_S
     for made, outcome in enumerate(script, 1):
@@ -163,7 +163,7 @@ def test_call_ends_within_its_attempts_whatever_happens(
 
 @given(policies, outcomes, st.integers(1, 40), st.floats(0, 1e10))
 def test_call_is_never_retried_at_or_after_its_expiry(
-    policy: RetryPolicy, outcome: Outcome, made: int, life_s: float
+    policy: RetryPolicy, outcome: AttemptOutcome, made: int, life_s: float
 ) -> None:
     progress = Progress(made, expires_s=NOW_S + life_s)
     step = next_step(progress, policy, outcome, NOW_S, random.random)
@@ -172,7 +172,7 @@ def test_call_is_never_retried_at_or_after_its_expiry(
 
 @given(policies, outcomes, st.integers(1, 40), st.integers(0, 10))
 def test_more_attempts_allowed_never_end_a_call_earlier(
-    policy: RetryPolicy, outcome: Outcome, made: int, extra: int
+    policy: RetryPolicy, outcome: AttemptOutcome, made: int, extra: int
 ) -> None:
     patient = dataclasses.replace(policy, max_attempts=policy.max_attempts + extra)
     if isinstance(next_step(Progress(made), policy, outcome, NOW_S, random.random), RetryAt):
@@ -296,7 +296,7 @@ CALLBACK_STEPS = {
 
 
 @pytest.mark.parametrize(("made", "outcome", "step"), CALLBACK_STEPS.values(), ids=CALLBACK_STEPS)
-def test_callback_goes_on_with(made: int, outcome: Outcome, step: object) -> None:
+def test_callback_goes_on_with(made: int, outcome: AttemptOutcome, step: object) -> None:
     assert next_callback_step(made, CALLBACK_POLICY, outcome, NOW_S, lambda: 0.0) == step
 
 
@@ -376,34 +376,34 @@ def test_retry_codes_are_read() -> None:
 
 
 def test_concurrency_starts_at_the_ceiling() -> None:
-    assert Concurrency.start(16).room(0) == 16
+    assert Concurrency.start(16).capacity(0) == 16
 
 
 @pytest.mark.parametrize("status", [200, 302, 404, 408, 500, 502, 504])
 def test_concurrency_is_halved_by_a_refusal_and_regained_one_per_round_of_answers(status: int) -> None:
     limit = Concurrency.start(16).after(answered(429), 0.0, 1.0)
-    assert limit.room(0) == 8
+    assert limit.capacity(0) == 8
     for _ in range(9):
         limit = limit.after(answered(status), 1.0, 2.0)
-    assert limit.room(0) == 9
+    assert limit.capacity(0) == 9
 
 
 def test_concurrency_is_cut_once_by_a_burst_of_refusals() -> None:
     limit = Concurrency.start(16)
     for _ in range(15):
         limit = limit.after(answered(429), 0.0, 1.0)
-    assert limit.room(0) == 8
-    assert limit.after(answered(503), 1.5, 2.0).room(0) == 4
+    assert limit.capacity(0) == 8
+    assert limit.after(answered(503), 1.5, 2.0).capacity(0) == 4
 
 
 @pytest.mark.parametrize("outcome", [UNREACHABLE, TIMED_OUT, LOST, FAULT, PREVENTED, answered(502, internal=True)])
-def test_concurrency_does_not_move_for_a_call_that_the_function_did_not_answer(outcome: Outcome) -> None:
+def test_concurrency_does_not_move_for_a_call_that_the_function_did_not_answer(outcome: AttemptOutcome) -> None:
     limit = Concurrency(16, 4.0)
     assert limit.after(outcome, 0.0, 1.0) == limit
 
 
 def test_concurrency_has_no_room_beside_enough_running_calls() -> None:
-    assert Concurrency.start(2).room(3) == 0
+    assert Concurrency.start(2).capacity(3) == 0
 
 
 @settings(max_examples=200)
@@ -413,7 +413,7 @@ def test_concurrency_stays_between_one_and_its_ceiling(ceiling: int, answers: li
     for status, took_s in answers:
         now_s += 1.0
         after = limit.after(answered(status), now_s - took_s, now_s)
-        assert 1 <= after.room(0) <= ceiling
+        assert 1 <= after.capacity(0) <= ceiling
         if status not in (429, 503):
             assert limit.limit <= after.limit <= limit.limit + 1
         else:
@@ -425,7 +425,7 @@ def test_concurrency_stays_between_one_and_its_ceiling(ceiling: int, answers: li
 def test_concurrency_settles_near_what_the_function_bears(ceiling: int, capacity: int) -> None:
     limit, sizes = Concurrency.start(ceiling), []
     for round_s in range(300):
-        running = limit.room(0)
+        running = limit.capacity(0)
         sizes.append(running)
         for place in range(running):
             outcome = answered(200 if place < capacity else 429)

@@ -14,12 +14,13 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from faashound import gateway, watchdog, worker
+from faashound import watchdog, worker
 from faashound.queues.nats_settings import NatsSettings
+from faashound.serving import settings as gateway
 from faashound.watchdog import parse_duration
-from testkit.harness import ROOT
+from testkit.harness import ROOT, said
 from testkit.needed import tool
-from tests.images.conftest import said
+from testkit.system import System
 
 DEPLOY = ROOT / "deploy"
 KUBERNETES_VERSION = "1.30"
@@ -171,13 +172,32 @@ def test_compose_publishes_on_loopback_only(files: tuple[str, ...]) -> None:
         assert all(is_loopback(port["host_ip"]) for port in service.get("ports", ())), name
 
 
+@pytest.mark.parametrize(
+    "files", [(), ("compose.examples.yml",), ("compose.spool.yml",)], ids=lambda files: "+".join(files)
+)
+def test_compose_gateway_keeps_to_its_names_and_pages_though_it_cannot_see_that_it_is_on_loopback(
+    files: tuple[str, ...],
+) -> None:
+    service = compose_services("compose.yml", *files)["gateway"]
+    told = {name: service["environment"][name] for name in ("allowed_hosts", "allowed_origins")}
+    with System(settings={"host": "0.0.0.0", "worker": "none", **told}) as system:
+
+        def status(headers: Mapping[str, str]) -> int:
+            return system.request("POST", "/function/cat", b"", headers).status
+
+        page = {"Origin": "http://page.example"}
+        assert [status({"Host": "rebind.example"}), status(page)] == [421, 403]
+        assert status({"Host": "gateway:8080"}) == 200  # as the worker and the demonstration call it
+        assert status({"Host": "localhost:8080", "Origin": "http://localhost:8080"}) == 200
+
+
 def test_swarm_publishes_only_a_gateway_that_asks_for_a_password() -> None:
     """Ports that a swarm publishes are open on all nodes; with `dnsrr` it refuses to publish any."""
     published = {name for name, service in compose_services("compose.yml").items() if service.get("ports")}
     assert published == {"gateway"}
     assert compose_services("compose.yml")["gateway"]["deploy"]["endpoint_mode"] == "dnsrr"
     gateway = yaml.safe_load((DEPLOY / "stack.yml").read_text(encoding="utf-8"))["services"]["gateway"]
-    assert gateway["environment"] == {"basic_auth": "true"}
+    assert gateway["environment"] == {"basic_auth": "true", "allowed_hosts": "", "allowed_origins": ""}  # unset
     assert gateway["secrets"] == ["basic-auth-user", "basic-auth-password"]
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 
 import pytest
 
-from faashound.serving.browsers import BrowserRules, UnknownHost, parse_hosts, parse_origins
+from faashound.network.hosts import parse_hosts
+from faashound.serving.browsers import BrowserRules, UnknownHost, parse_origins
 from faashound.watchdog import Body, Request
 from testkit.harness import free_port, http_request, raw
 from testkit.system import Receiver, System, always
@@ -41,6 +42,7 @@ def status(system: System, method: str, path: str, headers: Mapping[str, str], b
         *((b"rebind.example", False), (b"rebind.example:8080", False), (b"localhost.rebind.example", False)),
         *((b"127.0.0.1.rebind.example", False), (b"xlocalhost", False), (b"1.faas.internal", False)),
         *((b"127.0.0.1.", True), (b"2130706433", False), (b"a" * 300, False)),
+        *((b"0.0.0.0:8080", False), (b"[::]:8080", False), (b"[::ffff:7f00:1]:8080", False)),
     ],
 )
 def test_rules_know_a_host_whose_owner_cannot_be_a_stranger(host: bytes, known: bool) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from faashound.calls.ids import new_call_id
 from faashound.calls.model import State
-from faashound.calls.views import SHOWN_BODY_BYTES, BadQuery, describe_body, parse_choice_query
+from faashound.calls.views import SHOWN_BODY_BYTES, BadQuery, describe_body, parse_call_filter
 from faashound.queues.commands import format_table
 from testkit.harness import run
 from testkit.system import FUNCTIONS, Receiver, System, always, in_turn
@@ -261,13 +261,13 @@ def test_body_is_shown_as_text_where_it_is_text(start: bytes, count: int, shown:
 
 
 def test_query_is_read_with_its_defaults() -> None:
-    choice = parse_choice_query(b"state=dead&limit=7&function=a")
+    choice = parse_call_filter(b"state=dead&limit=7&function=a")
     assert (choice.state, choice.limit_count, choice.function, choice.before) == (State.DEAD, 7, "a.openfaas-fn", None)
-    assert parse_choice_query(b"function=a.prod").function == "a.prod"
+    assert parse_call_filter(b"function=a.prod").function == "a.prod"
     with pytest.raises(BadQuery, match="allowed: queued, running"):
-        parse_choice_query(b"state=x")
+        parse_call_filter(b"state=x")
     with pytest.raises(BadQuery, match="function='A': 'A' is no function's name; allowed: 1 to 63"):
-        parse_choice_query(b"function=A")
+        parse_call_filter(b"function=A")
 
 
 def test_table_keeps_each_letter_on_one_line() -> None:

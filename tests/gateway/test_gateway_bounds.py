@@ -10,6 +10,8 @@ from contextlib import ExitStack
 import pytest
 
 from faashound.functions.table import Functions, parse_function_url
+from faashound.serving.settings import Settings
+from faashound.watchdog import BadSettings, parse_settings
 from testkit.harness import connect, free_port, http_request, parse, raw, read_all, run, wait_read
 from testkit.system import Receiver, System, always
 
@@ -114,7 +116,8 @@ def test_keys_and_metrics_of_namespaces_are_apart() -> None:
             assert ids[0] != ids[1]
             for call_id in ids:
                 system.ended(call_id)
-            system.request("POST", "/function/cat.dev")
+            for _ in range(2):  # a name is counted as such once it has answered
+                system.request("POST", "/function/cat.dev")
             assert 'gateway_function_invocation_total{code="200",function_name="cat.dev"} 1.0' in system.metrics()
 
 
@@ -123,6 +126,13 @@ def test_bad_namespaces_stop_the_start(text: str) -> None:
     ended = run("gateway", settings={"namespaces": text or ","})
     assert ended.returncode == 2
     assert "namespaces" in ended.stderr
+
+
+def test_namespaces_that_function_url_does_not_tell_apart_stop_the_start() -> None:
+    with pytest.raises(BadSettings, match=r"\{namespace\} in function_url"):
+        parse_settings(Settings, {"namespaces": "prod,dev", "function_url": "http://{name}:1"})
+    parse_settings(Settings, {"namespaces": "prod", "function_url": "http://{name}:1"})
+    parse_settings(Settings, {"namespaces": "prod,dev", "function_url": "http://{name}.{namespace}:1"})
 
 
 @pytest.mark.parametrize("area", ["function", "async-function"])

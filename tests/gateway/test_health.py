@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from faashound.serving.health import QUEUE_MEMORY_S, Health, stray_queues
-from faashound.watchdog import Board, Seat
+from faashound.serving.health import QUEUE_MEMORY_S, Health
+from faashound.serving.janitor import is_nearly_full, stray_queues
+from faashound.watchdog import Scoreboard, Slot
+from testkit.disks import fill
 from testkit.harness import free_port, http_request, wait_until
 from testkit.system import System
 
@@ -21,11 +24,11 @@ def is_healthy(system: System) -> bool:
 
 
 def test_health_has_no_problems_at_first() -> None:
-    assert Health(Seat(Board())).problems(0.0) == []
+    assert Health(Slot(Scoreboard())).problems(0.0) == []
 
 
 def test_queue_that_refuses_is_a_problem_until_it_takes_a_call_or_nobody_has_asked_it_for_long() -> None:
-    health = Health(Seat(Board()))
+    health = Health(Slot(Scoreboard()))
     health.queue_refused(0.0)
     assert health.problems(1.0) == ["the queue does not take calls; see the log"]
     health.queue_took()
@@ -36,8 +39,8 @@ def test_queue_that_refuses_is_a_problem_until_it_takes_a_call_or_nobody_has_ask
 
 
 def test_every_process_knows_of_the_worker_that_the_first_one_runs() -> None:
-    board = Board(2)
-    first, second = Health(Seat(board)), Health(Seat(board, 1))
+    board = Scoreboard(2)
+    first, second = Health(Slot(board)), Health(Slot(board, 1))
     first.worker_trouble("exited with status 1")
     assert second.problems(0.0) == first.problems(0.0) != []
     first.worker_trouble("")
@@ -46,6 +49,41 @@ def test_every_process_knows_of_the_worker_that_the_first_one_runs() -> None:
 
 def test_stray_queues_are_those_with_calls_that_nothing_drains() -> None:
     assert stray_queues({"a": 1, "b": 2, "c": 0}, {"a"}) == {"b": 2}
+
+
+@pytest.mark.parametrize(
+    ("free_bytes", "reserve_bytes", "expected"),
+    [(399, 100, True), (400, 100, False), (0, 100, True), (None, 100, False), (0, 0, False), (0, None, False)],
+)
+def test_queue_is_nearly_full_when_few_reserves_are_free(
+    free_bytes: int | None, reserve_bytes: int | None, expected: bool
+) -> None:
+    assert is_nearly_full(free_bytes, reserve_bytes) is expected
+
+
+def test_every_process_warns_of_the_room_that_the_first_one_looks_at() -> None:
+    board = Scoreboard(2)
+    first, second = Health(Slot(board)), Health(Slot(board, 1))
+    first.queue_is_nearly_full(True)
+    assert second.warnings() == ["the queue's disk is nearly full; see the log"]
+    assert second.problems(0.0) == []
+    first.queue_is_nearly_full(False)
+    assert second.warnings() == []
+
+
+def test_gateway_tells_of_a_disk_that_is_nearly_full_while_it_still_takes_calls(small_disk: Path) -> None:
+    settings = {"keep_results": "1s", "retention": "1s", "metrics_port": str(free_port()), "worker": "none"}
+    with System(settings=settings, spool=small_disk / "spool") as system:
+        assert system.request("GET", "/healthz").text == "OK"
+        ballast = fill(small_disk)
+        os.truncate(ballast, ballast.stat().st_size - (600 << 10))
+        system.wait_log("warning: the queue's disk is nearly full")
+        answer = system.request("GET", "/healthz")
+        assert (answer.status, answer.text) == (200, "OK; the queue's disk is nearly full; see the log")
+        assert 'gateway_trouble{part="room"} 1.0' in system.metrics()
+        system.submit("cat", b"x")
+        ballast.unlink()
+        wait_until(lambda: system.request("GET", "/healthz").text == "OK", 10, "there is room again")
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from faashound.gateway import SharedLimit
+from faashound.serving.shared_limit import SharedLimit
 
 LIMIT_S = 0.2
 LONG_S = 20.0

@@ -21,8 +21,16 @@ from typing import Any, cast
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-MODULES = sorted(path.stem for path in ROOT.glob("*.py") if path.stem not in ("setup", "__init__"))
+from faashound import watchdog
+
+ROOT = Path(watchdog.__file__).resolve().parent
+NOT_RUN = {"tests", "testkit", "bench", "docs", "examples", "deploy", "setup", "build", "ui"}  # by our programs
+MODULES = {  # name: path
+    ".".join(("faashound", *path.relative_to(ROOT).with_suffix("").parts)): path
+    for path in sorted(ROOT.rglob("*.py"))
+    if not any(part.startswith(".") or part in NOT_RUN for part in path.relative_to(ROOT).with_suffix("").parts)
+    and path.name != "__init__.py"
+}
 H11 = ("_abnf", "_connection", "_events", "_headers", "_readers", "_receivebuffer", "_util", "_writers")
 RUN_CHARS = 8000  # a head may be eight times as long
 LIMIT_S = 0.02  # of processor time; linear takes some 50 us, quadratic 100 ms and more
@@ -33,7 +41,7 @@ Pattern = re.Pattern[str] | re.Pattern[bytes]
 
 def compiled_patterns() -> Iterator[tuple[str, Pattern, str]]:
     """Yield (where, pattern, method) for every compiled pattern that a module of ours or of h11 holds."""
-    for name in (*(f"faashound.{stem}" for stem in MODULES), *(f"h11.{stem}" for stem in H11)):
+    for name in (*MODULES, *(f"h11.{stem}" for stem in H11)):
         module = importlib.import_module(name)
         source = Path(str(module.__file__)).read_text(encoding="utf-8")
         for key, value in vars(module).items():
@@ -44,13 +52,13 @@ def compiled_patterns() -> Iterator[tuple[str, Pattern, str]]:
 
 def literal_patterns() -> Iterator[tuple[str, Pattern, str]]:
     """Yield (where, pattern, method) for every call like `re.fullmatch("...", text)` in a module of ours."""
-    for stem in MODULES:
-        for node in ast.walk(ast.parse((ROOT / f"{stem}.py").read_text(encoding="utf-8"))):
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("re.") and node.args:
                 first, method = node.args[0], ast.unparse(node.func).removeprefix("re.")
                 if isinstance(first, ast.Constant) and method != "compile":
                     pattern: Pattern = re.compile(cast(str, first.value))  # or bytes
-                    yield f"faashound.{stem}:{node.lineno}", pattern, method
+                    yield f"{name}:{node.lineno}", pattern, method
 
 
 # Of a pattern that is looked for anywhere, a long run that leads to nothing is read again from each of its bytes.
@@ -154,3 +162,8 @@ def test_pattern_takes_linear_time_when_a_stranger_chooses_the_text(pattern: Pat
     for text in hostile_texts(pattern):
         took_s = processor_time_s(call, text.encode("latin-1") if isinstance(pattern.pattern, bytes) else text)
         assert took_s < LIMIT_S, f"{method} of {text[:40]!r}...{text[-20:]!r}: {took_s:.3f} s"
+
+
+def test_patterns_of_every_room_are_among_them() -> None:
+    rooms = {where.split(".")[1].partition(":")[0] for where in PATTERNS if where.startswith("faashound.")}
+    assert {"watchdog", "network", "calls", "queues", "functions", "serving"} <= rooms

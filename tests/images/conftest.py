@@ -13,18 +13,19 @@ import fcntl
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from testkit.harness import ROOT, http_request, wait_until
+from testkit.harness import ROOT, http_request, said, wait_until
 from testkit.needed import tool, want_root
 
 ENGINE_DEADLINE_S = 30.0
@@ -132,27 +133,6 @@ class OwnEngine(Engine):
                 said(["umount", path])
 
 
-def said(
-    command: Sequence[str],
-    *,
-    stdin: bytes | None = None,
-    deadline_s: float = 60.0,
-    environment: Mapping[str, str] = os.environ,
-) -> str:
-    """Run a command and return what it prints; AssertionError with its complaint if it fails."""
-    done = subprocess.run(
-        command,
-        input=stdin,
-        stdin=None if stdin is not None else subprocess.DEVNULL,
-        capture_output=True,
-        timeout=deadline_s,
-        env={**environment, "DOCKER_BUILDKIT": "0"},  # BuildKit would take a plugin of the client
-        check=False,
-    )
-    assert done.returncode == 0, f"{command}: {done.stderr.decode(errors='replace')[-3000:]}"
-    return done.stdout.decode(errors="replace")
-
-
 class Images:
     """Images by short names, each built when it is first asked for."""
 
@@ -240,7 +220,9 @@ def copy_sources(target: Path) -> None:
     target.mkdir()
     for path in [*ROOT.glob("*.py"), *ROOT.glob("Dockerfile*"), ROOT / "py.typed", ROOT / "pyproject.toml"]:
         shutil.copy(path, target)
-    shutil.copytree(ROOT / "examples", target / "examples", ignore=shutil.ignore_patterns("__pycache__"))
+    rooms = re.findall(r"^COPY (\w+) \1$", (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)
+    for folder in ("examples", *rooms):
+        shutil.copytree(ROOT / folder, target / folder, ignore=shutil.ignore_patterns("__pycache__"))
     machine = platform.machine()
     for_base = ["--only-binary=:all:", "--python-version", DEBIAN_PYTHON]
     for_base += [f"--platform=manylinux{version}_{machine}" for version in ("2014", "_2_28", "_2_34")]

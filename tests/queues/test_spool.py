@@ -7,7 +7,9 @@ import contextlib
 import fcntl
 import os
 import resource
+import shutil
 import socket
+import subprocess
 import time
 import tracemalloc
 from collections import deque
@@ -27,9 +29,11 @@ from faashound.calls.model import (
 from faashound.queues.spool import queue as spool_queue
 from faashound.queues.spool.limits import DATABASE, STEP_COUNT
 from faashound.queues.spool.notifier import WakeUp
+from testkit.needed import want_root
 from testkit.queue_kit import inline, read_all
 from testkit.spool_kit import START_S, Desk, new_call
 
+NOBODY = 65534
 LONG_S = 20.0  # how long a test waits for what should come at once
 BIG = os.urandom(INLINE_BYTES + 1)
 
@@ -251,7 +255,43 @@ def moved_bodies(desk: Desk) -> Iterator[None]:
     away.rename(bodies)
 
 
-@pytest.mark.parametrize("trouble", [no_descriptors, moved_bodies], ids=lambda trouble: trouble.__name__)
+@contextlib.contextmanager
+def no_permission(_: Desk) -> Iterator[None]:
+    """EACCES, as when someone has changed an owner or a mode by mistake."""
+    want_root("becoming another user")
+    os.seteuid(NOBODY)
+    yield
+    os.seteuid(0)
+
+
+@contextlib.contextmanager
+def failing_disk(desk: Desk) -> Iterator[None]:
+    """EIO: the body lies on a device whose end has been cut off."""
+    want_root("mounting a small disk")
+    (body,) = (desk.directory / "bodies").iterdir()
+    image, disk = desk.directory.parent / "image", desk.directory.parent / "disk"
+    disk.mkdir()
+    with contextlib.ExitStack() as stack:
+        for command in (
+            ["truncate", "-s", "8M", str(image)],
+            ["mkfs.ext4", "-q", str(image)],
+            ["mount", "-o", "loop", str(image), str(disk)],
+        ):
+            subprocess.run(command, check=True)
+        stack.callback(subprocess.run, ["umount", "-l", str(disk)], check=True)
+        copy = shutil.copy(body, disk)
+        subprocess.run(["sync", "-f", str(copy)], check=True)
+        subprocess.run(["mount", "--bind", str(copy), str(body)], check=True)
+        stack.callback(subprocess.run, ["umount", "-l", str(body)], check=True)
+        os.truncate(image, 65536)
+        with open(body, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        yield
+
+
+@pytest.mark.parametrize(
+    "trouble", [no_descriptors, moved_bodies, no_permission, failing_disk], ids=lambda trouble: trouble.__name__
+)
 def test_body_that_cannot_be_read_for_a_moment_is_not_damaged(desk: Desk, trouble: Any) -> None:
     body = desk.do(desk.spool.store_body(BIG))
     with trouble(desk), pytest.raises(QueueUnavailable):

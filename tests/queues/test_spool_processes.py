@@ -20,13 +20,6 @@ BIG = os.urandom(INLINE_BYTES + 1)
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Iterator[Desk]:
-    desk = Desk(tmp_path / "spool")
-    yield desk
-    desk.close()
-
-
-@pytest.fixture
 def remote(desk: Desk) -> Iterator[Remote]:
     remote = Remote(desk.directory)
     yield remote

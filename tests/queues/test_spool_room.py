@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,9 @@ from faashound.calls.model import (
 from faashound.queues.spool.limits import FILE_CHUNK_BYTES
 from faashound.queues.spool.queue import Spool
 from faashound.watchdog import PeerGone
+from testkit.disks import fill
 from testkit.queue_kit import read_all
 from testkit.spool_kit import LEASE_S, QUEUE, START_S, Desk, Remote, inline, new_call
-from tests.queues.test_spool_faults import fill, small_disk
-
-__all__ = ["small_disk"]  # a fixture
 
 DISK_BYTES = 2 << 20
 LONG_S = 20.0
@@ -43,12 +42,12 @@ def desk(small_disk: Path) -> Iterator[Desk]:
     desk.close()
 
 
-def put_until_full(desk: Desk, body: Callable[[], StoredBody]) -> list[Call]:
+def put_until_full(desk: Desk, body: Callable[[], StoredBody], **changes: Any) -> list[Call]:
     """As submitters do that stop only when they are refused."""
     calls = []
     with contextlib.suppress(QueueFull):
         while True:
-            calls.append(desk.put(body=body()))
+            calls.append(desk.put(body=body(), **changes))
     return calls
 
 
@@ -90,6 +89,37 @@ def test_queue_drains_when_calls_have_filled_its_disk(desk: Desk, body: Callable
     desk.do(desk.spool.sweep(60, 60))
     assert desk.spool.trouble is None
     desk.put(body=body(desk))
+
+
+def test_room_can_be_given_back_when_results_have_taken_what_they_may(desk: Desk) -> None:
+    """Results in rows, each larger than the payload that its call gives up for it: no reserve is enough for all."""
+    count = len(put_until_full(desk, lambda: inline(b""), headers=()))
+    with pytest.raises(QueueFull):
+        deque((run(desk, 2000) for _ in range(count)), 0)
+    done = desk.do(desk.spool.stats()).by_state[State.DONE]
+    assert 0 < done < count
+    assert desk.do(desk.spool.purge(state=State.DONE)) == done
+    assert desk.do(desk.spool.cancel_queued()) > 0
+    desk.clock.now_s += 3600
+    desk.do(desk.spool.sweep(60, 60))
+    assert desk.spool.trouble is None
+    desk.put()
+
+
+@pytest.mark.parametrize("end", ["cancelled", "done"])
+def test_disk_is_free_again_when_header_fields_have_filled_it_and_the_calls_have_ended(desk: Desk, end: str) -> None:
+    headers = (("X-Long", os.urandom(30_000).hex()),)
+    count = len(put_until_full(desk, lambda: inline(b""), headers=headers))
+    if end == "cancelled":
+        assert desk.do(desk.spool.cancel_queued()) == count
+    else:
+        while run(desk, 100):
+            pass
+        assert desk.do(desk.spool.stats()).by_state[State.DONE] == count
+        desk.clock.now_s += 3600
+    desk.do(desk.spool.sweep(60, 60))
+    assert desk.spool.trouble is None
+    desk.put(headers=headers)
 
 
 @pytest.mark.parametrize("body", [short_body, long_body], ids=lambda body: body.__name__)

@@ -20,7 +20,7 @@ from testkit.needed import want_root
 from testkit.spool_kit import Desk
 
 STRANGER = 65534
-KEPT = ("token", "writer.lock", "bodies", "owners", "bells", DATABASE)
+KEPT = ("token", "writer.lock", "bodies", "owners", "bells", "reserve", DATABASE)
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_queue_refuses_to_follow_a_link_in_its_directory(directory: Path, name: 
     assert f"{path} is a symbolic link" in refused(directory)
 
 
-@pytest.mark.parametrize("name", ["writer.lock", "token"])
+@pytest.mark.parametrize("name", ["writer.lock", "token", "reserve", DATABASE])
 def test_queue_does_not_wait_when_a_fifo_stands_in_for_a_file(directory: Path, name: str) -> None:
     (directory / name).unlink()
     os.mkfifo(directory / name)

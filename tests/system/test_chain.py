@@ -38,6 +38,26 @@ def test_callback_to_async_function_runs_the_next_function_once(system: System, 
     assert (system.temporary / "next").read_bytes().splitlines().count(body) == 1
 
 
+def test_function_that_echoes_what_it_was_sent_does_not_steer_the_next_call_of_a_chain() -> None:
+    """Its answer's fields become those of a submission, where they would be the caller's word."""
+    echoed = ("x-callback-url", "x-delay", "x-expires", "idempotency-key", "x-timeout", "via", "origin")
+
+    def echo(received: Received) -> Reply:
+        made_up = {"X-Delay": "1h", "X-Expires": "1ms", "Idempotency-Key": "k", "Origin": "http://evil.example"}
+        echoed_fields = {name: value for name, value in received.headers.items() if name in echoed}
+        return 200, made_up | echoed_fields | {"X-Callback-Url": elsewhere.url()}, b"by echo"
+
+    with Receiver(echo) as receiver, Receiver() as elsewhere:
+        with System(f'{NEXT}\n[echo]\nurl = "{receiver.url()}"') as system:
+            url = f"http://127.0.0.1:{system.port}/async-function/next"
+            call_id = system.submit("echo", b"x", {"X-Callback-Url": url, "X-Timeout": "10s"})
+            system.until(call_id, lambda status: status.get("callback", {}).get("state") == "delivered")
+            (next_id,) = next_calls(system, b"by echo")
+            status = system.ended(next_id)
+            assert (status["state"], status.get("callback")) == ("done", None)
+        assert elsewhere.received() == []
+
+
 def test_next_function_runs_once_though_its_callback_is_repeated_through_a_gateway_of_another_name(
     system: System,
 ) -> None:

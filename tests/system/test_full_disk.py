@@ -9,11 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from testkit.disks import fill
 from testkit.harness import free_port, wait_until
 from testkit.system import System
-from tests.queues.test_spool_faults import fill, small_disk
-
-__all__ = ["small_disk"]  # a fixture
 
 FUNCTIONS = """
 [cat]
@@ -58,6 +56,16 @@ def test_call_is_a_dead_letter_after_one_run_when_its_answer_is_longer_than_max_
     assert (ended["state"], ended["attempts"]) == ("dead", 1)
     assert "max_result" in ended["error"]
     assert (system.temporary / "runs").read_text() == "run\n"
+
+
+def test_dead_letter_goes_with_a_line_and_a_count_when_keep_dead_is_over() -> None:
+    settings = {"keep_dead": "1s", "keep_results": "1s", "retention": "2s", "metrics_port": str(free_port())}
+    with System(settings=settings | {"max_retry_attempts": "1"}) as system:
+        dead = system.submit("shell", b"exit 1")
+        assert system.ended(dead)["state"] == "dead"
+        wait_until(lambda: system.request("GET", f"/async-function/{dead}").status == 404, 10, "the letter is gone")
+        assert dead in system.wait_log("a dead letter was dropped: keep_dead is over")
+        wait_until(lambda: "gateway_queue_dropped_letters_total 1.0" in system.metrics(), 5, "it is counted")
 
 
 def test_system_drains_a_full_disk_and_runs_no_function_twice(small_disk: Path) -> None:

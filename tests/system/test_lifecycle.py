@@ -12,6 +12,7 @@ from contextlib import ExitStack
 import pytest
 
 from testkit.harness import (
+    TICK_S,
     InBackground,
     Program,
     command_of,
@@ -93,7 +94,7 @@ def test_watchdog_exits_0_after_the_interval_when_idle() -> None:
         start_s = time.monotonic()
         program.terminate()
         assert program.wait_exit(5) == 0
-        assert 0.7 <= time.monotonic() - start_s < 0.7 + noise_s()
+        assert 0.7 - TICK_S <= time.monotonic() - start_s < 0.7 + noise_s()
 
 
 def test_interval_is_the_write_timeout_when_that_is_shorter_than_5_s() -> None:
@@ -101,7 +102,7 @@ def test_interval_is_the_write_timeout_when_that_is_shorter_than_5_s() -> None:
         start_s = time.monotonic()
         program.terminate()
         assert program.wait_exit(4) == 0
-        assert 0.3 <= time.monotonic() - start_s < 0.3 + noise_s()
+        assert 0.3 - TICK_S <= time.monotonic() - start_s < 0.3 + noise_s()
 
 
 def test_running_call_is_answered_after_accepting_ended_when_draining() -> None:
@@ -178,7 +179,7 @@ def test_client_gets_a_503_when_its_function_outlasts_the_drain(signals_count: i
         assert (answer.status, answer.headers["connection"]) == (503, "close")
         assert "stopping" in answer.text
         assert program.wait_exit(3) == 1
-        assert not program.functions()
+        program.wait_idle(0.5)  # what is killed needs a turn of the processor to be gone
 
 
 def test_client_gets_a_503_when_its_request_has_not_arrived_whole_by_the_end_of_the_drain() -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, cast
 
 import pytest
 import trustme
@@ -16,7 +15,6 @@ from hypothesis import strategies as st
 
 from faashound.watchdog import (
     Client,
-    ClientResponse,
     FaashoundError,
     PeerGone,
     Unreachable,
@@ -25,48 +23,11 @@ from faashound.watchdog import (
     parse_url,
 )
 from testkit.harness import free_port, noise_s
+from testkit.scripted import HELLO, answering, body_of, read_head, run, serving
 
-Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
-HELLO = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nX-A: b\r\n\r\nhello"
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3;x=y\r\nhel\r\n2\r\nlo\r\n0\r\nT: v\r\n\r\n"
 UNTIL_CLOSE = b"HTTP/1.0 200 OK\r\n\r\nhello"
 INTERIM = b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + HELLO
-
-
-def run(work: Coroutine[Any, Any, None]) -> None:
-    """Run a test, which must end soon."""
-
-    async def bounded() -> None:
-        async with asyncio.timeout(20):
-            await work
-
-    asyncio.run(bounded())
-
-
-@contextlib.asynccontextmanager
-async def serving(serve: Serve, tls: ssl.SSLContext | None = None) -> AsyncIterator[Url]:
-    """Yield the URL of a server that hands each connection to `serve` and then closes it."""
-
-    handlers: set[asyncio.Task[None]] = set()
-
-    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        handlers.add(task := cast(asyncio.Task[None], asyncio.current_task()))
-        task.add_done_callback(handlers.discard)
-        try:
-            with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
-                await serve(reader, writer)
-        finally:
-            writer.close()
-            with contextlib.suppress(OSError):
-                await writer.wait_closed()
-
-    server = await asyncio.start_server(handle, "127.0.0.1", 0, ssl=tls)
-    async with server:
-        port = server.sockets[0].getsockname()[1]
-        yield parse_url(f"{'https' if tls else 'http'}://localhost:{port}/")
-    for task in handlers:
-        task.cancel()
-    await asyncio.gather(*handlers, return_exceptions=True)
 
 
 @contextlib.asynccontextmanager
@@ -76,31 +37,6 @@ async def new_client() -> AsyncIterator[Client]:
         yield client
     finally:
         await client.close()
-
-
-async def read_head(reader: asyncio.StreamReader) -> bytes:
-    return await reader.readuntil(b"\r\n\r\n")
-
-
-def answering(*pieces: bytes) -> Serve:
-    """Return a server that sends `pieces` one after the other in answer to each request."""
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while True:
-            await read_head(reader)
-            for piece in pieces:
-                writer.write(piece)
-                await writer.drain()
-                await asyncio.sleep(0)
-            if b"".join(pieces).startswith(b"HTTP/1.0"):
-                return
-
-    return serve
-
-
-async def body_of(response: ClientResponse) -> bytes:
-    async with response:
-        return await response.body.read(1 << 20)
 
 
 @pytest.mark.parametrize("answer", [HELLO, CHUNKED, UNTIL_CLOSE, INTERIM], ids=["length", "chunks", "close", "interim"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
+import select
 import socket
 import ssl
 import threading
@@ -24,6 +26,7 @@ from faashound.watchdog import (
     WATCH_IDLE_S,
     Address,
     Client,
+    OutOfResources,
     PeerGone,
     SentBody,
     Unreachable,
@@ -32,8 +35,8 @@ from faashound.watchdog import (
     take_turns,
 )
 from testkit.apart import lo_up, run_apart
-from testkit.harness import NOISE_S, free_port, probe_due_s
-from tests.watchdog.test_client import HELLO, answering, body_of, read_head, run, serving
+from testkit.harness import free_port, noise_s, probe_due_s
+from testkit.scripted import HELLO, answering, body_of, read_head, run, serving
 
 MakeLoop = Callable[[], asyncio.AbstractEventLoop]
 V4, V6 = socket.AF_INET, socket.AF_INET6
@@ -97,7 +100,7 @@ def test_client_reaches_the_last_address_when_those_before_it_are_silent(
                     started_s = time.monotonic()
                     assert await body_of(await client.request("GET", url)) == b"hello"
                     took_s = time.monotonic() - started_s
-        assert dead_count * ATTEMPT_DELAY_S <= took_s < dead_count * ATTEMPT_DELAY_S + NOISE_S
+        assert dead_count * ATTEMPT_DELAY_S <= took_s < dead_count * ATTEMPT_DELAY_S + noise_s()
 
     run(test())
 
@@ -443,7 +446,7 @@ def inside_vanished_peer() -> None:
                 started_s = time.monotonic()
                 with pytest.raises((PeerGone, Unreachable)):
                     await waiting
-                assert time.monotonic() - started_s < 4 + NOISE_S
+                assert time.monotonic() - started_s < 4 + noise_s()
                 lo_up()
                 await client.close()
 
@@ -495,3 +498,51 @@ def test_client_lets_a_peer_stall_when_its_body_may_fill_the_window(body: SentBo
         patch.setattr(watchdog, "ClientConnection", Watching)
         run(test())
     assert found == [expected_s, SILENT_S]
+
+
+@contextmanager
+def descriptors_left(count: int) -> Iterator[None]:
+    """Leave this process so many descriptors for as long."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(map(int, os.listdir("/proc/self/fd")))
+    with ExitStack() as stack:
+        while (filler := os.dup(0)) < highest:
+            stack.callback(os.close, filler)
+        stack.callback(os.close, filler)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (filler + 1 + count, hard))
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        yield
+
+
+def answer_one(listener: socket.socket) -> None:
+    """Answer the first request of a connection that waits, and close it."""
+    listener.settimeout(5)  # or a failure would last for ever
+    client, _ = listener.accept()
+    with client:
+        client.settimeout(5)
+        client.recv(65536)
+        client.sendall(HELLO)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("make_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def test_client_uses_its_connection_or_says_why_it_has_none_when_few_descriptors_are_left(
+    make_loop: MakeLoop, count: int
+) -> None:
+    async def test(listener: socket.socket) -> None:
+        url = parse_url(f"http://127.0.0.1:{listener.getsockname()[1]}/")
+        async with client_of("127.0.0.1") as client, asyncio.timeout(5):
+            with descriptors_left(count):
+                asking = asyncio.create_task(client.request("GET", url))
+                while not asking.done() and not select.select([listener], [], [], 0)[0]:  # noqa: ASYNC110 - the kernel
+                    await asyncio.sleep(0.01)
+                await asyncio.sleep(0)  # connected: the transport says so in this turn
+            if asking.done():
+                assert isinstance(asking.exception(), OutOfResources)
+                return
+            answered = asyncio.create_task(asyncio.to_thread(answer_one, listener))
+            assert await body_of(await asking) == b"hello"
+            await answered
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, asyncio.Runner(loop_factory=make_loop) as runner:
+        runner.run(test(listener))

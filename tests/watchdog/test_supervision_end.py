@@ -13,6 +13,7 @@ import pytest
 
 from testkit import tree
 from testkit.harness import (
+    TICK_S,
     Answer,
     InBackground,
     Program,
@@ -117,11 +118,9 @@ def test_stuck_functions_do_not_hold_the_watchdog_when_it_drains(grace: str) -> 
         start_s = time.monotonic()
         program.terminate()
         assert program.wait_exit(5) == 1
-        assert 0.8 <= time.monotonic() - start_s < 0.8 + GONE_S * crowding()
+        assert 0.8 - TICK_S <= time.monotonic() - start_s < 0.8 + GONE_S * crowding()
         wait_until(lambda: not program.survivors(), 0.5, "functions and guard gone")
-        for each in calls:
-            with pytest.raises(ConnectionError):
-                each.result()
+        assert [each.result().status for each in calls] == [503] * len(calls)
 
 
 def call(program: Program, script: bytes) -> Answer:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from testkit import tree
 from testkit.harness import (
+    TICK_S,
     Answer,
     InBackground,
     Program,
@@ -339,9 +340,9 @@ def test_functions_of_a_function_are_gone_when_it_is_a_watchdog(shell: Program) 
     shell.wait_started(3)
     assert outer.result().status == 408
     shell.wait_idle(GONE_S)
-    for call in calls:
-        with pytest.raises((ConnectionError, HTTPException)):
-            call.result()
+    for call in calls:  # cut with the inner watchdog, or answered by it if its function was killed a moment before it
+        with suppress(ConnectionError, HTTPException):
+            assert call.result().text.startswith("signal: killed")
 
 
 # term_grace
@@ -398,7 +399,7 @@ def test_each_process_gets_one_sigterm_and_its_time_when_it_has_left_the_session
 def test_caller_does_not_wait_for_the_grace_when_function_ignores_sigterm(polite: Program) -> None:
     answer = http_request(polite.port, "POST", "/", LIMIT, b"trap '' TERM; setsid -f sleep 60; sleep 60; sleep 60")
     assert answer.status == 408
-    assert 0.3 <= answer.elapsed_s <= 0.3 + GRACE_S + noise_s()
+    assert 0.3 - TICK_S <= answer.elapsed_s <= 0.3 + GRACE_S + noise_s()
     polite.wait_idle(0.7 + GONE_S)
 
 

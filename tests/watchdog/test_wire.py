@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from faashound.watchdog import HOSTILE_REQUESTS, BadRequest, ClientWire, Header, PeerGone, ServerWire, Sign
+from faashound.watchdog import HOSTILE_REQUESTS, BadRequest, ClientWire, Header, PeerGone, ServerWire, WireEvent
 from testkit.harness import START_DEADLINE_S
 
 POST = b"POST /a HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\nhello"
@@ -40,7 +40,7 @@ def drain(wire: ServerWire) -> list[object]:
     events: list[object] = []
     while True:
         events.append(wire.next_event())
-        if events[-1] in (Sign.NEED_DATA, Sign.PAUSED, Sign.CLOSED):
+        if events[-1] in (WireEvent.NEED_DATA, WireEvent.PAUSED, WireEvent.CLOSED):
             return events
 
 
@@ -86,7 +86,7 @@ def test_wire_takes_a_body_and_the_next_request_when_cut_anywhere(
         wire.feed((request + NEXT)[start:end])
         events += drain(wire)
     assert b"".join(event for event in events if isinstance(event, bytes)) == body
-    assert [event for event in events if event is Sign.END] == [Sign.END]
+    assert [event for event in events if event is WireEvent.END] == [WireEvent.END]
     wire.build_head(200, [TYPE], answer_bytes, close=False)
     wire.pass_by(answer_bytes)
     wire.end()
@@ -97,10 +97,10 @@ def test_wire_takes_a_body_and_the_next_request_when_cut_anywhere(
 def test_wire_knows_that_a_body_is_incomplete_when_it_passed_by() -> None:
     wire = received(POST[:-3])
     wire.feed(b"l")
-    assert drain(wire) == [b"l", Sign.NEED_DATA]
+    assert drain(wire) == [b"l", WireEvent.NEED_DATA]
     assert not wire.peer_done
     wire.feed(b"lo")
-    assert drain(wire)[:2] == [b"lo", Sign.END]
+    assert drain(wire)[:2] == [b"lo", WireEvent.END]
     assert wire.peer_done
 
 
@@ -203,7 +203,7 @@ def read_by_wire(method: bytes, pieces: list[bytes]) -> Reading:
                         body += event
                     case tuple():
                         status, fields = event
-                    case Sign.END:
+                    case WireEvent.END:
                         end = "whole"
         except PeerGone:
             end = "broken"
@@ -236,7 +236,7 @@ def until_end(wire: ClientWire) -> list[object]:
     events: list[object] = []
     while True:
         events.append(wire.next_event())
-        if isinstance(events[-1], Sign):
+        if isinstance(events[-1], WireEvent):
             return events
 
 

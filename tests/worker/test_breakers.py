@@ -31,7 +31,7 @@ def test_breaker_stays_closed_below_its_count_of_failures() -> None:
     breakers = Breakers(4)
     for _ in range(FAILURES_COUNT - 1):
         assert not breakers.on_failure(BAD, "refused", 0.0, 1.0)
-    assert breakers.rooms({}, 1.0) == {}
+    assert breakers.capacities({}, 1.0) == {}
     assert breakers.next_probe_s(1.0) is None
 
 
@@ -44,16 +44,16 @@ def test_breaker_counts_failures_in_a_row_only() -> None:
 
 def test_open_breaker_lets_nothing_through_until_its_pause_is_over_and_then_one() -> None:
     breakers = opened(BAD)
-    assert breakers.rooms({}, FIRST_PAUSE_S - 0.1) == {BAD: 0}
+    assert breakers.capacities({}, FIRST_PAUSE_S - 0.1) == {BAD: 0}
     assert breakers.next_probe_s(0.0) == FIRST_PAUSE_S
-    assert breakers.rooms({}, FIRST_PAUSE_S) == {BAD: 1}
-    assert breakers.rooms(ONE_SENT, FIRST_PAUSE_S) == {BAD: 0}
+    assert breakers.capacities({}, FIRST_PAUSE_S) == {BAD: 1}
+    assert breakers.capacities(ONE_SENT, FIRST_PAUSE_S) == {BAD: 0}
 
 
 def test_answer_to_a_probe_closes_the_breaker() -> None:
     breakers = opened(BAD)
     assert breakers.on_answer(BAD)
-    assert breakers.rooms({}, 0.0) == {}
+    assert breakers.capacities({}, 0.0) == {}
     assert breakers.open_count == 0
 
 
@@ -76,22 +76,22 @@ def test_failure_of_what_was_sent_before_the_breaker_opened_prolongs_nothing() -
 
 
 def test_breaker_holds_back_no_other_destination() -> None:
-    assert WORSE not in opened(BAD).rooms({}, 0.0)
+    assert WORSE not in opened(BAD).capacities({}, 0.0)
 
 
 def test_probes_of_many_destinations_hold_a_part_of_the_slots_only() -> None:
     names = [f"host-{number}:80" for number in range(100)]
     breakers = opened(*names)
-    rooms = breakers.rooms({names[0]: 1}, FIRST_PAUSE_S)
-    assert sum(rooms.values()) == 3
-    assert rooms.keys() == set(names)
+    capacities = breakers.capacities({names[0]: 1}, FIRST_PAUSE_S)
+    assert sum(capacities.values()) == 3
+    assert capacities.keys() == set(names)
 
 
 def test_callbacks_to_a_destination_that_was_unreachable_for_long_fail_without_being_sent() -> None:
     breakers, now_s = opened(BAD), GIVEN_UP_AFTER_S
     assert breakers.objection(BAD, now_s) is None, "a probe is due"
     breakers.on_failure(BAD, "timed out", now_s, now_s)
-    assert BAD not in breakers.rooms({}, now_s)
+    assert BAD not in breakers.capacities({}, now_s)
     assert breakers.objection(BAD, now_s + 1) == (
         f"not tried: {BAD} could not be reached for 601 s, 4 times in a row (timed out)"
     )
@@ -99,7 +99,7 @@ def test_callbacks_to_a_destination_that_was_unreachable_for_long_fail_without_b
     probe_s = breakers.next_probe_s(now_s)
     assert probe_s is not None
     assert breakers.objection(BAD, probe_s) is None
-    assert breakers.rooms({}, probe_s) == {BAD: 1}
+    assert breakers.capacities({}, probe_s) == {BAD: 1}
 
 
 def test_breakers_forget_who_failed_longest_ago_however_many_names_strangers_make_up() -> None:
@@ -108,7 +108,7 @@ def test_breakers_forget_who_failed_longest_ago_however_many_names_strangers_mak
         for _ in range(FAILURES_COUNT):
             breakers.on_failure(f"made-up-{number}:80", "x" * 10_000, 0.0, 0.0)
     assert breakers.open_count == MAX_KEPT_COUNT
-    assert BAD not in breakers.rooms({}, 0.0)
+    assert BAD not in breakers.capacities({}, 0.0)
     assert len(breakers.objection(f"made-up-{3 * MAX_KEPT_COUNT - 1}:80", 0.0) or "") < 2 * MAX_ERROR_CHARS
 
 
@@ -123,4 +123,4 @@ def test_destination_is_probed_again_within_the_longest_pause_whatever_came_befo
             breakers.on_failure(name, "refused", now_s, now_s)
         else:
             breakers.on_answer(name)
-        assert all(room == 1 for room in breakers.rooms({}, now_s + LONGEST_PAUSE_S).values())
+        assert all(capacity == 1 for capacity in breakers.capacities({}, now_s + LONGEST_PAUSE_S).values())

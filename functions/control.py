@@ -1,0 +1,255 @@
+"""What operators do with functions: the file followed, functions deployed, updated, removed, scaled, secrets changed.
+
+    control = Control(local, Path("functions.toml"), state=Path("state"), rules=Rules(path=environ.get("PATH")))
+    await control.start()                              # after local.start(): what was deployed before is there
+    following = asyncio.create_task(control.follow())  # the file; control.look_now() at SIGHUP
+    await control.create(document); await control.update(document); await control.remove(document)
+
+The functions in force are those of the file and, besides, those deployed: where both name one, the file wins.  A
+change through the control plane is on the disk before it is answered.  Each operation takes the JSON of its request,
+and raises a FaashoundError whose status and text are the answer.
+
+The file is parsed whole: with any problem in it, all problems are logged and what runs goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+from ..calls.names import FunctionName
+from ..watchdog import FaashoundError, in_thread, log
+from .deployments import BadDeployment, Deployment, Deployments, Rules, name_of, parse_deployment
+from .documents import hold_state
+from .local import LocalFunctions, UnknownFunction
+from .secrets import SecretFiles, Secrets, parse_secret_name, parse_secret_value
+from .table import BadFunctions, Function, read_functions, read_images
+
+LOOK_S = 1.0  # between two looks at the file; a change is applied when two looks have seen the same
+
+
+class FunctionExists(FaashoundError):
+    """There is a function of this name already."""
+
+    status = 409
+
+
+class DeployOff(FaashoundError):
+    """Functions cannot be deployed here."""
+
+    status = 501
+
+    def __init__(self) -> None:
+        super().__init__("deploy=off: functions are declared in the functions file of this gateway")
+
+
+class Control:
+    """The operations.  Without `state` nothing can be deployed and no secret be kept; the file is followed yet.
+
+    `file_is_optional`: a file that is not there is an empty one.  Obligation: `close`.  Raises CannotStart.
+    """
+
+    def __init__(
+        self,
+        local: LocalFunctions,
+        file: Path,
+        *,
+        state: Path | None = None,
+        rules: Rules | None = None,
+        file_is_optional: bool = False,
+    ) -> None:
+        self._local = local
+        self._file = file
+        self._file_is_optional = file_is_optional
+        self._rules = rules or Rules()
+        self._cleanup = ExitStack()
+        if state is not None:
+            self._cleanup.enter_context(hold_state(state))
+        self._declared: Mapping[FunctionName, Function] = dict(local.table)
+        self._deployed: dict[FunctionName, Deployment] = {}
+        self._deployments = None if state is None else Deployments(state / "functions")
+        self._secrets = None if state is None else Secrets(state / "secrets")
+        self._files = None if self._secrets is None else SecretFiles(local.directory / "secrets", self._secrets)
+        self._changing = asyncio.Lock()
+        self._told = asyncio.Event()
+        local.secrets = self._files
+
+    async def start(self) -> None:
+        """Have what was deployed before, and what the file says by now."""
+        if self._deployments is not None:
+            found = await in_thread(self._deployments.load, self._current_rules())
+            for name in found.keys() & self._declared.keys():
+                log.warning(
+                    f"the functions file declares {name.short}: what was deployed under this name is not served"
+                )
+            self._deployed = found
+        await self.reload()
+
+    def close(self) -> None:
+        """Let another gateway have the state."""
+        self._cleanup.close()
+
+    # The file.
+
+    def look_now(self) -> None:
+        """Look at the file at once, whether or not it seems to have changed."""
+        self._told.set()
+
+    async def follow(self) -> None:
+        """Apply each change of the file, for ever."""
+        applied = seen = self._stat()
+        while True:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._told.wait(), LOOK_S)
+            found = self._stat()
+            if self._told.is_set() or (found == seen and found != applied):
+                self._told.clear()
+                applied = found
+                await self.reload()
+            seen = found
+
+    def _stat(self) -> tuple[int, ...]:
+        try:
+            found = self._file.stat()
+        except OSError:
+            return ()
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+    async def reload(self) -> bool:
+        """Read the file and apply what has changed; tell whether it could be used."""
+        async with self._changing:
+            try:
+                declared = await in_thread(self._read_file)
+            except BadFunctions as error:
+                for problem in error.problems:
+                    log.error(f"the functions file is not applied: {problem}")
+                return False
+            self._declared = declared
+            await self._local.apply(self._in_force())
+            return True
+
+    def _read_file(self) -> Mapping[FunctionName, Function]:
+        return read_functions(self._file, missing_ok=self._file_is_optional)
+
+    def _in_force(self) -> dict[FunctionName, Function]:
+        return {**{name: each.function for name, each in self._deployed.items()}, **self._declared}
+
+    # Functions.
+
+    def describe(self, name: FunctionName) -> dict[str, object] | None:
+        """Return what is told of a deployed function; None for any other."""
+        found = self._deployed.get(name)
+        return None if found is None or name in self._declared else found.describe()
+
+    async def create(self, document: Mapping[str, Any], namespace: str = "") -> FunctionName:
+        """Deploy a new function; when it returns, a call works, and it is there after a crash.  POST, 202."""
+        async with self._changing:
+            self._want_deployments()
+            name = name_of(document, namespace)
+            self._want_undeclared(name)
+            if name in self._local.table:
+                raise FunctionExists(f"there is a function {name.short} already")
+            await self._deploy(document, namespace, time.time())
+            return name
+
+    async def update(self, document: Mapping[str, Any], namespace: str = "") -> FunctionName:
+        """Have a function in a new version, without a call that fails; else the old one serves on.  PUT, 200."""
+        async with self._changing:
+            self._want_deployments()
+            name = name_of(document, namespace)
+            self._want_undeclared(name)
+            if name not in self._deployed:
+                raise UnknownFunction(f"there is no function {name.short}")
+            await self._deploy(document, namespace, self._deployed[name].created_s)
+            return name
+
+    async def remove(self, document: Mapping[str, Any], namespace: str = "") -> FunctionName:
+        """Have a function no longer; its running calls finish.  DELETE, 202."""
+        async with self._changing:
+            deployments = self._want_deployments()
+            name = name_of(document, namespace, "functionName")
+            self._want_undeclared(name)
+            if name not in self._deployed:
+                raise UnknownFunction(f"there is no function {name.short}")
+            await in_thread(deployments.delete, name)
+            del self._deployed[name]
+            await self._local.remove(name)
+            return name
+
+    async def scale(self, name: FunctionName, count: object) -> None:
+        """Have `count` processes; raises UnknownFunction, BadScale.  POST, 202."""
+        if not isinstance(count, int) or isinstance(count, bool):
+            raise BadDeployment(["replicas: allowed: a whole number"])
+        await self._local.scale(name, count)
+
+    async def _deploy(self, document: Mapping[str, Any], namespace: str, created_s: float) -> None:
+        deployments = self._want_deployments()
+        deployment = await in_thread(parse_deployment, document, self._current_rules(), created_s, namespace)
+
+        async def store() -> None:
+            await in_thread(deployments.store, deployment)
+
+        await self._local.put(deployment.function, store)
+        self._deployed[deployment.function.name] = deployment
+
+    def _current_rules(self) -> Rules:
+        secrets = frozenset(self._secrets.names()) if self._secrets else frozenset[tuple[str, str]]()
+        try:
+            images = read_images(self._file)
+        except (OSError, ValueError):
+            images = {}
+        return dataclasses.replace(self._rules, images=images, secrets=secrets)
+
+    def _want_deployments(self) -> Deployments:
+        if self._deployments is None:
+            raise DeployOff
+        return self._deployments
+
+    def _want_undeclared(self, name: FunctionName) -> None:
+        if name in self._declared:
+            raise FunctionExists(f"{name.short} is declared in {self._file}, which is changed there")
+
+    # Secrets.
+
+    def secret_names(self, namespace: str | None = None) -> list[dict[str, str]]:
+        """Return what is told of secrets: their names.  GET, 200."""
+        secrets = self._want_secrets()
+        return [{"name": name, "namespace": space} for space, name in secrets.names(namespace)]
+
+    async def create_secret(self, document: Mapping[str, Any], namespace: str = "") -> tuple[str, str]:
+        """Keep a new secret.  POST, 201."""
+        return await self._change_secret(document, namespace, self._want_secrets().create)
+
+    async def update_secret(self, document: Mapping[str, Any], namespace: str = "") -> tuple[str, str]:
+        """Give a secret another value, which the next call of its functions sees.  PUT, 200."""
+        return await self._change_secret(document, namespace, self._want_secrets().update)
+
+    async def _change_secret(
+        self, document: Mapping[str, Any], namespace: str, change: Callable[[str, str, bytes], None]
+    ) -> tuple[str, str]:
+        async with self._changing:
+            space, name = parse_secret_name(document, namespace)
+            await in_thread(change, space, name, parse_secret_value(document))
+            if self._files is not None:
+                await in_thread(self._files.refresh, space, name)
+            return space, name
+
+    async def delete_secret(self, document: Mapping[str, Any], namespace: str = "") -> tuple[str, str]:
+        """Keep a secret no longer, unless a function names it.  DELETE, 202."""
+        async with self._changing:
+            secrets = self._want_secrets()
+            space, name = parse_secret_name(document, namespace)
+            functions = self._local.table.values()
+            users = [each.name for each in functions if each.name.namespace == space and name in each.secrets]
+            await in_thread(secrets.delete, space, name, users)
+            return space, name
+
+    def _want_secrets(self) -> Secrets:
+        if self._secrets is None:
+            raise DeployOff
+        return self._secrets

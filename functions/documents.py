@@ -1,0 +1,123 @@
+"""Files that are whole or not there, whenever the power fails: a directory of documents, each under a name.
+
+    documents = Documents(Path("state/functions"))
+    documents.write("cat.openfaas-fn", b"...")       # when it returns, the document is on the disk
+    documents.read_all(); documents.delete("cat.openfaas-fn")
+
+Written is a temporary file beside it, which is synced and then takes the name; the directory is synced last.  A crash
+at any instant leaves the old document or the new one, and perhaps a temporary file, which the next start removes.
+
+The directory is for its owner only (0700, files 0600).  Whoever changes documents holds its lock: two gateways on one
+state would each take the other's for its own.  Everything here blocks on the disk: it belongs in a thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..watchdog import CannotStart, FaashoundError
+
+_NEW = ".new"  # behind the name of a file that is being written; no document's name begins with a dot
+
+
+class NotStored(FaashoundError):
+    """The disk did not take a document; the text says why."""
+
+    status = 507
+
+
+class Documents:
+    """The documents in `directory`, which is made if it is not there.  Raises CannotStart."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            directory.chmod(0o700)
+            for path in directory.glob(f".*{_NEW}"):
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise CannotStart(f"state: {directory}: {error.strerror}") from None
+
+    def read_all(self) -> Iterator[tuple[str, bytes | OSError]]:
+        """Yield the name and the content of each document, or the error that it cannot be read with."""
+        for path in sorted(self.directory.iterdir()):
+            if path.is_file() and not path.name.startswith("."):
+                try:
+                    yield path.name, path.read_bytes()
+                except OSError as error:
+                    yield path.name, error
+
+    def names(self) -> list[str]:
+        """Return the names of all documents."""
+        return [path.name for path in sorted(self.directory.iterdir()) if not path.name.startswith(".")]
+
+    def read(self, name: str) -> bytes | None:
+        """Return a document; None if there is none of this name."""
+        try:
+            return (self.directory / name).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def write(self, name: str, content: bytes) -> None:
+        """Have `content` under `name`, on the disk.  Raises NotStored, and what was there is there still."""
+        try:
+            write_whole(self.directory / name, content)
+        except OSError as error:
+            raise NotStored(f"cannot be stored: {error.strerror}") from None
+
+    def delete(self, name: str) -> None:
+        """Have nothing under `name`, on the disk.  Raises NotStored."""
+        try:
+            (self.directory / name).unlink(missing_ok=True)
+            sync_directory(self.directory)
+        except OSError as error:
+            raise NotStored(f"cannot be removed: {error.strerror}") from None
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Put `content` under the name `path`, whole or not at all, readable for its owner only.  Raises OSError."""
+    new = path.with_name(f".{path.name}{_NEW}")
+    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        with open(fd, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(fd)
+        new.rename(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            new.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Have the names in a directory on the disk."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def hold_state(directory: Path) -> Iterator[Path]:
+    """Have a state directory for ourselves alone; raises CannotStart if another gateway has it."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise CannotStart(f"state: {directory}: {error.strerror}") from None
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CannotStart(f"state: {directory} is another gateway's; allowed: one of its own for each") from None
+        yield directory
+    finally:
+        os.close(fd)

@@ -1,0 +1,278 @@
+"""Where one version of a local function answers: a socket that the gateway holds, and the watchdogs behind it.
+
+The socket is there before any watchdog and stays when one dies, so a connection waits in its backlog and is never
+refused.  The life of an endpoint:
+
+    asleep      no process.  We watch the socket; a connection (which nobody has accepted yet) wakes it
+    awake       `count` watchdogs accept from the socket.  One that dies is started again by the supervisor.
+                When nothing has used them for zero-duration they are ended, and it is asleep
+    retiring    another version has its name.  Its watchdogs finish what they have and end; should a connection still
+                come, from a caller that had its address already, it is served.  Quiet for a while, it is closed
+
+The socket is a Unix socket in a directory of the gateway's user: web pages and other users cannot reach it.
+
+Whether watchdogs are used is seen from outside, without a word from them: each connection to the socket is a line of
+/proc/net/unix, and each turn of a watchdog's loop shows in its processor time (/proc/PID/schedstat).  A call has its
+connection open until it ends.  The gateway keeps connections for some seconds for the next call; those count as use.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import select
+import socket
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from ..watchdog import BACKLOG, Client, FaashoundError, Url, log
+from .logs import LogPipe, LogStore
+from .scaling import Scale, parse_scale
+from .supervisor import ManagedProcess, ManagedProgram, Supervisor, lift
+from .table import Function
+
+HEALTHY_WITHIN_S = 20.0  # a new version; clients of the control plane wait 30 s and more for an answer
+
+HEALTH_POLL_S = 0.005  # doubled after each look
+
+LONGEST_HEALTH_POLL_S = 0.1
+
+QUIET_S = 1.0  # without a connection for so long, an endpoint without a name is closed
+
+LOOKS_COUNT = 4  # for use, in the time of one zero-duration
+
+LONGEST_LOOK_S = 30.0
+
+DRAIN_GRACE_S = 3600.0  # a watchdog bounds its own drain: by exec_timeout, or write_timeout if that is longer
+
+LISTENING_FLAGS = b"00010000"  # __SO_ACCEPTCON in /proc/net/unix
+
+
+class NotHealthy(FaashoundError):
+    """A version of a function did not begin to serve; the text says why."""
+
+    status = 400
+
+
+class Endpoint:
+    """The socket at `path` of `function`, and its watchdogs, which `supervisor` keeps running.
+
+    `program_of` returns what to run for a function on a socket, with a descriptor for its lines, which go to `logs`.
+    Obligations: `open`, then `start`, and `close_socket` when the supervisor has stopped, or `retire` while it goes on.
+    """
+
+    def __init__(
+        self,
+        function: Function,
+        path: Path,
+        program_of: Callable[[Function, socket.socket, int | None], ManagedProgram],
+        logs: LogStore | None = None,
+    ) -> None:
+        self.function = function
+        self.path = path
+        self.scaled_count: int | None = None  # what somebody has asked for by hand
+        self.processes: list[ManagedProcess] = []
+        self._program_of = program_of
+        self._logs = logs
+        self._log_pipe: LogPipe | None = None
+        self._supervisor: Supervisor | None = None
+        self._listener: socket.socket
+        self._is_watched = False
+        self._look: asyncio.TimerHandle | None = None
+        self._resting: asyncio.Task[None] | None = None
+        self._used_s = 0.0
+        self._spent_ns: Mapping[int, int] = {}
+
+    @property
+    def scale(self) -> Scale:
+        """What the function's labels ask for."""
+        return parse_scale(self.function.labels)
+
+    @property
+    def pids(self) -> list[int]:
+        """The watchdogs that run now."""
+        return [process.pid for process in self.processes if process.pid is not None]
+
+    @property
+    def restart_count(self) -> int:
+        """How often a watchdog that has died was started again."""
+        return sum(process.restart_count for process in self.processes)
+
+    def open(self) -> None:
+        """Listen; connections wait from now on.  Raises OSError."""
+        with socket.socket(socket.AF_UNIX) as low:
+            low.bind(str(self.path))
+            low.listen(BACKLOG)
+            self._listener = socket.socket(fileno=lift(low.fileno()))
+
+    def start(self, supervisor: Supervisor) -> None:
+        """Start as many watchdogs as are to be there before a call, or watch for one; inside the running loop."""
+        self._supervisor = supervisor
+        if self.scale.started_count:
+            self.wake()
+        else:
+            self._watch(True)
+
+    def wake(self) -> None:
+        """Have as many watchdogs as it should have when it is awake."""
+        self._watch(False)
+        self._grow(max(self.scaled_count or 0, self.scale.woken_count))
+        self._note_use()
+
+    async def set_count(self, count: int) -> None:
+        """Have `count` watchdogs; 0: none, until a call comes."""
+        self.scaled_count = count
+        if count:
+            self._watch(False)
+            self._grow(count)
+            self._note_use()
+            surplus = self.processes[count:]
+            del self.processes[count:]
+            await self._end(surplus)
+        else:
+            await self.rest()
+
+    def _grow(self, count: int) -> None:
+        if self._supervisor is None:
+            raise AssertionError("an endpoint is started before it is woken")
+        if self._logs is not None and self._log_pipe is None:
+            self._log_pipe = self._logs.open_pipe(self.function, self.path.name)
+        while len(self.processes) < count:
+            fd = None if self._log_pipe is None else self._log_pipe.fd
+            self.processes.append(self._supervisor.start(self._program_of(self.function, self._listener, fd)))
+
+    async def rest(self) -> None:
+        """End the watchdogs, each when its calls have ended; what comes meanwhile wakes it again."""
+        ending, self.processes = self.processes, []
+        log_pipe, self._log_pipe = self._log_pipe, None
+        self._set_look(None)
+        self._watch(True)
+        try:
+            await self._end(ending)
+        finally:
+            if log_pipe is not None:
+                log_pipe.close()
+
+    async def _end(self, processes: list[ManagedProcess]) -> None:
+        if self._supervisor is not None and processes:
+            supervisor = self._supervisor
+            await asyncio.gather(*(supervisor.end(process, DRAIN_GRACE_S) for process in processes))
+
+    async def become_healthy(self) -> None:
+        """Wake it and wait until a watchdog answers; raises NotHealthy with the reason."""
+        self.wake()
+        try:
+            async with asyncio.timeout(HEALTHY_WITHIN_S):
+                await self._healthy()
+        except TimeoutError:
+            raise NotHealthy(f"{self.function.name.short} was not healthy within {HEALTHY_WITHIN_S:g} s") from None
+
+    async def _healthy(self) -> None:
+        client, url, pause_s = Client(), Url("http", str(self.path), 80, "/_/health"), HEALTH_POLL_S
+        try:
+            while True:
+                trouble = next((each.last_exit for each in self.processes if each.last_exit), None)
+                if trouble:
+                    raise NotHealthy(f"the watchdog of {self.function.name.short} {trouble}")
+                with contextlib.suppress(FaashoundError, TimeoutError):  # who has not accepted yet may have died
+                    async with asyncio.timeout(LONGEST_HEALTH_POLL_S), await client.request("GET", url) as response:
+                        if response.status == 200:
+                            return
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, LONGEST_HEALTH_POLL_S)
+        finally:
+            await client.close()
+
+    async def retire(self) -> None:
+        """Serve what is on its way, then end and close; another version has its name already."""
+        await self.rest()
+        quiet_since_s = time.monotonic()
+        while time.monotonic() < quiet_since_s + QUIET_S:
+            await asyncio.sleep(QUIET_S / 10)
+            if self.processes:
+                await self.rest()
+                quiet_since_s = time.monotonic()
+        self.stop_watching()
+        self.close_socket()
+
+    def stop_watching(self) -> None:
+        """Wake no more, and put nothing to rest; the supervisor is about to end the watchdogs."""
+        self._set_look(None)
+        self._watch(False)
+
+    def close_socket(self) -> None:
+        """Close the socket, and the pipe of its log.  Repeatable."""
+        if self._log_pipe is not None:
+            self._log_pipe.close()
+            self._log_pipe = None
+        self._listener.close()
+        with contextlib.suppress(FileNotFoundError):
+            self.path.unlink()
+
+    # Watching for the first connection, and for the last.
+
+    def _watch(self, wanted: bool) -> None:
+        if wanted == self._is_watched:
+            return
+        loop = asyncio.get_running_loop()
+        self._is_watched = wanted
+        if wanted:
+            loop.add_reader(self._listener.fileno(), self._on_connection)
+        else:
+            loop.remove_reader(self._listener.fileno())
+
+    def _on_connection(self) -> None:
+        if has_backlog(self._listener):
+            self.wake()
+        # else a watchdog that is just ending has taken it
+
+    def _note_use(self) -> None:
+        self._used_s = time.monotonic()
+        if self._look is None and self.scale.rests:
+            self._set_look(min(self.scale.zero_duration_s / LOOKS_COUNT, LONGEST_LOOK_S))
+
+    def _set_look(self, delay_s: float | None) -> None:
+        if self._look is not None:
+            self._look.cancel()
+        self._look = None if delay_s is None else asyncio.get_running_loop().call_later(delay_s, self._on_look)
+
+    def _on_look(self) -> None:
+        """See whether the watchdogs were used since the last look; if not for long enough, put it to rest."""
+        self._look = None
+        spent_ns = {pid: read_spent_ns(pid) for pid in self.pids}
+        if spent_ns != self._spent_ns or count_connections(self.path):
+            self._spent_ns = spent_ns
+            self._note_use()
+            return
+        idle_s = time.monotonic() - self._used_s
+        if idle_s < self.scale.zero_duration_s:
+            self._set_look(max(self.scale.zero_duration_s - idle_s, 0.01))
+            return
+        log.info(f"{self.function.name.short} had no call for {idle_s:.0f} s and is put to rest")
+        self._resting = asyncio.create_task(self.rest())
+
+
+def has_backlog(listener: socket.socket) -> bool:
+    """Tell whether a connection waits to be accepted."""
+    poller = select.poll()
+    poller.register(listener, select.POLLIN)
+    return bool(poller.poll(0))
+
+
+def count_connections(path: Path) -> int:
+    """Return how many connections there are to the listening socket at `path`, accepted or not."""
+    wanted = os.fsencode(path)
+    with open("/proc/net/unix", "rb") as file:
+        found = [words for words in map(bytes.split, file) if words[-1] == wanted]
+    return sum(words[3] != LISTENING_FLAGS for words in found)
+
+
+def read_spent_ns(pid: int) -> int:
+    """Return the processor time that a process's first thread has used; 0 if it has ended."""
+    try:
+        with open(f"/proc/{pid}/schedstat", "rb") as file:
+            return int(file.read().split()[0])
+    except (OSError, ValueError, IndexError):
+        return 0

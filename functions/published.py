@@ -1,0 +1,63 @@
+"""The table in force, told by the gateway process that runs the functions to those beside it.
+
+    publish(path, table)                # one process, after each change
+    table = PublishedTable(path)        # the others: a Mapping that is always that of the last `publish`
+
+The file is replaced whole, so it is never read half.  A reader looks at each use whether it is another file by now,
+which costs two microseconds: nobody has to be told of a change, and nobody misses one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..calls.names import FunctionName
+from .table import Function
+
+
+def publish(path: Path, table: Mapping[FunctionName, Function]) -> None:
+    """Make `table` the one that readers of `path` see."""
+    new = path.with_suffix(".new")
+    with open(new, "w", encoding="utf-8") as file:
+        json.dump([dataclasses.asdict(function) for function in table.values()], file)
+    new.rename(path)
+
+
+class PublishedTable(Mapping[FunctionName, Function]):
+    """What was published at `path` last; empty before that."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._seen: tuple[int, int] | None = None
+        self._table: Mapping[FunctionName, Function] = {}
+
+    def __getitem__(self, name: FunctionName) -> Function:
+        return self._current()[name]
+
+    def __iter__(self) -> Iterator[FunctionName]:
+        return iter(self._current())
+
+    def __len__(self) -> int:
+        return len(self._current())
+
+    def _current(self) -> Mapping[FunctionName, Function]:
+        try:
+            found = os.stat(self._path)  # noqa: PTH116 - half of what Path takes
+        except FileNotFoundError:
+            return self._table
+        seen = found.st_ino, found.st_mtime_ns
+        if seen != self._seen:
+            documents = json.loads(self._path.read_text(encoding="utf-8"))
+            functions = [_function_of(document) for document in documents]
+            self._table = {function.name: function for function in functions}
+            self._seen = seen
+        return self._table
+
+
+def _function_of(document: dict[str, Any]) -> Function:
+    return Function(**document | {"name": FunctionName(document["name"]), "secrets": tuple(document["secrets"])})

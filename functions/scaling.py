@@ -1,0 +1,91 @@
+"""How many watchdogs a local function has, and for how long: the labels of OpenFaaS, read and judged.
+
+    com.openfaas.scale.min             so many are started with the gateway, and whenever the function is woken
+    com.openfaas.scale.max             more than so many cannot be asked for (default 20)
+    com.openfaas.scale.zero            false: it is started with the gateway, and stays
+    com.openfaas.scale.zero-duration   without a call for so long it is put to rest (default 15m)
+
+Without any of them a function has no process until a call comes.  Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..watchdog import parse_bool, parse_count, parse_positive_count, parse_positive_duration
+
+SCALE_PREFIX = "com.openfaas.scale."
+
+
+DEFAULT_MAX_COUNT = 20  # as in OpenFaaS
+
+
+HIGHEST_MAX_COUNT = 1000
+
+
+DEFAULT_ZERO_DURATION_S = 900.0
+
+
+class BadLabels(ValueError):
+    """Labels that mean something to us make no sense.  `problems` has what is wrong under each label's name."""
+
+    def __init__(self, problems: Mapping[str, str]) -> None:
+        super().__init__("; ".join(f"{name}: {problem}" for name, problem in problems.items()))
+        self.problems = problems
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """What the labels of a function ask for; `min_count` 0: nothing is started before a call comes."""
+
+    min_count: int = 0
+    max_count: int = DEFAULT_MAX_COUNT
+    rests: bool = True
+    zero_duration_s: float = DEFAULT_ZERO_DURATION_S
+
+    @property
+    def woken_count(self) -> int:
+        """How many watchdogs it has when it is awake, unless somebody has asked for more."""
+        return max(self.min_count, 1)
+
+    @property
+    def started_count(self) -> int:
+        """How many are started with the gateway."""
+        return self.min_count if self.rests else self.woken_count
+
+
+def _parse_max(text: str) -> int:
+    count = parse_positive_count(text)
+    if count > HIGHEST_MAX_COUNT:
+        raise ValueError(f"allowed: 1 to {HIGHEST_MAX_COUNT}")
+    return count
+
+
+_ROWS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
+    "min": ("min_count", parse_count),
+    "max": ("max_count", _parse_max),
+    "zero": ("rests", parse_bool),
+    "zero-duration": ("zero_duration_s", parse_positive_duration),
+}
+
+
+def parse_scale(labels: Mapping[str, str]) -> Scale:
+    """Return what `labels` ask for; raises BadLabels with all that is wrong.  Labels of others are not looked at."""
+    values: dict[str, Any] = {}
+    problems: dict[str, str] = {}
+    for name, (attribute, parse) in _ROWS.items():
+        text = labels.get(SCALE_PREFIX + name)
+        if text is None:
+            continue
+        try:
+            values[attribute] = parse(text)
+        except ValueError as error:
+            problems[SCALE_PREFIX + name] = f"{text!r}: {error}"
+    scale = Scale(**values)
+    if not problems and scale.min_count > scale.max_count:
+        problems[SCALE_PREFIX + "min"] = f"is more than {SCALE_PREFIX}max ({scale.max_count})"
+    if problems:
+        raise BadLabels(problems)
+    return scale

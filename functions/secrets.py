@@ -1,0 +1,191 @@
+"""Secrets: kept in the state, and handed to each function as files that only it can read.
+
+    secrets = Secrets(Path("state/secrets"))
+    secrets.create("openfaas-fn", "token", b"...")     # update, delete, names
+    desk = SecretFiles(directory, secrets)
+    desk.directory_of(function)                        # its own, with a file for each secret that it names
+    desk.refresh("openfaas-fn", "token")               # after a change: the next call reads the new value
+
+A value leaves this module in files for functions only: no listing, no log line and no error text has one.  The files
+of a function are in a directory of its own, whose owner is the user that it runs as; a changed value takes the old
+one's name at once, so a reader sees one or the other.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import os
+import shutil
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..calls.names import DEFAULT_NAMESPACE, FunctionName, is_label
+from ..watchdog import FaashoundError, Identity, parse_user
+from .documents import Documents
+from .table import Function, is_secret_name
+
+MAX_SECRET_BYTES = 1 << 20  # as in Kubernetes
+
+MOUNT_VARIABLE = "secret_mount_path"  # by which a function finds its secrets, as in OpenFaaS
+
+
+class BadSecret(FaashoundError):
+    """A request about a secret makes no sense."""
+
+    status = 400
+
+
+class UnknownSecret(FaashoundError):
+    """There is no such secret."""
+
+    status = 404
+
+
+class SecretExists(FaashoundError):
+    """There is such a secret already."""
+
+    status = 409
+
+
+class SecretInUse(FaashoundError):
+    """Functions need this secret."""
+
+    status = 409
+
+
+class Secrets:
+    """The secrets of all namespaces, each a document below `directory`.  Its methods block on the disk."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        Documents(directory)
+        spaces = [path.name for path in directory.iterdir() if path.is_dir() and is_label(path.name)]
+        self._spaces = {space: Documents(directory / space) for space in spaces}
+
+    def names(self, namespace: str | None = None) -> list[tuple[str, str]]:
+        """Return namespace and name of each secret, or of those in one namespace."""
+        spaces = self._spaces if namespace is None else {namespace} & self._spaces.keys()
+        return [(space, name) for space in sorted(spaces) for name in self._spaces[space].names()]
+
+    def read(self, namespace: str, name: str) -> bytes | None:
+        """Return a value; None if there is no such secret."""
+        documents = self._spaces.get(namespace)
+        return None if documents is None or not is_secret_name(name) else documents.read(name)
+
+    def create(self, namespace: str, name: str, value: bytes) -> None:
+        """Keep a new secret; raises SecretExists, NotStored."""
+        if self.read(namespace, name) is not None:
+            raise SecretExists(f"there is a secret {name} in {namespace} already")
+        if namespace not in self._spaces:
+            self._spaces[namespace] = Documents(self._directory / namespace)
+        self._spaces[namespace].write(name, value)
+
+    def update(self, namespace: str, name: str, value: bytes) -> None:
+        """Give a secret another value; raises UnknownSecret, NotStored."""
+        if self.read(namespace, name) is None:
+            raise UnknownSecret(f"there is no secret {name} in {namespace}")
+        self._spaces[namespace].write(name, value)
+
+    def delete(self, namespace: str, name: str, users: Collection[FunctionName] = ()) -> None:
+        """Keep a secret no longer; raises UnknownSecret, SecretInUse if `users` need it, NotStored."""
+        if self.read(namespace, name) is None:
+            raise UnknownSecret(f"there is no secret {name} in {namespace}")
+        if users:
+            raise SecretInUse(f"{name} is in use by {', '.join(user.short for user in users)}")
+        self._spaces[namespace].delete(name)
+
+
+def parse_secret_name(document: object, namespace: str = "") -> tuple[str, str]:
+    """Return namespace and name in the JSON of a request; raises BadSecret."""
+    if not isinstance(document, dict):
+        raise BadSecret("allowed: a JSON object with name and, if need be, namespace")
+    name, space = document.get("name"), document.get("namespace") or namespace or DEFAULT_NAMESPACE
+    if not isinstance(name, str) or not is_secret_name(name):
+        raise BadSecret(
+            "name: allowed: 1 to 253 lower-case letters, digits, '-' and '.', none of these two first or last"
+        )
+    if not isinstance(space, str) or not is_label(space):
+        raise BadSecret("namespace: allowed: 1 to 63 lower-case letters, digits and '-'")
+    return space, name
+
+
+def parse_secret_value(document: Mapping[str, Any]) -> bytes:
+    """Return the value in the JSON of a request; raises BadSecret, whose text never shows it.
+
+    A client that reads a file sends it raw, and as text without the white space around it: what is raw wins, unless
+    the text is all of it but for that white space.
+    """
+    text, raw = document.get("value"), document.get("rawValue")
+    if text is not None and not isinstance(text, str):
+        raise BadSecret("value: allowed: a string")
+    value = (text or "").encode()
+    if raw:
+        try:
+            decoded = base64.b64decode(raw, validate=True)
+        except (binascii.Error, TypeError, ValueError):
+            raise BadSecret("rawValue: allowed: base64") from None
+        value = value if value and decoded.strip() == value else decoded
+    if not value:
+        raise BadSecret("value: missing; allowed: value, or rawValue in base64")
+    if len(value) > MAX_SECRET_BYTES:
+        raise BadSecret(f"value: {len(value)} bytes; allowed: up to {MAX_SECRET_BYTES}")
+    return value
+
+
+class SecretFiles:
+    """The directories of functions, below `directory`, which is gone when the gateway is."""
+
+    def __init__(self, directory: Path, secrets: Secrets) -> None:
+        self._directory = directory
+        self._secrets = secrets
+        self._users: dict[FunctionName, Function] = {}
+
+    def directory_of(self, function: Function) -> Path:
+        """Return the directory of a function's secrets, written anew; raises OSError."""
+        path = self._directory / str(function.name)
+        owner = _owner_of(function)
+        if owner is not None:
+            self._directory.parent.chmod(0o711)  # its files are for one user, who has to get there
+        self._directory.mkdir(mode=0o711, exist_ok=True)
+        path.mkdir(mode=0o700, exist_ok=True)
+        for name in function.secrets:
+            self._write(path, name, self._secrets.read(function.name.namespace, name), owner)
+        for stale in set(os.listdir(path)) - set(function.secrets):
+            (path / stale).unlink(missing_ok=True)
+        if owner is not None:
+            os.chown(path, owner.uid, owner.gid)
+        self._users[function.name] = function
+        return path
+
+    def refresh(self, namespace: str, name: str) -> None:
+        """A secret has changed: have the functions that name it see so."""
+        for function in self._users.values():
+            if function.name.namespace == namespace and name in function.secrets:
+                path, value = self._directory / str(function.name), self._secrets.read(namespace, name)
+                self._write(path, name, value, _owner_of(function))
+
+    def forget(self, name: FunctionName) -> None:
+        """A function has gone."""
+        if self._users.pop(name, None) is not None:
+            shutil.rmtree(self._directory / str(name), ignore_errors=True)
+
+    def _write(self, path: Path, name: str, value: bytes | None, owner: Identity | None) -> None:
+        if value is None:
+            with contextlib.suppress(FileNotFoundError):
+                (path / name).unlink()
+            return
+        new = path / f".{name}.new"
+        fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o400)
+        with open(fd, "wb") as file:
+            file.write(value)
+            if owner is not None:
+                os.fchown(fd, owner.uid, owner.gid)
+        new.rename(path / name)
+
+
+def _owner_of(function: Function) -> Identity | None:
+    text = (function.settings or {}).get("user")
+    return parse_user(text) if text else None

@@ -1,0 +1,347 @@
+"""Functions that are deployed: what is taken and what is refused, and what is there after a crash at any instant."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from faashound.calls.names import parse_function_name
+from faashound.functions.control import Control, DeployOff, FunctionExists
+from faashound.functions.deployments import BadDeployment, Deployments, Rules, find_image, parse_deployment
+from faashound.functions.documents import Documents, hold_state
+from faashound.functions.local import LocalFunctions, UnknownFunction
+from faashound.watchdog import CannotStart
+from tests.functions.conftest import Log
+from tests.functions.kit import F, call, exists, parse, real, run, running, until
+
+RULES = Rules(images={"functions/alpine": "process"})
+SHELL: Mapping[str, Any] = {"service": "f", "image": "process", "envProcess": "/bin/sh"}
+
+
+def function_of(document: Mapping[str, Any], rules: Rules = RULES) -> Any:
+    return parse_deployment(document, rules, 1_700_000_000.0).function
+
+
+@pytest.mark.parametrize(
+    "image",
+    ["process", "process:latest", "functions/alpine", "docker.io/functions/alpine:latest", "functions/alpine:3"],
+)
+def test_image_that_means_a_program_is_taken(image: str) -> None:
+    assert function_of({**SHELL, "image": image}).settings["fprocess"] == "/bin/sh"
+
+
+@pytest.mark.parametrize("image", ["alpine", "evil/process", "host:5000/process2", "process@sha256:00", ""])
+def test_image_that_means_none_is_refused(image: str) -> None:
+    with pytest.raises(BadDeployment, match="image: "):
+        function_of({**SHELL, "image": image})
+
+
+def test_image_may_be_a_directory_to_run_in(tmp_path: Path) -> None:
+    program = tmp_path / "handler"
+    program.write_text("#!/bin/sh\npwd\n")
+    program.chmod(0o755)
+    rules = Rules(images={"theaxer/redirector": str(tmp_path)})
+    function = function_of({**SHELL, "image": "theaxer/redirector:latest", "envProcess": "./handler"}, rules)
+    assert function.directory == str(tmp_path)
+    assert find_image("docker.io/theaxer/redirector", rules.images) == str(tmp_path)
+
+    async def test() -> None:
+        async with running(LocalFunctions({}, environ={"PATH": "/usr/bin:/bin"})) as local:
+            await local.put(function)
+            assert (await call(local, "f")).body.decode() == f"{tmp_path}\n"
+
+    run(test())
+
+
+def test_variables_are_divided_between_watchdog_and_program() -> None:
+    function = function_of({**SHELL, "envVars": {"exec_timeout": "3s", "GREETING": "hello"}})
+    assert function.settings == {"fprocess": "/bin/sh", "exec_timeout": "3s"}
+    assert function.environment == {"GREETING": "hello"}
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"service": "Bad"}, "service: 'Bad.openfaas-fn' is no function's name"),
+        ({"service": 1}, "service: 1 is no function's name"),
+        ({"service": "a.b"}, "service: 'a.b' is no function's name"),
+        ({"namespace": "other"}, "namespace: there is no other; allowed: openfaas-fn"),
+        ({"envProcess": ""}, "envProcess: missing"),
+        ({"envProcess": '"'}, "envProcess: no closing quotation"),
+        ({"envProcess": "/no/such/program"}, "envProcess: there is no program '/no/such/program' here"),
+        ({"envVars": {"exec_timeout": "banana"}}, "envVars: exec_timeout='banana': allowed: "),
+        ({"envVars": {"port": "80"}}, "envVars: port: not allowed here: the gateway opens the socket"),
+        ({"envVars": {"fprocess": "cat"}}, "envVars: fprocess: not allowed here; envProcess says"),
+        ({"envVars": {"LISTEN_FDS": "1"}}, "envVars: LISTEN_FDS: reserved"),
+        ({"envVars": {"A=B": "1"}}, "envVars: 'A=B': not a variable's name"),
+        ({"envVars": {"A": 1}}, "envVars: allowed: an object whose values are strings"),
+        ({"labels": {"com.openfaas.scale.min": "x"}}, "labels: com.openfaas.scale.min: 'x': allowed: "),
+        ({"annotations": {"com.openfaas.retry.attempts": "x"}}, "annotations: com.openfaas.retry.attempts: "),
+        ({"annotations": {"com.openfaas.queue": "no queue"}}, "annotations: com.openfaas.queue: "),
+        ({"annotations": {"topic": "cron-function", "schedule": "61 * * * *"}}, "annotations: schedule: "),
+        ({"secrets": ["none"]}, "secrets: there is no 'none' in openfaas-fn"),
+        ({"limits": {"memory": "10Mi"}}, "limits: this gateway limits no function"),
+        ({"readOnlyRootFilesystem": True}, "readOnlyRootFilesystem: not kept"),
+    ],
+)
+def test_problem_names_field_and_what_is_allowed(change: Mapping[str, Any], problem: str) -> None:
+    with pytest.raises(BadDeployment) as caught:
+        function_of({**SHELL, **change})
+    (found,) = caught.value.problems
+    assert found.startswith(problem)
+
+
+def test_all_problems_are_told_at_once() -> None:
+    with pytest.raises(BadDeployment) as caught:
+        function_of({"service": "-", "image": "x", "labels": 1, "limits": {"cpu": "1"}})
+    assert [problem.partition(":")[0] for problem in caught.value.problems] == [
+        "service",
+        "image",
+        "labels",
+        "envProcess",
+        "limits",
+    ]
+
+
+def test_what_was_sent_is_told_back_and_what_was_not_is_left_out() -> None:
+    sent = {**SHELL, "envVars": {}, "labels": None, "annotations": {"a": "b"}, "requests": {"cpu": "1"}}
+    told = parse_deployment(sent, RULES, 1_700_000_000.0).describe()
+    assert told == {
+        "name": "f",
+        "namespace": "openfaas-fn",
+        "image": "process",
+        "envProcess": "/bin/sh",
+        "requests": {"cpu": "1"},
+        "labels": {},
+        "annotations": {"a": "b"},
+        "readOnlyRootFilesystem": False,
+        "createdAt": "2023-11-14T22:13:20Z",
+    }
+
+
+# --- at work -----------------------------------------------------------------------------------------------------
+
+
+def write_file(state: Path | None, text: str) -> Path:
+    path = (state or Path("/nowhere")) / "functions.toml"
+    if state is not None:
+        path.write_text(text)
+    return path
+
+
+@asynccontextmanager
+async def controlled(state: Path | None, file: str = "") -> AsyncIterator[tuple[Control, LocalFunctions]]:
+    """Run a control plane over real watchdogs, with what `state` and the file have."""
+    path = write_file(state, file)
+    async with running(real(file)) as local:
+        control = Control(local, path, state=state, rules=RULES, file_is_optional=True)
+        try:
+            await control.start()
+            yield control, local
+        finally:
+            control.close()
+
+
+def shell(**changes: Any) -> dict[str, Any]:
+    return {**SHELL, **changes}
+
+
+def test_deployed_function_is_called_at_once_and_is_there_after_a_restart(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with controlled(tmp_path) as (control, local):
+            with pytest.raises(UnknownFunction):
+                await control.update(shell())
+            await control.create(shell(envVars={"V": "1"}))
+            assert (await call(local, "f", b"echo $V")).body == b"1\n"
+            with pytest.raises(FunctionExists):
+                await control.create(shell())
+        async with controlled(tmp_path) as (control, local):
+            assert (await call(local, "f", b"echo $V")).body == b"1\n"
+            await control.update(shell(envVars={"V": "2"}))
+            assert (await call(local, "f", b"echo $V")).body == b"2\n"
+            await control.remove({"functionName": "f"})
+            assert F not in local.table
+            with pytest.raises(UnknownFunction):
+                await control.remove({"functionName": "f"})
+        async with controlled(tmp_path) as (control, local):
+            assert not local.table
+
+    run(test())
+
+
+def test_declared_function_is_changed_in_the_file_only(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with controlled(tmp_path, '[f]\nfprocess = "/bin/sh"\n') as (control, _):
+            for operation in (control.create(shell()), control.update(shell()), control.remove({"functionName": "f"})):
+                with pytest.raises(FunctionExists, match="f is declared in"):
+                    await operation
+
+    run(test())
+
+
+def test_file_wins_over_what_was_deployed_under_its_name(tmp_path: Path, log: Log) -> None:
+    async def test() -> None:
+        async with controlled(tmp_path) as (control, local):
+            await control.create(shell(envVars={"V": "deployed"}))
+        declared = '[f]\nfprocess = "/bin/sh"\nenvironment = { V = "declared" }\n'
+        async with controlled(tmp_path, declared) as (control, local):
+            assert (await call(local, "f", b"echo $V")).body == b"declared\n"
+            assert control.describe(F) is None
+
+    run(test())
+    assert "what was deployed under this name is not served" in log
+
+
+def test_bad_update_changes_nothing(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with controlled(tmp_path) as (control, local):
+            await control.create(shell(envVars={"V": "1"}))
+            before = dict(local.table), local.status()[F].pids
+            with pytest.raises(BadDeployment):
+                await control.update(shell(envVars={"exec_timeout": "banana"}))
+            assert (dict(local.table), local.status()[F].pids) == before
+
+    run(test())
+
+
+def test_nothing_is_deployed_without_a_state(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with controlled(None) as (control, _):
+            with pytest.raises(DeployOff):
+                await control.create(shell())
+            with pytest.raises(DeployOff):
+                control.secret_names()
+
+    run(test())
+
+
+def test_damaged_deployment_is_disabled_and_told_and_others_serve(tmp_path: Path, log: Log) -> None:
+    async def test() -> None:
+        async with controlled(tmp_path) as (control, _):
+            await control.create(shell())
+            await control.create(shell(service="g"))
+        (tmp_path / "functions" / "g.openfaas-fn").write_text("{")
+        async with controlled(tmp_path) as (_, local):
+            assert list(local.table) == [F]
+
+    run(test())
+    assert "error: the deployed function g.openfaas-fn is disabled" in log
+
+
+def test_state_is_one_gateways(tmp_path: Path) -> None:
+    with hold_state(tmp_path), pytest.raises(CannotStart, match="is another gateway's"), hold_state(tmp_path):
+        pass
+
+
+def test_file_is_followed_and_a_bad_one_changes_nothing(tmp_path: Path, log: Log) -> None:
+    text = '[f]\nfprocess = "/bin/sh"\nenvironment = {{ V = "{}" }}\n[same]\nfprocess = "cat"\n'
+    file = tmp_path / "functions.toml"
+
+    async def test() -> None:
+        async with controlled(tmp_path, text.format(1)) as (control, local):
+            following = asyncio.create_task(control.follow())
+            await call(local, "same")
+            pids = local.status()[parse_function_name("same")].pids
+            file.write_text(text.format(2) + '[added]\nfprocess = "cat"\n')
+            added = parse_function_name("added")
+            await until(lambda: added in local.table and local.table[F].environment == {"V": "2"}, "the change")
+            assert (await call(local, "f", b"echo $V")).body == b"2\n"
+            file.write_text("[f]\nfprocess = 1.5\n[g]\n")
+            control.look_now()
+            await until(lambda: "f.toml" not in log and "[g]: has neither fprocess nor url" in log, "the problems")
+            assert "[f] fprocess: is a number with a fraction" in log
+            assert added in local.table
+            file.write_text(text.format(3))
+            control.look_now()
+            await until(lambda: added not in local.table, "the removal")
+            assert local.status()[parse_function_name("same")].pids == pids
+            assert all(exists(pid) for pid in pids)
+            following.cancel()
+
+    run(test())
+
+
+def test_deployed_functions_stay_when_the_file_changes(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with controlled(tmp_path) as (control, local):
+            await control.create(shell())
+            (tmp_path / "functions.toml").write_text('[cat]\nfprocess = "cat"\n')
+            assert await control.reload()
+            assert set(local.table) == {F, *parse('[cat]\nfprocess = "cat"')}
+
+    run(test())
+
+
+# --- a crash at any instant --------------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from faashound.functions.documents import Documents
+
+directory, steps = Path(sys.argv[1]), int(sys.argv[2])
+documents = Documents(directory)
+documents.write("name", b"old" * 1000)
+
+def hook(event, args):  # of the interpreter: each call that touches the disk's names, and each sync by its open
+    global steps
+    if event in ("open", "os.rename", "os.remove", "os.listdir") and str(directory) in str(args):
+        steps -= 1
+        if steps == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(hook)
+documents.write("name", b"new" * 2000)
+documents.delete("other")
+print("whole")
+"""
+
+
+@pytest.mark.parametrize("steps", range(1, 6))
+def test_document_is_the_old_or_the_new_one_when_the_writer_is_killed_at_any_step(tmp_path: Path, steps: int) -> None:
+    directory = tmp_path / "documents"
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(directory), str(steps)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == -9 or "whole" in done.stdout, done.stderr
+    found = dict(Documents(directory).read_all())
+    assert found in ({"name": b"old" * 1000}, {"name": b"new" * 2000})
+    assert sorted(path.name for path in directory.iterdir()) == ["name"]  # and no temporary file
+
+
+WRITER = """
+import itertools, sys
+from pathlib import Path
+from faashound.functions.deployments import Deployments, Rules, parse_deployment
+
+deployments, rules = Deployments(Path(sys.argv[1])), Rules()
+for number in itertools.count():
+    document = {"service": "f", "image": "process", "envProcess": "cat", "envVars": {"V": str(number) * 5000}}
+    deployments.store(parse_deployment(document, rules, 0.0))
+    if number == 0:
+        print("ready", flush=True)
+"""
+
+
+@pytest.mark.parametrize("delay_ms", range(0, 20, 2))
+def test_deployment_is_whole_when_the_gateway_is_killed_while_it_stores(tmp_path: Path, delay_ms: int) -> None:
+    directory = tmp_path / "functions"
+    command = [sys.executable, "-c", WRITER, str(directory)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "ready\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            writer.wait(0.02 + delay_ms / 1000)
+        writer.kill()
+    (deployment,) = Deployments(directory).load(Rules()).values()
+    value = deployment.function.environment["V"]
+    assert value == value[: len(value) // 5000] * 5000
+    assert json.loads((directory / "f.openfaas-fn").read_bytes())["created_s"] == 0.0

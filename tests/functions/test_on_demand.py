@@ -1,0 +1,183 @@
+"""Functions that have processes only while they are used, and the fork server that makes that quick."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+
+from faashound.functions.local import BadScale, UnknownFunction
+from faashound.functions.runtime import open_runtime_directory
+from faashound.functions.scaling import BadLabels, Scale, parse_scale
+from tests.functions.conftest import Log
+from tests.functions.kit import CAT, F, call, exists, real, run, running, until
+
+SHORT = 'labels."com.openfaas.scale.zero-duration" = "200ms"'
+SHELL = '[f]\nfprocess = "/bin/sh"\n'
+
+
+def fork_server() -> psutil.Process:
+    """Return the fork server of this process."""
+    (found,) = psutil.Process().children()
+    return found
+
+
+def test_function_has_no_process_until_its_first_call() -> None:
+    async def test() -> None:
+        async with running(real('[cat]\nfprocess = "cat"')) as local:
+            status = local.status()[CAT]
+            assert (list(status.pids), status.wanted_count, status.available_count) == ([], 1, 1)
+            assert (await call(local, "cat", b"hello")).body == b"hello"
+            assert len(local.status()[CAT].pids) == 1
+
+    run(test())
+
+
+def test_function_is_put_to_rest_when_it_was_not_called_and_wakes_again() -> None:
+    async def test() -> None:
+        async with running(real(SHELL + SHORT)) as local:
+            first = int((await call(local, "f", b"echo $PPID")).body)
+            await until(lambda: not exists(first), "the watchdog's end")
+            assert not local.status()[F].pids
+            assert int((await call(local, "f", b"echo $PPID")).body) != first
+
+    run(test())
+
+
+def test_no_call_is_lost_when_calls_come_as_the_function_is_put_to_rest() -> None:
+    async def test() -> None:
+        async with running(real(SHELL + SHORT)) as local:
+            seen = set()
+            for turn in range(30):
+                answer = await call(local, "f", b"echo $PPID")
+                assert answer.status == 200
+                seen.add(answer.body)
+                await asyncio.sleep(0.2 + turn % 10 / 100)  # about when it is put to rest
+            assert len(seen) > 2
+
+    run(test())
+
+
+def test_function_is_not_put_to_rest_when_a_call_takes_longer_than_the_zero_duration() -> None:
+    async def test() -> None:
+        async with running(real(SHELL + SHORT)) as local:
+            assert (await call(local, "f", b"sleep 1; echo whole")).body == b"whole\n"
+
+    run(test())
+
+
+def test_function_keeps_its_process_when_its_label_says_so() -> None:
+    text = SHELL + 'labels = { com.openfaas.scale.zero = "false", com.openfaas.scale.zero-duration = "50ms" }'
+
+    async def test() -> None:
+        async with running(real(text)) as local:
+            await until(lambda: local.status()[F].pids, "a process without a call")
+            before = local.status()[F].pids
+            await asyncio.sleep(0.5)
+            assert local.status()[F].pids == before
+
+    run(test())
+
+
+def test_replicas_are_as_many_as_asked_for() -> None:
+    text = SHELL + 'labels = { com.openfaas.scale.min = "2", com.openfaas.scale.max = "3" }'
+
+    async def test() -> None:
+        async with running(real(text)) as local:
+            await until(lambda: len(local.status()[F].pids) == 2, "two")
+            await local.scale(F, 3)
+            await until(lambda: len(local.status()[F].pids) == 3, "three")
+            await local.scale(F, 1)
+            assert len(local.status()[F].pids) == 1
+            await local.scale(F, 0)
+            status = local.status()[F]
+            assert (list(status.pids), status.wanted_count, status.available_count) == ([], 0, 0)
+            assert (await call(local, "f", b"echo awake")).body == b"awake\n"
+            with pytest.raises(BadScale, match=r"replicas: 4; allowed: 0 to 3 \(com.openfaas.scale.max\)"):
+                await local.scale(F, 4)
+            with pytest.raises(UnknownFunction):
+                await local.scale(CAT, 1)
+
+    run(test())
+
+
+def test_calls_go_on_when_the_fork_server_is_killed(log: Log) -> None:
+    async def test() -> None:
+        async with running(real(SHELL + '[cat]\nfprocess = "cat"')) as local:
+            first = int((await call(local, "f", b"echo $PPID")).body)
+            server = fork_server()
+            server.kill()
+            assert int((await call(local, "f", b"echo $PPID")).body) == first
+            assert (await call(local, "cat", b"from the next server")).body == b"from the next server"
+            assert fork_server() != server
+            os.kill(first, signal.SIGKILL)
+            assert int((await call(local, "f", b"echo $PPID")).body) != first
+
+    run(test())
+    assert "the fork server was ended by SIGKILL" in log
+
+
+def test_forked_watchdog_leads_its_group_and_holds_no_descriptor_of_the_server() -> None:
+    async def test() -> None:
+        async with running(real(SHELL + '[cat]\nfprocess = "cat"')) as local:
+            await call(local, "cat")
+            pid = int((await call(local, "f", b"echo $PPID")).body)
+            assert os.getpgid(pid) == pid
+            assert psutil.Process(pid).name() == "fwatchdog"
+            sockets = [fd for fd in os.listdir(f"/proc/{pid}/fd") if _is_seqpacket(pid, fd)]
+            assert sockets == []
+
+    run(test())
+
+
+def _is_seqpacket(pid: int, fd: str) -> bool:
+    try:
+        target = str(Path(f"/proc/{pid}/fd/{fd}").readlink())
+    except FileNotFoundError:
+        return False
+    inode = target.removeprefix("socket:[").rstrip("]")
+    lines = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()]
+    return any(words[6] == inode and words[4] == "0005" for words in lines)
+
+
+def test_socket_is_for_the_gateways_user_only() -> None:
+    async def test() -> None:
+        async with running(real(SHELL)) as local:
+            directory = local.path(F).parent
+            assert directory.stat().st_mode & 0o777 == 0o700
+        assert not directory.exists()
+
+    run(test())
+
+
+def test_directory_of_a_killed_gateway_is_removed_by_the_next(tmp_path: Path) -> None:
+    environ = {"TMPDIR": str(tmp_path)} if len(str(tmp_path)) < 60 else {}
+    abandoned = Path(environ.get("TMPDIR", "/tmp")) / "faashound.run.abandoned-by-a-test"
+    abandoned.mkdir()
+    with open_runtime_directory(environ) as first, open_runtime_directory(environ) as second:
+        assert first.exists()
+        assert second.exists()
+        assert not abandoned.exists()
+    assert not first.exists()
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        pytest.param({}, Scale(0, 20, True, 900.0), id="nothing said"),
+        pytest.param({"min": "2", "max": "4"}, Scale(2, 4, True, 900.0), id="numbers"),
+        pytest.param({"zero": "false", "zero-duration": "5m"}, Scale(0, 20, False, 300.0), id="zero"),
+    ],
+)
+def test_labels_ask_for_a_scale(labels: dict[str, str], expected: Scale) -> None:
+    assert parse_scale({f"com.openfaas.scale.{name}": text for name, text in labels.items()}) == expected
+
+
+def test_all_bad_labels_are_told_at_once() -> None:
+    with pytest.raises(BadLabels) as caught:
+        parse_scale({"com.openfaas.scale.min": "x", "com.openfaas.scale.max": "0", "com.openfaas.scale.target": "x"})
+    assert set(caught.value.problems) == {"com.openfaas.scale.min", "com.openfaas.scale.max"}

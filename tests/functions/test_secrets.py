@@ -1,0 +1,136 @@
+"""Secrets: kept, changed, handed to the functions that name them and to no other."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from faashound.functions.secrets import (
+    BadSecret,
+    SecretExists,
+    SecretInUse,
+    Secrets,
+    UnknownSecret,
+    parse_secret_name,
+    parse_secret_value,
+)
+from tests.functions.conftest import Log
+from tests.functions.kit import call, run
+from tests.functions.test_deployments import controlled, shell
+
+READ = b"cat $secret_mount_path/*; ls $secret_mount_path"
+
+
+def secret(value: str = "s3cret", name: str = "token") -> dict[str, Any]:
+    return {"name": name, "value": value}
+
+
+def test_function_finds_its_own_secrets_and_a_changed_one_at_the_next_call(tmp_path: Path, log: Log) -> None:
+    async def test() -> None:
+        async with controlled(tmp_path) as (control, local):
+            await control.create_secret(secret("first"))
+            await control.create_secret(secret("hidden", "other"))
+            await control.create(shell(secrets=["token"]))
+            await control.create(shell(service="without"))
+            assert (await call(local, "f", READ)).body == b"firsttoken\n"
+            pids = [status.pids for status in local.status().values()]
+            await control.update_secret(secret("second"))
+            assert (await call(local, "f", READ)).body == b"secondtoken\n"
+            assert [status.pids for status in local.status().values()] == pids
+            assert (await call(local, "without", b"echo [$secret_mount_path]")).body == b"[]\n"
+        async with controlled(tmp_path) as (control, local):
+            assert (await call(local, "f", READ)).body == b"secondtoken\n"
+
+    run(test())
+    assert "second" not in str(log)
+    assert "hidden" not in str(log)
+
+
+def test_secret_of_a_declared_function_is_a_file_of_it(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with controlled(tmp_path, '[f]\nfprocess = "/bin/sh"\nsecrets = ["token"]\n') as (control, local):
+            await control.create_secret(secret("value"))
+            assert (await call(local, "f", READ)).body == b"valuetoken\n"
+
+    run(test())
+
+
+def test_nothing_of_a_secret_is_readable_for_others(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with controlled(tmp_path) as (control, local):
+            await control.create_secret(secret())
+            await control.create(shell(secrets=["token"]))
+            mine = Path((await call(local, "f", b"echo $secret_mount_path")).body.decode().strip())
+            assert readable_for_others(mine.parent, tmp_path / "secrets") == []
+        assert not exists_still(mine)
+
+    run(test())
+
+
+def readable_for_others(*directories: Path) -> list[Path]:
+    """Return what is below the directories and not for its owner alone."""
+    found = [path for directory in directories for path in directory.rglob("*")]
+    assert found
+    return [path for path in found if path.stat().st_mode & 0o077]
+
+
+def exists_still(path: Path) -> bool:
+    return path.exists()
+
+
+def test_secret_that_a_function_needs_is_not_deleted(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with controlled(tmp_path) as (control, _):
+            await control.create_secret(secret())
+            await control.create(shell(secrets=["token"]))
+            with pytest.raises(SecretInUse, match="token is in use by f"):
+                await control.delete_secret({"name": "token"})
+            await control.remove({"functionName": "f"})
+            await control.delete_secret({"name": "token"})
+            assert control.secret_names() == []
+            with pytest.raises(UnknownSecret):
+                await control.delete_secret({"name": "token"})
+
+    run(test())
+
+
+def test_secrets_are_listed_by_name_and_survive_a_restart(tmp_path: Path) -> None:
+    secrets = Secrets(tmp_path)
+    secrets.create("openfaas-fn", "a", b"1")
+    secrets.create("dev", "b", b"2")
+    with pytest.raises(SecretExists):
+        secrets.create("dev", "b", b"3")
+    with pytest.raises(UnknownSecret):
+        secrets.update("dev", "c", b"3")
+    assert Secrets(tmp_path).names() == [("dev", "b"), ("openfaas-fn", "a")]
+    assert Secrets(tmp_path).names("dev") == [("dev", "b")]
+    assert Secrets(tmp_path).read("dev", "b") == b"2"
+
+
+@pytest.mark.parametrize(
+    ("document", "value"),
+    [
+        pytest.param({"value": "text"}, b"text", id="text"),
+        pytest.param({"value": "text", "rawValue": base64.b64encode(b"text\n")}, b"text", id="a file's last line end"),
+        pytest.param({"value": "\ufffd", "rawValue": base64.b64encode(b"\xff\x00")}, b"\xff\x00", id="raw wins"),
+        pytest.param({"rawValue": base64.b64encode(b" raw ").decode()}, b" raw ", id="raw alone"),
+    ],
+)
+def test_value_is_what_the_client_means(document: dict[str, Any], value: bytes) -> None:
+    assert parse_secret_value(document) == value
+
+
+@pytest.mark.parametrize("document", [{}, {"value": 1}, {"rawValue": "%"}, {"value": ""}, {"value": "x" * (2 << 20)}])
+def test_bad_value_is_refused_without_being_shown(document: dict[str, Any]) -> None:
+    with pytest.raises(BadSecret, match="allowed") as caught:
+        parse_secret_value(document)
+    assert "xxx" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "A", ".a", "a" * 254, None])
+def test_name_that_is_no_file_is_refused(name: object) -> None:
+    with pytest.raises(BadSecret):
+        parse_secret_name({"name": name})
