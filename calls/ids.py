@@ -1,4 +1,4 @@
-"""FIXDOC."""
+"""Call ids: UUIDs of version 7, so that they sort by age, and grow within a process whatever its clock does."""
 
 from __future__ import annotations
 

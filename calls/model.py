@@ -1,4 +1,7 @@
-"""FIXDOC."""
+"""What a call is: its states, the types that cross between gateways, queues and workers, and the errors of a queue.
+
+No I/O, and no behaviour: how a call comes from one state to the next stands in steps.py.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from collections.abc import (
 )
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from typing import Literal
 
 from ..network.addresses import parse_address, parse_numeric_host
@@ -354,6 +358,7 @@ _AUTHORITY = re.compile(
 _PORTS = {"http": "80", "https": "443"}
 
 
+@lru_cache(256)  # what is called back is called back often
 def destination_of(url: str) -> str:
     """The flow of a callback: its receiver as `host:port`, in lower case; "" for text that is no http(s) URL.
 

@@ -247,20 +247,28 @@ def may_claim(record: Record, kind: Kind, now_s: float) -> bool:
 def claim(record: Record, hold: Hold, now_s: float) -> Record:
     """A worker takes a call, or its callback, and has begun an attempt."""
     if hold.kind == "callback":
-        callback = _callback_after(record, Event.CLAIM)
-        return record._replace(callback=replace(callback, attempts=callback.attempts + 1), hold=hold)
-    state = next_state(record.state, Event.CLAIM)
-    return record._replace(state=state, attempts=record.attempts + 1, started_s=now_s, hold=hold)
+        callback, state = _callback_after(record, Event.CLAIM)
+        taken = Callback(state, callback.attempts + 1, callback.due_s, callback.status, callback.error)
+        return record._replace(callback=taken, hold=hold)
+    return record._replace(
+        state=next_state(record.state, Event.CLAIM), attempts=record.attempts + 1, started_s=now_s, hold=hold
+    )
 
 
 def end_run(record: Record, end: RunEnd, excerpt: bytes | None, now_s: float) -> Record:
     """The call has ended by itself, done or dead, also when a cancel came too late; `excerpt` is of its result."""
-    event = run_event(end)
-    due_s = now_s if end.callback_due_s is None else end.callback_due_s
-    ended = _note(record, end.attempt)._replace(
-        status=end.status, duration_s=end.duration_s, answer=_keep(end, excerpt), hold=None
+    state = next_state(record.state, run_event(end))
+    return record._replace(
+        state=state,
+        finished_s=end.attempt.finished_s,
+        status=end.status,
+        error=end.attempt.error,
+        duration_s=end.duration_s,
+        callback=_owed(record, state, now_s if end.callback_due_s is None else end.callback_due_s),
+        hold=None,
+        history=_remembered(record, end.attempt),
+        answer=_kept(end, excerpt),
     )
-    return _end(ended, event, end.attempt.finished_s, due_s)
 
 
 def run_event(end: RunEnd) -> Event:
@@ -270,43 +278,49 @@ def run_event(end: RunEnd) -> Event:
     return _RUN_ENDS[end.state]
 
 
-def _keep(end: RunEnd, excerpt: bytes | None) -> StoredAnswer | None:
+def _kept(end: RunEnd, excerpt: bytes | None) -> StoredAnswer | None:
     if end.result is None and excerpt is None and not end.result_headers:
         return None
     return StoredAnswer(end.result, end.result_headers, excerpt, end.attempt.finished_s)
 
 
-def _end(record: Record, event: Event, now_s: float, callback_due_s: float) -> Record:
-    """The call is over; if its end is to be told, the callback begins."""
-    state = next_state(record.state, event)
-    callback = record.callback
+def _owed(record: Record, state: State, due_s: float) -> Callback | None:
+    """The callback of a call that ends in `state`: due, if that end is to be told."""
     if record.wants_callback and state in CALLS_BACK:
-        callback = Callback(CallbackState.PENDING, 0, callback_due_s, None, None)
-    return record._replace(state=state, finished_s=now_s, callback=callback)
+        return Callback(CallbackState.PENDING, 0, due_s, None, None)
+    return record.callback
 
 
-def _note(record: Record, attempt: Attempt) -> Record:
-    history = (*record.history, attempt)[-HISTORY_COUNT:]
-    return record._replace(history=history, status=attempt.status, error=attempt.error)
+def _remembered(record: Record, attempt: Attempt) -> tuple[Attempt, ...]:
+    return (*record.history, attempt)[-HISTORY_COUNT:]
 
 
 def retry_run(record: Record, attempt: Attempt, due_s: float, excerpt: bytes | None) -> Record:
     """The call is to run again at `due_s`; of the response only its beginning, `excerpt`, is kept."""
-    answer = None if excerpt is None else StoredAnswer(None, (), excerpt, attempt.finished_s)
-    return _queue_again(_note(record, attempt)._replace(answer=answer), Event.RETRY, due_s, attempt.finished_s)
+    again = _waiting_again(record, Event.RETRY, attempt.finished_s)
+    return again._replace(
+        due_s=due_s if again.state is State.QUEUED else record.due_s,
+        status=attempt.status,
+        error=attempt.error,
+        history=_remembered(record, attempt),
+        answer=None if excerpt is None else StoredAnswer(None, (), excerpt, attempt.finished_s),
+    )
 
 
 def stop_run(record: Record, attempt: Attempt) -> Record:
     """The run was stopped because a cancel was asked for."""
-    return _end_cancelled(_note(record, attempt), Event.STOP, attempt.finished_s)
+    stopped = _cancelled(record, Event.STOP, attempt.finished_s)
+    return stopped._replace(status=attempt.status, error=attempt.error, history=_remembered(record, attempt))
 
 
 def release(record: Record, now_s: float) -> Record:
     """What was claimed and not tried goes back into its old place, the attempt not counted."""
     if record.hold is not None and record.hold.kind == "callback":
-        callback = _callback_after(record, Event.HAND_BACK)
-        return record._replace(callback=replace(callback, attempts=callback.attempts - 1), hold=None)
-    return _queue_again(record._replace(attempts=record.attempts - 1), Event.HAND_BACK, record.due_s, now_s)
+        callback, state = _callback_after(record, Event.HAND_BACK)
+        untried = Callback(state, callback.attempts - 1, callback.due_s, callback.status, callback.error)
+        return record._replace(callback=untried, hold=None)
+    again = _waiting_again(record, Event.HAND_BACK, now_s)
+    return again._replace(attempts=record.attempts - 1)
 
 
 def take_back(record: Record, now_s: float) -> Record:
@@ -314,12 +328,13 @@ def take_back(record: Record, now_s: float) -> Record:
     if record.hold is None:
         raise AssertionError("only what is held can be taken back")
     if record.hold.kind == "callback":
-        callback = _callback_after(record, Event.HAND_BACK)
+        callback, state = _callback_after(record, Event.HAND_BACK)
         due_s = now_s + lost_wait_s(callback.attempts)
-        return record._replace(callback=replace(callback, due_s=due_s, status=None, error=LOST_ERROR), hold=None)
+        return record._replace(callback=Callback(state, callback.attempts, due_s, None, LOST_ERROR), hold=None)
     started_s = now_s if record.started_s is None else record.started_s
-    noted = _note(record, Attempt(started_s, now_s, None, LOST_ERROR))
-    return _queue_again(noted, Event.HAND_BACK, record.due_s, now_s)
+    again = _waiting_again(record, Event.HAND_BACK, now_s)
+    lost = Attempt(started_s, now_s, None, LOST_ERROR)
+    return again._replace(status=None, error=LOST_ERROR, history=_remembered(record, lost))
 
 
 def lost_wait_s(attempts: int) -> float:
@@ -331,15 +346,17 @@ def lost_wait_s(attempts: int) -> float:
     return min(2.0 ** (min(attempts, 60) - 2), LOST_WAIT_S) if attempts > 1 else 0.0
 
 
-def _queue_again(record: Record, event: Event, due_s: float, now_s: float) -> Record:
+def _waiting_again(record: Record, event: Event, now_s: float) -> Record:
     """Back into the queue, unless an end was asked for meanwhile: then this is it."""
     if record.cancel_requested:
-        return _end_cancelled(record, Event.STOP, now_s)
-    return record._replace(state=next_state(record.state, event), due_s=due_s, hold=None)
+        return _cancelled(record, Event.STOP, now_s)
+    return record._replace(state=next_state(record.state, event), hold=None)
 
 
-def _end_cancelled(record: Record, event: Event, now_s: float) -> Record:
-    return _end(record._replace(cancel_requested=True, hold=None), event, now_s, now_s)
+def _cancelled(record: Record, event: Event, now_s: float) -> Record:
+    """Over, and its callback URL is not told: the caller who cancelled knows."""
+    state = next_state(record.state, event)
+    return record._replace(state=state, finished_s=now_s, cancel_requested=True, hold=None)
 
 
 def cancel(record: Record, now_s: float) -> Record:
@@ -347,7 +364,7 @@ def cancel(record: Record, now_s: float) -> Record:
     if (record.state, Event.CANCEL) not in TRANSITIONS:
         raise CallFinished(f"the call is {record.state.value}: there is nothing left to cancel")
     if record.state is State.QUEUED:
-        return _end_cancelled(record, Event.CANCEL, now_s)
+        return _cancelled(record, Event.CANCEL, now_s)
     return record._replace(state=next_state(record.state, Event.CANCEL), cancel_requested=True)
 
 
@@ -363,9 +380,14 @@ def is_stale(record: Record, before_s: float) -> bool:
 
 def expire(record: Record, now_s: float, error: str = EXPIRED_ERROR) -> Record:
     """The call has waited too long; what an earlier attempt gave stays its status and its error."""
-    status = EXPIRED_STATUS if record.status is None else record.status
-    ended = record._replace(status=status, error=error if record.error is None else record.error)
-    return _end(ended, Event.EXPIRE, now_s, now_s)
+    state = next_state(record.state, Event.EXPIRE)
+    return record._replace(
+        state=state,
+        finished_s=now_s,
+        status=EXPIRED_STATUS if record.status is None else record.status,
+        error=error if record.error is None else record.error,
+        callback=_owed(record, state, now_s),
+    )
 
 
 def set_back(record: Record, back_s: float) -> Record:
@@ -398,19 +420,18 @@ def requeue_dead(record: Record, now_s: float) -> Record:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def _callback_after(record: Record, event: Event) -> Callback:
+def _callback_after(record: Record, event: Event) -> tuple[Callback, CallbackState]:
+    """The callback as it is, and the state that it comes into."""
     if record.callback is None:
         raise AssertionError(f"a callback that is not there cannot {event.value}")
-    return replace(record.callback, state=next_callback_state(record.callback.state, event))
+    return record.callback, next_callback_state(record.callback.state, event)
 
 
 def end_callback(record: Record, event: Event, attempt: Attempt, due_s: float | None = None) -> Record:
     """A delivery has ended: SUCCEED, GIVE_UP, or RETRY at `due_s`."""
-    callback = _callback_after(record, event)
+    callback, state = _callback_after(record, event)
     due_s = callback.due_s if due_s is None else due_s
-    return record._replace(
-        callback=replace(callback, due_s=due_s, status=attempt.status, error=attempt.error), hold=None
-    )
+    return record._replace(callback=Callback(state, callback.attempts, due_s, attempt.status, attempt.error), hold=None)
 
 
 def requeue_callback(record: Record, now_s: float) -> Record:
@@ -419,7 +440,8 @@ def requeue_callback(record: Record, now_s: float) -> Record:
     if callback is None or (callback.state, Event.REQUEUE) not in CALLBACK_TRANSITIONS:
         state = callback.state.value if callback else "not there"
         raise CallNotDead(f"only a dead callback can be queued again; this one is {state}")
-    return record._replace(callback=replace(_callback_after(record, Event.REQUEUE), attempts=0, due_s=now_s))
+    again = next_callback_state(callback.state, Event.REQUEUE)
+    return record._replace(callback=Callback(again, 0, now_s, callback.status, callback.error))
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""FIXDOC."""
+"""Body files: written under their final name, on disk before a row names them, removed when no row does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FIXDOC."""
+"""The queue's file: connections, creating it whole or not at all, and refusing what is damaged, foreign or newer."""
 
 from __future__ import annotations
 

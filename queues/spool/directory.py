@@ -1,4 +1,4 @@
-"""FIXDOC."""
+"""The directory of a queue: checked before anything in it is trusted, and the lock by which writers take turns."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class SpoolDirectory:
     def writer_lock(self) -> Iterator[None]:
         """Holds `writer.lock`: every write, checkpoint and owner look-up happens inside.
 
-        QueueUnavailable if it cannot be had: whoever holds it may be suspended, or stuck on a disk.
+        QueueUnavailable if it cannot be had: the process that holds it may be suspended, or stuck on a disk.
         """
         _take_writer_lock(self.lock_fd)
         try:

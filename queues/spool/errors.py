@@ -1,4 +1,4 @@
-"""FIXDOC."""
+"""What goes wrong on a disk, in the queue's own errors: full, unavailable or damaged, with what to do about it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FIXDOC."""
+"""The limits of the spool, each with its reason."""
 
 from __future__ import annotations
 
@@ -57,6 +57,12 @@ SLACK_PART = 4  # of the reserve, the part that is to be free besides: for the r
 
 
 PAGE_BYTES = 4096  # of SQLite's file
+
+
+AMPLE_BYTES = 64 << 20  # with so much room for one commit, the disk is not looked at again for AMPLE_S
+
+
+AMPLE_S = 0.05  # a disk takes less than half of AMPLE_BYTES in that time
 
 
 TOLD_S = 60.0  # between two lines about the same disk

@@ -13,14 +13,16 @@ import os
 import secrets
 import socket
 import time
-from enum import IntFlag
 
 from ...watchdog import log
 from .limits import SETTLED_NS
 
 
-class WakeUp(IntFlag):
-    """Why a process may want to look at the queue."""
+class WakeUp:
+    """Why a process may want to look at the queue; added up by `|`.
+
+    Plain numbers: an IntFlag takes a microsecond to add, and there is one with each step of each call.
+    """
 
     NOTHING = 0
     WORK = 1
@@ -49,15 +51,15 @@ class Notifier:
     def fileno(self) -> int:
         return self._own.fileno()
 
-    def read(self) -> WakeUp:
+    def read(self) -> int:
         """All that has come since the last time; never blocks."""
         found: list[int] = []
         with contextlib.suppress(BlockingIOError):
             while True:
                 found.extend(self._own.recv(1))
-        return WakeUp.ALL if len(found) > 1 else WakeUp(sum(found) & WakeUp.ALL)
+        return WakeUp.ALL if len(found) > 1 else sum(found) & WakeUp.ALL
 
-    def wake(self, wake_up: WakeUp) -> None:
+    def wake(self, wake_up: int) -> None:
         """Wakes every other process. One that cannot be woken is logged: it must not keep the queue from its work."""
         try:
             self._look_around()

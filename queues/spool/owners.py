@@ -1,4 +1,4 @@
-"""FIXDOC."""
+"""Which workers live: each holds a lock that the kernel lets go of when it dies, however it dies."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .directory import SpoolDirectory
 # --------------------------------------------------------------------------------------------------------------------
 # Owners
 #
-# A worker's life is an flock on `owners/<owner>`: the kernel lets go of it however the worker dies, so whoever can lock
-# the file knows that the worker is dead. All of this happens inside the writer lock: a look-up takes the lock
+# A worker's life is an flock on `owners/<owner>`: the kernel lets go of it however the worker dies, so a process that
+# can lock the file knows that the worker is dead. All of this happens inside the writer lock: a look-up takes the lock
 # for a moment, and would otherwise be taken for a living owner by another look-up.
 # --------------------------------------------------------------------------------------------------------------------
 

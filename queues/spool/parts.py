@@ -1,4 +1,4 @@
-"""FIXDOC."""
+"""What opening a queue yields: directory, file, reserve, readers and notifier, all of them or none."""
 
 from __future__ import annotations
 

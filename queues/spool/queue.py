@@ -12,7 +12,7 @@ Use:
 Contract:
 - What `put`, `finish` and the other writes have returned for is on disk (WAL, `synchronous=FULL`), and so is every
   body file they name.
-- Delivery is at least once. A lease is an owner and a fence; whoever holds an older fence gets `LeaseLost` and must
+- Delivery is at least once. A lease is an owner and a fence; the holder of an older fence gets `LeaseLost` and must
   drop its result. A lease ends with its owner's life (at once, by a file lock) or with its deadline.
 - Within a function calls run in the order (due_s, id); between functions they take turns.
 - A write either happens whole or raises: `QueueFull` (no room), `QueueUnavailable` (any other trouble with the disk),
@@ -482,7 +482,7 @@ class Spool:
     def _on_notified(self) -> None:
         self._on_wake_up(self._notifier.read())
 
-    def _on_wake_up(self, wake_up: WakeUp) -> None:
+    def _on_wake_up(self, wake_up: int) -> None:
         if wake_up & WakeUp.WORK:
             self._work.set()
         if wake_up & WakeUp.CANCEL:

@@ -1,4 +1,4 @@
-"""FIXDOC."""
+"""The threads that read: each look is one consistent view of the queue, and waits for no commit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FIXDOC."""
+"""Room on the disk that is kept for ending calls, so that a full queue can always be drained."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ...calls.model import QueueFull
 from ...watchdog import log
 from .directory import SpoolDirectory, open_ours
 from .errors import DISK_FULL, disk_error
-from .limits import DATABASE, PAGE_BYTES, RESERVE_PART, SLACK_PART, TOLD_S
+from .limits import AMPLE_BYTES, AMPLE_S, DATABASE, PAGE_BYTES, RESERVE_PART, SLACK_PART, TOLD_S
 
 # --------------------------------------------------------------------------------------------------------------------
 # The reserve
@@ -39,6 +39,7 @@ class Reserve:
         self._journal = directory.path / f"{DATABASE}-wal"
         self._fd = -1
         self._full_since_s: float | None = None
+        self._ample_until_s = 0.0  # there was so much room that another look before is not worth its time
         self.whole_bytes = 0
         with contextlib.suppress(FileNotFoundError):
             flags = os.O_RDWR | (os.O_CREAT if wanted_bytes else 0)
@@ -74,9 +75,15 @@ class Reserve:
 
     def has_room(self, bytes_count: int) -> bool:
         """Whether so much may be written: to the journal, and from there to its place. No promise, but a good guess."""
+        now_s = time.monotonic()
+        if now_s < self._ample_until_s and bytes_count < AMPLE_BYTES // 4:
+            return True
         if self._full_since_s is not None:
             self.tell()
-        return self._fits(bytes_count)
+        fits = self._fits(bytes_count)
+        if fits and self._fits(AMPLE_BYTES):
+            self._ample_until_s = now_s + AMPLE_S
+        return fits
 
     def _fits(self, bytes_count: int) -> bool:
         if not self.whole_bytes:

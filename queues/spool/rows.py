@@ -4,8 +4,8 @@
     save(tx, stored, steps.cancel(stored.record, now_s))
 
 `save` writes what the step has changed, and nothing else; it keeps the counts of what waits, and notes whom to wake.
-Leases are not written here: whoever takes or ends one does that first, since the row of a lease is what decides
-whether there may be a step at all (claims.py, ends.py).
+Leases are not written here: claims.py and ends.py do that first, since the row of a lease is what decides whether there
+may be a step at all.
 
 It refuses to: decide anything.  What may happen to a call, and what follows from it, stands in calls/steps.py.
 """
@@ -19,11 +19,10 @@ import sqlite3
 from collections.abc import Sequence
 from dataclasses import fields
 from functools import lru_cache
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from ...calls.model import (
     EXCERPT_BYTES,
-    FINAL,
     HISTORY_COUNT,
     Attempt,
     Call,
@@ -31,11 +30,11 @@ from ...calls.model import (
     CallbackState,
     CallUnknown,
     Headers,
-    Kind,
     Lease,
     NewCall,
     State,
     StoredBody,
+    destination_of,
 )
 from ...calls.names import FunctionName
 from ...calls.steps import UNREAD_ANSWER, WAITING, Hold, Record, StoredAnswer
@@ -185,6 +184,8 @@ class Stored(NamedTuple):
 
     seq: int
     function: str
+    queue: str
+    callback_url: str | None
     bytes_count: int
     record: Record
     attempt_count: int | None = None
@@ -198,8 +199,8 @@ if Record._fields[: len(_COLUMNS)] != _COLUMNS:
     raise AssertionError("the columns of calls stand in a record in this order")
 
 _SQL_RECORD = """
-    SELECT calls.seq, function, bytes_count,
-        calls.state, calls.due_s, expires_s, callback_url IS NOT NULL, calls.attempts, started_s, finished_s,
+    SELECT calls.seq, function, calls.queue, callback_url, bytes_count,
+        calls.state, calls.due_s, expires_s, calls.attempts, started_s, finished_s,
         calls.status, calls.error, duration_s, cancel_requested,
         callbacks.state, callbacks.attempts, callbacks.due_s, callbacks.status, callbacks.error,
         leases.kind, leases.owner, leases.fence
@@ -219,21 +220,29 @@ def find_stored(db: sqlite3.Connection, call_id: str) -> Stored:
     return stored
 
 
-def _parse_stored(seq: int, function: str, bytes_count: int, state: str, *rest: object) -> Stored:
-    facts, callback, hold = rest[:10], rest[10:15], rest[15:]
-    due_s, expires_s, wants_callback, *others, cancel_requested = cast(tuple[float, ...], facts)
+def _parse_stored(
+    seq: int, function: str, queue: str, callback_url: str | None, bytes_count: int, *facts: Any
+) -> Stored:
+    state, due_s, expires_s, attempts, started_s, finished_s, status, error, duration_s, cancel_requested = facts[:10]
+    callback, hold = facts[10:15], facts[15:]
     record = Record(
         State(state),
         due_s,
         expires_s,
-        bool(wants_callback),
-        *cast(tuple[int], tuple(others)),
-        cancel_requested=bool(cancel_requested),
-        callback=None if callback[0] is None else _build_callback(*cast(tuple[str, int, float, int, str], callback)),
-        hold=None if hold[0] is None else Hold(*cast(tuple[Kind, str, int], hold)),
-        answer=UNREAD_ANSWER,
+        callback_url is not None,
+        attempts,
+        started_s,
+        finished_s,
+        status,
+        error,
+        duration_s,
+        bool(cancel_requested),
+        None if callback[0] is None else _build_callback(*callback),
+        None if hold[0] is None else Hold(*hold),
+        (),
+        UNREAD_ANSWER,
     )
-    return Stored(seq, function, bytes_count, record)
+    return Stored(seq, function, queue, callback_url, bytes_count, record)
 
 
 def _build_callback(state: str, attempts: int, due_s: float, status: int | None, error: str | None) -> Callback:
@@ -260,7 +269,8 @@ def leased(lease: Lease, seq: int, cancel_requested: bool = False) -> Stored:
         (),
         UNREAD_ANSWER,
     )
-    return Stored(seq, call.function, call.body.bytes_count, record, len(call.history))
+    url, bytes_count = call.callback_url, call.body.bytes_count
+    return Stored(seq, call.function, call.queue, url, bytes_count, record, len(call.history))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -271,10 +281,10 @@ def leased(lease: Lease, seq: int, cancel_requested: bool = False) -> Stored:
 def save(tx: Transaction, stored: Stored, after: Record, now_s: float = 0.0) -> None:
     """Write what a step has changed of a call, except its lease; a new callback that is due at `now_s` is ready."""
     seq, before = stored.seq, stored.record
-    changed = tuple(name for name, old, new in zip(_COLUMNS, before, after, strict=False) if new != old)
+    changed = tuple([i for i in _POSITIONS if after[i] is not before[i] and after[i] != before[i]])
     if changed:
-        values = [after.state.value if name == "state" else getattr(after, name) for name in changed]
-        tx.db.execute(_sql_update(changed), (*values, seq))
+        values = [after.state.value if i == _STATE else after[i] for i in changed]
+        tx.db.execute(_sql_update_call(changed), (*values, seq))
     if after.state is not before.state:
         _note_state(tx, stored, after.state)
     if after.cancel_requested and after.state is State.RUNNING:
@@ -284,22 +294,27 @@ def save(tx: Transaction, stored: Stored, after: Record, now_s: float = 0.0) -> 
     if after.answer is not before.answer:
         _save_answer(tx, seq, after.answer)
     if after.callback is not before.callback:
-        _save_callback(tx, seq, before.callback, after.callback, now_s)
+        _save_callback(tx, stored, after.callback, now_s)
+
+
+_POSITIONS = range(len(_COLUMNS))
+_STATE = _COLUMNS.index("state")
 
 
 @lru_cache
-def _sql_update(columns: tuple[str, ...]) -> str:
-    return f"UPDATE calls SET {', '.join(f'{name} = ?' for name in columns)} WHERE seq = ?"
+def _sql_update_call(positions: tuple[int, ...]) -> str:
+    return f"UPDATE calls SET {', '.join(f'{_COLUMNS[i]} = ?' for i in positions)} WHERE seq = ?"
 
 
 def _note_state(tx: Transaction, stored: Stored, state: State) -> None:
     """Count the call in or out of what waits, and tell those who wait for it."""
-    if state in FINAL:
+    waits, waited = state in WAITING, stored.record.state in WAITING
+    if not waits:
         tx.wake_up |= WakeUp.FINISHED
     elif state is State.QUEUED:
         tx.wake_up |= WakeUp.WORK
-    change = (state in WAITING) - (stored.record.state in WAITING)
-    if change:
+    if waits is not waited:
+        change = 1 if waits else -1
         tx.count_waiting(stored.function, change, change * stored.bytes_count)
 
 
@@ -330,23 +345,27 @@ def _save_answer(tx: Transaction, seq: int, answer: StoredAnswer | None) -> None
     )
 
 
-SQL_OPEN_CALLBACK = """
-    INSERT INTO callbacks (seq, state, due_s, queue, destination, ready)
-    SELECT seq, ?2, ?3, queue, destination_of(callback_url), ?3 <= ?4 FROM calls JOIN requests USING (seq)
-    WHERE seq = ?1
-"""
-
-
-def _save_callback(tx: Transaction, seq: int, before: Callback | None, callback: Callback | None, now_s: float) -> None:
+def _save_callback(tx: Transaction, stored: Stored, callback: Callback | None, now_s: float) -> None:
+    before, seq = stored.record.callback, stored.seq
     if callback is None:
         tx.db.execute("DELETE FROM callbacks WHERE seq = ?", (seq,))
         return
+    state = callback.state.value
     if before is None:
-        tx.db.execute(SQL_OPEN_CALLBACK, (seq, callback.state.value, callback.due_s, now_s))
-    else:
+        destination = destination_of(stored.callback_url or "")
+        tx.db.execute(
+            "INSERT INTO callbacks (seq, state, due_s, queue, destination, ready) VALUES (?, ?, ?, ?, ?, ?)",
+            (seq, state, callback.due_s, stored.queue, destination, callback.due_s <= now_s),
+        )
+    elif callback.state is CallbackState.PENDING:
         tx.db.execute(
             "UPDATE callbacks SET state = ?, attempts = ?, due_s = ?, status = ?, error = ?, ready = 0 WHERE seq = ?",
-            (callback.state.value, callback.attempts, callback.due_s, callback.status, callback.error, seq),
+            (state, callback.attempts, callback.due_s, callback.status, callback.error, seq),
+        )
+    else:  # it waits no more, so its time is of no interest, and the indexes over that are left alone
+        tx.db.execute(
+            "UPDATE callbacks SET state = ?, status = ?, error = ? WHERE seq = ?",
+            (state, callback.status, callback.error, seq),
         )
     if callback.state is CallbackState.PENDING:
         tx.wake_up |= WakeUp.WORK

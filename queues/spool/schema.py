@@ -1,4 +1,4 @@
-"""FIXDOC."""
+"""The tables of the queue's file, version by version; what opens an older file runs the scripts that it lacks."""
 
 from __future__ import annotations
 

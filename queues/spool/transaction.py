@@ -15,7 +15,7 @@ class Transaction:
     """One transaction of the writer; an operation may be run in more than one of them, and counts in the last."""
 
     db: sqlite3.Connection
-    wake_up: WakeUp = WakeUp.NOTHING
+    wake_up: int = WakeUp.NOTHING
     short: bool = False  # the reserve is in use: give room back where it costs nobody a result
     waiting: dict[str, list[int]] = field(default_factory=dict)  # how calls and bytes of a function change by this
 

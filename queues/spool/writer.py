@@ -1,4 +1,4 @@
-"""FIXDOC."""
+"""The thread that writes: it commits for all callers of this process together, and in turn with other processes."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class _Operation:
 class Writer:
     """The thread that writes. `on_wake_up` is called on the event loop with what each commit has to tell."""
 
-    def __init__(self, parts: Parts, on_wake_up: Callable[[WakeUp], None]) -> None:
+    def __init__(self, parts: Parts, on_wake_up: Callable[[int], None]) -> None:
         directory = parts.directory
         self._directory = directory
         self._db = parts.db
@@ -156,7 +156,7 @@ class Writer:
         except OSError as error:  # then `sweep` finds them
             log.warning(f"the body of a refused call cannot be removed: {error}")
 
-    def _answer(self, group: Sequence[_Operation], wake_up: WakeUp) -> None:
+    def _answer(self, group: Sequence[_Operation], wake_up: int) -> None:
         def settle() -> None:
             for operation in group:
                 operation.settle()
@@ -168,9 +168,9 @@ class Writer:
         if wake_up:
             self._notifier.wake(wake_up)
 
-    def _serve(self, group: Sequence[_Operation]) -> WakeUp:
+    def _serve(self, group: Sequence[_Operation]) -> int:
         """Runs the group; afterwards each operation has its answer or its error. Returns whom to wake."""
-        wake_ups: list[WakeUp | None] = []
+        wake_ups: list[int | None] = []
         together: list[_Operation] = []
         bytes_count = 0
         for operation in group:
@@ -191,7 +191,7 @@ class Writer:
             wake_ups += self._serve_without_room(refused)
         return reduce(operator.or_, filter(None, wake_ups), WakeUp.NOTHING)
 
-    def _serve_without_room(self, group: Sequence[_Operation]) -> list[WakeUp | None]:
+    def _serve_without_room(self, group: Sequence[_Operation]) -> list[int | None]:
         """Steps that end calls go first and one by one: a group may need more than the reserve has, a step does not."""
         puts = [operation for operation in group if isinstance(operation.run, Put)]
         others = [operation for operation in group if not isinstance(operation.run, Put)]
@@ -204,7 +204,7 @@ class Writer:
         self._reserve.tell()
         return wake_ups
 
-    def _work_without_room(self, operation: _Operation) -> WakeUp:
+    def _work_without_room(self, operation: _Operation) -> int:
         """Does a step, if need be with the reserve. First the journal's pages go to their places, which takes room.
 
         Results may be larger than what their calls give up, and would use up the whole in the end; then nothing could
@@ -237,7 +237,7 @@ class Writer:
             if refill:
                 self._reserve.refill()
 
-    def _run_alone(self, operation: _Operation) -> WakeUp:
+    def _run_alone(self, operation: _Operation) -> int:
         self._run(operation, Transaction(self._db))
         return WakeUp.NOTHING
 
@@ -273,7 +273,7 @@ class Writer:
             pass
         raise QueueUnavailable("the queue's file was moved or removed: restart what uses it")
 
-    def _commit(self, group: Sequence[_Operation], *, short: bool = False) -> WakeUp:
+    def _commit(self, group: Sequence[_Operation], *, short: bool = False) -> int:
         while True:
             tx = Transaction(self._db, short=short)
             before = self._db.total_changes
