@@ -3,7 +3,8 @@
     fprocess="wc -c" python watchdog.py
     curl --data-binary hello http://127.0.0.1:8080/
 
-A request's body becomes the process's standard input, its standard output the response.  The exit status decides:
+A request's body becomes the process's standard input, its standard output the response: once it is whole, or with
+mode=streaming as it is printed.  The exit status decides, as long as nothing of the answer is out:
 
     exit 0                      200 and the output, with X-Duration-Seconds
     exit N                      500, `exit status N`, then the output
@@ -505,6 +506,12 @@ class Settings:
 
     fprocess: tuple[str, ...] = setting(
         "fprocess", None, parse_command, "the command to run for each request", alias="function_process"
+    )
+    mode: str = setting(
+        "mode",
+        "serializing",
+        parse_choice("serializing", "streaming"),
+        "when output is sent: serializing, once the process has ended; streaming, as it is printed",
     )
     host: str | None = setting("host", "", parse_text, "address to listen on", default_note="all")
     port: int = setting("port", "8080", parse_port, "port to listen on; 0 picks a free one and logs it")
@@ -1157,7 +1164,8 @@ class Request:
     """One request as a handler sees it: `method`, `target` as sent, `path` undecoded and `query` raw, `host`.
 
     `headers` are (lower-case name, value) pairs as received; `peer` is the client's address as text, "" if unknown.
-    A handler that is cancelled finds in `refusal` what its client is answered, None if the client has gone.
+    A handler that is cancelled finds in `refusal` what its client is answered, None if the client has gone.  With
+    `abort` it cuts an answer that has begun and can never be whole, however slowly the client reads.
     """
 
     method: str
@@ -1169,6 +1177,7 @@ class Request:
     body: Body
     peer: str = ""
     refusal: FaashoundError | None = None
+    abort: Callable[[], None] = lambda: None
 
     def header(self, name: bytes) -> bytes | None:
         """Return the first value of `name`, given in lower case."""
@@ -1204,6 +1213,7 @@ class Response:
 
     Framing fields (Content-Length, Transfer-Encoding, Connection) are the wire's business and not given here; `length`
     is what a GET would have in the answer to a HEAD.  `write_timeout_s` overrules the server's, infinity is none.
+    `is_live`: the body is made while it is sent, for as long as the client keeps its side of the connection open.
     """
 
     status: int
@@ -1211,6 +1221,7 @@ class Response:
     body: bytes | Stream | FileBody = b""
     length: int | None = None
     write_timeout_s: float | None = None
+    is_live: bool = False
 
 
 _REASONS = {status.value: status.phrase.encode() for status in http.HTTPStatus}
@@ -2312,6 +2323,7 @@ class ServerConnection(Connection):
         self._task: asyncio.Task[None] | None = None
         self._request: Request | None = None
         self._handled = False
+        self._is_live = False
         self._refusal = refusal
         self._discarded_bytes = 0
 
@@ -2346,7 +2358,7 @@ class ServerConnection(Connection):
             self._advance()
 
     def eof_received(self) -> bool:
-        if self._phase is Phase.SENDING:
+        if self._phase is Phase.SENDING and not self._is_live:
             self._intake.paused = True  # by the transport; it will say so again when we read on after the answer
             return True  # a client that half-closed may still read it
         self._cancel()
@@ -2407,7 +2419,7 @@ class ServerConnection(Connection):
         length_text = field_value(headers, b"content-length")
         chunked = field_value(headers, b"transfer-encoding") is not None
         body = Body(None if chunked else int(length_text or 0), self._on_drained)
-        self._request = Request(method.decode(), target, path, query, host, headers, body, self._peer)
+        self._request = Request(method.decode(), target, path, query, host, headers, body, self._peer, abort=self.abort)
         self._handled = False
         self._enter(Phase.BODY)
         self._task = self._loop.create_task(self._exchange(self._request))
@@ -2440,7 +2452,7 @@ class ServerConnection(Connection):
         self._alarm.go_on()
 
     def _on_hangup(self) -> None:
-        if self._phase is not Phase.SENDING:
+        if self._phase is not Phase.SENDING or self._is_live:
             self.abort()
 
     # Answering.
@@ -2472,6 +2484,7 @@ class ServerConnection(Connection):
 
     async def _send(self, response: Response) -> None:
         self._enter(Phase.SENDING)
+        self._is_live = response.is_live
         limit_s = self._server.timeouts.write_s if response.write_timeout_s is None else response.write_timeout_s
         self._alarm.set(None if limit_s == math.inf else self._loop.time() + limit_s)
         close = self._server.draining or self._refusal is not None or not self._wire.peer_done
@@ -3309,6 +3322,12 @@ class StartFailed(FaashoundError):
     status = 500
 
 
+class ProcessFailed(FaashoundError):
+    """The process ended badly after its answer had begun; the text says how."""
+
+    status = 500
+
+
 class OutputLost(FaashoundError):
     """The disk did not take what the process wrote."""
 
@@ -4111,7 +4130,7 @@ class Stdout:
         self._on_eof = on_eof
         self._on_lost = on_lost
         self._readable: Readiness | None = None  # while it spills
-        self._stopped = self._discarding = False
+        self._stopped = self._discarding = self._closed = False
         self._spiller: asyncio.Task[None] | None = None
         ready.add(fd, self._on_readable)
 
@@ -4187,9 +4206,61 @@ class Stdout:
         self._after_spilling(self._close)
 
     def _close(self) -> None:
+        self._closed = True
         self._ready.forget(self._fd)
         os.close(self._fd)
         del self._on_eof, self._on_lost  # as in `Stdin.close`: the output would be kept too
+
+
+class StreamedStdout(Stdout):
+    """Hands on what a process writes as it is written, by `body`.  A slow reader of that slows the process.
+
+    Nothing of it is kept but the beginning, for the log.  `on_cut` is called when the tree is killed.
+    """
+
+    def __init__(
+        self, ready: EpollSet, fd: int, on_eof: Callable[[], None], on_lost: Callable[[OutputLost], None]
+    ) -> None:
+        super().__init__(ready, fd, on_eof, on_lost)
+        self.body = Body(None, self._on_drained)
+        self.begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # ... or it has ended
+        self.on_cut: Callable[[], None] = lambda: None
+        self._paused = False
+
+    def _collect(self, data: bytes) -> None:
+        if not data:
+            super()._collect(data)
+            return
+        if not self.output.bytes_count:
+            self.output.append(data[:SNIFF_BYTES])
+            self.output.bytes_count = 0
+        self.output.bytes_count += len(data)
+        self.body.feed(data)
+        self._begin()
+        if self.body.buffered_bytes >= BUFFERED_BYTES and not self._paused:
+            self._paused = True
+            self._ready.remove(self._fd)
+
+    def _begin(self) -> None:
+        if not self.begun.done():
+            self.begun.set_result(None)
+
+    def _on_drained(self) -> None:
+        if self._paused and not self.at_eof and not self._closed:
+            self._paused = False
+            self._ready.add(self._fd, self._on_readable)
+
+    def stop(self, discarding: bool) -> None:
+        """Wait for no more output, and end `body`; `discarding`: cut what reads it."""
+        super().stop(discarding)
+        self.body.finish()
+        self._begin()
+        if discarding:
+            self.on_cut()
+
+    def _close(self) -> None:
+        super()._close()
+        del self.body, self.on_cut  # as there: both lead back here
 
 
 class Stderr:
@@ -4243,7 +4314,7 @@ class Process:
     Made by `Spawner.spawn`; then `run` exactly once, or `discard`: they close what it holds.
     """
 
-    def __init__(self, sweeper: Sweeper, birth: Birth, term_grace_s: float) -> None:
+    def __init__(self, sweeper: Sweeper, birth: Birth, term_grace_s: float, stdout_kind: type[Stdout]) -> None:
         self.pid = birth.pid
         self.mark = birth.mark
         self.started_s = birth.started_s
@@ -4261,22 +4332,31 @@ class Process:
         self._timers: list[asyncio.TimerHandle] = []
         ready, pipes = sweeper.reaper.ready, birth.pipes
         self.stdin = Stdin(ready, pipes.stdin, self.abandon)
-        self.stdout = Stdout(ready, pipes.stdout, self._on_eof, self._on_output_lost)
+        self.stdout = stdout_kind(ready, pipes.stdout, self._on_eof, self._on_output_lost)
         self.stderr = Stderr(ready, pipes.stderr, birth.on_stderr) if birth.on_stderr is not None else None
         sweeper.add(self)
 
     async def run(self, body: AsyncIterator[bytes], deadline_s: float | None) -> ProcessResult:
-        """Feed `body` to the process, collect its output, wait for its end and return it.
+        """`begin`, and wait for the `end`."""
+        self.begin(body, deadline_s)
+        return await self.end()
 
-        `deadline_s` is monotonic.  Raises DeadlineReached at the deadline, what `abandon` was given, or what reading
-        the body raises; in each case, and when cancelled, the tree is killed.  The caller closes the result's output.
-        """
+    def begin(self, body: AsyncIterator[bytes], deadline_s: float | None) -> None:
+        """Feed `body` to the process, and collect its output.  `deadline_s` is monotonic.  Obligation: `end`."""
         self.begun = True
         self._clock_s = time.perf_counter()
         self._sweeper.begin(self)
         if deadline_s is not None:
             self._timers.append(self._loop.call_at(deadline_s, self._on_deadline))
         self.stdin.feed(body)
+
+    async def end(self, killed_wait_s: float = DEADLINE_WAIT_S) -> ProcessResult:
+        """Wait for the end of the process and return it.
+
+        Raises DeadlineReached at the deadline, what `abandon` was given, or what reading the body raises; in each case,
+        and when cancelled, the tree is killed, for whose end it waits `killed_wait_s`.  The caller closes the result's
+        output.
+        """
         try:
             await self._answerable
             await self.stdout.settled()
@@ -4289,7 +4369,7 @@ class Process:
             self._close()
         if self._error is not None:
             self.stdout.drop()
-            await self._killed(DEADLINE_WAIT_S)
+            await self._killed(killed_wait_s)
             raise self._error
         return ProcessResult(self.pid, self._status, self.stdout.output, time.perf_counter() - self._clock_s)
 
@@ -4350,6 +4430,13 @@ class Process:
         self.stdout.stop(discarding=self.state is ProcessState.KILLED)
         if not self._answerable.done():
             self._answerable.set_result(None)
+
+    async def exit_status(self) -> int:
+        """Return the wait status once the answer is decided; raises as `end`."""
+        await asyncio.shield(self._answerable)
+        if self._error is not None:
+            raise self._error
+        return self._status
 
     async def _killed(self, limit_s: float) -> None:
         """Wait for the end of the tree, but not longer than `limit_s`: the sweep goes on by itself."""
@@ -4473,6 +4560,7 @@ class Spawner:
         self._words = settings.fprocess
         self._environ = dict(environ)
         self._term_grace_s = settings.term_grace_s
+        self._stdout_kind = StreamedStdout if settings.mode == "streaming" else Stdout
         self._user = settings.user
         self._program: str | None = None
         self._defaults = signals_at_default()
@@ -4501,7 +4589,8 @@ class Spawner:
             pipes.close()
             raise
         pipes.close_theirs()
-        return Process(self._sweeper, Birth(pid, mark, started_s, pipes, on_stderr), self._term_grace_s)
+        birth = Birth(pid, mark, started_s, pipes, on_stderr)
+        return Process(self._sweeper, birth, self._term_grace_s, self._stdout_kind)
 
     def _start(self, environ: Mapping[bytes, bytes], streams: tuple[int, int, int]) -> int:
         remembered = self._program is not None
@@ -4801,15 +4890,22 @@ async def serve_metrics(collector: Collector, request: Request) -> Response:
     return Response(200, ((b"Content-Type", kind),), prometheus.generate_latest(registry))
 
 
-class Watchdog:
-    """Handler of a function's server: health, limits, and one process per request."""
+class Mode(Protocol):
+    """How the program sees a request."""
 
-    def __init__(self, settings: Settings, pool: Pool, lock_path: str | None, slot: Slot) -> None:
+    async def answer(self, request: Request, call: CallLog) -> Response:
+        """Return the program's answer; a `StreamedAnswer` accounts for the call itself, when it ends."""
+
+
+class Watchdog:
+    """Handler of a function's server: health, limits, and what `mode` makes of a request."""
+
+    def __init__(self, settings: Settings, mode: Mode, lock_path: str | None, slot: Slot) -> None:
         self.metrics = HttpMetrics(slot)
         self.accepting = True
         self._slot = slot
         self._settings = settings
-        self._pool = pool
+        self._mode = mode
         self._lock_path = lock_path
 
     async def __call__(self, request: Request) -> Response:
@@ -4818,7 +4914,7 @@ class Watchdog:
             return self._health(request)
         if request.path == b"/_/ready":
             return self._ready(request)
-        call, status = CallLog(request, self._settings), CLIENT_GONE_STATUS
+        call = CallLog(request, self._settings)
         admitted = False
         try:
             if request.method not in FUNCTION_METHODS:
@@ -4826,22 +4922,29 @@ class Watchdog:
             admitted = self._slot.enter(self._settings.max_inflight)
             if not admitted:
                 raise TooManyRequests(self._settings.max_inflight)
-            response = await self._run(request, call)
-            status = response.status
-            return response
+            response = await self._mode.answer(request, call)
         except FaashoundError as error:
-            status = error.status
             call.failed(error)
+            self._account(request, call, admitted, error.status)
             raise
-        except asyncio.CancelledError:
-            if request.refusal is not None:
-                status = request.refusal.status
-            call.failed(request.refusal or ClientGone())
+        except BaseException as error:
+            status = 500
+            if isinstance(error, asyncio.CancelledError):
+                status = CLIENT_GONE_STATUS if request.refusal is None else request.refusal.status
+                call.failed(request.refusal or ClientGone())
+            self._account(request, call, admitted, status)
             raise
-        finally:
-            if admitted:
-                self._slot.leave()
-            self.metrics.observe(status, request.method, call.elapsed_s())
+        account = partial(self._account, request, call, admitted)
+        if isinstance(response.body, StreamedAnswer):
+            response.body.on_end = account
+        else:
+            account(response.status)
+        return response
+
+    def _account(self, request: Request, call: CallLog, admitted: bool, status: int) -> None:
+        if admitted:
+            self._slot.leave()
+        self.metrics.observe(status, request.method, call.elapsed_s())
 
     def on_refused(self, request: Request | None, error: FaashoundError) -> None:
         """Log and count a request that HTTP's rules did not let through to us."""
@@ -4865,7 +4968,22 @@ class Watchdog:
             raise TooManyRequests(self._settings.max_inflight)
         return self._health(request)
 
-    async def _run(self, request: Request, call: CallLog) -> Response:
+
+class Serializing:
+    """Mode: one process per request, and its answer once it has ended."""
+
+    def __init__(self, settings: Settings, pool: Pool) -> None:
+        self._settings = settings
+        self._pool = pool
+
+    async def answer(self, request: Request, call: CallLog) -> Response:
+        """Return what the process wrote, and what its exit status makes of it."""
+        result = await self._begin(request, call).end()
+        response = self._response(request, result)
+        call.ended(response, result)
+        return response
+
+    def _begin(self, request: Request, call: CallLog) -> Process:
         settings = self._settings
         timeout_s = self._timeout(request)
         body = self._limited(request)
@@ -4875,10 +4993,8 @@ class Watchdog:
             body = marshalled(request.headers, body)
         on_stderr = None if settings.combine_output else call.on_stderr
         call.process = process = self._pool.take(facts, on_stderr)
-        result = await process.run(call.watched(body), None if timeout_s is None else time.monotonic() + timeout_s)
-        response = self._answer(request, result)
-        call.ended(response, result)
-        return response
+        process.begin(call.watched(body), None if timeout_s is None else time.monotonic() + timeout_s)
+        return process
 
     def _limited(self, request: Request) -> AsyncIterator[bytes]:
         limit_bytes, body = self._settings.max_body_bytes, request.body
@@ -4900,7 +5016,7 @@ class Watchdog:
             raise BadTimeout(f"X-Timeout: {error}") from None
         return theirs_s if ours_s is None else min(ours_s, theirs_s)
 
-    def _answer(self, request: Request, result: ProcessResult) -> Response:
+    def _response(self, request: Request, result: ProcessResult) -> Response:
         output, forced = result.output, self._settings.content_type
         if result.status == 0:
             kind = content_type_of(request.header(b"content-type"), forced, output.head())
@@ -4909,6 +5025,84 @@ class Watchdog:
         reason = describe_exit(result.status).encode() + b"\n"
         kind = content_type_of(None, forced, reason + output.head())
         return output_response(500, (kind,), reason, output)
+
+
+class Streaming(Serializing):
+    """Mode: one process per request, whose answer is 200 as soon as it prints, and is sent as it is printed.
+
+    Without any output the exit status decides, as in `Serializing`.
+    """
+
+    async def answer(self, request: Request, call: CallLog) -> Response:
+        """Return the answer when it has begun."""
+        process = self._begin(request, call)
+        stdout = cast(StreamedStdout, process.stdout)
+        try:
+            await stdout.begun
+        except asyncio.CancelledError:
+            process.abandon(ClientGone())
+            with suppress(ClientGone):
+                await process.end(HANGUP_WAIT_S)
+            raise
+        if not stdout.output.bytes_count:
+            result = await process.end()
+            response = self._response(request, result)
+            call.ended(response, result)
+            return response
+        kind = content_type_of(request.header(b"content-type"), self._settings.content_type, stdout.output.head())
+        response = Response(200, (kind,), is_live=True)
+        response.body = StreamedAnswer(process, response, call)
+        stdout.on_cut = request.abort
+        return response
+
+
+class StreamedAnswer:
+    """The body of an answer that has begun: what its process prints.
+
+    It ends well only if the process does; else the iterator raises, and the connection is cut without the last chunk.
+    `on_end` is called with the status to account for: 200, or that of the error which came later.
+    """
+
+    def __init__(self, process: Process, response: Response, call: CallLog) -> None:
+        self.on_end: Callable[[int], None] = lambda status: None
+        self._process = process
+        self._response = response
+        self._call = call
+        self._is_whole = False
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        """Yield what is printed; raises ProcessFailed, or what ended the process."""
+        async for data in cast(StreamedStdout, self._process.stdout).body:
+            yield data
+        self._is_whole = True
+        status = await self._process.exit_status()
+        if status:
+            raise ProcessFailed(describe_exit(status))
+
+    async def aclose(self) -> None:
+        """Kill the process unless it has ended, and account for the call, even if cancelled meanwhile."""
+        self._ending = asyncio.ensure_future(self._end())
+        await asyncio.shield(self._ending)
+
+    async def _end(self) -> None:
+        if not self._is_whole:
+            self._process.abandon(ClientGone())
+        status = self._response.status
+        try:
+            result = await self._process.end(HANGUP_WAIT_S)
+            if not self._is_whole:
+                raise ClientGone
+            if result.status:
+                raise ProcessFailed(describe_exit(result.status))
+            self._call.ended(self._response, result)
+        except FaashoundError as error:
+            status = error.status
+            self._call.failed(error)
+        finally:
+            self.on_end(status)
+
+
+MODES: Mapping[str, Callable[[Settings, Pool], Mode]] = {"serializing": Serializing, "streaming": Streaming}
 
 
 def output_response(status: int, headers: Sequence[Header], prefix: bytes, output: Output) -> Response:
@@ -5543,7 +5737,7 @@ async def serve(
         pool = Pool(reaper, spawner, slot.share_of(settings.prewarm), on_stderr)
         cleanup.callback(pool.close)
         lock_path = None if settings.suppress_lock else lock_file_path(environ)
-        watchdog = Watchdog(settings, pool, lock_path, slot)
+        watchdog = Watchdog(settings, MODES[settings.mode](settings, pool), lock_path, slot)
         timeouts = ServerTimeouts(settings.read_timeout_s, settings.write_timeout_s, settings.read_timeout_s)
         limits = connection_limits(settings.max_connections, settings.max_connections_per_address, 4, slot)
         server = Server(watchdog, timeouts, watchdog.on_refused, slot, limits)

@@ -39,6 +39,7 @@ DURATIONS_NS = st.integers(0, 2**49) | st.integers(0, 10**6).map(lambda seconds:
 # For each parser by the setting that uses it: a value that parses, and values that do not.
 GOOD_AND_BAD: dict[str, tuple[str, list[str]]] = {
     "fprocess": ("sh -c 'exit 1'", ["sh 'unbalanced", "''", " ", "cat \\"]),
+    "mode": ("streaming", ["banana", "Streaming", "http", "static"]),
     "host": ("127.0.0.1", ["a\nb", "\x7f"]),
     "port": ("65535", ["65536", "-1", "http", "8080.0", "٨٠", "+1", " 1"]),
     "metrics_port": ("0", ["65536", "-1", "1e3"]),
