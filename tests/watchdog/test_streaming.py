@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.harness import (
+from testkit.harness import (
     Program,
     connect,
     crowding,
@@ -24,7 +24,7 @@ from tests.harness import (
     wait_closed,
     wait_until,
 )
-from tests.inspection import in_flight, is_free
+from testkit.inspection import in_flight, is_free
 
 LAST_CHUNK = b"0\r\n\r\n"
 CUT_S = 0.3  # from a deadline or a hang-up until all is gone, on an idle machine
