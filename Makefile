@@ -2,6 +2,7 @@
 #   make run     start the system with the examples, here, now
 #   make demo    five calls and their answers, checked
 #   make test    all checks: lint, types, tests with a floor for coverage; as root it gets by apt what they want
+#   make quick   lint, types, and the tests that start no process
 #   make lint    lint and types only
 #   make clean   remove what these have made
 # PYTHON=python3.12 picks another interpreter than python3.
@@ -11,7 +12,7 @@ BIN    := .venv/bin
 STATE  := .run
 URL    := http://127.0.0.1:8080
 
-.PHONY: help run demo test lint clean
+.PHONY: help run demo test quick lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -29,6 +30,9 @@ demo: .venv/installed
 test: lint
 	@$(get_needed)
 	@$(BIN)/python -m pytest -q -n 2 --timeout 300 --cov --cov-report term
+
+quick: lint
+	@$(BIN)/python -m pytest -q -n 2 --no-processes
 
 lint: .venv/installed-test .venv/package/faashound
 	@$(BIN)/ruff check -q --output-format concise . || { echo "make: ruff found faults; '$(BIN)/ruff check --fix .' mends some of them" >&2; exit 1; }
@@ -60,9 +64,9 @@ $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '$(1
 	echo "make: pip could not install faashound and what it needs (above); it needs a package index it can reach" >&2; exit 1; }
 endef
 
-# What some tests want of the machine (tests/needed.py) is installed where that is for us to do, else named.
+# What some tests want of the machine (testkit/needed.py) is installed where that is for us to do, else named.
 define get_needed
-wanted="$$($(BIN)/python -m tests.needed)"; \
+wanted="$$($(BIN)/python -m testkit.needed)"; \
 if [ -z "$$wanted" ]; then exit 0; fi; \
 if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	echo "Installing $$wanted"; \

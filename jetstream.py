@@ -45,7 +45,7 @@ import time
 import uuid
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -57,15 +57,10 @@ from nats.errors import NoRespondersError
 from nats.js import api
 from nats.js.errors import APIError, NotFoundError
 
+from .calls import steps
 from .calls.model import (
-    CALLBACK_TRANSITIONS,
     EXCERPT_BYTES,
-    EXPIRED_ERROR,
-    EXPIRED_STATUS,
     FINAL,
-    HISTORY_COUNT,
-    LOST_ERROR,
-    TRANSITIONS,
     Attempt,
     Bounds,
     Call,
@@ -73,9 +68,7 @@ from .calls.model import (
     CallbackState,
     CallExists,
     CallFinished,
-    CallNotDead,
     CallUnknown,
-    Event,
     KeyReused,
     Kind,
     Lease,
@@ -92,11 +85,9 @@ from .calls.model import (
     Swept,
     check_same_request,
     destination_of,
-    lost_wait_s,
-    next_callback_state,
-    next_state,
 )
 from .calls.names import DEFAULT_NAMESPACE, FunctionName
+from .calls.steps import Event
 from .watchdog import BodyTooLarge, CannotStart, log
 
 T = TypeVar("T")
@@ -328,12 +319,9 @@ def _parse_callback(entry: Entry, facts: Sequence[Any] | None) -> Callback | Non
     return Callback(entry.callback, attempts, entry.callback_due_s, status, error)
 
 
-_ACCEPTED_FIELDS = tuple(each.name for each in fields(NewCall))
-
-
 def accept(call: NewCall) -> Record:
     """Return the record that a call begins with."""
-    return Record(Call(**{name: getattr(call, name) for name in _ACCEPTED_FIELDS}), origin=secrets.token_hex(8))
+    return Record(steps.build_call(call, steps.accept(call)), origin=secrets.token_hex(8))
 
 
 def rename(record: Record, call_id: str) -> Record:
@@ -349,20 +337,17 @@ def _with_call(record: Record, **changes: Any) -> Record:
     return dataclasses.replace(record, call=dataclasses.replace(record.call, **changes))
 
 
-def _with_callback(record: Record, event: Event, **changes: Any) -> Record:
-    callback = record.call.callback
-    if callback is None:
-        raise AssertionError(f"the call {record.call.id} has no callback")
-    state = next_callback_state(callback.state, event)
-    return _with_call(record, callback=dataclasses.replace(callback, state=state, **changes))
+def after(record: Record, step: Callable[[steps.Record], steps.Record]) -> Record:
+    """Return the record after a step of the law."""
+    before = steps.build_record(record.call, _law_hold(record.hold), record.stored_s or 0.0)
+    changed = step(before)
+    stored_s = None if changed.answer is None else changed.answer.stored_s
+    hold = record.hold if changed.hold == before.hold else None
+    return dataclasses.replace(record, call=steps.build_call(record.call, changed), hold=hold, stored_s=stored_s)
 
 
-def _let_go(record: Record) -> Record:
-    return dataclasses.replace(record, hold=None)
-
-
-def _remember(call: Call, attempt: Attempt) -> tuple[Attempt, ...]:
-    return (*call.history, attempt)[-HISTORY_COUNT:]
+def _law_hold(hold: Hold | None) -> steps.Hold | None:
+    return None if hold is None else steps.Hold(hold.kind, hold.owner, hold.fence)
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,141 +363,19 @@ class Claimant:
 def take(record: Record, claimant: Claimant) -> Record:
     """A worker takes a call, or its callback."""
     hold = Hold(claimant.kind, claimant.owner, record.revision, claimant.lease_s)
-    if claimant.kind == "callback" and record.call.callback is not None:
-        taken = _with_callback(record, Event.CLAIM, attempts=record.call.callback.attempts + 1)
-    else:
-        state = next_state(record.call.state, Event.CLAIM)
-        taken = _with_call(record, state=state, attempts=record.call.attempts + 1, started_s=claimant.now_s)
-    return dataclasses.replace(taken, hold=hold)
-
-
-def check_held(record: Record, lease: Lease) -> None:
-    """Raise LeaseLost unless `lease` still is the one on this record."""
-    hold = record.hold
-    if hold is None or (hold.kind, hold.owner, hold.fence) != (lease.kind, lease.owner, lease.fence):
-        raise LeaseLost(f"the lease on call {lease.call.id} has passed to someone else")
-
-
-def end_run(record: Record, end: RunEnd, excerpt: bytes | None, now_s: float) -> Record:
-    """The call has ended, done or dead; if it has a callback URL, its callback begins."""
-    call, attempt = record.call, end.attempt
-    due_s = now_s if end.callback_due_s is None else end.callback_due_s
-    ended = _owe(record, due_s)
-    ended = _with_call(
-        ended,
-        state=next_state(call.state, end.event),
-        history=_remember(call, attempt),
-        finished_s=attempt.finished_s,
-        status=end.status,
-        error=attempt.error,
-        duration_s=end.duration_s,
-        result=end.result,
-        result_headers=end.result_headers,
-        excerpt=excerpt,
-    )
-    return dataclasses.replace(ended, hold=None, stored_s=attempt.finished_s)
-
-
-def _owe(record: Record, due_s: float) -> Record:
-    """The call ends: its outcome is to be delivered, if that was asked for."""
-    if record.call.callback_url is None:
-        return record
-    return _with_call(record, callback=Callback(CallbackState.PENDING, 0, due_s, None, None))
-
-
-def queue_again(record: Record, event: Event, due_s: float, now_s: float) -> Record:
-    """Back into the queue, unless someone has asked meanwhile for an end: then this is it."""
-    if record.call.cancel_requested:
-        return end_cancelled(_let_go(record), Event.STOP, now_s)
-    return _with_call(_let_go(record), state=next_state(record.call.state, event), due_s=due_s)
-
-
-def end_cancelled(record: Record, event: Event, now_s: float) -> Record:
-    """The call will not run, or not any more."""
-    return _with_call(record, state=next_state(record.call.state, event), finished_s=now_s, cancel_requested=True)
-
-
-def note_attempt(record: Record, attempt: Attempt) -> Record:
-    """An attempt has come to nothing."""
-    call = record.call
-    return _with_call(record, history=_remember(call, attempt), status=attempt.status, error=attempt.error)
-
-
-def retry_run(record: Record, attempt: Attempt, due_s: float, excerpt: bytes | None) -> Record:
-    """The call is to run again at `due_s`; of the response only its beginning is kept."""
-    noted = _with_call(note_attempt(record, attempt), result=None, result_headers=(), excerpt=excerpt)
-    return queue_again(noted, Event.RETRY, due_s, attempt.finished_s)
-
-
-def release(record: Record, lease: Lease, now_s: float) -> Record:
-    """What was not tried goes back into its old place, the attempt not counted."""
-    callback, before = record.call.callback, lease.call.callback
-    if lease.kind == "callback" and callback is not None and before is not None:
-        back = _with_callback(record, Event.HAND_BACK, attempts=callback.attempts - 1, due_s=before.due_s)
-        return _let_go(back)
-    uncounted = _with_call(record, attempts=record.call.attempts - 1)
-    return queue_again(uncounted, Event.HAND_BACK, lease.call.due_s, now_s)
-
-
-def take_back(record: Record, now_s: float) -> Record:
-    """The owner is gone: what it held is due again, and the attempt counts."""
-    if record.hold is None:
-        raise AssertionError("only what is held can be taken back")
-    callback = record.call.callback
-    if record.hold.kind == "callback" and callback is not None:
-        due_s = now_s + lost_wait_s(callback.attempts)
-        return _let_go(_with_callback(record, Event.HAND_BACK, due_s=due_s, status=None, error=LOST_ERROR))
-    started_s = record.call.started_s if record.call.started_s is not None else now_s
-    noted = note_attempt(record, Attempt(started_s, now_s, None, LOST_ERROR))
-    return queue_again(noted, Event.HAND_BACK, record.call.due_s, now_s)
-
-
-def end_callback(record: Record, attempt: Attempt, event: Event, due_s: float | None) -> Record:
-    """A delivery has ended; with `due_s` it is to be tried again."""
-    changes: Json = {"status": attempt.status, "error": attempt.error}
-    return _let_go(_with_callback(record, event, **changes, **({} if due_s is None else {"due_s": due_s})))
-
-
-def cancel(record: Record, now_s: float) -> Record:
-    """Someone wants the call's end."""
-    state = record.call.state
-    if (state, Event.CANCEL) not in TRANSITIONS:
-        raise CallFinished(f"the call is {state.value}: there is nothing left to cancel")
-    if state is State.QUEUED:
-        return end_cancelled(record, Event.CANCEL, now_s)
-    return _with_call(record, state=next_state(state, Event.CANCEL), cancel_requested=True)
+    held = steps.Hold(hold.kind, hold.owner, hold.fence)
+    return dataclasses.replace(after(record, partial(steps.claim, hold=held, now_s=claimant.now_s)), hold=hold)
 
 
 def expire(record: Record, now_s: float) -> Record:
-    """The call has waited too long."""
-    call = record.call
-    if call.state is not State.QUEUED or call.expires_s is None or call.expires_s > now_s:
-        raise _Passed
-    status = EXPIRED_STATUS if call.status is None else call.status
-    state, error = next_state(call.state, Event.EXPIRE), call.error or EXPIRED_ERROR
-    return _with_call(_owe(record, now_s), state=state, finished_s=now_s, status=status, error=error)
+    """The call has waited too long; _Passed if something else has become of it."""
 
+    def step(before: steps.Record) -> steps.Record:
+        if not steps.is_expired(before, now_s):
+            raise _Passed
+        return steps.expire(before, now_s)
 
-def requeue_dead(record: Record, now_s: float) -> Record:
-    """A dead letter starts afresh: no expiry, no attempts, no result, no callback."""
-    call = record.call
-    if (call.state, Event.REQUEUE) not in TRANSITIONS:
-        raise CallNotDead(f"only a dead letter can be queued again; the call is {call.state.value}")
-    changes: Json = dict.fromkeys(
-        ("expires_s", "started_s", "finished_s", "duration_s", "result", "excerpt", "callback")
-    )
-    changes |= {"attempts": 0, "cancel_requested": False, "result_headers": (), "due_s": now_s}
-    again = _with_call(record, state=next_state(call.state, Event.REQUEUE), **changes)
-    return dataclasses.replace(again, hold=None, stored_s=None)
-
-
-def requeue_callback(record: Record, now_s: float) -> Record:
-    """A dead callback starts afresh."""
-    callback = record.call.callback
-    if callback is None or (callback.state, Event.REQUEUE) not in CALLBACK_TRANSITIONS:
-        state = callback.state.value if callback else "not there"
-        raise CallNotDead(f"only a dead callback can be queued again; this one is {state}")
-    return _with_callback(record, Event.REQUEUE, attempts=0, due_s=now_s)
+    return after(record, step)
 
 
 def may_forget_result(entry: Entry, before_s: float) -> bool:
@@ -1478,7 +1341,7 @@ class Foreman:
             def step(record: Record, fence: int = fence) -> Record:
                 if record.hold is None or record.hold.fence != fence:
                     raise _Passed
-                return take_back(record, self._now())
+                return after(record, partial(steps.take_back, now_s=self._now()))
 
             with contextlib.suppress(_Passed, CallUnknown):
                 await self._records.change(call_id, step)
@@ -1971,7 +1834,7 @@ class JetStream:
     async def cancel(self, call_id: str) -> State:
         """CANCELLED: it was queued and will not run.  RUNNING: its worker is told."""
         self._check_open()
-        record = await self._records.change(call_id, partial(cancel, now_s=self._now()))
+        record = await self._records.change(call_id, partial(after, step=partial(steps.cancel, now_s=self._now())))
         if record.hold is not None:
             with contextlib.suppress(NatsError):  # it is told again when it renews
                 subject = self._names.subject("owner", build_token(record.hold.owner))
@@ -2108,15 +1971,15 @@ class JetStream:
 
     # -- ending a lease
 
-    async def _end(self, lease: Lease, kind: Kind, step: Callable[[Record], Record]) -> Record:
+    async def _end(self, lease: Lease, kind: Kind, step: Callable[[steps.Record], steps.Record]) -> Record:
         """Take a step that ends a lease; LeaseLost if someone else has it by now."""
         if lease.kind != kind:
             raise AssertionError(f"this step is for a {kind}, the lease is for a {lease.kind}")
         self._check_open()
 
         def checked(record: Record) -> Record:
-            check_held(record, lease)
-            return step(record)
+            steps.check_held(_law_hold(record.hold), lease)
+            return after(record, step)
 
         try:
             record = await self._records.change(lease.call.id, checked, self._held.get(lease.fence))
@@ -2134,7 +1997,7 @@ class JetStream:
         """The call has ended, also when a cancel came too late. On LeaseLost the result's file is dropped."""
         excerpt = await self._read_excerpt(end.result)
         try:
-            await self._end(lease, "call", partial(end_run, end=end, excerpt=excerpt, now_s=self._now()))
+            await self._end(lease, "call", partial(steps.end_run, end=end, excerpt=excerpt, now_s=self._now()))
         except LeaseLost:
             if end.result is not None:
                 await self.drop_body(end.result)
@@ -2150,32 +2013,28 @@ class JetStream:
     async def retry(self, lease: Lease, *, attempt: Attempt, due_s: float, excerpt: bytes | None = None) -> State:
         """Back into the queue until `due_s`; or CANCELLED, if asked for."""
         kept = None if excerpt is None else excerpt[:EXCERPT_BYTES]
-        record = await self._end(lease, "call", partial(retry_run, attempt=attempt, due_s=due_s, excerpt=kept))
+        record = await self._end(lease, "call", partial(steps.retry_run, attempt=attempt, due_s=due_s, excerpt=kept))
         return record.call.state
 
     async def release(self, lease: Lease) -> None:
         """Hand back a call or a callback that was not tried."""
-        await self._end(lease, lease.kind, partial(release, lease=lease, now_s=self._now()))
+        await self._end(lease, lease.kind, partial(steps.release, now_s=self._now()))
 
     async def finish_cancelled(self, lease: Lease, attempt: Attempt) -> None:
         """The run was stopped because someone cancelled the call."""
-
-        def step(record: Record) -> Record:
-            return end_cancelled(_let_go(note_attempt(record, attempt)), Event.STOP, attempt.finished_s)
-
-        await self._end(lease, "call", step)
+        await self._end(lease, "call", partial(steps.stop_run, attempt=attempt))
 
     async def callback_done(self, lease: Lease, attempt: Attempt) -> None:
         """The outcome was delivered."""
-        await self._end(lease, "callback", partial(end_callback, attempt=attempt, event=Event.SUCCEED, due_s=None))
+        await self._end(lease, "callback", partial(steps.end_callback, attempt=attempt, event=Event.SUCCEED))
 
     async def callback_retry(self, lease: Lease, attempt: Attempt, due_s: float) -> None:
         """The delivery failed and is to be tried again at `due_s`."""
-        await self._end(lease, "callback", partial(end_callback, attempt=attempt, event=Event.RETRY, due_s=due_s))
+        await self._end(lease, "callback", partial(steps.end_callback, attempt=attempt, event=Event.RETRY, due_s=due_s))
 
     async def callback_dead(self, lease: Lease, attempt: Attempt) -> None:
         """The delivery has failed for good."""
-        await self._end(lease, "callback", partial(end_callback, attempt=attempt, event=Event.GIVE_UP, due_s=None))
+        await self._end(lease, "callback", partial(steps.end_callback, attempt=attempt, event=Event.GIVE_UP))
 
     # -- waiting
 
@@ -2227,7 +2086,7 @@ class JetStream:
         dropped: list[StoredBody] = []
 
         def step(record: Record) -> Record:
-            again = requeue_dead(record, self._now())
+            again = after(record, partial(steps.requeue_dead, now_s=self._now()))
             dropped[:] = [record.call.result] if record.call.result is not None else []
             return again
 
@@ -2239,7 +2098,9 @@ class JetStream:
     async def requeue_callback(self, call_id: str) -> Call:
         """A dead callback is due now, attempts from 0."""
         self._check_open()
-        return (await self._records.change(call_id, partial(requeue_callback, now_s=self._now()))).call
+        return (
+            await self._records.change(call_id, partial(after, step=partial(steps.requeue_callback, now_s=self._now())))
+        ).call
 
     async def purge(self, *, state: State, function: FunctionName | None = None, call_id: str | None = None) -> int:
         """Delete calls in a final state, except those with a callback under way; return how many."""

@@ -103,10 +103,11 @@ ACCEPTS_COUNT = 64  # connections in one turn of the loop
 TURN_S = 0.002  # a new connection waits so long for the process that has the fewest
 LATE_S = 0.1  # for the first byte on a connection that was accepted as a drain began
 ACCEPT_PAUSE_S = 0.1  # when there are no descriptors for another connection
-TALLY_BYTES = 1 << 23  # room for what one process counts; only what is used takes memory
-FIRST_RESTART_S = 0.1  # of a process of ours that has died, and then longer each time
+COUNTERS_BYTES = 1 << 23  # room for what one process counts; only what is used takes memory
+FIRST_RESTART_S = 0.1  # until a process of ours that has died is started again, and then longer each time
 LONGEST_RESTART_S = 30.0
-PROVEN_AFTER_S = 10.0  # one that has lived so long starts its delays from the beginning
+PROVEN_AFTER_S = 10.0  # a process that has lived so long starts its delays from the beginning
+BAD_SETTINGS_STATUS = 2  # our programs' exit status for settings that no restart will mend
 LINGER_S = 2.0  # after a refusal: how long the client may go on sending before the connection is cut
 LINGER_BYTES = 1 << 24  # ... and how much
 WATCH_IDLE_S = 30  # a connection without traffic is asked so often whether its other end lives; IPVS forgets at 900 s
@@ -729,45 +730,46 @@ def _quoted(value: object) -> str:
 log = Log()
 
 # ---------------------------------------------------------------------------------------------------------------
-# What the processes of one program share.  With workers=N there are N that accept from the same sockets, each with a
-# loop of its own; what an operator set or looks at is meant for all of them together.  It stands in memory that they
-# share since the first forked the others: on the board a row of numbers for each, and each one's tallies.
-# Everybody reads all, but writes only what is his own, so counting needs no lock and survives whoever counted.  Only
-# to admit up to a limit takes one (a record lock, fcntl(2): the kernel takes it back when its holder dies).
+# Scoreboard: what the worker processes of one program share.  With workers=N there are N that accept from the same
+# sockets, each with a loop of its own; a limit or a metric is meant for all of them together.  The numbers stand in
+# memory that the supervisor mapped before it forked them: a slot of the scoreboard for each, and each one's counters.
+# A worker process reads every slot and writes only its own, so counting needs no lock, and what was counted survives
+# the death of the process that counted.  Only admission up to a limit takes a lock (a record lock, fcntl(2): the kernel
+# releases it when its holder dies).
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class Tally:
+class SharedCounters:
     """Sums under a key: a counter is one number, a histogram its sum and its buckets.
 
-    Each member writes into its own region: entries of the key's length, how many numbers, the key, the numbers.
+    Each worker process writes into its own region: entries of the key's length, how many numbers, the key, the numbers.
     """
 
-    def __init__(self, members_count: int) -> None:
-        self._memory = mmap.mmap(-1, TALLY_BYTES * members_count)
+    def __init__(self, workers_count: int) -> None:
+        self._memory = mmap.mmap(-1, COUNTERS_BYTES * workers_count)
         self._regions = [
-            memoryview(self._memory)[start : start + TALLY_BYTES]
-            for start in range(0, TALLY_BYTES * members_count, TALLY_BYTES)
+            memoryview(self._memory)[start : start + COUNTERS_BYTES]
+            for start in range(0, COUNTERS_BYTES * workers_count, COUNTERS_BYTES)
         ]
         self._scratch = memoryview(bytearray(8 * 64)).cast("d")
 
-    def cell(self, index: int, key: str, size: int) -> memoryview[float]:
-        """Return `size` numbers that member `index` may add to; once for each key, whose numbers are zero then.
+    def values(self, index: int, key: str, size: int) -> memoryview[float]:
+        """Return `size` numbers, all zero, that worker process `index` may add to; to be called once for each key.
 
         A region that is full takes no more keys; what is added to their numbers is lost.
         """
         region, name = self._regions[index], key.encode()
         used_bytes = int.from_bytes(region[:8], "little") or 8
         start = used_bytes + 8 + -(-len(name) // 8) * 8
-        if start + 8 * size > TALLY_BYTES:
+        if start + 8 * size > COUNTERS_BYTES:
             return self._scratch
         region[used_bytes : used_bytes + 8] = len(name).to_bytes(4, "little") + size.to_bytes(4, "little")
         region[used_bytes + 8 : used_bytes + 8 + len(name)] = name
-        region[:8] = (start + 8 * size).to_bytes(8, "little")  # last: whoever reads meanwhile sees the entry whole
+        region[:8] = (start + 8 * size).to_bytes(8, "little")  # last: a reader finds whole entries only
         return region[start : start + 8 * size].cast("d")
 
     def totals(self) -> dict[str, list[float]]:
-        """Return the sums over all members."""
+        """Return the sums over all worker processes."""
         totals: dict[str, list[float]] = {}
         for region in self._regions:
             for key, values in _entries(region):
@@ -776,7 +778,7 @@ class Tally:
         return totals
 
     def adopt(self, index: int) -> dict[str, memoryview[float]]:
-        """Return the cells that a member which has died left to the one that takes its place."""
+        """Return the numbers that a worker process which has died left to the one that takes its slot."""
         return dict(_entries(self._regions[index]))
 
 
@@ -790,77 +792,80 @@ def _entries(region: memoryview) -> Iterator[tuple[str, memoryview[float]]]:
         at = start + 8 * size
 
 
-class Board:
-    """A row for each process: requests in flight, connections, whether it serves.  Made before they are forked."""
+class Scoreboard:
+    """A slot for each worker process: requests in flight, connections, whether it serves.  Made before the fork."""
 
-    def __init__(self, members_count: int = 1) -> None:
-        self.members_count = members_count
-        self.tally = Tally(members_count)
-        rows = memoryview(mmap.mmap(-1, 3 * 8 * members_count)).cast("q")
-        self.in_flight = rows[:members_count]
-        self.connections = rows[members_count : 2 * members_count]
-        self.serving = rows[2 * members_count :]
-        self.lock_fd = os.memfd_create("faashound", os.MFD_CLOEXEC) if members_count > 1 else -1
+    def __init__(self, workers_count: int = 1) -> None:
+        self.workers_count = workers_count
+        self.counters = SharedCounters(workers_count)
+        rows = memoryview(mmap.mmap(-1, 3 * 8 * workers_count)).cast("q")
+        self.in_flight = rows[:workers_count]
+        self.connections = rows[workers_count : 2 * workers_count]
+        self.serving = rows[2 * workers_count :]
+        self.lock_fd = os.memfd_create("faashound", os.MFD_CLOEXEC) if workers_count > 1 else -1
 
     def clear(self, index: int) -> None:
-        """Forget a member that has died; what it has counted stays."""
+        """Empty the slot of a worker process that has died; what it has counted stays."""
         self.in_flight[index] = self.connections[index] = self.serving[index] = 0
 
 
-class Seat:
-    """One process's place at the board; `on_change` is called when it begins or ends to accept connections."""
+class Slot:
+    """One process's part of the scoreboard; `on_change` is called when it begins or ends to accept connections."""
 
-    def __init__(self, board: Board, index: int = 0, on_change: Callable[[], None] = lambda: None) -> None:
-        self.board = board
+    def __init__(self, scoreboard: Scoreboard, index: int = 0, on_change: Callable[[], None] = lambda: None) -> None:
+        self.scoreboard = scoreboard
         self.index = index
         self._on_change = on_change
-        self._cells = board.tally.adopt(index)
+        self._values = scoreboard.counters.adopt(index)
 
     @property
     def is_alone(self) -> bool:
         """Whether there are no other processes."""
-        return self.board.members_count == 1
+        return self.scoreboard.workers_count == 1
 
     @property
     def is_first(self) -> bool:
-        """Whether what there is only once is this process's business."""
+        """Whether work that one worker process does for all is this process's."""
         return self.index == 0
 
     @property
     def in_flight_count(self) -> int:
         """The requests in flight in all processes."""
-        return sum(self.board.in_flight)
+        return sum(self.scoreboard.in_flight)
 
-    def serves(self, truth: bool) -> None:
-        """Tell whether this process accepts connections."""
-        self.board.serving[self.index] = truth
+    def set_serving(self, serving: bool) -> None:
+        """Note whether this process accepts connections."""
+        self.scoreboard.serving[self.index] = serving
         self._on_change()
+
+    def count_connection(self, change: int) -> None:
+        """Count a connection in (1) or out (-1)."""
+        self.scoreboard.connections[self.index] += change
 
     def enter(self, limit_count: int) -> bool:
         """Count a request in, unless that would make more than `limit_count` in all processes; 0 is no limit."""
         locked = limit_count > 0 and not self.is_alone
         if locked:
-            fcntl.lockf(self.board.lock_fd, fcntl.LOCK_EX)
+            fcntl.lockf(self.scoreboard.lock_fd, fcntl.LOCK_EX)
         admitted = not limit_count or self.in_flight_count < limit_count
-        self.board.in_flight[self.index] += admitted
+        self.scoreboard.in_flight[self.index] += admitted
         if locked:
-            fcntl.lockf(self.board.lock_fd, fcntl.LOCK_UN)
+            fcntl.lockf(self.scoreboard.lock_fd, fcntl.LOCK_UN)
         return admitted
 
     def leave(self) -> None:
         """Count a request out."""
-        self.board.in_flight[self.index] -= 1
+        self.scoreboard.in_flight[self.index] -= 1
 
     def share_of(self, count: int) -> int:
         """Return this process's part of `count`, rounded up."""
-        return -(-count // self.board.members_count)
+        return -(-count // self.scoreboard.workers_count)
 
-    def cell(self, key: str, size: int) -> memoryview[float]:
+    def values(self, key: str, size: int) -> memoryview[float]:
         """Return this process's numbers under `key`."""
-        found = self._cells.get(key)
-        if found is None:
-            found = self._cells[key] = self.board.tally.cell(self.index, key, size)
-        return found
+        if key not in self._values:
+            self._values[key] = self.scoreboard.counters.values(self.index, key, size)
+        return self._values[key]
 
     def is_next(self) -> bool:
         """Tell whether a new connection is for this process: none that serves has much fewer.
@@ -869,9 +874,9 @@ class Seat:
         """
         if self.is_alone:
             return True
-        mine, connections, serving = self.board.connections[self.index], self.board.connections, self.board.serving
-        others = (connections[each] for each in range(self.board.members_count) if serving[each])
-        return all(mine <= other + other // 4 + 1 for other in others)
+        connections, serving = self.scoreboard.connections, self.scoreboard.serving
+        others = (connections[each] for each in range(self.scoreboard.workers_count) if serving[each])
+        return all(connections[self.index] <= other + other // 4 + 1 for other in others)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1006,13 +1011,13 @@ class PeerGone(FaashoundError):
     status = 502
 
 
-class Table(Enum):
+class IdentityEnum(Enum):
     """Root of the enumerations that tables are indexed by: hashed by identity, as members are singletons."""
 
     __hash__ = object.__hash__
 
 
-class Sign(Enum):
+class WireEvent(Enum):
     """What a wire says when it has no head and no chunk to give."""
 
     NEED_DATA = "feed more bytes"
@@ -1157,7 +1162,7 @@ class Body:
 B = TypeVar("B")
 
 
-def whole(body: B) -> B | bytes:
+def body_if_complete(body: B) -> B | bytes:
     """Return a body that has come whole already as its bytes: they go out with the head, in one write."""
     return (body.take() or b"") if isinstance(body, Body) and body.complete else body
 
@@ -1252,15 +1257,13 @@ def build_lines(headers: Sequence[Header]) -> bytes:
 # Not isinstance, here and below: h11's events have an abstract base, which makes that slow.
 
 
-def _meaning(event: object) -> bytes | Sign:
+def _wire_event(event: object) -> bytes | WireEvent:
     """Return what an event of h11 that is no head stands for."""
     if event is h11.NEED_DATA:
-        return Sign.NEED_DATA
-    if type(event) is h11.Data:
-        return bytes(event.data)
+        return WireEvent.NEED_DATA
     if type(event) is h11.EndOfMessage:
-        return Sign.END
-    return Sign.PAUSED if event is h11.PAUSED else Sign.CLOSED
+        return WireEvent.END
+    return WireEvent.PAUSED if event is h11.PAUSED else WireEvent.CLOSED
 
 
 def _fields(event: h11.Request | h11.Response) -> list[Header]:
@@ -1268,8 +1271,8 @@ def _fields(event: h11.Request | h11.Response) -> list[Header]:
     return [(name, value) for _, name, value in event.headers._full_items]
 
 
-class CountedBody:
-    """An incoming body with a Content-Length.  It has no framing of its own, so it passes by h11 and is only counted.
+class ContentLengthReader:
+    """Reads an incoming body with a Content-Length.  It has no framing of its own, so it passes by h11 and is counted.
 
     h11 would copy it four times, and walk through two more states.  It is told how much has passed, so that it can be
     asked for the end of the message where its state matters, and finds by itself that a body was cut short.
@@ -1278,17 +1281,10 @@ class CountedBody:
     def __init__(self, conn: h11.Connection, reader: h11._readers.ContentLengthReader) -> None:
         self._conn = conn
         self._reader = reader
-        self._waiting = self._counted(bytes(conn._receive_buffer.maybe_extract_at_most(reader._remaining) or b""))
+        self._end_told = False
+        self._waiting = self._count(bytes(conn._receive_buffer.maybe_extract_at_most(reader._remaining) or b""))
 
-    @classmethod
-    def of(cls, conn: h11.Connection) -> CountedBody | None:
-        """Return the body of a message whose head h11 has just parsed, None where h11 has more to do than to count."""
-        reader = conn._reader
-        if not isinstance(reader, h11._readers.ContentLengthReader) or conn.they_are_waiting_for_100_continue:
-            return None  # chunked; or h11 has yet to learn, by a first byte, that the peer waits no more
-        return cls(conn, reader)
-
-    def _counted(self, data: bytes) -> bytes:
+    def _count(self, data: bytes) -> bytes:
         self._reader._remaining -= len(data)
         return data
 
@@ -1301,51 +1297,149 @@ class CountedBody:
         """Take what belongs to the body; return the rest, which is h11's."""
         if not self._reader._remaining or self._waiting or self._conn._receive_buffer:
             return data
-        self._waiting = self._counted(data[: self._reader._remaining])
+        self._waiting = self._count(data[: self._reader._remaining])
         return data[len(self._waiting) :]
 
-    def take(self) -> bytes:
-        """Return what has come since the last time."""
-        taken, self._waiting = self._waiting, b""
-        return taken
+    def next_event(self) -> bytes | WireEvent | None:
+        """Return what has come since the last time, or the end; None: h11 has to be asked."""
+        if self._waiting:
+            taken, self._waiting = self._waiting, b""
+            return taken
+        if self._reader._remaining:
+            return None
+        told, self._end_told = self._end_told, True
+        return WireEvent.PAUSED if told else WireEvent.END
+
+    def weigh(self, data: bytes) -> bytes:
+        """Return `data`, a piece that h11 read."""
+        return data
 
 
-class ChunkedBody:
-    """Weighs what an incoming chunked body spends on framing against its data; h11 reads it.
+class ChunkedReader:
+    """Reads any other incoming body: h11 does, and what it spends on framing is weighed against its data.
 
     A chunk costs the same however little it holds.  Go's net/http keeps such accounts too (ErrLineTooLong of its
     chunked reader), though only of what a chunk's line has beyond its size.
     """
 
+    complete = False  # as far as can be told without h11
+
     def __init__(self, conn: h11.Connection) -> None:
         self._conn = conn
         self._data_bytes = 0
-        self.fed_bytes = len(conn._receive_buffer)
+        self._fed_bytes = len(conn._receive_buffer)
 
-    def take(self, data: bytes) -> bytes:
-        """Return `data`, a chunk that h11 gave; raises TooMuchFraming."""
+    def feed(self, data: bytes) -> bytes:
+        """Return what is h11's: all."""
+        self._fed_bytes += len(data)
+        return data
+
+    def next_event(self) -> bytes | WireEvent | None:
+        """Return None: h11 has to be asked."""
+
+    def weigh(self, data: bytes) -> bytes:
+        """Return `data`, a piece that h11 read; raises TooMuchFraming."""
         self._data_bytes += len(data)
-        framing_bytes = self.fed_bytes - len(self._conn._receive_buffer) - self._data_bytes
+        framing_bytes = self._fed_bytes - len(self._conn._receive_buffer) - self._data_bytes
         if framing_bytes > FRAMING_BYTES + 2 * self._data_bytes:
             raise TooMuchFraming
         return data
 
 
-class ServerWire:
+def body_reader(conn: h11.Connection) -> ContentLengthReader | ChunkedReader:
+    """Return what reads the body of a message whose head h11 has just parsed."""
+    reader = conn._reader
+    if isinstance(reader, h11._readers.ContentLengthReader) and not conn.they_are_waiting_for_100_continue:
+        return ContentLengthReader(conn, reader)
+    return ChunkedReader(conn)  # chunked; or h11 has yet to learn, by a first byte, that the peer waits no more
+
+
+class LeadingLine:
+    """Drops one empty line before a request line (RFC 9112 2.2), however it is cut into packets."""
+
+    def __init__(self) -> None:
+        self._held = b""
+        self._passed = False
+
+    def strip(self, data: bytes) -> bytes:
+        """Return what h11 may see of the next bytes: it takes an empty line for a whole head."""
+        if self._passed:
+            return data
+        data = self._held + data
+        if data == b"\r":
+            self._held = data
+            return b""
+        self._passed = True
+        return data.removeprefix(b"\r\n")
+
+
+class Wire:
+    """What the two sides of a connection share: an h11 for the present exchange, and what reads the incoming body.
+
+    An h11 is cheap to make and dear to walk through its states, so it serves one exchange and is replaced.
+    """
+
+    def __init__(self, role: type[h11.CLIENT] | type[h11.SERVER]) -> None:
+        self._role = role
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._conn = h11.Connection(self._role, max_incomplete_event_size=MAX_HEAD_BYTES)
+        self._body: ContentLengthReader | ChunkedReader | None = None
+
+    def feed(self, data: bytes) -> None:
+        """Take bytes from the peer; b"" is its end of stream."""
+        if data and self._body is not None:
+            data = self._body.feed(data)
+            if not data:
+                return
+        self._conn.receive_data(data)
+
+    def _body_event(self) -> bytes | WireEvent | None:
+        return None if self._body is None else self._body.next_event()
+
+    def _message_event(self, event: object) -> bytes | WireEvent:
+        if type(event) is h11.Data and self._body is not None:
+            return self._body.weigh(bytes(event.data))
+        return _wire_event(event)
+
+    def _settle(self) -> None:
+        """Have h11 know that the incoming message is complete, if it is."""
+        if self._body is not None and self._body.complete and self._conn.their_state is h11.SEND_BODY:
+            self._conn.next_event()
+
+    def build_chunk(self, data: bytes) -> bytes:
+        """Return the bytes of one piece of our message's body."""
+        return self._sent(h11.Data(data=data))
+
+    def end(self) -> bytes:
+        """Return the bytes that end our message."""
+        return self._sent(h11.EndOfMessage())
+
+    def _sent(self, event: h11.Event) -> bytes:
+        return self._conn.send(event) or b""
+
+    def _is_over(self) -> bool:
+        """Tell whether both sides have said all, and neither wants to close."""
+        self._settle()
+        return self._conn.our_state is h11.DONE and self._conn.their_state is h11.DONE
+
+
+class ServerWire(Wire):
     """The server's side of one connection: feed bytes, take events, build responses.
 
     After BadRequest was raised only `build_head` and `end` may follow, then the connection must be closed.
     """
 
     def __init__(self) -> None:
-        self._conn = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
-        self._lead = b""
-        self._lead_ignored = False
-        self._plain = self._whole = False
-        self._counted: CountedBody | None = None
-        self._chunked: ChunkedBody | None = None
-        self._ended = False
+        super().__init__(h11.SERVER)
         self.head_request = False
+        self._is_plain = False  # the request leaves h11 nothing to decide about the connection
+
+    def _begin_anew(self) -> None:
+        super()._begin_anew()
+        self._lead = LeadingLine()
+        self._is_answered = False  # by `build_whole`, of which h11 does not know
 
     @property
     def started(self) -> bool:
@@ -1359,46 +1453,19 @@ class ServerWire:
 
     def feed(self, data: bytes) -> None:
         """Take bytes from the peer; b"" is its end of stream."""
-        if self._conn.their_state is h11.IDLE and not self._lead_ignored and data:
-            data = self._without_empty_line(self._lead + data)
+        if data:
+            data = self._lead.strip(data)
             if not data:
                 return
-        elif data and self._counted is not None:
-            data = self._counted.feed(data)
-            if not data:
-                return
-        if self._chunked is not None:
-            self._chunked.fed_bytes += len(data)
         if self._conn.their_state is not h11.MUST_CLOSE:  # else it asked to close, and what follows is void
-            self._conn.receive_data(data)
+            super().feed(data)
 
-    def _without_empty_line(self, data: bytes) -> bytes:
-        """Drop one empty line before a request line, however it is cut into packets."""
-        if data == b"\r":
-            self._lead = data
-            return b""
-        self._lead, self._lead_ignored = b"", True
-        return data.removeprefix(b"\r\n")
-
-    @property
-    def _all_counted(self) -> bool:
-        return self._counted is not None and self._counted.complete
-
-    def _settle(self) -> None:
-        """Have h11 know that the request is complete, if it is."""
-        if self._all_counted and self._conn.their_state is h11.SEND_BODY:
-            self._conn.next_event()
-
-    def next_event(self) -> tuple[bytes, bytes, Headers] | bytes | Sign:
-        """Return a head (method, target, headers), a chunk of its body, or a `Sign`; raises BadRequest."""
-        if self._counted is not None:
-            if data := self._counted.take():
-                return data
-            if self._counted.complete:
-                before, self._ended = self._ended, True
-                return Sign.PAUSED if before else Sign.END
+    def next_event(self) -> tuple[bytes, bytes, Headers] | bytes | WireEvent:
+        """Return a head (method, target, headers), a chunk of its body, or a `WireEvent`; raises BadRequest."""
+        if (known := self._body_event()) is not None:
+            return known
         if self._conn.their_state is h11.MUST_CLOSE:
-            return Sign.CLOSED
+            return WireEvent.CLOSED
         try:
             event = self._conn.next_event()
         except h11.RemoteProtocolError as error:
@@ -1406,14 +1473,11 @@ class ServerWire:
                 raise HeadTooLarge from None
             kind = UnknownCoding if error.error_status_hint == 501 else BadRequest
             raise kind(f"bad request: {str(error)[:200]}") from None
-        if type(event) is h11.Request:
-            head = self._checked_head(event)
-            self._counted = CountedBody.of(self._conn)
-            self._chunked = ChunkedBody(self._conn) if self._counted is None else None
-            return head
-        if type(event) is h11.Data and self._chunked is not None:
-            return self._chunked.take(bytes(event.data))
-        return _meaning(event)
+        if type(event) is not h11.Request:
+            return self._message_event(event)
+        head = self._checked_head(event)
+        self._body = body_reader(self._conn)
+        return head
 
     def _checked_head(self, event: h11.Request) -> tuple[bytes, bytes, Headers]:
         headers = _fields(event)
@@ -1431,7 +1495,8 @@ class ServerWire:
         if expect is not None and expect.lower() != b"100-continue":
             raise ExpectationFailed("unknown Expect; allowed: 100-continue")
         self.head_request = event.method == b"HEAD"
-        self._plain = event.http_version == b"1.1" and not self.head_request and names.isdisjoint(_PERSISTENCE_FIELDS)
+        is_persistent = event.http_version == b"1.1" and names.isdisjoint(_PERSISTENCE_FIELDS)
+        self._is_plain = is_persistent and not self.head_request
         return event.method, event.target, headers
 
     @property
@@ -1446,8 +1511,10 @@ class ServerWire:
     @property
     def peer_done(self) -> bool:
         """True when the request has been received whole."""
+        if self._body is not None and self._body.complete:
+            return True
         # not in (DONE, MUST_CLOSE): after a request with Upgrade h11 waits for our answer in a state of its own
-        return self._all_counted or self._conn.their_state not in (h11.IDLE, h11.SEND_BODY, h11.ERROR)
+        return self._conn.their_state not in (h11.IDLE, h11.SEND_BODY, h11.ERROR)
 
     def build_head(self, status: int, headers: Sequence[Header], length: int | None, close: bool) -> bytes:
         """Return the bytes of a response's head.  `length` None: chunked, or until close for HTTP/1.0."""
@@ -1463,60 +1530,37 @@ class ServerWire:
         """Return the bytes of a whole response, head to end; `length` is what the answer to a GET would have.
 
         The plainest exchange, which is nearly every one, has nothing left for h11 to decide: a request of HTTP/1.1 with
-        nothing about the connection in it has been received whole, and the length is known.  Then a fresh h11 takes the
-        next request, at a fraction of what it costs to walk the old one through an answer.
+        nothing about the connection in it has been received whole, and the length is known.
         """
-        plain = self._plain and not close and status >= 200 and status not in (204, 304) and length == len(body)
+        plain = self._is_plain and not close and status >= 200 and status not in (204, 304) and length == len(body)
         if not plain or not self.peer_done or self._conn._receive_buffer_closed:
             head = self.build_head(status, headers, length, close)
             return head + (self.build_chunk(body) if body else b"") + self.end()
         start = b"HTTP/1.1 %d %b\r\n%bContent-Length: %d\r\n\r\n"
         head = start % (status, _REASONS.get(status, b""), build_lines(headers), length)
-        self._whole = True
+        self._is_answered = True
         return head + body
 
     def build_chunk(self, data: bytes) -> bytes:
         """Return the bytes of one piece of the response's body; a HEAD's body is left out."""
-        return b"" if self.head_request else self._sent(h11.Data(data=data))
+        return b"" if self.head_request else super().build_chunk(data)
 
     def pass_by(self, count: int) -> None:
         """Account for `count` bytes of the response's body that the driver sends by itself."""
         # Of data that it does not have to join, h11 asks the length alone ("Support for sendfile()" in its manual).
         self._conn.send_with_data_passthrough(h11.Data(data=cast(bytes, range(count))))
 
-    def end(self) -> bytes:
-        """Return the bytes that end the response."""
-        return self._sent(h11.EndOfMessage())
-
-    def _sent(self, event: h11.Event) -> bytes:
-        return self._conn.send(event) or b""
-
     def next_cycle(self) -> bool:
         """Make ready for the next request; False when this connection cannot carry one."""
-        if self._whole:
-            self._begin_anew()
-            return True
-        self._settle()
-        if self._conn.our_state is not h11.DONE or self._conn.their_state is not h11.DONE:
+        if not self._is_answered and not self._is_over():
             return False
-        self._conn.start_next_cycle()
-        self._counted, self._chunked, self._ended = None, None, False
-        waiting = self._conn.trailing_data[0]
-        self._lead_ignored = bool(waiting)  # an empty line can only lead, not stand in what has begun to arrive
-        if waiting[:1] == b"\r":
-            self._begin_anew()  # h11 takes an empty line for a whole head, so it must not see it
-        return True
-
-    def _begin_anew(self) -> None:
-        """Let a fresh h11 go on with what waits."""
         waiting, closed = self._conn.trailing_data
-        self._conn = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
-        self._lead_ignored = self._whole = self._ended = False
-        self._counted = self._chunked = None
+        self._begin_anew()
         if waiting:
             self.feed(waiting)
         if closed:
             self._conn.receive_data(b"")
+        return True
 
 
 def split_target(target: bytes, host: bytes) -> tuple[bytes, bytes, bytes]:
@@ -1551,17 +1595,15 @@ def _asked(method: bytes) -> h11.Request:
     return h11.Request(method=method, target=b"/", headers=[(b"Host", b"")])
 
 
-class ClientWire:
+class ClientWire(Wire):
     """The client's side of one connection: build requests, feed bytes, take events."""
 
     def __init__(self) -> None:
-        self._begin_anew()
+        super().__init__(h11.CLIENT)
         self._cut = False
 
     def _begin_anew(self) -> None:
-        self._conn = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD_BYTES)
-        self._counted: CountedBody | None = None
-        self._chunked: ChunkedBody | None = None
+        super()._begin_anew()
         self._interim_count = 0
 
     def build_whole(
@@ -1580,35 +1622,17 @@ class ClientWire:
 
     def build_head(self, method: bytes, target: bytes, headers: Sequence[Header]) -> bytes:
         """Return the bytes of a request's head; `headers` has Host and the framing field."""
-        return self._conn.send(h11.Request(method=method, target=target, headers=list(headers))) or b""
-
-    def build_chunk(self, data: bytes) -> bytes:
-        """Return the bytes of one piece of the request's body."""
-        return self._conn.send(h11.Data(data=data)) or b""
-
-    def end(self) -> bytes:
-        """Return the bytes that end the request."""
-        return self._conn.send(h11.EndOfMessage()) or b""
+        return self._sent(h11.Request(method=method, target=target, headers=list(headers)))
 
     def feed(self, data: bytes) -> None:
         """Take bytes from the peer; b"" is its end of stream."""
-        if data and self._counted is not None:
-            data = self._counted.feed(data)
-            if not data:
-                return
-        if self._chunked is not None:
-            self._chunked.fed_bytes += len(data)
         self._cut = self._cut or not data
-        self._conn.receive_data(data)
+        super().feed(data)
 
-    def next_event(self) -> tuple[int, Headers] | bytes | Sign:
-        """Return the final head (status, headers), a chunk of the body, or a `Sign`; raises PeerGone."""
-        if self._counted is not None:
-            if data := self._counted.take():
-                return data
-            if self._counted.complete and self._conn.their_state is h11.SEND_BODY:
-                self._conn.next_event()
-                return Sign.END
+    def next_event(self) -> tuple[int, Headers] | bytes | WireEvent:
+        """Return the final head (status, headers), a chunk of the body, or a `WireEvent`; raises PeerGone."""
+        if (known := self._body_event()) is not None:
+            return known
         try:
             event = self._conn.next_event()
             while type(event) is h11.InformationalResponse:
@@ -1616,32 +1640,22 @@ class ClientWire:
                 if self._interim_count > MAX_INTERIM_COUNT:
                     raise PeerGone(f"bad response: too many interim ones; allowed: {MAX_INTERIM_COUNT}")
                 event = self._conn.next_event()
+            if type(event) is not h11.Response:
+                return self._message_event(event)
         except h11.RemoteProtocolError as error:
             raise PeerGone(CUT_SHORT if self._cut else f"bad response: {str(error)[:200]}") from None
-        if type(event) is h11.Response:
-            headers = _fields(event)
-            if fields_bytes(headers) > MAX_HEAD_BYTES:
-                raise PeerGone(f"bad response: head too large; allowed: {MAX_HEAD_BYTES} bytes")
-            self._counted = CountedBody.of(self._conn)
-            self._chunked = ChunkedBody(self._conn) if self._counted is None else None
-            return event.status_code, headers
-        if type(event) is h11.Data and self._chunked is not None:
-            return self._weighed(self._chunked, bytes(event.data))
-        return _meaning(event)
-
-    @staticmethod
-    def _weighed(body: ChunkedBody, data: bytes) -> bytes:
-        try:
-            return body.take(data)
         except TooMuchFraming as error:
             raise PeerGone(str(error).replace("request", "response")) from None
+        headers = _fields(event)
+        if fields_bytes(headers) > MAX_HEAD_BYTES:
+            raise PeerGone(f"bad response: head too large; allowed: {MAX_HEAD_BYTES} bytes")
+        self._body = body_reader(self._conn)
+        return event.status_code, headers
 
     def next_cycle(self) -> bool:
         """Make ready for the next request; False when this connection cannot carry one."""
-        if self._conn.our_state is not h11.DONE or self._conn.their_state is not h11.DONE:
+        if not self._is_over() or self._conn.trailing_data[0]:  # bytes that were not asked for: it is out of step
             return False
-        if self._conn.trailing_data[0]:
-            return False  # bytes that nobody asked for: a peer out of step is not to be trusted with a request
         self._begin_anew()
         return True
 
@@ -1668,7 +1682,7 @@ HOSTILE_RESPONSES = (
 def _refuses(wire: ServerWire | ClientWire, hostile: bytes) -> bool:
     try:
         wire.feed(hostile)
-        while wire.next_event() not in (Sign.NEED_DATA, Sign.PAUSED, Sign.CLOSED):
+        while wire.next_event() not in (WireEvent.NEED_DATA, WireEvent.PAUSED, WireEvent.CLOSED):
             continue
     except (BadRequest, PeerGone):
         return True
@@ -1710,20 +1724,32 @@ _try_h11_grammar()
 class Alarm:
     """One timer whose deadline moves often: moving it later costs an attribute, not a heap operation."""
 
-    __slots__ = ("_handle", "_loop", "_ring", "when_s")
+    __slots__ = ("_handle", "_left_s", "_loop", "_ring", "when_s")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, ring: Callable[[], None]) -> None:
         self._loop = loop
         self._ring = ring
         self._handle: asyncio.TimerHandle | None = None
+        self._left_s: float | None = None
         self.when_s: float | None = None
 
     def set(self, when_s: float | None) -> None:
-        """Ring at `when_s` (loop time) instead of whatever was set; None: not at all."""
-        self.when_s = when_s
+        """Ring at `when_s` (loop time) instead of what was set before; None: not at all."""
+        self.when_s, self._left_s = when_s, None
         if when_s is not None and (self._handle is None or self._handle.when() > when_s):
             self.stop_handle()
             self._handle = self._loop.call_at(when_s, self._on_time)
+
+    def hold(self) -> None:
+        """Stand still until `go_on`, or `set`."""
+        if self.when_s is not None:
+            self._left_s = self.when_s - self._loop.time()
+            self.when_s = None
+
+    def go_on(self) -> None:
+        """Run on with the time that was left."""
+        if self._left_s is not None:
+            self.set(self._loop.time() + self._left_s)
 
     def stop_handle(self) -> None:
         """Cancel the loop's timer; `set` makes a new one."""
@@ -1986,11 +2012,11 @@ class Listener:
     Whoever is takes all that wait: the loop's own server takes one in a turn, and the last of many waited for long.
     """
 
-    def __init__(self, sock: socket.socket, server: Server, seat: Seat) -> None:
+    def __init__(self, sock: socket.socket, server: Server, slot: Slot) -> None:
         self._loop = asyncio.get_running_loop()
         self._sock = sock
         self._server = server
-        self._seat = seat
+        self._slot = slot
         self._opening: set[asyncio.Task[Any]] = set()
         self._pause: asyncio.TimerHandle | None = None
         sock.setblocking(False)
@@ -2000,7 +2026,7 @@ class Listener:
 
     def _on_connection(self) -> None:
         for _ in range(ACCEPTS_COUNT):
-            if not self._seat.is_next():
+            if not self._slot.is_next():
                 self._rest(TURN_S)
                 return
             if not self._accept():
@@ -2057,7 +2083,7 @@ class Server:
     """Serves `handler` on any number of listening sockets.
 
     `on_refused` is told of each request that was answered without a handler: the request, None if it had no valid head,
-    and the error.  `seat` tells of the other processes that serve the same sockets, `limits` are this one's.
+    and the error.  `slot` tells of the other processes that serve the same sockets, `limits` are this one's.
     Obligations: `listen` each socket, then at the end `stop_accepting`, `drained`, `give_up`, in this order.
     """
 
@@ -2066,10 +2092,10 @@ class Server:
         handler: Handler,
         timeouts: ServerTimeouts,
         on_refused: Callable[[Request | None, FaashoundError], None] = lambda request, error: None,
-        seat: Seat | None = None,
+        slot: Slot | None = None,
         limits: ConnectionLimits = ConnectionLimits(),
     ) -> None:
-        self._seat = seat or Seat(Board())
+        self._slot = slot or Slot(Scoreboard())
         self._roster = Roster(limits)
         self._refused_count = 0
         self._told_s = -math.inf
@@ -2083,8 +2109,8 @@ class Server:
 
     def listen(self, sock: socket.socket) -> None:
         """Accept connections on `sock`, bound already, TCP or Unix; the server owns it from here."""
-        self._seat.serves(True)
-        self._listeners.append(Listener(sock, self, self._seat))
+        self._slot.set_serving(True)
+        self._listeners.append(Listener(sock, self, self._slot))
 
     def admit(self, network: bytes) -> tuple[bool, ServerConnection | None]:
         """Listener: return whether there is no more room, and what serves a new connection, None if it is to be closed.
@@ -2101,7 +2127,7 @@ class Server:
         connection = ServerConnection(self, network, refusal)
         if refusal is None:
             self._roster.enter(connection)
-        self._seat.board.connections[self._seat.index] += 1
+        self._slot.count_connection(1)
         return was_full, connection
 
     def _tell(self, refusal: TooManyConnections) -> None:
@@ -2113,7 +2139,7 @@ class Server:
     def forget(self, connection: ServerConnection) -> None:
         """Connection: it is closed, or was never opened."""
         self.connections.discard(connection)
-        self._seat.board.connections[self._seat.index] -= 1
+        self._slot.count_connection(-1)
         if connection.is_surplus:
             self._refused_count -= 1
         else:
@@ -2122,7 +2148,7 @@ class Server:
     def stop_accepting(self) -> None:
         """Close the listening sockets and idle connections; what is in flight goes on and then closes.  Repeatable."""
         self.draining = True
-        self._seat.serves(False)
+        self._slot.set_serving(False)
         while self._listeners:
             self._listeners.pop().close()
         for connection in list(self.connections):
@@ -2168,9 +2194,100 @@ class Server:
         return self._date[1]
 
 
-class Phase(Table):
+class Connection(asyncio.Protocol):
+    """What both sides' connections share: they write no faster than the kernel takes, and read in turns with others.
+
+    What does not fit into one turn of the loop is taken in the next, by `_advance`, while `_advancing` is true.
+    """
+
+    closed_text: ClassVar[str]
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._alarm = Alarm(self._loop, self._on_alarm)
+        self._transport: asyncio.Transport
+        self._socket: socket.socket
+        self._advancing = False
+        self._writable: asyncio.Future[None] | None = None
+        self._write_paused = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=0)  # told as soon as the kernel takes no more
+        self._socket = cast(socket.socket, transport.get_extra_info("socket"))
+
+    def pause_writing(self) -> None:
+        self._write_paused = True
+
+    def resume_writing(self) -> None:
+        self._write_paused = False
+        if self._writable is not None and not self._writable.done():
+            self._writable.set_result(None)
+
+    def _put(self, data: bytes) -> None:
+        self._transport.write(data)
+
+    async def _write(self, data: bytes) -> None:
+        self._put(data)
+        while self._write_paused and not self._transport.is_closing():
+            self._writable = self._loop.create_future()
+            await self._writable
+        if self._transport.is_closing():
+            raise PeerGone(self.closed_text)
+
+    def _advance_later(self) -> None:
+        self._advancing = True
+        self._loop.call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        raise NotImplementedError
+
+    def _on_alarm(self) -> None:
+        raise NotImplementedError
+
+    def abort(self) -> None:
+        """Cut the connection now."""
+        self._transport.abort()
+
+
+class Intake:
+    """Whether an accepted connection is read from.  While it is not, a set of the server's tells of a hang-up."""
+
+    def __init__(self, server: Server, on_hangup: Callable[[], None]) -> None:
+        self.paused = False
+        self._server = server
+        self._on_hangup = on_hangup
+        self._watched_fd = -1
+
+    def pause(self, transport: asyncio.Transport) -> None:
+        """Read no more, and call `on_hangup` when the client closes."""
+        self.paused = True
+        transport.pause_reading()
+        self._watched_fd = transport.get_extra_info("socket").fileno()
+        self._server.hangups.add(self._watched_fd, self._on_closed, select.EPOLLRDHUP)
+
+    def resume(self, transport: asyncio.Transport) -> None:
+        """Read on."""
+        self.paused = False
+        if not transport.is_closing():
+            self.stop_watching()
+            transport.resume_reading()
+
+    def stop_watching(self) -> None:
+        """Call `on_hangup` no more."""
+        if self._watched_fd >= 0:
+            self._server.hangups.remove(self._watched_fd)
+            self._watched_fd = -1
+
+    def _on_closed(self) -> None:
+        self.stop_watching()
+        self._on_hangup()
+
+
+class Phase(IdentityEnum):
     """Where an accepted connection stands in its present exchange."""
 
+    OPENING = "it has no transport yet"
     IDLE = "no byte of a request has come"
     HEAD = "a request has begun to arrive"
     BODY = "the handler runs, the body still arrives"
@@ -2180,6 +2297,7 @@ class Phase(Table):
 
 
 NEXT_PHASES = {
+    Phase.OPENING: {Phase.IDLE},
     Phase.IDLE: {Phase.HEAD},
     Phase.HEAD: {Phase.BODY, Phase.HANDLING},
     Phase.BODY: {Phase.HANDLING, Phase.SENDING},
@@ -2189,46 +2307,41 @@ NEXT_PHASES = {
 }
 
 
-class ServerConnection(asyncio.Protocol):
+class ServerConnection(Connection):
     """One accepted connection; see the theory above."""
 
+    closed_text = "the client closed the connection or took too long to read"
+
     def __init__(self, server: Server, network: bytes, refusal: FaashoundError | None) -> None:
+        super().__init__()
         self.network = network
         self.lines: tuple[OrderedDict[ServerConnection, None], ...] = ()  # the roster's, in which it may wait
         self.is_surplus = refusal is not None
+        self.closed = asyncio.Event()
         self._server = server
-        self._loop = asyncio.get_running_loop()
         self._wire = ServerWire()
-        self._alarm = Alarm(self._loop, self._on_alarm)
-        self._transport: asyncio.Transport
-        self._opened = self._closed_early = False
+        self._intake = Intake(server, self._on_hangup)
+        self._phase = Phase.OPENING
+        self._closed_early = False
         self._peer = ""
         self._task: asyncio.Task[None] | None = None
         self._request: Request | None = None
         self._handled = False
-        self._phase = Phase.IDLE
         self._refusal = refusal
-        self._advancing = False
-        self._read_left_s: float | None = None
         self._discarded_bytes = 0
-        self._writable: asyncio.Future[None] | None = None
-        self._write_paused = False
-        self._reading_paused = self._hangup_watched = False
-        self.closed = asyncio.Event()
 
     # Callbacks of the transport.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-        self._transport.set_write_buffer_limits(high=0)  # told as soon as the kernel takes no more
+        super().connection_made(transport)
         peername = transport.get_extra_info("peername")
         self._peer = peername[0] if isinstance(peername, tuple) else ""
         self._server.connections.add(self)
+        self._enter(Phase.IDLE)
         if self._refusal is not None:
             self._enter(Phase.HEAD)
             self._refuse(self._refusal)
             return
-        self._opened = True
         if self._closed_early:
             self._transport.close()
         # One that was accepted just before a drain may have its request on the way.
@@ -2249,26 +2362,18 @@ class ServerConnection(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         if self._phase is Phase.SENDING:
-            self._reading_paused = True  # by the transport; it will say so again when we read on after the answer
-            return True  # whoever half-closed may still read it
+            self._intake.paused = True  # by the transport; it will say so again when we read on after the answer
+            return True  # a client that half-closed may still read it
         self._cancel()
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._alarm.stop_handle()
-        self._watch_hangup(False)
+        self._intake.stop_watching()
         self._cancel()
         self.resume_writing()
         self._server.forget(self)
         self.closed.set()
-
-    def pause_writing(self) -> None:
-        self._write_paused = True
-
-    def resume_writing(self) -> None:
-        self._write_paused = False
-        if self._writable is not None and not self._writable.done():
-            self._writable.set_result(None)
 
     def _enter(self, phase: Phase) -> None:
         if phase not in NEXT_PHASES[self._phase]:
@@ -2290,7 +2395,7 @@ class ServerConnection(asyncio.Protocol):
                 event = self._wire.next_event()
                 if isinstance(event, bytes):
                     pieces.append(event)
-                elif isinstance(event, Sign):
+                elif isinstance(event, WireEvent):
                     sign = event
                     break  # after END too: what follows waits for the end of this exchange
                 else:
@@ -2300,11 +2405,10 @@ class ServerConnection(asyncio.Protocol):
             return
         if pieces:
             cast(Request, self._request).body.feed(pieces[0] if len(pieces) == 1 else b"".join(pieces))
-        if sign is Sign.END:
+        if sign is WireEvent.END:
             self._received_whole()
         elif sign is None:
-            self._advancing = True
-            self._loop.call_soon(self._go_on)
+            self._advance_later()
         self._throttle()
 
     def _go_on(self) -> None:
@@ -2331,18 +2435,14 @@ class ServerConnection(asyncio.Protocol):
 
     def _throttle(self) -> None:
         """Read only while there is room for what comes; the read deadline stands still while the handler is slow."""
-        body_bytes = 0 if self._request is None else self._request.body.buffered_bytes
-        is_full = body_bytes >= BUFFERED_BYTES
-        if is_full and self._phase is Phase.BODY and self._alarm.when_s is not None:
-            self._read_left_s = self._alarm.when_s - self._loop.time()
-            self._alarm.set(None)
+        is_full = self._request is not None and self._request.body.buffered_bytes >= BUFFERED_BYTES
+        if is_full and self._phase is Phase.BODY:
+            self._alarm.hold()
         if not is_full and self._wire.waiting_bytes <= MAX_HEAD_BYTES:
-            if self._reading_paused:
+            if self._intake.paused:
                 self._resume_reading()
-        elif not self._reading_paused and not self._transport.is_closing():
-            self._reading_paused = True
-            self._transport.pause_reading()
-            self._watch_hangup(True)
+        elif not self._intake.paused and not self._transport.is_closing():
+            self._intake.pause(self._transport)
 
     def _on_drained(self) -> None:
         """The handler wants more of the body."""
@@ -2351,27 +2451,10 @@ class ServerConnection(asyncio.Protocol):
         self._throttle()
 
     def _resume_reading(self) -> None:
-        self._reading_paused = False
-        if self._transport.is_closing():
-            return
-        self._watch_hangup(False)
-        self._transport.resume_reading()
-        if self._read_left_s is not None and self._phase is Phase.BODY:
-            self._alarm.set(self._loop.time() + self._read_left_s)
-        self._read_left_s = None
-
-    def _watch_hangup(self, wanted: bool) -> None:
-        if wanted == self._hangup_watched:
-            return
-        self._hangup_watched = wanted
-        fd = self._transport.get_extra_info("socket").fileno()
-        if wanted:
-            self._server.hangups.add(fd, self._on_hangup, select.EPOLLRDHUP)
-        else:
-            self._server.hangups.remove(fd)
+        self._intake.resume(self._transport)
+        self._alarm.go_on()
 
     def _on_hangup(self) -> None:
-        self._watch_hangup(False)
         if self._phase is not Phase.SENDING:
             self.abort()
 
@@ -2408,9 +2491,9 @@ class ServerConnection(asyncio.Protocol):
         self._alarm.set(None if limit_s == math.inf else self._loop.time() + limit_s)
         close = self._server.draining or self._refusal is not None or not self._wire.peer_done
         headers = (*response.headers, (b"Date", self._server.date()))
-        body = whole(response.body)
+        body = body_if_complete(response.body)
         if not isinstance(body, bytes) or len(body) > MAX_HEAD_BYTES:
-            expect_stalls(self._transport.get_extra_info("socket"), True)  # its reader has the write timeout
+            expect_stalls(self._socket, True)  # its reader has the write timeout
         if isinstance(body, bytes):
             length = len(body) if response.length is None else response.length
             await self._write(self._wire.build_whole(response.status, headers, body, length, close))
@@ -2433,7 +2516,7 @@ class ServerConnection(asyncio.Protocol):
             return
         self._wire.pass_by(count)
         # A copy: the transport closes its own whenever it must, and the next client's could get the same number.
-        fd = os.dup(self._transport.get_extra_info("socket").fileno())
+        fd = os.dup(self._socket.fileno())
         try:
             sent = 0
             while sent < count:
@@ -2453,14 +2536,6 @@ class ServerConnection(asyncio.Protocol):
         finally:
             self._loop.remove_writer(fd)
 
-    async def _write(self, data: bytes) -> None:
-        self._transport.write(data)
-        while self._write_paused and not self._transport.is_closing():
-            self._writable = self._loop.create_future()
-            await self._writable
-        if self._transport.is_closing():
-            raise PeerGone("the client closed the connection or took too long to read")
-
     def _end_exchange(self) -> None:
         self._task = self._request = None
         if self._refusal is not None or self._server.draining or not self._wire.next_cycle():
@@ -2472,11 +2547,11 @@ class ServerConnection(asyncio.Protocol):
         if self._wire.started:
             self._begin_receiving()
             self._advance()
-        elif self._reading_paused:
+        elif self._intake.paused:
             self._throttle()
 
-    def _refuse(self, error: FaashoundError) -> None:
-        """Answer `error` instead of whatever the handler would have said, and close."""
+    def _refuse(self, error: FaashoundError, *, at_once: bool = False) -> None:
+        """Answer `error` instead of what the handler would have said, and close: once it has ended, or `at_once`."""
         self._refusal = error
         self._alarm.set(None)
         if self._phase is Phase.SENDING:
@@ -2488,8 +2563,11 @@ class ServerConnection(asyncio.Protocol):
             self._answer_refusal(None)
         else:
             cast(Request, self._request).refusal = error
-            self._task.add_done_callback(self._answer_refusal)
             self._task.cancel()
+            if at_once:
+                self._answer_refusal(self._task)
+            else:
+                self._task.add_done_callback(self._answer_refusal)
 
     def _answer_refusal(self, task: asyncio.Task[None] | None) -> None:
         error = cast(FaashoundError, self._refusal)
@@ -2520,7 +2598,7 @@ class ServerConnection(asyncio.Protocol):
         # A client that has broken a rule gets a moment; one whose answer came early may send all that it has to.
         limit_s = LINGER_S if self._refusal is not None else self._server.timeouts.read_s
         self._alarm.set(self._loop.time() + limit_s)
-        if self._reading_paused:
+        if self._intake.paused:
             self._resume_reading()
 
     def _discard(self, count: int) -> None:
@@ -2530,7 +2608,7 @@ class ServerConnection(asyncio.Protocol):
 
     def close_if_waiting(self) -> bool:
         """Close unless a whole head has come; tell whether it did."""
-        if not self._opened:  # another came right behind it
+        if self._phase is Phase.OPENING:  # another came right behind it
             self._closed_early = True
             return True
         if self._phase not in (Phase.IDLE, Phase.HEAD) or self._transport.is_closing():
@@ -2553,11 +2631,7 @@ class ServerConnection(asyncio.Protocol):
         if self._phase not in (Phase.HEAD, Phase.BODY, Phase.HANDLING):
             self.abort()
         elif self._refusal is None:
-            self._refuse(Stopping())
-
-    def abort(self) -> None:
-        """Cut the connection now; a running handler is cancelled."""
-        self._transport.abort()
+            self._refuse(Stopping(), at_once=True)  # a tree that was granted term_grace may outlast the farewell
 
     def _cancel(self) -> None:
         """Cancel the exchange, once: a second time would cut short how its handler ends."""
@@ -2688,7 +2762,7 @@ class Client:
         answered is sent again, once, on a connection of its own, if its body can be had again and its method is
         idempotent, or if no byte of it had reached the other end (RFC 9110 9.2.2, RFC 9112 9.3.1).
         """
-        body = whole(body)
+        body = body_if_complete(body)
         once = not isinstance(body, bytes) and not callable(body)
         connection = self._kept(url, once)
         if connection is not None:
@@ -2698,7 +2772,7 @@ class Client:
                 if once or not (connection.untouched or (connection.silent and method in _IDEMPOTENT)):
                     raise
         connection = await self._connect(url, deadline_s)
-        return await connection.exchange(method, url, headers, whole(body), length, deadline_s)
+        return await connection.exchange(method, url, headers, body_if_complete(body), length, deadline_s)
 
     def _kept(self, url: Url, once: bool) -> ClientConnection | None:
         """Return an idle connection that can carry a request, if there is one; `once`: which cannot be repeated."""
@@ -2854,22 +2928,20 @@ class ClientResponse:
             self._connection.abort()
 
 
-class ClientConnection(asyncio.Protocol):
+class ClientConnection(Connection):
     """One connection to an upstream, carrying one exchange at a time."""
 
+    closed_text = "the connection was closed before the request was sent"
+
     def __init__(self, client: Client) -> None:
+        super().__init__()
         self._client = client
-        self._loop = asyncio.get_running_loop()
-        self._alarm = Alarm(self._loop, self._on_alarm)
         self._wire = ClientWire()
-        self._transport: asyncio.Transport
-        self._socket: socket.socket
         self._url: Url | None = None
         self._head: asyncio.Future[ClientResponse] | None = None
         self._body: Body | None = None
         self._sender: asyncio.Task[None] | None = None
-        self._writable: asyncio.Future[None] | None = None
-        self._write_paused = self._advancing = self._ended = False
+        self._ended = False
         self._stalls_expected = False
         self._is_counted = True  # what is sent is what we write: no TLS in between
         self._sent_bytes = 1  # a SYN counts as one
@@ -2880,11 +2952,8 @@ class ClientConnection(asyncio.Protocol):
     # Callbacks of the transport.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-        self._transport.set_write_buffer_limits(high=0)
-        self._socket = cast(socket.socket, transport.get_extra_info("socket"))
-        with self._socket.dup() as sock:  # uvloop's would make one for each option
-            keep_watch(sock)
+        super().connection_made(transport)
+        keep_watch(self._socket)  # not through a copy of it, for which there may be no descriptor left
 
     async def start_tls(self, context: ssl.SSLContext, host: str) -> None:
         """Speak TLS from now on; raises OSError (ssl.SSLError among them), and the connection is closed then."""
@@ -2939,14 +3008,6 @@ class ClientConnection(asyncio.Protocol):
             with suppress(OSError, ValueError):  # the socket is closed: uvloop's TLS tells us only then
                 self.untouched = 0 < tcp_progress(self._socket)[1] <= self._confirmed_bytes
 
-    def pause_writing(self) -> None:
-        self._write_paused = True
-
-    def resume_writing(self) -> None:
-        self._write_paused = False
-        if self._writable is not None and not self._writable.done():
-            self._writable.set_result(None)
-
     # One exchange.
 
     async def exchange(
@@ -2968,7 +3029,7 @@ class ClientConnection(asyncio.Protocol):
             self._start(method, url, headers, body, length)
             return await head
         except BaseException:
-            if self._head is head:  # else it is over, and the connection may carry somebody else's
+            if self._head is head:  # else it is over, and the connection may carry another request
                 self.abort()
             raise
 
@@ -3013,27 +3074,19 @@ class ClientConnection(asyncio.Protocol):
 
     def _put(self, data: bytes) -> None:
         self._sent_bytes += len(data)
-        self._transport.write(data)
-
-    async def _write(self, data: bytes) -> None:
-        self._put(data)
-        while self._write_paused and not self._transport.is_closing():
-            self._writable = self._loop.create_future()
-            await self._writable
-        if self._transport.is_closing():
-            raise PeerGone("the connection was closed before the request was sent")
+        super()._put(data)
 
     def _advance(self) -> None:
         """Take what the wire has, up to EVENTS_AT_ONCE_COUNT; then others are served before the rest."""
         pieces: list[bytes] = []
-        sign: Sign | None = None
+        sign: WireEvent | None = None
         error: PeerGone | None = None
         try:
             for _ in range(EVENTS_AT_ONCE_COUNT):
                 event = self._wire.next_event()
                 if isinstance(event, bytes):
                     pieces.append(event)
-                elif isinstance(event, Sign):
+                elif isinstance(event, WireEvent):
                     sign = event
                     break
                 else:
@@ -3045,15 +3098,14 @@ class ClientConnection(asyncio.Protocol):
         if error is not None:
             self._fail(error)
             self.abort()
-        elif sign is Sign.END:
+        elif sign is WireEvent.END:
             self._complete()
         else:
             self._throttle(is_rest=sign is None)
 
     def _throttle(self, is_rest: bool) -> None:
         if is_rest:
-            self._advancing = True
-            self._loop.call_soon(self._go_on)
+            self._advance_later()
         is_full = self._body is not None and self._body.buffered_bytes >= BUFFERED_BYTES
         if (is_rest or is_full) and self._transport.is_reading():
             self._transport.pause_reading()
@@ -3218,7 +3270,7 @@ def describe_exit(status: int) -> str:
     return f"signal: {text}" + (" (core dumped)" if os.WCOREDUMP(status) else "")
 
 
-class State(Table):
+class ProcessState(IdentityEnum):
     """Where a call stands.  Its answer is decided on reaching DONE or KILLED."""
 
     RUNNING = "the process runs, its output is open"
@@ -3228,7 +3280,7 @@ class State(Table):
     KILLED = "deadline, hang-up or refusal: the tree is being killed"
 
 
-class Event(Table):
+class ProcessEvent(IdentityEnum):
     """What happens to a call."""
 
     EXIT = "the process has exited"
@@ -3240,25 +3292,25 @@ class Event(Table):
 
 # A process that has exited has done its work in time, so nothing that comes later takes its answer away.
 TRANSITIONS = {
-    (State.RUNNING, Event.EOF): State.CLOSED,
-    (State.RUNNING, Event.EXIT): State.EXITED,
-    (State.RUNNING, Event.DEADLINE): State.KILLED,
-    (State.RUNNING, Event.ABANDON): State.KILLED,
-    (State.CLOSED, Event.EXIT): State.DONE,
-    (State.CLOSED, Event.DEADLINE): State.KILLED,
-    (State.CLOSED, Event.ABANDON): State.KILLED,
-    (State.EXITED, Event.EOF): State.DONE,
-    (State.EXITED, Event.GRACE): State.DONE,
-    (State.EXITED, Event.DEADLINE): State.DONE,
-    (State.EXITED, Event.ABANDON): State.DONE,
-    (State.DONE, Event.ABANDON): State.DONE,
-    (State.KILLED, Event.EXIT): State.KILLED,
-    (State.KILLED, Event.EOF): State.KILLED,
-    (State.KILLED, Event.ABANDON): State.KILLED,
+    (ProcessState.RUNNING, ProcessEvent.EOF): ProcessState.CLOSED,
+    (ProcessState.RUNNING, ProcessEvent.EXIT): ProcessState.EXITED,
+    (ProcessState.RUNNING, ProcessEvent.DEADLINE): ProcessState.KILLED,
+    (ProcessState.RUNNING, ProcessEvent.ABANDON): ProcessState.KILLED,
+    (ProcessState.CLOSED, ProcessEvent.EXIT): ProcessState.DONE,
+    (ProcessState.CLOSED, ProcessEvent.DEADLINE): ProcessState.KILLED,
+    (ProcessState.CLOSED, ProcessEvent.ABANDON): ProcessState.KILLED,
+    (ProcessState.EXITED, ProcessEvent.EOF): ProcessState.DONE,
+    (ProcessState.EXITED, ProcessEvent.GRACE): ProcessState.DONE,
+    (ProcessState.EXITED, ProcessEvent.DEADLINE): ProcessState.DONE,
+    (ProcessState.EXITED, ProcessEvent.ABANDON): ProcessState.DONE,
+    (ProcessState.DONE, ProcessEvent.ABANDON): ProcessState.DONE,
+    (ProcessState.KILLED, ProcessEvent.EXIT): ProcessState.KILLED,
+    (ProcessState.KILLED, ProcessEvent.EOF): ProcessState.KILLED,
+    (ProcessState.KILLED, ProcessEvent.ABANDON): ProcessState.KILLED,
 }
 
 
-def next_state(state: State, event: Event) -> State:
+def next_state(state: ProcessState, event: ProcessEvent) -> ProcessState:
     """Return the state after `event`; AssertionError for a pair that cannot happen."""
     try:
         return TRANSITIONS[state, event]
@@ -3305,11 +3357,11 @@ class DeadlineReached(FaashoundError):
 # goes by levels: SIGKILL to the root's process group, then to every adopted orphan of that call, whose children are
 # thereby adopted and found in the next sweep, until two sweeps find nothing.
 # What forks faster than that (each killed process makes room for another) is stopped first, all of it, and then killed.
-# Whose an orphan is, its mark tells, or its session.  One that wiped its environment and left its session is
-# nobody's for certain only when every call that ran at its start has ended; then it is killed too.  One that started
-# while no call ran is a stranger (an entrypoint's sidecar, a `docker exec`): it is reaped, but left in peace.
-# All exits are seen and reaped in one place, on SIGCHLD, because orphans have to be reaped in any case.  A root is
-# reaped after its group was killed: until then its number cannot be anybody else's.
+# The mark of an orphan, or its session, tells to which call it belongs.  One that wiped its environment and left its
+# session can belong to any call that ran when it started: once all of those have ended, it is killed.  An orphan that
+# started while no call ran is a foreign child (an entrypoint's sidecar, a `docker exec`): it is reaped, else ignored.
+# The reaper sees and reaps all exits, on SIGCHLD, because orphans have to be reaped in any case; the sweeper kills.  A
+# root is reaped after its group was killed: until then no other process can have its number.
 # What survives SIGKILL of the watchdog itself is killed, by the mark, by the guard (see "Lifecycle").
 # ---------------------------------------------------------------------------------------------------------------
 
@@ -3355,7 +3407,7 @@ def find_program(name: str, path: str | None) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Ending:
+class ProcessResult:
     """How a call ended: `status` is the wait status of its process, `output` what it wrote (and `stderr` if joined)."""
 
     pid: int
@@ -3438,7 +3490,7 @@ class Output:
 class RootTable:
     """The numbers of the roots that have not been reaped, in memory shared with processes forked from this one.
 
-    For whoever survives us and cannot be told any more; writing to it costs no system call.
+    They are for the guard or the supervisor, which survive us; writing to it costs no system call.
     """
 
     def __init__(self) -> None:
@@ -3475,7 +3527,7 @@ _SIGINFO_BYTES = 128
 def open_signalfd(*numbers: signal.Signals) -> int:
     """Block signals in this thread, and return a descriptor that can be read when one is pending (signalfd(2))."""
     for number in numbers:
-        signal.signal(number, signal.SIG_DFL)  # whoever started us may have SIGCHLD ignored: then nothing is reaped
+        signal.signal(number, signal.SIG_DFL)  # our parent may have ignored SIGCHLD: then nothing is reaped
     signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     mask = (ctypes.c_ulong * 16)(sum(1 << (number - 1) for number in numbers))
     fd: int = ctypes.CDLL(None, use_errno=True).signalfd(-1, ctypes.byref(mask), _SFD_FLAGS)
@@ -3485,47 +3537,36 @@ def open_signalfd(*numbers: signal.Signals) -> int:
 
 
 class Reaper:
-    """The one place where children of this process are known, reaped and swept."""
+    """The one place where the children of this process are known, and reaped.
+
+    Children are roots, which calls have started; orphans, which we have adopted; and foreign ones, which are ignored.
+    `on_reaped` is called after each look for exits; `is_reaping` is true during it.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, table: RootTable) -> None:
         become_subreaper()
         self.loop = loop
+        self.roots: dict[int, Process] = {}  # not reaped yet, by process number
+        self.is_reaping = False
+        self.on_reaped: Callable[[], None] = lambda: None
         self._table = table
-        self._roots: dict[int, Process] = {}  # not reaped yet, by process number
-        self._calls: dict[bytes, Process] = {}  # not ended yet, by mark
-        self._sessions: OrderedDict[int, None] = OrderedDict()  # of calls that have ended
-        self._adopted: dict[int, Orphan] = {}  # what is known of orphans not reaped yet
-        self._begun_count = 0
-        self._busy_since_s = math.inf  # since boot: when the first of the present calls was started
-        self._spared: dict[int, Callable[[], None] | None] = {}  # children that no call has started
-        self._dying: list[Dying] = []
-        self._asking: set[asyncio.Task[None]] = set()
-        self._sweeper: asyncio.Task[None] | None = None
-        self._clean_count = 0
+        self._orphans: dict[int, Orphan] = {}  # what is known of those that are not reaped yet
+        self._foreign: dict[int, Callable[[], None] | None] = {}
         self._children_fd = os.open(f"/proc/self/task/{os.getpid()}/children", os.O_RDONLY | os.O_CLOEXEC)
-        self._spared.update(dict.fromkeys(self.orphans()))  # whoever was before us, an entrypoint's sidecar
-        self._released = False
-        self._reaping = False
+        for pid, _ in self.orphans():  # what was there before us, an entrypoint's sidecar
+            self.ignore(pid)
         self.ready = EpollSet(loop)
         self._signal_fd = open_signalfd(signal.SIGCHLD)
         self.ready.add_first(self._signal_fd, self._on_sigchld)
 
     def add(self, process: Process) -> None:
         """Watch a root: its `on_exiting` and `on_exit` are called just before and after it is reaped."""
-        self._roots[process.pid] = process
+        self.roots[process.pid] = process
         self._table.add(process.pid)
-        self._calls[process.mark] = process
-        self._sessions.pop(process.pid, None)
 
-    def begin(self, process: Process) -> None:
-        """A root has got its request: from now on what it starts is a call's."""
-        if not self._begun_count and self._sweeper is None:
-            self._busy_since_s = process.started_s
-        self._begun_count += 1
-
-    def spare(self, pid: int, on_exit: Callable[[], None]) -> None:
-        """Leave a child of ours in peace that is no call's; `on_exit` is called when it has been reaped."""
-        self._spared[pid] = on_exit
+    def ignore(self, pid: int, on_exit: Callable[[], None] | None = None) -> None:
+        """A child of ours is foreign; `on_exit` is called when it has been reaped."""
+        self._foreign[pid] = on_exit
 
     def _on_sigchld(self) -> None:
         with suppress(BlockingIOError):  # taken back meanwhile, see `Spawner`
@@ -3533,210 +3574,44 @@ class Reaper:
         self.reap()
 
     def reap(self) -> None:
-        """Reap whatever has exited, and sweep once for all of it."""
-        self._reaping = True
+        """Reap all children that have exited."""
+        self.is_reaping = True
         try:
-            self._reap_all()
+            with suppress(ChildProcessError):
+                while (found := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
+                    self._reap_child(found.si_pid)
         finally:
-            self._reaping = False
-        if self._released:
-            self._released = False
-            self._sweep_released()
+            self.is_reaping = False
+        self.on_reaped()
 
-    def _reap_all(self) -> None:
-        while True:
-            try:
-                found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            except ChildProcessError:
-                return
-            if found is None:
-                return
-            process = self._roots.get(found.si_pid)
-            if process is not None:
-                process.on_exiting()
-                self._table.remove(process.pid)
-            _, status = os.waitpid(found.si_pid, 0)
-            if process is not None:
-                del self._roots[process.pid]
-                process.on_exit(status)
-                continue
-            self._adopted.pop(found.si_pid, None)
-            if on_exit := self._spared.pop(found.si_pid, None):
-                on_exit()
+    def _reap_child(self, pid: int) -> None:
+        process = self.roots.get(pid)
+        if process is not None:
+            process.on_exiting()
+            self._table.remove(pid)
+        _, status = os.waitpid(pid, 0)
+        if process is not None:
+            del self.roots[pid]
+            process.on_exit(status)
+            return
+        self._orphans.pop(pid, None)
+        if on_exit := self._foreign.pop(pid, None):
+            on_exit()
 
     def signal_group(self, process: Process, number: signal.Signals) -> None:
         """Signal a root and its process group, while its number is still its own."""
-        if process.pid in self._roots:
+        if process.pid in self.roots:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, number)
 
-    def release(self, process: Process) -> None:
-        """The call has its answer: kill what its process has left behind."""
-        self._forget(process)
-        if self._reaping:
-            self._released = True
-        else:
-            self._sweep_released()
-
-    def _sweep_released(self) -> None:
-        if self._sweep():
-            self._start_sweeping()
-
-    def _forget(self, process: Process) -> None:
-        if self._calls.pop(process.mark, None) is None:
-            return
-        self._begun_count -= process.begun
-        self._sessions[process.pid] = None
-        if len(self._sessions) > SESSIONS_COUNT:
-            self._sessions.popitem(last=False)
-
-    def kill(self, process: Process, term_grace_s: float) -> asyncio.Future[None]:
-        """Kill a call's whole tree; the future is done when nothing of it is left."""
-        dying = Dying(process, self.loop.create_future())
-        if term_grace_s:
-            task = self.loop.create_task(self._ask_first(dying, term_grace_s))
-            self._asking.add(task)
-            task.add_done_callback(self._asking.discard)
-        else:
-            self._kill_now(dying)
-        return dying.gone
-
-    async def _ask_first(self, dying: Dying, term_grace_s: float) -> None:
-        """Send SIGTERM to all of a call, once each, and give all of it the time to end that it was granted."""
-        process, until_s = dying.process, time.monotonic() + term_grace_s
-        adopted = [pid for pid in self.orphans() if _read_mark(pid) == process.mark]
-        family = [each for each in map(read_relative, adopted) if each is not None]
-        with suppress(RuntimeError):  # no thread to be had: then SIGKILL has to do for what has left the group
-            family += await self.loop.run_in_executor(None, read_descendants, [process.pid, *adopted])
-        self.signal_group(process, signal.SIGTERM)  # not before: what exits leaves its children to us
-        for each in family:
-            if not each.is_in_group(process.pid):
-                each.signal(signal.SIGTERM)
-        pause_s = SWEEP_PAUSE_S
-        while time.monotonic() < until_s and (not process.exited.done() or any(each.is_alive() for each in family)):
-            await asyncio.sleep(pause_s)
-            pause_s = min(pause_s * 2, LONGEST_SWEEP_PAUSE_S)
-        self._kill_now(dying)
-
-    def _kill_now(self, dying: Dying) -> None:
-        self._forget(dying.process)
-        self.signal_group(dying.process, signal.SIGKILL)
-        dying.limit_s = time.monotonic() + SWEEP_LIMIT_S
-        self._dying.append(dying)
-        self._start_sweeping()
-
-    def _start_sweeping(self) -> None:
-        self._clean_count = 0
-        if self._sweeper is None:
-            self._sweeper = self.loop.create_task(self._sweep_out())
-
-    async def _sweep_out(self) -> None:
-        """Sweep until two sweeps in a row were clean and nobody is dying any more: one sweeper for all calls."""
-        pause_s, found_count = SWEEP_PAUSE_S, 0
-        while self._dying or self._clean_count < 2:
-            await asyncio.sleep(pause_s)
-            present = self._sweep()
-            found_count = found_count + 1 if present else 0
-            if found_count >= FREEZE_AFTER_COUNT:
-                found_count = 0
-                await self._freeze()
-            for dying in self._dying:
-                self._look_after(dying, present)
-            self._dying = [dying for dying in self._dying if not dying.gone.done()]
-            self._clean_count = 0 if present else self._clean_count + 1
-            pause_s = SWEEP_PAUSE_S if present else min(pause_s * 2, LONGEST_SWEEP_PAUSE_S)
-        self._sweeper = None
-
-    def _look_after(self, dying: Dying, present: set[bytes | None]) -> None:
-        """Note whether anything is left of a dying call: twice in a row nothing is nothing."""
-        if dying.process.pid in self._roots or None in present or dying.process.mark in present:
-            dying.clean_count = 0
-        else:
-            dying.clean_count += 1
-        if dying.clean_count == 2:
-            dying.gone.set_result(None)
-        elif time.monotonic() > dying.limit_s:
-            log.error("processes are left that SIGKILL does not end", pid=dying.process.pid, adopted=self.orphans())
-            dying.gone.set_result(None)
-
-    def _sweep(self) -> set[bytes | None]:
-        """Kill every orphan that is nobody's; return the marks of those that were there, None for one without."""
-        present = set()
-        for pid, orphan in self._condemned():
-            if not orphan.killed:
-                _kill_orphan(pid)
-                orphan.killed = True
-            present.add(orphan.mark)
-        return present
-
-    def _condemned(self) -> Iterator[tuple[int, Orphan]]:
-        """Yield every orphan that is no running call's."""
-        for pid in self.orphans():
-            orphan = self._adopted.setdefault(pid, Orphan())
-            if not orphan.killed:
-                orphan.mark = orphan.mark or _read_mark(pid)
-                if self._is_owned(pid, orphan.mark):
-                    continue
-            yield pid, orphan
-
-    async def _freeze(self) -> None:
-        """Stop all that is to die, until a look finds nothing new, and kill it then.
-
-        What is stopped does not fork, and keeps its place among the processes that a limit allows; what is killed gives
-        its place to the next.
-        """
-        stopped: set[Relative] = set()
-        limit_s = time.monotonic() + FREEZE_LIMIT_S
-        while time.monotonic() < limit_s:
-            roots = [pid for pid, _ in self._condemned()]
-            for pid in roots:  # at once, they are our children: there is less to read then, and we get a processor
-                os.kill(pid, signal.SIGSTOP)
-            roots += [each.process.pid for each in self._dying if each.process.pid in self._roots]
-            found = set(read_family(roots)) - stopped
-            for each in found:
-                each.signal(signal.SIGSTOP)
-            stopped |= found
-            if not found:
-                break
-            await asyncio.sleep(0)
-        for each in stopped:
-            each.signal(signal.SIGKILL)
-
-    def orphans(self) -> list[int]:
+    def orphans(self) -> list[tuple[int, Orphan]]:
         """Return the children that we have adopted (the `children` file of proc(5); sweeps are repeated)."""
         size = CHILDREN_BYTES
         while len(children := os.pread(self._children_fd, size, 0)) == size:
             size *= 16
-        known = self._roots.keys() | self._spared.keys()
-        return [pid for pid in map(int, children.split()) if pid not in known]
-
-    def _is_owned(self, pid: int, mark: bytes | None) -> bool:
-        """Tell whether an orphan is a running call's, may be one's, or is no call's at all."""
-        if mark is not None:
-            return mark in self._calls
-        try:
-            session, started_s = os.getsid(pid), _read_start(pid)
-        except (ProcessLookupError, FileNotFoundError):
-            return True  # it has gone; the next reaping takes it
-        if session in self._sessions:  # which nobody else can have while a member lives
-            return False
-        if started_s < self._busy_since_s:
-            self._spared[pid] = None  # from when no call ran: a stranger that only became our child (docker exec)
-            return True
-        return any(
-            process.pid == session or (process.begun and process.started_s <= started_s)
-            for process in self._calls.values()
-        )
-
-    async def end_all(self) -> None:
-        """Kill every tree and wait until nothing is left."""
-        for process in list(self._roots.values()):
-            process.abandon()
-        for task in self._asking:
-            task.cancel()
-        gone = [self.kill(process, 0.0) for process in list(self._roots.values())]
-        self._start_sweeping()
-        await asyncio.wait([*gone, cast(asyncio.Task[None], self._sweeper)])
+        known = self.roots.keys() | self._foreign.keys()
+        pids = [pid for pid in map(int, children.split()) if pid not in known]
+        return [(pid, self._orphans.setdefault(pid, Orphan())) for pid in pids]
 
     def close(self) -> None:
         """Stop watching; no child may be left."""
@@ -3753,6 +3628,60 @@ class Orphan:
     killed: bool = False
 
 
+class Owner(Enum):
+    """To what an orphan belongs."""
+
+    RUNNING = "a call that runs, for certain or perhaps; or it has just gone"
+    ENDED = "calls that have ended"
+    NONE = "no call: it is a foreign child"
+
+
+class CallTable:
+    """Which calls run, and so which orphans belong to one; pure but for two looks at an orphan."""
+
+    def __init__(self) -> None:
+        self._calls: dict[bytes, Process] = {}  # not ended yet, by mark
+        self._ended_sessions: OrderedDict[int, None] = OrderedDict()
+        self._begun_count = 0
+        self._busy_since_s = math.inf  # since boot: when the first of the present calls was started
+
+    def add(self, process: Process) -> None:
+        """A root has been started."""
+        self._calls[process.mark] = process
+        self._ended_sessions.pop(process.pid, None)
+
+    def begin(self, process: Process, was_idle: bool) -> None:
+        """A root has got its request: from now on what it starts is a call's.  `was_idle`: nothing is being killed."""
+        if was_idle and not self._begun_count:
+            self._busy_since_s = process.started_s
+        self._begun_count += 1
+
+    def end(self, process: Process) -> None:
+        """A call has ended, if it has not already."""
+        if self._calls.pop(process.mark, None) is None:
+            return
+        self._begun_count -= process.begun
+        self._ended_sessions[process.pid] = None
+        if len(self._ended_sessions) > SESSIONS_COUNT:
+            self._ended_sessions.popitem(last=False)
+
+    def owner_of(self, pid: int, mark: bytes | None) -> Owner:
+        """Return to what the orphan `pid` belongs."""
+        if mark is not None:
+            return Owner.RUNNING if mark in self._calls else Owner.ENDED
+        try:
+            session, started_s = os.getsid(pid), _read_start(pid)
+        except (ProcessLookupError, FileNotFoundError):
+            return Owner.RUNNING  # the next reaping takes it
+        if session in self._ended_sessions:  # no other session can have its number while a process is in it
+            return Owner.ENDED
+        if started_s < self._busy_since_s:
+            return Owner.NONE
+        processes = self._calls.values()
+        is_running = any(each.pid == session or (each.begun and each.started_s <= started_s) for each in processes)
+        return Owner.RUNNING if is_running else Owner.ENDED
+
+
 @dataclass(slots=True)
 class Dying:
     """A call whose tree is being killed."""
@@ -3761,6 +3690,169 @@ class Dying:
     gone: asyncio.Future[None]
     limit_s: float = math.inf
     clean_count: int = 0
+
+
+class Sweeper:
+    """Kills what calls leave behind, and the trees of those that are cut short; the reaper then reaps it."""
+
+    def __init__(self, reaper: Reaper) -> None:
+        self.reaper = reaper
+        self._loop = reaper.loop
+        self._calls = CallTable()
+        self._dying: list[Dying] = []
+        self._asking: set[asyncio.Task[None]] = set()
+        self._sweeping: asyncio.Task[None] | None = None
+        self._clean_count = 0
+        self._is_due = False
+        reaper.on_reaped = self._sweep_if_due
+
+    def add(self, process: Process) -> None:
+        """A root has been started."""
+        self.reaper.add(process)
+        self._calls.add(process)
+
+    def begin(self, process: Process) -> None:
+        """A root has got its request."""
+        self._calls.begin(process, was_idle=self._sweeping is None)
+
+    def release(self, process: Process) -> None:
+        """The call has its answer: kill what its process has left behind, in one sweep for all that were reaped."""
+        self._calls.end(process)
+        self._is_due = True
+        if not self.reaper.is_reaping:
+            self._sweep_if_due()
+
+    def _sweep_if_due(self) -> None:
+        if self._is_due:
+            self._is_due = False
+            if self._sweep():
+                self._start_sweeping()
+
+    def kill(self, process: Process, term_grace_s: float) -> asyncio.Future[None]:
+        """Kill a call's whole tree; the future is done when nothing of it is left."""
+        dying = Dying(process, self._loop.create_future())
+        if term_grace_s:
+            task = self._loop.create_task(self._terminate_first(dying, term_grace_s))
+            self._asking.add(task)
+            task.add_done_callback(self._asking.discard)
+        else:
+            self._kill_now(dying)
+        return dying.gone
+
+    async def _terminate_first(self, dying: Dying, term_grace_s: float) -> None:
+        """Send SIGTERM to all of a call, once each, and give all of it the time to end that it was granted."""
+        process, until_s = dying.process, time.monotonic() + term_grace_s
+        adopted = [pid for pid, _ in self.reaper.orphans() if _read_mark(pid) == process.mark]
+        family = [each for each in map(read_relative, adopted) if each is not None]
+        with suppress(RuntimeError):  # no thread to be had: then SIGKILL has to do for what has left the group
+            family += await self._loop.run_in_executor(None, read_descendants, [process.pid, *adopted])
+        self.reaper.signal_group(process, signal.SIGTERM)  # not before: what exits leaves its children to us
+        for each in family:
+            if not each.is_in_group(process.pid):
+                each.signal(signal.SIGTERM)
+        pause_s = SWEEP_PAUSE_S
+        while time.monotonic() < until_s and (not process.exited.done() or any(each.is_alive() for each in family)):
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, LONGEST_SWEEP_PAUSE_S)
+        self._kill_now(dying)
+
+    def _kill_now(self, dying: Dying) -> None:
+        self._calls.end(dying.process)
+        self.reaper.signal_group(dying.process, signal.SIGKILL)
+        dying.limit_s = time.monotonic() + SWEEP_LIMIT_S
+        self._dying.append(dying)
+        self._start_sweeping()
+
+    def _start_sweeping(self) -> None:
+        self._clean_count = 0
+        if self._sweeping is None:
+            self._sweeping = self._loop.create_task(self._sweep_out())
+
+    async def _sweep_out(self) -> None:
+        """Sweep until two sweeps in a row were clean and no tree is dying any more: one task for all calls."""
+        pause_s, found_count = SWEEP_PAUSE_S, 0
+        while self._dying or self._clean_count < 2:
+            await asyncio.sleep(pause_s)
+            present = self._sweep()
+            found_count = found_count + 1 if present else 0
+            if found_count >= FREEZE_AFTER_COUNT:
+                found_count = 0
+                await self._freeze()
+            for dying in self._dying:
+                self._look_after(dying, present)
+            self._dying = [dying for dying in self._dying if not dying.gone.done()]
+            self._clean_count = 0 if present else self._clean_count + 1
+            pause_s = SWEEP_PAUSE_S if present else min(pause_s * 2, LONGEST_SWEEP_PAUSE_S)
+        self._sweeping = None
+
+    def _look_after(self, dying: Dying, present: set[bytes | None]) -> None:
+        """Note whether anything is left of a dying call: twice in a row nothing is nothing."""
+        if dying.process.pid in self.reaper.roots or None in present or dying.process.mark in present:
+            dying.clean_count = 0
+        else:
+            dying.clean_count += 1
+        if dying.clean_count == 2:
+            dying.gone.set_result(None)
+        elif time.monotonic() > dying.limit_s:
+            adopted = [pid for pid, _ in self.reaper.orphans()]
+            log.error("processes are left that SIGKILL does not end", pid=dying.process.pid, adopted=adopted)
+            dying.gone.set_result(None)
+
+    def _sweep(self) -> set[bytes | None]:
+        """Kill every orphan of ended calls; return the marks of those that were there, None for one without."""
+        present = set()
+        for pid, orphan in self._condemned():
+            if not orphan.killed:
+                _kill_orphan(pid)
+                orphan.killed = True
+            present.add(orphan.mark)
+        return present
+
+    def _condemned(self) -> Iterator[tuple[int, Orphan]]:
+        """Yield every orphan of ended calls."""
+        for pid, orphan in self.reaper.orphans():
+            if not orphan.killed:
+                orphan.mark = orphan.mark or _read_mark(pid)
+                owner = self._calls.owner_of(pid, orphan.mark)
+                if owner is Owner.NONE:
+                    self.reaper.ignore(pid)
+                if owner is not Owner.ENDED:
+                    continue
+            yield pid, orphan
+
+    async def _freeze(self) -> None:
+        """Stop all that is to die, until a look finds nothing new, and kill it then.
+
+        What is stopped does not fork, and keeps its place among the processes that a limit allows; what is killed gives
+        its place to the next.
+        """
+        stopped: set[Relative] = set()
+        limit_s = time.monotonic() + FREEZE_LIMIT_S
+        while time.monotonic() < limit_s:
+            roots = [pid for pid, _ in self._condemned()]
+            for pid in roots:  # at once, they are our children: there is less to read then, and we get a processor
+                os.kill(pid, signal.SIGSTOP)
+            roots += [each.process.pid for each in self._dying if each.process.pid in self.reaper.roots]
+            found = set(read_family(roots)) - stopped
+            for each in found:
+                each.signal(signal.SIGSTOP)
+            stopped |= found
+            if not found:
+                break
+            await asyncio.sleep(0)
+        for each in stopped:
+            each.signal(signal.SIGKILL)
+
+    async def end_all(self) -> None:
+        """Kill every tree and wait until nothing is left."""
+        processes = list(self.reaper.roots.values())
+        for process in processes:
+            process.abandon()
+        for task in self._asking:
+            task.cancel()
+        gone = [self.kill(process, 0.0) for process in processes]
+        self._start_sweeping()
+        await asyncio.wait([*gone, cast(asyncio.Task[None], self._sweeping)])
 
 
 def _kill_orphan(pid: int) -> None:
@@ -3907,240 +3999,58 @@ class LineSplitter:
         self._buffer = b""
 
 
-class Process:
-    """One process of the function, and by its mark and its session everything that it starts.
+class Readiness:
+    """Has one task wait until a descriptor is ready."""
 
-    Made by `Spawner.spawn`; then `run` exactly once, which closes whatever it holds.
+    def __init__(self, ready: EpollSet, fd: int, events: int) -> None:
+        self._ready = ready
+        self._fd = fd
+        self._events = events
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def wait(self) -> None:
+        """Return once the descriptor is ready, or `wake` is called."""
+        self._waiter = asyncio.get_running_loop().create_future()
+        self._ready.add(self._fd, self.wake, self._events)
+        try:
+            await self._waiter
+        finally:
+            self.stop()
+
+    def wake(self) -> None:
+        """End the wait, if there is one."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def stop(self) -> None:
+        """Watch no more: the descriptor is about to be closed."""
+        if self._waiter is not None:
+            self._waiter = None
+            self._ready.remove(self._fd)
+
+
+def widen_pipe(fd: int) -> None:
+    """Let a pipe hold more, so that its two sides take fewer turns; where the kernel refuses, it stays as it is."""
+    with suppress(OSError):
+        fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, WIDE_PIPE_BYTES)
+
+
+class Stdin:
+    """Writes a body to a process.  What the pipe does not take at once, or has not come yet, a task writes.
+
+    `on_error` is told why the body cannot be had.  Obligation: `close`.
     """
 
-    def __init__(
-        self, reaper: Reaper, pid: int, mark: bytes, started_s: float, pipes: Pipes, term_grace_s: float
-    ) -> None:
-        self.pid = pid
-        self.mark = mark
-        self.state = State.RUNNING
-        self.begun = False
-        self.started_s = started_s
-        self.stdin_bytes = 0
-        self.output = Output()
-        self.exited: asyncio.Future[None] = reaper.loop.create_future()
-        self._reaper = reaper
-        self._loop = reaper.loop
-        self._pipes = pipes
-        self._term_grace_s = term_grace_s
-        self._clock_s = time.perf_counter()
-        self._status = 0
-        self._at_eof = False
-        self._stdin_widened = False
-        self._answerable: asyncio.Future[None] = self._loop.create_future()
-        self._error: FaashoundError | None = None
-        self._killing: asyncio.Future[None] | None = None
-        self._feeder: asyncio.Task[None] | None = None
-        self._spiller: asyncio.Task[None] | None = None
-        self._waits: dict[int, asyncio.Future[None]] = {}
-        self._timers: list[asyncio.TimerHandle] = []
-        reaper.add(self)
-        self._reaper.ready.add(pipes.stdout, self._on_stdout)
-        if pipes.stderr >= 0:
-            self._reaper.ready.add(pipes.stderr, self._on_stderr)
+    def __init__(self, ready: EpollSet, fd: int, on_error: Callable[[FaashoundError], None]) -> None:
+        self.bytes_count = 0
+        self._fd = fd
+        self._on_error = on_error
+        self._writable = Readiness(ready, fd, select.EPOLLOUT)
+        self._is_wide = False
+        self._task: asyncio.Task[None] | None = None
 
-    async def run(self, body: AsyncIterator[bytes], deadline_s: float | None) -> Ending:
-        """Feed `body` to the process, collect its output, wait for its end and return it.
-
-        `deadline_s` is monotonic.  Raises DeadlineReached at the deadline, what `abandon` was given, or what reading
-        the body raises; in each case, and when cancelled, the tree is killed.  The caller closes the ending's output.
-        """
-        self.begun = True
-        self._clock_s = time.perf_counter()
-        self._reaper.begin(self)
-        if deadline_s is not None:
-            self._timers.append(self._loop.call_at(deadline_s, self._on_deadline))
-        self._begin_feeding(body)
-        try:
-            await self._answerable
-            if self._spiller is not None:
-                await asyncio.shield(self._spiller)  # a thread may be at it, which cannot be cancelled
-        except asyncio.CancelledError:
-            self.abandon()
-            self._drop_output()
-            await self._killed(HANGUP_WAIT_S)
-            raise
-        finally:
-            self._close()
-        if self._error is not None:
-            self._drop_output()
-            await self._killed(DEADLINE_WAIT_S)
-            raise self._error
-        return Ending(self.pid, self._status, self.output, time.perf_counter() - self._clock_s)
-
-    def abandon(self, error: FaashoundError | None = None) -> None:
-        """Kill the tree unless the answer is decided already; `run` raises `error`."""
-        if self.state in (State.RUNNING, State.CLOSED):
-            self._error = error
-        self._happens(Event.ABANDON)
-
-    def describe(self) -> str:
-        """Return how the process ended, or that it has not yet."""
-        return describe_exit(self._status) if self.exited.done() else "not ended yet"
-
-    def discard(self) -> None:
-        """End a process that serves no request, instead of `run`."""
-        self.abandon()
-        self._drop_output()
-        self._close()
-
-    def stderr_to(self, on_line: Callable[[str], None]) -> None:
-        """Hand the lines of stderr on to `on_line` from now on."""
-        self._pipes.stderr_lines.on_line = on_line
-
-    def _on_deadline(self) -> None:
-        self._reaper.reap()  # an exit that the loop has not seen yet came before the deadline
-        if self.state in (State.RUNNING, State.CLOSED):
-            self._error = DeadlineReached()
-        if not self._answerable.done():
-            self._happens(Event.DEADLINE)
-
-    def _happens(self, event: Event) -> None:
-        before, self.state = self.state, next_state(self.state, event)
-        if self.state is before:
-            return
-        if self.state is State.EXITED:
-            self._timers.append(self._loop.call_later(OUTPUT_GRACE_S, self._on_grace))
-        elif self.state is State.DONE:
-            self._reaper.release(self)
-            self._answer()
-        elif self.state is State.KILLED:
-            self._killing = self._reaper.kill(self, self._term_grace_s)
-            self._answer()
-
-    def _answer(self) -> None:
-        if not self._answerable.done():
-            self._answerable.set_result(None)
-        self._wake(self._pipes.stdout)  # a spiller that waits for more has to stop
-
-    async def _killed(self, limit_s: float) -> None:
-        """Wait for the end of the tree, but not longer than `limit_s`: the sweep goes on by itself."""
-        if self._killing is not None:
-            await asyncio.wait((self._killing,), timeout=limit_s)
-
-    # What the reaper tells.
-
-    def on_exiting(self) -> None:
-        """The process has exited and is not reaped yet: take what is in the pipe, then end its group."""
-        if self._spiller is None and not self._at_eof and self.state is not State.KILLED:
-            self._drain()
-        if self._at_eof:
-            self._reaper.signal_group(self, signal.SIGKILL)
-
-    def on_exit(self, status: int) -> None:
-        """The process has been reaped."""
-        self._status = status
-        self.exited.set_result(None)
-        self._happens(Event.EXIT)
-        if self.state is State.EXITED and self._at_eof:
-            self._happens(Event.EOF)
-
-    # Output.
-
-    def _on_stdout(self) -> None:
-        try:
-            data = os.read(self._pipes.stdout, PIPE_BYTES)
-        except BlockingIOError:
-            return
-        self._collect(data)
-        if not data and self._spiller is None:
-            self._happens(Event.EOF)
-
-    def _collect(self, data: bytes) -> None:
-        if not data:
-            self._at_eof = True
-            self._reaper.ready.remove(self._pipes.stdout)
-            return
-        self.output.append(data)
-        if self.output.bytes_count > SPILL_BYTES:
-            self._reaper.ready.remove(self._pipes.stdout)
-            self._spiller = self._loop.create_task(self._spill())
-
-    def _drain(self) -> None:
-        """Take what the pipe holds, and no more: a descendant may go on writing for ever."""
-        for _ in range(MAX_PIPE_BYTES // PIPE_BYTES + 1):
-            try:
-                self._collect(os.read(self._pipes.stdout, PIPE_BYTES))
-            except BlockingIOError:
-                return
-            if self._at_eof or self._spiller is not None:
-                return
-
-    async def _spill(self) -> None:
-        """Take over from memory: the rest goes to a file, in a thread, so that no disk stops the loop."""
-        try:
-            widen_pipe(self._pipes.stdout)
-            await self._loop.run_in_executor(None, self.output.spill)
-            while await self._spill_some():
-                pass
-        except OSError as error:
-            self.abandon()
-            self._error = OutputLost(f"the output could not be kept: {_strerror(error)}")
-
-    async def _spill_some(self) -> bool:
-        if self.state is State.KILLED:
-            return False
-        try:
-            more = await self._loop.run_in_executor(None, self.output.splice, self._pipes.stdout)
-        except BlockingIOError:
-            if self._answerable.done():
-                return False
-            await self._ready(self._pipes.stdout, select.EPOLLIN)
-            return True
-        if not more:
-            self._at_eof = True
-            if not self._answerable.done():
-                self._happens(Event.EOF)
-        return more
-
-    def _drop_output(self) -> None:
-        """Nobody will read the output: give it back, but not while a thread writes to it."""
-        if self._spiller is None or self._spiller.done():
-            self.output.close()
-        else:
-            self._spiller.add_done_callback(lambda _: self.output.close())
-
-    def _on_grace(self) -> None:
-        if self.state is not State.EXITED:
-            return
-        if self._spiller is None:
-            self._drain()
-        self._happens(Event.EOF if self._at_eof else Event.GRACE)
-
-    def _on_stderr(self) -> None:
-        try:
-            data = os.read(self._pipes.stderr, PIPE_BYTES)
-        except BlockingIOError:
-            return
-        if not data:
-            self._reaper.ready.remove(self._pipes.stderr)
-            return
-        if log.is_full():
-            log.drop(data.count(b"\n"))
-            return
-        self._pipes.stderr_lines.feed(data)
-        if self._pipes.stderr_lines.emit(LINES_AT_ONCE_COUNT):
-            self._reaper.ready.remove(self._pipes.stderr)
-            self._loop.call_soon(self._emit_stderr)
-
-    def _emit_stderr(self) -> None:
-        """Go on with the lines of one read, and read on when they are out."""
-        if self._pipes.stderr < 0:
-            return  # closed meanwhile
-        if self._pipes.stderr_lines.emit(LINES_AT_ONCE_COUNT):
-            self._loop.call_soon(self._emit_stderr)
-        else:
-            self._reaper.ready.add(self._pipes.stderr, self._on_stderr)
-
-    # Input.
-
-    def _begin_feeding(self, body: AsyncIterator[bytes]) -> None:
-        """Write a body that is there already at once; else, or what the pipe does not take, in a task."""
+    def feed(self, body: AsyncIterator[bytes]) -> None:
+        """Write `body`, and close; one that is there already, as far as the pipe takes it, at once."""
         first = b""
         if isinstance(body, Body) and body.complete:
             first = body.take() or b""
@@ -4149,9 +4059,9 @@ class Process:
             except BrokenPipeError:
                 first = b""
             if not first:
-                self._pipes.close_stdin()
+                self._close_pipe()
                 return
-        self._feeder = self._loop.create_task(self._feed(first, body))
+        self._task = asyncio.get_running_loop().create_task(self._feed(first, body))
 
     async def _feed(self, first: bytes, body: AsyncIterator[bytes]) -> None:
         try:
@@ -4161,9 +4071,9 @@ class Process:
         except BrokenPipeError:
             pass  # the function does not want the rest; its answer counts all the same
         except FaashoundError as error:
-            self.abandon(error)
+            self._on_error(error)
         finally:
-            self._pipes.close_stdin()
+            self._close_pipe()
 
     async def _write(self, data: bytes) -> None:
         view = memoryview(data)
@@ -4171,74 +4081,323 @@ class Process:
             written = self._write_some(view)
             view = view[written:]
             if not written:
-                await self._ready(self._pipes.stdin, select.EPOLLOUT)
-                if not self._stdin_widened:  # now that the function has shown that it reads
-                    self._stdin_widened = True
-                    widen_pipe(self._pipes.stdin)
+                await self._writable.wait()
+                if not self._is_wide:  # now that the function has shown that it reads
+                    self._is_wide = True
+                    widen_pipe(self._fd)
 
     def _write_some(self, data: bytes | memoryview) -> int:
         try:
-            written = os.write(self._pipes.stdin, data) if data else 0
+            written = os.write(self._fd, data) if data else 0
         except BlockingIOError:
             return 0
-        self.stdin_bytes += written
+        self.bytes_count += written
         return written
 
-    async def _ready(self, fd: int, events: int) -> None:
-        """Wait until `fd` is ready, or `_wake` is called for it."""
-        ready = self._waits[fd] = self._loop.create_future()
-        self._reaper.ready.add(fd, partial(self._wake, fd), events)
+    def _close_pipe(self) -> None:
+        """Close the writing end: the process reads the end of its input."""
+        if self._fd >= 0:
+            self._writable.stop()
+            os.close(self._fd)
+            self._fd = -1
+
+    def close(self) -> None:
+        """Write no more."""
+        if self._task is not None:
+            self._task.cancel()
+        self._close_pipe()
+        del self._on_error  # which leads back to the process: in a circle they would be kept until it is looked for
+
+
+class Stdout:
+    """Collects what a process writes: into memory, and from SPILL_BYTES on, by a task and a thread, into a file.
+
+    `on_eof` is called at the end of it, `on_lost` when the disk does not take it.  Obligations: `stop`, `close`, and
+    `drop` or close the output.
+    """
+
+    def __init__(
+        self, ready: EpollSet, fd: int, on_eof: Callable[[], None], on_lost: Callable[[OutputLost], None]
+    ) -> None:
+        self.output = Output()
+        self.at_eof = False
+        self._ready = ready
+        self._fd = fd
+        self._on_eof = on_eof
+        self._on_lost = on_lost
+        self._readable = Readiness(ready, fd, select.EPOLLIN)
+        self._stopped = self._discarding = False
+        self._spiller: asyncio.Task[None] | None = None
+        ready.add(fd, self._on_readable)
+
+    def _on_readable(self) -> None:
         try:
-            await ready
+            self._collect(os.read(self._fd, PIPE_BYTES))
+        except BlockingIOError:
+            return
+        if self.at_eof and not self._stopped:
+            self._on_eof()
+
+    def _collect(self, data: bytes) -> None:
+        if not data:
+            self.at_eof = True
+            self._ready.remove(self._fd)
+            return
+        self.output.append(data)
+        if self.output.bytes_count > SPILL_BYTES:
+            self._ready.remove(self._fd)
+            self._spiller = asyncio.get_running_loop().create_task(self._spill())
+
+    def drain(self) -> None:
+        """Take what the pipe holds, and no more: a descendant may go on writing for ever."""
+        for _ in range(MAX_PIPE_BYTES // PIPE_BYTES + 1):
+            if self.at_eof or self._spiller is not None or self._discarding:
+                return
+            try:
+                self._collect(os.read(self._fd, PIPE_BYTES))
+            except BlockingIOError:
+                return
+
+    async def _spill(self) -> None:
+        """Take over from memory: the rest goes to a file, in a thread, so that no disk stops the loop."""
+        loop = asyncio.get_running_loop()
+        try:
+            widen_pipe(self._fd)
+            await loop.run_in_executor(None, self.output.spill)
+            while not (self.at_eof or self._discarding):
+                try:
+                    self.at_eof = not await loop.run_in_executor(None, self.output.splice, self._fd)
+                except BlockingIOError:
+                    if self._stopped:
+                        return
+                    await self._readable.wait()
+        except OSError as error:
+            self._on_lost(OutputLost(f"the output could not be kept: {_strerror(error)}"))
+        if self.at_eof and not self._stopped:
+            self._on_eof()
+
+    def stop(self, discarding: bool) -> None:
+        """Wait for no more output; `discarding`: nor take what there is."""
+        self._stopped, self._discarding = True, discarding
+        self._readable.wake()
+
+    async def settled(self) -> None:
+        """Return when the output changes no more; after `stop`."""
+        if self._spiller is not None:
+            await asyncio.shield(self._spiller)  # a thread may be at it, which cannot be cancelled
+
+    def _after_spilling(self, action: Callable[[], None]) -> None:
+        if self._spiller is None or self._spiller.done():
+            action()
+        else:
+            self._spiller.add_done_callback(lambda _: action())
+
+    def drop(self) -> None:
+        """Give back the output, which will not be read, but not while a thread writes to it."""
+        self._after_spilling(self.output.close)
+
+    def close(self) -> None:
+        """Close the pipe, but not while a thread reads from it."""
+        self._after_spilling(self._close)
+
+    def _close(self) -> None:
+        self._ready.forget(self._fd)
+        os.close(self._fd)
+        del self._on_eof, self._on_lost  # as in `Stdin.close`: the output would be kept too
+
+
+class Stderr:
+    """Hands on what a process writes, line by line, to `on_line`.  Obligation: `close`."""
+
+    def __init__(self, ready: EpollSet, fd: int, on_line: Callable[[str], None]) -> None:
+        self.lines = LineSplitter(on_line)
+        self._ready = ready
+        self._fd = fd
+        ready.add(fd, self._on_readable)
+
+    def _on_readable(self) -> None:
+        try:
+            data = os.read(self._fd, PIPE_BYTES)
+        except BlockingIOError:
+            return
+        if not data:
+            self._ready.remove(self._fd)
+        elif log.is_full():
+            log.drop(data.count(b"\n"))
+        else:
+            self.lines.feed(data)
+            if self.lines.emit(LINES_AT_ONCE_COUNT):
+                self._ready.remove(self._fd)
+                asyncio.get_running_loop().call_soon(self._emit)
+
+    def _emit(self) -> None:
+        """Go on with the lines of one read, and read on when they are out."""
+        if self._fd < 0:
+            return  # closed meanwhile
+        if self.lines.emit(LINES_AT_ONCE_COUNT):
+            asyncio.get_running_loop().call_soon(self._emit)
+        else:
+            self._ready.add(self._fd, self._on_readable)
+
+    def close(self) -> None:
+        """Hand on what the pipe holds, and close it."""
+        self._ready.remove(self._fd)
+        with suppress(BlockingIOError):
+            for _ in range(MAX_PIPE_BYTES // PIPE_BYTES):
+                self.lines.feed(os.read(self._fd, PIPE_BYTES))
+        self.lines.finish()
+        os.close(self._fd)
+        self._fd = -1
+
+
+class Process:
+    """One process of the function, and by its mark and its session everything that it starts.
+
+    It decides, by TRANSITIONS, when a call has its answer; its three streams move the bytes, the sweeper kills.
+    Made by `Spawner.spawn`; then `run` exactly once, or `discard`: they close what it holds.
+    """
+
+    def __init__(self, sweeper: Sweeper, birth: Birth, term_grace_s: float) -> None:
+        self.pid = birth.pid
+        self.mark = birth.mark
+        self.started_s = birth.started_s
+        self.state = ProcessState.RUNNING
+        self.begun = False
+        self._sweeper = sweeper
+        self._loop = sweeper.reaper.loop
+        self.exited: asyncio.Future[None] = self._loop.create_future()
+        self._term_grace_s = term_grace_s
+        self._clock_s = time.perf_counter()
+        self._status = 0
+        self._answerable: asyncio.Future[None] = self._loop.create_future()
+        self._error: FaashoundError | None = None
+        self._killing: asyncio.Future[None] | None = None
+        self._timers: list[asyncio.TimerHandle] = []
+        ready, pipes = sweeper.reaper.ready, birth.pipes
+        self.stdin = Stdin(ready, pipes.stdin, self.abandon)
+        self.stdout = Stdout(ready, pipes.stdout, partial(self._happens, ProcessEvent.EOF), self._on_output_lost)
+        self.stderr = Stderr(ready, pipes.stderr, birth.on_stderr) if birth.on_stderr is not None else None
+        sweeper.add(self)
+
+    async def run(self, body: AsyncIterator[bytes], deadline_s: float | None) -> ProcessResult:
+        """Feed `body` to the process, collect its output, wait for its end and return it.
+
+        `deadline_s` is monotonic.  Raises DeadlineReached at the deadline, what `abandon` was given, or what reading
+        the body raises; in each case, and when cancelled, the tree is killed.  The caller closes the result's output.
+        """
+        self.begun = True
+        self._clock_s = time.perf_counter()
+        self._sweeper.begin(self)
+        if deadline_s is not None:
+            self._timers.append(self._loop.call_at(deadline_s, self._on_deadline))
+        self.stdin.feed(body)
+        try:
+            await self._answerable
+            await self.stdout.settled()
+        except asyncio.CancelledError:
+            self.abandon()
+            self.stdout.drop()
+            await self._killed(HANGUP_WAIT_S)
+            raise
         finally:
-            if self._waits.get(fd) is ready:  # else closed meanwhile, and the number may be another call's
-                self._unwatch(fd)
+            self._close()
+        if self._error is not None:
+            self.stdout.drop()
+            await self._killed(DEADLINE_WAIT_S)
+            raise self._error
+        return ProcessResult(self.pid, self._status, self.stdout.output, time.perf_counter() - self._clock_s)
 
-    def _wake(self, fd: int) -> None:
-        ready = self._waits.get(fd)
-        if ready is not None and not ready.done():
-            ready.set_result(None)
+    def abandon(self, error: FaashoundError | None = None) -> None:
+        """Kill the tree unless the answer is decided already; `run` raises `error`."""
+        if self.state in (ProcessState.RUNNING, ProcessState.CLOSED):
+            self._error = error
+        self._happens(ProcessEvent.ABANDON)
 
-    def _unwatch(self, fd: int) -> None:
-        if self._waits.pop(fd, None) is not None:
-            self._reaper.ready.remove(fd)
+    def describe(self) -> str:
+        """Return how the process ended, or that it has not yet."""
+        return describe_exit(self._status) if self.exited.done() else "not ended yet"
+
+    def discard(self) -> None:
+        """End a process that serves no request, instead of `run`."""
+        self.abandon()
+        self.stdout.drop()
+        self._close()
+
+    def stderr_to(self, on_line: Callable[[str], None]) -> None:
+        """Hand the lines of stderr on to `on_line` from now on."""
+        if self.stderr is not None:
+            self.stderr.lines.on_line = on_line
+
+    def _on_deadline(self) -> None:
+        self._sweeper.reaper.reap()  # an exit that the loop has not seen yet came before the deadline
+        if self.state in (ProcessState.RUNNING, ProcessState.CLOSED):
+            self._error = DeadlineReached()
+        if not self._answerable.done():
+            self._happens(ProcessEvent.DEADLINE)
+
+    def _on_output_lost(self, error: OutputLost) -> None:
+        self.abandon()
+        self._error = error  # also if the process has exited: its answer is not whole
+
+    def _on_grace(self) -> None:
+        if self.state is ProcessState.EXITED:
+            self.stdout.drain()
+            self._happens(ProcessEvent.EOF if self.stdout.at_eof else ProcessEvent.GRACE)
+
+    def _happens(self, event: ProcessEvent) -> None:
+        before, self.state = self.state, next_state(self.state, event)
+        if self.state is before:
+            return
+        if self.state is ProcessState.EXITED:
+            self._timers.append(self._loop.call_later(OUTPUT_GRACE_S, self._on_grace))
+        elif self.state is ProcessState.DONE:
+            self._sweeper.release(self)
+            self._answer()
+        elif self.state is ProcessState.KILLED:
+            self._killing = self._sweeper.kill(self, self._term_grace_s)
+            self._answer()
+
+    def _answer(self) -> None:
+        self.stdout.stop(discarding=self.state is ProcessState.KILLED)
+        if not self._answerable.done():
+            self._answerable.set_result(None)
+
+    async def _killed(self, limit_s: float) -> None:
+        """Wait for the end of the tree, but not longer than `limit_s`: the sweep goes on by itself."""
+        if self._killing is not None:
+            await asyncio.wait((self._killing,), timeout=limit_s)
+
+    def on_exiting(self) -> None:
+        """Reaper: the process has exited and is not reaped yet.  Take what is in the pipe, then end its group."""
+        self.stdout.drain()
+        if self.stdout.at_eof:
+            self._sweeper.reaper.signal_group(self, signal.SIGKILL)
+
+    def on_exit(self, status: int) -> None:
+        """Reaper: the process has been reaped."""
+        self._status = status
+        self.exited.set_result(None)
+        self._happens(ProcessEvent.EXIT)
+        if self.state is ProcessState.EXITED and self.stdout.at_eof:
+            self._happens(ProcessEvent.EOF)
 
     def _close(self) -> None:
         for timer in self._timers:
             timer.cancel()
-        if self._feeder is not None:
-            self._feeder.cancel()
-        self._unwatch(self._pipes.stdin)
-        self._pipes.close_stdin()
-        if self._pipes.stderr >= 0:
-            self._reaper.ready.remove(self._pipes.stderr)
-            self._drain_stderr()
-        if self._spiller is None or self._spiller.done():
-            self._reaper.ready.forget(self._pipes.stdout)
-            self._pipes.close()
-        else:
-            self._spiller.add_done_callback(lambda _: self._pipes.close())
-
-    def _drain_stderr(self) -> None:
-        with suppress(BlockingIOError):
-            for _ in range(MAX_PIPE_BYTES // PIPE_BYTES):
-                self._pipes.stderr_lines.feed(os.read(self._pipes.stderr, PIPE_BYTES))
-        self._pipes.stderr_lines.finish()
-
-
-def widen_pipe(fd: int) -> None:
-    """Let a pipe hold more, so that its two sides take fewer turns; where the kernel refuses, it stays as it is."""
-    with suppress(OSError):
-        fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, WIDE_PIPE_BYTES)
+        self.stdin.close()
+        self.stdout.close()
+        if self.stderr is not None:
+            self.stderr.close()
 
 
 class Pipes:
-    """Our ends of a process's pipes, and the child's ends until it has been spawned.  Obligation: `close`.
+    """Our ends of a process's pipes, and the child's ends until it has been spawned.
 
     Ours do not block; the child's do, as programs expect.  `stderr` is -1 when it shares stdout's pipe.
+    Obligation: `close`, unless the process was started: then `close_theirs`, and ours are its streams'.
     """
 
-    def __init__(self, on_stderr: Callable[[str], None] | None) -> None:
+    def __init__(self, has_stderr: bool) -> None:
         self.stdin = self.stdout = self.stderr = -1
         self._theirs: list[int] = []
         try:
@@ -4246,16 +4405,17 @@ class Pipes:
             self._theirs.append(child_in)
             self.stdout, child_out = os.pipe2(os.O_CLOEXEC)
             self._theirs.append(child_out)
-            if on_stderr is not None:
+            if has_stderr:
                 self.stderr, child_err = os.pipe2(os.O_CLOEXEC)
                 self._theirs.append(child_err)
-            for fd in (self.stdin, self.stdout, self.stderr):
-                if fd >= 0:
-                    fcntl.fcntl(fd, fcntl.F_SETFL, os.O_NONBLOCK)
+            for fd in self._ours():
+                fcntl.fcntl(fd, fcntl.F_SETFL, os.O_NONBLOCK)
         except OSError:
             self.close()
             raise
-        self.stderr_lines = LineSplitter(on_stderr or (lambda line: None))
+
+    def _ours(self) -> list[int]:
+        return [fd for fd in (self.stdin, self.stdout, self.stderr) if fd >= 0]
 
     @property
     def theirs(self) -> tuple[int, int, int]:
@@ -4267,20 +4427,22 @@ class Pipes:
         while self._theirs:
             os.close(self._theirs.pop())
 
-    def close_stdin(self) -> None:
-        """Close the writing end: the process reads the end of its input."""
-        if self.stdin >= 0:
-            os.close(self.stdin)
-            self.stdin = -1
-
     def close(self) -> None:
         """Close everything that is open."""
         self.close_theirs()
-        self.close_stdin()
-        for fd in (self.stdout, self.stderr):
-            if fd >= 0:
-                os.close(fd)
-        self.stdout = self.stderr = -1
+        for fd in self._ours():
+            os.close(fd)
+
+
+@dataclass(frozen=True, slots=True)
+class Birth:
+    """What is known of a process that was just started: `started_s` is since boot, the mark as in its environment."""
+
+    pid: int
+    mark: bytes
+    started_s: float
+    pipes: Pipes
+    on_stderr: Callable[[str], None] | None
 
 
 DESCRIPTOR_LIMITS = resource.getrlimit(resource.RLIMIT_NOFILE)  # soft and hard, as this program was started with
@@ -4317,9 +4479,9 @@ class Spawner:
     `prewarm` hides).  A helper such as setpriv(1) would be cheaper, but run as root with the function's LD_PRELOAD.
     """
 
-    def __init__(self, reaper: Reaper, instance: bytes, settings: Settings, environ: Mapping[bytes, bytes]) -> None:
+    def __init__(self, sweeper: Sweeper, instance: bytes, settings: Settings, environ: Mapping[bytes, bytes]) -> None:
         self._instance = instance
-        self._reaper = reaper
+        self._sweeper = sweeper
         self._words = settings.fprocess
         self._environ = dict(environ)
         self._term_grace_s = settings.term_grace_s
@@ -4339,7 +4501,7 @@ class Spawner:
         environ = {**self._environ, **facts, MARK: mark}
         started_s = math.floor(time.clock_gettime(time.CLOCK_BOOTTIME) * _TICKS_PER_S) / _TICKS_PER_S
         try:
-            pipes = Pipes(on_stderr)
+            pipes = Pipes(on_stderr is not None)
         except OSError as error:
             raise StartFailed(f"no pipe: {_strerror(error)}") from None
         try:
@@ -4351,7 +4513,7 @@ class Spawner:
             pipes.close()
             raise
         pipes.close_theirs()
-        return Process(self._reaper, pid, mark, started_s, pipes, self._term_grace_s)
+        return Process(self._sweeper, Birth(pid, mark, started_s, pipes, on_stderr), self._term_grace_s)
 
     def _start(self, environ: Mapping[bytes, bytes], streams: tuple[int, int, int]) -> int:
         remembered = self._program is not None
@@ -4402,7 +4564,8 @@ class Spawner:
             )
         finally:
             signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGCHLD,))
-            self._reaper.loop.call_soon(self._reaper.reap)  # what has exited meanwhile has not been told
+            reaper = self._sweeper.reaper
+            reaper.loop.call_soon(reaper.reap)  # what has exited meanwhile has not been told
         process.returncode = 0  # it is the reaper's
         return process.pid
 
@@ -4506,7 +4669,7 @@ class Pool:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The application: a request becomes a process, its ending a response.
+# The application: a request becomes a process, its result a response.
 # ---------------------------------------------------------------------------------------------------------------
 
 FUNCTION_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
@@ -4577,19 +4740,19 @@ BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.
 
 
 class Histogram(NamedTuple):
-    """How long something took, as it stands in a tally: the sum in seconds, then how many fell into each bucket."""
+    """How long something took, among the shared counters: the sum in seconds, then how many fell into each bucket."""
 
-    cell: memoryview[float]
+    values: memoryview[float]
 
     @classmethod
-    def at(cls, seat: Seat, key: str) -> Histogram:
+    def at(cls, slot: Slot, key: str) -> Histogram:
         """Return this process's histogram under `key`."""
-        return cls(seat.cell(key, 1 + len(BUCKETS_S)))
+        return cls(slot.values(key, 1 + len(BUCKETS_S)))
 
     def observe(self, duration_s: float) -> None:
         """Count one."""
-        self.cell[0] += duration_s
-        self.cell[1 + bisect_left(BUCKETS_S, duration_s)] += 1
+        self.values[0] += duration_s
+        self.values[1 + bisect_left(BUCKETS_S, duration_s)] += 1
 
 
 def cumulated(numbers: Sequence[float]) -> tuple[list[tuple[str, float]], float]:
@@ -4602,13 +4765,13 @@ def cumulated(numbers: Sequence[float]) -> tuple[list[tuple[str, float]], float]
 class HttpMetrics:
     """The three metrics of the OpenFaaS watchdogs, under the same names, of all processes (a Prometheus collector)."""
 
-    def __init__(self, seat: Seat) -> None:
-        self._seat = seat
+    def __init__(self, slot: Slot) -> None:
+        self._slot = slot
         self._histogram = lru_cache(maxsize=256)(self._find_histogram)
 
     def _find_histogram(self, status: int, method: str) -> Histogram:
         known = method.lower() if method in (*FUNCTION_METHODS, "HEAD", "OPTIONS", "TRACE") else "unknown"
-        return Histogram.at(self._seat, f"{status} {known}")
+        return Histogram.at(self._slot, f"{status} {known}")
 
     def observe(self, status: int, method: str, duration_s: float) -> None:
         """Count one finished request; an unknown method is no label, or a stranger could fill the memory."""
@@ -4622,11 +4785,11 @@ class HttpMetrics:
         durations = core.HistogramMetricFamily(
             "http_request_duration_seconds", "Seconds spent serving HTTP requests.", labels=labels
         )
-        for key, numbers in self._seat.board.tally.totals().items():
+        for key, numbers in self._slot.scoreboard.counters.totals().items():
             buckets, total_s = cumulated(numbers)
             totals.add_metric(key.split(), buckets[-1][1])
             durations.add_metric(key.split(), buckets, total_s)
-        count = self._seat.in_flight_count
+        count = self._slot.in_flight_count
         yield from (totals, durations)
         yield core.GaugeMetricFamily("http_requests_in_flight", "total HTTP requests in-flight", value=count)
 
@@ -4655,10 +4818,10 @@ async def serve_metrics(collector: Collector, request: Request) -> Response:
 class Watchdog:
     """Handler of a function's server: health, limits, and one process per request."""
 
-    def __init__(self, settings: Settings, pool: Pool, lock_path: str | None, seat: Seat) -> None:
-        self.metrics = HttpMetrics(seat)
+    def __init__(self, settings: Settings, pool: Pool, lock_path: str | None, slot: Slot) -> None:
+        self.metrics = HttpMetrics(slot)
         self.accepting = True
-        self._seat = seat
+        self._slot = slot
         self._settings = settings
         self._pool = pool
         self._lock_path = lock_path
@@ -4674,7 +4837,7 @@ class Watchdog:
         try:
             if request.method not in FUNCTION_METHODS:
                 raise MethodNotAllowed(FUNCTION_METHODS)
-            admitted = self._seat.enter(self._settings.max_inflight)
+            admitted = self._slot.enter(self._settings.max_inflight)
             if not admitted:
                 raise TooManyRequests(self._settings.max_inflight)
             response = await self._run(request, call)
@@ -4691,7 +4854,7 @@ class Watchdog:
             raise
         finally:
             if admitted:
-                self._seat.leave()
+                self._slot.leave()
             self.metrics.observe(status, request.method, call.elapsed_s())
 
     def on_refused(self, request: Request | None, error: FaashoundError) -> None:
@@ -4712,7 +4875,7 @@ class Watchdog:
         return Response(200, (TEXT_PLAIN,), b"OK")
 
     def _ready(self, request: Request) -> Response:
-        if self._settings.max_inflight and self._seat.in_flight_count >= self._settings.max_inflight:
+        if self._settings.max_inflight and self._slot.in_flight_count >= self._settings.max_inflight:
             raise TooManyRequests(self._settings.max_inflight)
         return self._health(request)
 
@@ -4726,9 +4889,9 @@ class Watchdog:
             body = marshalled(request.headers, body)
         on_stderr = None if settings.combine_output else call.on_stderr
         call.process = process = self._pool.take(facts, on_stderr)
-        ending = await process.run(call.watched(body), None if timeout_s is None else time.monotonic() + timeout_s)
-        response = self._answer(request, ending)
-        call.ended(response, ending)
+        result = await process.run(call.watched(body), None if timeout_s is None else time.monotonic() + timeout_s)
+        response = self._answer(request, result)
+        call.ended(response, result)
         return response
 
     def _limited(self, request: Request) -> AsyncIterator[bytes]:
@@ -4751,13 +4914,13 @@ class Watchdog:
             raise BadTimeout(f"X-Timeout: {error}") from None
         return theirs_s if ours_s is None else min(ours_s, theirs_s)
 
-    def _answer(self, request: Request, ending: Ending) -> Response:
-        output, forced = ending.output, self._settings.content_type
-        if ending.status == 0:
+    def _answer(self, request: Request, result: ProcessResult) -> Response:
+        output, forced = result.output, self._settings.content_type
+        if result.status == 0:
             kind = content_type_of(request.header(b"content-type"), forced, output.head())
-            duration = (b"X-Duration-Seconds", b"%f" % ending.duration_s)
+            duration = (b"X-Duration-Seconds", b"%f" % result.duration_s)
             return output_response(200, (kind, duration), b"", output)
-        reason = describe_exit(ending.status).encode() + b"\n"
+        reason = describe_exit(result.status).encode() + b"\n"
         kind = content_type_of(None, forced, reason + output.head())
         return output_response(500, (kind,), reason, output)
 
@@ -4807,13 +4970,13 @@ class CallLog:
         """The process wrote a line on stderr, which does not join the response."""
         log_stderr(self._settings, self._prefix, line)
 
-    def ended(self, response: Response, ending: Ending) -> None:
+    def ended(self, response: Response, result: ProcessResult) -> None:
         """The process ended by itself."""
         if self._settings.write_debug:
-            log.info(self._prefix + "Out=" + ending.output.head().decode(errors="backslashreplace"))
+            log.info(self._prefix + "Out=" + result.output.head().decode(errors="backslashreplace"))
         if self._settings.debug_headers:
             self._headers("out", response.headers)
-        self._line(f"Wrote {ending.output.bytes_count} Bytes - Duration: {ending.duration_s:f}s", response.status)
+        self._line(f"Wrote {result.output.bytes_count} Bytes - Duration: {result.duration_s:f}s", response.status)
 
     def failed(self, error: FaashoundError) -> None:
         """The request was refused, or its process could not begin or was killed."""
@@ -4834,7 +4997,7 @@ class CallLog:
         fields: dict[str, object] = {"status": status, "method": self._request.method}
         if self.process is not None:
             fields |= {"pid": self.process.pid, "exit": self.process.describe()}
-            fields |= {"in": self.process.stdin_bytes, "out": self.process.output.bytes_count}
+            fields |= {"in": self.process.stdin.bytes_count, "out": self.process.stdout.output.bytes_count}
         if self._call_id is not None:
             fields["call_id"] = self._call_id
         log.info(self._prefix + text, **fields)
@@ -4911,38 +5074,38 @@ def describe_socket(sock: socket.socket) -> str:
     return str(name[1]) if isinstance(name, tuple) else os.fsdecode(name)
 
 
-class Aftercare:
-    """What is to be done when a member of a crew ends.  Here nothing: what its children are goes with it."""
+class Hooks:
+    """What a program does as its worker processes come and go, in gunicorn's words.  Here: nothing."""
 
-    def let_go(self) -> None:
-        """This process has become a member."""
+    def post_fork(self) -> None:
+        """Runs in a worker process that was just forked."""
 
-    def on_start(self, pid: int) -> None:
-        """A member has been forked."""
+    def child_start(self, pid: int) -> None:
+        """Runs in the supervisor: it has forked a worker process."""
 
-    def on_end(self, index: int, pid: int) -> None:
-        """A member has been reaped."""
+    def child_exit(self, index: int, pid: int) -> None:
+        """Runs in the supervisor: it has reaped a worker process."""
 
-    def on_other_end(self, pid: int) -> None:
-        """A child of ours that is no member has been reaped."""
+    def foreign_exit(self, pid: int) -> None:
+        """Runs in the supervisor: it has reaped a child that is no worker process."""
 
 
-class Guard(Aftercare):
+class Guard(Hooks):
     """A forked process that waits for our end, however it comes, and then kills what our calls have left.
 
-    It knows of it by a pipe whose other end only we hold.  The first is forked before there is any thread; one that has
-    been killed is replaced (its own code calls nothing that a thread could have locked).
-    `roots` has a table for each process that runs functions, and a last one for those processes themselves.
+    It reads a parent-death pipe, whose other end only we hold.  The first is forked before there is any thread; one
+    that has been killed is replaced (its own code calls nothing that a thread could have locked).
+    `roots` has a table for each worker process, of the roots of its calls, and a last one of the worker processes.
     """
 
-    def __init__(self, members_count: int = 1) -> None:
+    def __init__(self, workers_count: int = 1) -> None:
         self.instance = os.urandom(8).hex().encode()
-        self.roots = tuple(RootTable() for _ in range(members_count + 1))
+        self.roots = tuple(RootTable() for _ in range(workers_count + 1))
         self._held_fd = -1
         self.pid = self._fork()
 
     def mark_of(self, index: int) -> bytes:
-        """Return what the marks of a member's calls begin with."""
+        """Return what the marks of a worker process's calls begin with."""
         return b"%s.%d" % (self.instance, index)
 
     def _fork(self) -> int:
@@ -4951,12 +5114,15 @@ class Guard(Aftercare):
         if pid == 0:
             self._watch(watched)
         os.close(watched)
-        self.let_go()
+        self._release_pipe()
         self._held_fd = held
         return pid
 
-    def let_go(self) -> None:
-        """Hold the pipe no longer: the end of this process means nothing to the guard."""
+    def post_fork(self) -> None:
+        """Hold the pipe no longer: the end of a worker process means nothing to the guard."""
+        self._release_pipe()
+
+    def _release_pipe(self) -> None:
         if self._held_fd >= 0:
             os.close(self._held_fd)
         self._held_fd = -1
@@ -4978,24 +5144,24 @@ class Guard(Aftercare):
 
     def keep(self, reaper: Reaper) -> None:
         """Have the reaper tell of its end, and replace it then."""
-        reaper.spare(self.pid, partial(self._replace, reaper))
+        reaper.ignore(self.pid, partial(self._replace, reaper))
 
     def _replace(self, reaper: Reaper) -> None:
-        self.on_other_end(self.pid)
+        self.foreign_exit(self.pid)
         self.keep(reaper)
 
-    def on_other_end(self, pid: int) -> None:
+    def foreign_exit(self, pid: int) -> None:
         """If it is the guard that was killed: start a new one."""
         if pid == self.pid:
             log.error("the guard was killed; a new one is started", pid=pid)
             self.pid = self._fork()
 
-    def on_start(self, pid: int) -> None:
-        """Have the guard know of a member, which leads a session."""
+    def child_start(self, pid: int) -> None:
+        """Have the guard know of a worker process, which leads a session."""
         self.roots[-1].add(pid)
 
-    def on_end(self, index: int, pid: int) -> None:
-        """Kill what a member has left, before another takes its place."""
+    def child_exit(self, index: int, pid: int) -> None:
+        """Kill what a worker process has left, before another takes its slot."""
         self.roots[-1].remove(pid)
         kill_left(self.mark_of(index) + b".", self.roots[index].pids())
         self.roots[index].clear()
@@ -5054,7 +5220,7 @@ class Signals:
         self.by_hand = False
         loop.add_signal_handler(signal.SIGTERM, self._on_signal, signal.SIGTERM)
         loop.add_signal_handler(signal.SIGINT, self._on_signal, signal.SIGINT)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # a crew has them wait until here
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # a supervisor's worker process blocks them until here
 
     def _on_signal(self, number: signal.Signals) -> None:
         if self.first.is_set():
@@ -5065,7 +5231,7 @@ class Signals:
         self.first.set()
 
     def stop_now(self) -> None:
-        """Stop as if both signals had come: whoever started us has gone."""
+        """Stop as if both signals had come: the process that started us has gone."""
         self.first.set()
         self.second.set()
 
@@ -5079,8 +5245,11 @@ class Signals:
         return True
 
 
-def lifeline_fd(environ: Mapping[str, str]) -> int | None:
-    """Return the pipe by which the process that started us lets us know of its end; None if it gave us none."""
+def parent_death_fd(environ: Mapping[str, str]) -> int | None:
+    """Return the read end of the pipe that tells of our parent's end; None if the parent gave us none.
+
+    The parent alone holds the write end, and never writes: when it ends, whatever way, the kernel closes it.
+    """
     if "FAASHOUND_LIFELINE_FD" not in environ:
         return None
     fd = int(environ["FAASHOUND_LIFELINE_FD"])
@@ -5088,8 +5257,8 @@ def lifeline_fd(environ: Mapping[str, str]) -> int | None:
     return fd
 
 
-def watch_lifeline(loop: asyncio.AbstractEventLoop, fd: int | None, on_end: Callable[[], None]) -> None:
-    """Call `on_end` when the other end of the pipe `fd` has gone, with the process that held it."""
+def watch_parent_death(loop: asyncio.AbstractEventLoop, fd: int | None, on_end: Callable[[], None]) -> None:
+    """Call `on_end` when a parent-death pipe, if there is one, is at its end."""
     if fd is None:
         return
 
@@ -5146,16 +5315,16 @@ def function_environment(environ: Mapping[str, str], user: Identity | None = Non
 
 
 @dataclass(frozen=True, slots=True)
-class Duty:
-    """What a process that serves is given: its seat, when to end with another process, whom to tell that it serves."""
+class WorkerContext:
+    """What a process that serves is given: its slot, its parent-death pipe, and what to call once it serves."""
 
-    seat: Seat
-    lifeline_fd: int | None
+    slot: Slot
+    parent_death_fd: int | None
     on_serving: Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Doors:
+class ListenSockets:
     """The listening sockets of a program: its own, and those of /metrics."""
 
     own: Sequence[socket.socket]
@@ -5167,26 +5336,52 @@ class Doors:
             sock.close()
 
     def announce(self) -> None:
-        """Log where one can connect, once somebody accepts."""
+        """Log where one can connect, once connections are accepted."""
         for sock in self.own:
             log.info(f"Listening on port: {describe_socket(sock)}")
         for sock in self.metrics:
             log.info(f"Metrics on port: {describe_socket(sock)}")
 
 
-def open_doors(host: str | None, port: int, metrics_port: int, environ: Mapping[str, str]) -> Doors:
-    """Open all sockets of a program; metrics_port 0: none for /metrics.  Raises CannotStart."""
+def bind_sockets(host: str | None, port: int, metrics_port: int, environ: Mapping[str, str]) -> ListenSockets:
+    """Bind all sockets of a program; metrics_port 0: none for /metrics.  Raises CannotStart."""
     own = open_sockets(host, port, environ)
-    return Doors(own, open_metrics_sockets(host, metrics_port))
+    return ListenSockets(own, bind_metrics_sockets(host, metrics_port))
 
 
-def open_metrics_sockets(host: str | None, port: int) -> list[socket.socket]:
+def bind_metrics_sockets(host: str | None, port: int) -> list[socket.socket]:
     """Return the sockets of /metrics, none for port 0.  Raises CannotStart."""
     return open_sockets(host, port, {}) if port else []
 
 
-class Member:
-    """One process of a crew, through all its lives; `pid` is 0 between two."""
+@dataclass(frozen=True, slots=True)
+class Program:
+    """What worker processes run: `run`, which returns the exit status, on `sockets`, with `hooks`.
+
+    `on_serving` is called once, in the process that was started, as soon as all of them accept connections.
+    """
+
+    run: Callable[[WorkerContext], int]
+    sockets: ListenSockets
+    on_serving: Callable[[], None]
+    hooks: Hooks = Hooks()
+
+
+def next_restart_s(delay_s: float | None, lived_s: float, status: int) -> float:
+    """Return the seconds to wait before the next start of a process of ours that has ended.
+
+    `delay_s` is the wait before this life (None for the first), `lived_s` its length, `status` its exit status, or
+    minus the number of the signal that ended it.
+    """
+    if status == BAD_SETTINGS_STATUS:
+        return LONGEST_RESTART_S
+    if delay_s is None or lived_s >= PROVEN_AFTER_S:
+        return FIRST_RESTART_S
+    return min(2 * delay_s, LONGEST_RESTART_S)
+
+
+class WorkerProcess:
+    """One of a supervisor's worker processes, through all its lives; `pid` is 0 between two."""
 
     def __init__(self, index: int) -> None:
         self.index = index
@@ -5195,97 +5390,86 @@ class Member:
         self._delay_s: float | None = None
         self._started_s = 0.0
 
-    def started(self, pid: int) -> None:
-        """It lives."""
+    def on_start(self, pid: int) -> None:
+        """It has been forked."""
         self.pid, self._started_s = pid, time.monotonic()
 
-    def ended(self) -> float:
-        """It has died: return the seconds until its next start."""
-        self.pid = 0
-        lived_s = time.monotonic() - self._started_s
-        again = self._delay_s is not None and lived_s < PROVEN_AFTER_S
-        self._delay_s = min(2 * cast(float, self._delay_s), LONGEST_RESTART_S) if again else FIRST_RESTART_S
-        self.due_s = time.monotonic() + self._delay_s
+    def on_exit(self, status: int) -> float:
+        """It has ended, or could not be forked: return the seconds until its next start."""
+        now_s, self.pid = time.monotonic(), 0
+        self._delay_s = next_restart_s(self._delay_s, now_s - self._started_s, status)
+        self.due_s = now_s + self._delay_s
         return self._delay_s
 
 
-class Crew:
-    """Runs a program in several processes that share its sockets, and replaces those that die.
+class Supervisor:
+    """Runs a program in several worker processes that share its sockets, and replaces those that die.
 
-    This process serves nothing: it has neither a loop nor a thread, so it can fork at any time.  It passes on the
-    signals that it gets, and ends when the last member has.  A member leads a session of its own (a terminal's Ctrl-C
-    is for us) and holds a lifeline: when we are gone it stops at once.
+    This process (gunicorn's arbiter) serves nothing: it has neither a loop nor a thread, so it can fork at any time.
+    It passes on the signals that it gets, and ends when the last worker process has.  Each of those leads a session of
+    its own (a terminal's Ctrl-C is for us), reads a parent-death pipe, and writes to the status pipe when its slot has
+    changed.
     """
 
-    def __init__(
-        self,
-        board: Board,
-        run: Callable[[Duty], int],
-        doors: Doors,
-        on_serving: Callable[[], None],
-        aftercare: Aftercare,
-    ) -> None:
-        self._board = board
-        self._doors = doors
-        self._aftercare = aftercare
-        self._run = run
-        self._on_serving = on_serving
-        self._members = [Member(index) for index in range(board.members_count)]
-        self._told = self._stopping = False
+    def __init__(self, scoreboard: Scoreboard, program: Program) -> None:
+        self._scoreboard = scoreboard
+        self._program = program
+        self._workers = [WorkerProcess(index) for index in range(scoreboard.workers_count)]
+        self._announced = self._stopping = False
         self._status = 0
-        self._lifeline, self._lifeline_end = os.pipe2(os.O_CLOEXEC)
-        self._news, self._news_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        self._signals = open_signalfd(signal.SIGCHLD, *STOP_SIGNALS)
+        self._death_fd, self._death_end_fd = os.pipe2(os.O_CLOEXEC)
+        self._status_fd, self._status_end_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._signal_fd = open_signalfd(signal.SIGCHLD, *STOP_SIGNALS)
 
-    def run(self, lifeline: int | None) -> int:
-        """Run until all members have ended; return the worst of their exit statuses."""
-        become_subreaper()  # what a member that dies leaves behind comes to us
+    def run(self, parent_death: int | None) -> int:
+        """Run until all worker processes have ended; return the worst of their exit statuses."""
+        become_subreaper()  # what a worker process that dies leaves behind comes to us
+        on_ready = {self._signal_fd: self._on_signal, self._status_fd: self._on_status_change}
         poller = select.poll()
-        for fd in (self._signals, self._news, lifeline):
-            if fd is not None:
-                poller.register(fd, select.POLLIN)
+        for fd in (*on_ready, *([] if parent_death is None else [parent_death])):
+            poller.register(fd, select.POLLIN)
         while True:
             self._start_due()
-            if not any(member.pid for member in self._members) and self._stopping:
+            if self._stopping and not any(worker.pid for worker in self._workers):
                 return self._status
-            for fd, _ in poller.poll(self._patience_ms()):
-                if fd == lifeline:
+            for fd, _ in poller.poll(self._poll_timeout_ms()):
+                if fd == parent_death:
                     poller.unregister(fd)
                     self._stop(*STOP_SIGNALS)
                 else:
-                    self._on_news() if fd == self._news else self._on_signals()
+                    on_ready[fd]()
 
-    def _patience_ms(self) -> float | None:
-        dues_s = [member.due_s for member in self._members if not member.pid and not self._stopping]
+    def _poll_timeout_ms(self) -> float | None:
+        dues_s = [worker.due_s for worker in self._workers if not worker.pid and not self._stopping]
         return max(0.0, min(dues_s) - time.monotonic()) * 1000 if dues_s else None
 
     def _start_due(self) -> None:
-        for member in self._members:
-            if not self._stopping and not member.pid and member.due_s <= time.monotonic():
-                self._start(member)
+        for worker in self._workers:
+            if not self._stopping and not worker.pid and worker.due_s <= time.monotonic():
+                self._start(worker)
 
-    def _start(self, member: Member) -> None:
+    def _start(self, worker: WorkerProcess) -> None:
         try:
             pid = os.fork()
         except OSError as error:
-            log.error(f"worker {member.index} cannot be started: {_strerror(error)}; again in {member.ended():g} s")
+            log.error(f"worker {worker.index} cannot be started: {_strerror(error)}; again in {worker.on_exit(1):g} s")
             return
         if pid == 0:
-            self._serve(member)
-        member.started(pid)
-        self._aftercare.on_start(pid)
+            self._run_worker(worker)
+        worker.on_start(pid)
+        self._program.hooks.child_start(pid)
 
-    def _serve(self, member: Member) -> NoReturn:
-        """Be the member: never return."""
+    def _run_worker(self, worker: WorkerProcess) -> NoReturn:
+        """Run the program in a process that was just forked, and exit: nothing of the supervisor may run in it."""
         status = 1
         try:
             os.setsid()
-            self._aftercare.let_go()
-            for fd in (self._lifeline_end, self._news, self._signals):
+            self._program.hooks.post_fork()
+            for fd in (self._death_end_fd, self._status_fd, self._signal_fd):
                 os.close(fd)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGCHLD,))
-            seat = Seat(self._board, member.index, self._tell)
-            status = self._run(Duty(seat, self._lifeline, lambda: None))
+            slot = Slot(self._scoreboard, worker.index, self._report_change)
+            status = self._program.run(WorkerContext(slot, self._death_fd, lambda: None))
         except FaashoundError as error:
             log.error(str(error))
         except Exception:
@@ -5294,22 +5478,22 @@ class Crew:
             log.flush()
             os._exit(status)
 
-    def _tell(self) -> None:
-        """Member: have the first process look at the board, if it is still there."""
+    def _report_change(self) -> None:
+        """Have the supervisor look at the scoreboard, if it is still there."""
         with suppress(BrokenPipeError):
-            os.write(self._news_end, b".")
+            os.write(self._status_end_fd, b".")
 
-    def _on_news(self) -> None:
-        os.read(self._news, MAX_WORKERS_COUNT)
-        if not self._told and all(self._board.serving):
-            self._told = True
-            self._on_serving()
-            log.info(f"Workers: {len(self._members)}")
-        if self._stopping and not any(self._board.serving):
-            self._doors.close()  # or a connection would wait for ever in a backlog that nobody looks at
+    def _on_status_change(self) -> None:
+        os.read(self._status_fd, MAX_WORKERS_COUNT)
+        if not self._announced and all(self._scoreboard.serving):
+            self._announced = True
+            self._program.on_serving()
+            log.info(f"Workers: {len(self._workers)}")
+        if self._stopping and not any(self._scoreboard.serving):
+            self._program.sockets.close()  # or a connection would wait for ever in a backlog that is not accepted from
 
-    def _on_signals(self) -> None:
-        siginfo = os.read(self._signals, _SIGINFO_BYTES)
+    def _on_signal(self) -> None:
+        siginfo = os.read(self._signal_fd, _SIGINFO_BYTES)
         number = signal.Signals(int.from_bytes(siginfo[:4], sys.byteorder))  # ssi_signo of signalfd(2)
         if number != signal.SIGCHLD:
             self._stop(number)
@@ -5319,78 +5503,68 @@ class Crew:
                 self._on_exit(*found)
 
     def _on_exit(self, pid: int, status: int) -> None:
-        member = next((each for each in self._members if each.pid == pid), None)
-        if member is None:
-            self._aftercare.on_other_end(pid)
+        worker = next((each for each in self._workers if each.pid == pid), None)
+        if worker is None:
+            self._program.hooks.foreign_exit(pid)
             return
-        self._aftercare.on_end(member.index, pid)
-        self._on_member_exit(member, status)
-
-    def _on_member_exit(self, member: Member, status: int) -> None:
-        serving, delay_s = self._board.serving[member.index], member.ended()
-        self._board.clear(member.index)
-        self._tell()
+        self._program.hooks.child_exit(worker.index, pid)
         code = os.waitstatus_to_exitcode(status)
+        was_serving, delay_s = self._scoreboard.serving[worker.index], worker.on_exit(code)
+        self._scoreboard.clear(worker.index)
+        self._report_change()
         if self._stopping:
             self._status = max(self._status, abs(code) and 1)
-        elif code > 0 and not serving and not self._told:  # it has said why it cannot start, and would again
+        elif code > 0 and not was_serving and not self._announced:  # it has said why it cannot start, and would again
             self._status = code
             self._stop(*STOP_SIGNALS)
         else:
-            text = f"worker {member.index} died ({describe_exit(status)}), and its calls with it"
+            text = f"worker {worker.index} died ({describe_exit(status)}), and its calls with it"
             log.error(f"{text}; next start in {delay_s:g} s")
 
     def _stop(self, *numbers: signal.Signals) -> None:
         self._stopping = True
-        for member in self._members:
+        for worker in self._workers:
             for number in numbers:
-                if member.pid:
-                    os.kill(member.pid, number)
+                if worker.pid:
+                    os.kill(worker.pid, number)
 
 
-def run_members(
-    count: int,
-    run: Callable[[Duty], int],
-    doors: Doors,
-    environ: Mapping[str, str],
-    aftercare: Aftercare,
-    on_serving: Callable[[], None],
-) -> int:
-    """Run a program in this process, or in a crew of `count`; return the exit status.
-
-    `on_serving` is called once, as soon as all of them accept connections.
-    """
+def run_workers(count: int, program: Program, environ: Mapping[str, str]) -> int:
+    """Run a program in this process, or in `count` worker processes under a supervisor; return the exit status."""
     gc.freeze()
-    lifeline, board = lifeline_fd(environ), Board(count)
+    parent_death, scoreboard = parent_death_fd(environ), Scoreboard(count)
     if count == 1:
-        return run(Duty(Seat(board), lifeline, on_serving))
-    return Crew(board, run, doors, on_serving, aftercare).run(lifeline)
+        return program.run(WorkerContext(Slot(scoreboard), parent_death, program.on_serving))
+    return Supervisor(scoreboard, program).run(parent_death)
 
 
-async def serve(settings: Settings, environ: Mapping[str, str], doors: Doors, guard: Guard, duty: Duty) -> int:
+async def serve(
+    settings: Settings, environ: Mapping[str, str], sockets: ListenSockets, guard: Guard, context: WorkerContext
+) -> int:
     """Serve until told to stop; return the exit status."""
-    loop, seat = asyncio.get_running_loop(), duty.seat
+    loop, slot = asyncio.get_running_loop(), context.slot
     signals = Signals(loop)
-    watch_lifeline(loop, duty.lifeline_fd, signals.stop_now)
-    reaper = Reaper(loop, guard.roots[seat.index])
-    if seat.is_alone:
+    watch_parent_death(loop, context.parent_death_fd, signals.stop_now)
+    reaper = Reaper(loop, guard.roots[slot.index])
+    if slot.is_alone:
         guard.keep(reaper)
-    mark = guard.mark_of(seat.index)
-    spawner = Spawner(reaper, mark, settings, function_environment(environ, settings.user))
+    mark = guard.mark_of(slot.index)
+    sweeper = Sweeper(reaper)
+    spawner = Spawner(sweeper, mark, settings, function_environment(environ, settings.user))
     with ExitStack() as cleanup:
         cleanup.callback(reaper.close)
         on_stderr = None if settings.combine_output else partial(log_stderr, settings, log_prefix(settings, None))
-        pool = Pool(reaper, spawner, seat.share_of(settings.prewarm), on_stderr)
+        pool = Pool(reaper, spawner, slot.share_of(settings.prewarm), on_stderr)
         cleanup.callback(pool.close)
         lock_path = None if settings.suppress_lock else lock_file_path(environ)
-        watchdog = Watchdog(settings, pool, lock_path, seat)
+        watchdog = Watchdog(settings, pool, lock_path, slot)
         timeouts = ServerTimeouts(settings.read_timeout_s, settings.write_timeout_s, settings.read_timeout_s)
-        limits = connection_limits(settings.max_connections, settings.max_connections_per_address, 4, seat)
-        server = Server(watchdog, timeouts, watchdog.on_refused, seat, limits)
-        metrics_server = start_metrics(doors.metrics, partial(serve_metrics, watchdog.metrics))
-        for sock in doors.own:
+        limits = connection_limits(settings.max_connections, settings.max_connections_per_address, 4, slot)
+        server = Server(watchdog, timeouts, watchdog.on_refused, slot, limits)
+        metrics_server = start_metrics(sockets.metrics, partial(serve_metrics, watchdog.metrics))
+        for sock in sockets.own:
             server.listen(sock)
-        duty.on_serving()
+        context.on_serving()
         await signals.first.wait()
         watchdog.accepting = False
         if lock_path is not None:
@@ -5398,7 +5572,7 @@ async def serve(settings: Settings, environ: Mapping[str, str], doors: Doors, gu
         status = await drain(settings, signals, server)
         metrics_server.stop_accepting()
         pool.close()
-        await reaper.end_all()
+        await sweeper.end_all()
         metrics_server.abort()
     return status
 
@@ -5475,7 +5649,7 @@ def raise_descriptor_limit() -> None:
 
 
 def connection_limits(
-    max_connections: int | None, per_address: int | None, descriptors_each: int, seat: Seat
+    max_connections: int | None, per_address: int | None, descriptors_each: int, slot: Slot
 ) -> ConnectionLimits:
     """Return this process's part of what the operator allows, but no more than it has descriptors for.
 
@@ -5486,11 +5660,11 @@ def connection_limits(
     room = MAX_CONNECTIONS_COUNT
     if soft != resource.RLIM_INFINITY:
         room = max((soft - KEPT_BACK_COUNT) // descriptors_each, 1)
-    total = min(seat.share_of(max_connections or MAX_CONNECTIONS_COUNT), room)
-    if max_connections and total < seat.share_of(max_connections) and seat.is_first:
+    total = min(slot.share_of(max_connections or MAX_CONNECTIONS_COUNT), room)
+    if max_connections and total < slot.share_of(max_connections) and slot.is_first:
         allowed = f"{soft} descriptors (LimitNOFILE, ulimit -n) allow {total}"
         log.warning(f"max_connections={max_connections} is too much: in one process {allowed}")
-    return ConnectionLimits(total, seat.share_of(per_address) if per_address else max(total * 3 // 4, 1))
+    return ConnectionLimits(total, slot.share_of(per_address) if per_address else max(total * 3 // 4, 1))
 
 
 def lock_file_path(environ: Mapping[str, str]) -> str:
@@ -5649,17 +5823,17 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     if settings is None:
         return 2
     try:
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whoever started us may have blocked SIGCHLD or SIGTERM
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # our parent may have blocked SIGCHLD or SIGTERM
         with ExitStack() as cleanup:
-            doors = open_doors(settings.host, settings.port, settings.metrics_port, environ)
+            sockets = bind_sockets(settings.host, settings.port, settings.metrics_port, environ)
             if not settings.suppress_lock:
                 cleanup.callback(remove_lock_file, create_lock_file(environ))
             guard = Guard(settings.workers)
 
-            def run(duty: Duty) -> int:
-                return uvloop.run(serve(settings, environ, doors, guard, duty))
+            def run(context: WorkerContext) -> int:
+                return uvloop.run(serve(settings, environ, sockets, guard, context))
 
-            return run_members(settings.workers, run, doors, environ, guard, doors.announce)
+            return run_workers(settings.workers, Program(run, sockets, sockets.announce, guard), environ)
     except CannotStart as error:
         log.error(str(error))
         return 1

@@ -45,9 +45,9 @@ from faashound.calls.model import State
 from faashound.calls.names import DEFAULT_NAMESPACE
 from faashound.queues.spool.limits import DATABASE
 from faashound.queues.spool.queue import Spool
-from tests.harness import Program, crowding, free_port, http_over, http_request, processes_marked, wait_until
-from tests.inspection import children_of, has_loop
-from tests.system import System, Worker, rows
+from testkit.harness import Program, crowding, free_port, http_over, http_request, processes_marked, wait_until
+from testkit.inspection import children_of, has_loop
+from testkit.system import System, Worker, rows
 
 LEASE_S = 3.0
 DRAIN_TIMEOUT_S = 8.0

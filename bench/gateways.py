@@ -16,7 +16,7 @@ from faashound.calls.ids import new_call_id
 from faashound.calls.model import NewCall, State, StoredBody
 from faashound.calls.names import parse_function_name
 from faashound.queues.spool.queue import Spool
-from tests.harness import free_port
+from testkit.harness import free_port
 
 from .load import BODY, Load, run_wrk
 from .programs import OURS, Running, cpu_s, proportional_bytes, resident_bytes

@@ -17,7 +17,7 @@ from typing import Self
 
 import psutil
 
-from tests.harness import free_port, wait_until
+from testkit.harness import free_port, wait_until
 
 START_DEADLINE_S = 20.0
 STOP_DEADLINE_S = 3.0

@@ -29,8 +29,8 @@ from faashound.calls.model import State
 from faashound.queues import Queue, open_queue
 from faashound.queues.nats_settings import NatsSettings, default_nats_settings
 from faashound.queues.urls import parse_queue_url
-from tests.nats_servers import Cluster
-from tests.queue_kit import QUEUE, finish, inline, new_call
+from testkit.nats_servers import Cluster
+from testkit.queue_kit import QUEUE, finish, inline, new_call
 
 LEASE_S = 60.0
 CLAIM_COUNT = 16

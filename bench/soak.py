@@ -21,8 +21,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.harness import Program, connect, free_port, http_request, wait_until
-from tests.inspection import children_of, in_flight, state_of
+from testkit.harness import Program, connect, free_port, http_request, wait_until
+from testkit.inspection import children_of, in_flight, state_of
 
 WARM_UP_CALLS = 500
 CALLERS_COUNT = 8

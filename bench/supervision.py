@@ -29,8 +29,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.harness import clean_environment, command_of, connect, free_port, processes_marked, wait_until
-from tests.inspection import state_of
+from testkit.harness import clean_environment, command_of, connect, free_port, processes_marked, wait_until
+from testkit.inspection import state_of
 
 PATIENCE_S = 15.0  # no answer by then is "none"
 AFTERMATH_S = 1.0  # after the answer: how long the watchdog has to clean up

@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.harness import free_port
+from testkit.harness import free_port
 
 from .limit import SpawnLimit
 from .load import Load, run_arrivals, run_wrk

@@ -1,15 +1,15 @@
 """Where the result of a call may be posted, what the post carries, and how it is signed.
 
-A callback address is a stranger's word: whoever may submit a call names a URL that a machine inside the network will
-post to.  So each address is judged by what it is (addresses.py):
+A callback address is a stranger's word: a caller who may submit a call names a URL that a machine inside the network
+will post to.  So each address is judged by what it is (network/addresses.py):
 
     public                          allowed, unless `callback_allow` says `only`
     loopback, private, our own      refused, unless the host is the gateway's or callback_allow covers host or address
     the gateway itself              by its own name or address only, and there /function/ and /async-function/ only,
                                     whatever callback_allow says: its /system believes that who asks is inside
     link-local, cloud metadata,     refused; only a network of callback_allow that lies wholly inside the refused range
-    multicast, unspecified,         opens it.  A host pattern does not (whoever runs that name's DNS would decide), nor
-    reserved                        does a wide network such as 0.0.0.0/0 (nobody means the metadata service by that)
+    multicast, unspecified,         opens it.  A host pattern does not (the owner of that name's DNS would decide), nor
+    reserved                        does a wide network such as 0.0.0.0/0 (which is not meant for the metadata service)
 
 The order of use, and the caller's obligations:
 
@@ -196,7 +196,7 @@ def _parse_allow_entry(word: str) -> AllowEntry:
 _LOOPBACK = (IPv4Address("127.0.0.1"), IPv6Address("::1"))
 
 
-_DOTS = re.compile(r"[/\\]\.{1,2}(?:[/\\]|$)")
+_DOTS = re.compile(r"[/\\]\.{1,2}(?:[/\\;]|$)")  # `..;x` is `..` to some (Tomcat), as a backslash is a slash (IIS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,16 +244,24 @@ class CallbackPolicy:
 
         It raises CallbackRefused when nothing is left, and whatever `lookup` raises.  A name that leads to the gateway,
         and is not the gateway's, is refused: its path cannot be judged each time, since connections are kept by name.
+        One that the operator wrote into callback_allow may reach functions: the gateway, which knows a callback by its
+        proof, lets it reach nothing else on a connection that was kept.
         """
 
         async def resolve(url: Url) -> Sequence[SocketAddress]:
-            disguised = await self._find_gateways(url, lookup)
+            permitted = self.is_written_out(url) and any(
+                _is_function_path(url.target, gateway.target) for gateway in self.gateways
+            )
+            disguised = set() if permitted else await self._find_gateways(url, lookup)
 
             def refusal(url: Url, address: Address) -> str | None:
                 if address in disguised or (
                     disguised and self._is_here(address) and any(map(self._is_here, disguised))
                 ):
-                    return f"{address} is the gateway; allowed: its own name, {self.gateways[0].authority}"
+                    return (
+                        f"{address} is the gateway; allowed: its own name, {self.gateways[0].authority}, or one that"
+                        " callback_allow has in full, and functions there"
+                    )
                 return self._refusal(url, address)
 
             return await guard(lookup, refusal, lambda url, reason: CallbackRefused(_refusal_text(url, reason)))(url)
@@ -339,7 +347,7 @@ def _is_function_path(target: str, base: str) -> bool:
     """Tell whether `target` is a function's at a gateway that is reached at the path `base`, however it is decoded."""
     path = target.partition("?")[0]
     begins = (f"{base.rstrip('/')}/{area}/" for area in ("function", "async-function"))
-    return path.startswith(tuple(begins)) and not _DOTS.search(unquote(unquote(path)))
+    return path.startswith(tuple(begins)) and not _DOTS.search(unquote(unquote(unquote(path))))
 
 
 def build_policy(gateway_urls: Iterable[str], allow: CallbackAllow | None = None) -> CallbackPolicy:
@@ -356,7 +364,7 @@ def build_policy(gateway_urls: Iterable[str], allow: CallbackAllow | None = None
 
 # In a callback that goes to a gateway's /async-function it proves that a worker of the same queue sent it, about this
 # very call; so the next call of a chain is submitted once, however often its callback is repeated.  It may go to
-# anybody: it is good for nothing else.
+# any receiver: it is good for nothing else.
 CALLBACK_PROOF = b"X-Callback-Proof"
 
 
@@ -365,12 +373,18 @@ def build_proof(token: str, call_id: str) -> str:
     return hmac.new(token.encode(), call_id.encode(), hashlib.sha256).hexdigest()
 
 
-# Hop by hop (RFC 9110 7.6.1; with `proxy-*` and what Connection names), and framing, which the client sets itself.
+# Hop by hop (RFC 9110 7.6.1; with `proxy-*`, below, and what Connection names), and framing, which is the client's.
 _HOP_BY_HOP = {"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "content-length"}
 
 
-# They mean nothing in a response, but would steer the request that the callback is.
-_REQUEST_ONLY = {"host", "expect"}
+# They mean nothing in a response, but would steer the request that the callback is: at a gateway the next call of a
+# chain, with another callback, another time or another limit.  A function that echoes what it was sent answers with
+# some of them, and an answer is no word of the caller's.
+_REQUEST_ONLY = {
+    *("host", "expect", "origin", "via", "forwarded"),
+    *("x-callback-url", "x-delay", "x-expires", "x-timeout", "idempotency-key", "x-worker-token"),
+}
+_REQUEST_ONLY_PREFIXES = ("x-forwarded-", "sec-", "access-control-request-", "proxy-")
 
 
 # Credentials and what asks for them: meant for the function's caller, not for a third party.
@@ -421,7 +435,7 @@ def build_callback_headers(facts: CallFacts, response_headers: Iterable[tuple[st
 
 
 def _is_dropped(name: str, dropped: frozenset[str]) -> bool:
-    return name in dropped or name.startswith("proxy-")
+    return name in dropped or name.startswith(_REQUEST_ONLY_PREFIXES)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -429,8 +443,8 @@ def _is_dropped(name: str, dropped: frozenset[str]) -> bool:
 # a header and so goes out before the body: a large body is read twice, once to sign it and once to send it.
 #
 # It proves that a worker with this secret posted this body, at that time, to one of those for whom the secret is.  It
-# does not prove who submitted the call: anybody who may submit one chooses the body, and with a secret for every host
-# the receiver too, and could post there what another function has had signed.
+# does not prove who submitted the call: every caller who may submit one chooses the body, and with a secret for every
+# host the receiver too, and could post there what another function has had signed.
 # ---------------------------------------------------------------------------------------------------------------
 
 _SECRET_PREFIX = "whsec_"  # noqa: S105 - the public prefix, no secret

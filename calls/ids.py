@@ -51,12 +51,12 @@ def new_call_id() -> str:
     """A UUIDv7 greater than every one this process has made before; safe to call from any thread."""
     global _last_id
     with _id_lock:
-        _last_id = stamp_ms, tail = _next_id(_last_id, time.time_ns() // 1_000_000)
+        _last_id = stamp_ms, tail = next_id(_last_id, time.time_ns() // 1_000_000)
     text = f"{stamp_ms:012x}{0x7000 | tail >> 62:04x}{0b10 << 62 | tail & (1 << 62) - 1:016x}"
     return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 
-def _next_id(last: tuple[int, int], now_ms: int) -> tuple[int, int]:
+def next_id(last: tuple[int, int], now_ms: int) -> tuple[int, int]:
     stamp_ms, tail = last
     if now_ms <= stamp_ms:
         tail += 1 + _randomness.bits(32)

@@ -27,9 +27,6 @@ EXCERPT_BYTES = 4 * 1024  # of the last response, kept as long as the call for w
 HISTORY_COUNT = 50  # attempts remembered per call
 
 
-LOST_WAIT_S = 60.0  # longest wait of a callback whose workers die
-
-
 RESERVE_BYTES = 8 << 20  # kept free for ending calls: a hundred of the largest results that a row holds
 
 
@@ -132,9 +129,6 @@ class State(Enum):
 
 
 FINAL = frozenset({State.DONE, State.DEAD, State.CANCELLED, State.EXPIRED})
-
-
-CALLS_BACK = FINAL - {State.CANCELLED}  # the ends that a callback URL is told of: the caller who cancelled knows
 
 
 class CallbackState(Enum):
@@ -261,13 +255,6 @@ class RunEnd:
     result_headers: Headers = ()
     callback_due_s: float | None = None
 
-    @property
-    def event(self) -> Event:
-        """What has happened to the call; AssertionError for a state that no run ends in by itself."""
-        if self.state not in _ENDS:
-            raise AssertionError(f"a run ends done or dead, not {self.state.value}")
-        return _ENDS[self.state]
-
 
 @dataclass(frozen=True, slots=True)
 class Renewal:
@@ -336,87 +323,6 @@ class Stats:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# States
-#
-# A call and its callback are two small machines; this is their law, and nothing below changes a state except through
-# it. The callback's machine starts when the call ends in one of `CALLS_BACK`, in the same commit. Who holds a lease is
-# not a state: a RUNNING row has exactly one row in `leases`, and losing that row is the event HAND_BACK.
-# --------------------------------------------------------------------------------------------------------------------
-
-
-class Event(Enum):
-    """What can happen to a call or to a callback."""
-
-    CLAIM = "claim"
-    SUCCEED = "succeed"
-    RETRY = "retry"
-    HAND_BACK = "hand back"
-    GIVE_UP = "give up"
-    CANCEL = "cancel"
-    STOP = "stop"
-    EXPIRE = "expire"
-    REQUEUE = "requeue"
-
-
-TRANSITIONS: Mapping[tuple[State, Event], State] = {
-    (State.QUEUED, Event.CLAIM): State.RUNNING,
-    (State.QUEUED, Event.CANCEL): State.CANCELLED,
-    (State.QUEUED, Event.EXPIRE): State.EXPIRED,
-    (State.RUNNING, Event.CANCEL): State.RUNNING,  # a request: the worker ends it with STOP, or the function ends first
-    (State.RUNNING, Event.SUCCEED): State.DONE,
-    (State.RUNNING, Event.GIVE_UP): State.DEAD,
-    (State.RUNNING, Event.STOP): State.CANCELLED,
-    (State.RUNNING, Event.RETRY): State.QUEUED,
-    (State.RUNNING, Event.HAND_BACK): State.QUEUED,
-    (State.DEAD, Event.REQUEUE): State.QUEUED,
-}
-
-
-CALLBACK_TRANSITIONS: Mapping[tuple[CallbackState, Event], CallbackState] = {
-    (CallbackState.PENDING, Event.CLAIM): CallbackState.RUNNING,
-    (CallbackState.RUNNING, Event.SUCCEED): CallbackState.DELIVERED,
-    (CallbackState.RUNNING, Event.RETRY): CallbackState.PENDING,
-    (CallbackState.RUNNING, Event.HAND_BACK): CallbackState.PENDING,
-    (CallbackState.RUNNING, Event.GIVE_UP): CallbackState.DEAD,
-    (CallbackState.DEAD, Event.REQUEUE): CallbackState.PENDING,
-}
-
-
-EXPIRED_STATUS = 504  # of a call that no attempt has given a status: its time was up before there was an answer
-
-
-EXPIRED_ERROR = "expired before it was run"
-
-
-_ENDS: Mapping[State, Event] = {State.DONE: Event.SUCCEED, State.DEAD: Event.GIVE_UP}  # how a run ends by itself
-
-
-def next_state(state: State, event: Event) -> State:
-    """Where `event` takes a call; AssertionError for a pair that is not in `TRANSITIONS`."""
-    try:
-        return TRANSITIONS[state, event]
-    except KeyError:
-        raise AssertionError(f"a call that is {state.value} cannot {event.value}") from None
-
-
-def next_callback_state(state: CallbackState, event: Event) -> CallbackState:
-    """Where `event` takes a callback; AssertionError for a pair that is not in `CALLBACK_TRANSITIONS`."""
-    try:
-        return CALLBACK_TRANSITIONS[state, event]
-    except KeyError:
-        raise AssertionError(f"a callback that is {state.value} cannot {event.value}") from None
-
-
-def lost_wait_s(attempts: int) -> float:
-    """How long a callback waits whose worker has died with it, at its attempt number `attempts`.
-
-    Not at all after the first, since workers are restarted; then longer each time, as it may be what kills them. It is
-    the worker that gives it up in the end, by the attempts that were begun.
-    """
-    return min(2.0 ** (min(attempts, 60) - 2), LOST_WAIT_S) if attempts > 1 else 0.0
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # Names: of queues, and of the queue that a program is to use
 # --------------------------------------------------------------------------------------------------------------------
 
@@ -467,6 +373,3 @@ def _one_spelling(host: str) -> str:
     if address is None:
         return host
     return f"[{address}]" if address.version == 6 else str(address)
-
-
-LOST_ERROR = "the worker that ran it is gone"

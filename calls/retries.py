@@ -32,9 +32,10 @@ from enum import Enum
 from typing import Any
 
 from ..watchdog import FaashoundError, parse_count, parse_duration
+from .model import Headers, StoredBody
 
 
-class End(Enum):
+class OutcomeKind(Enum):
     """How one attempt ended."""
 
     ANSWERED = "answered"
@@ -49,36 +50,40 @@ class End(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class AttemptOutcome:
     """What one attempt gave.  `status`, `retry_after` and `internal` belong to ANSWERED, `error` to the others.
 
-    `retry_after` is the field as received, `internal` tells whether X-OpenFaaS-Internal stands in the answer.
+    `retry_after` is the field as received, `internal` tells whether X-OpenFaaS-Internal stands in the answer.  The rest
+    is no matter of the rules: `body` and `headers` are what has been stored of a function's answer.
     """
 
-    end: End
+    kind: OutcomeKind
     status: int = 0
     retry_after: str | None = None
     internal: bool = False
     error: str = ""
+    body: StoredBody | None = None
+    headers: Headers = ()
+    duration_s: float = 0.0
 
     @property
     def reported_status(self) -> int:
         """The status that stands for this outcome towards the caller (X-Function-Status)."""
-        if self.end is End.TIMED_OUT:
+        if self.kind is OutcomeKind.TIMED_OUT:
             return 504
-        if self.end in (End.UNREADABLE, End.UNSTORED, End.FAILED):
+        if self.kind in (OutcomeKind.UNREADABLE, OutcomeKind.UNSTORED, OutcomeKind.FAILED):
             return 500
-        if self.end is End.UNREACHABLE or (self.internal and self.status in (502, 503)):
+        if self.kind is OutcomeKind.UNREACHABLE or (self.internal and self.status in (502, 503)):
             return 503
         return self.status
 
     @property
     def has_answer(self) -> bool:
         """Whether there is a body of the function's to report; not when the gateway says it is unreachable."""
-        return self.end is End.ANSWERED and not (self.internal and self.status in (502, 503))
+        return self.kind is OutcomeKind.ANSWERED and not (self.internal and self.status in (502, 503))
 
     def __str__(self) -> str:
-        return f"status {self.status}" if self.end is End.ANSWERED else self.error or self.end.value
+        return f"status {self.status}" if self.kind is OutcomeKind.ANSWERED else self.error or self.kind.value
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +125,7 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class RetryAt:
-    """Try again at `due_s` (epoch seconds).  Nobody is told yet."""
+    """Try again at `due_s` (epoch seconds).  The caller is not told yet."""
 
     due_s: float
 
@@ -136,23 +141,27 @@ class Dead:
 
 @dataclass(frozen=True, slots=True)
 class HandBack:
-    """The attempt could not be made here and now: it does not count, and whoever claims next makes it."""
+    """The attempt could not be made here and now: it does not count, and the worker that claims it next makes it."""
 
 
 Step = Done | RetryAt | Dead | HandBack
 
 
 def next_step(
-    progress: Progress, policy: RetryPolicy, outcome: Outcome, now_s: float, random: Callable[[], float]
+    progress: Progress, policy: RetryPolicy, outcome: AttemptOutcome, now_s: float, random: Callable[[], float]
 ) -> Step:
     """Return what to do with a call after an attempt that ended at `now_s` (epoch seconds) with `outcome`.
 
     `random` gives numbers from 0 to 1, as `random.random`.
     """
-    if outcome.end is End.PREVENTED:
+    if outcome.kind is OutcomeKind.PREVENTED:
         return HandBack()
     if not _calls_for_retry(policy, outcome):
-        return Done(outcome.status) if outcome.end is End.ANSWERED else _dead(f"not to be retried: {outcome}", outcome)
+        return (
+            Done(outcome.status)
+            if outcome.kind is OutcomeKind.ANSWERED
+            else _dead(f"not to be retried: {outcome}", outcome)
+        )
     if progress.attempts_made >= policy.max_attempts:
         return _dead(f"gave up after {_count(progress.attempts_made)}: {outcome}", outcome)
     due_s = now_s + retry_wait_s(policy, progress.attempts_made, outcome, now_s, random)
@@ -178,43 +187,43 @@ def poison_step(attempts_made: int) -> Dead:
     return Dead(f"begun {_count(attempts_made - 1)} without an outcome: the workers that ran it died", 503, False)
 
 
-def _calls_for_retry(policy: RetryPolicy, outcome: Outcome) -> bool:
-    match outcome.end:
-        case End.ANSWERED:
+def _calls_for_retry(policy: RetryPolicy, outcome: AttemptOutcome) -> bool:
+    match outcome.kind:
+        case OutcomeKind.ANSWERED:
             return outcome.status in policy.codes or (outcome.internal and outcome.status >= 400)
-        case End.TIMED_OUT:
+        case OutcomeKind.TIMED_OUT:
             return outcome.reported_status in policy.codes
-        case End.UNREACHABLE | End.FAILED:
+        case OutcomeKind.UNREACHABLE | OutcomeKind.FAILED:
             return True
-        case End.UNREADABLE | End.UNSTORED:
+        case OutcomeKind.UNREADABLE | OutcomeKind.UNSTORED:
             return False
         case _:
-            raise AssertionError(f"the call of a function cannot end as {outcome.end}")
+            raise AssertionError(f"the call of a function cannot end as {outcome.kind}")
 
 
 def next_callback_step(
-    attempts_made: int, policy: RetryPolicy, outcome: Outcome, now_s: float, random: Callable[[], float]
+    attempts_made: int, policy: RetryPolicy, outcome: AttemptOutcome, now_s: float, random: Callable[[], float]
 ) -> Step:
     """Return what to do with a callback after an attempt that ended at `now_s` with `outcome`.
 
-    As Standard Webhooks has it: 2xx is delivered; 410 means that nobody wants it any more; everything else, also 3xx
+    As Standard Webhooks has it: 2xx is delivered; 410 means "no more of these"; everything else, also 3xx
     and 404, is a failure to retry, because a receiver's bad deployment looks like that and a person repairs it.  An
     address that is not permitted ends it too: only the operator can change that, and may then send it again.  A result
     that the queue has lost is tried again as well (a disk may be mounted late, a backup brought back), and given up in
     the end: an empty body under the function's status would be taken for the function's word.
     """
-    if outcome.end is End.PREVENTED:
+    if outcome.kind is OutcomeKind.PREVENTED:
         return HandBack()
-    if outcome.end is End.ANSWERED and 200 <= outcome.status < 300:
+    if outcome.kind is OutcomeKind.ANSWERED and 200 <= outcome.status < 300:
         return Done(outcome.status)
-    if outcome.end is End.REFUSED or outcome.status == 410:
+    if outcome.kind is OutcomeKind.REFUSED or outcome.status == 410:
         return _dead(str(outcome), outcome)
     if attempts_made >= policy.max_attempts:
         return _dead(f"gave up after {_count(attempts_made)}: {outcome}", outcome)
     return RetryAt(now_s + retry_wait_s(policy, attempts_made, outcome, now_s, random))
 
 
-def _dead(reason: str, outcome: Outcome) -> Dead:
+def _dead(reason: str, outcome: AttemptOutcome) -> Dead:
     return Dead(reason, outcome.reported_status, outcome.has_answer)
 
 
@@ -233,14 +242,14 @@ _GROWTH_STEPS_MAX = 64  # enough to pass every max_wait_s, few enough for a floa
 
 
 def retry_wait_s(
-    policy: RetryPolicy, attempts_made: int, outcome: Outcome, now_s: float, random: Callable[[], float]
+    policy: RetryPolicy, attempts_made: int, outcome: AttemptOutcome, now_s: float, random: Callable[[], float]
 ) -> float:
     """Return the seconds to wait before the next attempt.
 
     `Retry-After` on 429 and 503 wins, also over `max_wait_s`, but is not below the first wait.  Otherwise the waits
     grow from the first to `max_wait_s`; `full` jitter draws from 0 to that, `equal` from its upper half.
     """
-    if outcome.end is End.ANSWERED and outcome.status in (429, 503) and outcome.retry_after is not None:
+    if outcome.kind is OutcomeKind.ANSWERED and outcome.status in (429, 503) and outcome.retry_after is not None:
         asked_s = parse_retry_after(outcome.retry_after, now_s)
         if asked_s is not None:
             return max(asked_s, policy.first_wait_s)
@@ -388,7 +397,7 @@ class Concurrency:
         """Return the limit of a function of which nothing is known."""
         return cls(ceiling, float(ceiling))
 
-    def after(self, outcome: Outcome, started_s: float, now_s: float) -> Concurrency:
+    def after(self, outcome: AttemptOutcome, started_s: float, now_s: float) -> Concurrency:
         """Return the limit after an attempt from `started_s` to `now_s` (one monotonic clock)."""
         if outcome.status in (429, 503):
             is_new = started_s >= self.cut_s
@@ -397,6 +406,6 @@ class Concurrency:
             return dataclasses.replace(self, limit=min(self.limit + 1 / self.limit, float(self.ceiling)))
         return self
 
-    def room(self, running_count: int) -> int:
+    def capacity(self, running_count: int) -> int:
         """Return how many more calls may be started beside `running_count` running ones."""
         return max(int(self.limit) - running_count, 0)

@@ -1,16 +1,12 @@
-"""What people may see of calls and do with them: by HTTP (`/system/calls`, `/async-function/ID`), or in a shell.
+"""What people see of a call, as JSON, and which calls a query means.
 
-    fworker dead list [--function NAME] [--json]          dead letters, and results that could not be delivered
-    fworker dead show ID                                  one of them: payload, headers, attempts, the last response
-    fworker dead retry ID... | --all [--function NAME]    again, as if new; of an undelivered result only the delivery
-    fworker dead purge ID... | --all [--function NAME]    deletes
-    fworker cancel --all | --function NAME                cancels what waits in the queue, and drops the payloads
+    describe_call(call)                                          what the caller who knows its id may know
+    describe_call_whole(call, body_start, result_start)          what an operator may know
+    parse_call_filter(b"state=dead&function=cat&limit=10")       BadQuery says what is allowed
 
-A letter is a call that was given up (its state is `dead`), or one whose callback was (`callback.state` is `dead`, while
-the call itself may be done).  Both stay until somebody retries or purges them.  The commands open the queue that
-`queue_url` names; they need no gateway and no worker, and disturb none.
+Contract: pure; a member without a value is left out, times are RFC 3339 in UTC.
 
-What it refuses to do: show credentials that a caller sent along, or touch a call that has not ended.
+What it refuses to do: show credentials that a caller sent along.
 """
 
 from __future__ import annotations
@@ -27,14 +23,9 @@ from ..watchdog import FaashoundError, is_secret_field, parse_positive_count
 from .model import Attempt, Call, CallbackState, Headers, State
 from .names import BadFunctionName, FunctionName, parse_function_name
 
-SHOWN_BODY_BYTES = 65536  # of a payload or a result, in what `show` prints
-
-
+SHOWN_BODY_BYTES = 65536  # of a payload or a result
 LISTED_COUNT = 100  # calls in one answer, unless asked otherwise
-
-
 MAX_LISTED_COUNT = 1000
-
 
 Json = dict[str, Any]
 
@@ -58,7 +49,7 @@ def format_time(epoch_s: float | None) -> str | None:
 
 
 def describe_call(call: Call) -> Json:
-    """Return what whoever knows a call's id may know of it; members without a value are left out."""
+    """Return what a caller who knows a call's id may know of it."""
     callback = call.callback
     return _without_none(
         {
@@ -88,6 +79,27 @@ def describe_call(call: Call) -> Json:
             ),
         }
     )
+
+
+def describe_call_whole(call: Call, body_start: bytes, result_start: bytes) -> Json:
+    """Return all that an operator may know of a call, given how its payload and its result begin."""
+    more = {
+        "queue": call.queue,
+        "method": call.method,
+        "path": call.path,
+        "query": call.query,
+        "headers": _shown_headers(call.headers),
+        "body": describe_body(body_start, call.body.bytes_count),
+        "callback_url": call.callback_url,
+        "idempotency_key": call.idempotency_key,
+        "history": [_describe_attempt(attempt) for attempt in call.history],
+    }
+    if call.result is not None:
+        more["result_headers"] = _shown_headers(call.result_headers)
+        more["result"] = describe_body(result_start, call.result.bytes_count)
+    elif call.excerpt is not None:
+        more["excerpt"] = describe_body(call.excerpt, len(call.excerpt))
+    return describe_call(call) | _without_none(more)
 
 
 def describe_body(start: bytes, bytes_count: int) -> Json:
@@ -120,12 +132,12 @@ def _without_none(facts: Mapping[str, Any]) -> Json:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Choosing and acting.
+# Which calls are meant (pure).
 # ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class CallFilter:
     """Which calls are meant: every condition that is not None holds.  `callback` is the state of the callback."""
 
     state: State | None = None
@@ -135,7 +147,7 @@ class Choice:
     before: str | None = None
 
 
-def parse_choice_query(query: bytes) -> Choice:
+def parse_call_filter(query: bytes) -> CallFilter:
     """Return the calls that ?state=…&function=…&callback=…&limit=…&before=… means; BadQuery says what is allowed."""
     readers: dict[str, tuple[str, Callable[[str], object]]] = {
         "state": ("state", _parse_state),
@@ -153,7 +165,7 @@ def parse_choice_query(query: bytes) -> Choice:
             found[field] = read(value)
         except ValueError as error:
             raise BadQuery(f"{name}={value[:100]!r}: {error}") from None
-    return Choice(**found)
+    return CallFilter(**found)
 
 
 def _parse_state(text: str) -> State:

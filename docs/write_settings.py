@@ -9,7 +9,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from faashound import gateway, watchdog, worker
+from faashound import watchdog, worker
+from faashound.serving import settings as gateway
 from faashound.watchdog import Setting, settings_table
 
 PAGE = Path(__file__).resolve().parent / "settings.md"

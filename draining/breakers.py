@@ -1,7 +1,7 @@
 """Which destinations of callbacks are tried less often: a circuit breaker for each that cannot be reached.
 
     breakers.on_failure("a.example:443", "timed out", started_s, now_s)
-    breakers.rooms(held, now_s)            # of a claim: {"a.example:443": 0}
+    breakers.capacities(held, now_s)            # of a claim: {"a.example:443": 0}
     breakers.objection("a.example:443", now_s)
     breakers.on_answer("a.example:443")    # whatever it says: it is there
 
@@ -81,7 +81,7 @@ class Breakers:
 
     def __init__(self, probes_count: int) -> None:
         self._probes_count = probes_count
-        self._troubles: OrderedDict[str, Trouble] = OrderedDict()  # who failed longest ago comes first
+        self._troubles: OrderedDict[str, Trouble] = OrderedDict()  # the one that failed longest ago comes first
 
     def on_failure(self, destination: str, error: str, started_s: float, now_s: float) -> bool:
         """It was not reached; tell whether that has opened its breaker."""
@@ -98,17 +98,17 @@ class Breakers:
         trouble = self._troubles.pop(destination, None)
         return trouble is not None and trouble.opened_s is not None
 
-    def rooms(self, held: Mapping[str, int], now_s: float) -> dict[str, int]:
+    def capacities(self, held: Mapping[str, int], now_s: float) -> dict[str, int]:
         """Return how many callbacks a claim may take for each destination held back; `held` are on their way."""
         waiting = [
             (trouble.probe_s, name)
             for name, trouble in self._troubles.items()
             if trouble.opened_s is not None and not trouble.is_given_up(now_s)
         ]
-        rooms = dict.fromkeys((name for _, name in waiting), 0)
-        left_count = self._probes_count - sum(name in held for name in rooms)
+        capacities = dict.fromkeys((name for _, name in waiting), 0)
+        left_count = self._probes_count - sum(name in held for name in capacities)
         due = sorted((probe_s, name) for probe_s, name in waiting if probe_s <= now_s and name not in held)
-        return rooms | {name: 1 for _, name in due[: max(left_count, 0)]}
+        return capacities | {name: 1 for _, name in due[: max(left_count, 0)]}
 
     def objection(self, destination: str, now_s: float) -> str | None:
         """Return why a callback that was claimed is not to be sent now; None if it is."""

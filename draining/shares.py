@@ -1,19 +1,19 @@
 """How the slots of a worker are divided: those of calls among functions, those of callbacks among destinations.
 
-    share_fairly(16, {"a": 12, "b": 1}, 2)    # claim 3, for who has less than 8, or nothing yet
-    share_rest(16, {"a": 12, "b": 1})         # claim 3, for whom it may be: nobody else wants them
+    share_fairly(16, {"a": 12, "b": 1}, 2)    # claim 3, for flows that have less than 8, or none yet
+    share_rest(16, {"a": 12, "b": 1})         # claim 3, for any flow: those below want no more
     lend(16, {"a": 16})                       # claim 2 beyond the 16, for others than a
 
-A flow is what takes turns: the calls of one function, or the callbacks to one destination.  Nobody knows beforehand
-how long one of them holds its slot, and one that hangs holds it for ever.  Turns alone are not enough: of two flows
-that always have something waiting, the slow one ends up with every slot.  So, as in max-min fairness:
+A flow is what takes turns: the calls of one function, or the callbacks to one destination.  How long one of them holds
+its slot is not known beforehand, and one that hangs holds it for ever.  Turns alone are not enough: of two flows that
+always have something waiting, the slow one ends up with every slot.  So, as in max-min fairness:
 
 - what is free goes first to flows below their share: the slots divided by the number of flows that are at work, or
   were within LATELY_S (a quick one may hold nothing at the very moment of a claim);
 - what is left then goes to whichever flow has something waiting.  A flow that is alone may hold every slot;
 - when every slot has been held for LEND_AFTER_S, as many as a quarter more are lent: otherwise a flow that was alone,
-  and hangs, would stop all that come later.  Nobody gets more than about half of what is still left to lend, so the
-  first who comes, and hangs too, does not take it all; and who holds slots already gets none of it.
+  and hangs, would stop all that come later.  A flow gets no more than about half of what is still left to lend, so
+  the first one that comes, and hangs too, does not take it all; and one that holds slots already gets none of it.
 
 With fewer than four slots nothing is lent: an operator who says `max_inflight=1` means one at a time.
 
@@ -38,19 +38,19 @@ LENT_PART = 4  # one slot is lent for so many
 
 @dataclass(frozen=True, slots=True)
 class Allotment:
-    """What one claim may take: `limit` in all, and of a flow that `rooms` names no more than it says."""
+    """What one claim may take: `limit` in all, and of a flow that `capacities` names no more than it says."""
 
     limit: int
-    rooms: Mapping[str, int] = field(default_factory=dict)
+    capacities: Mapping[str, int] = field(default_factory=dict)
     is_for_all: bool = field(default=False, compare=False)  # not only for flows below their share
 
     def narrowed(self, *others: Mapping[str, int]) -> Allotment:
-        """Return what is left when the rooms of `others` hold as well."""
-        rooms = dict(self.rooms)
+        """Return what is left when the capacities of `others` hold as well."""
+        capacities = dict(self.capacities)
         for other in others:
-            for flow, room in other.items():
-                rooms[flow] = min(room, rooms.get(flow, room))
-        return Allotment(self.limit, rooms, self.is_for_all)
+            for flow, capacity in other.items():
+                capacities[flow] = min(capacity, capacities.get(flow, capacity))
+        return Allotment(self.limit, capacities, self.is_for_all)
 
 
 def share_fairly(slots_count: int, held: Mapping[str, int], flows_count: int) -> Allotment:
@@ -88,12 +88,12 @@ def _half(count: int) -> int:
 
 
 class Slots:
-    """The slots for one kind of work: who holds them, and what is known of who waits for more.
+    """The slots for one kind of work: which flows hold them, and what is known of the work that waits for more.
 
         allotment = slots.next_claim(now_s)     # then claim as it says, `take` for each that was found, and:
         again = slots.found(allotment, 2)
 
-    What a claim has found nothing of is not asked for again before `hear`; times are of one monotonic clock.
+    What a claim has found nothing of is not asked for again before `wake_up`; times are of one monotonic clock.
     """
 
     def __init__(self, slots_count: int) -> None:
@@ -104,7 +104,7 @@ class Slots:
         self._full_since_s: float | None = None
         self._lately: dict[str, float] = {}  # when a flow gave a slot back last, the longest ago first
 
-    def hear(self) -> None:
+    def wake_up(self) -> None:
         """The queue has told of work, or nothing is known of it any more."""
         self._may_wait = self._may_be_owed = True
 
@@ -121,7 +121,7 @@ class Slots:
         self._lately[flow] = now_s
 
     def next_claim(self, now_s: float) -> Allotment | None:
-        """Return the claim to make now, None if there is no room, or nothing that may wait."""
+        """Return the claim to make now, None if no slot is free, or nothing that may wait."""
         if self.held.total() >= self._slots_count:
             self._full_since_s = now_s if self._full_since_s is None else self._full_since_s
             return self._next_loan(now_s)
@@ -130,7 +130,7 @@ class Slots:
             return None
         flows_count = self._count_flows(now_s)
         if self._may_be_owed and flows_count > 1:
-            self._may_be_owed = False  # before the claim: what is heard of while it is made is claimed by the next
+            self._may_be_owed = False  # before the claim: a wake-up that comes while it is made is for the next one
             return share_fairly(self._slots_count, self.held, flows_count)
         self._may_wait = False
         return share_rest(self._slots_count, self.held)
@@ -150,7 +150,7 @@ class Slots:
 
     def found(self, allotment: Allotment, count: int, *, passed_over: bool = False) -> bool:
         """Tell of a claim's outcome, and whether a flow was passed over for reasons of its own; return: look again."""
-        if count or passed_over:  # where something was there may be more, and who was passed over still waits
+        if count or passed_over:  # where something was there may be more, and a flow that was passed over still waits
             self._may_wait = True
         if count and not allotment.is_for_all:
             self._may_be_owed = True
@@ -158,7 +158,7 @@ class Slots:
 
     @property
     def lends_at_s(self) -> float | None:
-        """When slots are lent, if they are all held and there may be somebody to lend one to; else None."""
+        """When slots are lent, if they are all held and a flow may want one; else None."""
         if self._full_since_s is None or not (self._may_wait and self._may_be_owed):
             return None
         can_lend = _left_to_lend(self._slots_count, self.held.total()) > 0

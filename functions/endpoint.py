@@ -30,7 +30,7 @@ from pathlib import Path
 from ..watchdog import BACKLOG, Client, FaashoundError, Url, log
 from .logs import LogPipe, LogStore
 from .scaling import Scale, parse_scale
-from .supervisor import ManagedProcess, Program, Supervisor, lift
+from .supervisor import ManagedProcess, ManagedProgram, Supervisor, lift
 from .table import Function
 
 HEALTHY_WITHIN_S = 20.0  # a new version; clients of the control plane wait 30 s and more for an answer
@@ -67,7 +67,7 @@ class Endpoint:
         self,
         function: Function,
         path: Path,
-        program_of: Callable[[Function, socket.socket, int | None], Program],
+        program_of: Callable[[Function, socket.socket, int | None], ManagedProgram],
         logs: LogStore | None = None,
     ) -> None:
         self.function = function

@@ -45,7 +45,7 @@ from .supervisor import (
     LISTEN_FD,
     PARENT_DEATH_FD,
     UNKNOWN_STATUS,
-    Program,
+    ManagedProgram,
     Supervisor,
     kill_child,
     python_command,
@@ -119,7 +119,7 @@ class ForkServer:
         self._cleanup.callback(loop.remove_reader, self._socket)
         self._supervisor = Supervisor()
         command = python_command("faashound.functions.forkserver")
-        self._supervisor.start(Program("the fork server", command, self._environ, theirs))
+        self._supervisor.start(ManagedProgram("the fork server", command, self._environ, theirs))
 
     async def stop(self) -> None:
         """End the server."""
@@ -127,7 +127,7 @@ class ForkServer:
             await self._supervisor.stop(0.0)
         self._cleanup.close()
 
-    async def launch(self, program: Program, parent_death_fd: int) -> ForkedProcess:
+    async def launch(self, program: ManagedProgram, parent_death_fd: int) -> ForkedProcess:
         """See `supervisor.Launcher`; the program's command is not looked at, it is the watchdog."""
         number = next(self._ids)
         answer: asyncio.Future[ForkedProcess] = asyncio.get_running_loop().create_future()
@@ -141,7 +141,7 @@ class ForkServer:
         finally:
             self._launching.pop(number, None)
 
-    def _ask(self, number: int, program: Program, parent_death_fd: int) -> None:
+    def _ask(self, number: int, program: ManagedProgram, parent_death_fd: int) -> None:
         environ_fd = os.memfd_create("environ", os.MFD_CLOEXEC)
         with open(environ_fd, "wb") as file:
             file.write(json.dumps([program.directory, program.told_environ]).encode())

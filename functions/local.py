@@ -37,7 +37,7 @@ from .logs import SETTINGS, LogStore
 from .published import PublishedTable, publish
 from .runtime import open_runtime_directory
 from .secrets import MOUNT_VARIABLE, SecretFiles
-from .supervisor import Program, Supervisor
+from .supervisor import ManagedProgram, Supervisor
 from .table import RESERVED_PREFIXES, UNIX_PREFIX, WATCHDOG_ROWS, Function, watchdog_settings
 
 _SHARED = ("log_format",)  # the gateway's holds for its watchdogs as well: their lines go to one stderr
@@ -61,8 +61,8 @@ class BadScale(FaashoundError):
 class LocalStatus:
     """What is known of one local function.  `pids` are its watchdogs that run now; none while it is asleep.
 
-    `wanted_count` is what somebody has asked for, or what it has when it is awake; `available_count` what serves, or
-    would as soon as a call comes.
+    `wanted_count` is what the operator has asked for, or what it has when it is awake; `available_count` what serves,
+    or would as soon as a call comes.
     """
 
     pids: Sequence[int]
@@ -303,10 +303,10 @@ class LocalFunctions:
 
     # What is run.
 
-    def _program(self, function: Function, listener: socket.socket, stderr_fd: int | None) -> Program:
+    def _program(self, function: Function, listener: socket.socket, stderr_fd: int | None) -> ManagedProgram:
         command = self._watchdog or ("fwatchdog",)
         name, environ = f"the watchdog of {function.name.short}", self._environ_of(function)
-        return Program(name, command, environ, listener, stderr_fd, function.directory)
+        return ManagedProgram(name, command, environ, listener, stderr_fd, function.directory)
 
     def _environ_of(self, function: Function) -> dict[str, str]:
         """Return the whole environment of a function's watchdog, which hands the function its part of it."""

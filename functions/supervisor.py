@@ -1,7 +1,7 @@
 """Keeps programs of ours running beside this one: watchdogs of local functions, a local worker.
 
     supervisor = Supervisor()
-    process = supervisor.start(Program("the worker", (sys.executable, "-m", "faashound.worker"), environ))
+    process = supervisor.start(ManagedProgram("the worker", (sys.executable, "-m", "faashound.worker"), environ))
     await supervisor.end(process, grace_s=30)      # this one, and leave the others
     await supervisor.stop(grace_s=30)              # all of them
 
@@ -29,21 +29,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-from ..watchdog import log, spawn_under_own_limit
-
-FIRST_RESTART_S = 0.1
-
-
-LONGEST_RESTART_S = 30.0
-
-
-PROVEN_AFTER_S = 10.0  # a process that has lived this long starts its delays from the beginning
-
+from ..watchdog import (
+    BAD_SETTINGS_STATUS,
+    FIRST_RESTART_S,
+    PROVEN_AFTER_S,
+    log,
+    next_restart_s,
+    spawn_under_own_limit,
+)
 
 KILL_GRACE_S = 2.0  # between "stop at once" and SIGKILL: for a watchdog to end the trees it has started
-
-
-BAD_SETTINGS_STATUS = 2  # our programs' exit status for settings that no restart will mend
 
 
 LISTEN_FD = 3  # systemd's SD_LISTEN_FDS_START
@@ -64,19 +59,6 @@ def python_command(module: str) -> tuple[str, ...]:
     return (sys.executable, "-I" if sys.flags.isolated else "-P", "-m", module)
 
 
-def next_restart_s(delay_s: float | None, lived_s: float, status: int) -> float:
-    """Return the seconds to wait before the next start of a process that has exited.
-
-    `delay_s` is the wait before this life (None for the first), `lived_s` its length, `status` its exit status, or
-    minus the number of the signal that ended it.
-    """
-    if status == BAD_SETTINGS_STATUS:
-        return LONGEST_RESTART_S
-    if delay_s is None or lived_s >= PROVEN_AFTER_S:
-        return FIRST_RESTART_S
-    return min(2 * delay_s, LONGEST_RESTART_S)
-
-
 def describe_exit(status: int) -> str:
     """Return what an exit status, or a signal's number as a negative one, means in words."""
     if status < 0:
@@ -88,7 +70,7 @@ def describe_exit(status: int) -> str:
 
 
 @dataclass(frozen=True)
-class Program:
+class ManagedProgram:
     """What is to be kept running: `name` is what the log calls it, `environ` its whole environment.
 
     It inherits `listener` as systemd hands it (sd_listen_fds(3)), writes its stderr to `stderr_fd` if that is given,
@@ -129,7 +111,7 @@ class Running(Protocol):
 class Launcher(Protocol):
     """What brings a program into being."""
 
-    async def launch(self, program: Program, parent_death_fd: int) -> Running:
+    async def launch(self, program: ManagedProgram, parent_death_fd: int) -> Running:
         """Start it; raises OSError."""
 
 
@@ -155,7 +137,7 @@ class SpawnedProcess:
 class Spawner:
     """Launches a program by posix_spawn(3)."""
 
-    async def launch(self, program: Program, parent_death_fd: int) -> SpawnedProcess:
+    async def launch(self, program: ManagedProgram, parent_death_fd: int) -> SpawnedProcess:
         """See `Launcher`."""
         actions: list[tuple[Any, ...]] = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
         if program.stderr_fd is not None:
@@ -178,7 +160,7 @@ class Spawner:
 class ManagedProcess:
     """One program that is kept running.  `pid` is None between two lives."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: ManagedProgram) -> None:
         self.program = program
         self.restart_count = 0
         self.last_exit: str | None = None  # why its last life ended, if it was not told to
@@ -218,7 +200,7 @@ class Supervisor:
         self._cleanup = contextlib.ExitStack()
         self._parent_death_fd = _open_parent_death_pipe(self._cleanup, self._parent_death_end)
 
-    def start(self, program: Program) -> ManagedProcess:
+    def start(self, program: ManagedProgram) -> ManagedProcess:
         """Keep `program` running until it is told to end."""
         process = ManagedProcess(program)
         self._tasks[process] = asyncio.create_task(self._keep(process), name=program.name)

@@ -194,6 +194,10 @@ class Functions:
             return listed
         return Function(name, url=_fill(self._pattern, name))
 
+    def is_guarded(self, name: FunctionName) -> bool:
+        """Tell whether a caller's word completes the host of a function, whose address is then to be judged."""
+        return name not in self._table and completes_host(self._pattern)
+
     def __contains__(self, name: object) -> bool:
         """Whether the table lists a function of this whole name, wherever the pattern leads."""
         return name in self._table

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 
 from ..watchdog import Address as SocketAddress
@@ -218,6 +219,8 @@ def parse_host_name(text: str) -> str:
         raise ValueError("the host is no name of dot-separated labels (RFC 1123)")
     return name
 
+
+@lru_cache(maxsize=256)
 
 # ---------------------------------------------------------------------------------------------------------------
 # This machine's own addresses.

@@ -5,7 +5,7 @@ Use:
     queue = await open_queue(parse_queue_url("nats://n1:4222,n2:4222"), parse_settings(NatsSettings, environ))
 
 Contract: both keep the interface `Queue`, with the types, the errors and the promises that spool.py states, and one
-test suite runs against both (tests/test_queue_contract.py).  Whoever holds a Queue does not know which it is.
+test suite runs against both (tests/queues/test_queue_contract.py).  Whoever holds a Queue does not know which it is.
 
 What it refuses to do: take credentials from a URL, which is logged; they come from settings and from files.
 """

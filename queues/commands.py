@@ -1,4 +1,16 @@
-"""The commands of people at a queue: `fworker dead ...` and `fworker cancel ...`."""
+"""The commands of people at a queue.
+
+    fworker dead list [--function NAME] [--json]          dead letters, and results that could not be delivered
+    fworker dead show ID                                  one of them: payload, headers, attempts, the last response
+    fworker dead retry ID... | --all [--function NAME]    again, as if new; of an undelivered result only the delivery
+    fworker dead purge ID... | --all [--function NAME]    deletes
+    fworker cancel --all | --function NAME                cancels what waits in the queue, and drops the payloads
+
+Contract: they open the queue that `queue_url` names; they need no gateway and no worker, and disturb none.
+Exit status: 0 done, 1 failed, 2 not understood.
+
+What they refuse to do: touch a call that has not ended.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +29,18 @@ from ..calls.names import BadFunctionName, FunctionName, parse_function_name
 from ..calls.views import describe_call, format_time
 from ..watchdog import BadSettings, FaashoundError, OutputFailed, parse_settings, report_failure, setting, write_out
 from . import Queue, open_queue
-from .letters import describe_call_whole, find_call, purge_call, retry_letter, walk_letters
+from .inspection import find_call, purge_call, retry_dead_letter, show_call, walk_dead_letters
 from .nats_settings import NatsSettings
 from .urls import QueueUrl, parse_queue_url
 
 
-def letter_row(call: Call) -> tuple[str, ...]:
-    """Return what `list` shows of a letter, a column each."""
+def dead_letter_row(call: Call) -> tuple[str, ...]:
+    """Return what `list` shows of a dead letter, a column each."""
     if call.state is State.DEAD:
         return call.id, call.function, "call", str(call.attempts), format_time(call.finished_s) or "", call.error or ""
     callback = call.callback
     if callback is None:
-        raise AssertionError("a call that is not dead is a letter because of its callback")
+        raise AssertionError("a call that is not dead is a dead letter because of its callback")
     return call.id, call.function, "callback", str(callback.attempts), "", callback.error or ""
 
 
@@ -53,35 +65,35 @@ class SomeFailed(FaashoundError):
 
 
 async def show_list(queue: Queue, options: argparse.Namespace) -> None:
-    """Print every letter: a table, or a JSON object a line."""
-    letters = [call async for call in walk_letters(queue, options.function)]
+    """Print every dead letter: a table, or a JSON object a line."""
+    found = [call async for call in walk_dead_letters(queue, options.function)]
     if options.json:
-        for call in letters:
+        for call in found:
             write_out(json.dumps(describe_call(call)))
-    elif letters:
-        write_out(format_table([letter_row(call) for call in letters]))
+    elif found:
+        write_out(format_table([dead_letter_row(call) for call in found]))
     else:
         print("no dead letters", file=sys.stderr)
 
 
-async def show_letters(queue: Queue, options: argparse.Namespace) -> None:
+async def show_calls(queue: Queue, options: argparse.Namespace) -> None:
     """Print all that is known of the calls named."""
     for call_id in options.ids:
-        write_out(json.dumps(await describe_call_whole(queue, await find_call(queue, call_id)), indent=2))
+        write_out(json.dumps(await show_call(queue, await find_call(queue, call_id)), indent=2))
 
 
-async def retry_letters(queue: Queue, options: argparse.Namespace) -> None:
-    """Queue the chosen letters again."""
+async def retry_dead_letters(queue: Queue, options: argparse.Namespace) -> None:
+    """Queue the chosen dead letters again."""
 
     async def retry(call_id: str) -> str:
-        call = await retry_letter(queue, call_id)
+        call = await retry_dead_letter(queue, call_id)
         return "queued" if call.state is State.QUEUED else "its callback is queued"
 
     await _for_each(await _chosen(queue, options), retry)
 
 
-async def purge_letters(queue: Queue, options: argparse.Namespace) -> None:
-    """Delete the chosen letters."""
+async def purge_dead_letters(queue: Queue, options: argparse.Namespace) -> None:
+    """Delete the chosen dead letters."""
 
     async def purge(call_id: str) -> str:
         await purge_call(queue, call_id)
@@ -118,7 +130,7 @@ async def _chosen(queue: Queue, options: argparse.Namespace) -> list[str]:
         raise BadArguments("name the calls, or give --all (for one function: --all --function NAME)")
     if options.ids:
         return list(options.ids)
-    return [call.id async for call in walk_letters(queue, options.function)]
+    return [call.id async for call in walk_dead_letters(queue, options.function)]
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -147,13 +159,13 @@ def _build_parser() -> argparse.ArgumentParser:
 
     listing = add("list", show_list, "lists calls that were given up, and results that could not be delivered")
     listing.add_argument("--json", action="store_true", help="a JSON object a line")
-    show = add("show", show_letters, "shows payload, headers, attempts and the last response, as JSON")
+    show = add("show", show_calls, "shows payload, headers, attempts and the last response, as JSON")
     show.add_argument("ids", metavar="ID", nargs="+")
-    retry = add("retry", retry_letters, "queues letters again; of an undelivered result only the delivery")
-    purge = add("purge", purge_letters, "deletes letters")
+    retry = add("retry", retry_dead_letters, "queues dead letters again; of an undelivered result only the delivery")
+    purge = add("purge", purge_dead_letters, "deletes dead letters")
     for command in (retry, purge):
         command.add_argument("ids", metavar="ID", nargs="*")
-        command.add_argument("--all", action="store_true", help="every letter")
+        command.add_argument("--all", action="store_true", help="every dead letter")
     for command in (listing, retry, purge):
         command.add_argument("--function", metavar="NAME", type=_function_argument, help="only those of this function")
     return parser

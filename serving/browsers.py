@@ -19,10 +19,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
-from ipaddress import ip_address
 
-from ..network.addresses import parse_host_name, parse_numeric_host
+from ..network.hosts import host_name, is_own_name
 from ..watchdog import FaashoundError, Header, Request, Response
 
 PREFLIGHT_AGE_S = 600  # how long browsers may remember a permission; Chromium takes two hours at most
@@ -53,17 +51,6 @@ class BadContentType(FaashoundError):
     status = 415
 
 
-def parse_hosts(text: str) -> frozenset[str]:
-    """Return the names of the setting allowed_hosts; ValueError says what is allowed."""
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    try:
-        if any(parse_numeric_host(word) for word in words):
-            raise ValueError("an address needs no entry")
-        return frozenset(map(parse_host_name, words))
-    except ValueError as error:
-        raise ValueError(f'{error}; allowed: host names without port, separated by commas ("faas.internal")') from None
-
-
 _ORIGIN = re.compile(r"(?P<scheme>https?)://(?P<host>[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::(?P<port>[0-9]{1,5}))?", re.ASCII)
 
 
@@ -81,18 +68,6 @@ def _parse_origin(word: str) -> bytes:
         raise ValueError('allowed: http://HOST[:PORT] or https://..., separated by commas ("https://app.example.com")')
     is_default = match["port"] in (None, _DEFAULT_PORTS[match["scheme"]])
     return f"{match['scheme']}://{match['host']}{'' if is_default else ':' + match['port']}".encode()
-
-
-@lru_cache(maxsize=256)
-def _host_name(host: bytes) -> str | None:
-    """Return the name in a Host field, None if it is an address, or none at all as in HTTP/1.0: no page can do that."""
-    text = host.decode("latin-1").lower()
-    name = re.sub(r":[0-9]*$", "", text).removesuffix(".")
-    try:
-        ip_address(name.removeprefix("[").removesuffix("]"))
-    except ValueError:
-        return name or None
-    return None
 
 
 def is_foreign(request: Request) -> bool:
@@ -138,12 +113,11 @@ class BrowserRules:
         """
         if not (self.on_loopback or self.hosts):
             return
-        name = _host_name(request.host)
-        if name is None or name == "localhost" or name.endswith(".localhost") or name in self.hosts:
-            return
-        raise UnknownHost(
-            f"{name[:100]!r} is no name of this gateway; allowed: localhost, addresses, and allowed_hosts"
-        )
+        if not is_own_name(request.host, self.hosts):
+            raise UnknownHost(
+                f"{(host_name(request.host) or '')[:100]!r} is no name of this gateway; allowed: localhost, addresses,"
+                " and allowed_hosts"
+            )
 
     def check_call(self, request: Request) -> list[Header]:
         """Return what the answer to a function's call has to say to the page that makes it, if one does.

@@ -1,68 +1,71 @@
 """What does not work behind a gateway, for /healthz, the metrics and the log.
 
-    health = Health(seat)
+    health = Health(slot)
     health.worker_trouble("exited with status 1")           # "" once it works
     health.queue_refused(now_s)                              # and queue_took() when it takes a call again
     health.problems(now_s)                                   # [] while all works
+    health.warnings()                                        # what will not work soon
 
-Contract: what is told here stops calls that a caller was promised, and is no matter of one call or one function.  It
+Contract: a problem stops calls that a caller was promised, and is no matter of one call or one function.  It
 is told by part, without the reasons, which name files and ports: those are in the log.  All processes of a gateway
-share what they know of the worker, which only the first of them runs.
+share what they know of the worker and of the queue's disk, which only the first of them looks at.
 
-What it refuses to do: look for itself.  A queue is judged by what it did with the last calls; one that nobody has
-asked for QUEUE_MEMORY_S is believed to work again, or a balancer that heeds /healthz would never ask it again.
+What it refuses to do: look for itself.  A queue is judged by what it did with the last calls; one that has been asked
+for nothing in QUEUE_MEMORY_S is believed to work again, or a balancer that heeds /healthz would never ask it again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-
-from ..watchdog import Seat
+from ..watchdog import Slot
 
 QUEUE_MEMORY_S = 30.0  # longer than balancers let pass between two probes
+TROUBLE_KEY = "trouble"  # of the shared counts: 1 while the part that follows does not work, or soon will not
 
-
-TROUBLE_KEY = "trouble"  # of the shared counts: 1 while the part that follows does not work
-
-
-_WORKER, _QUEUE = f"{TROUBLE_KEY} worker", f"{TROUBLE_KEY} queue"
+_WORKER, _QUEUE, _ROOM = f"{TROUBLE_KEY} worker", f"{TROUBLE_KEY} queue", f"{TROUBLE_KEY} room"
 
 
 class Health:
     """The parts of one gateway that do not work."""
 
-    def __init__(self, seat: Seat) -> None:
-        self._seat = seat
+    def __init__(self, slot: Slot) -> None:
+        self._slot = slot
         self._refused_s: float | None = None
-        seat.cell(_QUEUE, 1)[0] = 0.0
-        if seat.is_first:
+        slot.values(_QUEUE, 1)[0] = 0.0
+        if slot.is_first:
             self.worker_trouble("")  # what a process before us knew is of another worker
+            self.queue_is_nearly_full(False)
 
     def worker_trouble(self, trouble: str) -> None:
         """Note that the worker beside us cannot keep running, or that it can."""
-        self._seat.cell(_WORKER, 1)[0] = float(bool(trouble))
+        self._slot.values(_WORKER, 1)[0] = float(bool(trouble))
+
+    def queue_is_nearly_full(self, truth: bool) -> None:
+        """Note whether the queue will soon have no room for calls."""
+        self._slot.values(_ROOM, 1)[0] = float(truth)
 
     def queue_refused(self, now_s: float) -> None:
         """Note that the queue could not take a call, for a reason that holds for every call."""
         self._refused_s = now_s
-        self._seat.cell(_QUEUE, 1)[0] = 1.0
+        self._slot.values(_QUEUE, 1)[0] = 1.0
 
     def queue_took(self) -> None:
         """Note that the queue has taken a call."""
         if self._refused_s is not None:
             self._refused_s = None
-            self._seat.cell(_QUEUE, 1)[0] = 0.0
+            self._slot.values(_QUEUE, 1)[0] = 0.0
 
     def problems(self, now_s: float) -> list[str]:
         """Return what does not work, a line each."""
         if self._refused_s is not None and now_s - self._refused_s > QUEUE_MEMORY_S:
             self.queue_took()
         problems = [] if self._refused_s is None else ["the queue does not take calls; see the log"]
-        if self._seat.board.tally.totals().get(_WORKER, [0.0])[0]:
+        if self._is_noted(_WORKER):
             problems.append("the local worker does not keep running, asynchronous calls wait; see the log")
         return problems
 
+    def warnings(self) -> list[str]:
+        """Return what works and soon will not, a line each."""
+        return ["the queue's disk is nearly full; see the log"] if self._is_noted(_ROOM) else []
 
-def stray_queues(waiting: Mapping[str, int], drained: Collection[str]) -> dict[str, int]:
-    """Return how many calls wait in queues that nothing is known to drain."""
-    return {name: count for name, count in sorted(waiting.items()) if count and name not in drained}
+    def _is_noted(self, key: str) -> bool:
+        return bool(self._slot.scoreboard.counters.totals().get(key, [0.0])[0])

@@ -1,7 +1,9 @@
 """What a gateway checks and changes in a request that it passes on to a function.
 
     check_path(rest)                                  # BadPath for what would leave the function's own paths
-    fields = [*forwarded(request), *our_via.extend(request)]       # LoopDetected for what has come through us already
+    our_via.check(request)                            # LoopDetected for what has come through us already
+    fields = fields_passed_on(request, RequestIds("0190...", b"1700000000000000000"), our_via)
+    url = function_target(function, request, rest)
 
 Contract: pure, from the request's fields to the fields that go on.  A function sees who asked (X-Forwarded-*) and
 through whom (Via, RFC 9110 7.6.3), and nothing under another path than its own, however an upstream decodes paths.
@@ -18,8 +20,12 @@ import hmac
 import re
 import urllib.parse
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from ..watchdog import FaashoundError, Header, Request
+from ..calls.callbacks import CALLBACK_PROOF
+from ..draining.gateway import WORKER_TOKEN
+from ..functions.table import Function, parse_upstream
+from ..watchdog import FaashoundError, Header, Request, Url, end_to_end
 
 DECODINGS_COUNT = 3  # of a path: upstreams decode once, careless ones twice
 
@@ -93,6 +99,43 @@ class OurVia:
 
 def _entries(request: Request) -> list[bytes]:
     return [value for name, value in request.headers if name == b"via"]
+
+
+class RequestIds(NamedTuple):
+    """What ties the records of one call together: its id, and its start in ns since the epoch, as a field has it."""
+
+    call_id: str
+    start_time: bytes
+
+    @property
+    def fields(self) -> tuple[Header, Header]:
+        """The header fields that carry them, in requests and responses."""
+        return (b"X-Call-Id", self.call_id.encode()), (b"X-Start-Time", self.start_time)
+
+
+ID_FIELDS = (b"x-call-id", b"x-start-time")
+_NEVER_PASSED_ON = (b"host", b"expect", WORKER_TOKEN.lower(), CALLBACK_PROOF.lower(), *ID_FIELDS, b"via")
+_FORWARDED = (b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto")
+
+
+def fields_passed_on(request: Request, ids: RequestIds, via: OurVia, *dropped: bytes) -> list[Header]:
+    """Return the fields of a caller's request as its function is to get them, without those that `dropped` names."""
+    fields = end_to_end(request.headers, *_NEVER_PASSED_ON, *_FORWARDED, *dropped)
+    return [*fields, *forwarded(request), *ids.fields, via.extend(request)]
+
+
+def fields_of_worker(request: Request, ids: RequestIds, via: OurVia) -> list[Header]:
+    """Return the fields of a worker's request for a function; who asked and through whom was told at submission."""
+    return [*end_to_end(request.headers, *_NEVER_PASSED_ON), *ids.fields, via.extend(request)]
+
+
+def function_target(function: Function, request: Request, rest: bytes) -> Url:
+    """Return where a request for a function goes: the function's address, the rest of the path, the query."""
+    if function.url is None:
+        raise AssertionError(f"{function.name} has no address: local functions get theirs when they are started")
+    base = parse_upstream(function.url)
+    target = base.target.rstrip("/") + (rest.decode() or "/") + (f"?{request.query.decode()}" if request.query else "")
+    return Url(base.scheme, base.host, base.port, target)
 
 
 def build_via(token: str) -> OurVia:

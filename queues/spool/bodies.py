@@ -1,150 +1,201 @@
-"""FIXDOC."""
+"""The bodies of an open queue: stored before a row names them, read back in pieces, always off the event loop.
+
+What is short stays in memory and goes into a row; what is long goes into a file (body_files.py).  A payload finds room
+or is refused.  A result waits for room, as its function has run and must not run again: one with a known length takes
+all its room at once, the others are written one after another, so that results never wait for each other's rest.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import fcntl
-import os
-import uuid
-from collections.abc import (
-    Iterable,
-    Sequence,
-)
-from typing import BinaryIO
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager
+from functools import partial
+from typing import TypeVar
 
-from ...calls.model import EXCERPT_BYTES, QueueDamaged, QueueFull, QueueUnavailable
-from ...watchdog import log
-from .directory import _Tree
-from .errors import _disk_error
+from ...calls.model import INLINE_BYTES, QueueDamaged, QueueFull, QueueUnavailable, ResultLost, StoredBody
+from ...watchdog import BodyTooLarge, FaashoundError, log
+from .body_files import BodyFile, list_old_bodies, open_body_file, read_excerpt, unlink_bodies, unlink_orphans
+from .directory import SpoolDirectory
+from .errors import DISK_FULL, NO_MEMORY, disk_error
+from .limits import FILE_CHUNK_BYTES, ROOM_PAUSE_S
+from .reserve import Reserve
 
-# --------------------------------------------------------------------------------------------------------------------
-# Bodies
-#
-# A body's file is written under its final name, which is random and means nothing until a row names it; the row is
-# submitted after file and directory are on disk. Whatever dies in between leaves a file that no row names. While a file
-# grows it is locked, so that `sweep` tells a slow body from an orphan.
-# --------------------------------------------------------------------------------------------------------------------
+T = TypeVar("T")
 
 
-class _BodyFile:
-    """A body on its way to disk. Its methods block, so run in a thread, one at a time; `keep` or `discard` ends it.
+class Bodies:
+    """Stored bodies; `tidy` is to give room back that the journal has."""
 
-    One that has failed for want of room may be called again: it goes on where it stopped.
-    """
+    THREAD_COUNT = 4
 
-    def __init__(self, bodies_fd: int, length: int = 0) -> None:
-        """If its `length` is known, `create` takes all the room at once, or fails."""
-        self._bodies_fd = bodies_fd
-        self._fd = -1
-        self._length = length
-        self._written = 0
-        self._left = memoryview(b"")
-        self.name = uuid.uuid4().hex
+    def __init__(self, directory: SpoolDirectory, reserve: Reserve, tidy: Callable[[], Awaitable[None]]) -> None:
+        self._directory = directory
+        self._reserve = reserve
+        self._tidy = tidy
+        self._threads = ThreadPoolExecutor(self.THREAD_COUNT, thread_name_prefix="spool-files")
+        self._result_lock = asyncio.Lock()  # of results that have found no room
+        self._closed = False
 
-    def create(self) -> None:
-        if self._fd < 0:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            self._fd = os.open(self.name, flags, 0o600, dir_fd=self._bodies_fd)
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if self._length:
-            _allocate(self._fd, self._length)
+    def refuse(self) -> None:
+        """Begin nothing more."""
+        self._closed = True
 
-    def add(self, pieces: Sequence[bytes]) -> None:
-        """What is to be written next; only once all before it is."""
-        self._left = memoryview(b"".join(pieces))
+    def close(self) -> None:
+        """Wait for what is under way."""
+        self._threads.shutdown()
 
-    def write(self) -> None:
-        while self._left:
-            count = os.write(self._fd, self._left)
-            self._left = self._left[count:]
-            self._written += count
-
-    def keep(self) -> None:
-        if self._length:
-            os.ftruncate(self._fd, self._written)  # it may have had less to say than it announced
-        os.utime(self._fd)  # the last bytes may be hours old; the time to name the file begins now
-        os.fsync(self._fd)
-        os.fsync(self._bodies_fd)
-        self._close()
-
-    def discard(self) -> None:
-        self._close()
-        _unlink_bodies(self._bodies_fd, [self.name])
-
-    def _close(self) -> None:
-        if self._fd >= 0:
-            fd, self._fd = self._fd, -1
-            os.close(fd)
-
-
-def _allocate(fd: int, bytes_count: int) -> None:
-    """Takes up room for a file, all of it or none; OSError if there is not as much."""
-    before_bytes = os.fstat(fd).st_size
-    try:
-        os.posix_fallocate(fd, 0, bytes_count)
-    except OSError as error:
-        os.ftruncate(fd, before_bytes)  # some file systems keep what they could get
-        if isinstance(_disk_error(error), QueueFull):
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        """Disk work that is not SQLite's, off the event loop; a cancelled caller still waits for its end."""
+        if self._closed:
+            raise QueueUnavailable("the queue is closed")
+        future = asyncio.get_running_loop().run_in_executor(self._threads, work)
+        try:
+            return await asyncio.shield(future)
+        except OSError as error:
+            raise disk_error(error) from error
+        except MemoryError as error:
+            raise QueueUnavailable(NO_MEMORY) from error
+        except asyncio.CancelledError:
+            while not future.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([future])
             raise
-        log.warning(f"no room can be taken up beforehand: {error.strerror}")
 
+    async def store(self, chunks: AsyncIterator[bytes] | bytes, limit_bytes: int | None = None) -> StoredBody:
+        """See `Spool.store_body`."""
+        if isinstance(chunks, bytes) and len(chunks) <= INLINE_BYTES:
+            if limit_bytes is not None and len(chunks) > limit_bytes:
+                raise BodyTooLarge(limit_bytes)
+            return StoredBody(len(chunks), chunks, None)
+        source = _once(chunks) if isinstance(chunks, bytes) else chunks
+        return await self._store(source, limit_bytes, BodyFile(self._directory.bodies_fd), self._write_body)
 
-def _unlink_bodies(bodies_fd: int, files: Iterable[str]) -> int:
-    count = 0
-    for name in files:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name, dir_fd=bodies_fd)
-            count += 1
-    return count
+    async def store_result(
+        self, chunks: AsyncIterator[bytes], limit_bytes: int | None = None, length: int | None = None
+    ) -> StoredBody:
+        """See `Spool.store_result`."""
+        if length is not None and limit_bytes is not None and length > limit_bytes:
+            raise BodyTooLarge(limit_bytes)
+        waited = False
 
+        async def write(work: Callable[[], None]) -> None:
+            nonlocal waited
+            waited |= await self._write_result(work, length or 0)
 
-def _list_old_bodies(bodies_fd: int, before_s: float) -> list[str]:
-    """Body files not written to since `before_s`, of the file system's own clock."""
-    old = []
-    for entry in os.scandir(bodies_fd):
-        with contextlib.suppress(FileNotFoundError):
-            if entry.stat(follow_symlinks=False).st_mtime < before_s:
-                old.append(entry.name)
-    return old
-
-
-def _unlink_orphans(bodies_fd: int, files: Iterable[str]) -> int:
-    count = 0
-    for name in files:
         try:
-            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=bodies_fd)
-        except FileNotFoundError:
-            continue
+            return await self._store(chunks, limit_bytes, BodyFile(self._directory.bodies_fd, length or 0), write)
+        except BodyTooLarge:
+            raise
+        except FaashoundError as error:
+            if not waited or self._closed:
+                raise
+            raise ResultLost(f"the answer broke off while it waited for room in the queue: {error}") from error
+
+    async def _write_body(self, work: Callable[[], None]) -> None:
+        """A body that is on its way when the disk gets full is refused as well: its call could not be put."""
+        if not self._reserve.has_room(FILE_CHUNK_BYTES):
+            await self._tidy()
+            if not self._reserve.has_room(FILE_CHUNK_BYTES):
+                raise QueueFull(DISK_FULL)
+        await self._in_thread(work)
+
+    async def _write_result(self, work: Callable[[], None], length: int) -> bool:
+        """Does `work`, which goes on where it stopped, until it succeeds; whether it had to wait."""
+        lock: AbstractAsyncContextManager[None] = contextlib.nullcontext() if length else self._result_lock
+
+        def write() -> None:
+            if not self._reserve.has_half:  # the journal's half is let go of just now: it is not for us
+                raise QueueFull(DISK_FULL)
+            work()
+
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            count += _unlink_bodies(bodies_fd, [name])
-        except BlockingIOError:
-            pass  # someone is still writing it
-        finally:
-            os.close(fd)
-    return count
+            await self._in_thread(write)
+            return False
+        except (QueueFull, QueueUnavailable) as error:
+            log.warning(f"a result waits to be stored: {error}")
+        async with lock:
+            while True:
+                if self._reserve.free_bytes + self._reserve.whole_bytes // 2 >= length:
+                    self._reserve.release(0.5)
+                try:
+                    await self._in_thread(write)
+                    return True
+                except (QueueFull, QueueUnavailable):
+                    if self._closed:
+                        raise
+                await asyncio.sleep(ROOM_PAUSE_S)
+
+    async def _store(
+        self,
+        source: AsyncIterator[bytes],
+        limit_bytes: int | None,
+        file: BodyFile,
+        write: Callable[[Callable[[], None]], Awaitable[None]],
+    ) -> StoredBody:
+        """Collects a body, by `write` in `file` if it is long; `write` has the file's methods run in a thread."""
+        pieces: list[bytes] = []
+        total = held = 0
+        begun = False
+        async with contextlib.AsyncExitStack() as stack:
+            async for piece in source:
+                pieces.append(piece)
+                total += len(piece)
+                held += len(piece)
+                if limit_bytes is not None and total > limit_bytes:
+                    raise BodyTooLarge(limit_bytes)
+                if held > (FILE_CHUNK_BYTES if begun else INLINE_BYTES):
+                    if not begun:
+                        stack.push_async_callback(self._in_thread, file.discard)
+                        await write(file.create)
+                        begun = True
+                    file.add(pieces)
+                    await write(file.write)
+                    pieces, held = [], 0
+            if not begun:
+                return StoredBody(total, b"".join(pieces), None)
+            file.add(pieces)
+            await write(file.write)
+            await write(file.keep)
+            stack.pop_all()
+        return StoredBody(total, None, file.name)
+
+    async def open(self, body: StoredBody, chunk_bytes: int = FILE_CHUNK_BYTES) -> AsyncGenerator[bytes, None]:
+        """See `Spool.open_body`."""
+        if body.file is None:
+            inline = body.inline or b""
+            for start in range(0, len(inline), chunk_bytes):
+                yield inline[start : start + chunk_bytes]
+            return
+        left = body.bytes_count
+        file = await self._in_thread(partial(open_body_file, self._directory, body.file, body.bytes_count))
+        with contextlib.closing(file):
+            while piece := await self._in_thread(partial(file.read, chunk_bytes)):
+                left -= len(piece)
+                yield piece
+        if left:
+            raise QueueDamaged(f"the file of a stored body is {left} bytes too short")
+
+    async def drop(self, files: Collection[str]) -> int:
+        """Remove files that nothing names; return how many there were."""
+        return await self._in_thread(partial(unlink_bodies, self._directory.bodies_fd, files)) if files else 0
+
+    async def read_excerpt(self, body: StoredBody) -> bytes:
+        """Return how a result in a file begins."""
+        if body.file is None:
+            raise AssertionError("a body that is in memory is its own excerpt")
+        return await self._in_thread(partial(read_excerpt, self._directory, body.file, body.bytes_count))
+
+    async def list_old(self, before_s: float) -> list[str]:
+        """Return the files not written to since `before_s`."""
+        return await self._in_thread(partial(list_old_bodies, self._directory.bodies_fd, before_s))
+
+    async def drop_orphans(self, files: Collection[str]) -> int:
+        """Remove files that no row names, except those that are being written; return how many."""
+        return await self._in_thread(partial(unlink_orphans, self._directory.bodies_fd, files))
 
 
-def _open_body(tree: _Tree, name: str, bytes_count: int) -> BinaryIO:
-    """The file of a body, checked as far as can be without reading it; QueueDamaged only for what no retry mends."""
-    try:
-        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=tree.bodies_fd)
-    except FileNotFoundError as error:
-        if not tree.has_bodies:  # a directory that was moved, or whose disk is not mounted, tells nothing of its files
-            raise QueueUnavailable("the directory of stored bodies was moved or removed") from error
-        raise QueueDamaged("the file of a stored body is gone") from error
-    file = os.fdopen(fd, "rb")
-    with contextlib.ExitStack() as stack:
-        stack.callback(file.close)
-        size_bytes = os.fstat(fd).st_size
-        if size_bytes != bytes_count:
-            raise QueueDamaged(f"the file of a stored body has {size_bytes} bytes instead of {bytes_count}")
-        stack.pop_all()
-    return file
-
-
-def _read_excerpt(tree: _Tree, name: str, bytes_count: int) -> bytes:
-    """How a result begins; its time to be named begins anew, since a full disk may keep it waiting for hours."""
-    with _open_body(tree, name, bytes_count) as file:
-        os.utime(file.fileno())
-        return file.read(EXCERPT_BYTES)
+async def _once(body: bytes) -> AsyncIterator[bytes]:
+    yield body

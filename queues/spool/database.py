@@ -8,10 +8,10 @@ import sqlite3
 from pathlib import Path
 
 from ...calls.model import QueueDamaged, QueueFull, destination_of
-from .directory import _sync_directory, _Tree
-from .errors import _damaged, _sqlite_error
+from .directory import SpoolDirectory, sync_directory
+from .errors import damaged_error, sqlite_error
 from .limits import BUSY_S, DATABASE
-from .reserve import _Reserve, _size_bytes
+from .reserve import Reserve, size_bytes
 from .schema import APPLICATION_ID, MIGRATIONS
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -19,7 +19,7 @@ from .schema import APPLICATION_ID, MIGRATIONS
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _connect(path: Path) -> sqlite3.Connection:
+def connect(path: Path) -> sqlite3.Connection:
     """A connection in autocommit mode (we say BEGIN ourselves), to be used by one thread at a time."""
     db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False, cached_statements=256)
     with contextlib.ExitStack() as stack:
@@ -31,35 +31,37 @@ def _connect(path: Path) -> sqlite3.Connection:
     return db
 
 
-def _open_database(tree: _Tree) -> sqlite3.Connection:
-    """The writer's connection to a file that has been looked at; call inside `tree.turn()`."""
-    path = tree.database
-    if _size_bytes(path) is None:
-        if _size_bytes(path.with_name(f"{DATABASE}-wal")):
-            raise _damaged(path, "is missing, though its journal is there")
+def _open_database(directory: SpoolDirectory) -> sqlite3.Connection:
+    """The writer's connection to a file that has been looked at; call under the writer lock."""
+    path = directory.database
+    if size_bytes(path) is None:
+        if size_bytes(path.with_name(f"{DATABASE}-wal")):
+            raise damaged_error(path, "is missing, though its journal is there")
         _create_database(path)
     with path.open("rb") as file:
         if file.read(16) != b"SQLite format 3\0":
-            raise _damaged(path, "is empty or not a queue's file")
+            raise damaged_error(path, "is empty or not a queue's file")
     with contextlib.ExitStack() as stack:
         try:
-            db = stack.enter_context(contextlib.closing(_connect(path)))
+            db = stack.enter_context(contextlib.closing(connect(path)))
             _check(db, path)
-            _migrate(db)
+            migrate_schema(db)
         except sqlite3.Error as error:
-            problem = _sqlite_error(error)
-            raise _damaged(path, f"is damaged ({error})") if isinstance(problem, QueueDamaged) else problem from error
+            problem = sqlite_error(error)
+            raise (
+                damaged_error(path, f"is damaged ({error})") if isinstance(problem, QueueDamaged) else problem
+            ) from error
         stack.pop_all()
     return db
 
 
-def _open_in_room(tree: _Tree, reserve: _Reserve) -> sqlite3.Connection:
+def open_database(directory: SpoolDirectory, reserve: Reserve) -> sqlite3.Connection:
     """Opens the file with the reserve's room if need be: its journal and the index of that are made by the first."""
     try:
-        return _open_database(tree)
+        return _open_database(directory)
     except QueueFull:
         reserve.release()
-        return _open_database(tree)
+        return _open_database(directory)
 
 
 def _create_database(path: Path) -> None:
@@ -69,27 +71,27 @@ def _create_database(path: Path) -> None:
         draft.with_name(draft.name + tail).unlink(missing_ok=True)
     os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))  # -wal and -shm take their mode from it
     try:
-        with contextlib.closing(_connect(draft)) as db:
+        with contextlib.closing(connect(draft)) as db:
             db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # only possible before the first page
             db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             db.execute("PRAGMA journal_mode = WAL")
-            _migrate(db)
+            migrate_schema(db)
     except sqlite3.Error as error:
-        raise _sqlite_error(error) from error
+        raise sqlite_error(error) from error
     draft.rename(path)
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
 
 
 def _check(db: sqlite3.Connection, path: Path) -> None:
     """Refuses what is not ours or not whole, as far as can be told without reading all of it."""
     if db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
-        raise _damaged(path, "is some other program's file")
+        raise damaged_error(path, "is some other program's file")
     version = db.execute("PRAGMA user_version").fetchone()[0]
     if not 1 <= version <= len(MIGRATIONS):
-        raise _damaged(path, f"is of version {version}, this program knows 1 to {len(MIGRATIONS)}")
+        raise damaged_error(path, f"is of version {version}, this program knows 1 to {len(MIGRATIONS)}")
     (pages,), (page_bytes,) = (db.execute(f"PRAGMA {name}").fetchone() for name in ("page_count", "page_size"))
     if _missing_pages(path, pages, page_bytes):
-        raise _damaged(path, "is cut short")
+        raise damaged_error(path, "is cut short")
 
 
 def _missing_pages(path: Path, page_count: int, page_bytes: int) -> set[int]:
@@ -102,7 +104,7 @@ def _missing_pages(path: Path, page_count: int, page_bytes: int) -> set[int]:
     held = path.stat().st_size // page_bytes
     missing = set(range(held + 1, page_count + 1)) - {(1 << 30) // page_bytes + 1}
     journal = path.with_name(f"{DATABASE}-wal")
-    if missing and _size_bytes(journal):
+    if missing and size_bytes(journal):
         with journal.open("rb") as file:
             file.seek(32)
             while len(header := file.read(24)) == 24:
@@ -111,7 +113,7 @@ def _missing_pages(path: Path, page_count: int, page_bytes: int) -> set[int]:
     return missing
 
 
-def _migrate(db: sqlite3.Connection) -> None:
+def migrate_schema(db: sqlite3.Connection) -> None:
     """Brings an older file to the newest version, one version per transaction; lends SQL what the law needs of us."""
     db.create_function("destination_of", 1, destination_of, deterministic=True)
     (version,) = db.execute("PRAGMA user_version").fetchone()

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...calls.model import QueueUnavailable
-from .errors import _open_error, _user_name
-from .limits import DATABASE, TURN_PAUSE_S, TURN_S
+from .errors import open_error, user_name
+from .limits import DATABASE, LOCK_PAUSE_S, LOCK_S
 
 # --------------------------------------------------------------------------------------------------------------------
 # The directory
@@ -41,7 +41,7 @@ TOKEN_CHARS = 32  # at least; ours have 43, which are 256 bits
 
 
 @dataclass(frozen=True, slots=True)
-class _Tree:
+class SpoolDirectory:
     """The open directory of a queue."""
 
     path: Path
@@ -49,7 +49,7 @@ class _Tree:
     lock_fd: int
     bodies_fd: int
     owners_fd: int
-    bells_fd: int
+    notifiers_fd: int
 
     @property
     def database(self) -> Path:
@@ -64,24 +64,24 @@ class _Tree:
             return False
 
     @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
+    def writer_lock(self) -> Iterator[None]:
         """Holds `writer.lock`: every write, checkpoint and owner look-up happens inside.
 
         QueueUnavailable if it cannot be had: whoever holds it may be suspended, or stuck on a disk.
         """
-        _take_turn(self.lock_fd)
+        _take_writer_lock(self.lock_fd)
         try:
             yield
         finally:
             fcntl.flock(self.lock_fd, fcntl.LOCK_UN)
 
     def close(self) -> None:
-        for fd in (self.root_fd, self.lock_fd, self.bodies_fd, self.owners_fd, self.bells_fd):
+        for fd in (self.root_fd, self.lock_fd, self.bodies_fd, self.owners_fd, self.notifiers_fd):
             os.close(fd)
 
 
-def _take_turn(lock_fd: int) -> None:
-    """Lock `writer.lock`, within TURN_S.
+def _take_writer_lock(lock_fd: int) -> None:
+    """Lock `writer.lock`, within LOCK_S.
 
     flock(2) has no time limit, so it is asked again and again; a commit holds it for a millisecond or so, and its next
     group needs longer to gather than we sleep, so that processes really take turns.
@@ -93,9 +93,9 @@ def _take_turn(lock_fd: int) -> None:
             return
         except BlockingIOError:
             waited_s = time.monotonic() - started_s
-        if waited_s > TURN_S:
-            raise QueueUnavailable(f"the queue's lock has been held for {TURN_S:g} s by {_lock_holder(lock_fd)}")
-        time.sleep(max(TURN_PAUSE_S, min(waited_s / 50, 0.02)))
+        if waited_s > LOCK_S:
+            raise QueueUnavailable(f"the queue's lock has been held for {LOCK_S:g} s by {_lock_holder(lock_fd)}")
+        time.sleep(max(LOCK_PAUSE_S, min(waited_s / 50, 0.02)))
 
 
 def _lock_holder(lock_fd: int) -> str:
@@ -108,11 +108,11 @@ def _lock_holder(lock_fd: int) -> str:
     return "somebody"
 
 
-def _open_tree(path: Path) -> _Tree:
+def open_directory(path: Path) -> SpoolDirectory:
     missing = [place for place in (path, *path.parents) if not place.exists()]
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     for place in missing:  # else a power cut may take the directory, and every call in it
-        _sync_directory(place.parent)
+        sync_directory(place.parent)
     with contextlib.ExitStack() as stack:
 
         def hold(fd: int) -> int:
@@ -120,16 +120,16 @@ def _open_tree(path: Path) -> _Tree:
             return fd
 
         root_fd = hold(_open_root(path))
-        lock_fd = hold(_open_ours(root_fd, path / "writer.lock", os.O_RDWR | os.O_CREAT))
+        lock_fd = hold(open_ours(root_fd, path / "writer.lock", os.O_RDWR | os.O_CREAT))
         fds = []
         for name in ("bodies", "owners", "bells"):
             with contextlib.suppress(FileExistsError):
                 os.mkdir(name, 0o700, dir_fd=root_fd)
-            fds.append(hold(_open_ours(root_fd, path / name, os.O_RDONLY | os.O_DIRECTORY)))
+            fds.append(hold(open_ours(root_fd, path / name, os.O_RDONLY | os.O_DIRECTORY)))
         for tail in ("", "-wal", "-shm"):  # SQLite opens them itself, and by name
             _check_name(root_fd, path / f"{DATABASE}{tail}")
         stack.pop_all()
-    return _Tree(path, root_fd, lock_fd, *fds)
+    return SpoolDirectory(path, root_fd, lock_fd, *fds)
 
 
 def _open_root(path: Path) -> int:
@@ -145,7 +145,7 @@ def _open_root(path: Path) -> int:
     return fd
 
 
-def _open_ours(root_fd: int, path: Path, flags: int) -> int:
+def open_ours(root_fd: int, path: Path, flags: int) -> int:
     """A file of the directory by its name, checked; without waiting, as for a FIFO that was put in its place."""
     try:
         fd = os.open(path.name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600, dir_fd=root_fd)
@@ -179,13 +179,13 @@ def _not_ours(path: Path, info: os.stat_result) -> QueueUnavailable:
     kind = {stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "symbolic link"}
     what = kind.get(stat.S_IFMT(info.st_mode), "special file")
     return QueueUnavailable(
-        f"{path} is a {what} that belongs to {_user_name(info.st_uid)} (mode {stat.S_IMODE(info.st_mode):04o}); this"
-        f" process runs as {_user_name(os.geteuid())} and uses only what is its own. Name another directory, run as"
+        f"{path} is a {what} that belongs to {user_name(info.st_uid)} (mode {stat.S_IMODE(info.st_mode):04o}); this"
+        f" process runs as {user_name(os.geteuid())} and uses only what is its own. Name another directory, run as"
         f" the user that the queue belongs to, or remove it"
     )
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -193,17 +193,17 @@ def _sync_directory(path: Path) -> None:
         os.close(fd)
 
 
-def _read_token(tree: _Tree) -> str:
+def read_token(directory: SpoolDirectory) -> str:
     """The queue's secret, made by the process that opens the queue first; renamed into place, so never half written.
 
     QueueUnavailable for a short one: an empty token would be equal to the one of a request that has none.
     """
-    path = tree.path / "token"
+    path = directory.path / "token"
     try:
-        fd = _open_ours(tree.root_fd, path, os.O_RDONLY)
+        fd = open_ours(directory.root_fd, path, os.O_RDONLY)
     except FileNotFoundError:
-        _create_token(tree)
-        fd = _open_ours(tree.root_fd, path, os.O_RDONLY)
+        _create_token(directory)
+        fd = open_ours(directory.root_fd, path, os.O_RDONLY)
     with os.fdopen(fd, encoding="ascii", errors="replace") as file:
         token = file.read().strip()
     if len(token) < TOKEN_CHARS:
@@ -214,17 +214,17 @@ def _read_token(tree: _Tree) -> str:
     return token
 
 
-def _create_token(tree: _Tree) -> None:
+def _create_token(directory: SpoolDirectory) -> None:
     draft = "token.new"
     with contextlib.suppress(FileNotFoundError):  # of a process that died over it
-        os.unlink(draft, dir_fd=tree.root_fd)
-    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=tree.root_fd)
+        os.unlink(draft, dir_fd=directory.root_fd)
+    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=directory.root_fd)
     with os.fdopen(fd, "w", encoding="ascii") as file:
         file.write(secrets.token_urlsafe(32))
         file.flush()
         os.fsync(file.fileno())
-    os.rename(draft, "token", src_dir_fd=tree.root_fd, dst_dir_fd=tree.root_fd)
-    os.fsync(tree.root_fd)
+    os.rename(draft, "token", src_dir_fd=directory.root_fd, dst_dir_fd=directory.root_fd)
+    os.fsync(directory.root_fd)
 
 
 def set_aside(directory: Path | str) -> Path:
@@ -236,8 +236,8 @@ def set_aside(directory: Path | str) -> Path:
     path = Path(directory) / DATABASE
     suffix = time.strftime(".damaged-%Y%m%dT%H%M%SZ", time.gmtime())
     try:
-        tree = _open_tree(Path(directory))
-        with contextlib.closing(tree), tree.turn():
+        opened = open_directory(Path(directory))
+        with contextlib.closing(opened), opened.writer_lock():
             target = path.with_name(path.name + suffix)
             if target.exists():
                 raise QueueUnavailable(f"{target} exists already")
@@ -247,7 +247,7 @@ def set_aside(directory: Path | str) -> Path:
             for name, new_name in {"bodies": f"bodies{suffix}", **moves}.items():
                 with contextlib.suppress(FileNotFoundError):
                     (path.parent / name).rename(path.parent / new_name)
-            _sync_directory(path.parent)
+            sync_directory(path.parent)
     except OSError as error:
-        raise _open_error(Path(directory), error) from error
+        raise open_error(Path(directory), error) from error
     return target

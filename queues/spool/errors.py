@@ -19,13 +19,13 @@ NO_MEMORY = "the queue cannot be used: no memory"
 DISK_FULL = "the queue's disk is full"
 
 
-def _disk_error(error: OSError) -> FaashoundError:
+def disk_error(error: OSError) -> FaashoundError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return QueueFull(DISK_FULL)
     return QueueUnavailable(f"the queue cannot use its disk: {error.strerror or type(error).__name__}")
 
 
-def _sqlite_error(error: sqlite3.Error) -> FaashoundError:
+def sqlite_error(error: sqlite3.Error) -> FaashoundError:
     # Python hands on extended codes; the primary code is the low byte. Errors of Python's own have none.
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
     if code & 0xFF == sqlite3.SQLITE_FULL or code == sqlite3.SQLITE_IOERR_SHMSIZE:
@@ -35,10 +35,10 @@ def _sqlite_error(error: sqlite3.Error) -> FaashoundError:
     return QueueUnavailable(f"the queue cannot be used: {error}")
 
 
-def _open_error(path: Path, error: OSError) -> FaashoundError:
+def open_error(path: Path, error: OSError) -> FaashoundError:
     """Says what an operator needs: which path, whose it is, and who we are."""
     if error.errno not in (errno.EACCES, errno.EPERM):
-        return type(_disk_error(error))(f"cannot use the queue in {path}: {error.strerror}")
+        return type(disk_error(error))(f"cannot use the queue in {path}: {error.strerror}")
     place = Path(error.filename) if isinstance(error.filename, str) else path
     while True:  # the nearest that can be looked at; the root directory always can
         try:
@@ -47,19 +47,19 @@ def _open_error(path: Path, error: OSError) -> FaashoundError:
         except (PermissionError, FileNotFoundError):
             place = place.parent
     return QueueUnavailable(
-        f"cannot use the queue in {path}: {error.strerror}: {place} belongs to {_user_name(info.st_uid)}"
-        f" (mode {stat.S_IMODE(info.st_mode):04o}), this process runs as {_user_name(os.geteuid())}"
+        f"cannot use the queue in {path}: {error.strerror}: {place} belongs to {user_name(info.st_uid)}"
+        f" (mode {stat.S_IMODE(info.st_mode):04o}), this process runs as {user_name(os.geteuid())}"
     )
 
 
-def _user_name(uid: int) -> str:
+def user_name(uid: int) -> str:
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
         return f"user {uid}"
 
 
-def _damaged(path: Path, why: str) -> QueueDamaged:
+def damaged_error(path: Path, why: str) -> QueueDamaged:
     return QueueDamaged(
         f"{path} {why}. It has been left as it is. Restore a backup, or start with an empty queue after"
         f" python -c 'from faashound.queues.spool.directory import set_aside; set_aside({str(path.parent)!r})'"

@@ -14,10 +14,10 @@ STEP_COUNT = 500  # rows or pages that housekeeping touches in one commit, for t
 SPARE_PAGE_COUNT = 256  # free pages left in the file for the next calls (1 MiB)
 
 
-TURN_S = 8.0  # for the lock that processes take turns by
+LOCK_S = 8.0  # for the lock that processes take turns by
 
 
-TURN_PAUSE_S = 0.0002  # between two tries
+LOCK_PAUSE_S = 0.0002  # between two tries
 
 
 BUSY_S = 5.0  # only strangers (a backup, a shell) can hold SQLite's lock: ours take turns by `writer.lock`

@@ -1,4 +1,10 @@
-"""FIXDOC."""
+"""Waking other processes: a datagram to each that has the queue open, once what they may wait for is on disk.
+
+A notifier is a datagram socket with a file in `bells/`; waking its process sends one byte, a `WakeUp`.  Each sender
+keeps one connected socket per notifier, as the kernel charges unread datagrams to their sender: through a shared
+socket, one process that has stopped reading would silence the rest.  A notifier whose buffer is full loses the byte; it
+has at least two unread then, and a process that reads two or more at once takes it that anything may have happened.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +19,8 @@ from ...watchdog import log
 from .limits import SETTLED_NS
 
 
-class Ring(IntFlag):
-    """What a bell says: why someone may want to look at the queue."""
+class WakeUp(IntFlag):
+    """Why a process may want to look at the queue."""
 
     NOTHING = 0
     WORK = 1
@@ -23,21 +29,11 @@ class Ring(IntFlag):
     ALL = 7
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Bells
-#
-# A bell is a datagram socket with a file; ringing it sends one byte, a Ring. Each sender keeps one connected socket per
-# bell, as the kernel charges unread datagrams to their sender: through a shared socket, one process that has stopped
-# reading would silence the rest. A bell whose buffer is full loses the byte; it has at least two unread then, and who
-# reads two or more at once takes it that anything may have happened.
-# --------------------------------------------------------------------------------------------------------------------
+class Notifier:
+    """Our own socket and the way to all others. `wake` belongs to the writer thread, `read` to the event loop."""
 
-
-class _Bells:
-    """Our own bell and the way to all others. `ring` belongs to the writer thread, `hear` to the event loop."""
-
-    def __init__(self, bells_fd: int) -> None:
-        self._bells_fd = bells_fd
+    def __init__(self, notifiers_fd: int) -> None:
+        self._notifiers_fd = notifiers_fd
         self._others: dict[str, socket.socket] = {}
         self._names: set[str] = set()
         self._changed_ns = -1
@@ -48,47 +44,47 @@ class _Bells:
             stack.pop_all()
 
     def _address(self, name: str) -> str:
-        return f"/proc/self/fd/{self._bells_fd}/{name}"
+        return f"/proc/self/fd/{self._notifiers_fd}/{name}"
 
     def fileno(self) -> int:
         return self._own.fileno()
 
-    def hear(self) -> Ring:
-        """All that was rung since the last time; never blocks."""
-        heard: list[int] = []
+    def read(self) -> WakeUp:
+        """All that has come since the last time; never blocks."""
+        found: list[int] = []
         with contextlib.suppress(BlockingIOError):
             while True:
-                heard.extend(self._own.recv(1))
-        return Ring.ALL if len(heard) > 1 else Ring(sum(heard) & Ring.ALL)
+                found.extend(self._own.recv(1))
+        return WakeUp.ALL if len(found) > 1 else WakeUp(sum(found) & WakeUp.ALL)
 
-    def ring(self, ring: Ring) -> None:
-        """Rings every bell but ours. One that cannot be rung is logged: it must not keep the queue from its work."""
+    def wake(self, wake_up: WakeUp) -> None:
+        """Wakes every other process. One that cannot be woken is logged: it must not keep the queue from its work."""
         try:
             self._look_around()
         except OSError as error:
-            log.warning(f"cannot ring any bell: {error}")
+            log.warning(f"cannot wake any other process: {error}")
             return
         for name in self._names:
             try:
-                self._reach(name).send(bytes([ring]))
+                self._reach(name).send(bytes([wake_up]))
             except BlockingIOError:
-                pass  # full: it is ringing already
-            except (ConnectionRefusedError, FileNotFoundError):  # nobody holds it any more
+                pass  # full: its process has not read what was sent before
+            except (ConnectionRefusedError, FileNotFoundError):  # its process has died
                 self._drop(name)
                 with contextlib.suppress(FileNotFoundError):
-                    os.unlink(name, dir_fd=self._bells_fd)
+                    os.unlink(name, dir_fd=self._notifiers_fd)
             except OSError as error:
-                log.warning(f"cannot ring the bell {name}: {error}")
+                log.warning(f"cannot wake the process behind {name}: {error}")
                 self._drop(name)
 
     def _look_around(self) -> None:
-        """Bring the names up to date: listing the directory for every commit would cost more than ringing."""
-        changed_ns = os.fstat(self._bells_fd).st_mtime_ns
+        """Bring the names up to date: listing the directory for every commit would cost more than sending."""
+        changed_ns = os.fstat(self._notifiers_fd).st_mtime_ns
         if changed_ns == self._changed_ns:
             return
         # A change that is this young may be followed by another within the same tick of the file system's clock.
         self._changed_ns = changed_ns if changed_ns < time.time_ns() - SETTLED_NS else -1
-        self._names = set(os.listdir(self._bells_fd)) - {self.name}
+        self._names = set(os.listdir(self._notifiers_fd)) - {self.name}
         for name in self._others.keys() - self._names:
             self._drop(name)
 
@@ -107,4 +103,4 @@ class _Bells:
         for other in self._others.values():
             other.close()
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.name, dir_fd=self._bells_fd)
+            os.unlink(self.name, dir_fd=self._notifiers_fd)

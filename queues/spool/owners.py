@@ -9,19 +9,19 @@ import time
 from pathlib import Path
 
 from ...calls.model import QueueUnavailable
-from .directory import _Tree
+from .directory import SpoolDirectory
 
 # --------------------------------------------------------------------------------------------------------------------
 # Owners
 #
 # A worker's life is an flock on `owners/<owner>`: the kernel lets go of it however the worker dies, so whoever can lock
-# the file knows that the worker is dead. All of this happens inside `tree.turn()`: a look-up takes the lock
+# the file knows that the worker is dead. All of this happens inside the writer lock: a look-up takes the lock
 # for a moment, and would otherwise be taken for a living owner by another look-up.
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _lock_owner(tree: _Tree, owner: str) -> int:
-    fd = os.open(owner, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=tree.owners_fd)
+def lock_owner(directory: SpoolDirectory, owner: str) -> int:
+    fd = os.open(owner, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=directory.owners_fd)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -30,9 +30,9 @@ def _lock_owner(tree: _Tree, owner: str) -> int:
     return fd
 
 
-def _is_dead(tree: _Tree, owner: str) -> bool:
+def is_dead(directory: SpoolDirectory, owner: str) -> bool:
     try:
-        fd = os.open(owner, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=tree.owners_fd)
+        fd = os.open(owner, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory.owners_fd)
     except FileNotFoundError:
         return True
     try:
@@ -44,17 +44,17 @@ def _is_dead(tree: _Tree, owner: str) -> bool:
     return True
 
 
-def _remove_dead_owners(tree: _Tree) -> None:
-    for owner in os.listdir(tree.owners_fd):
-        if _is_dead(tree, owner):
+def remove_dead_owners(directory: SpoolDirectory) -> None:
+    for owner in os.listdir(directory.owners_fd):
+        if is_dead(directory, owner):
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(owner, dir_fd=tree.owners_fd)
+                os.unlink(owner, dir_fd=directory.owners_fd)
 
 
-def _read_boot_id() -> str:
+def read_boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
 
 
-def _boot_s() -> float:
+def boot_s() -> float:
     """Seconds since boot, time asleep included: a lease must run out in a machine that was suspended."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...calls.model import QueueLimits, QueueUnavailable
-from .database import _open_in_room
-from .directory import _open_tree, _read_token, _Tree
-from .errors import _open_error, _sqlite_error
-from .notifier import _Bells
-from .readers import _Readers
-from .reserve import _Reserve
+from .database import open_database
+from .directory import SpoolDirectory, open_directory, read_token
+from .errors import open_error, sqlite_error
+from .notifier import Notifier
+from .readers import Readers
+from .reserve import Reserve
 from .schema import SQLITE_VERSION
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -22,19 +22,19 @@ from .schema import SQLITE_VERSION
 
 
 @dataclass(frozen=True, slots=True)
-class _Parts:
+class Parts:
     """What opening a queue yields, before there is a thread or a socket."""
 
     limits: QueueLimits
-    tree: _Tree
+    directory: SpoolDirectory
     token: str
     db: sqlite3.Connection
-    reserve: _Reserve
-    readers: _Readers
-    bells: _Bells
+    reserve: Reserve
+    readers: Readers
+    notifier: Notifier
 
 
-def _open_parts(path: Path, limits: QueueLimits) -> _Parts:
+def open_parts(path: Path, limits: QueueLimits) -> Parts:
     path = path.absolute()
     if sqlite3.sqlite_version_info < SQLITE_VERSION:
         raise QueueUnavailable(
@@ -42,18 +42,18 @@ def _open_parts(path: Path, limits: QueueLimits) -> _Parts:
         )
     try:
         with contextlib.ExitStack() as stack:
-            tree = stack.enter_context(contextlib.closing(_open_tree(path)))
-            with tree.turn():
-                reserve = stack.enter_context(contextlib.closing(_Reserve(tree, limits.reserve_bytes)))
-                db = stack.enter_context(contextlib.closing(_open_in_room(tree, reserve)))
-                token = _read_token(tree)
+            directory = stack.enter_context(contextlib.closing(open_directory(path)))
+            with directory.writer_lock():
+                reserve = stack.enter_context(contextlib.closing(Reserve(directory, limits.reserve_bytes)))
+                db = stack.enter_context(contextlib.closing(open_database(directory, reserve)))
+                token = read_token(directory)
                 reserve.open()
                 db.execute(f"PRAGMA wal_autocheckpoint = {reserve.journal_pages}")
-            readers = stack.enter_context(contextlib.closing(_Readers(tree.database)))
-            bells = _Bells(tree.bells_fd)
+            readers = stack.enter_context(contextlib.closing(Readers(directory.database)))
+            notifier = Notifier(directory.notifiers_fd)
             stack.pop_all()
     except OSError as error:
-        raise _open_error(path, error) from error
+        raise open_error(path, error) from error
     except sqlite3.Error as error:
-        raise _sqlite_error(error) from error
-    return _Parts(limits, tree, token, db, reserve, readers, bells)
+        raise sqlite_error(error) from error
+    return Parts(limits, directory, token, db, reserve, readers, notifier)

@@ -41,14 +41,10 @@ import time
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
-    Awaitable,
     Callable,
-    Collection,
     Mapping,
     Sequence,
 )
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -57,22 +53,18 @@ from typing import TypeVar
 from ...calls.model import (
     EXCERPT_BYTES,
     FINAL,
-    INLINE_BYTES,
     Attempt,
     Bounds,
     Call,
     CallUnknown,
-    Event,
     Kind,
     Lease,
     LeaseLost,
     NewCall,
-    QueueDamaged,
     QueueFull,
     QueueLimits,
     QueueUnavailable,
     Renewal,
-    ResultLost,
     RunEnd,
     State,
     Stats,
@@ -80,60 +72,21 @@ from ...calls.model import (
     Swept,
 )
 from ...calls.names import FunctionName
-from ...watchdog import BodyTooLarge, FaashoundError, log
-from .bodies import _BodyFile, _list_old_bodies, _open_body, _read_excerpt, _unlink_bodies, _unlink_orphans
-from .errors import DISK_FULL, NO_MEMORY, _disk_error
-from .limits import DATABASE, FILE_CHUNK_BYTES, IDLE_S, ORPHAN_S, RECLAIM_S, ROOM_PAUSE_S, SET_BACK_S
-from .notifier import Ring
-from .operations import (
-    _START,
-    _cancel,
-    _cancel_queued,
-    _cancelled_ids,
-    _claim,
-    _claim_callbacks,
-    _Claimant,
-    _Claimed,
-    _count,
-    _drop_calls,
-    _drop_letters,
-    _drop_results,
-    _end_callback,
-    _ended,
-    _Ending,
-    _expire,
-    _expire_stale,
-    _Filter,
-    _finish,
-    _finish_cancelled,
-    _Flow,
-    _follow_clock,
-    _forget_idle,
-    _get,
-    _letters_before,
-    _list,
-    _look_ahead,
-    _Outlook,
-    _Position,
-    _purge,
-    _Put,
-    _release,
-    _renew,
-    _requeue_callback,
-    _requeue_dead,
-    _retry,
-    _Step,
-    _take_back,
-    _truncate_journal,
-    _unnamed,
-    _vacuum,
-    _Wanted,
-)
-from .owners import _boot_s, _is_dead, _lock_owner, _read_boot_id, _remove_dead_owners
-from .parts import _open_parts, _Parts
-from .statements import _accepted, _headers_text
-from .transaction import _Transaction
-from .writer import _Writer
+from ...calls.steps import Event
+from ...watchdog import FaashoundError, log
+from . import claims, ends, housekeeping, reads
+from .bodies import Bodies
+from .claims import Claimant, Claimed, Flow, Wanted
+from .housekeeping import START, DropStep, Position
+from .limits import DATABASE, FILE_CHUNK_BYTES, IDLE_S, ORPHAN_S, RECLAIM_S, SET_BACK_S
+from .notifier import WakeUp
+from .owners import boot_s, is_dead, lock_owner, read_boot_id, remove_dead_owners
+from .parts import Parts, open_parts
+from .puts import Put
+from .reads import CallFilter, Outlook
+from .rows import build_accepted, build_headers, find_call
+from .transaction import Transaction
+from .writer import Writer
 
 T = TypeVar("T")
 
@@ -144,22 +97,21 @@ class Spool:
     Writes are durable when they return. A write whose caller is cancelled may still happen.
     """
 
-    def __init__(self, parts: _Parts, now: Callable[[], float]) -> None:
+    def __init__(self, parts: Parts, now: Callable[[], float]) -> None:
         """Not for callers: use `Spool.open`."""
         self.token = parts.token  # known only to those who can open the queue: how gateway and worker trust each other
-        self._tree = parts.tree
+        self._directory = parts.directory
         self._limits = parts.limits
         self._reserve = parts.reserve
         self._readers = parts.readers
         self._now = now
-        self._boot = _read_boot_id()
+        self._boot = read_boot_id()
         self._loop = asyncio.get_running_loop()
-        self._bells = parts.bells
-        self._writer = _Writer(parts, self._on_ring)
-        self._files = ThreadPoolExecutor(4, thread_name_prefix="spool-files")
-        self._result_turn = asyncio.Lock()  # of results that have found no room
+        self._notifier = parts.notifier
+        self._writer = Writer(parts, self._on_wake_up)
+        self._bodies = Bodies(parts.directory, parts.reserve, self._tidy)
         self._owners: dict[str, int] = {}
-        self._last_flow: dict[Kind, _Flow] = {"call": ("", ""), "callback": ("", "")}
+        self._last_flow: dict[Kind, Flow] = {"call": ("", ""), "callback": ("", "")}
         self._reclaimed_s = -RECLAIM_S
         self._greatest_offset_s = self._offset_s()
         self._call_seen_s = self._callback_seen_s = -1e300  # what was due by then has been claimed or reported
@@ -169,7 +121,7 @@ class Spool:
         self._waiters_changed = False
         self._waiters_task: asyncio.Task[None] | None = None
         self._closed = False
-        self._loop.add_reader(self._bells.fileno(), self._on_bell)
+        self._loop.add_reader(self._notifier.fileno(), self._on_notified)
 
     # -- opening and closing
 
@@ -182,7 +134,7 @@ class Spool:
         Brings an older file to the newest version. Raises QueueDamaged, naming file and remedy, for a file that is
         damaged, foreign or newer; QueueUnavailable, naming path and owner, when it may not be used.
         """
-        spool = cls(await asyncio.to_thread(_open_parts, Path(directory), limits or QueueLimits()), now)
+        spool = cls(await asyncio.to_thread(open_parts, Path(directory), limits or QueueLimits()), now)
         try:
             await spool.reclaim()
         except QueueFull:
@@ -197,53 +149,40 @@ class Spool:
         if self._closed:
             return
         self._closed = True
-        self._loop.remove_reader(self._bells.fileno())
+        self._bodies.refuse()
+        self._loop.remove_reader(self._notifier.fileno())
         if self._waiters_task is not None:
             self._waiters_task.cancel()
         self._writer.hand_over()
         await asyncio.to_thread(self._close)
 
     def _close(self) -> None:
-        self._files.shutdown()
+        self._bodies.close()
         self._readers.close()
         self._writer.stop()
-        self._bells.close()
-        with contextlib.suppress(QueueUnavailable), self._tree.turn():
+        self._notifier.close()
+        with contextlib.suppress(QueueUnavailable), self._directory.writer_lock():
             for owner in self._owners:
-                os.unlink(owner, dir_fd=self._tree.owners_fd)  # an owner without a file is dead
+                os.unlink(owner, dir_fd=self._directory.owners_fd)  # an owner without a file is dead
         for fd in self._owners.values():
             os.close(fd)
         self._reserve.close()
-        self._tree.close()
+        self._directory.close()
 
     def _write(
-        self, run: Callable[[_Transaction], T], *, alone: bool = False, body: StoredBody | None = None
+        self, run: Callable[[Transaction], T], *, alone: bool = False, body: StoredBody | None = None
     ) -> asyncio.Future[T]:
         if self._closed:
             raise QueueUnavailable("the queue is closed")
         return self._writer.submit(run, alone=alone, body=body)
 
+    async def _tidy(self) -> None:
+        await self._write(lambda _: self._writer.tidy(), alone=True)
+
     async def _read(self, read: Callable[[sqlite3.Connection], T]) -> T:
         if self._closed:
             raise QueueUnavailable("the queue is closed")
         return await self._readers.run(read)
-
-    async def _in_thread(self, work: Callable[[], T]) -> T:
-        """Disk work that is not SQLite's, off the event loop; a cancelled caller still waits for its end."""
-        if self._closed:
-            raise QueueUnavailable("the queue is closed")
-        future = self._loop.run_in_executor(self._files, work)
-        try:
-            return await asyncio.shield(future)
-        except OSError as error:
-            raise _disk_error(error) from error
-        except MemoryError as error:
-            raise QueueUnavailable(NO_MEMORY) from error
-        except asyncio.CancelledError:
-            while not future.done():
-                with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.wait([future])
-            raise
 
     # -- bodies
 
@@ -254,12 +193,7 @@ class Spool:
         The body must be named within ORPHAN_S, else `sweep` takes it for a crash's leftover. Raises BodyTooLarge above
         `limit_bytes`. On any error, also when cancelled, nothing is left of the body.
         """
-        if isinstance(chunks, bytes) and len(chunks) <= INLINE_BYTES:
-            if limit_bytes is not None and len(chunks) > limit_bytes:
-                raise BodyTooLarge(limit_bytes)
-            return StoredBody(len(chunks), chunks, None)
-        source = _once(chunks) if isinstance(chunks, bytes) else chunks
-        return await self._store(source, limit_bytes, _BodyFile(self._tree.bodies_fd), self._write_body)
+        return await self._bodies.store(chunks, limit_bytes)
 
     async def store_result(
         self, chunks: AsyncIterator[bytes], limit_bytes: int | None = None, length: int | None = None
@@ -270,118 +204,20 @@ class Spool:
         hold a part each, and wait for the rest, would wait for one another. The others are written one after another.
         Raises ResultLost if `chunks` breaks off after it has been kept waiting.
         """
-        if length is not None and limit_bytes is not None and length > limit_bytes:
-            raise BodyTooLarge(limit_bytes)
-        waited = False
+        return await self._bodies.store_result(chunks, limit_bytes, length)
 
-        async def write(work: Callable[[], None]) -> None:
-            nonlocal waited
-            waited |= await self._write_result(work, length or 0)
-
-        try:
-            return await self._store(chunks, limit_bytes, _BodyFile(self._tree.bodies_fd, length or 0), write)
-        except BodyTooLarge:
-            raise
-        except FaashoundError as error:
-            if not waited or self._closed:
-                raise
-            raise ResultLost(f"the answer broke off while it waited for room in the queue: {error}") from error
-
-    async def _write_body(self, work: Callable[[], None]) -> None:
-        """A body that is on its way when the disk gets full is refused as well: its call could not be put."""
-        if not self._reserve.has_room(FILE_CHUNK_BYTES):
-            await self._write(lambda _: self._writer.tidy(), alone=True)
-            if not self._reserve.has_room(FILE_CHUNK_BYTES):
-                raise QueueFull(DISK_FULL)
-        await self._in_thread(work)
-
-    async def _write_result(self, work: Callable[[], None], length: int) -> bool:
-        """Does `work`, which goes on where it stopped, until it succeeds; whether it had to wait."""
-        turn: AbstractAsyncContextManager[None] = contextlib.nullcontext() if length else self._result_turn
-
-        def write() -> None:
-            if not self._reserve.has_half:  # the journal's half is let go of just now: it is not for us
-                raise QueueFull(DISK_FULL)
-            work()
-
-        try:
-            await self._in_thread(write)
-            return False
-        except (QueueFull, QueueUnavailable) as error:
-            log.warning(f"a result waits to be stored: {error}")
-        async with turn:
-            while True:
-                if self._reserve.free_bytes + self._reserve.whole_bytes // 2 >= length:
-                    self._reserve.release(0.5)
-                try:
-                    await self._in_thread(write)
-                    return True
-                except (QueueFull, QueueUnavailable):
-                    if self._closed:
-                        raise
-                await asyncio.sleep(ROOM_PAUSE_S)
-
-    async def _store(
-        self,
-        source: AsyncIterator[bytes],
-        limit_bytes: int | None,
-        file: _BodyFile,
-        write: Callable[[Callable[[], None]], Awaitable[None]],
-    ) -> StoredBody:
-        """Collects a body, by `write` in `file` if it is long; `write` has the file's methods run in a thread."""
-        pieces: list[bytes] = []
-        total = held = 0
-        begun = False
-        async with contextlib.AsyncExitStack() as stack:
-            async for piece in source:
-                pieces.append(piece)
-                total += len(piece)
-                held += len(piece)
-                if limit_bytes is not None and total > limit_bytes:
-                    raise BodyTooLarge(limit_bytes)
-                if held > (FILE_CHUNK_BYTES if begun else INLINE_BYTES):
-                    if not begun:
-                        stack.push_async_callback(self._in_thread, file.discard)
-                        await write(file.create)
-                        begun = True
-                    file.add(pieces)
-                    await write(file.write)
-                    pieces, held = [], 0
-            if not begun:
-                return StoredBody(total, b"".join(pieces), None)
-            file.add(pieces)
-            await write(file.write)
-            await write(file.keep)
-            stack.pop_all()
-        return StoredBody(total, None, file.name)
-
-    async def open_body(self, body: StoredBody, chunk_bytes: int = FILE_CHUNK_BYTES) -> AsyncGenerator[bytes, None]:
+    def open_body(self, body: StoredBody, chunk_bytes: int = FILE_CHUNK_BYTES) -> AsyncGenerator[bytes, None]:
         """The bytes of a stored body, in pieces of at most `chunk_bytes`; `aclose` it if you stop early.
 
         Raises QueueDamaged if the file is proved to be gone or of another length than it was; QueueUnavailable for
         whatever else keeps it from being read (no descriptors or memory, an I/O error), which may pass.
         """
-        if body.file is None:
-            inline = body.inline or b""
-            for start in range(0, len(inline), chunk_bytes):
-                yield inline[start : start + chunk_bytes]
-            return
-        left = body.bytes_count
-        file = await self._in_thread(partial(_open_body, self._tree, body.file, body.bytes_count))
-        with contextlib.closing(file):
-            while piece := await self._in_thread(partial(file.read, chunk_bytes)):
-                left -= len(piece)
-                yield piece
-        if left:
-            raise QueueDamaged(f"the file of a stored body is {left} bytes too short")
+        return self._bodies.open(body, chunk_bytes)
 
     async def drop_body(self, body: StoredBody) -> None:
         """Removes the file of a body that no call names."""
         if body.file is not None:
-            await self._drop_files([body.file])
-
-    async def _drop_files(self, files: Collection[str]) -> int:
-        return await self._in_thread(partial(_unlink_bodies, self._tree.bodies_fd, files)) if files else 0
+            await self._bodies.drop([body.file])
 
     # -- submitting and following calls
 
@@ -393,12 +229,12 @@ class Spool:
         TooManyQueued when the function has as many calls or bytes waiting as it may. Whatever this raises, the body is
         gone, also when the caller is cancelled, unless the call got into the queue all the same.
         """
-        earlier = await self._write(_Put(call, _headers_text(call.headers), self._limits))
-        return _accepted(call) if earlier is None else earlier
+        earlier = await self._write(Put(call, build_headers(call.headers), self._limits))
+        return build_accepted(call) if earlier is None else earlier
 
     async def get(self, call_id: str) -> Call | None:
         """The call, or None."""
-        return await self._read(partial(_get, call_id=call_id))
+        return await self._read(partial(find_call, call_id=call_id))
 
     async def wait(self, call_id: str, timeout_s: float) -> Call:
         """The call once it is final, or as it is after `timeout_s`; CallUnknown if there is none (any more)."""
@@ -420,7 +256,7 @@ class Spool:
 
     async def cancel(self, call_id: str) -> State:
         """CANCELLED: it was queued and will not run. RUNNING: its worker is told. Raises CallFinished, CallUnknown."""
-        return await self._write(partial(_cancel, call_id=call_id, now_s=self._now()))
+        return await self._write(partial(ends.cancel, call_id=call_id, now_s=self._now()))
 
     async def cancel_queued(self, *, function: FunctionName | None = None) -> int:
         """Cancels every queued call, of one function or of all, and drops their payloads; returns how many.
@@ -429,9 +265,9 @@ class Spool:
         """
         total, position = 0, -1
         while True:
-            step = partial(_cancel_queued, function=function, now_s=self._now(), after_seq=position)
+            step = partial(ends.cancel_queued, function=function, now_s=self._now(), after_seq=position)
             dropped = await self._write(step)
-            await self._drop_files(dropped.files)
+            await self._bodies.drop(dropped.files)
             total += dropped.count
             if dropped.next is None:
                 return total
@@ -448,8 +284,8 @@ class Spool:
         if "/" in name or "\0" in name or name.startswith("."):
             raise AssertionError(f"an owner's name is the name of a file: {name!r}")
 
-        def lock(_: _Transaction) -> None:
-            self._owners[name] = _lock_owner(self._tree, name)
+        def lock(_: Transaction) -> None:
+            self._owners[name] = lock_owner(self._directory, name)
 
         await self.reclaim()  # before the lock: afterwards what an earlier life left would seem alive
         await self._write(lock, alone=True)
@@ -463,10 +299,10 @@ class Spool:
         A function with no room is passed over. `owner` must be enlisted here. Taking leases costs one commit; finding
         nothing costs none. If the caller is cancelled, what was claimed for it is released.
         """
-        claimant, wanted = self._claimant(owner, lease_s), _Wanted(tuple(queues), limit, dict(room or {}))
+        claimant, wanted = self._claimant(owner, lease_s), Wanted(tuple(queues), limit, dict(room or {}))
         if limit <= 0:
             return []
-        leases = await self._claimed("call", _claim, wanted, claimant)
+        leases = await self._claimed("call", claims.claim_calls, wanted, claimant)
         self._call_seen_s = claimant.now_s
         return leases
 
@@ -478,26 +314,26 @@ class Spool:
         Destinations take turns as functions do, and `room` is theirs: see `destination_of`. Within one, the longest
         due comes first.
         """
-        claimant, wanted = self._claimant(owner, lease_s), _Wanted(tuple(queues), limit, dict(room or {}))
+        claimant, wanted = self._claimant(owner, lease_s), Wanted(tuple(queues), limit, dict(room or {}))
         if limit <= 0:
             return []
-        leases = await self._claimed("callback", _claim_callbacks, wanted, claimant)
+        leases = await self._claimed("callback", claims.claim_callbacks, wanted, claimant)
         self._callback_seen_s = claimant.now_s
         return leases
 
-    def _claimant(self, owner: str, lease_s: float) -> _Claimant:
+    def _claimant(self, owner: str, lease_s: float) -> Claimant:
         if owner not in self._owners:
             raise AssertionError(f"{owner} has not been enlisted: its leases would be void at once")
-        return _Claimant(owner, self._now(), self._boot, _boot_s() + lease_s)
+        return Claimant(owner, self._now(), self._boot, boot_s() + lease_s)
 
     async def _claimed(
         self,
         kind: Kind,
-        claim: Callable[[_Transaction, _Wanted, _Flow, _Claimant], _Claimed],
-        wanted: _Wanted,
-        claimant: _Claimant,
+        claim: Callable[[Transaction, Wanted, Flow, Claimant], Claimed],
+        wanted: Wanted,
+        claimant: Claimant,
     ) -> list[Lease]:
-        def work(tx: _Transaction) -> list[Lease]:
+        def work(tx: Transaction) -> list[Lease]:
             self._reclaim_sometimes(tx)
             leases, self._last_flow[kind] = claim(tx, wanted, self._last_flow[kind], claimant)
             return leases
@@ -513,35 +349,35 @@ class Spool:
         if future.cancelled() or future.exception() is not None or self._closed:
             return
         for lease in future.result():
-            self._write(partial(_release, lease=lease, now_s=self._now()))
+            self._write(partial(ends.release, lease=lease, now_s=self._now()))
 
     async def renew(self, leases: Sequence[Lease], lease_s: float) -> Renewal:
         """Lets the leases last `lease_s` seconds from now; tells which are lost and which calls to cancel."""
-        until_s = _boot_s() + lease_s
-        return await self._write(partial(_renew, leases=tuple(leases), boot=self._boot, until_s=until_s))
+        until_s = boot_s() + lease_s
+        return await self._write(partial(claims.renew, leases=tuple(leases), boot=self._boot, until_s=until_s))
 
     async def cancelled_ids(self, owner: str) -> frozenset[str]:
         """The calls that `owner` runs and someone wants cancelled; ask when `wait_for_cancel` returns."""
-        return await self._read(partial(_cancelled_ids, owner=owner))
+        return await self._read(partial(reads.cancelled_ids, owner=owner))
 
     async def reclaim(self) -> int:
         """Takes back what dead owners hold and what was not renewed in time; returns how many. `claim` does it too."""
         return await self._write(self._take_back)
 
-    def _reclaim_sometimes(self, tx: _Transaction) -> None:
-        if _boot_s() - self._reclaimed_s >= RECLAIM_S or self._offset_s() < self._greatest_offset_s - SET_BACK_S:
+    def _reclaim_sometimes(self, tx: Transaction) -> None:
+        if boot_s() - self._reclaimed_s >= RECLAIM_S or self._offset_s() < self._greatest_offset_s - SET_BACK_S:
             self._take_back(tx)
 
     def _offset_s(self) -> float:
-        return self._now() - _boot_s()
+        return self._now() - boot_s()
 
-    def _take_back(self, tx: _Transaction) -> int:
-        self._reclaimed_s = _boot_s()
+    def _take_back(self, tx: Transaction) -> int:
+        self._reclaimed_s = boot_s()
         self._greatest_offset_s = self._offset_s()
-        _follow_clock(tx, self._boot, self._greatest_offset_s)
+        housekeeping.follow_clock(tx, self._boot, self._greatest_offset_s)
         owners = tx.db.execute("SELECT DISTINCT owner FROM leases").fetchall()
-        dead = {owner for (owner,) in owners if _is_dead(self._tree, owner)}
-        return _take_back(tx, dead, self._boot, self._reclaimed_s, self._now())
+        dead = {owner for (owner,) in owners if is_dead(self._directory, owner)}
+        return ends.take_back(tx, dead, self._boot, self._reclaimed_s, self._now())
 
     # -- ending a lease on a call: LeaseLost if someone else has it by now
 
@@ -549,47 +385,47 @@ class Spool:
         """The call has ended, also when a cancel came too late. On LeaseLost the result's file is dropped."""
         result, excerpt = end.result, None  # an inline body is its own excerpt, as long as it is kept
         if result is not None and result.file is not None:
-            excerpt = await self._in_thread(partial(_read_excerpt, self._tree, result.file, result.bytes_count))
-        due_s = self._now() if end.callback_due_s is None else end.callback_due_s
+            excerpt = await self._bodies.read_excerpt(result)
+        step = partial(ends.finish, lease=lease, end=end, excerpt=excerpt, now_s=self._now())
         try:
-            files = await self._write(partial(_finish, lease=lease, ending=_Ending(end, excerpt, due_s)), body=result)
+            files = await self._write(step, body=result)
         except LeaseLost:
             if result is not None:
                 await self.drop_body(result)
             raise
-        await self._drop_files(files)
+        await self._bodies.drop(files)
 
     async def retry(self, lease: Lease, *, attempt: Attempt, due_s: float, excerpt: bytes | None = None) -> State:
         """Back into the queue until `due_s`; or CANCELLED, if asked for. `excerpt`: how the failed response begins."""
         kept = None if excerpt is None else excerpt[:EXCERPT_BYTES]
-        return await self._write(partial(_retry, lease=lease, attempt=attempt, due_s=due_s, excerpt=kept))
+        return await self._write(partial(ends.retry, lease=lease, attempt=attempt, due_s=due_s, excerpt=kept))
 
     async def release(self, lease: Lease) -> None:
         """Hands back a call or a callback that was not tried: at once, in its old place, the attempt not counted."""
-        await self._write(partial(_release, lease=lease, now_s=self._now()))
+        await self._write(partial(ends.release, lease=lease, now_s=self._now()))
 
     async def finish_cancelled(self, lease: Lease, attempt: Attempt) -> None:
         """The run was stopped because someone cancelled the call."""
-        await self._write(partial(_finish_cancelled, lease=lease, attempt=attempt))
+        await self._write(partial(ends.finish_cancelled, lease=lease, attempt=attempt))
 
     # -- ending a lease on a callback
 
     async def callback_done(self, lease: Lease, attempt: Attempt) -> None:
         """The outcome was delivered."""
-        await self._write(partial(_end_callback, lease=lease, attempt=attempt, event=Event.SUCCEED))
+        await self._write(partial(ends.end_callback, lease=lease, attempt=attempt, event=Event.SUCCEED))
 
     async def callback_retry(self, lease: Lease, attempt: Attempt, due_s: float) -> None:
         """The delivery failed and is to be tried again at `due_s`."""
-        await self._write(partial(_end_callback, lease=lease, attempt=attempt, event=Event.RETRY, due_s=due_s))
+        await self._write(partial(ends.end_callback, lease=lease, attempt=attempt, event=Event.RETRY, due_s=due_s))
 
     async def callback_dead(self, lease: Lease, attempt: Attempt) -> None:
         """The delivery has failed for good; kept until someone requeues or purges it."""
-        await self._write(partial(_end_callback, lease=lease, attempt=attempt, event=Event.GIVE_UP))
+        await self._write(partial(ends.end_callback, lease=lease, attempt=attempt, event=Event.GIVE_UP))
 
     # -- waiting
 
     async def wait_for_work(self, timeout_s: float) -> bool:
-        """True when there may be something to claim: a bell was rung, or a time has come. False after `timeout_s`.
+        """True when there may be something to claim: another process told, or a time has come. False after `timeout_s`.
 
         Each reason is given once: claim until nothing comes, or until there is no room, before waiting again. Sleeps
         at most IDLE_S; while idle it looks for dead owners once a second if others hold leases, else not at all.
@@ -598,7 +434,7 @@ class Spool:
         while not self._work.is_set():
             outlook = await self._read(
                 partial(
-                    _look_ahead,
+                    reads.look_ahead,
                     call_after_s=self._call_seen_s,
                     callback_after_s=self._callback_seen_s,
                     mine=tuple(self._owners),
@@ -607,7 +443,7 @@ class Spool:
             left_s = max(0.0, deadline_s - self._loop.time())
             due_in_s = self._due_in_s(outlook)
             pause_s = min(left_s, due_in_s, RECLAIM_S if outlook.others_lease else IDLE_S)
-            if await self._heard(self._work, pause_s):
+            if await self._waited(self._work, pause_s):
                 return True
             if due_in_s <= pause_s:
                 self._mark_seen(outlook)
@@ -618,11 +454,11 @@ class Spool:
         self._work.clear()
         return True
 
-    def _due_in_s(self, outlook: _Outlook) -> float:
+    def _due_in_s(self, outlook: Outlook) -> float:
         due = [due_s for due_s in (outlook.call_due_s, outlook.callback_due_s) if due_s is not None]
         return max(0.0, min(due) - self._now()) if due else float("inf")
 
-    def _mark_seen(self, outlook: _Outlook) -> None:
+    def _mark_seen(self, outlook: Outlook) -> None:
         """What has just been reported is not reported again, even if there is no room to claim it."""
         now_s = self._now()
         if outlook.call_due_s is not None and outlook.call_due_s <= now_s:
@@ -632,9 +468,9 @@ class Spool:
 
     async def wait_for_cancel(self, timeout_s: float) -> bool:
         """True when someone has asked for the end of a running call, here or elsewhere; see `cancelled_ids`."""
-        return await self._heard(self._cancel, timeout_s)
+        return await self._waited(self._cancel, timeout_s)
 
-    async def _heard(self, event: asyncio.Event, timeout_s: float) -> bool:
+    async def _waited(self, event: asyncio.Event, timeout_s: float) -> bool:
         try:
             async with asyncio.timeout(timeout_s):
                 await event.wait()
@@ -643,25 +479,25 @@ class Spool:
         event.clear()
         return True
 
-    def _on_bell(self) -> None:
-        self._on_ring(self._bells.hear())
+    def _on_notified(self) -> None:
+        self._on_wake_up(self._notifier.read())
 
-    def _on_ring(self, ring: Ring) -> None:
-        if ring & Ring.WORK:
+    def _on_wake_up(self, wake_up: WakeUp) -> None:
+        if wake_up & WakeUp.WORK:
             self._work.set()
-        if ring & Ring.CANCEL:
+        if wake_up & WakeUp.CANCEL:
             self._cancel.set()
-        if ring & Ring.FINISHED and self._waiters:
+        if wake_up & WakeUp.FINISHED and self._waiters:
             self._waiters_changed = True
             if self._waiters_task is None or self._waiters_task.done():
                 self._waiters_task = self._loop.create_task(self._settle_waiters())
 
     async def _settle_waiters(self) -> None:
-        """One look for all who wait, however many bells rang meanwhile."""
+        """One look for all who wait, however many calls end meanwhile."""
         while self._waiters_changed and self._waiters and not self._closed:
             self._waiters_changed = False
             try:
-                ended = await self._read(partial(_ended, call_ids=tuple(self._waiters)))
+                ended = await self._read(partial(reads.find_ended, call_ids=tuple(self._waiters)))
             except FaashoundError as error:
                 log.error(f"cannot look for finished calls: {error}")
                 return
@@ -685,17 +521,17 @@ class Spool:
         (`get` has them; they are empty or None here, and so one page takes little memory whatever callers send.)
         A page begins behind the call `before`, the last one of the page in front; CallUnknown if it is gone by now.
         """
-        return await self._read(partial(_list, wanted=_Filter(state, function, limit, before)))
+        return await self._read(partial(reads.list_calls, wanted=CallFilter(state, function, limit, before)))
 
     async def requeue_dead(self, call_id: str) -> Call:
         """A dead letter is queued as if new: due now, no expiry, attempts from 0. Or CallNotDead, CallUnknown."""
-        call, files = await self._write(partial(_requeue_dead, call_id=call_id, now_s=self._now()))
-        await self._drop_files(files)
+        call, files = await self._write(partial(ends.requeue_dead, call_id=call_id, now_s=self._now()))
+        await self._bodies.drop(files)
         return call
 
     async def requeue_callback(self, call_id: str) -> Call:
         """A dead callback is due now, attempts from 0. Raises CallNotDead, CallUnknown."""
-        return await self._write(partial(_requeue_callback, call_id=call_id, now_s=self._now()))
+        return await self._write(partial(ends.requeue_callback, call_id=call_id, now_s=self._now()))
 
     async def purge(self, *, state: State, function: FunctionName | None = None, call_id: str | None = None) -> int:
         """Deletes calls in a final state, except those with a callback under way; returns how many."""
@@ -703,9 +539,9 @@ class Spool:
             raise AssertionError(f"calls that are {state.value} are not for purging: cancel them")
         total, position = 0, (0.0, -1)
         while True:
-            step = partial(_purge, state=state, function=function, call_id=call_id, after_seq=position[1])
+            step = partial(housekeeping.purge, state=state, function=function, call_id=call_id, after_seq=position[1])
             dropped = await self._write(step)
-            await self._drop_files(dropped.files)
+            await self._bodies.drop(dropped.files)
             total += dropped.count
             if dropped.next is None:
                 return total
@@ -713,8 +549,8 @@ class Spool:
 
     async def stats(self) -> Stats:
         """The queue in figures; reads an index from end to end, so not for every request."""
-        stats = await self._read(partial(_count, now_s=self._now(), commit_count=self._writer.commit_count))
-        disk = await self._in_thread(partial(os.fstatvfs, self._tree.root_fd))
+        stats = await self._read(partial(reads.count_calls, now_s=self._now(), commit_count=self._writer.commit_count))
+        disk = await asyncio.to_thread(os.fstatvfs, self._directory.root_fd)
         free_bytes = disk.f_bavail * disk.f_frsize
         return replace(stats, free_bytes=free_bytes, reserve_bytes=self._reserve.held_bytes)
 
@@ -734,61 +570,59 @@ class Spool:
         """
         now_s, bounds = self._now(), bounds or Bounds()
         expired = 0
-        while count := await self._write(partial(_expire, now_s=now_s)):
+        while count := await self._write(partial(housekeeping.expire, now_s=now_s)):
             expired += count
-        while count := await self._write(partial(_expire_stale, now_s=now_s, before_s=now_s - bounds.queue_age_s)):
+        while count := await self._write(
+            partial(housekeeping.expire_stale, now_s=now_s, before_s=now_s - bounds.queue_age_s)
+        ):
             expired += count
-        results, files = await self._drop_old(_drop_results, now_s - keep_results_s)
-        calls, more_files = await self._drop_old(_drop_calls, now_s - retention_s)
+        results, files = await self._drop_old(housekeeping.drop_results, now_s - keep_results_s)
+        calls, more_files = await self._drop_old(housekeeping.drop_calls, now_s - retention_s)
         letters, letter_files = await self._drop_letters(now_s, bounds)
         files += more_files + letter_files + await self._drop_orphans()
-        await self._write(_forget_idle)
-        await self._write(lambda _: _remove_dead_owners(self._tree), alone=True)
+        await self._write(housekeeping.forget_idle)
+        await self._write(lambda _: remove_dead_owners(self._directory), alone=True)
         return Swept(expired, results, calls, files, await self._shrink(), letters)
 
     async def _drop_letters(self, now_s: float, bounds: Bounds) -> tuple[int, int]:
         if bounds.dead_s == float("inf") and bounds.dead_bytes is None:
             return 0, 0
-        before_s = await self._read(partial(_letters_before, now_s=now_s, bounds=bounds))
+        before_s = await self._read(partial(housekeeping.letters_before, now_s=now_s, bounds=bounds))
         count = files_count = 0
         while True:
-            letters, files = await self._write(partial(_drop_letters, before_s=before_s))
+            letters, files = await self._write(partial(housekeeping.drop_letters, before_s=before_s))
             if not letters:
                 return count, files_count
             for call_id, function in letters:
                 log.warning("a dead letter was dropped: keep_dead is over", call_id=call_id, function=function)
-            files_count += await self._drop_files(files)
+            files_count += await self._bodies.drop(files)
             count += len(letters)
 
-    async def _drop_old(self, step: _Step, before_s: float) -> tuple[int, int]:
+    async def _drop_old(self, step: DropStep, before_s: float) -> tuple[int, int]:
         """Repeats a step to its end; returns how many rows and files it has dropped."""
-        position: _Position | None = _START
+        position: Position | None = START
         rows = files = 0
         while position is not None:
             dropped = await self._write(partial(step, before_s=before_s, after=position))
-            files += await self._drop_files(dropped.files)
+            files += await self._bodies.drop(dropped.files)
             rows += dropped.count
             position = dropped.next
         return rows, files
 
     async def _drop_orphans(self) -> int:
-        old = await self._in_thread(partial(_list_old_bodies, self._tree.bodies_fd, time.time() - ORPHAN_S))
-        unnamed = await self._read(partial(_unnamed, files=old)) if old else []
-        return await self._in_thread(partial(_unlink_orphans, self._tree.bodies_fd, unnamed)) if unnamed else 0
+        old = await self._bodies.list_old(time.time() - ORPHAN_S)
+        unnamed = await self._read(partial(housekeeping.find_unnamed, files=old)) if old else []
+        return await self._bodies.drop_orphans(unnamed) if unnamed else 0
 
     async def _shrink(self) -> int:
         """Returns bytes given back: free pages at the end of the file, and the journal."""
         before = self._size_bytes()
         with contextlib.suppress(QueueFull):  # moving pages takes room; the rest is moved when there is some
-            while await self._write(_vacuum):
+            while await self._write(housekeeping.vacuum):
                 pass
-        await self._write(lambda tx: _truncate_journal(tx.db), alone=True)
+        await self._write(lambda tx: housekeeping.truncate_journal(tx.db), alone=True)
         return max(0, before - self._size_bytes())
 
     def _size_bytes(self) -> int:
-        journal = self._tree.path / f"{DATABASE}-wal"
-        return sum(path.stat().st_size for path in (self._tree.database, journal) if path.exists())
-
-
-async def _once(body: bytes) -> AsyncIterator[bytes]:
-    yield body
+        journal = self._directory.path / f"{DATABASE}-wal"
+        return sum(path.stat().st_size for path in (self._directory.database, journal) if path.exists())

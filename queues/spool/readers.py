@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from ...calls.model import QueueUnavailable
-from .database import _connect
-from .errors import NO_MEMORY, _sqlite_error
+from .database import connect
+from .errors import NO_MEMORY, sqlite_error
 
 T = TypeVar("T")
 
 
-class _Readers:
+class Readers:
     """A few threads with a connection each: in WAL mode reading waits for no commit."""
 
     THREAD_COUNT = 2
@@ -27,7 +27,7 @@ class _Readers:
     def __init__(self, path: Path) -> None:
         self._idle: queue.SimpleQueue[sqlite3.Connection] = queue.SimpleQueue()
         for _ in range(self.THREAD_COUNT):
-            db = _connect(path)
+            db = connect(path)
             db.execute("PRAGMA query_only = ON")
             self._idle.put(db)
         self._threads = ThreadPoolExecutor(self.THREAD_COUNT, thread_name_prefix="spool-reader")
@@ -45,7 +45,7 @@ class _Readers:
             finally:
                 db.execute("ROLLBACK")
         except sqlite3.Error as error:
-            raise _sqlite_error(error) from error
+            raise sqlite_error(error) from error
         except MemoryError as error:  # how Python hands on SQLITE_NOMEM
             raise QueueUnavailable(NO_MEMORY) from error
         finally:

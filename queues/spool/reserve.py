@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ...calls.model import QueueFull
 from ...watchdog import log
-from .directory import _open_ours, _Tree
-from .errors import DISK_FULL, _disk_error
+from .directory import SpoolDirectory, open_ours
+from .errors import DISK_FULL, disk_error
 from .limits import DATABASE, PAGE_BYTES, RESERVE_PART, SLACK_PART, TOLD_S
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -26,36 +26,36 @@ from .limits import DATABASE, PAGE_BYTES, RESERVE_PART, SLACK_PART, TOLD_S
 # stands in the journal already included, and the journal is written back before it holds more than half the reserve.
 #
 # A long result may take the other half, no more, as it needs a commit to be of use. Only the writer fills the file,
-# inside a turn: between letting go and using, no other process can take the room back.
+# under the writer lock: between letting go and using, no other process can take the room back.
 # --------------------------------------------------------------------------------------------------------------------
 
 
-class _Reserve:
+class Reserve:
     """The file `reserve`. Its size is all there is to it: whole, or let go of in part; every process sees it."""
 
-    def __init__(self, tree: _Tree, wanted_bytes: int | None) -> None:
+    def __init__(self, directory: SpoolDirectory, wanted_bytes: int | None) -> None:
         """`wanted_bytes` is taken from disks that are large enough for it; None: take what is there for the whole."""
-        self._tree = tree
-        self._journal = tree.path / f"{DATABASE}-wal"
+        self._directory = directory
+        self._journal = directory.path / f"{DATABASE}-wal"
         self._fd = -1
         self._full_since_s: float | None = None
         self.whole_bytes = 0
         with contextlib.suppress(FileNotFoundError):
             flags = os.O_RDWR | (os.O_CREAT if wanted_bytes else 0)
-            self._fd = _open_ours(tree.root_fd, tree.path / "reserve", flags)
+            self._fd = open_ours(directory.root_fd, directory.path / "reserve", flags)
         if self._fd >= 0 and wanted_bytes:
-            disk = os.fstatvfs(tree.root_fd)
+            disk = os.fstatvfs(directory.root_fd)
             self.whole_bytes = min(wanted_bytes, disk.f_blocks * disk.f_frsize // RESERVE_PART)
 
     def open(self) -> None:
-        """Takes up the room, also where a copy of the directory has left a hole instead; inside a turn."""
+        """Takes up the room, also where a copy of the directory has left a hole instead; under the writer lock."""
         try:
             if self.held_bytes > self.whole_bytes > 0:  # the operator wants less of it now
                 os.ftruncate(self._fd, self.whole_bytes)
             self._fill(1)
             self.tell()
         except OSError as error:
-            log.warning(f"no room can be kept for ending calls in {self._tree.path}: {error.strerror}")
+            log.warning(f"no room can be kept for ending calls in {self._directory.path}: {error.strerror}")
             self.whole_bytes = 0
 
     @property
@@ -64,7 +64,7 @@ class _Reserve:
 
     @property
     def free_bytes(self) -> int:
-        disk = os.fstatvfs(self._tree.root_fd)
+        disk = os.fstatvfs(self._directory.root_fd)
         return disk.f_bavail * disk.f_frsize
 
     @property
@@ -81,7 +81,7 @@ class _Reserve:
     def _fits(self, bytes_count: int) -> bool:
         if not self.whole_bytes:
             return True
-        needed_bytes = self.whole_bytes // SLACK_PART + 2 * bytes_count + (_size_bytes(self._journal) or 0)
+        needed_bytes = self.whole_bytes // SLACK_PART + 2 * bytes_count + (size_bytes(self._journal) or 0)
         return self._is_whole and self.free_bytes >= needed_bytes
 
     @property
@@ -93,7 +93,7 @@ class _Reserve:
         return self.held_bytes >= self.whole_bytes // 2
 
     def refill(self) -> None:
-        """Takes the room up again, all of it, or if there is less the half that results may not have. Inside a turn."""
+        """Takes the room up again, all of it, or else the half that results may not have. Under the writer lock."""
         if not self._is_whole and not self._fill(1) and not self.has_half:
             self._fill(2)
 
@@ -105,7 +105,7 @@ class _Reserve:
             os.posix_fallocate(self._fd, 0, self.whole_bytes // divisor)
         except OSError as error:
             os.ftruncate(self._fd, held_bytes)  # some file systems keep what they could get
-            if not isinstance(_disk_error(error), QueueFull):
+            if not isinstance(disk_error(error), QueueFull):
                 raise
             return False
         return True
@@ -138,7 +138,7 @@ class _Reserve:
             os.close(fd)
 
 
-def _size_bytes(path: Path) -> int | None:
+def size_bytes(path: Path) -> int | None:
     """None only for a file that is proved not to be there: `Path.exists` may take any error for that."""
     try:
         return path.lstat().st_size

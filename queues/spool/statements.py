@@ -1,14 +1,8 @@
-"""FIXDOC."""
+"""The statements that search: each names its index, and costs the same however long the queue (test_spool_plan.py)."""
 
 from __future__ import annotations
 
-import json
-import operator
-import sqlite3
-from dataclasses import dataclass, fields
-
-from ...calls.model import EXCERPT_BYTES, Attempt, Call, Callback, CallbackState, Headers, NewCall, State, StoredBody
-from ...calls.names import FunctionName
+from dataclasses import dataclass
 
 # --------------------------------------------------------------------------------------------------------------------
 # Statements
@@ -20,8 +14,8 @@ from ...calls.names import FunctionName
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
-    """What waits in flows, calls by function or callbacks by destination: the statements that find what is due.
+class FlowStatements:
+    """The statements that find what is due in flows: calls by function, or callbacks by destination.
 
     `flows`, of one queue behind `:after`: those with something due at `:now_s`. `due`, of a queue and a flow (?1, ?2):
     the first ?4 rows that are due at ?3.
@@ -31,7 +25,7 @@ class Line:
     due: str
 
 
-def _build_line(index: str, waits: str, flow: str, order: str, unless: str = "") -> Line:
+def _build_flows(index: str, waits: str, flow: str, order: str, unless: str = "") -> FlowStatements:
     """The statements for the table that `index` is on: an index over queue, `flow` and `order`, of what `waits`."""
     rows = f"{index.partition('_')[0]} INDEXED BY {index} WHERE {waits} AND queue"
     first = f"SELECT min({flow}) FROM {rows} = :queue AND {flow}"
@@ -45,35 +39,35 @@ def _build_line(index: str, waits: str, flow: str, order: str, unless: str = "")
         SELECT 1 FROM {rows} = :queue AND {flow} = found.flow AND due_s <= :now_s)
 """
     due = f"SELECT seq FROM {rows} = ?1 AND {flow} = ?2 AND due_s <= ?3 {unless} ORDER BY {order} LIMIT ?4"
-    return Line(flows, due)
+    return FlowStatements(flows, due)
 
 
-CALLS_LINE = _build_line(
+CALL_FLOWS = _build_flows(
     "calls_queued", "state = 'queued'", "function", "due_s, id", "AND (expires_s IS NULL OR expires_s > ?3)"
 )
 
 
-CALLBACKS_LINE = _build_line("callbacks_ready", "state = 'pending' AND ready = 1", "destination", "due_s, seq")
+CALLBACK_FLOWS = _build_flows("callbacks_ready", "state = 'pending' AND ready = 1", "destination", "due_s, seq")
 
 
 SQL_NEXT_DUE = """
-    WITH RECURSIVE line (queue) AS (
+    WITH RECURSIVE queues (queue) AS (
         SELECT min(queue) FROM calls INDEXED BY calls_queued WHERE state = 'queued'
         UNION ALL
-        SELECT (SELECT min(queue) FROM calls INDEXED BY calls_queued WHERE state = 'queued' AND queue > line.queue)
-        FROM line WHERE line.queue IS NOT NULL
-    ), lane (queue, function) AS (
+        SELECT (SELECT min(queue) FROM calls INDEXED BY calls_queued WHERE state = 'queued' AND queue > queues.queue)
+        FROM queues WHERE queues.queue IS NOT NULL
+    ), flows (queue, function) AS (
         SELECT queue, (SELECT min(function) FROM calls INDEXED BY calls_queued
-            WHERE state = 'queued' AND calls.queue = line.queue)
-        FROM line WHERE line.queue IS NOT NULL
+            WHERE state = 'queued' AND calls.queue = queues.queue)
+        FROM queues WHERE queues.queue IS NOT NULL
         UNION ALL
         SELECT queue, (SELECT min(function) FROM calls INDEXED BY calls_queued
-            WHERE state = 'queued' AND calls.queue = lane.queue AND calls.function > lane.function)
-        FROM lane WHERE lane.function IS NOT NULL
+            WHERE state = 'queued' AND calls.queue = flows.queue AND calls.function > flows.function)
+        FROM flows WHERE flows.function IS NOT NULL
     )
     SELECT min((SELECT min(due_s) FROM calls INDEXED BY calls_queued
-        WHERE state = 'queued' AND calls.queue = lane.queue AND calls.function = lane.function AND due_s > :after_s))
-    FROM lane WHERE lane.function IS NOT NULL
+        WHERE state = 'queued' AND calls.queue = flows.queue AND calls.function = flows.function AND due_s > :after_s))
+    FROM flows WHERE flows.function IS NOT NULL
 """
 
 
@@ -85,8 +79,8 @@ SQL_ADD_WAITING = """
 
 SQL_STALE = f"""
     {SQL_NEXT_DUE[: SQL_NEXT_DUE.rindex("SELECT min((")]}
-    SELECT seq FROM lane CROSS JOIN calls INDEXED BY calls_queued
-    WHERE state = 'queued' AND calls.queue = lane.queue AND calls.function = lane.function AND due_s < :before_s
+    SELECT seq FROM flows CROSS JOIN calls INDEXED BY calls_queued
+    WHERE state = 'queued' AND calls.queue = flows.queue AND calls.function = flows.function AND due_s < :before_s
     LIMIT :limit
 """
 
@@ -119,13 +113,6 @@ SQL_EXPIRING = """
 """
 
 
-SQL_OPEN_CALLBACK = """
-    INSERT INTO callbacks (seq, state, due_s, queue, destination, ready)
-    SELECT seq, 'pending', ?2, queue, destination_of(callback_url), ?3 FROM calls JOIN requests USING (seq)
-    WHERE seq = ?1 AND callback_url IS NOT NULL
-"""
-
-
 SQL_READY_CALLBACKS = """
     UPDATE callbacks SET ready = 1 WHERE seq IN (
         SELECT seq FROM callbacks INDEXED BY callbacks_due
@@ -141,29 +128,6 @@ SQL_NEXT_CALLBACK = """
         SELECT min(due_s) FROM callbacks INDEXED BY callbacks_due
         WHERE state = 'pending' AND ready = 1 AND due_s > :after_s)
 """
-
-
-_SQL_CALL = """
-    SELECT calls.*, requests.method, {long}, requests.body_digest, requests.bytes_count, requests.file,
-        results.bytes_count AS result_bytes_count, results.file AS result_file,
-        callbacks.state AS callback_state, callbacks.attempts AS callback_attempts, callbacks.due_s AS callback_due_s,
-        callbacks.status AS callback_status, callbacks.error AS callback_error
-    FROM calls JOIN requests USING (seq) LEFT JOIN results USING (seq) LEFT JOIN callbacks USING (seq)
-"""
-
-
-SQL_CALL = _SQL_CALL.format(
-    long="requests.path, requests.query, requests.callback_url, requests.headers, requests.inline,"
-    " results.headers AS result_headers, results.inline AS result_inline,"
-    f" coalesce(results.excerpt, substr(results.inline, 1, {EXCERPT_BYTES})) AS excerpt"
-)
-
-
-# A list leaves out what callers may make long: a thousand calls with 40 KB of header fields each would be 40 MB.
-SQL_CALL_LISTED = _SQL_CALL.format(
-    long="'' AS path, '' AS query, NULL AS callback_url, NULL AS headers, NULL AS inline,"
-    " NULL AS result_headers, NULL AS result_inline, NULL AS excerpt"
-)
 
 
 SQL_ENDED = """
@@ -193,72 +157,3 @@ SQL_OLD_CALLS = """
     AND NOT EXISTS (SELECT 1 FROM callbacks WHERE callbacks.seq = calls.seq AND callbacks.state <> 'delivered')
     ORDER BY finished_s, seq LIMIT :limit
 """
-
-
-_encode_json = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps would make an encoder for each call
-
-
-def _headers_text(headers: Headers) -> str:
-    return _encode_json(headers) if headers else "[]"
-
-
-def _parse_headers(text: str | None) -> Headers:
-    return tuple((name, value) for name, value in json.loads(text)) if text and text != "[]" else ()
-
-
-def _parse_call(row: sqlite3.Row, history: tuple[Attempt, ...]) -> Call:
-    return Call(
-        id=row["id"],
-        function=FunctionName(row["function"]),
-        queue=row["queue"],
-        method=row["method"],
-        path=row["path"],
-        query=row["query"],
-        headers=_parse_headers(row["headers"]),
-        body=StoredBody(row["bytes_count"], row["inline"], row["file"]),
-        callback_url=row["callback_url"],
-        due_s=row["due_s"],
-        expires_s=row["expires_s"],
-        idempotency_key=row["idempotency_key"],
-        accepted_s=row["accepted_s"],
-        body_digest=row["body_digest"],
-        state=State(row["state"]),
-        attempts=row["attempts"],
-        started_s=row["started_s"],
-        finished_s=row["finished_s"],
-        status=row["status"],
-        error=row["error"],
-        duration_s=row["duration_s"],
-        cancel_requested=bool(row["cancel_requested"]),
-        result=_parse_result(row),
-        result_headers=_parse_headers(row["result_headers"]),
-        excerpt=row["excerpt"],
-        callback=_parse_callback(row),
-        history=history,
-    )
-
-
-def _parse_result(row: sqlite3.Row) -> StoredBody | None:
-    if row["result_bytes_count"] is None:
-        return None
-    return StoredBody(row["result_bytes_count"], row["result_inline"], row["result_file"])
-
-
-def _parse_callback(row: sqlite3.Row) -> Callback | None:
-    if row["callback_state"] is None:
-        return None
-    return Callback(
-        CallbackState(row["callback_state"]),
-        row["callback_attempts"],
-        row["callback_due_s"],
-        row["callback_status"],
-        row["callback_error"],
-    )
-
-
-_accepted_values = operator.attrgetter(*(field.name for field in fields(NewCall)))  # Call begins with the same fields
-
-
-def _accepted(call: NewCall) -> Call:
-    """The Call that a NewCall has just become."""
-    return Call(*_accepted_values(call))

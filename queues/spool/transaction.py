@@ -1,4 +1,4 @@
-"""FIXDOC."""
+"""What an operation writes with: the connection inside a transaction, and what is to be told once that is on disk."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import sqlite3
 from dataclasses import dataclass, field
 
 from .limits import SHORT_STEP_COUNT, STEP_COUNT
-from .notifier import Ring
+from .notifier import WakeUp
 from .statements import SQL_ADD_WAITING
 
 
 @dataclass(slots=True)
-class _Transaction:
-    """What an operation works with: the connection, inside a transaction, and whom to ring once that is on disk."""
+class Transaction:
+    """One transaction of the writer; an operation may be run in more than one of them, and counts in the last."""
 
     db: sqlite3.Connection
-    ring: Ring = Ring.NOTHING
+    wake_up: WakeUp = WakeUp.NOTHING
     short: bool = False  # the reserve is in use: give room back where it costs nobody a result
     waiting: dict[str, list[int]] = field(default_factory=dict)  # how calls and bytes of a function change by this
 
@@ -31,4 +31,5 @@ class _Transaction:
 
     @property
     def step_count(self) -> int:
+        """How many rows one step of housekeeping may touch."""
         return SHORT_STEP_COUNT if self.short else STEP_COUNT

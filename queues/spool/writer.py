@@ -21,13 +21,14 @@ from typing import Any, TypeVar, cast
 
 from ...calls.model import Call, QueueFull, QueueUnavailable, StoredBody
 from ...watchdog import log
-from .bodies import _unlink_bodies
-from .errors import DISK_FULL, NO_MEMORY, _disk_error, _sqlite_error
+from .body_files import unlink_bodies
+from .errors import DISK_FULL, NO_MEMORY, disk_error, sqlite_error
+from .housekeeping import truncate_journal
 from .limits import GROUP_COUNT
-from .notifier import Ring
-from .operations import _Put, _put_all, _truncate_journal
-from .parts import _Parts
-from .transaction import _Transaction
+from .notifier import WakeUp
+from .parts import Parts
+from .puts import Put, put_all
+from .transaction import Transaction
 
 T = TypeVar("T")
 
@@ -44,9 +45,9 @@ T = TypeVar("T")
 
 @dataclass(slots=True, eq=False)
 class _Operation:
-    """Something to write. `alone`: inside the turn but outside any transaction. `joins`: together with its like."""
+    """Something to write. `alone`: under the writer lock, outside any transaction. `joins`: together with its like."""
 
-    run: Callable[[_Transaction], Any]
+    run: Callable[[Transaction], Any]
     future: asyncio.Future[Any]
     alone: bool
     joins: bool = False
@@ -57,7 +58,7 @@ class _Operation:
     @property
     def refused_file(self) -> str | None:
         """The body's file of a call that did not get into the queue: no row names it, or ever will."""
-        if not isinstance(self.run, _Put):
+        if not isinstance(self.run, Put):
             return None
         file = self.run.call.body.file
         return None if isinstance(self.answer, Call) and self.answer.body.file == file else file
@@ -72,18 +73,18 @@ class _Operation:
             self.future.set_result(self.answer)
 
 
-class _Writer:
-    """The thread that writes. `on_ring` is called on the event loop with what each commit has to tell."""
+class Writer:
+    """The thread that writes. `on_wake_up` is called on the event loop with what each commit has to tell."""
 
-    def __init__(self, parts: _Parts, on_ring: Callable[[Ring], None]) -> None:
-        tree = parts.tree
-        self._tree = tree
+    def __init__(self, parts: Parts, on_wake_up: Callable[[WakeUp], None]) -> None:
+        directory = parts.directory
+        self._directory = directory
         self._db = parts.db
         self._reserve = parts.reserve
-        self._bells = parts.bells
-        self._on_ring = on_ring
+        self._notifier = parts.notifier
+        self._on_wake_up = on_wake_up
         self._loop = asyncio.get_running_loop()
-        self._path = tree.database
+        self._path = directory.database
         self._file = self._path.stat()
         self._gathered: list[_Operation] = []
         self._waiting: queue.SimpleQueue[Sequence[_Operation] | None] = queue.SimpleQueue()
@@ -92,12 +93,12 @@ class _Writer:
         self._thread.start()
 
     def submit(
-        self, run: Callable[[_Transaction], T], *, alone: bool = False, body: StoredBody | None = None
+        self, run: Callable[[Transaction], T], *, alone: bool = False, body: StoredBody | None = None
     ) -> asyncio.Future[T]:
         """The future of what `run` returns, done once that is on disk; `body`: what it writes that may be large."""
         future: asyncio.Future[T] = self._loop.create_future()
         joins = False
-        if isinstance(run, _Put):
+        if isinstance(run, Put):
             joins, body = run.call.idempotency_key is None, run.call.body
         bytes_count = 0 if body is None or body.inline is None else body.bytes_count
         if not self._gathered:
@@ -115,7 +116,10 @@ class _Writer:
         """Ends the thread after all that was handed over, and closes the connection; blocks until then."""
         self._waiting.put(None)
         self._thread.join()
-        with contextlib.suppress(QueueUnavailable), self._tree.turn():  # the last one to close writes the journal back
+        with (
+            contextlib.suppress(QueueUnavailable),
+            self._directory.writer_lock(),
+        ):  # the last one to close writes the journal back
             self._db.close()
         self._db.close()
 
@@ -128,9 +132,9 @@ class _Writer:
                     going = False
                 else:
                     group.extend(operations)
-            ring = self._serve(group)
+            wake_up = self._serve(group)
             self._drop_refused(group)
-            self._answer(group, ring)
+            self._answer(group, wake_up)
 
     def _next_group(self) -> list[Sequence[_Operation] | None]:
         """What waits: up to GROUP_COUNT operations, and what came in the same turn as the last of them."""
@@ -144,72 +148,72 @@ class _Writer:
         """The bodies of refused calls go before their callers know: on a full disk each would keep it full."""
         told = [operation for operation in group if operation.error is not None or operation.answer is not None]
         try:
-            _unlink_bodies(self._tree.bodies_fd, filter(None, (operation.refused_file for operation in told)))
+            unlink_bodies(self._directory.bodies_fd, filter(None, (operation.refused_file for operation in told)))
         except OSError as error:  # then `sweep` finds them
             log.warning(f"the body of a refused call cannot be removed: {error}")
 
-    def _answer(self, group: Sequence[_Operation], ring: Ring) -> None:
+    def _answer(self, group: Sequence[_Operation], wake_up: WakeUp) -> None:
         def settle() -> None:
             for operation in group:
                 operation.settle()
-            if ring:
-                self._on_ring(ring)
+            if wake_up:
+                self._on_wake_up(wake_up)
 
         with contextlib.suppress(RuntimeError):  # the loop was closed without closing the Spool: nobody waits
             self._loop.call_soon_threadsafe(settle)
-        if ring:
-            self._bells.ring(ring)
+        if wake_up:
+            self._notifier.wake(wake_up)
 
-    def _serve(self, group: Sequence[_Operation]) -> Ring:
-        """Runs the group; afterwards each operation has its answer or its error. Returns whom to ring."""
-        rings: list[Ring | None] = []
+    def _serve(self, group: Sequence[_Operation]) -> WakeUp:
+        """Runs the group; afterwards each operation has its answer or its error. Returns whom to wake."""
+        wake_ups: list[WakeUp | None] = []
         together: list[_Operation] = []
         bytes_count = 0
         for operation in group:
             if operation.future.cancelled():
                 operation.error = QueueUnavailable("its caller has gone")
             elif operation.alone:
-                rings.append(self._guard([operation], partial(self._run_alone, operation)))
+                wake_ups.append(self._guard([operation], partial(self._run_alone, operation)))
             else:
                 together.append(operation)
                 bytes_count += operation.bytes_count
         if together and self._reserve.has_room(bytes_count):
-            rings.append(self._guard(together, partial(self._commit, together)))
+            wake_ups.append(self._guard(together, partial(self._commit, together)))
         else:
             _refuse(together)
         failed = [operation for operation in group if operation.error is not None]
         refused = [operation for operation in failed if isinstance(operation.error, QueueFull)]
         if refused:
-            rings += self._serve_without_room(refused)
-        return reduce(operator.or_, filter(None, rings), Ring.NOTHING)
+            wake_ups += self._serve_without_room(refused)
+        return reduce(operator.or_, filter(None, wake_ups), WakeUp.NOTHING)
 
-    def _serve_without_room(self, group: Sequence[_Operation]) -> list[Ring | None]:
+    def _serve_without_room(self, group: Sequence[_Operation]) -> list[WakeUp | None]:
         """Steps that end calls go first and one by one: a group may need more than the reserve has, a step does not."""
-        puts = [operation for operation in group if isinstance(operation.run, _Put)]
-        others = [operation for operation in group if not isinstance(operation.run, _Put)]
-        rings = [self._guard([operation], partial(self._work_without_room, operation)) for operation in others]
+        puts = [operation for operation in group if isinstance(operation.run, Put)]
+        others = [operation for operation in group if not isinstance(operation.run, Put)]
+        wake_ups = [self._guard([operation], partial(self._work_without_room, operation)) for operation in others]
         self._guard((), self.tidy)
         if puts and self._reserve.has_room(sum(operation.bytes_count for operation in puts)):
             for operation in puts:
                 operation.error = None
-            rings.append(self._guard(puts, partial(self._commit, puts)))
+            wake_ups.append(self._guard(puts, partial(self._commit, puts)))
         self._reserve.tell()
-        return rings
+        return wake_ups
 
-    def _work_without_room(self, operation: _Operation) -> Ring:
+    def _work_without_room(self, operation: _Operation) -> WakeUp:
         """Does a step, if need be with the reserve. First the journal's pages go to their places, which takes room."""
         operation.error = None
         work = (
             partial(self._run_alone, operation) if operation.alone else partial(self._commit, [operation], short=True)
         )
         try:
-            ring = work()
+            wake_up = work()
         except sqlite3.Error as error:
-            if not isinstance(_sqlite_error(error), QueueFull):
+            if not isinstance(sqlite_error(error), QueueFull):
                 raise
         else:
             if not isinstance(operation.error, QueueFull):
-                return ring
+                return wake_up
         operation.error = None
         self._reserve.release()
         self.tidy(refill=False)
@@ -221,32 +225,32 @@ class _Writer:
     def tidy(self, *, refill: bool = True) -> None:
         """Gives the journal's room back, to the reserve; what cannot be done now is done behind a later step."""
         with contextlib.suppress(sqlite3.Error, OSError):
-            _truncate_journal(self._db)
+            truncate_journal(self._db)
             if refill:
                 self._reserve.refill()
 
-    def _run_alone(self, operation: _Operation) -> Ring:
-        self._run(operation, _Transaction(self._db))
-        return Ring.NOTHING
+    def _run_alone(self, operation: _Operation) -> WakeUp:
+        self._run(operation, Transaction(self._db))
+        return WakeUp.NOTHING
 
     def _guard(self, operations: Sequence[_Operation], work: Callable[[], T]) -> T | None:
-        """What `work` returns from inside a turn; None if the disk fails, which fails all of `operations`."""
+        """What `work` returns under the writer lock; None if the disk fails, which fails all of `operations`."""
         try:
-            with self._tree.turn():
+            with self._directory.writer_lock():
                 self._check_place()
                 return work()
         except sqlite3.Error as error:
-            problem: Exception = _sqlite_error(error)
+            problem: Exception = sqlite_error(error)
             if not isinstance(problem, QueueFull):  # of which the reserve tells, once
-                log.error(f"the queue in {self._tree.path} cannot be written: {error}")
+                log.error(f"the queue in {self._directory.path} cannot be written: {error}")
         except OSError as error:
-            problem = _disk_error(error)
+            problem = disk_error(error)
         except QueueUnavailable as error:
             problem = error
         except MemoryError:
             problem = QueueUnavailable(NO_MEMORY)
         except Exception:  # noqa: BLE001 - a thread's boundary: a writer that died here would keep everyone waiting for ever
-            log.exception(f"the queue in {self._tree.path} cannot be written")
+            log.exception(f"the queue in {self._directory.path} cannot be written")
             problem = QueueUnavailable("the queue cannot be used: see the log")
         for operation in operations:
             operation.error = problem
@@ -261,9 +265,9 @@ class _Writer:
             pass
         raise QueueUnavailable("the queue's file was moved or removed: restart what uses it")
 
-    def _commit(self, group: Sequence[_Operation], *, short: bool = False) -> Ring:
+    def _commit(self, group: Sequence[_Operation], *, short: bool = False) -> WakeUp:
         while True:
-            tx = _Transaction(self._db, short=short)
+            tx = Transaction(self._db, short=short)
             before = self._db.total_changes
             try:
                 self._db.execute("BEGIN IMMEDIATE")
@@ -272,12 +276,12 @@ class _Writer:
                         tx.write_waiting()
                     self._db.execute("COMMIT")
                     self.commit_count += self._db.total_changes != before
-                    return tx.ring
+                    return tx.wake_up
             finally:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
 
-    def _run_all(self, group: Sequence[_Operation], tx: _Transaction) -> bool:
+    def _run_all(self, group: Sequence[_Operation], tx: Transaction) -> bool:
         """False when an operation has failed half-way, and the transaction must not be committed."""
         for joins, run in itertools.groupby(group, operator.attrgetter("joins")):
             operations = list(run)
@@ -288,10 +292,10 @@ class _Writer:
                 return False
         return True
 
-    def _run_together(self, operations: Sequence[_Operation], tx: _Transaction) -> bool:
+    def _run_together(self, operations: Sequence[_Operation], tx: Transaction) -> bool:
         """False when one of them cannot be done: which one, and why, is found out by running each by itself."""
         try:
-            _put_all(tx, [cast(_Put, operation.run) for operation in operations])
+            put_all(tx, [cast(Put, operation.run) for operation in operations])
         except Exception as error:
             if _is_disk_trouble(error):
                 raise
@@ -300,14 +304,14 @@ class _Writer:
             return False
         return True
 
-    def _run_apart(self, operation: _Operation, tx: _Transaction) -> bool:
+    def _run_apart(self, operation: _Operation, tx: Transaction) -> bool:
         if operation.error is not None:
             return True
         before = self._db.total_changes
         self._run(operation, tx)
         return operation.error is None or self._db.total_changes == before
 
-    def _run(self, operation: _Operation, tx: _Transaction) -> None:
+    def _run(self, operation: _Operation, tx: Transaction) -> None:
         try:
             operation.answer = operation.run(tx)
         except sqlite3.Error as error:
@@ -315,7 +319,7 @@ class _Writer:
                 raise
             operation.error = error
         except OSError as error:
-            operation.error = _disk_error(error)
+            operation.error = disk_error(error)
         except Exception as error:  # noqa: BLE001 - a task's boundary: its caller gets it
             operation.error = error
 

@@ -8,6 +8,7 @@ import http.client
 import json
 import os
 import socket
+import sys
 import textwrap
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -16,7 +17,7 @@ from pathlib import Path
 from faashound.calls.names import FunctionName, parse_function_name
 from faashound.functions.local import LocalFunctions
 from faashound.functions.table import Function, parse_functions
-from tests.harness import Answer, http_over
+from testkit.harness import Answer, http_over
 
 DEADLINE_S = 20.0
 CAT, F = parse_function_name("cat"), parse_function_name("f")
@@ -66,6 +67,7 @@ def real(text: str) -> LocalFunctions:
 
 @contextlib.asynccontextmanager
 async def running(local: LocalFunctions, grace_s: float = DEADLINE_S) -> AsyncIterator[LocalFunctions]:
+    sys.audit("tests.starts_a_process")
     local.open()
     local.start()
     try:

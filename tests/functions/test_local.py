@@ -17,6 +17,7 @@ import pytest
 from faashound.calls.names import parse_function_name
 from faashound.functions import supervisor
 from faashound.functions.table import Functions, watchdog_settings
+from testkit.harness import InBackground, wait_until
 from tests.functions.conftest import Log
 from tests.functions.kit import (
     DEADLINE_S,
@@ -33,7 +34,6 @@ from tests.functions.kit import (
     running,
     until,
 )
-from tests.harness import InBackground, wait_until
 
 
 def test_local_function_answers_at_its_url(stand_in: tuple[str, ...]) -> None:

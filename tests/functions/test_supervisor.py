@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from faashound.functions.supervisor import describe_exit, next_restart_s
+from faashound.functions.supervisor import describe_exit
+from faashound.watchdog import next_restart_s
 
 
 @pytest.mark.parametrize(

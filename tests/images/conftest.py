@@ -4,7 +4,7 @@ No registry of images is asked: the two bases are made from Debian's packages, `
 without Python, `tools` with what building and the examples need.  Builds have no network: wheels are fetched before.
 The engine is a `dockerd` of our own, with its data in a temporary directory and without rules in the machine's
 firewall; or the one that DOCKER_HOST names, where bases and layers stay for the next run.  All that takes root, and
-programs of the machine: see tests/needed.py.  `pytest -m 'not images'` leaves these tests out.
+programs of the machine: see testkit/needed.py.  `pytest -m 'not images'` leaves these tests out.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from tests.harness import ROOT, http_request, wait_until
-from tests.needed import tool, want_root
+from testkit.harness import ROOT, http_request, said, wait_until
+from testkit.needed import tool, want_root
 
 ENGINE_DEADLINE_S = 30.0
 BUILD_DEADLINE_S = 300.0
@@ -130,27 +130,6 @@ class OwnEngine(Engine):
         for path in reversed(mounted):
             if Path(path).is_relative_to(self.directory):
                 said(["umount", path])
-
-
-def said(
-    command: Sequence[str],
-    *,
-    stdin: bytes | None = None,
-    deadline_s: float = 60.0,
-    environment: Mapping[str, str] = os.environ,
-) -> str:
-    """Run a command and return what it prints; AssertionError with its complaint if it fails."""
-    done = subprocess.run(
-        command,
-        input=stdin,
-        stdin=None if stdin is not None else subprocess.DEVNULL,
-        capture_output=True,
-        timeout=deadline_s,
-        env={**environment, "DOCKER_BUILDKIT": "0"},  # BuildKit would take a plugin of the client
-        check=False,
-    )
-    assert done.returncode == 0, f"{command}: {done.stderr.decode(errors='replace')[-3000:]}"
-    return done.stdout.decode(errors="replace")
 
 
 class Images:

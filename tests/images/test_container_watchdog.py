@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests import harness, test_container, test_timeouts
-from tests.harness import Program
+from testkit import harness
+from testkit.harness import Program
 from tests.images.conftest import Images
+from tests.watchdog import test_container, test_timeouts
 
 # Starts a container with the environment that a test gives to its watchdog, and becomes its client, which passes
 # signals in and the log and the exit code out.  TMPDIR is the test's own directory, inside as outside.  The image has

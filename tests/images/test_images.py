@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.harness import Answer, free_port, http_request, wait_until
-from tests.images.conftest import Engine, Images, call_later, said
+from testkit.harness import Answer, free_port, http_request, said, wait_until
+from tests.images.conftest import Engine, Images, call_later
 
 HARDENED = ["--read-only", "--tmpfs=/tmp", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--network=host"]
 HEALTHY_DEADLINE_S = 40.0

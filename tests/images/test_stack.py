@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import ROOT, free_port, http_request, wait_until
-from tests.images.conftest import Engine, Images, call_later, said
-from tests.needed import tool
+from testkit.harness import ROOT, free_port, http_request, said, wait_until
+from testkit.needed import tool
+from tests.images.conftest import Engine, Images, call_later
 
 UP_DEADLINE_S = 60.0
 SERVICES = ("gateway", "worker", "nats", "example-shell", "example-chain", "example-python", "example-picture")

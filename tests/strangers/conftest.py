@@ -24,9 +24,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.harness import Program
-from tests.needed import want_root
-from tests.system import FUNCTIONS, System
+from testkit.harness import Program
+from testkit.needed import want_root
+from testkit.system import FUNCTIONS, System
 
 CLONE_NEWNET = 0x40000000  # linux/sched.h
 SIOCGIFFLAGS, SIOCSIFFLAGS, SIOCSIFADDR, IFF_UP = 0x8913, 0x8914, 0x8916, 0x1  # linux/sockios.h, net/if.h

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.harness import InBackground, connect, crowding, http_request, read_all
+from testkit.harness import InBackground, connect, crowding, http_request, read_all
+from testkit.system import Receiver
 from tests.strangers.conftest import FLOOD_S, World
-from tests.system import Receiver
 
 CPU_S = 1.0  # of processor time that one input may cost its server; the worst ones of old took 26 s
 OTHERS_S = 0.5  # within which another client is answered meanwhile, on an idle machine

@@ -1,0 +1,155 @@
+"""What a worker knows of functions: the gateway is asked, and what it says is kept for some seconds.
+
+    functions = KnownFunctions(client, gateway, RetryPolicy(), direct=True)
+    known = await functions.get(call.function)
+    known.policy, known.upstream              # how it is retried, and where it answers (None: ask at the gateway)
+    functions.on_unreachable(call.function)   # nothing answers there: the gateway's way for a while
+
+Contract: it never fails.  While the gateway cannot tell, its last word holds, except for a function that ends with its
+gateway; before there is a word it is the worker's own policy, and no address.  An address of loopback means something
+only where gateway and worker share a network (network/machine.py); anywhere else it is not taken.  What it refuses: to
+remember more than MAX_KNOWN_COUNT functions, since callers can make up names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..calls.names import FunctionName
+from ..calls.retries import RetryPolicy, parse_annotations, policy_for
+from ..functions.table import parse_upstream
+from ..network.addresses import parse_literal
+from ..network.machine import network_identity
+from ..watchdog import Client, FaashoundError, Url, log
+from .gateway import GatewayAccess
+
+KEPT_S = 5.0  # how long the gateway's word, or its silence, is believed before it is asked again
+UNREACHABLE_S = 30.0  # how long an address at which nothing answered is not tried again
+DESCRIPTION_TIMEOUT_S = 5.0
+DESCRIPTION_BYTES = 1 << 20
+MAX_KNOWN_COUNT = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Upstream:
+    """Where a function answers.
+
+    `is_guarded`: a caller's word completes the host, so its address is judged before each connection.  `ends_with_
+    gateway`: it is run by the gateway, and a stale address may be another's.
+    """
+
+    url: Url
+    is_guarded: bool = False
+    ends_with_gateway: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What is known of one function; `asked_s` is when the gateway was asked last (monotonic)."""
+
+    policy: RetryPolicy
+    upstream: Upstream | None = None
+    asked_s: float = float("-inf")
+    avoided: Url | None = None
+    avoided_until_s: float = float("-inf")
+
+    def usable(self, now_s: float) -> Known:
+        """Return the same without an address that is avoided now."""
+        is_avoided = self.upstream is not None and self.upstream.url == self.avoided and now_s < self.avoided_until_s
+        return dataclasses.replace(self, upstream=None) if is_avoided else self
+
+
+class KnownFunctions:
+    """The policies and addresses of functions; `direct`: whether addresses are wanted."""
+
+    def __init__(self, client: Client, gateway: GatewayAccess, base: RetryPolicy, *, direct: bool) -> None:
+        self._client = client
+        self.gateway = gateway
+        self._direct = direct
+        self._unknown = Known(base)
+        self._known: OrderedDict[FunctionName, Known] = OrderedDict()
+        self._asking: dict[FunctionName, asyncio.Task[Known]] = {}
+
+    async def get(self, function: FunctionName) -> Known:
+        """Return what is known of `function`, which may cost a question to the gateway."""
+        now_s = time.monotonic()
+        known = self._known.get(function)
+        if known is None or now_s - known.asked_s >= KEPT_S:
+            known = await self._ask_once(function)
+        return known.usable(now_s)
+
+    def on_unreachable(self, function: FunctionName) -> None:
+        """Nothing answers at the address: ask for it again, and meanwhile do without it."""
+        known = self._known.get(function)
+        if known is not None and known.upstream is not None:
+            until_s = time.monotonic() + UNREACHABLE_S
+            self._known[function] = dataclasses.replace(
+                known, asked_s=float("-inf"), avoided=known.upstream.url, avoided_until_s=until_s
+            )
+
+    async def _ask_once(self, function: FunctionName) -> Known:
+        """Ask, with one question for all calls that want the answer."""
+        task = self._asking.get(function)
+        if task is None:
+            task = self._asking[function] = asyncio.create_task(self._ask(function))
+            task.add_done_callback(lambda _: self._asking.pop(function, None))
+        return await asyncio.shield(task)
+
+    async def _ask(self, function: FunctionName) -> Known:
+        asked_s, before = time.monotonic(), self._known.get(function, self._unknown)
+        try:
+            told = await self._description(function)
+            policy = policy_for(self._unknown.policy, parse_annotations(function, annotations_of(told)))
+            upstream = parse_told_upstream(told) if self._direct else None
+        except (FaashoundError, ValueError) as error:
+            log.warning(f"the gateway does not tell of {function}: {error}")
+            policy, upstream = before.policy, before.upstream
+            if upstream is not None and upstream.ends_with_gateway:
+                upstream = None
+        known = dataclasses.replace(before, policy=policy, upstream=upstream, asked_s=asked_s)
+        self._known[function] = known
+        self._known.move_to_end(function)
+        if len(self._known) > MAX_KNOWN_COUNT:
+            self._known.popitem(last=False)
+        return known
+
+    async def _description(self, function: FunctionName) -> Mapping[str, Any]:
+        url, deadline_s = self.gateway.description_url(function), time.monotonic() + DESCRIPTION_TIMEOUT_S
+        headers = [self.gateway.token_field]
+        async with await self._client.request("GET", url, headers, deadline_s=deadline_s) as response:
+            body = await response.body.read(DESCRIPTION_BYTES)
+        if response.status == 404:
+            return {}
+        if response.status != 200:
+            raise FaashoundError(f"the gateway answers {response.status}")
+        told = json.loads(body)
+        return told if isinstance(told, dict) else {}
+
+
+def annotations_of(told: Mapping[str, Any]) -> Mapping[str, str]:
+    """Return the annotations in the gateway's description of a function."""
+    found = told.get("annotations")
+    return {str(name): str(value) for name, value in found.items()} if isinstance(found, dict) else {}
+
+
+def parse_told_upstream(told: Mapping[str, Any]) -> Upstream | None:
+    """Return where a function answers by the gateway's description of it; None if it does not say, or not to us."""
+    found = told.get("upstream")
+    if not isinstance(found, dict):
+        return None
+    try:
+        url = parse_upstream(str(found.get("url")))
+    except ValueError:  # what a later gateway may know, and this worker does not
+        return None
+    literal = parse_literal(url.host)
+    is_inner = bool(told.get("local")) or url.host == "localhost" or (literal is not None and literal.is_loopback)
+    if is_inner and found.get("network") != network_identity():
+        return None
+    return Upstream(url, found.get("guarded") is not False, bool(told.get("local")))

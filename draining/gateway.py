@@ -1,0 +1,36 @@
+"""Where the gateway is, and how a worker makes itself known to it.  Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from ..calls.model import Call
+from ..calls.names import FunctionName
+from ..watchdog import Header, Url
+
+WORKER_TOKEN = b"X-Worker-Token"  # who has it can open the queue, so it is a worker of this system
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayAccess:
+    """The gateway's base URL, and the queue's token, which gateway and worker alone can read."""
+
+    url: Url
+    token: str
+
+    @property
+    def token_field(self) -> Header:
+        """The header field by which the gateway knows a worker."""
+        return WORKER_TOKEN, self.token.encode()
+
+    def function_url(self, call: Call) -> Url:
+        """Return where the gateway answers for a call's function."""
+        return self._url(f"/function/{call.function}{call.path}" + (f"?{call.query}" if call.query else ""))
+
+    def description_url(self, function: FunctionName) -> Url:
+        """Return where the gateway tells what it knows of a function."""
+        return self._url(f"/system/function/{function}")
+
+    def _url(self, target: str) -> Url:
+        return dataclasses.replace(self.url, target=self.url.target.rstrip("/") + target)

@@ -1,0 +1,145 @@
+"""The leases that a worker has in flight: their slots, their renewal, and what ends one early.
+
+    table = InFlightTable(queue, owner, slots)
+    entry = table.add(lease)                # then start its task, and in the end:
+    table.remove(entry)
+
+A lease is renewed while its work runs, so it is never a limit to how long a function may take.  It ends early when
+the call is cancelled, when another worker has it (this process slept past the lease), or when the worker drains.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from ..calls.model import Kind, Lease, destination_of
+from ..queues import Queue
+from ..watchdog import FaashoundError, log
+from .shares import Slots
+
+RENEWALS_COUNT = 3  # in the time of one lease: two may fail before it runs out
+
+
+class EarlyEnd(Enum):
+    """Why work was ended before it was done."""
+
+    CANCELLED = "cancelled"
+    LOST = "lost"
+    DRAINED = "drained"
+
+
+@dataclass(slots=True, eq=False)
+class InFlight:
+    """A lease at work.
+
+    `flow` is whose slot it holds: the function's, or the callback's destination's.  Once a function has answered, and
+    only the outcome is still to be recorded, it holds none.
+    """
+
+    lease: Lease
+    flow: str
+    task: asyncio.Task[None] | None = None
+    begun: bool = False
+    holds_slot: bool = False
+    ended_by: EarlyEnd | None = None
+
+    def end(self, why: EarlyEnd) -> None:
+        """Cancel the work for a reason; the first one counts.
+
+        A task that has not made its first step is not cancelled, since then it could record nothing: it looks itself.
+        """
+        if self.ended_by is not None:
+            return
+        self.ended_by = why
+        if self.begun and self.task is not None:
+            self.task.cancel()
+
+
+class InFlightTable:
+    """All leases at work in this worker, by their fence.  `slots` are what each kind of work holds."""
+
+    def __init__(self, queue: Queue, owner: str, slots: Mapping[Kind, Slots]) -> None:
+        self._queue = queue
+        self._owner = owner
+        self._slots = slots
+        self._entries: dict[int, InFlight] = {}
+        self._cancelled_early: frozenset[str] = frozenset()  # calls of this worker that its claim has not returned yet
+
+    def add(self, lease: Lease) -> InFlight:
+        """Take a lease in, with a slot.  An earlier one on the same work has run out unnoticed, and is ended."""
+        for earlier in self._entries.values():
+            if (earlier.lease.kind, earlier.lease.call.id) == (lease.kind, lease.call.id):
+                earlier.end(EarlyEnd.LOST)
+        flow = lease.call.function if lease.kind == "call" else destination_of(lease.call.callback_url or "")
+        entry = self._entries[lease.fence] = InFlight(lease, flow)
+        self.hold(lease)
+        if lease.kind == "call" and lease.call.id in self._cancelled_early:
+            entry.end(EarlyEnd.CANCELLED)
+        return entry
+
+    def remove(self, entry: InFlight) -> None:
+        """Forget a lease whose work is over, and free its slot."""
+        del self._entries[entry.lease.fence]
+        self.free(entry)
+
+    def hold(self, lease: Lease) -> None:
+        """Have the work of a lease hold a slot, if it holds none."""
+        entry = self._entries[lease.fence]
+        if not entry.holds_slot:
+            entry.holds_slot = True
+            self._slots[lease.kind].take(entry.flow)
+
+    def free(self, entry: InFlight) -> None:
+        """Free the slot of work that needs it no more, if it holds one."""
+        if entry.holds_slot:
+            entry.holds_slot = False
+            self._slots[entry.lease.kind].give_back(entry.flow, time.monotonic())
+
+    @property
+    def tasks(self) -> list[asyncio.Task[None]]:
+        """The tasks of all that is at work."""
+        return [entry.task for entry in self._entries.values() if entry.task is not None]
+
+    def end_all(self) -> None:
+        """Hand back at once whatever is at work."""
+        for entry in self._entries.values():
+            entry.end(EarlyEnd.DRAINED)
+
+    async def keep_renewing(self, lease_s: float) -> None:
+        """Renew what is at work long before its lease ends, for ever; end what is lost or cancelled."""
+        while True:
+            await asyncio.sleep(lease_s / RENEWALS_COUNT)
+            leases = [entry.lease for entry in self._entries.values()]
+            if not leases:
+                continue
+            try:
+                renewal = await self._queue.renew(leases, lease_s)
+            except FaashoundError as error:
+                log.error(f"leases could not be renewed: {error}")
+                continue
+            for lease in leases:
+                if lease.call.id in renewal.lost and lease.fence in self._entries:
+                    log.warning("the lease was lost; another worker has the call", call_id=lease.call.id)
+                    self._entries[lease.fence].end(EarlyEnd.LOST)
+            self._end_cancelled(renewal.cancelled)
+
+    async def watch_cancels(self, timeout_s: float) -> None:
+        """End a run as soon as its cancellation is asked for, for ever; the queue is asked each `timeout_s` anyhow."""
+        while True:
+            await self._queue.wait_for_cancel(timeout_s)
+            try:
+                cancelled = await self._queue.cancelled_ids(self._owner)
+            except FaashoundError as error:
+                log.error(f"cancellations could not be read: {error}")
+                continue
+            self._end_cancelled(cancelled)
+            self._cancelled_early = cancelled - {entry.lease.call.id for entry in self._entries.values()}
+
+    def _end_cancelled(self, ids: frozenset[str]) -> None:
+        for entry in self._entries.values():
+            if entry.lease.kind == "call" and entry.lease.call.id in ids:
+                entry.end(EarlyEnd.CANCELLED)

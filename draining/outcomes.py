@@ -1,0 +1,77 @@
+"""What an attempt came to, in the words of the rules (calls/retries.py): of an answer, or of an error.  Pure, but logs.
+
+An error's text may name addresses and paths of this system.  What a caller may not read goes to the log instead.
+"""
+
+from __future__ import annotations
+
+from ..calls.callbacks import CallbackRefused
+from ..calls.model import Attempt, Headers, QueueDamaged, QueueFull, QueueUnavailable
+from ..calls.retries import AttemptOutcome, Done, OutcomeKind, Step
+from ..watchdog import (
+    ClientResponse,
+    FaashoundError,
+    OutOfResources,
+    PeerGone,
+    Unreachable,
+    UpstreamTimeout,
+    end_to_end,
+    log,
+)
+from ..watchdog import Headers as RawHeaders
+
+_ID_FIELDS = ("x-call-id", "x-start-time")  # the gateway's word on a call, whatever its function answers
+REFUSED_TEXT = "refused: not allowed by callback_allow"  # which names lead to inner addresses is not for strangers
+
+
+class GatewayAway(FaashoundError):
+    """The gateway cannot be reached, and the call cannot be made without it; nothing was sent."""
+
+    status = 503
+
+
+def decoded(value: bytes | None) -> str | None:
+    """Return a header field's value as text."""
+    return None if value is None else value.decode("latin-1")
+
+
+def outcome_of_response(response: ClientResponse) -> AttemptOutcome:
+    """Return what the rules need to know of an answer."""
+    return AttemptOutcome(
+        OutcomeKind.ANSWERED,
+        response.status,
+        decoded(response.header(b"retry-after")),
+        response.header(b"x-openfaas-internal") is not None,
+    )
+
+
+def outcome_of_error(error: Exception, call_id: str) -> AttemptOutcome:
+    """Return what the rules need to know of an attempt that raised `error`."""
+    match error:
+        case CallbackRefused():
+            log.warning(str(error), call_id=call_id)
+            return AttemptOutcome(OutcomeKind.REFUSED, error=REFUSED_TEXT)
+        case UpstreamTimeout():
+            return AttemptOutcome(OutcomeKind.TIMED_OUT, error=str(error))
+        case QueueDamaged():
+            return AttemptOutcome(OutcomeKind.UNREADABLE, error=str(error))
+        case QueueUnavailable() | QueueFull() | OutOfResources() | GatewayAway():
+            return AttemptOutcome(OutcomeKind.PREVENTED, error=str(error))
+        case PeerGone() | Unreachable():
+            return AttemptOutcome(OutcomeKind.UNREACHABLE, error=str(error))
+        case _:
+            log.exception(f"a fault of the worker in an attempt at call {call_id}")
+            return AttemptOutcome(OutcomeKind.FAILED, error="a fault of the worker: see its log")
+
+
+def kept_headers(answered: RawHeaders, submitted: Headers) -> Headers:
+    """Return the fields of an answer that are stored with it: the function's, and the ids that the call came with."""
+    fields = end_to_end(answered, *(name.encode() for name in _ID_FIELDS))
+    ids = (field for field in submitted if field[0].lower() in _ID_FIELDS)
+    return (*((name.decode(), value.decode("latin-1")) for name, value in fields), *ids)
+
+
+def attempt_record(started_s: float, finished_s: float, outcome: AttemptOutcome, step: Step) -> Attempt:
+    """Return what is remembered of an attempt (times are seconds since the epoch) which `step` follows."""
+    error = None if isinstance(step, Done) else str(getattr(step, "reason", outcome))
+    return Attempt(started_s, finished_s, outcome.status or None, error)

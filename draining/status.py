@@ -1,0 +1,61 @@
+"""The worker's own small server: GET /metrics and GET /healthz.
+
+It listens on loopback unless told otherwise, and then a browser's page reaches it by a name of its own (DNS rebinding);
+so there it answers to this machine's names only, as the gateway's does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+from ..network.hosts import host_name, is_own_name
+from ..queues import Queue, trouble_of
+from ..watchdog import (
+    TEXT_PLAIN,
+    FaashoundError,
+    MethodNotAllowed,
+    NotReady,
+    Request,
+    Response,
+    serve_metrics,
+)
+from .metrics import WorkerMetrics
+
+
+class UnknownHost(FaashoundError):
+    """The request is for a host name that is none of ours (RFC 9110 15.5.20)."""
+
+    status = 421
+
+
+class StatusPage:
+    """Handler of the status server.
+
+    `refresh` brings `metrics` up to date; `names` are host names to answer to besides localhost, None: to any.
+    """
+
+    def __init__(
+        self, queue: Queue, metrics: WorkerMetrics, refresh: Callable[[], None], names: Collection[str] | None
+    ) -> None:
+        self._queue = queue
+        self._metrics = metrics
+        self._refresh = refresh
+        self._names = names
+
+    async def __call__(self, request: Request) -> Response:
+        """Answer one request."""
+        if self._names is not None and not is_own_name(request.host, self._names):
+            name = (host_name(request.host) or "")[:100]
+            raise UnknownHost(f"{name!r} is no name of this worker; allowed: localhost, addresses, and allowed_hosts")
+        if request.path == b"/healthz":
+            return self._answer_health(request)
+        self._refresh()
+        return await serve_metrics(self._metrics.registry, request)
+
+    def _answer_health(self, request: Request) -> Response:
+        if request.method not in ("GET", "HEAD"):
+            raise MethodNotAllowed(("GET", "HEAD"))
+        trouble = trouble_of(self._queue)
+        if trouble is not None:
+            raise NotReady(trouble)
+        return Response(200, (TEXT_PLAIN,), b"OK")

@@ -1,0 +1,60 @@
+"""Which names a server answers to: the field Host tells a page's rebound name from ours (DNS rebinding).
+
+    names = parse_hosts("faas.internal")
+    is_own_name(request.host, names)
+
+A page may have its own name resolve to our address.  Then it is of the same origin as we are, and only the name in Host
+tells it from our user.  So a server that is open to nobody but this machine, and asks for no password, answers to
+`localhost`, to addresses, and to names that its operator lists.  Pure.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from functools import lru_cache
+from ipaddress import IPv6Address, ip_address
+from socket import socket
+
+from .addresses import parse_host_name, parse_numeric_host
+
+
+def parse_hosts(text: str) -> frozenset[str]:
+    """Return the names of the setting allowed_hosts; ValueError says what is allowed."""
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    try:
+        if any(parse_numeric_host(word) for word in words):
+            raise ValueError("an address needs no entry")
+        return frozenset(map(parse_host_name, words))
+    except ValueError as error:
+        raise ValueError(f'{error}; allowed: host names without port, separated by commas ("faas.internal")') from None
+
+
+@lru_cache(maxsize=256)
+def host_name(host: bytes) -> str | None:
+    """Return the name in a Host field, None if it is an address, or none at all as in HTTP/1.0: no page can do that.
+
+    0.0.0.0 and IPv4 in IPv6 are names here: they lead to this machine from every page as well, and browsers do not say
+    whose page it is that asks: they send Sec-Fetch-Site to what they call trustworthy, 127.0.0.0/8 and ::1
+    (https://www.w3.org/TR/secure-contexts).
+    """
+    text = host.decode("latin-1").lower()
+    name = re.sub(r":[0-9]*$", "", text).removesuffix(".")
+    try:
+        address = ip_address(name.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return name or None
+    is_mapped = isinstance(address, IPv6Address) and address.ipv4_mapped is not None
+    return name if address.is_unspecified or is_mapped else None
+
+
+def is_own_name(host: bytes, names: Collection[str]) -> bool:
+    """Tell whether a Host field names this machine to itself, an address, or one of `names`, in lower case."""
+    name = host_name(host)
+    return name is None or name == "localhost" or name.endswith(".localhost") or name in names
+
+
+def are_on_loopback(sockets: Iterable[socket]) -> bool:
+    """Tell whether only this machine reaches `sockets`, as far as they are of TCP."""
+    names = [sock.getsockname() for sock in sockets]
+    return all(ip_address(name[0].partition("%")[0]).is_loopback for name in names if isinstance(name, tuple))

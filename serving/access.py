@@ -1,0 +1,60 @@
+"""Who may ask what of the gateway: browsers' pages, holders of the password, workers of ours, callbacks.
+
+    access = Access(queue.token, rules, door)
+    access.check_host(request)                               # UnknownHost
+    await access.authorize(request)                          # Unauthorized, TooManyGuesses
+
+Contract: whoever can open the queue is a worker of ours and proves it by the queue's token; it needs no password and
+may know us by any name.  A callback of ours carries a proof that it is one: it reaches functions, and nothing else.
+"""
+
+from __future__ import annotations
+
+import hmac
+from dataclasses import dataclass
+
+from ..calls.callbacks import CALLBACK_PROOF, build_proof
+from ..draining.gateway import WORKER_TOKEN
+from ..watchdog import Request
+from .answers import Forbidden
+from .browsers import BrowserRules, UnknownHost
+from .passwords import PasswordDoor
+
+_PROOF, _TOKEN = CALLBACK_PROOF.lower(), WORKER_TOKEN.lower()
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """The rules of one gateway; `token` is its queue's, `door` asks for the password, if there is one."""
+
+    token: str
+    pages: BrowserRules
+    door: PasswordDoor | None
+
+    def is_worker(self, request: Request) -> bool:
+        """Tell whether a worker of ours asks."""
+        given = request.header(_TOKEN) or b""
+        return given != b"" and hmac.compare_digest(given, self.token.encode())  # an empty field is no token
+
+    def is_callback_of(self, request: Request, call_id: str) -> bool:
+        """Tell whether a request is the callback that reports on a call."""
+        proof = request.header(_PROOF) or b""
+        return hmac.compare_digest(proof, build_proof(self.token, call_id).encode())
+
+    def check_no_callback(self, request: Request) -> None:
+        """Raise Forbidden for a callback, which a stranger may have sent anywhere."""
+        if request.header(_PROOF) is not None:
+            raise Forbidden("callbacks reach /function/NAME and /async-function/NAME, nothing else")
+
+    def check_host(self, request: Request) -> None:
+        """Raise UnknownHost for a name that is none of ours, unless a worker asks, which is no browser."""
+        try:
+            self.pages.check_host(request)
+        except UnknownHost:
+            if not self.is_worker(request):
+                raise
+
+    async def authorize(self, request: Request) -> None:
+        """Return if a request may see and change calls and functions; raises Unauthorized, TooManyGuesses."""
+        if self.door is not None and not self.is_worker(request):
+            await self.door.check(request)

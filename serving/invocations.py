@@ -1,0 +1,140 @@
+"""/function/NAME: a request goes to its function and the answer comes back, while the caller waits.
+
+    invocations = Invocations(settings, functions, access, via, metrics)
+    response = await invocations.answer(request, "cat", b"/path")
+    await invocations.close()
+
+What it promises: status, headers and body as the function sent them, streamed both ways; every answer, ours too,
+carries X-Call-Id and X-Start-Time, is counted, and is a line in the log.  A failure of ours bears X-OpenFaaS-Internal,
+by which a worker knows that not the function has spoken, and tells a stranger no address.
+
+What it refuses to do: retry, follow redirects, or cut a worker's call, which waits for as long as it likes.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+
+from ..calls.ids import new_call_id
+from ..functions.table import Function, Functions, completes_host
+from ..network.addresses import AddressRefused, guard_functions
+from ..network.lookups import strangers_names, system_names
+from ..watchdog import (
+    CLIENT_GONE_STATUS,
+    Client,
+    ClientResponse,
+    FaashoundError,
+    PeerGone,
+    Request,
+    Response,
+    Unreachable,
+    UpstreamTimeout,
+    body_if_complete,
+    call_id_of,
+    end_to_end,
+    error_response,
+    format_duration,
+    log,
+)
+from .access import Access
+from .metrics import GatewayMetrics
+from .proxying import ID_FIELDS, OurVia, RequestIds, check_path, fields_of_worker, fields_passed_on, function_target
+from .settings import Settings
+
+
+class OurFailure(FaashoundError):
+    """The gateway's own answer in place of a function's: marked so that a worker knows it and tries again."""
+
+    headers = ((b"X-OpenFaaS-Internal", b"gateway"),)
+
+    def __init__(self, status: int, text: str) -> None:
+        self.status = status  # type: ignore[misc]  # the one error whose status is another's
+        super().__init__(text)
+
+
+class Invocations:
+    """Passes requests on to functions."""
+
+    def __init__(
+        self, settings: Settings, functions: Functions, access: Access, via: OurVia, metrics: GatewayMetrics
+    ) -> None:
+        self._upstream_timeout_s = settings.upstream_timeout_s
+        self._functions = functions
+        self._access = access
+        self._via = via
+        self._metrics = metrics
+        self._names = system_names()
+        self._client = Client(self._names)
+        self._found_names = strangers_names()
+        guarded = completes_host(settings.function_url)
+        self._found_client = Client(guard_functions(self._found_names)) if guarded else self._client
+
+    async def close(self) -> None:
+        """Let go of the connections to functions."""
+        for each in (self._client, self._found_client, self._names, self._found_names):
+            await each.close()
+
+    async def answer(self, request: Request, name: str, rest: bytes) -> Response:
+        """Pass a request on to its function; the errors that may come of it are answers too."""
+        by_worker = self._access.is_worker(request)
+        start_time = (by_worker and request.header(b"x-start-time")) or b"%d" % time.time_ns()
+        ids = RequestIds(call_id_of(request) or new_call_id(), start_time)
+        function = self._functions.lookup(name)
+        label = self._metrics.begin(function, listed=function is not None and function.name in self._functions)
+        started_s, status = time.perf_counter(), CLIENT_GONE_STATUS
+        reason: dict[str, object] = {}
+        try:
+            if function is None:
+                raise OurFailure(404, "no function has this name")
+            response = await self._call(request, function, rest, ids, by_worker)
+            status = response.status
+        except FaashoundError as error:
+            response = error_response(error)
+            response.headers = (*response.headers, *ids.fields)
+            status, reason = error.status, {"error": error.__cause__ or error}
+        finally:
+            duration_s = time.perf_counter() - started_s
+            self._metrics.end(label, status, duration_s)
+            log.info(
+                f"Forwarded [{request.method[:20]}] to /function/{name[:100]} - [{status}] - {duration_s:f}s",
+                call_id=ids.call_id,
+                **reason,
+            )
+        return response
+
+    async def _call(
+        self, request: Request, function: Function, rest: bytes, ids: RequestIds, by_worker: bool
+    ) -> Response:
+        check_path(rest)
+        if not by_worker:  # whose request bears our entry since its submission
+            self._via.check(request)
+        response = await self._send(request, function, rest, ids, by_worker)
+        self._metrics.answered(function.name)
+        headers = [*end_to_end(response.headers, *ID_FIELDS, b"date"), *ids.fields]
+        write_timeout_s = math.inf if by_worker else None
+        return Response(response.status, headers, response.body, response.body.length, write_timeout_s)
+
+    async def _send(
+        self, request: Request, function: Function, rest: bytes, ids: RequestIds, by_worker: bool
+    ) -> ClientResponse:
+        """Send the request; raises OurFailure where no answer comes, whose cause is for the log and our workers."""
+        limit_s = self._upstream_timeout_s
+        if by_worker:
+            deadline_s, headers = None, fields_of_worker(request, ids, self._via)
+        else:
+            deadline_s, headers = time.monotonic() + limit_s, fields_passed_on(request, ids, self._via)
+        target, client = function_target(function, request, rest), self._client_of(function)
+        try:
+            return await client.request(
+                request.method, target, headers, body_if_complete(request.body), request.body.length, deadline_s
+            )
+        except UpstreamTimeout as error:
+            text = f"{function.name.short} did not answer within upstream_timeout ({format_duration(limit_s)})"
+            raise OurFailure(504, text) from error
+        except (Unreachable, PeerGone, AddressRefused) as error:
+            raise OurFailure(502, f"{function.name.short}: {error if by_worker else 'no answer'}") from error
+
+    def _client_of(self, function: Function) -> Client:
+        """Return what reaches a function; the address of one that function_url found may have to be judged first."""
+        return self._client if function.name in self._functions else self._found_client

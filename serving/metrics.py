@@ -1,0 +1,132 @@
+"""The metrics of the gateway, under the names of OpenFaaS', and what its queue looks like.
+
+    metrics = GatewayMetrics(slot)
+    label = metrics.begin(function, listed=True)
+    metrics.end(label, 200, duration_s)
+    await serve_metrics(metrics, request)                    # all processes of the gateway together
+
+Contract: counting is an addition in memory that the processes share; nothing is looked up or waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+
+from ..calls.model import State, Stats
+from ..functions.table import Function
+from ..watchdog import Histogram, Slot, cumulated
+from .health import TROUBLE_KEY
+
+OTHER = "other"  # no function's whole name, which has a namespace
+MAX_LABELS_COUNT = 1000  # functions that function_url finds and that have metrics of their own
+
+
+class GatewayMetrics:
+    """The metrics of the OpenFaaS gateway, under the same names, and the queue's depth.
+
+    Where `function_url` finds functions, strangers can make up names: such a name is counted as its own only once a
+    function has answered to it, and as "other" until then.
+    """
+
+    def __init__(self, slot: Slot) -> None:
+        self._slot = slot
+        self._answered: set[str] = set()
+        self._stats: Stats | None = None
+
+    def begin(self, function: Function | None, *, listed: bool) -> str:
+        """Count the start of an invocation; return the label that `end` is to be given."""
+        label = function.name if function and (listed or function.name in self._answered) else OTHER
+        self._slot.values(f"started {label}", 1)[0] += 1
+        return label
+
+    def end(self, label: str, status: int, duration_s: float) -> None:
+        """Count the end of an invocation."""
+        Histogram.at(self._slot, f"seconds {label} {status}").observe(duration_s)
+
+    def answered(self, name: str) -> None:
+        """There is a function of this name."""
+        if len(self._answered) < MAX_LABELS_COUNT:
+            self._answered.add(name)
+
+    def submitted(self, status: int) -> None:
+        """Count a submission."""
+        self._slot.values(f"submitted {status}", 1)[0] += 1
+
+    def dropped(self, count: int) -> None:
+        """Count dead letters that `keep_dead` has ended."""
+        self._slot.values("dropped", 1)[0] += count
+
+    def invocation_counts(self) -> dict[str, int]:
+        """Return how many invocations of each function have ended, in all processes, by its whole name."""
+        counts: dict[str, int] = {}
+        for key, numbers in self._slot.scoreboard.counters.totals().items():
+            kind, name, *_ = (*key.split(), "")
+            if kind == "seconds" and name != OTHER:
+                counts[name] = counts.get(name, 0) + int(sum(numbers[1:]))
+        return counts
+
+    def show_queue(self, stats: Stats) -> None:
+        """Have the figures of the queue shown, from now on."""
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metrics of all processes; prometheus_client asks for them."""
+        labels = ("function_name", "code")
+        total = CounterMetricFamily("gateway_function_invocation", "Function invocations, by outcome", labels=labels)
+        seconds = HistogramMetricFamily("gateway_functions_seconds", "Function time taken", labels=labels)
+        # A gauge: OpenFaaS's counter has no _total, which a counter's name would end with.
+        started = GaugeMetricFamily(
+            "gateway_function_invocation_started", "Function invocations begun", labels=("function_name",)
+        )
+        submitted = CounterMetricFamily(
+            "gateway_async_submissions", "Asynchronous calls submitted, by outcome", labels=("code",)
+        )
+        trouble = GaugeMetricFamily(
+            "gateway_trouble", "Processes of ours that find a part behind the gateway not working", labels=("part",)
+        )
+        dropped = CounterMetricFamily(
+            "gateway_queue_dropped_letters", "Dead letters and undelivered results that keep_dead has ended"
+        )
+        counters: Mapping[str, CounterMetricFamily | GaugeMetricFamily] = {
+            "started": started,
+            "submitted": submitted,
+            "dropped": dropped,
+            TROUBLE_KEY: trouble,
+        }
+        for key, numbers in self._slot.scoreboard.counters.totals().items():
+            kind, *label = key.split()
+            if kind == "seconds":
+                buckets, sum_s = cumulated(numbers)
+                total.add_metric(label, buckets[-1][1])
+                seconds.add_metric(label, buckets, sum_s)
+            else:
+                counters[kind].add_metric(label, numbers[0])
+        yield from (total, started, seconds, submitted, dropped, trouble)
+        if self._stats is not None:
+            yield from queue_metrics(self._stats)
+
+
+def queue_metrics(stats: Stats) -> Iterator[Metric]:
+    """Yield the figures of the queue as metrics."""
+    calls = GaugeMetricFamily("gateway_queue_calls", "Asynchronous calls, by state", labels=("state",))
+    for state in State:
+        calls.add_metric((state.value,), stats.by_state.get(state, 0))
+    yield calls
+    waiting = GaugeMetricFamily("gateway_queue_waiting", "Calls and callbacks that wait, by queue", labels=("queue",))
+    for name, count in stats.waiting.items():
+        waiting.add_metric((name,), count)
+    yield waiting
+    yield GaugeMetricFamily(
+        "gateway_queue_dead_callbacks", "Results that could not be delivered", value=stats.callback_dead_count
+    )
+    yield GaugeMetricFamily(
+        "gateway_queue_oldest_due_seconds", "How long the oldest due call has waited", value=stats.oldest_due_age_s or 0
+    )
+    if stats.free_bytes is not None:
+        yield GaugeMetricFamily("gateway_queue_free_bytes", "Room on the queue's disk", value=stats.free_bytes)
+    if stats.reserve_bytes is not None:
+        yield GaugeMetricFamily(
+            "gateway_queue_reserve_bytes", "Room that is kept for ending calls", value=stats.reserve_bytes
+        )

@@ -1,0 +1,197 @@
+"""What a gateway is started with, and what its operator is told at the start.
+
+    start = load_start(os.environ)                           # BadSettings names every problem
+    door = load_door(start.settings)                         # CannotStart if the password is not to be had
+    rules = browser_rules(start.settings, sockets)
+    tell_what_is_served(start, sockets)
+
+Contract: settings of ours, those of the worker beside us, and the functions file are read together, so that all that
+is wrong with them is told at once.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+
+from ..calls.names import FunctionName
+from ..functions.table import DEFAULT_QUEUE, BadFunctions, Function, read_functions
+from ..network.addresses import parse_literal
+from ..watchdog import (
+    BadSettings,
+    CannotStart,
+    format_duration,
+    log,
+    parse_duration,
+    parse_settings,
+    read_file,
+    settings_table,
+)
+from ..worker import Settings as WorkerSettings
+from .browsers import BrowserRules
+from .passwords import Credentials, PasswordDoor
+from .settings import Settings
+
+MAX_TOLD_COUNT = 20  # functions listed in the log at the start, a line each
+
+
+@dataclass(frozen=True, slots=True)
+class StartConfiguration:
+    """A gateway to be started.  `worker` is the environment of the worker beside it, but for its gateway_url."""
+
+    settings: Settings
+    functions: Mapping[FunctionName, Function]
+    worker: Mapping[str, str] | None
+
+    @property
+    def worker_settings(self) -> WorkerSettings | None:
+        """What the worker beside us makes of its environment; None: there is no worker."""
+        return None if self.worker is None else parse_settings(WorkerSettings, self.worker)
+
+    @property
+    def drained_queues(self) -> frozenset[str]:
+        """The queues that functions name or the worker beside us drains."""
+        worker = self.worker_settings
+        return function_queues(self.functions.values()).union(() if worker is None else worker.queues)
+
+
+def load_start(environ: Mapping[str, str]) -> StartConfiguration:
+    """Return what `environ` asks for; raises BadSettings with every problem in it, and in what it points to."""
+    problems: list[str] = []
+    settings: Settings | None = None
+    functions: dict[FunctionName, Function] = {}
+    try:
+        settings = parse_settings(Settings, environ)
+    except BadSettings as error:
+        problems += error.problems
+    try:
+        functions = load_functions(environ)
+    except BadFunctions as error:
+        problems += error.problems
+    runs_worker = environ.get("worker") != "none" if settings is None else settings.runs_worker
+    worker = worker_environment(environ, settings, functions) if runs_worker else None
+    try:
+        parse_settings(WorkerSettings, worker or {})
+    except BadSettings as error:
+        problems += error.problems
+    if problems or settings is None:
+        raise BadSettings(dict.fromkeys(problems))  # what both programs read is told once
+    return StartConfiguration(settings, functions, worker)
+
+
+def load_functions(environ: Mapping[str, str]) -> dict[FunctionName, Function]:
+    """Return the functions of the file that `functions` names; raises BadFunctions."""
+    path = Path(environ.get("functions") or settings_table(Settings)["functions"].default or "")
+    return read_functions(path, missing_ok=not environ.get("functions"))
+
+
+def function_queues(functions: Iterable[Function]) -> frozenset[str]:
+    """Return the queues in which calls of `functions` wait, and the one of all others."""
+    return frozenset((DEFAULT_QUEUE, *(function.queue for function in functions)))
+
+
+def worker_environment(
+    environ: Mapping[str, str], settings: Settings | None, functions: Mapping[FunctionName, Function]
+) -> dict[str, str]:
+    """Return the environment of the worker beside us: its own settings as they stand, the rest as ours are.
+
+    Unless told otherwise it drains every queue that a function of the file has, or their calls would wait for ever.
+    """
+    shared = {row.name for row in settings_table(WorkerSettings).values()} - {"host", "metrics_port"}
+    ours = {row.name for row in settings_table(Settings).values()} - shared
+    base = {name: value for name, value in environ.items() if name not in ours and not name.startswith("LISTEN_")}
+    base |= {"OPENFAAS_NAME": "worker"}
+    base.setdefault("queues", ",".join(sorted(function_queues(functions.values()))))
+    if settings is not None:
+        base |= {"host": settings.host or "", "metrics_port": str(settings.local_worker_metrics_port)}
+    return base
+
+
+def hidden_names() -> set[str]:
+    """Return the names of the settings that are no business of a function."""
+    return {row.name for kind in (Settings, WorkerSettings) for row in settings_table(kind).values()}
+
+
+def load_door(settings: Settings) -> PasswordDoor | None:
+    """Return what asks for the password before calls and functions; None if nothing does.  Raises CannotStart."""
+    if not settings.basic_auth:
+        return None
+    texts = []
+    for name in ("basic-auth-user", "basic-auth-password"):
+        path = str(Path(settings.secret_mount_path) / name)
+        text = read_file(path, "basic_auth=true needs it").strip()
+        if not text:
+            raise CannotStart(f"{path} is empty (basic_auth=true needs it)")
+        texts.append(text)
+    return PasswordDoor(Credentials(*texts))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What follows from the sockets that we have got.
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def local_url(sockets: Iterable[socket.socket]) -> str | None:
+    """Return the URL at which this machine reaches one of `sockets`; None if none of them is TCP."""
+    for sock in sockets:
+        name = sock.getsockname()
+        if isinstance(name, tuple):
+            address, port = ip_address(name[0].partition("%")[0]), name[1]
+            if address.is_unspecified:
+                address = ip_address("127.0.0.1" if address.version == 4 else "::1")
+            return f"http://{address}:{port}" if address.version == 4 else f"http://[{address}]:{port}"
+    return None
+
+
+def is_open_to_others(sockets: Iterable[socket.socket]) -> bool:
+    """Tell whether other machines may reach one of `sockets`."""
+    names = [sock.getsockname() for sock in sockets]
+    return any(isinstance(name, tuple) and not ip_address(name[0].partition("%")[0]).is_loopback for name in names)
+
+
+def browser_rules(settings: Settings, sockets: Sequence[socket.socket]) -> BrowserRules:
+    """Return what browsers' pages may do at the gateway of `sockets`."""
+    on_loopback = local_url(sockets) is not None and not is_open_to_others(sockets) and not settings.basic_auth
+    names = settings.allowed_hosts or frozenset()
+    if on_loopback and settings.host and parse_literal(settings.host) is None:
+        names |= {settings.host.lower()}  # that it listens on this name is the operator's word
+    return BrowserRules(on_loopback, names, settings.allowed_origins or frozenset())
+
+
+def tell_what_is_served(start: StartConfiguration, sockets: Sequence[socket.socket]) -> None:
+    """Log what one can do now, and whether others can."""
+    url = local_url(sockets) or ""
+    for warning in timeout_warnings(start):
+        log.warning(warning)
+    names = list(start.functions)
+    for name in names[:MAX_TOLD_COUNT]:
+        log.info(f"Serving {url}/function/{name.short}")
+    if len(names) > MAX_TOLD_COUNT:
+        log.info(f"... and {len(names) - MAX_TOLD_COUNT} functions more, see {url}/system/functions")
+    if not names and start.settings.function_url is None:
+        log.warning(f"no functions: {start.settings.functions} lists none, and function_url is not set")
+    if is_open_to_others(sockets) and not start.settings.basic_auth:
+        log.warning(
+            "other machines reach this port, and basic_auth=false: whoever does can call functions, and see and cancel"
+            " the calls of others"
+        )
+
+
+def timeout_warnings(start: StartConfiguration) -> Iterator[str]:
+    """Yield a line for each pair of timeouts that we can see and that do not agree; see the table in the docs."""
+    worker = start.worker_settings
+    waits_s = {
+        "upstream_timeout": start.settings.upstream_timeout_s,
+        "call_timeout": worker.call_timeout_s if worker else 0,
+    }
+    for name, function in start.functions.items():
+        limit_s = parse_duration((function.settings or {}).get("exec_timeout") or "0")
+        for waiting, wait_s in waits_s.items():
+            if wait_s and limit_s > wait_s:
+                yield (
+                    f"{waiting} ({format_duration(wait_s)}) is shorter than exec_timeout of {name.short}"
+                    f" ({format_duration(limit_s)}), which is cut from outside before it can end by itself"
+                )

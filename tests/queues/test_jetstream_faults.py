@@ -1,0 +1,420 @@
+"""The queue on a real cluster of three servers that are killed, paused, cut off and filled up, against a ledger.
+
+Submitters put calls and workers run them all the while; the ledger has what was accepted and how often it ran.  After
+each fault everything must recover by itself: every accepted call has ended, none is lost, and whoever was refused was
+told so in time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import gc
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pytest
+import uvloop
+
+from faashound.calls.model import FINAL, Lease, LeaseLost, QueueFull, QueueUnavailable, State
+from faashound.calls.names import FunctionName
+from faashound.jetstream import WRITE_S, JetStream, Options
+from faashound.watchdog import finished_first
+from testkit.nats_servers import Cluster
+from testkit.queue_kit import QUEUE, finish, inline, new_call
+
+LEASE_S = 12.0
+RECOVERY_S = 60.0  # longest time until everything is well again
+BATCH = 60  # calls accepted before a fault, and after it
+
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # nats-py drops connections that come to nothing
+
+
+@pytest.fixture(autouse=True)
+def leftovers() -> Iterator[None]:
+    """What nats-py leaves to the collector is collected here, where it is expected."""
+    yield
+    for _ in range(5):  # a collection may free what keeps others, as pytest's own does it
+        gc.collect()
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with Cluster(3) as cluster:
+        yield cluster
+
+
+@dataclass
+class Ledger:
+    """What was accepted and refused, and how often each call ran."""
+
+    accepted: set[str] = field(default_factory=set)
+    refused_count: int = 0
+    runs: Counter[str] = field(default_factory=Counter)
+    dead: set[str] = field(default_factory=set)
+    lost: set[str] = field(default_factory=set)
+    slowest_put_s: float = 0.0
+
+    @property
+    def repeated_count(self) -> int:
+        return sum(count - 1 for count in self.runs.values())
+
+    def __str__(self) -> str:
+        executed = len(self.accepted & self.runs.keys())
+        unasked = len(self.runs.keys() - self.accepted)  # whose acknowledgement came too late for the submitter
+        return (
+            f"accepted {len(self.accepted)}, refused {self.refused_count}, executed {executed} (and {unasked} refused),"
+            f" repeated {self.repeated_count}, dead {len(self.dead)}, lost {len(self.lost)},"
+            f" slowest answer {self.slowest_put_s:.1f}s"
+        )
+
+
+class Traffic:
+    """Two submitters and two workers, each with a connection of its own."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.ledger = Ledger()
+        self.queues: list[JetStream] = []
+        self._tasks: list[asyncio.Task[None]] = []
+        self._submitting = True
+
+    async def open(self, options: Options | None = None) -> JetStream:
+        self.queues.append(await JetStream.open(options or self.options))
+        return self.queues[-1]
+
+    async def start(self, submitter: Options | None = None, worker: Options | None = None) -> None:
+        for options in (worker, None):
+            self._tasks.append(asyncio.create_task(self._work(await self.open(options))))
+        for options in (submitter, None):
+            self._tasks.append(asyncio.create_task(self._submit(await self.open(options))))
+
+    async def _submit(self, queue: JetStream) -> None:
+        while self._submitting:
+            began_s, now_s = time.monotonic(), time.time()
+            call = new_call("fgh"[len(self.ledger.accepted) % 3], due_s=now_s, accepted_s=now_s)
+            try:
+                self.ledger.accepted.add((await queue.put(call)).id)
+            except (QueueUnavailable, QueueFull):
+                self.ledger.refused_count += 1
+            self.ledger.slowest_put_s = max(self.ledger.slowest_put_s, time.monotonic() - began_s)
+            await asyncio.sleep(0.01)
+
+    async def _work(self, queue: JetStream) -> None:
+        owner = await insist(queue.enlist)
+        held: dict[int, Lease] = {}
+        renewing = asyncio.create_task(self._renew(queue, held))
+        try:
+            while True:
+                leases = await insist(lambda: queue.claim([QUEUE], owner, LEASE_S, 8))
+                held.update((lease.fence, lease) for lease in leases)
+                await asyncio.gather(*(self._run(queue, lease, held) for lease in leases))
+                if not leases:
+                    await insist(lambda: queue.wait_for_work(1))
+        finally:
+            renewing.cancel()
+
+    async def _run(self, queue: JetStream, lease: Lease, held: dict[int, Lease]) -> None:
+        self.ledger.runs[lease.call.id] += 1
+        with contextlib.suppress(LeaseLost):
+            await insist(lambda: finish(queue, lease, State.DONE, None))
+        held.pop(lease.fence, None)
+
+    async def _renew(self, queue: JetStream, held: dict[int, Lease]) -> None:
+        while True:
+            await asyncio.sleep(LEASE_S / 3)
+            if held:
+                await insist(lambda: queue.renew(list(held.values()), LEASE_S))
+
+    async def reach(self, count: int) -> None:
+        """Wait until so many calls more have been accepted."""
+        goal = len(self.ledger.accepted) + count
+        await until(lambda: len(self.ledger.accepted) >= goal, f"{count} more accepted")
+
+    async def settle(self) -> Ledger:
+        """No more calls; wait for the end of those that were accepted."""
+        self._submitting = False
+        left = set(self.ledger.accepted)
+        looker = await self.open()
+        deadline_s = time.monotonic() + RECOVERY_S
+        while left and time.monotonic() < deadline_s:
+            for call_id in list(left):
+                call = await insist(lambda call_id=call_id: looker.get(call_id))  # type: ignore[misc]
+                if call is None or call.state in FINAL:
+                    left.discard(call_id)
+                    self.ledger.lost |= {call_id} if call is None else set()
+                    self.ledger.dead |= {call_id} if call is not None and call.state is State.DEAD else set()
+            await asyncio.sleep(0.1)
+        self.ledger.lost |= left
+        return self.ledger
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for queue in self.queues:
+            await queue.close()
+
+
+async def insist(work: Callable[[], Awaitable[Any]]) -> Any:
+    """What a worker does: whatever the queue's trouble, again until it is over."""
+    while True:
+        try:
+            return await work()
+        except (QueueUnavailable, QueueFull):
+            await asyncio.sleep(0.1)
+
+
+async def until(condition: Callable[[], bool], what: str, deadline_s: float = RECOVERY_S) -> None:
+    try:
+        async with asyncio.timeout(deadline_s):
+            while not condition():  # noqa: ASYNC110 - counts and servers announce nothing
+                await asyncio.sleep(0.02)
+    except TimeoutError:
+        raise AssertionError(f"not within {deadline_s} s: {what}") from None
+
+
+@contextlib.asynccontextmanager
+async def traffic(options: Options, **ends: Options) -> AsyncIterator[Traffic]:
+    under_way = Traffic(options)
+    try:
+        await under_way.start(**ends)
+        yield under_way
+    finally:
+        await under_way.stop()
+
+
+def prefix() -> str:
+    return f"t{uuid.uuid4().hex[:12]}"
+
+
+def check(name: str, ledger: Ledger, repeated_count: int = 0) -> None:
+    """Nothing lost, little done twice, everybody answered in time."""
+    print(f"{name}: {ledger}")
+    assert not ledger.lost
+    assert ledger.accepted <= ledger.runs.keys() | ledger.dead
+    assert ledger.repeated_count <= repeated_count
+    assert ledger.slowest_put_s < WRITE_S + 2
+
+
+class Proxy:
+    """A way to the servers that can be cut: what is on it then goes nowhere, and no connection is closed."""
+
+    def __init__(self, options: Options) -> None:
+        self._ports = [int(server.rpartition(":")[2]) for server in options.servers]
+        self._servers: list[asyncio.Server] = []
+        self._open = asyncio.Event()
+        self._open.set()
+        self._base = options
+        self._passing: list[asyncio.Task[Any]] = []
+
+    async def start(self) -> Options:
+        for port in self._ports:
+            self._servers.append(await asyncio.start_server(partial(self._pass, port), "127.0.0.1"))
+        urls = tuple(f"nats://127.0.0.1:{server.sockets[0].getsockname()[1]}" for server in self._servers)
+        return dataclasses.replace(self._base, servers=urls)
+
+    def cut(self) -> None:
+        self._open.clear()
+
+    def mend(self) -> None:
+        self._open.set()
+
+    async def stop(self) -> None:
+        for server in self._servers:
+            server.close()
+        for task in list(self._passing):
+            task.cancel()
+        await asyncio.gather(*list(self._passing), return_exceptions=True)
+
+    async def _pass(self, port: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._passing.append(task)
+        async with contextlib.AsyncExitStack() as stack:
+            stack.callback(self._passing.remove, task)
+            stack.callback(writer.transport.abort)
+            stack.enter_context(contextlib.suppress(OSError))
+            if not self._open.is_set():
+                return  # nor does a new one come through
+            there, back = await asyncio.open_connection("127.0.0.1", port)
+            stack.callback(back.transport.abort)
+            await finished_first(self._pump(reader, back), self._pump(there, writer))
+
+    async def _pump(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        while data := await source.read(65536):
+            await self._open.wait()
+            target.write(data)
+            await target.drain()
+
+
+def faulty(cluster: Cluster, fault: Callable[[Traffic, str], Awaitable[None]]) -> Ledger:
+    """The ledger of some traffic during which something happened."""
+
+    async def scenario() -> Ledger:
+        options = cluster.options(prefix())
+        async with traffic(options) as under_way:
+            await under_way.reach(BATCH)
+            await fault(under_way, f"{options.prefix}-calls")
+            await under_way.reach(BATCH)
+            return await under_way.settle()
+
+    try:
+        return uvloop.run(scenario())
+    finally:
+        for server in cluster.servers:
+            if server.process is None:
+                server.start()
+        cluster.wait_until_healthy()
+
+
+def test_calls_run_once_when_nothing_happens(cluster: Cluster) -> None:
+    async def nothing(under_way: Traffic, stream: str) -> None:
+        await under_way.reach(BATCH)
+
+    ledger = faulty(cluster, nothing)
+    check("no fault", ledger)
+    assert ledger.refused_count == 0
+
+
+def test_queue_goes_on_when_a_server_is_killed_and_comes_back(cluster: Cluster) -> None:
+    async def kill_one(under_way: Traffic, stream: str) -> None:
+        leader = cluster.leader(stream)
+        other = next(server for server in cluster.servers if server is not leader)
+        other.kill()
+        await under_way.reach(BATCH)
+        other.start()
+        await asyncio.to_thread(cluster.wait_until_healthy)
+
+    check("kill -9 of one server", faulty(cluster, kill_one))
+
+
+def test_queue_goes_on_when_the_leader_of_its_stream_is_killed(cluster: Cluster) -> None:
+    async def kill_leader(under_way: Traffic, stream: str) -> None:
+        leader = cluster.leader(stream)
+        leader.kill()
+        await under_way.reach(BATCH)
+        leader.start()
+        await asyncio.to_thread(cluster.wait_until_healthy)
+
+    check("kill -9 of the stream's leader", faulty(cluster, kill_leader))
+
+
+def test_queue_refuses_in_time_and_recovers_when_two_servers_are_killed(cluster: Cluster) -> None:
+    async def kill_two(under_way: Traffic, stream: str) -> None:
+        for server in cluster.servers[:2]:
+            server.kill()
+        refused = under_way.ledger.refused_count
+        await until(lambda: under_way.ledger.refused_count > refused + 1, "calls refused")
+        for server in cluster.servers[:2]:
+            server.start()
+        await asyncio.to_thread(cluster.wait_until_healthy)
+
+    ledger = faulty(cluster, kill_two)
+    check("kill -9 of two servers", ledger)
+    assert ledger.refused_count
+
+
+def test_queue_recovers_when_all_servers_are_restarted(cluster: Cluster) -> None:
+    async def restart(under_way: Traffic, stream: str) -> None:
+        for server in cluster.servers:
+            server.kill()
+        for server in cluster.servers:
+            server.start()
+        await asyncio.to_thread(cluster.wait_until_healthy)
+
+    check("kill -9 of all servers, restart", faulty(cluster, restart))
+
+
+def test_queue_goes_on_when_the_leader_of_its_stream_hangs(cluster: Cluster) -> None:
+    async def hang(under_way: Traffic, stream: str) -> None:
+        leader = cluster.leader(stream)
+        leader.pause()
+        try:
+            await under_way.reach(BATCH)
+        finally:
+            leader.resume()
+        await asyncio.to_thread(cluster.wait_until_healthy)
+
+    check("SIGSTOP of the stream's leader", faulty(cluster, hang))
+
+
+def test_client_that_is_cut_off_refuses_in_time_and_comes_back(cluster: Cluster) -> None:
+    async def scenario() -> Ledger:
+        options = cluster.options(prefix())
+        proxy = Proxy(options)
+        cuttable = await proxy.start()
+        async with traffic(options, submitter=cuttable, worker=cuttable) as under_way:
+            await under_way.reach(BATCH)
+            proxy.cut()
+            await until(lambda: under_way.ledger.refused_count > 1, "calls refused")
+            proxy.mend()
+            await under_way.reach(BATCH)
+            ledger = await under_way.settle()
+        await proxy.stop()
+        return ledger
+
+    ledger = uvloop.run(scenario())
+    check("the client's network cut", ledger, repeated_count=8)
+    assert ledger.refused_count
+
+
+def test_worker_that_is_blocked_is_cut_off_as_slow_and_hears_everything_again(cluster: Cluster) -> None:
+    async def scenario() -> tuple[int, int]:
+        options = cluster.options(prefix())
+        sleeper = await JetStream.open(options)
+        before = (await sleeper.stats()).by_state[State.QUEUED]
+        flood = threading.Thread(target=uvloop.run, args=(put_many(options, 4000, FunctionName("f" * 2000)),))
+        flood.start()
+        flood.join()  # blocks our loop: nobody reads what the servers have to say
+        deadline_s = time.monotonic() + RECOVERY_S
+        while (after := await sleeper.stats()).by_state[State.QUEUED] < 4000:
+            assert time.monotonic() < deadline_s
+            await asyncio.sleep(0.05)
+        await sleeper.close()
+        return before, after.by_state[State.QUEUED]
+
+    assert uvloop.run(scenario()) == (0, 4000)
+
+
+async def put_until_full(queue: JetStream) -> int:
+    """How many calls there was room for."""
+    count = 0
+    with contextlib.suppress(QueueFull):
+        while True:
+            await queue.put(new_call(due_s=0.0))
+            count += 1
+    return count
+
+
+async def put_many(options: Options, count: int, function: FunctionName) -> None:
+    queue = await JetStream.open(options)
+    for _ in range(count // 50):
+        await asyncio.gather(*(queue.put(new_call(function)) for _ in range(50)))
+    await queue.close()
+
+
+def test_full_stream_refuses_calls_and_goes_on_with_those_it_has(cluster: Cluster) -> None:
+    async def scenario() -> tuple[int, int, int]:
+        queue = await JetStream.open(cluster.options(prefix(), max_bytes=300_000))
+        accepted = await put_until_full(queue)
+        owner = await queue.enlist()
+        ended = 0
+        while leases := await queue.claim([QUEUE], owner, LEASE_S, 16):
+            await asyncio.gather(*(finish(queue, lease, State.DONE, inline(b"a result")) for lease in leases))
+            ended += len(leases)
+        swept = await queue.sweep(0.0, 0.0)
+        await insist(lambda: queue.put(new_call()))  # as soon as the room is known
+        await queue.close()
+        return accepted, ended, swept.call_count
+
+    accepted, ended, swept = uvloop.run(scenario())
+    assert accepted == ended == swept
+    assert accepted > 50

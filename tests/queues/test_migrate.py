@@ -1,0 +1,206 @@
+"""Calls move from a spool to NATS whole and once, however often the program that moves them is killed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from faashound.calls.model import INLINE_BYTES, Call, QueueUnavailable, State
+from faashound.jetstream import JetStream, Options
+from faashound.queues.migrate import Migrated, migrate
+from faashound.queues.spool.queue import Spool
+from testkit.harness import ROOT, run
+from testkit.nats_servers import Cluster
+from testkit.queue_kit import QUEUE, finish, inline, new_call, read_all
+
+BIG = os.urandom(INLINE_BYTES + 1)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Cluster]:
+    with Cluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def options(server: Cluster) -> Options:
+    return server.options(f"t{uuid.uuid4().hex[:12]}")
+
+
+async def move(directory: Path, options: Options) -> Migrated:
+    target = await JetStream.open(options)
+    try:
+        return await migrate(directory, target, lambda _: None)
+    finally:
+        await target.close()
+
+
+async def look(options: Options) -> list[Call]:
+    target = await JetStream.open(options)
+    try:
+        return [call for listed in await target.calls(limit=1000) if (call := await target.get(listed.id)) is not None]
+    finally:
+        await target.close()
+
+
+def test_migrate_moves_a_call_as_it_is(tmp_path: Path, options: Options) -> None:
+    async def scenario() -> tuple[Call, Call | None, bytes, int]:
+        spool = await Spool.open(tmp_path)
+        body = await spool.store_body(BIG)
+        call = await spool.put(
+            new_call(
+                body=body,
+                due_s=time.time() + 60,
+                expires_s=time.time() + 90,
+                idempotency_key="k",
+                headers=(("A", "b"),),
+            )
+        )
+        await spool.close()
+        await move(tmp_path, options)
+        target = await JetStream.open(options)
+        moved = await target.get(call.id)
+        moved_body = b"" if moved is None else await read_all(target, moved.body)
+        await target.close()
+        spool = await Spool.open(tmp_path)
+        left = len(await spool.calls())
+        await spool.close()
+        return call, moved, moved_body, left
+
+    call, moved, body, left = asyncio.run(scenario())
+    assert moved is not None
+    facts = ("function", "queue", "headers", "due_s", "expires_s", "idempotency_key", "accepted_s", "state")
+    assert [getattr(moved, name) for name in facts] == [getattr(call, name) for name in facts]
+    assert body == BIG
+    assert left == 0
+
+
+def test_migrate_leaves_dead_letters_and_says_so(tmp_path: Path, options: Options) -> None:
+    async def scenario() -> tuple[Migrated, list[Call]]:
+        spool = await Spool.open(tmp_path)
+        await spool.put(new_call())
+        (lease,) = await spool.claim([QUEUE], await spool.enlist(), 60, 1)
+        await finish(spool, lease, State.DEAD, inline(b"no"))
+        await spool.close()
+        return await move(tmp_path, options), await look(options)
+
+    assert asyncio.run(scenario()) == (Migrated(0, 0, 1), [])
+
+
+def test_migrate_refuses_a_spool_that_a_worker_drains(tmp_path: Path, options: Options) -> None:
+    async def scenario() -> None:
+        spool = await Spool.open(tmp_path)
+        await spool.enlist()
+        await spool.put(new_call())
+        try:
+            with pytest.raises(QueueUnavailable, match="worker"):
+                await move(tmp_path, options)
+        finally:
+            await spool.close()
+
+    asyncio.run(scenario())
+
+
+def test_migrate_takes_a_call_whose_key_is_known_for_the_same(tmp_path: Path, options: Options) -> None:
+    async def scenario() -> tuple[Migrated, list[str], str]:
+        target = await JetStream.open(options)
+        known = await target.put(new_call(idempotency_key="k"))
+        await target.close()
+        spool = await Spool.open(tmp_path)
+        await spool.put(new_call(idempotency_key="k"))
+        await spool.close()
+        return await move(tmp_path, options), [call.id for call in await look(options)], known.id
+
+    migrated, found, known = asyncio.run(scenario())
+    assert (migrated, found) == (Migrated(0, 1, 0), [known])
+
+
+MOVER = """
+import asyncio, sys
+from pathlib import Path
+from faashound.jetstream import JetStream, Options
+from faashound.migrate import migrate
+async def main():
+    target = await JetStream.open(Options((sys.argv[2],), prefix=sys.argv[3]))
+    print("ready", flush=True)
+    await migrate(Path(sys.argv[1]), target, lambda _: None)
+    await target.close()
+asyncio.run(main())
+"""
+
+
+def test_migrate_neither_loses_nor_doubles_a_call_when_it_is_killed_again_and_again(
+    tmp_path: Path, options: Options
+) -> None:
+    async def fill() -> set[str]:
+        spool = await Spool.open(tmp_path)
+        calls = [new_call("fg"[n % 2], body=inline(b"%d" % n)) for n in range(300)]
+        await asyncio.gather(*map(spool.put, calls))
+        await spool.close()
+        return {call.id for call in calls}
+
+    ids = asyncio.run(fill())
+    chance = random.Random(6)
+    for _ in range(4):
+        mover = subprocess.Popen(
+            [sys.executable, "-c", MOVER, str(tmp_path), options.servers[0], options.prefix],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            cwd=ROOT.parent,
+            stdout=subprocess.PIPE,
+        )
+        assert mover.stdout is not None
+        with mover.stdout:
+            mover.stdout.readline()
+            time.sleep(chance.uniform(0.05, 0.3))  # somewhere in the middle of it
+            mover.kill()
+            mover.wait()
+    found = asyncio.run(move_and_look(tmp_path, options))
+    assert {call.id for call in found} == ids
+    assert {(call.state, call.due_s) for call in found} == {(State.QUEUED, new_call().due_s)}
+
+
+async def move_and_look(directory: Path, options: Options) -> list[Call]:
+    await move(directory, options)
+    return await look(options)
+
+
+def test_command_moves_what_waits_and_says_how_much(tmp_path: Path, options: Options) -> None:
+    async def fill() -> str:
+        spool = await Spool.open(tmp_path)
+        call = await spool.put(new_call())
+        await spool.close()
+        return call.id
+
+    call_id = asyncio.run(fill())
+    settings = {"nats_prefix": options.prefix}
+    done = run("worker", ["migrate", "--from", f"spool:{tmp_path}", "--to", options.servers[0]], settings)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "moved 1 calls" in done.stdout
+    assert [call.id for call in asyncio.run(look(options))] == [call_id]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        ([], 2, "--from"),
+        (["--from", "spool:/tmp", "--to", "spool:/tmp"], 2, "--to nats://HOST"),
+        (["--from", "nats://h", "--to", "nats://h"], 2, "--from spool:DIRECTORY"),
+        (["--from", "x", "--to", "nats://h"], 2, "allowed: spool:DIRECTORY"),
+        (["--from", "spool:/nowhere/at/all", "--to", "nats://h"], 1, "no such directory"),
+    ],
+    ids=["nothing", "to-a-spool", "from-nats", "no-queue", "no-directory"],
+)
+def test_command_says_what_is_allowed_when_it_is_not_understood(arguments: list[str], status: int, said: str) -> None:
+    done = run("worker", ["migrate", *arguments])
+    assert done.returncode == status
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,360 @@
+"""What only a spool does, beside what every queue promises (test_queue_contract.py): ids, states, commits, files."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import resource
+import shutil
+import socket
+import subprocess
+import time
+import tracemalloc
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from faashound.calls.model import (
+    INLINE_BYTES,
+    CallExists,
+    QueueDamaged,
+    QueueUnavailable,
+    State,
+)
+from faashound.queues.spool import queue as spool_queue
+from faashound.queues.spool.limits import DATABASE, STEP_COUNT
+from faashound.queues.spool.notifier import WakeUp
+from testkit.needed import want_root
+from testkit.queue_kit import inline, read_all
+from testkit.spool_kit import START_S, Desk, new_call
+
+NOBODY = 65534
+LONG_S = 20.0  # how long a test waits for what should come at once
+BIG = os.urandom(INLINE_BYTES + 1)
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[Desk]:
+    desk = Desk(tmp_path / "spool")
+    yield desk
+    desk.close()
+
+
+# -- putting
+
+
+def test_put_that_cannot_be_written_fails_alone_and_leaves_nothing(desk: Desk) -> None:
+    good = [desk.new_call() for _ in range(20)]
+    bad = desk.new_call(path="\ud800")  # no UTF-8 for it: the row of the call is in by then, its request is not
+
+    async def scenario() -> list[Any]:
+        puts = [desk.spool.put(call) for call in [*good[:10], bad, *good[10:]]]
+        return await asyncio.gather(*puts, return_exceptions=True)
+
+    outcomes = desk.do(scenario())
+    assert isinstance(outcomes.pop(10), UnicodeEncodeError)
+    assert [outcome.id for outcome in outcomes] == [call.id for call in good]
+    assert {call.id for call in desk.do(desk.spool.calls())} == {call.id for call in good}
+    assert desk.do(desk.spool.stats()).by_state[State.QUEUED] == len(good)  # a list would not show half a call
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 63, 64, 65, 200])
+def test_put_fails_alone_when_its_id_is_in_use(desk: Desk, count: int) -> None:
+    known = desk.put()
+    good = [desk.new_call(body=inline(b"%d" % number)) for number in range(count)]
+    twice = good[count // 2]
+
+    async def scenario() -> list[Any]:
+        puts = [desk.spool.put(call) for call in [*good, desk.new_call(id=known.id), twice]]
+        return await asyncio.gather(*puts, return_exceptions=True)
+
+    outcomes = desk.do(scenario())
+    assert [type(outcome) for outcome in outcomes[count:]] == [CallExists, CallExists]
+    assert outcomes[:count] == [desk.get(call.id) for call in good]
+    assert [outcome.body.inline for outcome in outcomes[:count]] == [b"%d" % number for number in range(count)]
+    assert desk.do(desk.spool.stats()).by_state[State.QUEUED] == count + 1
+
+
+def test_puts_with_a_key_in_common_are_one_call_when_they_come_with_others(desk: Desk) -> None:
+    calls = [desk.new_call(idempotency_key="k" if number % 3 == 0 else None) for number in range(30)]
+
+    async def scenario() -> list[Any]:
+        return await asyncio.gather(*(desk.spool.put(call) for call in calls))
+
+    outcomes = desk.do(scenario())
+    assert {outcome.id for outcome in outcomes[::3]} == {calls[0].id}
+    assert len({outcome.id for outcome in outcomes}) == 21
+
+
+def test_puts_share_a_commit_when_they_come_in_one_turn_of_the_loop(desk: Desk) -> None:
+    async def scenario() -> None:
+        await asyncio.gather(*(desk.spool.put(new_call()) for _ in range(200)))
+
+    before = desk.do(desk.spool.stats()).commit_count
+    desk.do(scenario())
+    stats = desk.do(desk.spool.stats())
+    assert stats.by_state[State.QUEUED] == 200
+    assert stats.commit_count - before == 1
+
+
+# -- listing
+
+
+def test_list_takes_little_memory_when_callers_send_much(desk: Desk) -> None:
+    """A thousand calls with 40 KB of header fields each took 230 MB."""
+    long = "x" * 40_000
+    facts: dict[str, Any] = {
+        "headers": (("X-Long", long),),
+        "query": long,
+        "path": f"/{long}",
+        "body": inline(bytes(60_000)),
+    }
+
+    async def fill() -> list[Any]:
+        return await asyncio.gather(*(desk.spool.put(desk.new_call(**facts)) for _ in range(200)))
+
+    made = [call.id for call in desk.do(fill())]
+    tracemalloc.start()
+    try:
+        listed = desk.do(desk.spool.calls(limit=1000))
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert [call.id for call in listed] == made[::-1]
+    assert peak_bytes / len(listed) < 5_000
+    assert desk.get(made[0]).headers == facts["headers"]
+
+
+# -- claiming
+
+
+def test_claim_is_asked_for_again_when_expired_calls_took_its_turn(desk: Desk) -> None:
+    async def scenario() -> None:
+        dying = [new_call("a", expires_s=START_S + 1) for _ in range(STEP_COUNT + 50)]
+        await asyncio.gather(*map(desk.spool.put, dying))
+
+    desk.do(scenario())
+    desk.put("b")
+    desk.clock.now_s += 2
+    desk.do(desk.spool.wait_for_work(0))
+    assert desk.claim(1) == []
+    assert desk.do(desk.spool.wait_for_work(0))
+    assert [lease.call.function.name for lease in desk.claim(1)] == ["b"]
+
+
+# -- leases
+
+
+def test_reclaim_voids_leases_of_an_earlier_boot(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk.put()
+    desk.claim_one()
+    monkeypatch.setattr(spool_queue, "read_boot_id", lambda: "another-boot")
+    desk.open()  # opening takes back
+    assert [call.state for call in desk.do(desk.spool.calls())] == [State.QUEUED]
+
+
+# -- waiting
+
+
+def test_notifier_with_an_unread_backlog_announces_everything(desk: Desk) -> None:
+    """A full buffer loses wake-ups: whatever the lost ones said must be acted on."""
+    (ours,) = (desk.directory / "bells").iterdir()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        for _ in range(3):
+            other.sendto(bytes([WakeUp.WORK]), str(ours))
+    assert desk.do(desk.spool.wait_for_cancel(LONG_S))
+
+
+def test_notifier_is_woken_when_it_came_after_the_others_had_been_listed(desk: Desk) -> None:
+    notifiers = desk.directory / "bells"
+    os.utime(notifiers, (START_S, START_S))  # nothing has changed there for long: what is listed now is remembered
+    desk.put()
+    other = desk.open()
+    assert desk.do(other.wait_for_work(LONG_S))  # of what is there already
+    desk.put()
+    assert desk.do(other.wait_for_work(LONG_S))
+
+
+def test_notifier_whose_process_has_died_is_removed(desk: Desk) -> None:
+    stale = desk.directory / "bells" / "1-dead.sock"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier:
+        notifier.bind(str(stale))
+    assert stale.exists()
+    deadline_s = time.monotonic() + LONG_S
+    while stale.exists():
+        assert time.monotonic() < deadline_s
+        desk.put()
+
+
+def test_queue_in_a_directory_with_a_long_name_is_woken(tmp_path: Path) -> None:
+    desk = Desk(tmp_path / ("d" * 200))
+    other = desk.open()
+    desk.do(other.put(new_call()))
+    assert desk.do(desk.spool.wait_for_work(LONG_S))
+    desk.close()
+
+
+# -- bodies
+
+
+def test_body_whose_storing_is_cancelled_in_the_middle_of_a_write_is_removed(desk: Desk) -> None:
+    async def scenario() -> None:
+        task = asyncio.create_task(desk.spool.store_body(bytes(32 << 20)))
+        while not desk.body_files():  # noqa: ASYNC110 - nothing announces a file
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    desk.do(scenario())
+    assert desk.body_files() == set()
+
+
+@pytest.mark.parametrize("damage", ["gone", "short", "long"])
+def test_body_whose_file_is_damaged_is_not_passed_off_as_whole(desk: Desk, damage: str) -> None:
+    body = desk.do(desk.spool.store_body(BIG))
+    path = desk.directory / "bodies" / str(body.file)
+    if damage == "gone":
+        path.unlink()
+    else:
+        os.truncate(path, {"short": 100, "long": len(BIG) + 1}[damage])
+    with pytest.raises(QueueDamaged):
+        desk.do(read_all(desk.spool, body))
+
+
+@contextlib.contextmanager
+def no_descriptors(_: Desk) -> Iterator[None]:
+    """As few as are open now: the next open(2) is EMFILE, since the lowest free number is over the limit."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.ExitStack() as stack:
+        gaps = [os.open("/dev/null", os.O_RDONLY)]  # every free number below the highest in use
+        stack.callback(lambda: deque(map(os.close, gaps), 0))
+        highest = max(map(int, os.listdir("/proc/self/fd")))
+        while gaps[-1] <= highest:
+            gaps.append(os.open("/dev/null", os.O_RDONLY))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (gaps[-1] + 1, before[1]))
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, before)
+        yield
+
+
+@contextlib.contextmanager
+def moved_bodies(desk: Desk) -> Iterator[None]:
+    """As when the disk of the bodies is not there for a moment."""
+    bodies = desk.directory / "bodies"
+    away = bodies.rename(desk.directory / "away")
+    (away / "name").touch()
+    files = {path: path.rename(desk.directory / path.name) for path in away.iterdir()}
+    yield
+    for path, elsewhere in files.items():
+        elsewhere.rename(path)
+    away.rename(bodies)
+
+
+@contextlib.contextmanager
+def no_permission(_: Desk) -> Iterator[None]:
+    """EACCES, as when someone has changed an owner or a mode by mistake."""
+    want_root("becoming another user")
+    os.seteuid(NOBODY)
+    yield
+    os.seteuid(0)
+
+
+@contextlib.contextmanager
+def failing_disk(desk: Desk) -> Iterator[None]:
+    """EIO: the body lies on a device whose end has been cut off."""
+    want_root("mounting a small disk")
+    (body,) = (desk.directory / "bodies").iterdir()
+    image, disk = desk.directory.parent / "image", desk.directory.parent / "disk"
+    disk.mkdir()
+    with contextlib.ExitStack() as stack:
+        for command in (
+            ["truncate", "-s", "8M", str(image)],
+            ["mkfs.ext4", "-q", str(image)],
+            ["mount", "-o", "loop", str(image), str(disk)],
+        ):
+            subprocess.run(command, check=True)
+        stack.callback(subprocess.run, ["umount", "-l", str(disk)], check=True)
+        copy = shutil.copy(body, disk)
+        subprocess.run(["sync", "-f", str(copy)], check=True)
+        subprocess.run(["mount", "--bind", str(copy), str(body)], check=True)
+        stack.callback(subprocess.run, ["umount", "-l", str(body)], check=True)
+        os.truncate(image, 65536)
+        with open(body, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        yield
+
+
+@pytest.mark.parametrize(
+    "trouble", [no_descriptors, moved_bodies, no_permission, failing_disk], ids=lambda trouble: trouble.__name__
+)
+def test_body_that_cannot_be_read_for_a_moment_is_not_damaged(desk: Desk, trouble: Any) -> None:
+    body = desk.do(desk.spool.store_body(BIG))
+    with trouble(desk), pytest.raises(QueueUnavailable):
+        desk.do(read_all(desk.spool, body))
+    assert desk.do(read_all(desk.spool, body)) == BIG
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["alone", "in a group"])
+def test_put_leaves_no_body_when_its_id_is_in_use(desk: Desk, grouped: bool) -> None:
+    known = desk.put()
+
+    async def scenario() -> None:
+        twice = [desk.new_call(id=known.id, body=await desk.spool.store_body(BIG)) for _ in range(1 + 2 * grouped)]
+        outcomes = await asyncio.gather(*map(desk.spool.put, twice), return_exceptions=True)
+        assert {type(outcome) for outcome in outcomes} == {CallExists}
+
+    desk.do(scenario())
+    assert desk.body_files() == set()
+
+
+def test_put_leaves_no_body_when_its_key_is_known(desk: Desk) -> None:
+    first = desk.put(idempotency_key="k", body=desk.do(desk.spool.store_body(BIG)))
+    assert desk.put(idempotency_key="k", body=desk.do(desk.spool.store_body(BIG))) == first
+    assert desk.body_files() == {first.body.file}
+
+
+def test_put_leaves_no_body_when_the_queue_is_gone(desk: Desk) -> None:
+    call = desk.new_call(body=desk.do(desk.spool.store_body(BIG)))
+    (desk.directory / DATABASE).rename(desk.directory / "elsewhere")
+    with pytest.raises(QueueUnavailable):
+        desk.do(desk.spool.put(call))
+    assert desk.body_files() == set()
+
+
+def test_put_leaves_no_body_when_its_caller_is_cancelled_before_its_turn(desk: Desk) -> None:
+    call = desk.new_call(body=desk.do(desk.spool.store_body(BIG)))
+
+    async def scenario() -> None:
+        with (desk.directory / "writer.lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            before = asyncio.create_task(desk.spool.put(desk.new_call()))  # the writer waits for the lock with it
+            await asyncio.sleep(0)
+            while desk.spool._writer._gathered or not desk.spool._writer._waiting.empty():  # noqa: ASYNC110 - nothing announces it
+                await asyncio.sleep(0)
+            putting = asyncio.create_task(desk.spool.put(call))
+            await asyncio.sleep(0)
+            putting.cancel()
+            await asyncio.gather(putting, return_exceptions=True)
+        await before
+        await desk.spool.put(desk.new_call())  # its turn is behind the cancelled one's
+
+    desk.do(scenario())
+    known = {listed.id for listed in desk.do(desk.spool.calls())}
+    assert desk.body_files() == ({call.body.file} if call.id in known else set())
+
+
+def test_first_call_of_a_function_waits_for_one_turn_only_when_another_has_ten_thousand(desk: Desk) -> None:
+    async def fill() -> None:
+        await asyncio.gather(*(desk.spool.put(new_call("greedy")) for _ in range(10_000)))
+
+    desk.do(fill())
+    for _ in range(3):
+        assert {lease.call.function.name for lease in desk.claim(16)} == {"greedy"}
+    desk.put("modest")
+    claimed = [lease.call.function.name for lease in desk.claim(2)]
+    assert sorted(claimed) == ["greedy", "modest"]

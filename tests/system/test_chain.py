@@ -1,0 +1,118 @@
+"""Functions behind functions: a callback that is the next call of a chain, and the demonstration that shows it all."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from testkit.harness import ROOT, START_DEADLINE_S, clean_environment, http_request, wait_until
+from testkit.system import FUNCTIONS, Received, Receiver, Reply, System, rows
+
+NEXT = FUNCTIONS + "[next]\nfprocess = 'sh -c \"cat >>$TMPDIR/next; echo >>$TMPDIR/next\"'"
+
+
+@pytest.fixture(scope="module")
+def system() -> Iterator[System]:
+    with System(NEXT) as system:
+        yield system
+
+
+def next_calls(system: System, body: bytes) -> list[str]:
+    """Return the ids of the calls to `next` with this body."""
+    sql = "SELECT id FROM calls JOIN requests USING (seq) WHERE function = 'next.openfaas-fn' AND inline = ?"
+    return [row["id"] for row in rows(system.spool, sql, body)]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.1"])
+def test_callback_to_async_function_runs_the_next_function_once(system: System, host: str) -> None:
+    body = f"by {host}".encode()
+    call_id = system.submit("cat", body, {"X-Callback-Url": f"http://{host}:{system.port}/async-function/next"})
+    status = system.until(call_id, lambda status: status.get("callback", {}).get("state") == "delivered")
+    assert status["callback"]["status"] == 202
+    (next_id,) = next_calls(system, body)
+    assert next_id != call_id
+    assert system.ended(next_id)["state"] == "done"
+    assert (system.temporary / "next").read_bytes().splitlines().count(body) == 1
+
+
+def test_function_that_echoes_what_it_was_sent_does_not_steer_the_next_call_of_a_chain() -> None:
+    """Its answer's fields become those of a submission, where they would be the caller's word."""
+    echoed = ("x-callback-url", "x-delay", "x-expires", "idempotency-key", "x-timeout", "via", "origin")
+
+    def echo(received: Received) -> Reply:
+        made_up = {"X-Delay": "1h", "X-Expires": "1ms", "Idempotency-Key": "k", "Origin": "http://evil.example"}
+        echoed_fields = {name: value for name, value in received.headers.items() if name in echoed}
+        return 200, made_up | echoed_fields | {"X-Callback-Url": elsewhere.url()}, b"by echo"
+
+    with Receiver(echo) as receiver, Receiver() as elsewhere:
+        with System(f'{NEXT}\n[echo]\nurl = "{receiver.url()}"') as system:
+            url = f"http://127.0.0.1:{system.port}/async-function/next"
+            call_id = system.submit("echo", b"x", {"X-Callback-Url": url, "X-Timeout": "10s"})
+            system.until(call_id, lambda status: status.get("callback", {}).get("state") == "delivered")
+            (next_id,) = next_calls(system, b"by echo")
+            status = system.ended(next_id)
+            assert (status["state"], status.get("callback")) == ("done", None)
+        assert elsewhere.received() == []
+
+
+def test_next_function_runs_once_though_its_callback_is_repeated_through_a_gateway_of_another_name(
+    system: System,
+) -> None:
+    """The answer to the first callback is lost behind a proxy that the worker does not know as its gateway."""
+    lost: list[int] = []
+
+    def relay(received: Received) -> Reply:
+        headers = {name: value for name, value in received.headers.items() if name not in ("host", "content-length")}
+        answer = http_request(system.port, received.method, received.path, headers, received.body)
+        lost.append(answer.status)
+        return (502, {}, b"") if len(lost) == 1 else (answer.status, {}, answer.body)
+
+    with Receiver(relay) as proxy:
+        call_id = system.submit("cat", b"by proxy", {"X-Callback-Url": proxy.url("/async-function/next")})
+        status = system.until(call_id, lambda status: status.get("callback", {}).get("state") == "delivered")
+    assert (lost, status["callback"]["attempts"]) == ([202, 202], 2)
+    (next_id,) = next_calls(system, b"by proxy")
+    assert system.ended(next_id)["state"] == "done"
+
+
+def test_stranger_cannot_pass_for_a_callback(system: System) -> None:
+    call_id = system.submit("cat", b"x")
+    fields = {"X-Call-Id": call_id, "X-Callback-Proof": "0" * 64, "X-Function-Status": "200"}
+    assert system.request("POST", "/async-function/next", b"forged", fields).status == 409
+    assert next_calls(system, b"forged") == []
+
+
+def test_chain_ends_when_the_next_function_is_unknown(system: System) -> None:
+    call_id = system.submit("cat", b"x", {"X-Callback-Url": f"http://127.0.0.1:{system.port}/async-function/nobody"})
+    status = system.until(call_id, lambda status: status.get("callback", {}).get("status") == 404)
+    assert status["state"] == "done"
+
+
+def test_demonstration_finds_every_answer_right() -> None:
+    shown = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "demo.py")],
+        cwd=ROOT,
+        env=clean_environment({}),
+        capture_output=True,
+        text=True,
+        timeout=2 * START_DEADLINE_S,
+        check=False,
+    )
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    assert "Every answer was right." in shown.stdout
+
+
+def test_demonstration_prints_lines_that_work_when_pasted() -> None:
+    script = str(ROOT / "examples" / "demo.py")
+    functions = (ROOT / "examples" / "functions.toml").read_text().replace("examples/", f"{ROOT}/examples/")
+    with System(functions) as system:
+        url = f"http://127.0.0.1:{system.port}"
+        shown = subprocess.run([sys.executable, script, "--lines", url], capture_output=True, text=True, check=True)
+        lines = [line.strip() for line in shown.stdout.splitlines() if line.strip().startswith("curl")]
+        done = subprocess.run(["sh", "-ec", lines[0]], capture_output=True, text=True, check=True)
+        assert "4 words" in done.stdout
+        assert len(lines) >= 5
+        wait_until(lambda: system.request("GET", "/healthz").status == 200, 5, "healthy")

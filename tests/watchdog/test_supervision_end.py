@@ -1,0 +1,182 @@
+"""However the watchdog ends, told or killed, its functions end with it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from testkit import tree
+from testkit.harness import (
+    TICK_S,
+    Answer,
+    InBackground,
+    Program,
+    clean_environment,
+    command_of,
+    connect,
+    crowding,
+    free_port,
+    http_request,
+    wait_until,
+)
+from testkit.inspection import guard_of, serves
+
+GONE_S = 1.0  # after the end of the watchdog: nothing of its functions is left
+HEAD = b"POST / HTTP/1.1\r\nHost: h\r\n"
+
+# Scripts for /bin/sh, and how many processes each is once it is up.
+FUNCTIONS = {
+    "plain": (b"exec sleep 60", 1),
+    "children": (b"sleep 60 & sleep 60 & wait", 3),
+    "ignores-signals": (b"trap '' TERM INT HUP; sleep 60; sleep 60", 2),
+    "daemons": (b"setsid -f sleep 60; (setsid sleep 60 &); exec sleep 60", 3),
+    "many": (b"for i in $(seq 50); do setsid -f sleep 60; done; exec sleep 60", 51),
+    "without-our-mark": (b"exec env -i HARNESS_MARK=$HARNESS_MARK sh -c 'sleep 60 & sleep 60'", 2),
+    "stopped": (b"sleep 60 & kill -STOP $$", 2),
+}
+
+
+@pytest.fixture
+def running() -> Iterator[Program]:
+    """A watchdog with each kind of function running, and a limit for draining that is longer than the test."""
+    with Program("watchdog", {"fprocess": "sh", "write_timeout": "1m", "healthcheck_interval": "0"}) as program:
+        clients = [connect(program.port) for _ in FUNCTIONS]
+        for client, (script, _) in zip(clients, FUNCTIONS.values(), strict=True):
+            client.sendall(HEAD + b"Content-Length: %d\r\n\r\n%b" % (len(script), script))
+        program.wait_started(sum(count for _, count in FUNCTIONS.values()))
+        yield program
+        for client in clients:
+            client.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGHUP, signal.SIGQUIT])
+def test_functions_are_gone_when_the_watchdog_is_killed(running: Program, number: signal.Signals) -> None:
+    running.process.send_signal(number)
+    assert running.wait_exit(5) == -number
+    wait_until(lambda: not running.survivors(), GONE_S, "functions and guard gone")
+
+
+def test_functions_are_gone_when_the_guard_was_killed_before_the_watchdog() -> None:
+    with Program("watchdog", {"fprocess": "sh"}) as program:
+        first = guard_of(program)
+        os.kill(first, signal.SIGKILL)
+        wait_until(lambda: (program.survivors() - program.functions()) - {first}, 2.0, "another guard")
+        program.wait_log("guard")
+        call = InBackground(lambda: http_request(program.port, "POST", body=b"setsid -f sleep 60; exec sleep 60"))
+        program.wait_started(2)
+        program.kill()
+        wait_until(lambda: not program.survivors(), GONE_S, "functions and guard gone")
+        with pytest.raises(ConnectionError):
+            call.result()
+
+
+def test_guard_holds_nothing_but_its_pipe_when_the_watchdog_was_given_descriptors_far_apart() -> None:
+    far = ["/bin/sh", "-c", 'exec 7</dev/null; exec "$@"', "sh"]
+    with Program("watchdog", {"fprocess": "sh"}, prefix=far) as program:
+        held = Path(f"/proc/{guard_of(program)}/fd")
+        wait_until(lambda: len(list(held.iterdir())) == 1, 2.0, "all others closed")
+
+
+def test_trees_are_gone_when_the_watchdog_is_killed_while_they_grow(tmp_path: Path) -> None:
+    described = b'{"children": [%b]}' % b", ".join([b'{"traits": ["orphan", "setsid"], "children": [{}, {}]}'] * 30)
+    for count in (1, 20, 60):
+        with Program("watchdog", {"fprocess": tree.command(tmp_path)}) as program, connect(program.port) as client:
+            client.sendall(HEAD + b"Content-Length: %d\r\n\r\n%b" % (len(described), described))
+            wait_until(lambda: len(list(tmp_path.iterdir())) >= count, 5.0, "some have grown")  # noqa: B023
+            program.kill()
+            # Not zombies: they are the new parent's to reap now.
+            wait_until(lambda: not tree.alive(tmp_path, or_zombie=False) and not program.survivors(), GONE_S, "gone")
+        for file in tmp_path.iterdir():
+            file.unlink()
+
+
+@pytest.mark.parametrize(
+    "numbers", [[signal.SIGTERM] * 2, [signal.SIGINT] * 2, [signal.SIGTERM, signal.SIGINT]], ids=["TERM", "INT", "both"]
+)
+def test_watchdog_and_functions_end_at_once_when_told_twice(running: Program, numbers: list[signal.Signals]) -> None:
+    running.process.send_signal(numbers[0])
+    running.wait_log("raining")
+    start_s = time.monotonic()
+    running.process.send_signal(numbers[1])
+    assert running.wait_exit(5) == 1
+    assert time.monotonic() - start_s < GONE_S * crowding()
+    wait_until(lambda: not running.survivors(), 0.5, "functions and guard gone")
+
+
+@pytest.mark.parametrize("grace", ["0", "500ms", "1m"])
+def test_stuck_functions_do_not_hold_the_watchdog_when_it_drains(grace: str) -> None:
+    limits = {"write_timeout": "800ms", "healthcheck_interval": "0", "term_grace": grace}
+    with Program("watchdog", {"fprocess": "sh"} | limits) as program:
+        calls = [InBackground(lambda s=script: call(program, s)) for script, _ in FUNCTIONS.values()]  # type: ignore[misc]
+        program.wait_started(sum(count for _, count in FUNCTIONS.values()))
+        start_s = time.monotonic()
+        program.terminate()
+        assert program.wait_exit(5) == 1
+        assert 0.8 - TICK_S <= time.monotonic() - start_s < 0.8 + GONE_S * crowding()
+        wait_until(lambda: not program.survivors(), 0.5, "functions and guard gone")
+        assert [each.result().status for each in calls] == [503] * len(calls)
+
+
+def call(program: Program, script: bytes) -> Answer:
+    return http_request(program.port, "POST", body=script)
+
+
+def test_deadline_holds_when_it_comes_while_draining() -> None:
+    limits = {"exec_timeout": "700ms", "write_timeout": "10s", "healthcheck_interval": "0"}
+    with Program("watchdog", {"fprocess": "sh"} | limits) as program:
+        running = InBackground(lambda: call(program, b"setsid -f sleep 60; exec sleep 60"))
+        program.wait_started(2)
+        program.terminate()
+        assert running.result().status == 408
+        assert program.wait_exit(3) == 0
+        wait_until(lambda: not program.survivors(), 0.5, "functions and guard gone")
+
+
+def test_daemon_is_gone_when_it_was_left_by_a_call_and_the_watchdog_is_killed_right_after() -> None:
+    with Program("watchdog", {"fprocess": "sh"}) as program:
+        for _ in range(5):
+            assert call(program, b"for i in 1 2 3 4 5; do setsid -f sleep 60; done; echo hi").text == "hi\n"
+        program.kill()
+        wait_until(lambda: not program.survivors(), GONE_S, "daemons and guard gone")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="everything here runs as somebody else already")
+def test_functions_are_gone_when_the_watchdog_is_not_root() -> None:
+    nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    limits = {"fprocess": "sh", "healthcheck_interval": "0", "suppress_lock": "true"}
+    program = Program("watchdog", limits, prefix=nobody)
+    program.temporary.chmod(0o777)
+    with program:
+        for script, _ in FUNCTIONS.values():
+            answer = http_request(program.port, "POST", "/", {"X-Timeout": "300ms"}, script)
+            assert answer.status == 408
+            program.wait_idle(GONE_S)
+        running = [InBackground(lambda s=script: call(program, s)) for script, _ in FUNCTIONS.values()]  # type: ignore[misc]
+        program.wait_started(sum(count for _, count in FUNCTIONS.values()))
+        program.kill()
+        wait_until(lambda: not program.survivors(), GONE_S, "functions and guard gone")
+        for each in running:
+            with pytest.raises(ConnectionError):
+                each.result()
+
+
+def test_calls_run_and_are_not_cut_when_the_watchdog_is_started_without_standard_streams() -> None:
+    """A log line must not go to whatever has got the number 2, be it a client or the guard's pipe."""
+    with Program("watchdog", {"fprocess": "cat"}) as other:
+        port = free_port()
+        environment = clean_environment(other.environment | {"fprocess": "sh", "port": str(port), "suppress_lock": "1"})
+        closing = ["/bin/sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command_of("watchdog")]
+        with subprocess.Popen(closing, env=environment) as process:
+            try:
+                wait_until(lambda: serves(port), 5.0, "it serves")
+                for _ in range(3):
+                    answer = http_request(port, "POST", body=b"sleep 0.1; ls -x /proc/$$/fd; :")
+                    assert (answer.status, answer.text) == (200, "0  1  2\n")
+            finally:
+                process.kill()

@@ -1,0 +1,244 @@
+"""What becomes of calls when workers share them, end, are killed, or cannot reach gateway, queue or disk."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import resource
+import signal
+import subprocess
+import time
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from faashound.calls.callbacks import CallbackRefused
+from faashound.calls.model import QueueDamaged, QueueFull, QueueUnavailable
+from faashound.calls.retries import AttemptOutcome, OutcomeKind
+from faashound.draining.outcomes import REFUSED_TEXT, outcome_of_error
+from faashound.watchdog import OutOfResources, PeerGone, Unreachable, UpstreamTimeout
+from testkit.harness import free_port, noise_s, run, wait_until
+from testkit.system import (
+    NOTES_RUN,
+    System,
+    Worker,
+    rows,
+    runs,
+)
+
+# Several workers, and faults
+
+
+def test_several_workers_run_each_call_once() -> None:
+    with System(settings={"worker": "none"}) as system:
+        calls = [system.submit("shell", NOTES_RUN) for _ in range(60)]
+        with Worker(system, {"max_inflight": "3"}), Worker(system, {"max_inflight": "3"}):
+            assert {system.ended(call_id)["state"] for call_id in calls} == {"done"}
+        owners = rows(system.spool, "SELECT count(*) AS n FROM attempts")
+        assert sorted(runs(system)) == sorted(calls)
+        assert owners[0]["n"] == len(calls)
+
+
+def test_sigterm_lets_what_runs_finish_and_claims_nothing_more() -> None:
+    with System(settings={"worker": "none"}) as system:
+        running = system.submit("shell", b"sleep 1")
+        with Worker(system, {"max_inflight": "1"}) as worker:
+            system.until(running, lambda status: status["state"] == "running")
+            waiting = system.submit("cat")
+            worker.terminate()
+            assert worker.wait_exit() == 0
+        assert system.status(running)["state"] == "done"
+        assert system.status(waiting)["state"] == "queued"
+
+
+def test_worker_hands_back_what_does_not_finish_in_time_and_another_runs_it() -> None:
+    with System(settings={"worker": "none"}) as system:
+        call_id = system.submit("shell", b'[ -e "$TMPDIR/go" ] || sleep 60; echo done')
+        with Worker(system, {"drain_timeout": "200ms"}) as worker:
+            system.wait_started(2)
+            worker.terminate()
+            assert worker.wait_exit(5) == 0
+        status = system.status(call_id)
+        assert (status["state"], status["attempts"]) == ("queued", 0)
+        system.wait_idle()
+        (system.temporary / "go").touch()
+        with Worker(system):
+            assert system.ended(call_id)["state"] == "done"
+
+
+def test_idle_worker_stops_at_once() -> None:
+    with System(settings={"worker": "none"}) as system, Worker(system) as worker:
+        started_s = time.monotonic()
+        worker.terminate()
+        assert worker.wait_exit() == 0
+        assert time.monotonic() - started_s < noise_s()
+
+
+def test_call_that_kills_each_worker_ends_as_a_dead_letter_and_blocks_nobody() -> None:
+    with System(settings={"max_retry_attempts": "1"}) as system:
+        poison = system.submit("shell", b"exec sleep 60")
+        for begun in range(1, 5):
+            system.until(poison, partial(has_begun, begun))
+            os.kill(system.worker_pid(), signal.SIGKILL)
+        assert system.ended(system.submit("cat", b"hello"))["state"] == "done"
+        ended = system.ended(poison)
+        assert (ended["state"], ended["attempts"]) == ("dead", 5)
+        assert "the workers that ran it died" in ended["error"]
+
+
+def test_put_that_the_queue_does_not_take_is_503_in_bounded_time(system: System) -> None:
+    with (system.spool / "writer.lock").open("rb") as held:  # as by a process that was stopped in the middle of a write
+        fcntl.flock(held, fcntl.LOCK_EX)
+        stuck = system.request("POST", "/async-function/cat", b"x")
+    assert stuck.status == 503
+    assert f"held for 8 s by process {os.getpid()}" in stuck.text
+    assert system.ended(system.submit("cat", b"y"))["state"] == "done"
+
+
+def test_call_of_a_killed_worker_is_taken_over_and_told_of() -> None:
+    with System() as system:
+        call_id = system.submit("shell", NOTES_RUN + b'[ -e "$TMPDIR/go" ] || sleep 60')
+        system.wait_started(2)
+        (system.temporary / "go").touch()
+        os.kill(system.worker_pid(), signal.SIGKILL)
+        system.wait_log("the worker was ended by SIGKILL")
+        status = system.ended(call_id)
+        assert (status["state"], status["attempts"]) == ("done", 2)
+        whole = json.loads(system.request("GET", f"/system/calls/{call_id}").body)
+        assert [attempt.get("error") for attempt in whole["history"]] == ["the worker that ran it is gone", None]
+
+
+def has_begun(count: int, status: dict[str, Any]) -> bool:
+    """Tell whether a call's run number `count` is under way."""
+    return (status["state"], status["attempts"]) == ("running", count)
+
+
+def test_suspended_worker_does_not_overwrite_what_its_successor_recorded() -> None:
+    script = NOTES_RUN + b'wc -l <"$TMPDIR/runs"; sleep 0.5'
+    with System(settings={"worker": "none"}) as system, Worker(system, {"ack_wait": "1s"}) as first:
+        call_id = system.submit("shell", script)
+        system.wait_started(2)
+        first.process.send_signal(signal.SIGSTOP)
+        with Worker(system, {"ack_wait": "1s"}):
+            status = system.ended(call_id)
+            assert (status["state"], status["attempts"]) == ("done", 2)
+            first.process.send_signal(signal.SIGCONT)
+            first.wait_log("the lease was lost")
+            assert system.request("GET", f"/async-function/{call_id}/result").text.strip() == "2"
+            assert system.status(call_id) == status
+
+
+def test_worker_that_slept_past_its_own_lease_ends_the_earlier_run() -> None:
+    script = NOTES_RUN + b'[ "$(wc -l <"$TMPDIR/runs")" -gt 1 ] || sleep 60; echo second'
+    with System(settings={"worker": "none"}) as system, Worker(system, {"ack_wait": "1s"}) as worker:
+        call_id = system.submit("shell", script)
+        system.wait_started(2)
+        worker.process.send_signal(signal.SIGSTOP)
+        until_s = rows(system.spool, "SELECT until_s FROM leases")[0]["until_s"]
+        wait_until(lambda: time.clock_gettime(time.CLOCK_BOOTTIME) > until_s, 5, "the lease has run out")
+        run("worker", ["dead", "list"], {"queue_url": f"spool:{system.spool}"})  # whoever opens the queue takes it back
+        assert rows(system.spool, "SELECT * FROM leases") == []
+        worker.process.send_signal(signal.SIGCONT)
+        assert system.ended(call_id)["state"] == "done"
+        assert system.request("GET", f"/async-function/{call_id}/result").text == "second\n"
+        system.wait_idle()
+
+
+def test_worker_waits_for_a_gateway_that_is_not_there_yet() -> None:
+    with System(settings={"worker": "none"}) as system:
+        call_id = system.submit("cat")
+        port = free_port()
+        settings = {"gateway_url": f"http://127.0.0.1:{port}", "max_retry_attempts": "1"}
+        with Worker(system, settings) as worker:
+            worker.wait_log("handed back")
+            successor = System(settings={"worker": "none", "port": str(port)}, spool=system.spool)
+            with successor:
+                status = successor.ended(call_id)
+                assert (status["state"], status["attempts"]) == ("done", 1)
+
+
+def test_outcome_is_recorded_when_the_queue_comes_back_and_the_call_does_not_run_again() -> None:
+    with System() as system:
+        call_id = system.submit("shell", NOTES_RUN + b'until [ -e "$TMPDIR/go" ]; do sleep 0.05; done; echo done')
+        system.until(call_id, lambda status: status["state"] == "running")
+        wait_until(lambda: runs(system), 5, "it runs")
+        path = system.spool / "spool.sqlite3"
+        path.rename(system.spool / "away")
+        (system.temporary / "go").touch()
+        system.wait_log("the outcome cannot be recorded yet")
+        (system.spool / "away").rename(path)
+        status = system.ended(call_id)
+        assert (status["state"], status["attempts"], runs(system)) == ("done", 1, [call_id])
+
+
+def fill(path: Path) -> None:
+    """Write a file until its disk is full."""
+    with suppress(OSError), path.open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+
+
+def test_full_disk_is_507_and_is_noticed_when_there_is_room_again(tmp_path: Path) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path], check=True)  # needs root, as in CI
+    try:
+        with System(spool=tmp_path / "spool") as system:
+            fill(tmp_path / "filler")
+            answers = [system.request("POST", "/async-function/cat", b"x" * 70_000) for _ in range(3)]
+            assert {answer.status for answer in answers} == {507}
+            (tmp_path / "filler").unlink()
+            assert system.ended(system.submit("cat", b"x" * 70_000))["state"] == "done"
+    finally:
+        subprocess.run(["umount", "-l", tmp_path], check=True)
+
+
+@pytest.mark.parametrize("size", [10, 200_000], ids=["no connection can be opened", "no body can be read"])
+def test_call_uses_up_no_attempt_when_its_worker_has_no_descriptors(size: int) -> None:
+    with System(settings={"worker": "none"}) as system, Worker(system, {"max_retry_attempts": "1"}) as worker:
+        pid = worker.process.pid
+        soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        if size > 10:  # a kept connection: only the body is in want of a descriptor
+            system.ended(system.submit("cat"))
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, hard))
+        call_id = system.submit("cat", b"x" * size)
+        assert "Too many open files" in worker.wait_log("handed back")
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
+        status = system.ended(call_id)
+        assert (status["state"], status["status"], status["attempts"]) == ("done", 200, 1)
+
+
+def test_results_and_calls_are_kept_as_long_as_asked_and_dead_letters_for_ever() -> None:
+    with System(settings={"keep_results": "1s", "retention": "3s", "max_retry_attempts": "1"}) as system:
+        done, dead = system.submit("cat", b"x"), system.submit("shell", b"exit 1")
+        system.ended(done)
+        assert system.ended(dead)["state"] == "dead"
+
+        def result_status(call_id: str) -> int:
+            return system.request("GET", f"/async-function/{call_id}/result").status
+
+        assert result_status(done) == 200
+        wait_until(lambda: result_status(done) == 410, 5, "the result is gone")
+        assert system.status(done)["state"] == "done"
+        wait_until(lambda: result_status(done) == 404, 8, "the call is forgotten")
+        assert (system.status(dead)["state"], result_status(dead)) == ("dead", 410)
+
+
+OUTCOMES = {
+    "timed out": (UpstreamTimeout("late"), OutcomeKind.TIMED_OUT, "late"),
+    "cannot connect": (Unreachable("refused"), OutcomeKind.UNREACHABLE, "refused"),
+    "cut short": (PeerGone("cut"), OutcomeKind.UNREACHABLE, "cut"),
+    "no descriptors for a connection": (OutOfResources("too many"), OutcomeKind.PREVENTED, "too many"),
+    "no descriptors for a body": (QueueUnavailable("too many"), OutcomeKind.PREVENTED, "too many"),
+    "no room": (QueueFull("full"), OutcomeKind.PREVENTED, "full"),
+    "lost": (QueueDamaged("gone"), OutcomeKind.UNREADABLE, "gone"),
+    "an inner address": (CallbackRefused("10.0.0.1 is private"), OutcomeKind.REFUSED, REFUSED_TEXT),
+    "a fault": (ValueError("secret"), OutcomeKind.FAILED, "a fault of the worker: see its log"),
+}
+
+
+@pytest.mark.parametrize(("error", "kind", "text"), OUTCOMES.values(), ids=OUTCOMES)
+def test_attempt_that_raises_has_an_outcome(error: Exception, kind: OutcomeKind, text: str) -> None:
+    assert outcome_of_error(error, "id") == AttemptOutcome(kind, error=text)
