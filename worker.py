@@ -109,6 +109,7 @@ from .watchdog import (
 KINDS: tuple[Kind, ...] = ("call", "callback")
 
 PREVENTED_S = 2.0  # before a lease is handed back for want of something that this machine will have again
+LAST_WORD_S = 1.0  # to tell the gateway at the end how many calls were made
 PROBES_PART = 4  # one slot for so many is for trying destinations again that could not be reached
 ALLOWED_HOSTS_HELP = "host names that /metrics and /healthz answer to, by commas, besides localhost and addresses"
 
@@ -235,6 +236,7 @@ class Worker:
             asyncio.create_task(self._wait_for_work()),
             asyncio.create_task(self._in_flight.keep_renewing(lease_s)),
             asyncio.create_task(self._in_flight.watch_cancels(lease_s)),
+            asyncio.create_task(self._functions.keep_telling()),
         ]
         for helper in helpers:
             helper.add_done_callback(lambda _: self.stop())
@@ -245,6 +247,9 @@ class Worker:
                     self._has_claimed.set()
                     await self._wait_for_change()
             await self._drain()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LAST_WORD_S):
+                    await self._functions.tell()
             for helper in helpers:
                 if helper.done():
                     helper.result()  # none of them ends but by a fault of ours

@@ -20,6 +20,7 @@ from functools import cache
 from pathlib import Path
 
 from ..calls.names import DEFAULT_NAMESPACE, FunctionName
+from ..draining.gateway import DIRECT_CALLS
 from ..functions.local import LocalStatus
 from ..functions.table import Function, Functions
 from ..network.machine import network_identity
@@ -71,6 +72,12 @@ def parse_parameters(query: bytes) -> Mapping[str, str]:
     for name, value in urllib.parse.parse_qsl(query.decode("latin-1")):
         found.setdefault(name, value)
     return found
+
+
+def parse_direct_calls(request: Request) -> int:
+    """Return how many calls of a function a worker of ours has made without us since it asked about it last."""
+    text = request.header(DIRECT_CALLS.lower()) or b""
+    return int(text) if text.isdigit() else 0
 
 
 def describe_upstream(function: Function, *, is_guarded: bool) -> dict[str, object]:
@@ -137,9 +144,12 @@ class ControlPlane:
         status, usage = self.status(), None
         if parameters.get("usage") in ("1", "true") and function.name in status:
             usage = await measure_usage(status[function.name].pids)
+        by_worker = self.access.is_worker(request)
+        if by_worker and function.name in self.functions:
+            self.counts.add(function.name, parse_direct_calls(request))
         count = self.counts.totals().get(function.name, 0)
         described = describe_function(function, _replicas(function, status), count, usage)
-        if self.access.is_worker(request):
+        if by_worker:
             described["upstream"] = describe_upstream(function, is_guarded=self.functions.is_guarded(function.name))
         return json_response(200, described)
 
