@@ -22,6 +22,7 @@ from functools import cache
 from pathlib import Path
 
 from ..calls.names import DEFAULT_NAMESPACE, FunctionName
+from ..draining.gateway import DIRECT_CALLS
 from ..functions.local import LocalStatus
 from ..functions.table import Function, Functions
 from ..network.machine import network_identity
@@ -78,6 +79,12 @@ def sources_sha() -> str:
     for path in sorted([*root.glob("*.py"), *(path for room in rooms for path in room.rglob("*.py"))]):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
+
+
+def parse_direct_calls(request: Request) -> int:
+    """Return how many calls of a function a worker of ours has made without us since it asked about it last."""
+    text = request.header(DIRECT_CALLS.lower()) or b""
+    return int(text) if text.isdigit() else 0
 
 
 def describe_upstream(function: Function, *, is_guarded: bool) -> dict[str, object]:
@@ -170,10 +177,13 @@ class ControlPlane:
         status, usage = self.status(), None
         if parameters.get("usage") in ("1", "true") and function.name in status:
             usage = await measure_usage(status[function.name].pids)
+        by_worker = self.access.is_worker(request)
+        if by_worker and function.name in self.functions:
+            self.counts.add(function.name, parse_direct_calls(request))
         count = self.counts.totals().get(function.name, 0)
         deployed = self.operations.control.describe(function.name)
         described = describe_function(function, _replicas(function, status), count, usage, deployed)
-        if self.access.is_worker(request):
+        if by_worker:
             described["upstream"] = describe_upstream(function, is_guarded=self.functions.is_guarded(function.name))
         return json_response(200, described)
 

@@ -41,6 +41,10 @@ class InvocationCounts:
         now = self._metrics.invocation_counts()
         return {name: self._before.get(name, 0) + now.get(name, 0) for name in self._before.keys() | now.keys()}
 
+    def add(self, name: str, count: int) -> None:
+        """Count calls that did not come through the gateway."""
+        self._metrics.called_directly(name, count)
+
     async def keep(self, listed: Callable[[], Collection[str]]) -> None:
         """Save from time to time, until cancelled; not in the loop, since a disk may take its time."""
         while True:
