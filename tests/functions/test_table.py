@@ -139,7 +139,7 @@ REMOTE = '[f]\nurl = "http://h"\n'
         (LOCAL + "exec_timeout = 12:30:00", "f.toml:3: [f] exec_timeout: is a date or time"),
         (LOCAL + "exec_timout = '1s'", "f.toml:3: [f] exec_timout: unknown key; did you mean exec_timeout?"),
         (LOCAL + "Exec_Timeout = '1s'", "f.toml:3: [f] Exec_Timeout: unknown key; did you mean exec_timeout?"),
-        (LOCAL + "zzz = 1", "f.toml:3: [f] zzz: unknown key; allowed: fprocess, function_process, read_timeout"),
+        (LOCAL + "zzz = 1", "f.toml:3: [f] zzz: unknown key; allowed: fprocess, function_process, mode"),
         (LOCAL + "host = 'h'", "f.toml:3: [f] host: not allowed here: the gateway opens the socket"),
         (LOCAL + "port = 80", "f.toml:3: [f] port: not allowed here: the gateway opens the socket"),
         (LOCAL + "metrics_port = 80", "f.toml:3: [f] metrics_port: not allowed here: the gateway counts"),
