@@ -22,20 +22,19 @@ import asyncio
 import dataclasses
 import os
 import random
-import socket
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import uvloop
 
-from .calls.callbacks import CallbackAllow, Signer, build_policy, parse_callback_allow, parse_secrets
+from .calls.callbacks import CallbackAllow, build_policy, parse_callback_allow
 from .calls.model import (
     Attempt,
-    Call,
     Kind,
     Lease,
     LeaseLost,
@@ -46,11 +45,9 @@ from .calls.retries import (
     CALLBACK_POLICY,
     AttemptOutcome,
     Dead,
-    Done,
     HandBack,
     OutcomeKind,
     Progress,
-    RetryAt,
     RetryPolicy,
     Step,
     is_poison,
@@ -62,24 +59,23 @@ from .calls.retries import (
 from .draining.breakers import Breakers
 from .draining.caller import Caller, CallLimits
 from .draining.connections import Connections
-from .draining.delivery import CallbackRules, Deliverer
+from .draining.delivery import CallbackRules, Deliverer, read_signer
 from .draining.functions import KnownFunctions
 from .draining.gateway import GatewayAccess
 from .draining.in_flight import EarlyEnd, InFlight, InFlightTable
 from .draining.limits import FunctionLimits
 from .draining.metrics import Invocations, WorkerMetrics
-from .draining.outcomes import attempt_record
+from .draining.outcomes import attempt_record, log_call_step, log_callback_step
 from .draining.recording import PAUSE_S, Recorder
 from .draining.shares import Allotment, Slots
-from .draining.status import StatusPage
-from .network.hosts import are_on_loopback, parse_hosts
+from .draining.status import StatusPage, own_names
+from .network.hosts import parse_hosts
 from .queues import Queue, open_queue
 from .queues.commands import cancel_calls, dead_letters
 from .queues.migrate import migrate_queue
 from .queues.nats_settings import NatsSettings
 from .queues.urls import QUEUE_RESERVE_HELP, QueueUrl, parse_queue_url
 from .watchdog import (
-    CannotStart,
     FaashoundError,
     ListenSockets,
     Signals,
@@ -99,16 +95,18 @@ from .watchdog import (
     parse_size,
     parse_text,
     parse_url,
-    read_file,
     setting,
     settle_descriptors,
     start_metrics,
     watch_parent_death,
 )
 
+T = TypeVar("T")
+
 KINDS: tuple[Kind, ...] = ("call", "callback")
 
 PREVENTED_S = 2.0  # before a lease is handed back for want of something that this machine will have again
+LAST_WORD_S = 1.0  # to tell the gateway at the end how many calls were made
 PROBES_PART = 4  # one slot for so many is for trying destinations again that could not be reached
 ALLOWED_HOSTS_HELP = "host names that /metrics and /healthz answer to, by commas, besides localhost and addresses"
 
@@ -235,6 +233,7 @@ class Worker:
             asyncio.create_task(self._wait_for_work()),
             asyncio.create_task(self._in_flight.keep_renewing(lease_s)),
             asyncio.create_task(self._in_flight.watch_cancels(lease_s)),
+            asyncio.create_task(self._functions.keep_telling()),
         ]
         for helper in helpers:
             helper.add_done_callback(lambda _: self.stop())
@@ -245,6 +244,9 @@ class Worker:
                     self._has_claimed.set()
                     await self._wait_for_change()
             await self._drain()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LAST_WORD_S):
+                    await self._functions.tell()
             for helper in helpers:
                 if helper.done():
                     helper.result()  # none of them ends but by a fault of ours
@@ -284,7 +286,7 @@ class Worker:
             if len(wishes) == 1:  # without a task, so that the claim goes before the outcome that made room for it
                 again = [await self._claim_kind(*wishes[0])]
             else:  # at once, which is one turn of the queue's writer
-                again = await asyncio.gather(*(self._claim_kind(*wish) for wish in wishes))
+                again = await all_of(self._claim_kind(*wish) for wish in wishes)
         except FaashoundError as error:
             self._tell_slots()
             self._note_error(error)
@@ -447,52 +449,18 @@ class Worker:
         await self._recorder.release(lease)
 
 
-CALL_STEPS = {Done: "done", RetryAt: "to be tried again", Dead: "dead letter", HandBack: "handed back"}
-CALLBACK_STEPS = {Done: "delivered", RetryAt: "to be tried again", Dead: "given up", HandBack: "handed back"}
-
-
-def log_call_step(call: Call, step: Step, outcome: AttemptOutcome) -> None:
-    """Log what follows from an attempt at a call."""
-    fields: dict[str, object] = {"call_id": call.id, "function": call.function, "attempt": call.attempts}
-    if isinstance(step, RetryAt):
-        fields["in"] = f"{max(step.due_s - time.time(), 0.0):.3f}s"
-    log.info(f"{CALL_STEPS[type(step)]} - Duration: {outcome.duration_s:f}s", **fields, outcome=outcome)
-
-
-def log_callback_step(call: Call, step: Step, outcome: AttemptOutcome) -> None:
-    """Log what follows from an attempt at a callback."""
-    attempts = call.callback.attempts if call.callback is not None else 0
-    log.info(
-        f"callback {CALLBACK_STEPS[type(step)]}",
-        call_id=call.id,
-        function=call.function,
-        attempt=attempts,
-        outcome=outcome,
-    )
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Lifecycle.
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def load_signer(settings: Settings) -> Signer | None:
-    """Return what signs callbacks, None if nothing does.  Raises CannotStart, without a word of the secret."""
-    if settings.callback_secret_file is None:
-        return None
-    text = read_file(settings.callback_secret_file, "callback_secret_file")
-    try:
-        return Signer(parse_secrets(text))
-    except ValueError as error:
-        raise CannotStart(f"callback_secret_file {settings.callback_secret_file}: {error}") from None
-
-
-def status_names(settings: Settings, sockets: Sequence[socket.socket]) -> frozenset[str] | None:
-    """Return the host names that the status server on `sockets` answers to besides localhost; None: to any."""
-    names = settings.allowed_hosts or frozenset()
-    if not are_on_loopback(sockets):
-        return names or None
-    return names | {settings.host.lower()} if settings.host else names
+async def all_of(works: Iterable[Awaitable[T]]) -> list[T]:
+    """Return what `works` bring, done at once; raises the first error when all of them have ended."""
+    outcomes = await asyncio.gather(*works, return_exceptions=True)
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise outcome
+    return [outcome for outcome in outcomes if not isinstance(outcome, BaseException)]
 
 
 async def serve(settings: Settings, environ: Mapping[str, str], sockets: ListenSockets) -> int:
@@ -501,13 +469,18 @@ async def serve(settings: Settings, environ: Mapping[str, str], sockets: ListenS
     signals = Signals(loop)
     watch_parent_death(loop, parent_death_fd(environ), signals.stop_now)
     policy = build_policy([settings.gateway_url], settings.callback_allow)
-    rules = CallbackRules(policy, load_signer(settings), settings.callback_timeout_s)
+    rules = CallbackRules(policy, read_signer(settings.callback_secret_file), settings.callback_timeout_s)
     async with AsyncExitStack() as stack:
         limits = QueueLimits(settings.queue_reserve_bytes)
         queue = await open_queue(settings.queue_url, settings, limits=limits)
         stack.push_async_callback(queue.close)
         worker = Worker(settings, queue, await queue.enlist(), rules)
-        page = StatusPage(queue, worker.metrics, worker.show_metrics, status_names(settings, sockets.metrics))
+        page = StatusPage(
+            queue,
+            worker.metrics,
+            worker.show_metrics,
+            own_names(sockets.metrics, settings.host, settings.allowed_hosts),
+        )
         stack.callback(start_metrics(sockets.metrics, page).abort)
         sockets.announce()
         log.info(f"Draining {','.join(settings.queues)} of {settings.queue_url} through {settings.gateway_url}")

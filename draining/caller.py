@@ -105,6 +105,8 @@ class Caller:
             raise
         finally:
             self._invocations.end(label, status, time.perf_counter() - started_s)
+            if status:
+                self._functions.on_direct_call(call.function)
 
     async def _send_through_gateway(self, call: Call, deadline_s: float | None) -> ClientResponse:
         fields = [*call_fields(call), self._functions.gateway.token_field]

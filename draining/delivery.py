@@ -22,11 +22,12 @@ from ..calls.callbacks import (
     Signer,
     build_callback_headers,
     build_proof,
+    parse_secrets,
 )
 from ..calls.model import Call, Headers
 from ..calls.retries import AttemptOutcome, OutcomeKind
 from ..queues import Queue
-from ..watchdog import Client, ClientResponse, FaashoundError, Url, log
+from ..watchdog import CannotStart, Client, ClientResponse, FaashoundError, Url, log, read_file
 from .bodies import sendable
 from .breakers import Breakers
 from .outcomes import decoded, outcome_of_error
@@ -122,3 +123,17 @@ def callback_facts(call: Call, max_retries_count: int) -> CallFacts:
         retries_count=max(call.attempts - 1, 0),
         max_retries_count=max_retries_count,
     )
+
+
+def read_signer(path: str | None) -> Signer | None:
+    """Return what signs callbacks with the secrets of a file, None without a file.
+
+    Raises CannotStart, without a word of a secret.
+    """
+    if path is None:
+        return None
+    text = read_file(path, "callback_secret_file")
+    try:
+        return Signer(parse_secrets(text))
+    except ValueError as error:
+        raise CannotStart(f"callback_secret_file {path}: {error}") from None

@@ -4,6 +4,7 @@
     known = await functions.get(call.function)
     known.policy, known.upstream              # how it is retried, and where it answers (None: ask at the gateway)
     functions.on_unreachable(call.function)   # nothing answers there: the gateway's way for a while
+    functions.on_direct_call(call.function)   # the gateway has not seen it, and is told with the next question
 
 Contract: it never fails.  While the gateway cannot tell, its last word holds, except for a function that ends with its
 gateway; before there is a word it is the worker's own policy, and no address.  An address of loopback means something
@@ -17,7 +18,7 @@ import asyncio
 import dataclasses
 import json
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,7 @@ from ..functions.table import parse_upstream
 from ..network.addresses import parse_literal
 from ..network.machine import network_identity
 from ..watchdog import Client, FaashoundError, Url, log
-from .gateway import GatewayAccess
+from .gateway import DIRECT_CALLS, GatewayAccess
 
 KEPT_S = 5.0  # how long the gateway's word, or its silence, is believed before it is asked again
 UNREACHABLE_S = 30.0  # how long an address at which nothing answered is not tried again
@@ -76,6 +77,7 @@ class KnownFunctions:
         self._unknown = Known(base)
         self._known: OrderedDict[FunctionName, Known] = OrderedDict()
         self._asking: dict[FunctionName, asyncio.Task[Known]] = {}
+        self._untold: Counter[FunctionName] = Counter()
 
     async def get(self, function: FunctionName) -> Known:
         """Return what is known of `function`, which may cost a question to the gateway."""
@@ -93,6 +95,20 @@ class KnownFunctions:
             self._known[function] = dataclasses.replace(
                 known, asked_s=float("-inf"), avoided=known.upstream.url, avoided_until_s=until_s
             )
+
+    def on_direct_call(self, function: FunctionName) -> None:
+        """A call was made of which the gateway, which counts each function's, knows nothing."""
+        self._untold[function] += 1
+
+    async def keep_telling(self) -> None:
+        """Tell the gateway of direct calls from time to time, for ever."""
+        while True:
+            await asyncio.sleep(KEPT_S)
+            await self.tell()
+
+    async def tell(self) -> None:
+        """Tell the gateway of the direct calls that it does not know of."""
+        await asyncio.gather(*map(self._ask_once, list(self._untold)))
 
     async def _ask_once(self, function: FunctionName) -> Known:
         """Ask, with one question for all calls that want the answer."""
@@ -122,9 +138,14 @@ class KnownFunctions:
 
     async def _description(self, function: FunctionName) -> Mapping[str, Any]:
         url, deadline_s = self.gateway.description_url(function), time.monotonic() + DESCRIPTION_TIMEOUT_S
-        headers = [self.gateway.token_field]
-        async with await self._client.request("GET", url, headers, deadline_s=deadline_s) as response:
-            body = await response.body.read(DESCRIPTION_BYTES)
+        direct_count = self._untold.pop(function, 0)
+        headers = [self.gateway.token_field, (DIRECT_CALLS, b"%d" % direct_count)]
+        try:
+            async with await self._client.request("GET", url, headers, deadline_s=deadline_s) as response:
+                body = await response.body.read(DESCRIPTION_BYTES)
+        except FaashoundError:
+            self._untold[function] += direct_count
+            raise
         if response.status == 404:
             return {}
         if response.status != 200:

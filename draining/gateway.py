@@ -10,6 +10,7 @@ from ..calls.names import FunctionName
 from ..watchdog import Header, Url
 
 WORKER_TOKEN = b"X-Worker-Token"  # who has it can open the queue, so it is a worker of this system
+DIRECT_CALLS = b"X-Direct-Calls"  # how many calls of a function a worker has made since it asked about it last
 
 
 @dataclass(frozen=True, slots=True)

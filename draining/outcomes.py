@@ -1,13 +1,15 @@
-"""What an attempt came to, in the words of the rules (calls/retries.py): of an answer, or of an error.  Pure, but logs.
+"""What an attempt came to, of an answer or of an error: in the words of the rules (calls/retries.py), and of the log.
 
 An error's text may name addresses and paths of this system.  What a caller may not read goes to the log instead.
 """
 
 from __future__ import annotations
 
+import time
+
 from ..calls.callbacks import CallbackRefused
-from ..calls.model import Attempt, Headers, QueueDamaged, QueueFull, QueueUnavailable
-from ..calls.retries import AttemptOutcome, Done, OutcomeKind, Step
+from ..calls.model import Attempt, Call, Headers, QueueDamaged, QueueFull, QueueUnavailable
+from ..calls.retries import AttemptOutcome, Dead, Done, HandBack, OutcomeKind, RetryAt, Step
 from ..watchdog import (
     ClientResponse,
     FaashoundError,
@@ -75,3 +77,27 @@ def attempt_record(started_s: float, finished_s: float, outcome: AttemptOutcome,
     """Return what is remembered of an attempt (times are seconds since the epoch) which `step` follows."""
     error = None if isinstance(step, Done) else str(getattr(step, "reason", outcome))
     return Attempt(started_s, finished_s, outcome.status or None, error)
+
+
+CALL_STEPS = {Done: "done", RetryAt: "to be tried again", Dead: "dead letter", HandBack: "handed back"}
+CALLBACK_STEPS = {Done: "delivered", RetryAt: "to be tried again", Dead: "given up", HandBack: "handed back"}
+
+
+def log_call_step(call: Call, step: Step, outcome: AttemptOutcome) -> None:
+    """Log what follows from an attempt at a call."""
+    fields: dict[str, object] = {"call_id": call.id, "function": call.function, "attempt": call.attempts}
+    if isinstance(step, RetryAt):
+        fields["in"] = f"{max(step.due_s - time.time(), 0.0):.3f}s"
+    log.info(f"{CALL_STEPS[type(step)]} - Duration: {outcome.duration_s:f}s", **fields, outcome=outcome)
+
+
+def log_callback_step(call: Call, step: Step, outcome: AttemptOutcome) -> None:
+    """Log what follows from an attempt at a callback."""
+    attempts = call.callback.attempts if call.callback is not None else 0
+    log.info(
+        f"callback {CALLBACK_STEPS[type(step)]}",
+        call_id=call.id,
+        function=call.function,
+        attempt=attempts,
+        outcome=outcome,
+    )

@@ -6,9 +6,10 @@ so there it answers to this machine's names only, as the gateway's does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from socket import socket
 
-from ..network.hosts import host_name, is_own_name
+from ..network.hosts import are_on_loopback, host_name, is_own_name
 from ..queues import Queue, trouble_of
 from ..watchdog import (
     TEXT_PLAIN,
@@ -59,3 +60,14 @@ class StatusPage:
         if trouble is not None:
             raise NotReady(trouble)
         return Response(200, (TEXT_PLAIN,), b"OK")
+
+
+def own_names(sockets: Sequence[socket], host: str | None, allowed: Collection[str] | None) -> Collection[str] | None:
+    """Return the names that a status server on `sockets` answers to besides localhost; None: to any.
+
+    `host` is what the operator has it listen on, `allowed` what the operator lists besides.
+    """
+    names = frozenset(allowed or ())
+    if not are_on_loopback(sockets):
+        return names or None
+    return names | {host.lower()} if host else names

@@ -19,6 +19,7 @@ from ..functions.table import Function
 from ..watchdog import Histogram, Slot, cumulated
 from .health import TROUBLE_KEY
 
+DIRECT = "direct"  # the key of calls that workers make past the gateway
 OTHER = "other"  # no function's whole name, which has a namespace
 MAX_LABELS_COUNT = 1000  # functions that function_url finds and that have metrics of their own
 
@@ -58,13 +59,18 @@ class GatewayMetrics:
         """Count dead letters that `keep_dead` has ended."""
         self._slot.values("dropped", 1)[0] += count
 
+    def called_directly(self, name: str, count: int) -> None:
+        """Count calls that a worker has made where the function answers; its own metrics tell more of them."""
+        self._slot.values(f"{DIRECT} {name}", 1)[0] += count
+
     def invocation_counts(self) -> dict[str, int]:
         """Return how many invocations of each function have ended, in all processes, by its whole name."""
         counts: dict[str, int] = {}
         for key, numbers in self._slot.scoreboard.counters.totals().items():
             kind, name, *_ = (*key.split(), "")
-            if kind == "seconds" and name != OTHER:
-                counts[name] = counts.get(name, 0) + int(sum(numbers[1:]))
+            if kind in ("seconds", DIRECT) and name != OTHER:
+                ended = numbers[1:] if kind == "seconds" else numbers
+                counts[name] = counts.get(name, 0) + int(sum(ended))
         return counts
 
     def show_queue(self, stats: Stats) -> None:
@@ -101,7 +107,7 @@ class GatewayMetrics:
                 buckets, sum_s = cumulated(numbers)
                 total.add_metric(label, buckets[-1][1])
                 seconds.add_metric(label, buckets, sum_s)
-            else:
+            elif kind != DIRECT:  # which is in the workers' own metrics
                 counters[kind].add_metric(label, numbers[0])
         yield from (total, started, seconds, submitted, dropped, trouble)
         if self._stats is not None:

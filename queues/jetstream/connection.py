@@ -47,7 +47,7 @@ TTL_HEADER = "Nats-TTL"
 
 _FULL_CODES = frozenset({10002, 10023, 10028, 10047})  # resources of account, server, memory, storage
 _STORE_FAILED = 10077  # "maximum bytes exceeded" among other reasons
-_WRONG_SEQUENCE = (10071, 10164)  # the second: a write to the subject is still on its way through the cluster
+_LAST_SEQUENCE, _SEQUENCE_UNDER_WAY = 10071, 10164  # the second: a write is still on its way through the cluster
 _NOTHING_THERE = (10037, 10043, 10057)  # no message found; message delete failed: it is not there
 
 
@@ -343,17 +343,28 @@ class Connection:
             try:
                 answer = _parse_ack(await self.request(write.subject, write.payload, timeout_s, fields))
             except APIError as error:
-                if error.err_code not in _WRONG_SEQUENCE:
+                if error.err_code not in (_LAST_SEQUENCE, _SEQUENCE_UNDER_WAY):
                     raise
-                stored = await self.load(write.among or write.subject) if tries > 1 else None
-                if stored is None or stored.headers.get(WRITE_HEADER) != number:
+                if tries == 1 and error.err_code == _LAST_SEQUENCE:
                     raise Conflict from error
-                return stored.revision  # an earlier try was heard after all
+                return await self._find_own(write, number)
             return answer
 
         revision = await self.with_retries(send)
         self.commit_count += 1
         return revision
+
+    async def _find_own(self, write: Write, number: str) -> int:
+        """Return the revision of an earlier try that was heard after all; Conflict if another process was faster.
+
+        QueueUnavailable while a write is on its way through the cluster, and it is not known whose it will be.
+        """
+        stored = await self.load(write.among or write.subject)
+        if stored is not None and stored.headers.get(WRITE_HEADER) == number:
+            return stored.revision
+        if (0 if stored is None else stored.revision) == write.expected:
+            raise QueueUnavailable("a write to this subject is still on its way through the cluster")
+        raise Conflict
 
     def _stream_of(self, subject: str) -> str:
         kind = subject.split(".", 2)[1]

@@ -73,3 +73,4 @@ ROOM_PAUSE_S = 1.0  # before a result that has found no room is tried again
 
 SHORT_STEP_COUNT = 32  # the same while the reserve is in use, which has to hold all that a commit changes
 DATABASE = "spool.sqlite3"
+FUNCTIONS_COUNT = 4096  # with calls waiting at once: where callers can make up names, each costs 1.5 us in every claim

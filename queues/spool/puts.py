@@ -25,7 +25,7 @@ from ...calls.model import (
     check_same_request,
 )
 from ...calls.names import FunctionName
-from .limits import ROWS_COUNT
+from .limits import FUNCTIONS_COUNT, ROWS_COUNT
 from .notifier import WakeUp
 from .rows import read_call
 from .statements import SQL_ADD_WAITING
@@ -88,6 +88,8 @@ def _check_limits(
 ) -> tuple[FunctionName, int, int]:
     """What `SQL_ADD_WAITING` adds for so many new calls of a function; TooManyQueued if it may not have them."""
     row = db.execute("SELECT calls, bytes FROM waiting WHERE function = ?", (function,)).fetchone()
+    if row is None and limits.calls_count is not None:
+        _check_names(db, function)
     calls, total_bytes = row or (0, 0)
     if limits.calls_count is not None and calls + calls_count > limits.calls_count:
         raise TooManyQueued(f"{function} has {calls} calls waiting; max_queued allows {limits.calls_count}")
@@ -97,6 +99,13 @@ def _check_limits(
             f" max_queued_bytes allows {limits.bytes_count}"
         )
     return function, calls_count, bytes_count
+
+
+def _check_names(db: sqlite3.Connection, function: FunctionName) -> None:
+    """Raise TooManyQueued if no function more may have calls waiting: each costs something in every claim."""
+    (count,) = db.execute("SELECT count(*) FROM waiting WHERE calls > 0").fetchone()
+    if count >= FUNCTIONS_COUNT:
+        raise TooManyQueued(f"{count} functions have calls waiting, and {function} is none of them; that is the limit")
 
 
 def put_all(tx: Transaction, puts: Sequence[Put]) -> None:

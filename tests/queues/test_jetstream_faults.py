@@ -14,7 +14,7 @@ import gc
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -91,9 +91,14 @@ class Traffic:
 
     async def start(self, submitter: Options | None = None, worker: Options | None = None) -> None:
         for options in (worker, None):
-            self._tasks.append(asyncio.create_task(self._work(await self.open(options))))
+            self._begin(self._work(await self.open(options)))
         for options in (submitter, None):
-            self._tasks.append(asyncio.create_task(self._submit(await self.open(options))))
+            self._begin(self._submit(await self.open(options)))
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        task.add_done_callback(tell_failure)
+        self._tasks.append(task)
 
     async def _submit(self, queue: JetStream) -> None:
         while self._submitting:
@@ -160,6 +165,13 @@ class Traffic:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for queue in self.queues:
             await queue.close()
+
+
+def tell_failure(task: asyncio.Task[None]) -> None:
+    """A submitter or worker that fails would else be missed only at the end of a test's patience."""
+    if not task.cancelled() and task.exception() is not None:
+        print(f"FAILED: {task.exception()!r}", flush=True)
+        task.print_stack()
 
 
 async def insist(work: Callable[[], Awaitable[Any]]) -> Any:

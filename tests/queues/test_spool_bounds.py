@@ -14,7 +14,7 @@ import pytest
 
 from faashound.calls.model import INLINE_BYTES, Bounds, QueueLimits, RunEnd, State, TooManyBytesQueued, TooManyQueued
 from faashound.calls.names import parse_function_name
-from faashound.queues.spool import database
+from faashound.queues.spool import database, puts
 from faashound.queues.spool.limits import DATABASE, LETTER_BYTES, STEP_COUNT
 from faashound.queues.spool.queue import Spool
 from faashound.queues.spool.schema import MIGRATIONS
@@ -65,6 +65,18 @@ def test_put_is_refused_when_the_function_has_too_many_bytes_waiting(desk: Limit
     assert caught.value.status == 507
     desk.put("f", body=inline(bytes(400)))
     desk.put("g", body=inline(bytes(1000)))
+
+
+def test_put_is_refused_when_as_many_functions_wait_as_may(desk: LimitedDesk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(puts, "FUNCTIONS_COUNT", 2)
+    for name in "fg":
+        desk.put(name)
+    with pytest.raises(TooManyQueued, match=r"2 functions have calls waiting, and h\.openfaas-fn is none of them"):
+        desk.put("h")
+    desk.put("f")
+    (running,) = (each for each in desk.claim() if each.call.function.name == "g")
+    desk.finish(running)
+    desk.put("h")
 
 
 def test_puts_in_a_group_are_refused_each_for_itself_when_there_is_room_for_some(desk: LimitedDesk) -> None:

@@ -61,6 +61,19 @@ def test_function_gets_the_same_request_whichever_way_it_takes() -> None:
     }
 
 
+def test_gateway_counts_the_calls_of_a_function_that_did_not_come_through_it() -> None:
+    def count() -> int:
+        return int(json.loads(system.request("GET", "/system/function/cat").body)["invocationCount"])
+
+    with System(settings={"worker": "none"}) as system:
+        with Worker(system):
+            for _ in range(3):
+                system.ended(system.submit("cat"))
+        assert count() == 3, "a worker tells of the last ones when it ends"
+        system.request("GET", "/system/function/cat", None, {"X-Direct-Calls": "7"})
+        assert count() == 3, "only a worker is believed"
+
+
 def test_gateway_tells_workers_only_where_a_function_answers() -> None:
     with System(settings={"worker": "none"}) as system:
         token = (system.spool / "token").read_text().strip()
