@@ -16,6 +16,7 @@ from testkit.harness import ROOT, clean_environment, said
 from testkit.needed import tool
 
 PROGRAMS = ("fwatchdog", "fgateway", "fworker")
+INSTALL_DEADLINE_S = 240.0  # pip fetches what builds, and builds
 NOT_INSTALLED = {"tests", "testkit", "bench", "docs", "examples", "deploy"}
 
 
@@ -37,7 +38,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (clone / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / path, clone / path)
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    said([*pip, "install", "--no-deps", "--target", str(target), str(clone)])
+    said([*pip, "install", "--no-deps", "--target", str(target), str(clone)], deadline_s=INSTALL_DEADLINE_S)
     return target
 
 
