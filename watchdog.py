@@ -1500,6 +1500,11 @@ class ServerWire(Wire):
         return event.method, event.target, headers
 
     @property
+    def peer_is_old(self) -> bool:
+        """True when the peer speaks HTTP/1.0: what has no length ends for it with the connection."""
+        return self._conn.their_http_version == b"1.0"
+
+    @property
     def awaits_continue(self) -> bool:
         """True while the peer waits for a 100 before it sends its body."""
         return self._conn.they_are_waiting_for_100_continue
@@ -2421,7 +2426,7 @@ class ServerConnection(Connection):
         length_text = field_value(headers, b"content-length")
         chunked = field_value(headers, b"transfer-encoding") is not None
         body = Body(None if chunked else int(length_text or 0), self._on_drained)
-        self._request = Request(method.decode(), target, path, query, host, headers, body, self._peer, abort=self.abort)
+        self._request = Request(method.decode(), target, path, query, host, headers, body, self._peer, abort=self._cut)
         self._handled = False
         self._enter(Phase.BODY)
         self._task = self._loop.create_task(self._exchange(self._request))
@@ -2468,10 +2473,10 @@ class ServerConnection(Connection):
             await self._send(response)
         except (FaashoundError, OSError) as error:
             log.info(f"response cut short: {error}")
-            self.abort()
+            self._cut()
         except Exception:
             log.exception("a response could not be sent")
-            self.abort()
+            self._cut()
         else:
             self._end_exchange()
 
@@ -2630,6 +2635,12 @@ class ServerConnection(Connection):
             self.abort()
         elif self._refusal is None:
             self._refuse(Stopping())
+
+    def _cut(self) -> None:
+        """Cut an answer that has begun; where a client would take a mere close for its end, by a reset."""
+        if self._wire.peer_is_old and not self._transport.is_closing():
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.abort()
 
     def _cancel(self) -> None:
         """Cancel the exchange, once: a second time would cut short how its handler ends."""
