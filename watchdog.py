@@ -550,6 +550,9 @@ class Settings:
     prewarm: int = setting("prewarm", "0", parse_count, "processes that wait, started, for their request; 0 is none")
     cgi_headers: bool = setting("cgi_headers", "true", parse_bool, "request facts as Http_* environment variables")
     marshal_request: bool = setting("marshal_request", "false", parse_bool, "stdin is JSON of headers and base64 body")
+    cgi_response: bool = setting(
+        "cgi_response", "false", parse_bool, "output begins with header fields (CGI): Status and headers are its own"
+    )
     content_type: str | None = setting("content_type", "", parse_header_value, "Content-Type of every response")
     combine_output: bool = setting("combine_output", "true", parse_bool, "stderr joins the response; false: the log")
     write_debug: bool = setting("write_debug", "false", parse_bool, "bodies in the log")
@@ -1200,10 +1203,11 @@ class Stream(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FileBody:
-    """A body that is a plain file from its beginning on, behind a prefix.  Its consumer must close the file."""
+    """A body that is a plain file from `offset` on, behind a prefix.  Its consumer must close the file."""
 
     prefix: bytes
     file: io.FileIO
+    offset: int = 0
 
 
 @dataclass(slots=True)
@@ -1494,6 +1498,11 @@ class ServerWire(Wire):
         is_persistent = event.http_version == b"1.1" and names.isdisjoint(_PERSISTENCE_FIELDS)
         self._is_plain = is_persistent and not self.head_request
         return event.method, event.target, headers
+
+    @property
+    def peer_is_old(self) -> bool:
+        """True when the peer speaks HTTP/1.0: what has no length ends for it with the connection."""
+        return self._conn.their_http_version == b"1.0"
 
     @property
     def awaits_continue(self) -> bool:
@@ -2419,7 +2428,7 @@ class ServerConnection(Connection):
         length_text = field_value(headers, b"content-length")
         chunked = field_value(headers, b"transfer-encoding") is not None
         body = Body(None if chunked else int(length_text or 0), self._on_drained)
-        self._request = Request(method.decode(), target, path, query, host, headers, body, self._peer, abort=self.abort)
+        self._request = Request(method.decode(), target, path, query, host, headers, body, self._peer, abort=self._cut)
         self._handled = False
         self._enter(Phase.BODY)
         self._task = self._loop.create_task(self._exchange(self._request))
@@ -2466,10 +2475,10 @@ class ServerConnection(Connection):
             await self._send(response)
         except (FaashoundError, OSError) as error:
             log.info(f"response cut short: {error}")
-            self.abort()
+            self._cut()
         except Exception:
             log.exception("a response could not be sent")
-            self.abort()
+            self._cut()
         else:
             self._end_exchange()
 
@@ -2500,7 +2509,7 @@ class ServerConnection(Connection):
         if isinstance(body, FileBody):
             with body.file:
                 await self._write(head() + self._wire.build_chunk(body.prefix))
-                await self._send_file(body.file, cast(int, response.length) - len(body.prefix))
+                await self._send_file(body, cast(int, response.length) - len(body.prefix))
         else:
             async with aclosing(body):
                 await self._write(head())
@@ -2508,7 +2517,7 @@ class ServerConnection(Connection):
                     await self._write(self._wire.build_chunk(data))
         await self._write(self._wire.end())
 
-    async def _send_file(self, file: io.FileIO, count: int) -> None:
+    async def _send_file(self, body: FileBody, count: int) -> None:
         """Have the kernel copy `count` bytes of a file, behind what it has got, in a thread: no disk stops the loop."""
         if self._wire.head_request:
             return
@@ -2518,7 +2527,8 @@ class ServerConnection(Connection):
         try:
             sent = 0
             while sent < count:
-                taken = await in_thread(send_file, fd, file.fileno(), sent, min(count - sent, FILE_HOP_BYTES))
+                at, hop_bytes = body.offset + sent, min(count - sent, FILE_HOP_BYTES)
+                taken = await in_thread(send_file, fd, body.file.fileno(), at, hop_bytes)
                 sent += taken
                 if not taken:
                     await self._takes_more(fd)
@@ -2630,6 +2640,12 @@ class ServerConnection(Connection):
             self.abort()
         elif self._refusal is None:
             self._refuse(Stopping(), at_once=True)  # a tree that was granted term_grace may outlast the farewell
+
+    def _cut(self) -> None:
+        """Cut an answer that has begun; where a client would take a mere close for its end, by a reset."""
+        if self._wire.peer_is_old and not self._transport.is_closing():
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.abort()
 
     def _cancel(self) -> None:
         """Cancel the exchange, once: a second time would cut short how its handler ends."""
@@ -3252,6 +3268,65 @@ async def marshalled(headers: Headers, body: AsyncIterator[bytes]) -> AsyncItera
     yield base64.b64encode(rest) + b'"}}'
 
 
+class BadOutputHead(FaashoundError):
+    """With cgi_response: an output that does not begin with header fields and an empty line; the text says why."""
+
+    status = 500
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"the function's output has no valid head (cgi_response): {problem}")
+
+
+class OutputHead(NamedTuple):
+    """What an output begins with: `size` bytes up to its body, which mean a status and fields."""
+
+    size: int
+    status: int
+    headers: list[Header]
+
+
+_STATUS_VALUE = re.compile(rb"([2-5][0-9]{2})(?: .*)?")
+
+
+def parse_output_head(data: bytes) -> OutputHead | None:
+    """Return the head of a CGI response (RFC 3875 6.2, 6.3), lines with LF or CRLF; None if `data` has not all of it.
+
+    `Location` without a status is a redirect by the client (302).  Fields of this hop and Content-Length are left out:
+    framing is ours, whatever the function says.  Raises BadOutputHead.
+    """
+    headers: list[Header] = []
+    at = 0
+    while (end := data.find(b"\n", at, MAX_HEAD_BYTES)) >= 0:
+        line = data[at:end].removesuffix(b"\r")
+        at = end + 1
+        if not line:
+            return _output_head(at, headers)
+        name, colon, value = line.partition(b":")
+        value = value.strip(b" \t")
+        if not colon or not _FIELD_NAME.fullmatch(name) or not _FIELD_VALUE.fullmatch(value):
+            raise BadOutputHead(f"line {len(headers) + 1} is no header field")
+        headers.append((name, value))
+        if len(headers) > MAX_FIELDS_COUNT:
+            raise BadOutputHead(f"too many header fields; allowed: {MAX_FIELDS_COUNT}")
+    if len(data) >= MAX_HEAD_BYTES:
+        raise BadOutputHead(f"no empty line within {MAX_HEAD_BYTES} bytes")
+    return None
+
+
+def _output_head(size: int, headers: list[Header]) -> OutputHead:
+    if not headers:
+        raise BadOutputHead("it begins with an empty line")
+    names = [name.lower() for name, _ in headers]
+    statuses = [value for name, value in zip(names, (value for _, value in headers), strict=True) if name == b"status"]
+    if len(statuses) > 1:
+        raise BadOutputHead("more than one Status")
+    found = _STATUS_VALUE.fullmatch(statuses[0]) if statuses else None
+    if statuses and found is None:
+        raise BadOutputHead("its Status is none from 200 to 599")
+    default = 302 if b"location" in names else 200
+    return OutputHead(size, int(found[1]) if found else default, end_to_end(headers, b"status", b"date"))
+
+
 # Go's words where they are not strsignal's in lower case.
 _SIGNAL_TEXTS = {
     signal.SIGXCPU: "CPU time limit exceeded",
@@ -3468,11 +3543,11 @@ class Output:
             self.bytes_count += len(data)
         return True
 
-    def head(self) -> bytes:
-        """Return the first SNIFF_BYTES."""
+    def head(self, size: int = SNIFF_BYTES, offset: int = 0) -> bytes:
+        """Return the first `size` bytes after `offset`."""
         if self.file is not None:
-            return os.pread(self.file.fileno(), SNIFF_BYTES, 0)
-        return self.in_memory()[:SNIFF_BYTES]
+            return os.pread(self.file.fileno(), size, offset)
+        return self.in_memory()[offset : offset + size]
 
     def in_memory(self) -> bytes:
         """Return the whole output; only when it has not spilled."""
@@ -4969,6 +5044,9 @@ class Watchdog:
         return self._health(request)
 
 
+_WITHOUT_BODY = frozenset((204, 304))  # RFC 9110 6.4.1
+
+
 class Serializing:
     """Mode: one process per request, and its answer once it has ended."""
 
@@ -4978,8 +5056,10 @@ class Serializing:
 
     async def answer(self, request: Request, call: CallLog) -> Response:
         """Return what the process wrote, and what its exit status makes of it."""
-        result = await self._begin(request, call).end()
-        response = self._response(request, result)
+        return self._ended(request, call, await self._begin(request, call).end())
+
+    def _ended(self, request: Request, call: CallLog, result: ProcessResult) -> Response:
+        response = self._response(request, call, result)
         call.ended(response, result)
         return response
 
@@ -5016,8 +5096,10 @@ class Serializing:
             raise BadTimeout(f"X-Timeout: {error}") from None
         return theirs_s if ours_s is None else min(ours_s, theirs_s)
 
-    def _response(self, request: Request, result: ProcessResult) -> Response:
+    def _response(self, request: Request, call: CallLog, result: ProcessResult) -> Response:
         output, forced = result.output, self._settings.content_type
+        if result.status == 0 and self._settings.cgi_response:
+            return self._cgi_response(request, call, result)
         if result.status == 0:
             kind = content_type_of(request.header(b"content-type"), forced, output.head())
             duration = (b"X-Duration-Seconds", b"%f" % result.duration_s)
@@ -5025,6 +5107,46 @@ class Serializing:
         reason = describe_exit(result.status).encode() + b"\n"
         kind = content_type_of(None, forced, reason + output.head())
         return output_response(500, (kind,), reason, output)
+
+    def _cgi_response(self, request: Request, call: CallLog, result: ProcessResult) -> Response:
+        output = result.output
+        try:
+            head = self._whole_head(call, output.head(MAX_HEAD_BYTES))
+        except BadOutputHead:
+            output.close()
+            raise
+        duration = (b"X-Duration-Seconds", b"%f" % result.duration_s)
+        headers = [*self._cgi_headers(request, head, output.head(offset=head.size)), duration]
+        if head.status in _WITHOUT_BODY:
+            output.close()
+            return Response(head.status, headers)
+        return output_response(head.status, headers, b"", output, head.size)
+
+    @staticmethod
+    def _head(call: CallLog, data: bytes) -> OutputHead | None:
+        """Return the head with which `data` begins, if it is whole; a line of what makes BadOutputHead is logged."""
+        try:
+            return parse_output_head(data)
+        except BadOutputHead:
+            call.shows_output(data)
+            raise
+
+    def _whole_head(self, call: CallLog, data: bytes) -> OutputHead:
+        head = self._head(call, data)
+        if head is None:
+            call.shows_output(data)
+            raise BadOutputHead("it ended before an empty line")
+        return head
+
+    def _cgi_headers(self, request: Request, head: OutputHead, start: bytes) -> list[Header]:
+        """Return the fields of an output, with a Content-Type if it has none, or ours if there is one for all."""
+        forced = self._settings.content_type
+        if forced is None and any(name.lower() == b"content-type" for name, _ in head.headers):
+            return head.headers
+        others = [field for field in head.headers if field[0].lower() != b"content-type"]
+        if head.status in _WITHOUT_BODY:
+            return others
+        return [*others, content_type_of(request.header(b"content-type"), forced, start)]
 
 
 class Streaming(Serializing):
@@ -5037,22 +5159,50 @@ class Streaming(Serializing):
         """Return the answer when it has begun."""
         process = self._begin(request, call)
         stdout = cast(StreamedStdout, process.stdout)
+        data, head = b"", None
         try:
             await stdout.begun
-        except asyncio.CancelledError:
-            process.abandon(ClientGone())
-            with suppress(ClientGone):
+            if self._settings.cgi_response:
+                data, head = await self._read_head(call, stdout.body)
+        except (asyncio.CancelledError, BadOutputHead) as error:
+            process.abandon(error if isinstance(error, BadOutputHead) else ClientGone())
+            with suppress(FaashoundError):
                 await process.end(HANGUP_WAIT_S)
             raise
-        if not stdout.output.bytes_count:
-            result = await process.end()
-            response = self._response(request, result)
-            call.ended(response, result)
-            return response
-        kind = content_type_of(request.header(b"content-type"), self._settings.content_type, stdout.output.head())
-        response = Response(200, (kind,), is_live=True)
-        response.body = StreamedAnswer(process, response, call)
-        stdout.on_cut = request.abort
+        if not stdout.output.bytes_count or (self._settings.cgi_response and head is None):
+            return self._without_head(request, call, await process.end(), data)
+        if head is None:
+            kind = content_type_of(request.header(b"content-type"), self._settings.content_type, stdout.output.head())
+            return self._live(request, call, Response(200, (kind,)), b"")
+        rest = data[head.size :]
+        response = Response(head.status, self._cgi_headers(request, head, rest))
+        return self._live(request, call, response, rest)
+
+    async def _read_head(self, call: CallLog, body: Body) -> tuple[bytes, OutputHead | None]:
+        """Return what of an output was read to have its head, and the head; None if the output ended before."""
+        data = b""
+        async for piece in body:
+            data += piece
+            head = self._head(call, data)
+            if head is not None:
+                return data, head
+        return data, None
+
+    def _without_head(self, request: Request, call: CallLog, result: ProcessResult, data: bytes) -> Response:
+        """Return the answer of a process that ended, well or not, before its answer could begin."""
+        if result.status == 0 and self._settings.cgi_response:
+            self._whole_head(call, data)  # raises
+        output = Output()
+        output.append(data)
+        response = self._response(request, call, dataclasses.replace(result, output=output))
+        call.ended(response, result)
+        return response
+
+    def _live(self, request: Request, call: CallLog, response: Response, prefix: bytes) -> Response:
+        process = cast(Process, call.process)
+        response.is_live = True
+        response.body = StreamedAnswer(process, response, call, prefix)
+        cast(StreamedStdout, process.stdout).on_cut = request.abort
         return response
 
 
@@ -5063,17 +5213,22 @@ class StreamedAnswer:
     `on_end` is called with the status to account for: 200, or that of the error which came later.
     """
 
-    def __init__(self, process: Process, response: Response, call: CallLog) -> None:
+    def __init__(self, process: Process, response: Response, call: CallLog, prefix: bytes) -> None:
         self.on_end: Callable[[int], None] = lambda status: None
         self._process = process
         self._response = response
         self._call = call
+        self._prefix = prefix
         self._is_whole = False
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         """Yield what is printed; raises ProcessFailed, or what ended the process."""
+        is_sent = self._response.status not in _WITHOUT_BODY
+        if self._prefix and is_sent:
+            yield self._prefix
         async for data in cast(StreamedStdout, self._process.stdout).body:
-            yield data
+            if is_sent:
+                yield data
         self._is_whole = True
         status = await self._process.exit_status()
         if status:
@@ -5105,11 +5260,13 @@ class StreamedAnswer:
 MODES: Mapping[str, Callable[[Settings, Pool], Mode]] = {"serializing": Serializing, "streaming": Streaming}
 
 
-def output_response(status: int, headers: Sequence[Header], prefix: bytes, output: Output) -> Response:
-    """Return a response of `prefix` and a process's output, from memory or from its file."""
+def output_response(status: int, headers: Sequence[Header], prefix: bytes, output: Output, offset: int = 0) -> Response:
+    """Return a response of `prefix` and a process's output after `offset`, from memory or from its file."""
     if output.file is None:
-        return Response(status, headers, prefix + output.in_memory() if prefix else output.in_memory())
-    return Response(status, headers, FileBody(prefix, output.file), len(prefix) + output.bytes_count)
+        body = output.in_memory()[offset:] if offset else output.in_memory()
+        return Response(status, headers, prefix + body if prefix else body)
+    length = len(prefix) + output.bytes_count - offset
+    return Response(status, headers, FileBody(prefix, output.file, offset), length)
 
 
 def log_prefix(settings: Settings, call_id: str | None) -> str:
@@ -5145,6 +5302,11 @@ class CallLog:
         if self._settings.debug_headers:
             self._headers("in", self._request.headers)
         log.info(self._prefix + "Forking fprocess.")
+
+    def shows_output(self, start: bytes) -> None:
+        """The output cannot be used as it begins."""
+        line = start.partition(b"\n")[0][:SNIFF_BYTES].decode(errors="backslashreplace")
+        log.error(f"{self._prefix}the output begins with: {line}")
 
     def on_stderr(self, line: str) -> None:
         """The process wrote a line on stderr, which does not join the response."""

@@ -60,6 +60,7 @@ GOOD_AND_BAD: dict[str, tuple[str, list[str]]] = {
     "prewarm": ("0", ["-1", "some"]),
     "cgi_headers": ("false", ["yes", "2", "on", "tru"]),
     "marshal_request": ("1", ["enabled"]),
+    "cgi_response": ("true", ["yes", "2"]),
     "content_type": ("text/html; charset=utf-8", ["text/html\r\nSet-Cookie: a=b", " text/html", "tëxt/html"]),
     "combine_output": ("TRUE", ["none"]),
     "write_debug": ("0", ["-1"]),

@@ -200,6 +200,14 @@ def test_client_of_http_1_0_gets_the_stream_until_close(program: Program) -> Non
     assert received.endswith(b"\r\n\r\nwhole\n")
 
 
+def test_client_of_http_1_0_is_reset_when_the_process_ends_badly(program: Program) -> None:
+    with send(program, "echo half; exit 3", version="1.0") as client:
+        client.settimeout(5 * crowding())
+        with pytest.raises(ConnectionResetError):
+            list(iter(lambda: client.recv(65536), b""))
+    wait_over(program)
+
+
 def test_process_that_waited_streams_too() -> None:
     settings = {"fprocess": "sh", "mode": "streaming", "prewarm": "1", "cgi_headers": "false"}
     with Program("watchdog", settings) as program, send(program, "echo one; sleep 60") as client:
