@@ -107,6 +107,7 @@ class Endpoint:
         """Listen; connections wait from now on.  Raises OSError."""
         with socket.socket(socket.AF_UNIX) as low:
             low.bind(str(self.path))
+            self.path.chmod(0o600)  # its directory may be open for passing through, see secrets.py
             low.listen(BACKLOG)
             self._listener = socket.socket(fileno=lift(low.fileno()))
 
@@ -257,14 +258,15 @@ class Endpoint:
     def _on_look(self) -> None:
         """See whether the watchdogs were used since the last look; if not for long enough, put it to rest."""
         self._look = None
-        spent_ns = {pid: read_spent_ns(pid) for pid in self.pids}
-        if spent_ns != self._spent_ns or count_connections(self.path):
+        spent_ns, limit_s = {pid: read_spent_ns(pid) for pid in self.pids}, self.scale.zero_duration_s
+        idle_s = time.monotonic() - self._used_s
+        # The list of all connections is long where many functions are awake: it is read only before a decision.
+        if spent_ns != self._spent_ns or (idle_s >= limit_s and count_connections(self.path)):
             self._spent_ns = spent_ns
             self._note_use()
             return
-        idle_s = time.monotonic() - self._used_s
-        if idle_s < self.scale.zero_duration_s:
-            self._set_look(max(self.scale.zero_duration_s - idle_s, 0.01))
+        if idle_s < limit_s:
+            self._set_look(min(max(limit_s - idle_s, 0.01), LONGEST_LOOK_S))
             return
         log.info(f"{self.function.name.short} had no call for {idle_s:.0f} s and is put to rest")
         self._resting = asyncio.create_task(self.rest())

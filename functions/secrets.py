@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ..calls.names import DEFAULT_NAMESPACE, FunctionName, is_label
-from ..watchdog import FaashoundError, Identity, parse_user
+from ..watchdog import FaashoundError, Identity, log, parse_user
 from .documents import Documents
 from .table import Function, is_secret_name
 
@@ -165,7 +165,10 @@ class SecretFiles:
         for function in self._users.values():
             if function.name.namespace == namespace and name in function.secrets:
                 path, value = self._directory / str(function.name), self._secrets.read(namespace, name)
-                self._write(path, name, value, _owner_of(function))
+                try:
+                    self._write(path, name, value, _owner_of(function))
+                except OSError as error:  # its own doing, perhaps; others are to have theirs
+                    log.error(f"{function.name.short} does not see the new {name}: {error.strerror}")
 
     def forget(self, name: FunctionName) -> None:
         """A function has gone."""
@@ -178,7 +181,8 @@ class SecretFiles:
                 (path / name).unlink()
             return
         new = path / f".{name}.new"
-        fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o400)
+        new.unlink(missing_ok=True)  # the directory is the function's: what lies there may be its trap
+        fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o400)
         with open(fd, "wb") as file:
             file.write(value)
             if owner is not None:

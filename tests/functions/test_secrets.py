@@ -17,8 +17,9 @@ from faashound.functions.secrets import (
     parse_secret_name,
     parse_secret_value,
 )
+from testkit.needed import want_root
 from tests.functions.conftest import Log
-from tests.functions.kit import call, run
+from tests.functions.kit import F, call, run
 from tests.functions.test_deployments import controlled, shell
 
 READ = b"cat $secret_mount_path/*; ls $secret_mount_path"
@@ -68,6 +69,42 @@ def test_nothing_of_a_secret_is_readable_for_others(tmp_path: Path) -> None:
         assert not exists_still(mine)
 
     run(test())
+
+
+def test_function_of_another_user_reads_its_secrets_and_connects_to_no_function(tmp_path: Path) -> None:
+    want_root("running functions as another user")
+    reads = "id -u; cat $secret_mount_path/token; ls -ld $secret_mount_path | cut -c1-10"
+    other = "python3 -c \"import socket; socket.socket(socket.AF_UNIX).connect('{}')\" 2>&1 | tail -1"
+
+    async def test() -> None:
+        async with controlled(tmp_path) as (control, local):
+            await control.create_secret(secret("value"))
+            await control.create(shell(secrets=["token"], envVars={"user": "65534:65534"}))
+            assert (await call(local, "f", reads.encode())).body == b"65534\nvaluedrwx------\n"
+            await control.update_secret(secret("other"))
+            assert (await call(local, "f", b"cat $secret_mount_path/token")).body == b"other"
+            refused = (await call(local, "f", other.format(local.path(F)).encode())).text
+            assert "Permission denied" in refused
+
+    run(test())
+
+
+def test_trap_of_a_function_in_its_directory_gets_no_secret_elsewhere_and_stops_no_change(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    trap = f"cd $secret_mount_path; touch {elsewhere}; ln -s {elsewhere} .token.new; echo set"
+
+    async def test() -> None:
+        async with controlled(tmp_path) as (control, local):
+            await control.create_secret(secret("first"))
+            await control.create(shell(secrets=["token"]))
+            assert (await call(local, "f", trap.encode())).body == b"set\n"
+            await control.update_secret(secret("second"))
+            assert (await call(local, "f", READ)).body == b"secondtoken\n"
+            await call(local, "f", b"cd $secret_mount_path; mkdir .token.new")
+            await control.update_secret(secret("third"))
+
+    run(test())
+    assert elsewhere.read_text() == ""
 
 
 def readable_for_others(*directories: Path) -> list[Path]:
