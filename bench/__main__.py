@@ -20,6 +20,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from .functions import measure_functions
 from .gateways import measure_claim, measure_drain, measure_enqueue, measure_gateway_workers, measure_idle, measure_sync
 from .limit import prepare_limit
 from .load import NoLoadGenerator, check_load_generator, write_script
@@ -47,6 +48,7 @@ MEASUREMENTS: dict[str, Callable[[Plan, Report], None]] = {
     "idle": measure_idle,
     "workers": measure_workers,
     "gateway-workers": measure_gateway_workers,
+    "functions": measure_functions,
 }
 
 

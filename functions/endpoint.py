@@ -28,6 +28,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..watchdog import BACKLOG, Client, FaashoundError, Url, log
+from .logs import LogPipe, LogStore
 from .scaling import Scale, parse_scale
 from .supervisor import ManagedProcess, ManagedProgram, Supervisor, lift
 from .table import Function
@@ -46,6 +47,8 @@ LONGEST_LOOK_S = 30.0
 
 DRAIN_GRACE_S = 3600.0  # a watchdog bounds its own drain: by exec_timeout, or write_timeout if that is longer
 
+GROW_LOOK_S = 1.0  # between two looks at the calls in flight of a function that may grow
+
 LISTENING_FLAGS = b"00010000"  # __SO_ACCEPTCON in /proc/net/unix
 
 
@@ -58,25 +61,29 @@ class NotHealthy(FaashoundError):
 class Endpoint:
     """The socket at `path` of `function`, and its watchdogs, which `supervisor` keeps running.
 
-    `program_of` returns what to run for a function on a socket.  Obligations: `open`, then `start`, and `close_socket`
-    when the supervisor has stopped, or `retire` while it goes on.
+    `program_of` returns what to run for a function on a socket, with a descriptor for its lines, which go to `logs`.
+    Obligations: `open`, then `start`, and `close_socket` when the supervisor has stopped, or `retire` while it goes on.
     """
 
     def __init__(
         self,
         function: Function,
         path: Path,
-        program_of: Callable[[Function, socket.socket], ManagedProgram],
+        program_of: Callable[[Function, socket.socket, int | None], ManagedProgram],
+        logs: LogStore | None = None,
     ) -> None:
         self.function = function
         self.path = path
         self.scaled_count: int | None = None  # what somebody has asked for by hand
         self.processes: list[ManagedProcess] = []
         self._program_of = program_of
+        self._logs = logs
+        self._log_pipe: LogPipe | None = None
         self._supervisor: Supervisor | None = None
         self._listener: socket.socket
         self._is_watched = False
         self._look: asyncio.TimerHandle | None = None
+        self._grow_look: asyncio.TimerHandle | None = None
         self._resting: asyncio.Task[None] | None = None
         self._used_s = 0.0
         self._spent_ns: Mapping[int, int] = {}
@@ -116,6 +123,7 @@ class Endpoint:
         self._watch(False)
         self._grow(max(self.scaled_count or 0, self.scale.woken_count))
         self._note_use()
+        self._look_for_growth()
 
     async def set_count(self, count: int) -> None:
         """Have `count` watchdogs; 0: none, until a call comes."""
@@ -133,15 +141,23 @@ class Endpoint:
     def _grow(self, count: int) -> None:
         if self._supervisor is None:
             raise AssertionError("an endpoint is started before it is woken")
+        if self._logs is not None and self._log_pipe is None:
+            self._log_pipe = self._logs.open_pipe(self.function, self.path.name)
         while len(self.processes) < count:
-            self.processes.append(self._supervisor.start(self._program_of(self.function, self._listener)))
+            fd = None if self._log_pipe is None else self._log_pipe.fd
+            self.processes.append(self._supervisor.start(self._program_of(self.function, self._listener, fd)))
 
     async def rest(self) -> None:
         """End the watchdogs, each when its calls have ended; what comes meanwhile wakes it again."""
         ending, self.processes = self.processes, []
+        log_pipe, self._log_pipe = self._log_pipe, None
         self._set_look(None)
         self._watch(True)
-        await self._end(ending)
+        try:
+            await self._end(ending)
+        finally:
+            if log_pipe is not None:
+                log_pipe.close()
 
     async def _end(self, processes: list[ManagedProcess]) -> None:
         if self._supervisor is not None and processes:
@@ -188,10 +204,15 @@ class Endpoint:
     def stop_watching(self) -> None:
         """Wake no more, and put nothing to rest; the supervisor is about to end the watchdogs."""
         self._set_look(None)
+        if self._grow_look is not None:
+            self._grow_look.cancel()
         self._watch(False)
 
     def close_socket(self) -> None:
-        """Close the socket.  Repeatable."""
+        """Close the socket, and the pipe of its log.  Repeatable."""
+        if self._log_pipe is not None:
+            self._log_pipe.close()
+            self._log_pipe = None
         self._listener.close()
         with contextlib.suppress(FileNotFoundError):
             self.path.unlink()
@@ -223,6 +244,16 @@ class Endpoint:
             self._look.cancel()
         self._look = None if delay_s is None else asyncio.get_running_loop().call_later(delay_s, self._on_look)
 
+    def _look_for_growth(self) -> None:
+        """Have more watchdogs if more calls are in flight than these are for; come again while it is awake."""
+        if self._grow_look is not None:
+            self._grow_look.cancel()
+        self._grow_look = None
+        scale = self.scale
+        if scale.grows and self.processes:
+            self._grow(scale.count_for(sum(count_calls(pid) for pid in self.pids)))
+            self._grow_look = asyncio.get_running_loop().call_later(GROW_LOOK_S, self._look_for_growth)
+
     def _on_look(self) -> None:
         """See whether the watchdogs were used since the last look; if not for long enough, put it to rest."""
         self._look = None
@@ -252,6 +283,15 @@ def count_connections(path: Path) -> int:
     with open("/proc/net/unix", "rb") as file:
         found = [words for words in map(bytes.split, file) if words[-1] == wanted]
     return sum(words[3] != LISTENING_FLAGS for words in found)
+
+
+def count_calls(pid: int) -> int:
+    """Return how many calls a watchdog has in flight: it has a child for each, and its guard; 0 if it has ended."""
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children", "rb") as file:
+            return max(len(file.read().split()) - 1, 0)
+    except OSError:
+        return 0
 
 
 def read_spent_ns(pid: int) -> int:

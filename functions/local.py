@@ -33,6 +33,7 @@ from ..calls.names import FunctionName
 from ..watchdog import FUNCTION_VARIABLE, FaashoundError, log
 from .endpoint import Endpoint, NotHealthy
 from .forkserver import ForkServer
+from .logs import SETTINGS, LogStore
 from .published import PublishedTable, publish
 from .runtime import open_runtime_directory
 from .secrets import MOUNT_VARIABLE, SecretFiles
@@ -81,7 +82,8 @@ class LocalFunctions:
     `environ` is the gateway's own environment; the watchdogs get it without the variables named in `hidden` (the
     settings of the gateway and the worker, which are no business of theirs), without the watchdog's own settings
     (except for log_format), and without FAASHOUND_* and LISTEN_*.  `watchdog` is the command that serves a function;
-    without one, a fork server has it ready.  `on_change` is called after each change of the table.
+    without one, a fork server has it ready.  Lines of functions go to `logs`, or to our stderr.  `on_change` is called
+    after each change of the table.
     """
 
     def __init__(
@@ -91,12 +93,14 @@ class LocalFunctions:
         environ: Mapping[str, str],
         hidden: Collection[str] = (),
         watchdog: Sequence[str] | None = None,
+        logs: LogStore | None = None,
     ) -> None:
         self.table: dict[FunctionName, Function] = dict(table)
         self.on_change: Callable[[], None] = lambda: None
         self.secrets: SecretFiles | None = None  # where functions find theirs
         self._environ = environ
         self._watchdog = watchdog
+        self._logs = logs
         self._base = {
             name: value
             for name, value in environ.items()
@@ -235,7 +239,7 @@ class LocalFunctions:
         return endpoint is not None and _runs(endpoint.function) == _runs(function)
 
     def _new_endpoint(self, function: Function) -> Endpoint:
-        return Endpoint(function, self.directory / f"{os.getpid()}.{next(self._numbers)}", self._program)
+        return Endpoint(function, self.directory / f"{os.getpid()}.{next(self._numbers)}", self._program, self._logs)
 
     def _add(self, function: Function) -> Endpoint:
         endpoint = self._new_endpoint(function)
@@ -299,10 +303,10 @@ class LocalFunctions:
 
     # What is run.
 
-    def _program(self, function: Function, listener: socket.socket) -> ManagedProgram:
+    def _program(self, function: Function, listener: socket.socket, stderr_fd: int | None) -> ManagedProgram:
         command = self._watchdog or ("fwatchdog",)
         name, environ = f"the watchdog of {function.name.short}", self._environ_of(function)
-        return ManagedProgram(name, command, environ, listener, directory=function.directory)
+        return ManagedProgram(name, command, environ, listener, stderr_fd, function.directory)
 
     def _environ_of(self, function: Function) -> dict[str, str]:
         """Return the whole environment of a function's watchdog, which hands the function its part of it."""
@@ -311,7 +315,8 @@ class LocalFunctions:
         if self.secrets is not None and function.secrets:
             given[FUNCTION_VARIABLE + MOUNT_VARIABLE] = str(self.secrets.directory_of(function))
         names = {"OPENFAAS_NAME": function.name.name, "OPENFAAS_NAMESPACE": function.name.namespace}
-        return {**self._base, **settings, **given, **names}
+        log_settings = {} if self._logs is None else SETTINGS
+        return {**self._base, **settings, **given, **names, **log_settings}
 
 
 def _runs(function: Function) -> tuple[object, ...]:

@@ -1,7 +1,9 @@
 """How many watchdogs a local function has, and for how long: the labels of OpenFaaS, read and judged.
 
     com.openfaas.scale.min             so many are started with the gateway, and whenever the function is woken
-    com.openfaas.scale.max             more than so many cannot be asked for (default 20)
+    com.openfaas.scale.max             more than so many cannot be asked for (default 20); if it is set, there are more
+                                       up to it as calls in flight grow
+    com.openfaas.scale.target          calls in flight that one is started for, then (default 50)
     com.openfaas.scale.zero            false: it is started with the gateway, and stays
     com.openfaas.scale.zero-duration   without a call for so long it is put to rest (default 15m)
 
@@ -25,6 +27,9 @@ DEFAULT_MAX_COUNT = 20  # as in OpenFaaS
 HIGHEST_MAX_COUNT = 1000
 
 
+DEFAULT_TARGET_COUNT = 50  # as in OpenFaaS
+
+
 DEFAULT_ZERO_DURATION_S = 900.0
 
 
@@ -44,6 +49,8 @@ class Scale:
     max_count: int = DEFAULT_MAX_COUNT
     rests: bool = True
     zero_duration_s: float = DEFAULT_ZERO_DURATION_S
+    target_count: int = DEFAULT_TARGET_COUNT
+    grows: bool = False
 
     @property
     def woken_count(self) -> int:
@@ -54,6 +61,11 @@ class Scale:
     def started_count(self) -> int:
         """How many are started with the gateway."""
         return self.min_count if self.rests else self.woken_count
+
+    def count_for(self, in_flight_count: int) -> int:
+        """Return how many watchdogs so many calls in flight want."""
+        wanted_count = -(-in_flight_count // self.target_count)
+        return min(max(wanted_count, self.woken_count), max(self.max_count, self.woken_count))
 
 
 def _parse_max(text: str) -> int:
@@ -66,6 +78,7 @@ def _parse_max(text: str) -> int:
 _ROWS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "min": ("min_count", parse_count),
     "max": ("max_count", _parse_max),
+    "target": ("target_count", parse_positive_count),
     "zero": ("rests", parse_bool),
     "zero-duration": ("zero_duration_s", parse_positive_duration),
 }
@@ -83,7 +96,7 @@ def parse_scale(labels: Mapping[str, str]) -> Scale:
             values[attribute] = parse(text)
         except ValueError as error:
             problems[SCALE_PREFIX + name] = f"{text!r}: {error}"
-    scale = Scale(**values)
+    scale = Scale(**values, grows="max_count" in values)
     if not problems and scale.min_count > scale.max_count:
         problems[SCALE_PREFIX + "min"] = f"is more than {SCALE_PREFIX}max ({scale.max_count})"
     if problems:

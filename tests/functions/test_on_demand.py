@@ -105,6 +105,24 @@ def test_replicas_are_as_many_as_asked_for() -> None:
     run(test())
 
 
+def test_function_gets_more_replicas_when_more_calls_are_in_flight_and_its_labels_allow_it() -> None:
+    text = SHELL + 'labels = { com.openfaas.scale.max = "3", com.openfaas.scale.target = "2" }'
+
+    async def test() -> None:
+        async with running(real(text)) as local:
+            calls = [asyncio.create_task(call(local, "f", b"sleep 2; echo $PPID")) for _ in range(8)]
+            await until(lambda: len(local.status()[F].pids) == 3, "three, and no fourth")
+            assert {answer.status for answer in await asyncio.gather(*calls)} == {200}
+            assert len(local.status()[F].pids) == 3
+
+    run(test())
+
+
+@pytest.mark.parametrize(("in_flight", "expected"), [(0, 1), (50, 1), (51, 2), (500, 4)])
+def test_calls_in_flight_want_so_many_replicas(in_flight: int, expected: int) -> None:
+    assert parse_scale({"com.openfaas.scale.max": "4"}).count_for(in_flight) == expected
+
+
 def test_calls_go_on_when_the_fork_server_is_killed(log: Log) -> None:
     async def test() -> None:
         async with running(real(SHELL + '[cat]\nfprocess = "cat"')) as local:
@@ -169,7 +187,7 @@ def test_directory_of_a_killed_gateway_is_removed_by_the_next(tmp_path: Path) ->
     ("labels", "expected"),
     [
         pytest.param({}, Scale(0, 20, True, 900.0), id="nothing said"),
-        pytest.param({"min": "2", "max": "4"}, Scale(2, 4, True, 900.0), id="numbers"),
+        pytest.param({"min": "2", "max": "4"}, Scale(2, 4, True, 900.0, grows=True), id="numbers"),
         pytest.param({"zero": "false", "zero-duration": "5m"}, Scale(0, 20, False, 300.0), id="zero"),
     ],
 )
@@ -179,5 +197,5 @@ def test_labels_ask_for_a_scale(labels: dict[str, str], expected: Scale) -> None
 
 def test_all_bad_labels_are_told_at_once() -> None:
     with pytest.raises(BadLabels) as caught:
-        parse_scale({"com.openfaas.scale.min": "x", "com.openfaas.scale.max": "0", "com.openfaas.scale.target": "x"})
+        parse_scale({"com.openfaas.scale.min": "x", "com.openfaas.scale.max": "0", "com.openfaas.scale.type": "x"})
     assert set(caught.value.problems) == {"com.openfaas.scale.min", "com.openfaas.scale.max"}

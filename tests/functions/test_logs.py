@@ -1,0 +1,216 @@
+"""Logs of functions: kept in files that are bounded, and read by time, number, call, and as they come."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from faashound.functions.local import LocalFunctions
+from faashound.functions.logs import (
+    BadLogQuery,
+    LogLine,
+    LogQuery,
+    LogStore,
+    Record,
+    parse_log_query,
+    parse_record,
+)
+from faashound.functions.table import Function
+from tests.functions.conftest import Log
+from tests.functions.kit import DEADLINE_S, F, call_at, parse, run, running, until
+
+FUNCTION = Function(F)
+TALKS = '[f]\nfprocess = "/bin/sh"\ncombine_output = false\n'
+
+
+def line(number: int, call_id: str | None = None, instance: str = "1.1") -> Record:
+    return Record("info", LogLine(1_700_000_000.0 + number, instance, call_id, f"line {number}"))
+
+
+async def texts(store: LogStore, query: LogQuery | None = None) -> list[str]:
+    return [each.text async for each in store.read(F, query or LogQuery())]
+
+
+def logged(directory: Path, text: str = TALKS, **options: bool) -> LocalFunctions:
+    store = LogStore(directory, 1 << 20, **options)
+    return LocalFunctions(parse(text), environ={"PATH": os.environ["PATH"]}, logs=store)
+
+
+async def call_with_id(local: LocalFunctions, body: bytes, call_id: str) -> None:
+    headers: Mapping[str, str] = {"X-Call-Id": call_id}
+    answer = await asyncio.to_thread(call_at, local.path(F), body, "/", headers)
+    assert answer.status == 200
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        pytest.param(
+            b'{"time": 5.0, "level": "info", "msg": "[a-1] stderr: hello"}',
+            Record("info", LogLine(5.0, "i", "a-1", "stderr: hello")),
+            id="of a call",
+        ),
+        pytest.param(
+            b'{"time": 5.0, "level": "error", "msg": "[none] oh"}',
+            Record("error", LogLine(5.0, "i", None, "oh")),
+            id="of no call",
+        ),
+        pytest.param(b"Traceback", Record("raw", LogLine(9.0, "i", None, "Traceback")), id="of nobody"),
+        pytest.param(b'{"msg": 1}', Record("raw", LogLine(9.0, "i", None, '{"msg": 1}')), id="not ours"),
+        pytest.param(b"\xff\x1b[0m", Record("raw", LogLine(9.0, "i", None, "\ufffd\\x1b[0m")), id="not text"),
+    ],
+)
+def test_line_of_a_watchdog_is_understood_whatever_it_is(data: bytes, expected: Record) -> None:
+    assert parse_record(data, "i", 9.0) == expected
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        (b"", LogQuery()),
+        (b"name=f&tail=-1&follow=0", LogQuery()),
+        (b"tail=5&follow=true&call=a&instance=i", LogQuery(None, 5, True, "a", "i")),
+        (b"since=2023-11-14T22:13:20Z", LogQuery(1_700_000_000.0)),
+        (b"since=2023-11-14T23:13:20%2B01:00", LogQuery(1_700_000_000.0)),
+        (b"since=2023-11-14T23:13:20+01:00", LogQuery(1_700_000_000.0)),
+    ],
+)
+def test_query_is_read_as_clients_spell_it(query: bytes, expected: LogQuery) -> None:
+    assert parse_log_query(query) == expected
+
+
+def test_all_problems_of_a_query_are_told() -> None:
+    with pytest.raises(BadLogQuery) as caught:
+        parse_log_query(b"since=yesterday&tail=x&follow=perhaps")
+    assert [problem.partition(":")[0] for problem in str(caught.value).splitlines()] == ["since", "tail", "follow"]
+    assert caught.value.status == 422
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        (LogQuery(), ["line 0", "line 1", "line 2", "line 3"]),
+        (LogQuery(tail_count=2), ["line 2", "line 3"]),
+        (LogQuery(tail_count=0), []),
+        (LogQuery(since_s=1_700_000_001.0), ["line 1", "line 2", "line 3"]),
+        (LogQuery(call_id="b"), ["line 1", "line 3"]),
+        (LogQuery(call_id="b", tail_count=1), ["line 3"]),
+        (LogQuery(instance="other"), []),
+    ],
+)
+def test_lines_are_chosen(tmp_path: Path, query: LogQuery, expected: list[str]) -> None:
+    store = LogStore(tmp_path, 1 << 20)
+    store.add(FUNCTION, [line(number, "ab"[number % 2]) for number in range(4)])
+    store.close()
+    assert asyncio.run(texts(LogStore(tmp_path, 1 << 20), query)) == expected
+
+
+def test_files_are_bounded_and_the_newest_lines_stay(tmp_path: Path) -> None:
+    store = LogStore(tmp_path, 40_000)
+    for number in range(3000):
+        store.add(FUNCTION, [line(number)])
+    store.close()
+    parts = list((tmp_path / str(F)).iterdir())
+    assert len(parts) == 4
+    assert sum(path.stat().st_size for path in parts) <= 40_000 + 4 * 100
+    found = asyncio.run(texts(LogStore(tmp_path, 40_000)))
+    assert found == [f"line {number}" for number in range(3000 - len(found), 3000)]
+    assert len(found) > 300
+
+
+def test_reader_that_follows_sees_each_line_once_across_files_and_a_slow_one_slows_nobody(tmp_path: Path) -> None:
+    async def test() -> None:
+        store = LogStore(tmp_path, 100_000)
+        store.add(FUNCTION, [line(0)])
+        slow = store.read(F, LogQuery(follow=True))
+        assert (await anext(slow)).text == "line 0"  # and then reads no more
+        seen: list[str] = []
+
+        async def follow() -> None:
+            async for each in store.read(F, LogQuery(follow=True)):
+                seen.append(each.text)
+
+        following = asyncio.create_task(follow())
+        begin_s = time.monotonic()
+        for number in range(1, 2000):
+            store.add(FUNCTION, [line(number)])
+            if number % 200 == 0:
+                await until(lambda: len(seen) == number + 1, "what was written")  # noqa: B023
+        await until(lambda: len(seen) == 2000, "all of it")
+        assert seen == [f"line {number}" for number in range(2000)]
+        assert time.monotonic() - begin_s < DEADLINE_S
+        following.cancel()
+        await slow.aclose()  # type: ignore[attr-defined]
+        store.close()
+
+    run(test())
+
+
+def test_lines_of_a_function_are_kept_with_their_call_across_restarts(tmp_path: Path) -> None:
+    async def test() -> None:
+        for word in ("first", "second"):
+            async with running(logged(tmp_path)) as local:
+                await call_with_id(local, f"echo {word} >&2".encode(), f"id-{word}")
+        store = LogStore(tmp_path, 1 << 20)
+        assert "stderr: first" in await texts(store, LogQuery(call_id="id-first"))
+        found = await texts(store, LogQuery(call_id="id-second"))
+        assert found[0] == "Forking fprocess."
+        assert found[1] == "stderr: second"
+        assert found[2].startswith("Wrote 0 Bytes - Duration: ")
+        assert len(found) == 3
+
+    run(test())
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_gateways_log_shows_what_functions_say_and_not_each_step_of_a_call(
+    tmp_path: Path, log: Log, as_json: bool
+) -> None:
+    async def test() -> None:
+        async with running(logged(tmp_path, as_json=as_json)) as local:
+            await call_with_id(local, b"echo hello >&2", "an-id")
+
+    run(test())
+    (shown,) = [text for text in str(log).splitlines() if "hello" in text]
+    assert "Forking" not in log
+    assert "Wrote" not in log
+    if as_json:
+        document = json.loads(shown)
+        assert (document["function"], document["msg"], document["call_id"]) == ("f", "stderr: hello", "an-id")
+    else:
+        assert shown.endswith(" f: stderr: hello")
+
+
+def test_lines_are_for_the_gateways_user_only(tmp_path: Path) -> None:
+    store = LogStore(tmp_path / "logs", 1 << 20)
+    store.add(FUNCTION, [line(1)])
+    store.close()
+    assert not any(path.stat().st_mode & 0o077 for path in (tmp_path / "logs").rglob("*"))
+    assert store.knows(F)
+
+
+def test_disk_that_takes_nothing_is_told_once_and_stops_nothing(tmp_path: Path, log: Log) -> None:
+    (tmp_path / str(F)).write_text("a file in the way")
+    store = LogStore(tmp_path, 1 << 20)
+    for number in range(3):
+        store.add(FUNCTION, [line(number)])
+    assert str(log).count("lines of functions are lost") == 1
+
+
+def test_update_and_removal_lose_no_line(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with running(logged(tmp_path)) as local:
+            await call_with_id(local, b"echo old >&2", "one")
+            await local.put(parse(TALKS + 'environment = { V = "2" }')[F])
+            await call_with_id(local, b"echo new >&2", "two")
+            await local.remove(F)
+        found = await texts(LogStore(tmp_path, 1 << 20))
+        assert [text for text in found if text.startswith("stderr")] == ["stderr: old", "stderr: new"]
+
+    run(test())
