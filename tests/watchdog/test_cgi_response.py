@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from faashound.watchdog import MAX_FIELDS_COUNT, MAX_HEAD_BYTES, BadOutputHead, parse_output_head
-from tests.harness import Answer, Program, connect, http_request, parse, raw, read_until
+from testkit.harness import Answer, Program, connect, http_request, parse, raw, read_until
 
 LARGE = b"X-A: " + b"a" * (MAX_HEAD_BYTES - 7) + b"\n\n"  # the largest that is allowed: 64 KiB with the empty line
 
