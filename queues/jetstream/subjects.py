@@ -101,7 +101,7 @@ class Names:
 
     @property
     def old_calls(self) -> str:
-        """The stream that versions before 0.9 have kept their calls in."""
+        """The stream that earlier versions have kept their calls in."""
         return f"{self.prefix}-calls"
 
     def subject(self, kind: str, *tokens: object) -> str:
