@@ -48,6 +48,7 @@ from .calls.names import DEFAULT_NAMESPACE
 from .functions.control import Control
 from .functions.deployments import Rules
 from .functions.local import LocalFunctions
+from .functions.logs import LogStore
 from .functions.scheduler import Scheduler
 from .functions.supervisor import Supervisor
 from .functions.table import Functions
@@ -64,6 +65,7 @@ from .serving.control_plane import (
     known_namespaces,
     serve_control_plane,
 )
+from .serving.function_logs import FunctionLogs
 from .serving.health import Health
 from .serving.invocation_counts import InvocationCounts, load_counts
 from .serving.invocations import Invocations
@@ -83,6 +85,7 @@ from .serving.startup import (
     load_door,
     load_start,
     local_url,
+    open_logs,
     open_state,
     tell_what_is_served,
 )
@@ -215,6 +218,7 @@ class Gateway:
         """Be unhealthy, and let no caller wait any longer for a call to end; everything else goes on."""
         self.draining = True
         self.call_status.drain()
+        self.control_plane.drain()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -238,6 +242,7 @@ class Common:
 
     start: StartConfiguration
     local: LocalFunctions
+    logs: LogStore | None
     sockets: ListenSockets
     environ: Mapping[str, str]
     state: Path | None
@@ -323,7 +328,15 @@ async def assemble(stack: AsyncExitStack, common: Common, slot: Slot) -> Gateway
         operations = await run_functions(stack, common, queue)
         counts = InvocationCounts(common.kept(INVOCATIONS_FILE), common.invocations_before, metrics)
         keep_counts(stack, counts, functions)
-        control_plane = ControlPlane(functions, access, local.status, counts, known_namespaces(settings), operations)
+        control_plane = ControlPlane(
+            functions,
+            access,
+            local.status,
+            counts,
+            known_namespaces(settings),
+            operations,
+            FunctionLogs(common.logs, functions),
+        )
         if not slot.is_alone:
             serve_control_plane(stack, control_plane, local.directory / CONTROL_SOCKET)
         janitor = Janitor(queue, settings, lambda: start.drained_queues(local.table.values()), metrics, health)
@@ -422,11 +435,12 @@ def run(start: StartConfiguration, environ: Mapping[str, str]) -> int:
     if start.worker is not None and local_url(sockets.own) is None:
         raise CannotStart("the local worker calls functions over TCP and was given a Unix socket; worker=none")
     check_deploying_is_safe(settings, sockets.own)
-    local = LocalFunctions(start.functions, environ=environ, hidden=hidden_names())
-    local.open()
     state = open_state(settings)
+    logs = open_logs(settings, state)
+    local = LocalFunctions(start.functions, environ=environ, hidden=hidden_names(), logs=logs)
+    local.open()
     before = load_counts(None if state is None else state / INVOCATIONS_FILE)
-    common = Common(start, local, sockets, environ, state, before)
+    common = Common(start, local, logs, sockets, environ, state, before)
     signal.signal(signal.SIGHUP, lambda number, frame: None)  # the process that runs the functions looks by itself
 
     def on_serving() -> None:

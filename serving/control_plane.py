@@ -5,6 +5,7 @@
     GET /system/function/NAME             one of them, or one that function_url finds; ?usage=1 adds what it takes now
     GET /system/namespaces                the namespaces that functions may be in; /system/namespace/NAME for one
     POST, PUT, DELETE /system/functions; /system/scale-function/NAME; /system/secrets; /system/schedules: operations.py
+    GET /system/logs                      function_logs.py
 
 Contract: JSON out; an error is a text.  What this gateway has not, a client is told with 501 and a sentence, so that it
 neither takes it for a fault nor for a function that is not there.
@@ -13,6 +14,7 @@ neither takes it for a fault nor for a function that is not there.
 from __future__ import annotations
 
 import hashlib
+import math
 import platform
 import socket
 from collections.abc import Callable, Collection, Mapping
@@ -42,6 +44,7 @@ from ..watchdog import (
 )
 from .access import Access
 from .answers import NotFound, allow, json_response
+from .function_logs import FunctionLogs
 from .function_views import ELSEWHERE, Replicas, describe_function, describe_gateway, describe_namespace
 from .invocation_counts import InvocationCounts
 from .operations import NotOffered, Operations, parse_parameters
@@ -54,11 +57,10 @@ EVERY_NAMESPACE = "*"
 NOT_OFFERED = {
     "alert": "functions are not scaled by alerts of a Prometheus: the gateway sees their calls itself",
     "telemetry": "this gateway gathers no telemetry",
-    "logs": "this gateway keeps no logs: the lines of its functions are in its own log",
 }
 PATHS = (
     *("/system/info", "/system/functions", "/system/function/NAME", "/system/namespaces", "/system/namespace/NAME"),
-    *("/system/scale-function/NAME", "/system/secrets", "/system/schedules"),
+    *("/system/scale-function/NAME", "/system/secrets", "/system/logs", "/system/schedules"),
     *("/system/calls", "/system/calls/CALL-ID"),
 )
 GIVES_NO_TOKENS = "this gateway gives no tokens: it takes a user and a password (basic_auth)"
@@ -108,6 +110,11 @@ class ControlPlane:
     counts: InvocationCounts
     namespaces: Collection[str]
     operations: Operations
+    logs: FunctionLogs
+
+    def drain(self) -> None:
+        """Let go of clients that follow the lines of functions."""
+        self.logs.drain()
 
     async def answer(self, request: Request, area: str, rest: str, asker: str) -> Response:
         """Answer a request for what stands behind /system/`area`; `asker` is who asks, for the log."""
@@ -138,6 +145,8 @@ class ControlPlane:
                 return json_response(200, self._known_namespaces())
             case "secrets":
                 return await self.operations.secrets(request, asker)
+            case "logs":
+                return self.logs.answer(request)
             case "schedules":
                 return self.operations.schedules(request)
         return None
@@ -217,6 +226,9 @@ class ControlPlaneElsewhere:
         """Let go of the connections."""
         await self.client.close()
 
+    def drain(self) -> None:
+        """Do nothing: that process drains as well."""
+
     async def answer(self, request: Request, area: str, rest: str, asker: str) -> Response:
         """Have a request answered there; raises NotReady while that process is being replaced."""
         target = request.path.decode() + (f"?{request.query.decode()}" if request.query else "")
@@ -231,7 +243,9 @@ class ControlPlaneElsewhere:
             )
         except (Unreachable, PeerGone):
             raise NotReady("the process that runs the functions is being started again; ask again") from None
-        return Response(response.status, end_to_end(response.headers, b"date"), response.body, response.body.length)
+        return Response(
+            response.status, end_to_end(response.headers, b"date"), response.body, response.body.length, math.inf
+        )
 
 
 def serve_control_plane(stack: AsyncExitStack, control_plane: ControlPlane, path: Path) -> None:

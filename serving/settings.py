@@ -137,6 +137,12 @@ class Settings(NatsSettings):
     state: str = setting(
         "state", "./state", parse_text, "directory of what the gateway keeps besides the queue: deployments, counts"
     )
+    logs_keep_bytes: int = setting(
+        "logs_keep",
+        "16MiB",
+        parse_size,
+        "lines kept of each function that is run here; 0: they are in our own log alone",
+    )
     deploy: str = setting(
         "deploy", "off", parse_choice("off", "process"), "process: functions are deployed over HTTP, and run as we are"
     )

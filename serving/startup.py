@@ -19,6 +19,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from ..calls.names import FunctionName
+from ..functions.logs import LogStore
 from ..functions.table import DEFAULT_QUEUE, BadFunctions, Function, read_functions
 from ..network.addresses import parse_literal
 from ..watchdog import (
@@ -141,6 +142,13 @@ def open_state(settings: Settings) -> Path | None:
         reason = str(error.strerror)
     log.warning(f"counts of invocations, and what is scheduled, will not survive a restart: state={path}: {reason}")
     return None
+
+
+def open_logs(settings: Settings, state: Path | None) -> LogStore | None:
+    """Return where the lines of functions are kept; None if they are not."""
+    if state is None or not settings.logs_keep_bytes:
+        return None
+    return LogStore(state / "logs", settings.logs_keep_bytes, as_json=settings.log_format == "json")
 
 
 def deploying_is_off(settings: Settings) -> str | None:

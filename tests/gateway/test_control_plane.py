@@ -18,7 +18,7 @@ from faashound.serving.control_plane import NOT_OFFERED
 from faashound.serving.invocation_counts import InvocationCounts, load_counts
 from faashound.serving.metrics import GatewayMetrics
 from faashound.watchdog import VERSION, Scoreboard, Slot
-from testkit.harness import Answer, run, wait_until
+from testkit.harness import Answer, connect, read_until, run, wait_until
 from testkit.system import Receiver, System
 
 FUNCTIONS = """
@@ -356,6 +356,39 @@ def test_gateway_that_others_reach_does_not_start_with_deploy_and_without_a_pass
     ended = run("gateway", settings={"deploy": "process", "host": "0.0.0.0", "port": "0", "metrics_port": "0"})
     assert ended.returncode == 1
     assert "basic_auth=true" in ended.stderr
+
+
+def test_client_reads_and_follows_the_lines_of_a_function(operated: System) -> None:
+    assert operated.request("POST", "/function/declared", b"x").status == 200
+
+    def lines(query: str = "") -> list[dict[str, str]]:
+        answer = operated.request("GET", f"/system/logs?name=declared&namespace=openfaas-fn{query}")
+        assert (answer.status, answer.headers["content-type"]) == (200, "application/x-ndjson")
+        return [json.loads(line) for line in answer.body.splitlines()]
+
+    wait_until(lambda: any(line["text"].startswith("Wrote 1 Bytes") for line in lines()), 10, "the call is told")
+    line = next(line for line in lines() if line["text"] == "Forking fprocess.")
+    assert set(line) == {"name", "namespace", "instance", "timestamp", "text"}
+    assert (line["name"], line["namespace"]) == ("declared", "openfaas-fn")
+    assert len(lines("&tail=1")) == 1
+    assert lines("&since=2999-01-01T00:00:00%2B02:00") == []
+    assert operated.request("GET", "/system/logs?name=nobody").status == 404
+    assert operated.request("GET", "/system/logs?name=declared&tail=many").status == 422
+    with connect(operated.port) as client:
+        client.sendall(b"GET /system/logs?name=declared&tail=0&follow=1 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        read_until(client, b"\r\n\r\n")
+        operated.request("POST", "/function/declared", b"followed")
+        received = b""
+        while b'"Wrote 8 Bytes' not in received:
+            received += client.recv(65536)
+
+
+def test_client_that_follows_is_let_go_when_the_gateway_stops() -> None:
+    with System(settings={"worker": "none"}) as system, connect(system.port) as client:
+        client.sendall(b"GET /system/logs?name=cat&follow=true HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        read_until(client, b"\r\n\r\n")
+        system.process.send_signal(signal.SIGTERM)
+        assert system.process.wait(10) == 0
 
 
 def test_functions_file_is_followed_at_sighup_and_when_it_changes(tmp_path: Path) -> None:
