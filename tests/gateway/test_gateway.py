@@ -530,12 +530,7 @@ def test_metrics_have_the_names_of_openfaas() -> None:
     worker_port = free_port()
     settings = {
         "metrics_port": str(free_port()),
-<<<<<<< HEAD
         "worker_metrics_port": str(worker_port),
-=======
-        "worker_metrics_port": "0",
-        "invoke": "gateway",  # else the worker counts what it calls
->>>>>>> h-gateway
         "function_url": "http://127.0.0.1:1/{name}",
     }
     with System(settings=settings) as system:
