@@ -31,11 +31,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -43,8 +44,13 @@ import uvloop
 
 from .calls.callbacks import build_policy
 from .calls.model import QueueLimits
+from .calls.names import DEFAULT_NAMESPACE
+from .functions.control import Control
+from .functions.deployments import Rules
 from .functions.local import LocalFunctions
-from .functions.supervisor import ManagedProgram, Supervisor, python_command
+from .functions.logs import LogStore
+from .functions.scheduler import Scheduler
+from .functions.supervisor import Supervisor
 from .functions.table import Functions
 from .queues import Queue, open_queue, trouble_of
 from .serving.access import Access
@@ -52,21 +58,35 @@ from .serving.answers import NotFound, allow
 from .serving.browsers import PageRefused, check_own_page, with_fields
 from .serving.call_admin import CallAdmin
 from .serving.call_status import CallStatus
-from .serving.control_plane import GIVES_NO_TOKENS, ControlPlane, NotOffered
+from .serving.control_plane import (
+    GIVES_NO_TOKENS,
+    ControlPlane,
+    ControlPlaneElsewhere,
+    known_namespaces,
+    serve_control_plane,
+)
+from .serving.function_logs import FunctionLogs
 from .serving.health import Health
 from .serving.invocation_counts import InvocationCounts, load_counts
 from .serving.invocations import Invocations
 from .serving.janitor import Janitor
+from .serving.local_workers import LocalWorkers
 from .serving.metrics import GatewayMetrics
+from .serving.operations import NotOffered, Operations
 from .serving.proxying import build_via
 from .serving.settings import Settings
 from .serving.startup import (
     StartConfiguration,
     browser_rules,
+    check_deploying_is_safe,
+    deploying_is_off,
+    function_queues,
     hidden_names,
     load_door,
     load_start,
     local_url,
+    open_logs,
+    open_state,
     tell_what_is_served,
 )
 from .serving.submissions import Submissions, is_call_id
@@ -126,7 +146,7 @@ class Gateway:
     submissions: Submissions
     call_status: CallStatus
     call_admin: CallAdmin
-    control_plane: ControlPlane
+    control_plane: ControlPlane | ControlPlaneElsewhere
     draining: bool = False
 
     async def __call__(self, request: Request) -> Response:
@@ -156,7 +176,7 @@ class Gateway:
             await self.access.authorize(request)
             if name == "calls":
                 return await self.call_admin.answer(request, rest.decode("latin-1"))
-            return await self.control_plane.answer(request, name, rest.decode("latin-1"))
+            return await self.control_plane.answer(request, name, rest.decode("latin-1"), self.access.asker_of(request))
         if request.path == b"/healthz":
             return self._answer_health(request)
         if request.path == b"/oauth/token":
@@ -198,6 +218,7 @@ class Gateway:
         """Be unhealthy, and let no caller wait any longer for a call to end; everything else goes on."""
         self.draining = True
         self.call_status.drain()
+        self.control_plane.drain()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -208,20 +229,34 @@ class Gateway:
 WORKER_GONE_POLL_S = 0.05
 FUNCTIONS_GRACE_S = 10.0  # for watchdogs whose requests are over already
 DESCRIPTORS_EACH_COUNT = 3  # of a caller's connection: its own, the function's, a file of the queue
-WORKER_COMMAND = python_command("faashound.worker")
+INVOCATIONS_FILE, SCHEDULES_FILE, CONTROL_SOCKET = "invocations.json", "schedules.json", "control"
 
 
 @dataclass(frozen=True, slots=True)
 class Common:
     """What the processes of a gateway have in common, from before they were forked.
 
-    `invocations_before` says how often each function was called in the lives of the gateways before this one.
+    `state` is the directory of what survives a restart, None if there is none; `invocations_before` says how often
+    each function was called in the lives of the gateways before this one.
     """
 
     start: StartConfiguration
     local: LocalFunctions
+    logs: LogStore | None
     sockets: ListenSockets
+    environ: Mapping[str, str]
+    state: Path | None
     invocations_before: Mapping[str, int]
+    on_change: list[Callable[[], None]] = field(default_factory=list)
+
+    def kept(self, name: str) -> Path | None:
+        """Return the path of a file that survives a restart; None if nothing does."""
+        return None if self.state is None else self.state / name
+
+    def changed(self) -> None:
+        """Tell all who need to know that the functions have changed."""
+        for each in self.on_change:
+            each()
 
 
 async def serve(common: Common, context: WorkerContext) -> int:
@@ -245,8 +280,11 @@ async def serve(common: Common, context: WorkerContext) -> int:
         stack.push_async_callback(supervisor.stop, 0.0)
         if context.slot.is_first and common.start.worker is not None:
             environ = {**common.start.worker, "gateway_url": local_url(sockets.own) or ""}
-            on_trouble = gateway.health.worker_trouble
-            supervisor.start(ManagedProgram("the worker", WORKER_COMMAND, environ, on_trouble=on_trouble))
+            follows = not common.environ.get("queues")
+            workers = LocalWorkers(supervisor, environ, gateway.health.worker_trouble, follows=follows)
+            follow = partial(follow_queues, workers, common.local)
+            follow()
+            common.on_change.append(follow)
         await signals.first.wait()
         gateway.drain()
         await finished_first(worker_gone(supervisor, context.slot), signals.second.wait())
@@ -257,6 +295,11 @@ async def serve(common: Common, context: WorkerContext) -> int:
         return await drain_server(server, signals, settings.upstream_timeout_s)
 
 
+def follow_queues(workers: LocalWorkers, local: LocalFunctions) -> None:
+    """Have the queues drained that the functions name by now."""
+    workers.follow(function_queues(local.table.values()))
+
+
 async def worker_gone(supervisor: Supervisor, slot: Slot) -> None:
     """Let the local worker drain; where it is another process's, wait until that one has seen to it."""
     await supervisor.stop(LONGEST_DURATION_S)
@@ -265,9 +308,8 @@ async def worker_gone(supervisor: Supervisor, slot: Slot) -> None:
 
 
 async def assemble(stack: AsyncExitStack, common: Common, slot: Slot) -> Gateway:
-    """Return the gateway of one process with all that is behind it at work.
+    """Return the gateway of one process with all that is behind it at work; `stack` ends it all.
 
-    That is the queue and, in the first process, the local functions and the janitor.  `stack` ends it all.
     Raises CannotStart and the queue's errors.
     """
     start, local, sockets = common.start, common.local, common.sockets.own
@@ -276,23 +318,34 @@ async def assemble(stack: AsyncExitStack, common: Common, slot: Slot) -> Gateway
     limits = QueueLimits(settings.queue_reserve_bytes, settings.max_queued, settings.max_queued_bytes)
     queue = await open_queue(settings.queue_url, settings, limits=limits)
     stack.push_async_callback(queue.close)
-    if slot.is_first:
-        local.start()
-        stack.push_async_callback(local.stop, FUNCTIONS_GRACE_S)
     access = Access(queue.token, browser_rules(settings, sockets), door)
-    table = local.table if slot.is_first else local.published
     policy = build_policy([url] if url else [], settings.callback_allow)
+    table = local.table if slot.is_first else local.published
     functions = Functions(table, settings.function_url, settings.namespaces)
     metrics, health, via = GatewayMetrics(slot), Health(slot), build_via(queue.token)
+    control_plane: ControlPlane | ControlPlaneElsewhere
+    if slot.is_first:
+        operations = await run_functions(stack, common, queue)
+        counts = InvocationCounts(common.kept(INVOCATIONS_FILE), common.invocations_before, metrics)
+        keep_counts(stack, counts, functions)
+        control_plane = ControlPlane(
+            functions,
+            access,
+            local.status,
+            counts,
+            known_namespaces(settings),
+            operations,
+            FunctionLogs(common.logs, functions),
+        )
+        if not slot.is_alone:
+            serve_control_plane(stack, control_plane, local.directory / CONTROL_SOCKET)
+        janitor = Janitor(queue, settings, lambda: start.drained_queues(local.table.values()), metrics, health)
+        stack.callback(asyncio.create_task(janitor.run()).cancel)
+    else:
+        control_plane = ControlPlaneElsewhere(local.directory / CONTROL_SOCKET)
+        stack.push_async_callback(control_plane.close)
     invocations = Invocations(settings, functions, access, via, metrics)
     stack.push_async_callback(invocations.close)
-    counts = InvocationCounts(invocations_path(settings), common.invocations_before, metrics)
-    if slot.is_first:
-        listed = partial(names_of, functions)
-        stack.callback(lambda: counts.save(listed()))
-        stack.callback(asyncio.create_task(counts.keep(listed)).cancel)
-        janitor = Janitor(queue, settings, start.drained_queues, metrics, health)
-        stack.callback(asyncio.create_task(janitor.run()).cancel)
     return Gateway(
         queue,
         access,
@@ -302,18 +355,49 @@ async def assemble(stack: AsyncExitStack, common: Common, slot: Slot) -> Gateway
         Submissions(settings, functions, queue, policy, access, via, metrics, health),
         CallStatus(queue, access, slot.share_of(settings.max_long_polls), settings.max_long_polls),
         CallAdmin(queue),
-        ControlPlane(functions, access, local.status, counts, settings.namespaces if settings.function_url else ()),
+        control_plane,
     )
 
 
-def invocations_path(settings: Settings) -> Path:
-    """Return the file of the counts of invocations."""
-    return Path(settings.state) / "invocations.json"
+async def run_functions(stack: AsyncExitStack, common: Common, queue: Queue) -> Operations:
+    """Have the local functions run, the functions file followed, and schedules kept; return what changes them."""
+    settings, local = common.start.settings, common.local
+    off = deploying_is_off(settings)
+    rules = Rules(
+        namespaces=frozenset((DEFAULT_NAMESPACE, *settings.namespaces)),
+        path=common.environ.get("PATH"),
+        ignores_limits=settings.limits == "ignore",
+    )
+    control = Control(
+        local,
+        Path(settings.functions),
+        state=Path(settings.state) if off is None else None,
+        rules=rules,
+        file_is_optional=not common.environ.get("functions"),
+    )
+    stack.callback(control.close)
+    local.start()
+    stack.push_async_callback(local.stop, FUNCTIONS_GRACE_S)
+    await control.start()
+    stack.callback(asyncio.create_task(control.follow()).cancel)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, control.look_now)
+    scheduler = None
+    if settings.schedules == "on":
+        scheduler = Scheduler(local.table, queue, common.kept(SCHEDULES_FILE))
+        common.on_change.append(scheduler.wake)
+        stack.callback(asyncio.create_task(scheduler.run()).cancel)
+    local.on_change = common.changed
+    return Operations(control, scheduler, off)
 
 
-def names_of(functions: Functions) -> list[str]:
-    """Return the names of the functions in the table."""
-    return [function.name for function in functions]
+def keep_counts(stack: AsyncExitStack, counts: InvocationCounts, functions: Functions) -> None:
+    """Keep the counts of invocations from time to time, and at the end."""
+
+    def listed() -> list[str]:
+        return [function.name for function in functions]
+
+    stack.callback(lambda: counts.save(listed()))
+    stack.callback(asyncio.create_task(counts.keep(listed)).cancel)
 
 
 PURPOSE = "Serves every function under one address, now (/function/NAME) or later (/async-function/NAME)."
@@ -350,9 +434,14 @@ def run(start: StartConfiguration, environ: Mapping[str, str]) -> int:
     sockets = bind_sockets(settings.host, settings.port, settings.metrics_port, environ)
     if start.worker is not None and local_url(sockets.own) is None:
         raise CannotStart("the local worker calls functions over TCP and was given a Unix socket; worker=none")
-    local = LocalFunctions(start.functions, environ=environ, hidden=hidden_names())
+    check_deploying_is_safe(settings, sockets.own)
+    state = open_state(settings)
+    logs = open_logs(settings, state)
+    local = LocalFunctions(start.functions, environ=environ, hidden=hidden_names(), logs=logs)
     local.open()
-    common = Common(start, local, sockets, load_counts(invocations_path(settings)))
+    before = load_counts(None if state is None else state / INVOCATIONS_FILE)
+    common = Common(start, local, logs, sockets, environ, state, before)
+    signal.signal(signal.SIGHUP, lambda number, frame: None)  # the process that runs the functions looks by itself
 
     def on_serving() -> None:
         sockets.announce()

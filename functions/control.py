@@ -75,6 +75,7 @@ class Control:
         self._deployments = None if state is None else Deployments(state / "functions")
         self._secrets = None if state is None else Secrets(state / "secrets")
         self._files = None if self._secrets is None else SecretFiles(local.directory / "secrets", self._secrets)
+        self._applied: tuple[int, ...] = ()
         self._changing = asyncio.Lock()
         self._told = asyncio.Event()
         local.secrets = self._files
@@ -102,14 +103,13 @@ class Control:
 
     async def follow(self) -> None:
         """Apply each change of the file, for ever."""
-        applied = seen = self._stat()
+        seen = self._applied
         while True:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._told.wait(), LOOK_S)
             found = self._stat()
-            if self._told.is_set() or (found == seen and found != applied):
+            if self._told.is_set() or (found == seen and found != self._applied):
                 self._told.clear()
-                applied = found
                 await self.reload()
             seen = found
 
@@ -123,6 +123,7 @@ class Control:
     async def reload(self) -> bool:
         """Read the file and apply what has changed; tell whether it could be used."""
         async with self._changing:
+            self._applied = self._stat()  # before it is read: what changes meanwhile is seen as a change
             try:
                 declared = await in_thread(self._read_file)
             except BadFunctions as error:

@@ -22,7 +22,7 @@ import re
 import time
 import urllib.parse
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -299,7 +299,7 @@ class LogStore:
             files.close()
         self._files.clear()
 
-    async def read(self, name: FunctionName, query: LogQuery) -> AsyncIterator[LogLine]:
+    async def read(self, name: FunctionName, query: LogQuery) -> AsyncGenerator[LogLine, None]:
         """Yield the lines that `query` wants, oldest first; with `follow`, those to come as well, for ever."""
         cursor = Cursor(self._directory / str(name))
         if query.tail_count is not None:

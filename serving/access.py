@@ -10,7 +10,9 @@ may know us by any name.  A callback of ours carries a proof that it is one: it 
 
 from __future__ import annotations
 
+import base64
 import hmac
+from contextlib import suppress
 from dataclasses import dataclass
 
 from ..calls.callbacks import CALLBACK_PROOF, build_proof
@@ -53,6 +55,15 @@ class Access:
         except UnknownHost:
             if not self.is_worker(request):
                 raise
+
+    def asker_of(self, request: Request) -> str:
+        """Return who asks, and from where, for the log: the name that was given with the password, if one was."""
+        scheme, _, given = (request.header(b"authorization") or b"").partition(b" ")
+        user = ""
+        if scheme.lower() == b"basic" and self.door is not None:
+            with suppress(ValueError):
+                user = base64.b64decode(given.strip()).decode("utf-8", "replace").partition(":")[0]
+        return f"{user or 'no name'} from {request.peer or 'a Unix socket'}"
 
     async def authorize(self, request: Request) -> None:
         """Return if a request may see and change calls and functions; raises Unauthorized, TooManyGuesses."""

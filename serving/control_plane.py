@@ -4,6 +4,8 @@
     GET /system/functions                 functions of ?namespace= (openfaas-fn; * is all of them)
     GET /system/function/NAME             one of them, or one that function_url finds; ?usage=1 adds what it takes now
     GET /system/namespaces                the namespaces that functions may be in; /system/namespace/NAME for one
+    POST, PUT, DELETE /system/functions; /system/scale-function/NAME; /system/secrets; /system/schedules: operations.py
+    GET /system/logs                      function_logs.py
 
 Contract: JSON out; an error is a text.  What this gateway has not, a client is told with 501 and a sentence, so that it
 neither takes it for a fault nor for a function that is not there.
@@ -12,10 +14,12 @@ neither takes it for a fault nor for a function that is not there.
 from __future__ import annotations
 
 import hashlib
+import math
 import platform
-import urllib.parse
+import socket
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -23,11 +27,27 @@ from ..calls.names import DEFAULT_NAMESPACE, FunctionName
 from ..functions.local import LocalStatus
 from ..functions.table import Function, Functions
 from ..network.machine import network_identity
-from ..watchdog import VERSION, FaashoundError, Request, Response
+from ..watchdog import (
+    BACKLOG,
+    VERSION,
+    Client,
+    NotReady,
+    PeerGone,
+    Request,
+    Response,
+    Unreachable,
+    Url,
+    body_if_complete,
+    end_to_end,
+    start_metrics,
+)
 from .access import Access
 from .answers import NotFound, allow, json_response
+from .function_logs import FunctionLogs
 from .function_views import ELSEWHERE, Replicas, describe_function, describe_gateway, describe_namespace
 from .invocation_counts import InvocationCounts
+from .operations import NotOffered, Operations, parse_parameters
+from .settings import Settings
 from .usage import measure_usage
 
 EVERY_NAMESPACE = "*"
@@ -36,23 +56,20 @@ EVERY_NAMESPACE = "*"
 NOT_OFFERED = {
     "alert": "functions are not scaled by alerts of a Prometheus: the gateway sees their calls itself",
     "telemetry": "this gateway gathers no telemetry",
-    "scale-function": "this gateway does not scale functions on request",
-    "secrets": "this gateway keeps no secrets: a function's are in its environment, or in files of its own",
-    "logs": "this gateway keeps no logs: the lines of its functions are in its own log",
 }
 PATHS = (
     *("/system/info", "/system/functions", "/system/function/NAME", "/system/namespaces", "/system/namespace/NAME"),
+    *("/system/scale-function/NAME", "/system/secrets", "/system/logs", "/system/schedules"),
     *("/system/calls", "/system/calls/CALL-ID"),
 )
 GIVES_NO_TOKENS = "this gateway gives no tokens: it takes a user and a password (basic_auth)"
-DEPLOYS_NOTHING = "this gateway deploys nothing: its functions are those of its functions file"
-MAKES_NO_NAMESPACE = "namespaces are not made here: a function's name in the functions file says which one it is in"
+MAKES_NO_NAMESPACE = "namespaces are not made here: the setting namespaces, and the functions file, say which there are"
+ASKER_FIELD = b"X-Faashound-Asker"  # between processes of one gateway
 
 
-class NotOffered(FaashoundError):
-    """This gateway has no such thing, or it is turned off (RFC 9110 15.6.2)."""
-
-    status = 501
+def known_namespaces(settings: Settings) -> Collection[str]:
+    """Return the namespaces that functions may be in, whether or not there are some."""
+    return settings.namespaces if settings.function_url or settings.deploy != "off" else ()
 
 
 @cache
@@ -63,14 +80,6 @@ def sources_sha() -> str:
     for path in sorted([*root.glob("*.py"), *(path for room in rooms for path in room.rglob("*.py"))]):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
-
-
-def parse_parameters(query: bytes) -> Mapping[str, str]:
-    """Return the parameters of a query, the first of each name; clients send some that mean nothing here."""
-    found: dict[str, str] = {}
-    for name, value in urllib.parse.parse_qsl(query.decode("latin-1")):
-        found.setdefault(name, value)
-    return found
 
 
 def describe_upstream(function: Function, *, is_guarded: bool) -> dict[str, object]:
@@ -93,36 +102,69 @@ class ControlPlane:
     status: Callable[[], Mapping[FunctionName, LocalStatus]]
     counts: InvocationCounts
     namespaces: Collection[str]
+    operations: Operations
+    logs: FunctionLogs
 
-    async def answer(self, request: Request, area: str, rest: str) -> Response:
-        """Answer a request for what stands behind /system/`area`."""
+    def drain(self) -> None:
+        """Let go of clients that follow the lines of functions."""
+        self.logs.drain()
+
+    async def answer(self, request: Request, area: str, rest: str, asker: str) -> Response:
+        """Answer a request for what stands behind /system/`area`; `asker` is who asks, for the log."""
         name = rest.removeprefix("/")
-        match area:
-            case "info" if not name:
-                allow(request, "GET")
-                return json_response(200, describe_gateway(VERSION, sources_sha(), platform.machine()))
-            case "functions" if not name:
-                return self._list(request)
-            case "function" if name:
-                return await self._show(request, name)
-            case "namespaces" if not name:
-                allow(request, "GET")
-                return json_response(200, self._known_namespaces())
-            case "namespace":
-                return self._namespace(request, name)
         if area in NOT_OFFERED:
             raise NotOffered(NOT_OFFERED[area])
-        raise NotFound(f"not found; allowed: {', '.join(PATHS)}")
+        if area == "namespace":
+            return self._namespace(request, name)
+        response = await (
+            self._answer_one(request, area, name, asker) if name else self._answer_all(request, area, asker)
+        )
+        if response is None:
+            raise NotFound(f"not found; allowed: {', '.join(PATHS)}")
+        return response
+
+    async def _answer_all(self, request: Request, area: str, asker: str) -> Response | None:
+        """Answer at a path without a name; None if there is none such."""
+        match area:
+            case "info":
+                allow(request, "GET")
+                return json_response(200, describe_gateway(VERSION, sources_sha(), platform.machine()))
+            case "functions" if request.method in ("POST", "PUT", "DELETE"):
+                return await self.operations.change_function(request, asker)
+            case "functions":
+                return self._list(request)
+            case "namespaces":
+                allow(request, "GET")
+                return json_response(200, self._known_namespaces())
+            case "secrets":
+                return await self.operations.secrets(request, asker)
+            case "logs":
+                return self.logs.answer(request)
+            case "schedules":
+                return self.operations.schedules(request)
+        return None
+
+    async def _answer_one(self, request: Request, area: str, name: str, asker: str) -> Response | None:
+        """Answer at the path of one function; None if there is none such."""
+        match area:
+            case "function":
+                return await self._show(request, name)
+            case "scale-function":
+                return await self.operations.scale(request, name, asker)
+        return None
 
     def _list(self, request: Request) -> Response:
-        if request.method in ("POST", "PUT", "DELETE"):
-            raise NotOffered(DEPLOYS_NOTHING)
-        allow(request, "GET")
+        allow(request, "GET", "POST", "PUT", "DELETE")
         wanted = parse_parameters(request.query).get("namespace", DEFAULT_NAMESPACE)
         counts, status = self.counts.totals(), self.status()
         chosen = [each for each in self.functions if wanted in (EVERY_NAMESPACE, each.name.namespace)]
         described = [
-            describe_function(function, _replicas(function, status), counts.get(function.name, 0))
+            describe_function(
+                function,
+                _replicas(function, status),
+                counts.get(function.name, 0),
+                deployed=self.operations.control.describe(function.name),
+            )
             for function in chosen
         ]
         return json_response(200, described)
@@ -138,7 +180,8 @@ class ControlPlane:
         if parameters.get("usage") in ("1", "true") and function.name in status:
             usage = await measure_usage(status[function.name].pids)
         count = self.counts.totals().get(function.name, 0)
-        described = describe_function(function, _replicas(function, status), count, usage)
+        deployed = self.operations.control.describe(function.name)
+        described = describe_function(function, _replicas(function, status), count, usage, deployed)
         if self.access.is_worker(request):
             described["upstream"] = describe_upstream(function, is_guarded=self.functions.is_guarded(function.name))
         return json_response(200, described)
@@ -160,3 +203,53 @@ class ControlPlane:
 def _replicas(function: Function, status: Mapping[FunctionName, LocalStatus]) -> Replicas:
     found = status.get(function.name)
     return ELSEWHERE if found is None else Replicas(found.wanted_count, found.available_count)
+
+
+@dataclass(frozen=True, slots=True)
+class ControlPlaneElsewhere:
+    """The control plane of another process of this gateway, the one that runs the functions, asked at its socket."""
+
+    socket_path: Path
+    client: Client = field(default_factory=Client)
+
+    async def close(self) -> None:
+        """Let go of the connections."""
+        await self.client.close()
+
+    def drain(self) -> None:
+        """Do nothing: that process drains as well."""
+
+    async def answer(self, request: Request, area: str, rest: str, asker: str) -> Response:
+        """Have a request answered there; raises NotReady while that process is being replaced."""
+        target = request.path.decode() + (f"?{request.query.decode()}" if request.query else "")
+        fields = end_to_end(request.headers, b"host", b"expect", ASKER_FIELD.lower())
+        try:
+            response = await self.client.request(
+                request.method,
+                Url("http", str(self.socket_path), 80, target),
+                [*fields, (ASKER_FIELD, asker.encode("latin-1", "replace"))],
+                body_if_complete(request.body),
+                request.body.length,
+            )
+        except (Unreachable, PeerGone):
+            raise NotReady("the process that runs the functions is being started again; ask again") from None
+        return Response(
+            response.status, end_to_end(response.headers, b"date"), response.body, response.body.length, math.inf
+        )
+
+
+def serve_control_plane(stack: AsyncExitStack, control_plane: ControlPlane, path: Path) -> None:
+    """Answer the other processes of this gateway at a socket in a directory that is its user's alone."""
+
+    async def answer(request: Request) -> Response:
+        area, _, rest = request.path.removeprefix(b"/system/").partition(b"/")
+        asker = request.header(ASKER_FIELD.lower()) or b""
+        return await control_plane.answer(
+            request, area.decode("latin-1"), "/" + rest.decode("latin-1"), asker.decode("latin-1")
+        )
+
+    path.unlink(missing_ok=True)  # of the process whose place we have taken
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen(BACKLOG)
+    stack.callback(start_metrics([listener], answer).abort)

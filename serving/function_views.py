@@ -12,6 +12,7 @@ an operator may have put what is no caller's business.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..functions.table import Function
@@ -40,15 +41,22 @@ ELSEWHERE = Replicas(1, 1)
 
 
 def describe_function(
-    function: Function, replicas: Replicas, invocations_count: int, usage: Usage | None = None
+    function: Function,
+    replicas: Replicas,
+    invocations_count: int,
+    usage: Usage | None = None,
+    deployed: Mapping[str, object] | None = None,
 ) -> dict[str, object]:
-    """Return a function's status as JSON members."""
+    """Return a function's status as JSON members; `deployed` are those that come from its deployment, if it was."""
     settings = function.settings or {}
-    status: dict[str, object] = {
+    declared = {
         "name": function.name.name,
         "namespace": function.name.namespace,
         "image": "process" if function.local else "remote",
         "envProcess": settings.get("fprocess") or settings.get("function_process", ""),
+    }
+    status: dict[str, object] = {
+        **(declared if deployed is None else deployed),
         "labels": {FUNCTION_LABEL: function.name.name, **function.labels},
         "annotations": dict(function.annotations),
         "invocationCount": invocations_count,

@@ -9,17 +9,18 @@
 Contract: what was saved last, and what the metrics of this life count.  A gateway that is killed loses the calls since
 the last `save`; the file is written whole (temporary file, fsync, rename), so it is never half a file.
 
-What it refuses to do: stop the gateway.  A file that cannot be read or written is a warning, once.
+What it refuses to do: stop the gateway.  A file that cannot be read or written is a warning, once; without a path
+nothing is kept.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
+from ..functions.documents import write_whole
 from ..watchdog import log
 from .metrics import GatewayMetrics
 
@@ -29,7 +30,7 @@ SAVED_EVERY_S = 60.0
 class InvocationCounts:
     """The counts that are kept at `path`, and those of `metrics` besides."""
 
-    def __init__(self, path: Path, before: Mapping[str, int], metrics: GatewayMetrics) -> None:
+    def __init__(self, path: Path | None, before: Mapping[str, int], metrics: GatewayMetrics) -> None:
         self._path = path
         self._metrics = metrics
         self._before = self._saved = before
@@ -50,7 +51,7 @@ class InvocationCounts:
         """Keep the counts of the functions in `listed`, and of others that were called in this life."""
         known = self._metrics.invocation_counts().keys() | set(listed)
         counts = {name: count for name, count in sorted(self.totals().items()) if name in known}
-        if counts == self._saved:
+        if counts == self._saved or self._path is None:
             return
         try:
             write_whole(self._path, json.dumps(counts).encode())
@@ -62,8 +63,10 @@ class InvocationCounts:
             self._saved = counts
 
 
-def load_counts(path: Path) -> Mapping[str, int]:
+def load_counts(path: Path | None) -> Mapping[str, int]:
     """Return the counts of the gateways before us, with a warning if they cannot be read."""
+    if path is None:
+        return {}
     try:
         return parse_counts(path.read_bytes())
     except FileNotFoundError:
@@ -79,14 +82,3 @@ def parse_counts(text: bytes) -> dict[str, int]:
     if not isinstance(found, dict) or not all(isinstance(count, int) for count in found.values()):
         raise ValueError("not an object of whole numbers")
     return found
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Replace the file at `path`, in a directory that is ours alone: after a crash it is the old or the new one."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    new = path.with_suffix(".new")
-    with open(new, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)

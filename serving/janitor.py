@@ -1,6 +1,6 @@
 """The janitor: drops what is past its time from the queue, and warns of what operators should see there.
 
-    asyncio.create_task(Janitor(queue, settings, start.drained_queues, metrics, health).run())
+    asyncio.create_task(Janitor(queue, settings, drained, metrics, health).run())
 
 Contract: one for all processes of a gateway.  A queue that cannot be reached is tried again in the next round; what is
 found wrong is a line in the log when it begins, not one in each round.
@@ -9,7 +9,7 @@ found wrong is a line in the log when it begins, not one in each round.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from ..calls.model import Bounds, Stats
 from ..queues import Queue
@@ -38,7 +38,12 @@ class Janitor:
     """Cleans up one queue, round by round."""
 
     def __init__(
-        self, queue: Queue, settings: Settings, drained: Collection[str], metrics: GatewayMetrics, health: Health
+        self,
+        queue: Queue,
+        settings: Settings,
+        drained: Callable[[], Collection[str]],
+        metrics: GatewayMetrics,
+        health: Health,
     ) -> None:
         self._queue = queue
         self._settings = settings
@@ -63,7 +68,7 @@ class Janitor:
         swept = await self._queue.sweep(self._settings.keep_results_s, self._settings.retention_s, self._bounds)
         self._metrics.dropped(swept.dead_count)
         stats = await self._queue.stats()
-        self._tell_of_stray_queues(stray_queues(stats.waiting, self._drained))
+        self._tell_of_stray_queues(stray_queues(stats.waiting, self._drained()))
         self._tell_of_room(stats)
 
     def _tell_of_stray_queues(self, stray: Mapping[str, int]) -> None:

@@ -135,7 +135,25 @@ class Settings(NatsSettings):
         "max_long_polls", "1000", parse_positive_count, "callers that wait for a call by ?wait= at once; above it 503"
     )
     state: str = setting(
-        "state", "./state", parse_text, "directory of what the gateway keeps besides the queue: counts of invocations"
+        "state", "./state", parse_text, "directory of what the gateway keeps besides the queue: deployments, counts"
+    )
+    logs_keep_bytes: int = setting(
+        "logs_keep",
+        "16MiB",
+        parse_size,
+        "lines kept of each function that is run here; 0: they are in our own log alone",
+    )
+    deploy: str = setting(
+        "deploy", "off", parse_choice("off", "process"), "process: functions are deployed over HTTP, and run as we are"
+    )
+    limits: str = setting(
+        "limits",
+        "refuse",
+        parse_choice("refuse", "ignore"),
+        "what to do with a deployment that has limits, which we do not keep",
+    )
+    schedules: str = setting(
+        "schedules", "on", parse_choice("on", "off"), "on: functions are called by the schedules in their annotations"
     )
     basic_auth: bool = setting(
         "basic_auth", "false", parse_bool, "ask for a password for /system and for reading and cancelling calls"

@@ -11,6 +11,7 @@ is wrong with them is told at once.
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from ..calls.names import FunctionName
+from ..functions.logs import LogStore
 from ..functions.table import DEFAULT_QUEUE, BadFunctions, Function, read_functions
 from ..network.addresses import parse_literal
 from ..watchdog import (
@@ -51,11 +53,10 @@ class StartConfiguration:
         """What the worker beside us makes of its environment; None: there is no worker."""
         return None if self.worker is None else parse_settings(WorkerSettings, self.worker)
 
-    @property
-    def drained_queues(self) -> frozenset[str]:
-        """The queues that functions name or the worker beside us drains."""
+    def drained_queues(self, functions: Iterable[Function]) -> frozenset[str]:
+        """Return the queues that `functions` name or the worker beside us drains."""
         worker = self.worker_settings
-        return function_queues(self.functions.values()).union(() if worker is None else worker.queues)
+        return function_queues(functions).union(() if worker is None else worker.queues)
 
 
 def load_start(environ: Mapping[str, str]) -> StartConfiguration:
@@ -129,6 +130,36 @@ def load_door(settings: Settings) -> PasswordDoor | None:
     return PasswordDoor(Credentials(*texts))
 
 
+def open_state(settings: Settings) -> Path | None:
+    """Return the directory of what is kept over restarts, made if need be; None, and a warning, if it cannot be had."""
+    path = Path(settings.state)
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if os.access(path, os.W_OK | os.X_OK):
+            return path
+        reason = "it cannot be written to"
+    except OSError as error:
+        reason = str(error.strerror)
+    log.warning(f"counts of invocations, and what is scheduled, will not survive a restart: state={path}: {reason}")
+    return None
+
+
+def open_logs(settings: Settings, state: Path | None) -> LogStore | None:
+    """Return where the lines of functions are kept; None if they are not."""
+    if state is None or not settings.logs_keep_bytes:
+        return None
+    return LogStore(state / "logs", settings.logs_keep_bytes, as_json=settings.log_format == "json")
+
+
+def deploying_is_off(settings: Settings) -> str | None:
+    """Return why functions cannot be deployed; None if they can."""
+    if settings.deploy == "off":
+        return "deploy=off: this gateway's functions are those of its functions file; deploy=process changes that"
+    if not isinstance(settings.queue_url, Path):
+        return "functions cannot be deployed where the queue is NATS: each gateway would have functions of its own"
+    return None
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # What follows from the sockets that we have got.
 # ---------------------------------------------------------------------------------------------------------------
@@ -159,6 +190,15 @@ def browser_rules(settings: Settings, sockets: Sequence[socket.socket]) -> Brows
     if on_loopback and settings.host and parse_literal(settings.host) is None:
         names |= {settings.host.lower()}  # that it listens on this name is the operator's word
     return BrowserRules(on_loopback, names, settings.allowed_origins or frozenset())
+
+
+def check_deploying_is_safe(settings: Settings, sockets: Iterable[socket.socket]) -> None:
+    """Raise CannotStart where strangers could run commands here."""
+    if settings.deploy != "off" and is_open_to_others(sockets) and not settings.basic_auth:
+        raise CannotStart(
+            f"deploy={settings.deploy} lets other machines run commands here; allowed: with basic_auth=true, or with a"
+            " host that only this machine reaches"
+        )
 
 
 def tell_what_is_served(start: StartConfiguration, sockets: Sequence[socket.socket]) -> None:

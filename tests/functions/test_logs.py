@@ -146,7 +146,7 @@ def test_reader_that_follows_sees_each_line_once_across_files_and_a_slow_one_slo
         assert seen == [f"line {number}" for number in range(2000)]
         assert time.monotonic() - begin_s < DEADLINE_S
         following.cancel()
-        await slow.aclose()  # type: ignore[attr-defined]
+        await slow.aclose()
         store.close()
 
     run(test())

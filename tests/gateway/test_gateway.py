@@ -530,6 +530,7 @@ def test_metrics_have_the_names_of_openfaas() -> None:
     settings = {
         "metrics_port": str(free_port()),
         "worker_metrics_port": "0",
+        "invoke": "gateway",  # else the worker counts what it calls
         "function_url": "http://127.0.0.1:1/{name}",
     }
     with System(settings=settings) as system:

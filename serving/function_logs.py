@@ -1,0 +1,72 @@
+"""GET /system/logs: the lines of a function, one JSON object a line, as OpenFaaS' log providers send them.
+
+    logs = FunctionLogs(store, functions)
+    response = logs.answer(request)                          # ?name=&namespace=&since=&tail=&follow=&call=&instance=
+    logs.drain()
+
+Contract: each line is sent as soon as it is known; a client that reads slowly, or not at all, holds up no function.
+Whoever follows is let go when the gateway begins to drain.
+
+What it refuses: a function that is not there and has left no lines (404), parameters that make no sense (422).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from ..calls.names import DEFAULT_NAMESPACE, FunctionName
+from ..functions.logs import LogQuery, LogStore, parse_log_query
+from ..functions.table import Functions
+from ..watchdog import Request, Response
+from .answers import NotFound, allow
+from .operations import NotOffered, parse_name, parse_parameters
+
+LOGS_OFF = "logs_keep=0, or state cannot be written to: the lines of functions are in the gateway's own log alone"
+
+
+class FunctionLogs:
+    """Shows the lines of functions; `store` is None where none are kept."""
+
+    def __init__(self, store: LogStore | None, functions: Functions) -> None:
+        self._store = store
+        self._functions = functions
+        self._draining = asyncio.Event()
+
+    def drain(self) -> None:
+        """Let go of clients that follow."""
+        self._draining.set()
+
+    def answer(self, request: Request) -> Response:
+        """Answer with the lines that a query wants."""
+        allow(request, "GET")
+        if self._store is None:
+            raise NotOffered(LOGS_OFF)
+        parameters = parse_parameters(request.query)
+        name = parse_name(parameters.get("name", ""), parameters.get("namespace", DEFAULT_NAMESPACE))
+        if name not in self._functions and not self._store.knows(name):
+            raise NotFound(f"there is no function {name.short}")
+        lines = self._read(self._store, name, parse_log_query(request.query))
+        body = b"" if request.method == "HEAD" else lines
+        return Response(200, ((b"Content-Type", b"application/x-ndjson"),), body, None, math.inf)
+
+    async def _read(self, store: LogStore, name: FunctionName, query: LogQuery) -> AsyncGenerator[bytes, None]:
+        stop = asyncio.create_task(self._draining.wait())
+        try:
+            async with aclosing(store.read(name, query)) as lines:
+                while True:
+                    step = asyncio.ensure_future(anext(lines, None))
+                    await asyncio.wait((step, stop), return_when=asyncio.FIRST_COMPLETED)
+                    if not step.done():
+                        step.cancel()
+                        await asyncio.wait((step,))
+                        return
+                    line = step.result()
+                    if line is None:
+                        return
+                    yield json.dumps(line.describe(name)).encode() + b"\n"
+        finally:
+            stop.cancel()

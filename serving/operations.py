@@ -1,0 +1,136 @@
+"""/system, where it changes something: functions deployed, updated, removed, scaled; secrets; what is scheduled.
+
+    operations = Operations(control, scheduler, off=None)
+    await operations.change_function(request, "admin from 192.0.2.1")
+    await operations.scale(request, "cat", asker)
+    await operations.secrets(request, asker)
+    operations.schedules(request)
+
+Contract: the codes that clients of OpenFaaS' gateway need (functions: POST and DELETE 202, PUT 200; secrets: POST 201,
+PUT 200, DELETE 202); the namespace stands in the body or in the query, where the body's counts.  Every change, and
+every attempt at one that was refused, is a line in the log that tells who asked for what, from where.
+
+What it refuses: a body that is no JSON object, or longer than MAX_DOCUMENT_BYTES.  What is turned off is a 501 that
+says how to turn it on.
+"""
+
+from __future__ import annotations
+
+import json
+import urllib.parse
+from collections.abc import Awaitable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..calls.names import DEFAULT_NAMESPACE, BadFunctionName, FunctionName, parse_function_name
+from ..functions.control import Control
+from ..functions.scheduler import Scheduler
+from ..watchdog import FaashoundError, Request, Response, log
+from .answers import BadField, allow, json_response
+
+MAX_DOCUMENT_BYTES = 2 << 20  # of a request: a secret has at most half of it, in base64
+SCHEDULES_OFF = "schedules=off: scheduled calls are made by another program"
+
+
+class NotOffered(FaashoundError):
+    """This gateway has no such thing, or it is turned off (RFC 9110 15.6.2)."""
+
+    status = 501
+
+
+def parse_parameters(query: bytes) -> Mapping[str, str]:
+    """Return the parameters of a query, the first of each name; clients send some that mean nothing here."""
+    found: dict[str, str] = {}
+    for name, value in urllib.parse.parse_qsl(query.decode("latin-1")):
+        found.setdefault(name, value)
+    return found
+
+
+async def read_document(request: Request) -> dict[str, Any]:
+    """Return the JSON object that is the body of a request; raises BadField."""
+    text = await request.body.read(MAX_DOCUMENT_BYTES)
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        raise BadField("the body is no JSON; allowed: a JSON object") from None
+    if not isinstance(found, dict):
+        raise BadField("the body is no JSON object; allowed: a JSON object")
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Operations:
+    """Changes functions and secrets by `control`; `off` says why that cannot be, None if it can.
+
+    `scheduler` is None where schedules are off.
+    """
+
+    control: Control
+    scheduler: Scheduler | None
+    off: str | None
+
+    async def change_function(self, request: Request, asker: str) -> Response:
+        """Deploy, update or remove the function that the body describes."""
+        self._check_on()
+        namespace, document = parse_parameters(request.query).get("namespace", ""), await read_document(request)
+        work, status, what = {
+            "POST": (self.control.create, 202, "deploy"),
+            "PUT": (self.control.update, 200, "update"),
+            "DELETE": (self.control.remove, 202, "remove"),
+        }[request.method]
+        name = document.get("functionName" if request.method == "DELETE" else "service")
+        await self._log(f"{what} function {name!r:.100}", asker, work(document, namespace))
+        return Response(status)
+
+    async def scale(self, request: Request, name: str, asker: str) -> Response:
+        """Give a function that is run here as many replicas as the body says."""
+        allow(request, "POST")
+        document = await read_document(request)
+        namespace = document.get("namespace") or parse_parameters(request.query).get("namespace") or DEFAULT_NAMESPACE
+        function, count = parse_name(name, namespace), document.get("replicas")
+        await self._log(f"scale function {name[:100]!r} to {count!r:.20}", asker, self.control.scale(function, count))
+        return Response(202)
+
+    async def secrets(self, request: Request, asker: str) -> Response:
+        """List the names of secrets, or create, update, delete one."""
+        allow(request, "GET", "POST", "PUT", "DELETE")
+        self._check_on()
+        namespace = parse_parameters(request.query).get("namespace", "")
+        if request.method in ("GET", "HEAD"):
+            return json_response(200, self.control.secret_names(namespace or DEFAULT_NAMESPACE))
+        document = await read_document(request)
+        work, status, what = {
+            "POST": (self.control.create_secret, 201, "create"),
+            "PUT": (self.control.update_secret, 200, "update"),
+            "DELETE": (self.control.delete_secret, 202, "delete"),
+        }[request.method]
+        await self._log(f"{what} secret {document.get('name')!r:.100}", asker, work(document, namespace))
+        return Response(status)
+
+    def schedules(self, request: Request) -> Response:
+        """List what is scheduled."""
+        allow(request, "GET")
+        if self.scheduler is None:
+            raise NotOffered(SCHEDULES_OFF)
+        return json_response(200, self.scheduler.describe())
+
+    def _check_on(self) -> None:
+        if self.off is not None:
+            raise NotOffered(self.off)
+
+    async def _log(self, what: str, asker: str, work: Awaitable[object]) -> None:
+        """Do `work`, with a line in the log that says so, or why it was refused."""
+        try:
+            await work
+        except FaashoundError as error:
+            log.warning(f"Refused to {what} - [{error.status}]", asker=asker, error=error)
+            raise
+        log.info(f"Done: {what}", asker=asker)
+
+
+def parse_name(text: str, namespace: object) -> FunctionName:
+    """Return the whole name of the function NAME or NAME.NAMESPACE; raises BadField."""
+    try:
+        return parse_function_name(text, str(namespace))
+    except BadFunctionName as error:
+        raise BadField(str(error)) from None
