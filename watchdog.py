@@ -122,6 +122,7 @@ ATTEMPT_DELAY_S = 0.25  # a silent address has the connection to itself so long 
 MAX_ATTEMPTS_COUNT = 16  # addresses of one name that are tried: with these delays the last one still has its time
 KEPT_S = 20.0  # an idle connection to an upstream; below the 30 s after which a watchdog closes its side
 KEPT_CONNECTIONS_COUNT = 64  # idle connections kept for each upstream
+UNIX_WHOLE_BYTES = 16384  # written to a Unix socket at once they are one buffer of the kernel, which is not divided
 EVENTS_COUNT = 64  # taken from an epoll set in one turn
 PIPE_BYTES = 65536  # one read of a pipe: what a pipe holds by default (pipe(7))
 MAX_PIPE_BYTES = 1 << 20  # what a pipe may hold (/proc/sys/fs/pipe-max-size)
@@ -3005,7 +3006,10 @@ class ClientConnection(Connection):
     def connection_lost(self, exc: Exception | None) -> None:
         while self._advancing:  # reset, or the end of TLS, which waits for nothing
             self._go_on()
-        if isinstance(exc, BrokenPipeError):  # in Linux: after an end of stream; a peer that cuts is ECONNRESET
+        if isinstance(exc, BrokenPipeError | ConnectionResetError) and self._socket.family is socket.AF_UNIX:
+            # Reset: closed with our request unread.  One this short is read whole or not at all (unix(7), one buffer).
+            self.untouched = self.silent and self._sent_bytes - self._confirmed_bytes <= UNIX_WHOLE_BYTES
+        elif isinstance(exc, BrokenPipeError):  # in Linux: after an end of stream; a peer that cuts is ECONNRESET
             self._on_closed_by_peer()
         self._fail(PeerGone(CUT_SHORT))
         self.resume_writing()
@@ -3180,10 +3184,13 @@ class ClientConnection(Connection):
             self._stalls_expected = False
             expect_stalls(self._socket, False)
         self._confirmed_bytes = self._sent_bytes
-        if once or not self._is_counted:
+        if once or not self._is_counted or self._socket.family is socket.AF_UNIX:
+            sent_bytes = self._sent_bytes
             is_established, self._confirmed_bytes = tcp_progress(self._socket)
             if not is_established:
                 self.abort()
+            if self._socket.family is socket.AF_UNIX:
+                self._confirmed_bytes = sent_bytes
             return is_established
         return True
 
