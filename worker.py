@@ -74,7 +74,7 @@ from .queues import Queue, open_queue
 from .queues.commands import cancel_calls, dead_letters
 from .queues.migrate import migrate_queue
 from .queues.nats_settings import NatsSettings
-from .queues.urls import QUEUE_RESERVE_HELP, QueueUrl, parse_queue_url
+from .queues.urls import QUEUE_RESERVE_HELP, QueueUrl, parse_queue_url, spool_conflicts
 from .watchdog import (
     FaashoundError,
     ListenSockets,
@@ -179,6 +179,7 @@ class Settings(NatsSettings):
         if self.initial_retry_wait_s > self.max_retry_wait_s:
             yield "initial_retry_wait is longer than max_retry_wait; allowed: up to max_retry_wait"
         yield from NatsSettings.conflicts(self)
+        yield from spool_conflicts(self, self.queue_url)
 
     def retry_policy(self) -> RetryPolicy:
         """Return the policy for functions that ask for nothing else."""

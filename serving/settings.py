@@ -16,7 +16,7 @@ from ..calls.names import DEFAULT_NAMESPACE, parse_namespaces
 from ..functions.table import parse_function_url
 from ..network.hosts import parse_hosts
 from ..queues.nats_settings import NatsSettings
-from ..queues.urls import QUEUE_RESERVE_HELP, QueueUrl, parse_queue_url
+from ..queues.urls import QUEUE_RESERVE_HELP, QueueUrl, parse_queue_url, spool_conflicts
 from ..watchdog import (
     CONNECTIONS_DEFAULT,
     CONNECTIONS_HELP,
@@ -168,6 +168,7 @@ class Settings(NatsSettings):
         if self.port and self.port == self.metrics_port:
             yield f"metrics_port={self.metrics_port} contradicts port={self.port}; allowed: two different ports"
         yield from NatsSettings.conflicts(self)
+        yield from spool_conflicts(self, self.queue_url)
         port = self.local_worker_metrics_port
         if self.runs_worker and port and port in (self.port, self.metrics_port):
             yield f"worker_metrics_port={port} contradicts port or metrics_port; allowed: one of its own"

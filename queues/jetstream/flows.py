@@ -23,6 +23,7 @@ from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 from nats.js.errors import NotFoundError
 
+from ...calls.model import TooManyQueued
 from .connection import TRY_S, Connection, Stored, Write, parse_status
 from .subjects import TIMERS, FlowKind, FlowName, Names, parse_token
 
@@ -33,6 +34,7 @@ STASH_S = 0.5  # that a message waits here for someone to claim it
 ANNOUNCED_S = 600.0  # after which a flow is announced again by those who put into it
 IDLE_S = 3600.0  # after which the servers may forget the consumer of a flow that no worker asks for
 FLOWS_KNOWN_COUNT = 10_000  # flows that this process remembers to have announced
+MAX_FLOWS_COUNT = 10_000  # functions and destinations at once: callers can make up both, and each is a consumer
 PAGE_COUNT = 200  # flows that are read together
 LOOK_LEASE_S = 60.0  # of a message that is only looked at
 MIN_LEASE_S = 1.0  # shortest time after which the servers deliver again what has not been acknowledged
@@ -140,6 +142,17 @@ class Flows:
             flow.stash.clear()
 
     # -- which flows there are
+
+    def check_room(self, names: Iterable[FlowName]) -> None:
+        """Raise TooManyQueued if one of `names` would be a flow more than there may be."""
+        if len(self._flows) < MAX_FLOWS_COUNT:
+            return
+        for name in names:
+            if name not in self._flows:
+                raise TooManyQueued(
+                    f"{len(self._flows)} functions and destinations have calls waiting, and {name.name} is none of"
+                    " them; that is the limit"
+                )
 
     async def announce(self, name: FlowName) -> None:
         """Say that there is a flow, before something is put into it."""

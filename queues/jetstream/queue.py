@@ -60,6 +60,7 @@ from ...calls.model import (
     Stats,
     StoredBody,
     Swept,
+    TooManyQueued,
     check_same_request,
 )
 from ...calls.names import FunctionName
@@ -86,7 +87,7 @@ from .people import People
 from .records import HELD_S, Standing, rename
 from .store import Store
 from .streams import ensure_streams, read_token
-from .subjects import build_token
+from .subjects import build_token, flows_of
 
 RECORD_BYTES = 512  # of a record, besides what the message of its call has
 KEPT_ROOM = 0.1  # part of the records' room that `put` leaves free, for the ends of what is in already
@@ -200,13 +201,14 @@ class JetStream:
             raise QueueUnavailable(f"NATS has not acknowledged the call within {WRITE_S:g} s") from None
 
     async def _put(self, call: NewCall, create: Callable[[NewCall], Awaitable[None]]) -> Call:
-        await self._take_room(call)
         try:
+            self._flows.check_room(flows_of(call))
+            await self._take_room(call)
             if call.idempotency_key is None:
                 await create(call)
                 return build_call(call, accept(call))
             earlier = await self._put_keyed(call, call.idempotency_key, create)
-        except (CallExists, KeyReused):
+        except (CallExists, KeyReused, QueueFull, TooManyQueued):
             await self.drop_body(call.body)
             raise
         if earlier.body.file != call.body.file:

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from ...calls.model import Kind, State
+from ...calls.model import Kind, NewCall, State, destination_of
 from ...calls.names import FunctionName
 
 Place = Literal[
@@ -73,6 +74,13 @@ class FlowName:
     kind: FlowKind
     queue: str
     name: str
+
+
+def flows_of(call: NewCall) -> Iterator[FlowName]:
+    """Yield the flows that a call takes its turn in: as a call, and when its outcome is delivered."""
+    yield FlowName("call", call.queue, call.function)
+    if call.callback_url is not None:
+        yield FlowName("callback", call.queue, destination_of(call.callback_url))
 
 
 TIMERS = FlowName("timer", "all", "all")  # the calls that may expire, of all functions and queues

@@ -218,3 +218,10 @@ def test_call_is_shown_without_the_credentials_that_came_with_it(system: System,
     assert "s3cr3t" not in shown
     assert "seen" in shown
     assert "s3cr3t" not in system.log()
+
+
+def test_bounds_of_a_spool_are_refused_beside_nats() -> None:
+    ended = run("gateway", settings={"queue_url": "nats://127.0.0.1:1", "max_queued": "5", "keep_dead": "1h"})
+    assert ended.returncode == 2
+    for name in ("max_queued", "keep_dead"):
+        assert f"  {name} bounds a spool, and queue_url=nats://127.0.0.1:1 is none" in ended.stderr

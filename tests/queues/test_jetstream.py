@@ -34,12 +34,14 @@ from faashound.calls.model import (
     RunEnd,
     State,
     StoredBody,
+    TooManyQueued,
 )
 from faashound.calls.names import parse_function_name
 from faashound.calls.steps import Hold, Record, StoredAnswer
 from faashound.queues import open_queue, trouble_of
 from faashound.queues.jetstream import bodies as bodies_module
 from faashound.queues.jetstream import connection as connection_module
+from faashound.queues.jetstream import flows as flows_module
 from faashound.queues.jetstream import people as people_module
 from faashound.queues.jetstream.bodies import Bodies
 from faashound.queues.jetstream.connection import Connection, Options, Stored, Write, connect
@@ -461,6 +463,22 @@ def test_function_that_appears_is_served_by_workers_that_wait(options: Options) 
             await finish(worker, lease, State.DONE, None)
 
     with_queues(options, 2, scenario)
+
+
+def test_put_is_refused_when_as_many_functions_and_destinations_wait_as_may(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flows_module, "MAX_FLOWS_COUNT", 3)  # the timers' is one of them
+
+    async def scenario(gateway: JetStream) -> None:
+        for name in ("f", "g"):
+            await gateway.put(new_call(name))
+        for more in (new_call("h"), new_call("f", callback_url="http://receiver/")):
+            with pytest.raises(TooManyQueued, match="functions and destinations have calls waiting"):
+                await gateway.put(more)
+        await gateway.put(new_call("f"))
+
+    with_queues(options, 1, scenario)
 
 
 def test_flow_is_forgotten_only_when_nothing_waits_in_it(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
