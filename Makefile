@@ -22,7 +22,7 @@ run: .venv/installed
 	@mkdir -p $(STATE)/tmp
 	@echo "Starting the system at $(URL); its queue is $(STATE)/spool, Ctrl-C stops it.  To try from another terminal:"
 	@$(BIN)/python examples/demo.py --lines $(URL)
-	@exec env TMPDIR="$$PWD/$(STATE)/tmp" functions=examples/functions.toml queue_url=spool:$(STATE)/spool $(BIN)/fgateway
+	@exec env TMPDIR="$$PWD/$(STATE)/tmp" functions=examples/functions.toml queue_url=spool:$(STATE)/spool state=$(STATE)/state $(BIN)/fgateway
 
 demo: .venv/installed
 	@$(BIN)/python examples/demo.py
