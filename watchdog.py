@@ -986,11 +986,15 @@ class BodyTooLarge(FaashoundError):
         super().__init__(f"request body too large; allowed: {limit_bytes} bytes")
 
 
+# The field tells a worker that this is not the function's own answer, so that the call is made again (OpenFaaS).
+_OUR_REFUSAL = ((b"Retry-After", b"1"), (b"X-OpenFaaS-Internal", b"faashound"))
+
+
 class Stopping(FaashoundError):
     """The request did not finish before this server had to end."""
 
     status = 503
-    headers = ((b"Retry-After", b"1"),)
+    headers = _OUR_REFUSAL
     text = "the server is stopping; the request was given up"
 
 
@@ -998,7 +1002,7 @@ class TooManyConnections(FaashoundError):
     """There is no room for another connection, and none that waits for a request could be closed for it."""
 
     status = 503
-    headers = ((b"Retry-After", b"1"),)
+    headers = _OUR_REFUSAL
 
 
 class PeerGone(FaashoundError):

@@ -43,6 +43,7 @@ from typing import NamedTuple, Self
 from bench.ledger import Answer, Books, Fault, Found, Order, Post, Run, audit, parse_runs, table
 from faashound.calls.model import State
 from faashound.calls.names import DEFAULT_NAMESPACE
+from faashound.functions.forkserver import process_name
 from faashound.queues.spool.limits import DATABASE
 from faashound.queues.spool.queue import Spool
 from testkit.harness import Program, crowding, free_port, http_over, http_request, processes_marked, wait_until
@@ -125,6 +126,7 @@ LOCAL_FUNCTIONS = {
     "stuck": 'exec_timeout = "4s"',
     "poison": f'annotations."com.openfaas.retry.attempts" = {POISON_ATTEMPTS_COUNT}',
 }
+WATCHDOGS = {process_name(name): name for name in LOCAL_FUNCTIONS}
 
 SETTINGS = {
     "ack_wait": f"{LEASE_S:g}s",
@@ -397,10 +399,13 @@ class Rig:
             with contextlib.suppress(OSError):  # it has just ended
                 environment = Path(f"/proc/{pid}/environ").read_text(encoding="utf-8").split("\0")
                 name = next((word.partition("=")[2] for word in environment if word.startswith("OPENFAAS_NAME=")), "")
+                shown = Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").rstrip("\n")
                 if name == "worker":
                     yield Target("worker", pid)
-                elif name in LOCAL_FUNCTIONS:
-                    yield Target("watchdog", pid, function=name)
+                elif shown in WATCHDOGS:
+                    yield Target("watchdog", pid, function=WATCHDOGS[shown])
+                elif b"faashound.functions.forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    yield from self.kept(pid)
                 elif has_loop(pid):
                     yield Target("member", pid)
                     yield from self.kept(pid)

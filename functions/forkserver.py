@@ -260,12 +260,17 @@ class Server:
             os.environ.clear()
             os.environ.update(environ)
             with contextlib.suppress(OSError), open("/proc/self/comm", "w", encoding="ascii") as file:
-                file.write("fwatchdog")  # which `ps` shows
+                file.write(process_name(environ.get("OPENFAAS_NAME", "")))
             status = watchdog.main([], os.environ)
         except BaseException:  # noqa: BLE001 - nothing may get back into the server's loop, in another process
             traceback.print_exc()
         finally:
             os._exit(status)
+
+
+def process_name(function: str) -> str:
+    """Return what `ps` shows of the watchdog of a function: the kernel keeps 15 bytes (prctl(2), PR_SET_NAME)."""
+    return f"fw {function}"[:15]
 
 
 def _take_descriptors(fds: Sequence[int], targets: Sequence[int]) -> None:

@@ -145,7 +145,7 @@ def test_forked_watchdog_leads_its_group_and_holds_no_descriptor_of_the_server()
             await call(local, "cat")
             pid = int((await call(local, "f", b"echo $PPID")).body)
             assert os.getpgid(pid) == pid
-            assert psutil.Process(pid).name() == "fwatchdog"
+            assert psutil.Process(pid).name() == "fw f"
             sockets = [fd for fd in os.listdir(f"/proc/{pid}/fd") if _is_seqpacket(pid, fd)]
             assert sockets == []
 
