@@ -241,7 +241,7 @@ def _check_runs(order: Order, call: Found, made: Sequence[Run], cut_count: int) 
 
 def _check_callback(order: Order, call: Found, posts: Sequence[Post], cut_count: int) -> Iterator[str]:
     expected = None
-    if order.callback and call.state in ("done", "dead"):
+    if order.callback and call.state in ("done", "dead", "expired"):
         expected = "dead" if order.callback[-1] == "410" else "delivered"
     if call.callback != expected:
         yield f"its callback is {call.callback}, not {expected}"
