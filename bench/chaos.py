@@ -524,10 +524,10 @@ class Saboteur:
         wait_until(lambda: heirs_gone() or now_s() > at_s + HELD_S, GONE_WITHIN_S, "no more calls can begin there")
         self._thaw(others)
         wait_until(heirs_gone, GONE_WITHIN_S, "what a killed one kept has ended")
-        # A worker that ends with it may still begin a delivery; a call it cannot, as that goes through a gateway.
-        posts_until_s = now_s() if any(each.victim == "worker" for each in heirs) else 0.0
+        # A worker that ends with it may still begin a delivery, and a call of a function that it reaches by itself.
+        begins_until_s = now_s() if any(each.victim == "worker" for each in heirs) else 0.0
         up_s = self._revive(target, at_s)
-        return Fault("kill", target.victim, at_s, up_s, *hit, posts_until_s=posts_until_s)
+        return Fault("kill", target.victim, at_s, up_s, *hit, begins_until_s=begins_until_s)
 
     def _thaw(self, targets: Sequence[Target]) -> None:
         for each in targets:
@@ -589,7 +589,7 @@ class Saboteur:
         time.sleep(OUTAGE_S)
         self._rig.disk.empty()
         until_s = now_s()
-        return Fault("full", "disk", at_s, until_s, *hit, spreads=True, posts_until_s=until_s)
+        return Fault("full", "disk", at_s, until_s, *hit, spreads=True, begins_until_s=until_s)
 
 
 # --------------------------------------------------------------------------------------------------------------------

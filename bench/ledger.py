@@ -101,7 +101,7 @@ class Fault:
     """Something that was done to a part of the system, and which calls and callbacks workers held at that moment.
 
     `until_s` is when it was up again, or had room again.  `spreads` means that whatever ran meanwhile was hit too, and
-    `posts_until_s` that what was posted up to then was: by workers that went on for a moment.
+    `begins_until_s` that what was posted or began to run up to then was: by workers that went on for a moment.
     """
 
     kind: str
@@ -111,7 +111,7 @@ class Fault:
     calls: frozenset[str] = frozenset()
     callbacks: frozenset[str] = frozenset()
     spreads: bool = False
-    posts_until_s: float = 0.0
+    begins_until_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,17 +272,18 @@ def callback_cuts(faults: Iterable[Fault], call_id: str, posts: Sequence[Post]) 
     return sum(
         max(
             call_id in fault.callbacks,
-            sum(fault.at_s - TICK_S <= post.at_s <= fault.posts_until_s + TICK_S for post in posts),
+            sum(fault.at_s - TICK_S <= post.at_s <= fault.begins_until_s + TICK_S for post in posts),
         )
         for fault in faults
     )
 
 
 def _hit_meanwhile(fault: Fault, made: Sequence[Run]) -> int:
-    if not fault.spreads:
-        return 0
-    begin_s, end_s = fault.at_s - TICK_S, fault.until_s + TICK_S
-    return sum(run.start_s <= end_s and (run.end_s is None or run.end_s >= begin_s) for run in made)
+    begin_s = fault.at_s - TICK_S
+    if fault.spreads:
+        end_s = fault.until_s + TICK_S
+        return sum(run.start_s <= end_s and (run.end_s is None or run.end_s >= begin_s) for run in made)
+    return sum(begin_s <= run.start_s <= fault.begins_until_s + TICK_S for run in made)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ def test_audit_sees_a_broken_promise(world: World, problem: str) -> None:
 
 
 KILL = Fault("kill", "worker", 2.2, 2.6, frozenset("a"), frozenset("a"))
-FULL = Fault("full", "disk", 2.4, 3.4, spreads=True, posts_until_s=3.4)
+FULL = Fault("full", "disk", 2.4, 3.4, spreads=True, begins_until_s=3.4)
 
 
 @pytest.mark.parametrize(
