@@ -121,9 +121,9 @@ def test_call_uses_up_no_attempt_while_the_gateway_that_runs_its_function_is_awa
         with System(settings=settings, spool=tmp_path / "spool") as system:
             worker = stack.enter_context(Worker(system, {"max_retry_attempts": "1", "invoke": invoke}))
             assert system.ended(system.submit("cat"))["state"] == "done"
-            call_id = system.submit("cat", b"hello", {"X-Delay": "1s"})
+            call_id = system.submit("cat", b"hello", {"X-Delay": "4s"})  # when all that the gateway kept has ended
             system.kill()
-            worker.wait_log("handed back", 10)
+            worker.wait_log("handed back", 20)
         with System(settings=settings, spool=tmp_path / "spool") as system:
             status = system.ended(call_id)
         assert (status["state"], status["status"], status["attempts"]) == ("done", 200, 1)

@@ -95,7 +95,7 @@ def test_put_that_the_queue_does_not_take_is_503_in_bounded_time(system: System)
         fcntl.flock(held, fcntl.LOCK_EX)
         stuck = system.request("POST", "/async-function/cat", b"x")
     assert stuck.status == 503
-    # Whichever limit is reached first: that of the lock, or that of the call, which may have waited behind another write.
+    # The lock has a limit, and so has the call, which may have waited behind another write: either may be first.
     assert any(
         text in stuck.text for text in (f"held for 8 s by process {os.getpid()}", "has not taken the call within")
     )
