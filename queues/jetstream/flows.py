@@ -74,12 +74,12 @@ class Flow:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """How much a claim may take: from which queues, how many in all, and how many of each name in `room`."""
+    """How much a claim may take: from which queues, how many in all, and how many of each name in `capacity`."""
 
     kind: FlowKind
     queues: tuple[str, ...]
     limit: int
-    room: Mapping[str, int]
+    capacity: Mapping[str, int]
     lease_s: float
 
 
@@ -95,7 +95,7 @@ def parse_delivery(flow: Flow, message: Msg) -> Delivery:
 
 
 def deal(ring: Iterable[Flow], wanted: Wanted, left: dict[str, int], count: int) -> list[Delivery]:
-    """Take up to `count` messages from the stashes, in turns; `left` is the room of names, and shrinks."""
+    """Take up to `count` messages from the stashes, in turns; `left` is the capacity of names, and shrinks."""
     taken: list[Delivery] = []
     flows = [flow for flow in ring if flow.stash]
     while flows and len(taken) < count:
@@ -103,7 +103,7 @@ def deal(ring: Iterable[Flow], wanted: Wanted, left: dict[str, int], count: int)
             if len(taken) < count and flow.stash and left.get(flow.name.name, 1) > 0:
                 taken.append(flow.stash.pop(0))
                 if flow.name.name in left:
-                    left[flow.name.name] -= 1  # one name in two queues shares one room
+                    left[flow.name.name] -= 1  # one name in two queues shares one capacity
         flows = [flow for flow in flows if flow.stash and left.get(flow.name.name, 1) > 0]
     return taken
 
@@ -211,7 +211,7 @@ class Flows:
         ahead = self._ahead.pop(wanted.kind, None)
         if ahead is not None:
             await ahead
-        left = dict(wanted.room)
+        left = dict(wanted.capacity)
         taken = deal(self._ring(wanted), wanted, left, wanted.limit)
         dry: set[Flow] = set()
         looked_again = False
@@ -268,11 +268,13 @@ class Flows:
         """The flows that may be served, beginning behind the one that was served last."""
         if self._order is None:
             self._order = sorted(self._flows.values(), key=lambda flow: (flow.name.queue, flow.name.name))
-        room = wanted.room if left is None else left
+        capacity = wanted.capacity if left is None else left
         flows = [
             flow
             for flow in self._order
-            if flow.name.kind == wanted.kind and flow.name.queue in wanted.queues and room.get(flow.name.name, 1) > 0
+            if flow.name.kind == wanted.kind
+            and flow.name.queue in wanted.queues
+            and capacity.get(flow.name.name, 1) > 0
         ]
         last = self._last[wanted.kind]
         after = [flow for flow in flows if (flow.name.queue, flow.name.name) > last]

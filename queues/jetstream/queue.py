@@ -353,16 +353,18 @@ class JetStream:
         return name
 
     async def claim(
-        self, queues: Sequence[str], owner: str, lease_s: float, limit: int, room: Mapping[str, int] | None = None
+        self, queues: Sequence[str], owner: str, lease_s: float, limit: int, capacity: Mapping[str, int] | None = None
     ) -> list[Lease]:
-        """Lease up to `limit` due calls from `queues`, and no more of a function than `room` says."""
-        return await self._claim("call", owner, Wanted("call", tuple(queues), limit, dict(room or {}), lease_s))
+        """Lease up to `limit` due calls from `queues`, and no more of a function than `capacity` says."""
+        return await self._claim("call", owner, Wanted("call", tuple(queues), limit, dict(capacity or {}), lease_s))
 
     async def claim_callbacks(
-        self, queues: Sequence[str], owner: str, lease_s: float, limit: int, room: Mapping[str, int] | None = None
+        self, queues: Sequence[str], owner: str, lease_s: float, limit: int, capacity: Mapping[str, int] | None = None
     ) -> list[Lease]:
-        """Lease up to `limit` due callbacks of `queues`, and no more of a destination than `room` says."""
-        return await self._claim("callback", owner, Wanted("callback", tuple(queues), limit, dict(room or {}), lease_s))
+        """Lease up to `limit` due callbacks of `queues`, and no more of a destination than `capacity` says."""
+        return await self._claim(
+            "callback", owner, Wanted("callback", tuple(queues), limit, dict(capacity or {}), lease_s)
+        )
 
     async def _claim(self, kind: Kind, owner: str, wanted: Wanted) -> list[Lease]:
         if owner not in self._owners:

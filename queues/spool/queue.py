@@ -292,14 +292,14 @@ class Spool:
         return name
 
     async def claim(
-        self, queues: Sequence[str], owner: str, lease_s: float, limit: int, room: Mapping[str, int] | None = None
+        self, queues: Sequence[str], owner: str, lease_s: float, limit: int, capacity: Mapping[str, int] | None = None
     ) -> list[Lease]:
-        """Leases up to `limit` due calls from `queues`, and no more of a function than `room` says where it names it.
+        """Leases up to `limit` due calls from `queues`, and no more of a function than `capacity` says if it names it.
 
-        A function with no room is passed over. `owner` must be enlisted here. Taking leases costs one commit; finding
-        nothing costs none. If the caller is cancelled, what was claimed for it is released.
+        A function whose capacity is 0 is passed over. `owner` must be enlisted here. Taking leases costs one commit;
+        finding nothing costs none. If the caller is cancelled, what was claimed for it is released.
         """
-        claimant, wanted = self._claimant(owner, lease_s), Wanted(tuple(queues), limit, dict(room or {}))
+        claimant, wanted = self._claimant(owner, lease_s), Wanted(tuple(queues), limit, dict(capacity or {}))
         if limit <= 0:
             return []
         leases = await self._claimed("call", claims.claim_calls, wanted, claimant)
@@ -307,14 +307,14 @@ class Spool:
         return leases
 
     async def claim_callbacks(
-        self, queues: Sequence[str], owner: str, lease_s: float, limit: int, room: Mapping[str, int] | None = None
+        self, queues: Sequence[str], owner: str, lease_s: float, limit: int, capacity: Mapping[str, int] | None = None
     ) -> list[Lease]:
         """Leases up to `limit` due callbacks of calls of `queues`; otherwise as `claim`.
 
-        Destinations take turns as functions do, and `room` is theirs: see `destination_of`. Within one, the longest
+        Destinations take turns as functions do, and `capacity` is theirs: see `destination_of`. Within one, the longest
         due comes first.
         """
-        claimant, wanted = self._claimant(owner, lease_s), Wanted(tuple(queues), limit, dict(room or {}))
+        claimant, wanted = self._claimant(owner, lease_s), Wanted(tuple(queues), limit, dict(capacity or {}))
         if limit <= 0:
             return []
         leases = await self._claimed("callback", claims.claim_callbacks, wanted, claimant)

@@ -223,18 +223,18 @@ def flow(name: str, count: int) -> Flow:
 
 
 @pytest.mark.parametrize(
-    ("flows", "room", "count", "expected"),
+    ("flows", "capacity", "count", "expected"),
     [
         pytest.param({"a": 3, "b": 1}, {}, 9, "a0 b0 a1 a2", id="what-the-short-flow-leaves"),
         pytest.param({"a": 3, "b": 3}, {}, 3, "a0 b0 a1", id="no-more-than-asked"),
-        pytest.param({"a": 3, "b": 3}, {"a": 1}, 9, "a0 b0 b1 b2", id="no-more-than-there-is-room"),
+        pytest.param({"a": 3, "b": 3}, {"a": 1}, 9, "a0 b0 b1 b2", id="no-more-than-its-capacity"),
         pytest.param({"a": 0}, {}, 9, "", id="nothing"),
     ],
 )
-def test_deal_takes_turns(flows: dict[str, int], room: dict[str, int], count: int, expected: str) -> None:
+def test_deal_takes_turns(flows: dict[str, int], capacity: dict[str, int], count: int, expected: str) -> None:
     ring = [flow(name, size) for name, size in flows.items()]
-    wanted = Wanted("call", (QUEUE,), count, room, 1.0)
-    assert " ".join(each.call_id for each in deal(ring, wanted, dict(room), count)) == expected
+    wanted = Wanted("call", (QUEUE,), count, capacity, 1.0)
+    assert " ".join(each.call_id for each in deal(ring, wanted, dict(capacity), count)) == expected
 
 
 # -- keys

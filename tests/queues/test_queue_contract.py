@@ -275,8 +275,8 @@ def functions(leases: list[Lease]) -> str:
     return "".join(lease.call.function.name for lease in leases)
 
 
-def rooms(room: dict[str, int]) -> dict[str, int]:
-    return {parse_function_name(name): count for name, count in room.items()}
+def by_function(capacity: dict[str, int]) -> dict[str, int]:
+    return {parse_function_name(name): count for name, count in capacity.items()}
 
 
 @pytest.mark.parametrize(
@@ -323,29 +323,35 @@ def test_claim_takes_turns_between_queues(desk: Desk) -> None:
 
 
 @pytest.mark.parametrize(
-    ("room", "expected"),
+    ("capacity", "expected"),
     [
-        pytest.param({"a": 0}, "bbb", id="no-room-for-a"),
-        pytest.param({"a": 1, "b": 2}, "abb", id="room-for-some"),
-        pytest.param({"a": 9, "b": 9, "c": 0}, "ababab", id="more-room-than-calls"),
+        pytest.param({"a": 0}, "bbb", id="none-of-a"),
+        pytest.param({"a": 1, "b": 2}, "abb", id="some-of-each"),
+        pytest.param({"a": 9, "b": 9, "c": 0}, "ababab", id="more-than-calls"),
     ],
 )
-def test_claim_takes_no_more_of_a_function_than_there_is_room(desk: Desk, room: dict[str, int], expected: str) -> None:
+def test_claim_takes_no_more_of_a_function_than_its_capacity(
+    desk: Desk, capacity: dict[str, int], expected: str
+) -> None:
     for function in "aaabbb":
         desk.put(function)
-    assert functions(desk.claim(room=rooms(room))) == expected
+    assert functions(desk.claim(capacity=by_function(capacity))) == expected
 
 
-def test_claim_counts_the_room_of_a_function_once_for_all_queues(desk: Desk) -> None:
+def test_claim_counts_the_capacity_of_a_function_once_for_all_queues(desk: Desk) -> None:
     for name in ("q1", "q2"):
         desk.put("f", queue=name)
-    assert len(desk.do(desk.queue.claim(["q1", "q2"], desk.owner, LEASE_S, 9, rooms({"f": 1})))) == 1
+    assert len(desk.do(desk.queue.claim(["q1", "q2"], desk.owner, LEASE_S, 9, by_function({"f": 1})))) == 1
 
 
 def test_claim_takes_functions_of_two_namespaces_for_two(desk: Desk) -> None:
     for function in ("f.dev", "f.dev", "f.prod", "f.prod"):
         desk.put(function)
-    assert [lease.call.function for lease in desk.claim(3, room=rooms({"f.dev": 1}))] == ["f.dev", "f.prod", "f.prod"]
+    assert [lease.call.function for lease in desk.claim(3, capacity=by_function({"f.dev": 1}))] == [
+        "f.dev",
+        "f.prod",
+        "f.prod",
+    ]
 
 
 def test_claim_is_refused_for_an_owner_not_enlisted_here(desk: Desk) -> None:
@@ -729,22 +735,22 @@ def destinations(leases: list[Lease]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("owed", "limit", "room", "expected"),
+    ("owed", "limit", "capacity", "expected"),
     [
         pytest.param("aaaab", 2, {}, "ab", id="one-of-each"),
         pytest.param("aaaabbc", 7, {}, "abcabaa", id="round-after-round"),
         pytest.param("cba", 2, {}, "ab", id="not-by-arrival"),
-        pytest.param("aaabbb", 9, {"a:80": 0}, "bbb", id="no-room-for-a"),
-        pytest.param("aaabbb", 9, {"a:80": 1, "b:80": 2}, "abb", id="room-for-some"),
-        pytest.param("aab", 9, {"a:80": 9, "c:80": 0}, "aba", id="more-room-than-callbacks"),
+        pytest.param("aaabbb", 9, {"a:80": 0}, "bbb", id="none-of-a"),
+        pytest.param("aaabbb", 9, {"a:80": 1, "b:80": 2}, "abb", id="some-of-each"),
+        pytest.param("aab", 9, {"a:80": 9, "c:80": 0}, "aba", id="more-than-callbacks"),
     ],
 )
 def test_claim_callbacks_takes_turns_between_destinations(
-    desk: Desk, owed: str, limit: int, room: dict[str, int], expected: str
+    desk: Desk, owed: str, limit: int, capacity: dict[str, int], expected: str
 ) -> None:
     for name in owed:
         desk.owe(f"http://{name}/")
-    assert destinations(desk.claim_callbacks(limit, room=room)) == expected
+    assert destinations(desk.claim_callbacks(limit, capacity=capacity)) == expected
 
 
 def test_claim_callbacks_goes_on_behind_the_destination_it_served_last(desk: Desk) -> None:
@@ -753,7 +759,7 @@ def test_claim_callbacks_goes_on_behind_the_destination_it_served_last(desk: Des
     assert "".join(destinations(desk.claim_callbacks(limit)) for limit in (1, 1, 1, 2, 1)) == "abcabc"
 
 
-def test_claim_callbacks_counts_the_room_of_a_destination_once_for_all_queues(desk: Desk) -> None:
+def test_claim_callbacks_counts_the_capacity_of_a_destination_once_for_all_queues(desk: Desk) -> None:
     for queue in ("q1", "q2"):
         desk.owe("http://a/", queue)
     assert len(desk.do(desk.queue.claim_callbacks(["q1", "q2"], desk.owner, LEASE_S, 9, {"a:80": 1}))) == 1
@@ -976,7 +982,7 @@ def test_stats_count_calls_and_callbacks(desk: Desk) -> None:
         desk.put(function, callback_url="http://caller/")
     desk.finish(desk.claim_one())
     desk.do(desk.queue.callback_dead(desk.claim_callback(), desk.attempt()))
-    desk.finish(desk.claim(1, room={F: 0})[0])
+    desk.finish(desk.claim(1, capacity={F: 0})[0])
     desk.put("f", due_s=START_S + 99)
     desk.clock.now_s += 7
     stats = desk.do(desk.queue.stats())

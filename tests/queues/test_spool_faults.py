@@ -383,7 +383,7 @@ def test_callbacks_of_an_older_file_belong_to_the_queues_of_their_calls(
     ]
     old_file(tmp_path / "spool", 2, "".join(rows), monkeypatch)
     desk = Desk(tmp_path / "spool")
-    assert [lease.call.id for lease in desk.claim_callbacks(room={"a:80": 1})] == ["id1", "id3"]
+    assert [lease.call.id for lease in desk.claim_callbacks(capacity={"a:80": 1})] == ["id1", "id3"]
     assert desk.get("id5").function == "f.openfaas-fn"
     desk.do(desk.spool.requeue_callback("id5"))
     assert [lease.call.id for lease in desk.claim_callbacks()] == ["id2", "id5"]
@@ -394,7 +394,7 @@ def test_calls_of_an_older_file_are_of_the_default_namespace(tmp_path: Path, mon
     old_file(tmp_path / "spool", 2, old_call(1, "queued") + old_call(2, "dead"), monkeypatch)
     desk = Desk(tmp_path / "spool")
     f = parse_function_name("f")
-    assert [lease.call.function for lease in desk.claim(room={f: 9})] == [f]
+    assert [lease.call.function for lease in desk.claim(capacity={f: 9})] == [f]
     assert {call.id for call in desk.do(desk.spool.calls(function=f))} == {"id1", "id2"}
     desk.close()
 
