@@ -8,7 +8,7 @@ and a receiver of callbacks run as real processes on one spool.  Asynchronous ca
 without callbacks, delays, expiries, idempotency keys, large bodies, ids of their own; some are cancelled.  Functions
 and receiver answer by a script that travels in the path.  Meanwhile, at random instants, one after the other: kill -9,
 SIGTERM and SIGSTOP (a worker: past its lease) of gateway, worker and watchdog; the receiver down; the disk full.  With
-`--workers` the gateway is several processes, and each of them, its members, is killed and stopped as well.
+`--workers` the gateway is several worker processes, and each of them is killed and stopped as well.
 
 At the end everything is up again and must drain.  What is audited, and what a broken promise is, stands in
 bench/ledger.py, whose table is printed.  The exit status is 1 after a broken promise.  The same seed gives the same
@@ -54,7 +54,7 @@ LEASE_S = 3.0
 DRAIN_TIMEOUT_S = 8.0
 UPSTREAM_TIMEOUT_S = 8.0
 TERM_LIMIT_S = {"gateway": DRAIN_TIMEOUT_S + UPSTREAM_TIMEOUT_S, "worker": DRAIN_TIMEOUT_S, "watchdog": 6.0}
-STOP_S = {"gateway": 1.0, "member": 1.0, "worker": 1.5 * LEASE_S, "watchdog": 1.0}
+STOP_S = {"gateway": 1.0, "gateway process": 1.0, "worker": 1.5 * LEASE_S, "watchdog": 1.0}
 SLOW_S = 0.3
 HELD_S = 1.0  # for others than those that end: one may have stopped with the queue's lock, which these want to end
 OUTAGE_S = 1.5  # of receiver and disk
@@ -147,7 +147,7 @@ DECK: Counter[Strike] = Counter(
     | {("stop", victim): 1 for victim in VICTIMS}
     | {("down", "receiver"): 1, ("full", "disk"): 1}
 )
-MEMBERS_DECK: Counter[Strike] = Counter({("kill", "member"): 10, ("stop", "member"): 1})
+PROCESSES_DECK: Counter[Strike] = Counter({("kill", "gateway process"): 10, ("stop", "gateway process"): 1})
 
 
 def now_s() -> float:
@@ -261,7 +261,7 @@ def perform(step: str) -> int:
 
 
 def reply(request: BaseHTTPRequestHandler, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
-    """Answer a request; whoever asked may be dead by now."""
+    """Answer a request; its sender may be dead by now."""
     with contextlib.suppress(ConnectionError):
         request.send_response(status)
         for name, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
@@ -314,7 +314,7 @@ class Disk:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A process to be hurt.  `program` is what has to be started again by us; None if a keeper does that."""
+    """A process to be hurt.  `program` is what has to be started again by us; None if a supervisor does that."""
 
     victim: str
     pid: int
@@ -394,7 +394,7 @@ class Rig:
         self._live.remove(program)
 
     def kept(self, parent: int | None = None) -> Iterator[Target]:
-        """Yield the processes that the gateway keeps running: worker, watchdogs of local functions, its own members."""
+        """Yield what the gateway keeps running: worker, watchdogs of local functions, its own worker processes."""
         for pid in sorted(children_of(self.gateway.pid if parent is None else parent)):
             with contextlib.suppress(OSError):  # it has just ended
                 environment = Path(f"/proc/{pid}/environ").read_text(encoding="utf-8").split("\0")
@@ -407,7 +407,7 @@ class Rig:
                 elif b"faashound.functions.forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes():
                     yield from self.kept(pid)
                 elif has_loop(pid):
-                    yield Target("member", pid)
+                    yield Target("gateway process", pid)
                     yield from self.kept(pid)
 
     def targets(self, victim: str) -> list[Target]:
@@ -418,8 +418,8 @@ class Rig:
         return [*found, Target(victim, self.worker.pid, self.worker)] if victim == "worker" else found
 
     def senders(self) -> list[Target]:
-        """Return the processes that send calls to functions: workers and, if the gateway is several, its members."""
-        return [*self.targets("worker"), *self.targets("member")]
+        """Return what sends calls to functions: workers, and the worker processes of a gateway that has several."""
+        return [*self.targets("worker"), *self.targets("gateway process")]
 
     def in_flight(self, target: Target) -> InFlight:
         """Return what is in the hands of those workers that a fault of the target concerns."""
@@ -443,17 +443,17 @@ class Rig:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def deck(rng: random.Random, *, members: bool = False) -> list[Strike]:
-    """Return all faults in random order, with those of a gateway's members if it has any."""
-    strikes = list((DECK + MEMBERS_DECK if members else DECK).elements())
+def deck(rng: random.Random, *, several: bool = False) -> list[Strike]:
+    """Return all faults in random order, with those of a gateway's worker processes if it has several."""
+    strikes = list((DECK + PROCESSES_DECK if several else DECK).elements())
     rng.shuffle(strikes)
     return strikes
 
 
-def strikes_until(deadline_s: float, rng: random.Random, *, members: bool = False) -> Iterator[Strike]:
+def strikes_until(deadline_s: float, rng: random.Random, *, several: bool = False) -> Iterator[Strike]:
     """Yield faults, deck after deck, until the deadline (monotonic)."""
     while True:
-        for strike in deck(rng, members=members):
+        for strike in deck(rng, several=several):
             if time.monotonic() > deadline_s:
                 return
             yield strike
@@ -482,7 +482,7 @@ class Saboteur:
         self._deeds: dict[str, Callable[[Target], Fault]] = {"kill": self._kill, "term": self._term, "stop": self._stop}
 
     def strike(self, kind: str, victim: str) -> None:
-        """Do it, and wait until whatever was hurt is back, unless somebody else brings it back."""
+        """Do it, and wait until what was hurt is back, unless its supervisor brings it back."""
         if victim == "receiver":
             fault = self._down()
         elif victim == "disk":
@@ -507,25 +507,25 @@ class Saboteur:
     def _kill(self, target: Target) -> Fault:
         """kill -9.  It is stopped first, so that what is in flight when it dies can be read.
 
-        So is all that ends with it, and whoever else could send that a call until it has.
+        So is all that ends with it, and each process that could send that a call, until it has ended.
         """
         self._freeze(target)
-        heirs = self._heirs(target)
-        others = [each for each in self._rig.senders() if each not in (target, *heirs)] if heirs else []
-        for each in (*heirs, *others):
+        dependents = self._dependents(target)
+        others = [each for each in self._rig.senders() if each not in (target, *dependents)] if dependents else []
+        for each in (*dependents, *others):
             self._freeze(each)
         hit, at_s = self._rig.in_flight(target), now_s()
         os.kill(target.pid, signal.SIGKILL)
-        self._thaw(heirs)
+        self._thaw(dependents)
 
-        def heirs_gone() -> bool:
-            return all(is_gone(each.pid) for each in heirs)
+        def dependents_gone() -> bool:
+            return all(is_gone(each.pid) for each in dependents)
 
-        wait_until(lambda: heirs_gone() or now_s() > at_s + HELD_S, GONE_WITHIN_S, "no more calls can begin there")
+        wait_until(lambda: dependents_gone() or now_s() > at_s + HELD_S, GONE_WITHIN_S, "no more calls can begin there")
         self._thaw(others)
-        wait_until(heirs_gone, GONE_WITHIN_S, "what a killed one kept has ended")
+        wait_until(dependents_gone, GONE_WITHIN_S, "what a killed one kept has ended")
         # A worker that ends with it may still begin a delivery, and a call of a function that it reaches by itself.
-        begins_until_s = now_s() if any(each.victim == "worker" for each in heirs) else 0.0
+        begins_until_s = now_s() if any(each.victim == "worker" for each in dependents) else 0.0
         up_s = self._revive(target, at_s)
         return Fault("kill", target.victim, at_s, up_s, *hit, begins_until_s=begins_until_s)
 
@@ -534,11 +534,11 @@ class Saboteur:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(each.pid, signal.SIGCONT)
 
-    def _heirs(self, target: Target) -> list[Target]:
-        """Return what ends with a gateway, or with the one of its members that keeps worker and functions."""
+    def _dependents(self, target: Target) -> list[Target]:
+        """Return what ends with a gateway, or with the one of its worker processes that keeps worker and functions."""
         if target.victim == "gateway":
             return list(self._rig.kept())
-        return list(self._rig.kept(target.pid)) if target.victim == "member" else []
+        return list(self._rig.kept(target.pid)) if target.victim == "gateway process" else []
 
     def _term(self, target: Target) -> Fault:
         """SIGTERM: it takes no longer than its drain limit, and justifies nothing."""
@@ -563,7 +563,7 @@ class Saboteur:
         return Fault("stop", target.victim, at_s, now_s(), *hit)
 
     def _revive(self, target: Target, at_s: float) -> float:
-        """Return when the target was up again; `at_s` if a keeper sees to that."""
+        """Return when the target was up again; `at_s` if a supervisor sees to that."""
         if target.program is None:
             wait_until(lambda: is_gone(target.pid), GONE_WITHIN_S, "the process has ended")
             return at_s
@@ -583,8 +583,8 @@ class Saboteur:
 
     def _fill(self) -> Fault:
         """No room for OUTAGE_S; what ran meanwhile may have to run again, as its outcome could not be kept."""
-        everybody, at_s = Target("gateway", self._rig.gateway.pid), now_s()
-        hit = self._rig.in_flight(everybody)
+        gateway, at_s = Target("gateway", self._rig.gateway.pid), now_s()
+        hit = self._rig.in_flight(gateway)
         self._rig.disk.fill()
         time.sleep(OUTAGE_S)
         self._rig.disk.empty()
@@ -668,7 +668,7 @@ class Load:
             self._submit(order, body)
 
     def _submit(self, order: Order, body: bytes) -> None:
-        """Send an order: again while nobody is there, and one with a key until it is certain."""
+        """Send an order: again while no gateway answers, and one with a key until it is certain."""
         end_s = time.monotonic() + PATIENCE_S
         while True:
             answer = self._send(order, body)
@@ -821,7 +821,7 @@ def main() -> int:
     plan = f"{options.minutes:g} minutes, {options.rate:g} calls a second, {options.workers} workers of the gateway"
     print(f"seed {options.seed}, {plan}", flush=True)
     deadline_s = time.monotonic() + 60 * options.minutes
-    strikes = strikes_until(deadline_s, random.Random(options.seed), members=options.workers > 1)
+    strikes = strikes_until(deadline_s, random.Random(options.seed), several=options.workers > 1)
     with tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as directory:
         verdict = run_chaos(Path(directory), options.seed, strikes, options.rate, workers_count=options.workers)
     print(f"\n{verdict.ledger}\n")

@@ -25,7 +25,7 @@ from .names import FunctionName
 INLINE_BYTES = 64 * 1024  # up to here a row is cheaper than a file (sqlite.org/intern-v-extern-blob.html)
 
 
-EXCERPT_BYTES = 4 * 1024  # of the last response, kept as long as the call for whoever asks why it failed
+EXCERPT_BYTES = 4 * 1024  # of the last response, kept as long as the call, to tell why it failed
 
 
 HISTORY_COUNT = 50  # attempts remembered per call
@@ -106,7 +106,7 @@ class CallNotDead(FaashoundError):
 
 
 class LeaseLost(FaashoundError):
-    """Someone else has the call by now: drop the result, write nothing more."""
+    """The lease has ended, or another worker has the call: drop the result, write nothing more."""
 
     status = 409
 
@@ -262,7 +262,7 @@ class RunEnd:
 
 @dataclass(frozen=True, slots=True)
 class Renewal:
-    """What a worker learns by renewing: ids whose lease is gone, and ids that someone wants cancelled."""
+    """What a worker learns by renewing: ids whose lease is gone, and ids of calls that are to be cancelled."""
 
     lost: frozenset[str]
     cancelled: frozenset[str]

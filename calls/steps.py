@@ -217,7 +217,7 @@ _ACCEPTED = tuple(each.name for each in fields(NewCall) if each.name not in _CHA
 def check_held(hold: Hold | None, lease: Lease) -> None:
     """Raise LeaseLost unless `lease` still is the one on this call."""
     if hold != (lease.kind, lease.owner, lease.fence):
-        raise LeaseLost(f"the lease on call {lease.call.id} has passed to someone else")
+        raise LeaseLost(f"the lease on call {lease.call.id} has ended, or passed to another worker")
 
 
 # ---------------------------------------------------------------------------------------------------------------

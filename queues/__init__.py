@@ -4,8 +4,9 @@ Use:
 
     queue = await open_queue(parse_queue_url("nats://n1:4222,n2:4222"), parse_settings(NatsSettings, environ))
 
-Contract: both keep the interface `Queue`, with the types, the errors and the promises that spool.py states, and one
-test suite runs against both (tests/queues/test_queue_contract.py).  Whoever holds a Queue does not know which it is.
+Contract: both keep the interface `Queue`, with the types, the errors and the promises that queues/spool/queue.py
+states, and one test suite runs against both (tests/queues/test_queue_contract.py).  Code that holds a Queue does not
+know which it is.
 
 What it refuses to do: take credentials from a URL, which is logged; they come from settings and from files.
 """
@@ -39,7 +40,7 @@ from .urls import QueueUrl
 
 
 class Queue(Protocol):
-    """What gateways, workers and people need of a queue; every method is described at `spool.Spool`."""
+    """What gateways, workers and people need of a queue; every method is described at `spool.queue.Spool`."""
 
     token: str
 

@@ -73,7 +73,7 @@ async def migrate(source: Path, target: Target, report: Callable[[str], None]) -
 
 
 def _check_idle(source: Path) -> None:
-    """Raise QueueUnavailable if a worker lives on the spool: each holds a lock on a file in `owners/` (spool.py)."""
+    """Raise QueueUnavailable if a worker lives on the spool: each locks a file in `owners/` (spool/owners.py)."""
     owners = source / "owners"
     for path in owners.iterdir() if owners.is_dir() else ():
         fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)

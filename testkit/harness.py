@@ -110,7 +110,7 @@ def said(
     deadline_s: float = 60.0,
     environment: Mapping[str, str] = os.environ,
 ) -> str:
-    """Run a command and return what it prints; AssertionError with its complaint if it fails."""
+    """Run a command and return what it prints; AssertionError with what it says of its failure."""
     done = subprocess.run(
         command,
         input=stdin,
@@ -280,7 +280,7 @@ class Program:
         )
 
     def survivors(self) -> set[int]:
-        """Return the ids of all processes besides it that carry its mark, whoever their parent is now."""
+        """Return the ids of all processes besides it that carry its mark, whatever their parent is now."""
         return processes_marked(self.mark) - {self.pid}
 
     def functions(self) -> set[int]:
@@ -540,7 +540,7 @@ def parse(received: bytes, methods: Sequence[str] = ()) -> list[Answer]:
 
 
 def free_port() -> int:
-    """Return a port that nobody listened on a moment ago."""
+    """Return a port that was free a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -119,7 +119,7 @@ def unlink_orphans(bodies_fd: int, files: Iterable[str]) -> int:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             count += unlink_bodies(bodies_fd, [name])
         except BlockingIOError:
-            pass  # someone is still writing it
+            pass  # it is still being written
         finally:
             os.close(fd)
     return count

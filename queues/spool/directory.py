@@ -30,8 +30,8 @@ from .limits import DATABASE, LOCK_PAUSE_S, LOCK_S
 # two processes ever checkpoint at once. SQLite's own locking stays on: the flock is for turns, not for safety.
 #
 # What is in the directory is trusted: the token opens `/system`, a row is a call that is run. So directory and files
-# must be ours, and nobody else may write them. Wider modes are refused and not mended, as there is no telling what was
-# written meanwhile; modes that only let others read are the operator's business. The directory is looked at first:
+# must be ours, and no other user may write them. Wider modes are refused and not mended, as there is no telling what
+# was written meanwhile; modes that only let others read are the operator's business. The directory is looked at first:
 # where only we can make names, nothing can be exchanged between a look and its use. All that we open below it is opened
 # without following a link.
 # --------------------------------------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def _lock_holder(lock_fd: int) -> str:
         for fields in map(str.split, file):
             if fields[1] == "FLOCK" and fields[5].rpartition(":")[2] == inode:
                 return f"process {fields[4]}"
-    return "somebody"
+    return "a process that /proc/locks does not show"
 
 
 def open_directory(path: Path) -> SpoolDirectory:
@@ -165,13 +165,13 @@ def _check_name(root_fd: int, path: Path) -> None:
 
 
 def _check_ours(path: Path, info: os.stat_result) -> None:
-    """QueueUnavailable unless it is a file or directory of ours that nobody else may write."""
+    """QueueUnavailable unless it is a file or directory of ours that no other user may write."""
     if info.st_uid != os.geteuid() or not (stat.S_ISREG(info.st_mode) or stat.S_ISDIR(info.st_mode)):
         raise _not_ours(path, info)
     if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise QueueUnavailable(
             f"{path} may be written by others (mode {stat.S_IMODE(info.st_mode):04o}), and what is in it is trusted."
-            f" If nobody has tampered with it: chmod go-w {shlex.quote(str(path))}"
+            f" If it has not been tampered with: chmod go-w {shlex.quote(str(path))}"
         )
 
 

@@ -36,7 +36,7 @@ def sqlite_error(error: sqlite3.Error) -> FaashoundError:
 
 
 def open_error(path: Path, error: OSError) -> FaashoundError:
-    """Says what an operator needs: which path, whose it is, and who we are."""
+    """Says what an operator needs: which path, the user that it belongs to, and the user that this process runs as."""
     if error.errno not in (errno.EACCES, errno.EPERM):
         return type(disk_error(error))(f"cannot use the queue in {path}: {error.strerror}")
     place = Path(error.filename) if isinstance(error.filename, str) else path

@@ -56,7 +56,7 @@ def _expire(tx: Transaction, sql: str, values: dict[str, float], now_s: float, e
 def follow_clock(tx: Transaction, boot: str, offset_s: float) -> None:
     """Has a wall clock that was set back take with it what was due by then, which would wait for it to catch up.
 
-    `offset_s` is the wall clock less the clock of this boot, which nobody sets; the greatest seen is remembered.
+    `offset_s` is the wall clock less the clock of this boot, which cannot be set; the greatest seen is remembered.
     A clock set forward only lets things come early, and nothing is shifted for it.
     """
     row = tx.db.execute("SELECT boot, offset_s FROM clock").fetchone()
@@ -173,7 +173,7 @@ def drop_payloads(tx: Transaction, rows: Sequence[int]) -> tuple[str, ...]:
 
 
 def truncate_journal(db: sqlite3.Connection) -> None:
-    """Writes the journal back and cuts it to nothing, unless someone reads from it just now: then the next time."""
+    """Writes the journal back and cuts it to nothing, unless a reader is in it just now: then the next time."""
     db.execute("PRAGMA busy_timeout = 0")  # else it would wait for readers, and all writers with it
     try:
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()

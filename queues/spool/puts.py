@@ -125,7 +125,7 @@ def put_all(tx: Transaction, puts: Sequence[Put]) -> None:
         chunk = puts[done_count : done_count + count]
         calls = itertools.chain.from_iterable(_calls_values(put.call) for put in chunk)
         last = tx.db.execute(_sql_put_calls(count), tuple(calls)).lastrowid
-        # Each row got a number one above the greatest (sqlite.org/autoinc.html), and nobody else is writing.
+        # Each row got a number one above the greatest (sqlite.org/autoinc.html), and this transaction alone is writing.
         seqs = itertools.count(cast(int, last) - count + 1)
         requests = itertools.chain.from_iterable(map(_requests_values, seqs, chunk))
         tx.db.execute(_sql_put_requests(count), tuple(requests))

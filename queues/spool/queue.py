@@ -357,7 +357,7 @@ class Spool:
         return await self._write(partial(claims.renew, leases=tuple(leases), boot=self._boot, until_s=until_s))
 
     async def cancelled_ids(self, owner: str) -> frozenset[str]:
-        """The calls that `owner` runs and someone wants cancelled; ask when `wait_for_cancel` returns."""
+        """The calls that `owner` runs and that are to be cancelled; ask when `wait_for_cancel` returns."""
         return await self._read(partial(reads.cancelled_ids, owner=owner))
 
     async def reclaim(self) -> int:
@@ -379,7 +379,7 @@ class Spool:
         dead = {owner for (owner,) in owners if is_dead(self._directory, owner)}
         return ends.take_back(tx, dead, self._boot, self._reclaimed_s, self._now())
 
-    # -- ending a lease on a call: LeaseLost if someone else has it by now
+    # -- ending a lease on a call: LeaseLost if it has ended, or another worker has it by now
 
     async def finish(self, lease: Lease, end: RunEnd) -> None:
         """The call has ended, also when a cancel came too late. On LeaseLost the result's file is dropped."""
@@ -405,7 +405,7 @@ class Spool:
         await self._write(partial(ends.release, lease=lease, now_s=self._now()))
 
     async def finish_cancelled(self, lease: Lease, attempt: Attempt) -> None:
-        """The run was stopped because someone cancelled the call."""
+        """The run was stopped because the call was cancelled."""
         await self._write(partial(ends.finish_cancelled, lease=lease, attempt=attempt))
 
     # -- ending a lease on a callback
@@ -419,7 +419,7 @@ class Spool:
         await self._write(partial(ends.end_callback, lease=lease, attempt=attempt, event=Event.RETRY, due_s=due_s))
 
     async def callback_dead(self, lease: Lease, attempt: Attempt) -> None:
-        """The delivery has failed for good; kept until someone requeues or purges it."""
+        """The delivery has failed for good; kept until an operator requeues or purges it."""
         await self._write(partial(ends.end_callback, lease=lease, attempt=attempt, event=Event.GIVE_UP))
 
     # -- waiting
@@ -467,7 +467,7 @@ class Spool:
             self._callback_seen_s = max(self._callback_seen_s, outlook.callback_due_s)
 
     async def wait_for_cancel(self, timeout_s: float) -> bool:
-        """True when someone has asked for the end of a running call, here or elsewhere; see `cancelled_ids`."""
+        """True when the end of a running call has been asked for, here or elsewhere; see `cancelled_ids`."""
         return await self._waited(self._cancel, timeout_s)
 
     async def _waited(self, event: asyncio.Event, timeout_s: float) -> bool:

@@ -130,7 +130,7 @@ class Reserve:
         return f"{DISK_FULL}: {self.free_bytes} bytes are free, and new calls are refused until there are more"
 
     def tell(self) -> None:
-        """A line in the log when that changes, not one for each call that is refused, nor at every turn of the tide."""
+        """A line in the log when that changes, not for each call that is refused, and no more than two in TOLD_S."""
         trouble, now_s = self.trouble(), time.monotonic()
         if trouble is not None and self._full_since_s is None:
             self._full_since_s = now_s

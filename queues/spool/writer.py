@@ -35,9 +35,9 @@ T = TypeVar("T")
 # --------------------------------------------------------------------------------------------------------------------
 # The writer
 #
-# One thread commits for everyone in this process. It takes all operations that wait, runs them in one transaction and
-# answers them together; while that commit is on its way to the disk, the next group gathers. Puts that stand next to
-# each other, which is what a busy gateway's groups are made of, go in by one statement for many. An operation that
+# One thread commits for all callers in this process. It takes all operations that wait, runs them in one transaction
+# and answers them together; while that commit is on its way to the disk, the next group gathers. Puts that stand next
+# to each other, which is what a busy gateway's groups are made of, go in by one statement for many. An operation that
 # fails without having written anything fails alone. One that fails half-way is left out and the others are run again
 # from the start, so a savepoint for each is not needed. When the disk fails, the whole group fails with the same error.
 # --------------------------------------------------------------------------------------------------------------------
@@ -68,7 +68,7 @@ class _Operation:
         return None if isinstance(self.answer, Call) and self.answer.body.file == file else file
 
     def settle(self) -> None:
-        """Answers the one who waits; on the event loop, as it is a future of asyncio."""
+        """Answers the caller that waits; on the event loop, as it is a future of asyncio."""
         if self.future.done():
             return  # cancelled meanwhile
         if self.error is not None:
@@ -163,7 +163,7 @@ class Writer:
             if wake_up:
                 self._on_wake_up(wake_up)
 
-        with contextlib.suppress(RuntimeError):  # the loop was closed without closing the Spool: nobody waits
+        with contextlib.suppress(RuntimeError):  # the loop was closed without closing the Spool: no caller waits
             self._loop.call_soon_threadsafe(settle)
         if wake_up:
             self._notifier.wake(wake_up)
@@ -257,7 +257,7 @@ class Writer:
             problem = error
         except MemoryError:
             problem = QueueUnavailable(NO_MEMORY)
-        except Exception:  # noqa: BLE001 - a thread's boundary: a writer that died here would keep everyone waiting for ever
+        except Exception:  # noqa: BLE001 - a thread's boundary: a writer that died here would keep all callers waiting for ever
             log.exception(f"the queue in {self._directory.path} cannot be written")
             problem = QueueUnavailable("the queue cannot be used: see the log")
         for operation in operations:

@@ -304,7 +304,7 @@ def test_a_whole_call_has_all_of_its_record(wants_callback: bool, chain: list[St
 
 @pytest.mark.parametrize("callback", [None, *CallbackState])
 @pytest.mark.parametrize("state", list(State))
-def test_only_what_is_owed_to_nobody_is_forgotten(state: State, callback: CallbackState | None) -> None:
+def test_only_what_is_owed_to_no_receiver_is_forgotten(state: State, callback: CallbackState | None) -> None:
     owed = callback and Callback(callback, 1, NOW_S, None, None)
     answer = StoredAnswer(BODY, (), None, NOW_S)
     record = record_in(state)._replace(finished_s=NOW_S, callback=owed, answer=answer)

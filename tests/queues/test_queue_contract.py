@@ -359,7 +359,7 @@ def test_claim_is_refused_for_an_owner_not_enlisted_here(desk: Desk) -> None:
         desk.do(desk.queue.claim([QUEUE], "stranger", LEASE_S, 1))
 
 
-def test_claim_gives_back_what_nobody_waits_for_any_more(desk: Desk) -> None:
+def test_claim_gives_back_what_no_caller_waits_for_any_more(desk: Desk) -> None:
     call = desk.put()
 
     async def scenario() -> None:
@@ -503,9 +503,9 @@ def test_cancel_is_refused_when_the_call_has_ended(desk: Desk) -> None:
         desk.do(desk.queue.cancel(call.id))
 
 
-def test_cancel_is_refused_when_nobody_knows_the_call(desk: Desk) -> None:
+def test_cancel_is_refused_when_the_call_is_unknown(desk: Desk) -> None:
     with pytest.raises(CallUnknown):
-        desk.do(desk.queue.cancel("nobody"))
+        desk.do(desk.queue.cancel("unknown"))
 
 
 # -- leases
@@ -565,7 +565,7 @@ def test_lease_is_only_good_for_its_owner(desk: Desk) -> None:
     desk.put()
     lease = desk.claim_one()
     with pytest.raises(LeaseLost):
-        desk.finish(dataclasses.replace(lease, owner="somebody"))
+        desk.finish(dataclasses.replace(lease, owner="another"))
 
 
 def test_lease_on_a_call_is_not_one_on_its_callback(desk: Desk) -> None:
@@ -835,9 +835,9 @@ def test_wait_returns_the_call_as_it_is_when_time_is_up(desk: Desk) -> None:
     assert desk.do(desk.queue.wait(desk.put().id, 0.01)).state is State.QUEUED
 
 
-def test_wait_raises_when_nobody_knows_the_call(desk: Desk) -> None:
+def test_wait_raises_when_the_call_is_unknown(desk: Desk) -> None:
     with pytest.raises(CallUnknown):
-        desk.do(desk.queue.wait("nobody", LONG_S))
+        desk.do(desk.queue.wait("unknown", LONG_S))
 
 
 def test_worker_is_woken_by_a_call_put_elsewhere(desk: Desk) -> None:
@@ -945,7 +945,7 @@ def test_requeue_dead_is_refused_for_any_other_call(desk: Desk) -> None:
     with pytest.raises(CallNotDead, match="queued"):
         desk.do(desk.queue.requeue_dead(desk.put().id))
     with pytest.raises(CallUnknown):
-        desk.do(desk.queue.requeue_dead("nobody"))
+        desk.do(desk.queue.requeue_dead("unknown"))
 
 
 def test_purge_deletes_the_calls_named_with_their_bodies(desk: Desk) -> None:

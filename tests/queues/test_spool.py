@@ -257,7 +257,7 @@ def moved_bodies(desk: Desk) -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_permission(_: Desk) -> Iterator[None]:
-    """EACCES, as when someone has changed an owner or a mode by mistake."""
+    """EACCES, as when an operator has changed an owner or a mode by mistake."""
     want_root("becoming another user")
     os.seteuid(NOBODY)
     yield

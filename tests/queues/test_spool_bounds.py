@@ -167,7 +167,7 @@ def test_cancel_queued_ends_what_waits_of_one_function_and_drops_its_payloads(
 
 
 def test_call_expires_when_it_has_been_due_for_longer_than_the_bound(desk: LimitedDesk) -> None:
-    old, young = desk.put(queue="nobody"), desk.put(queue="nobody", due_s=START_S + 2 * DAY_S)
+    old, young = desk.put(queue="unclaimed"), desk.put(queue="unclaimed", due_s=START_S + 2 * DAY_S)
     desk.clock.now_s += 3 * DAY_S
     assert desk.do(desk.spool.sweep(60, 9 * DAY_S, Bounds(queue_age_s=2 * DAY_S))).expired_count == 1
     assert (desk.get(old.id).state, desk.get(old.id).error) == (State.EXPIRED, "it was not run within max_queue_age")

@@ -484,8 +484,8 @@ def test_sweep_goes_through_more_rows_than_one_step(desk: Desk) -> None:
     assert desk.do(desk.spool.sweep(3600, DAY_S)).call_count == count
 
 
-def test_sweep_expires_calls_of_queues_that_nobody_claims(desk: Desk) -> None:
-    call = desk.put(queue="nobody", expires_s=START_S + 1)
+def test_sweep_expires_calls_of_queues_that_no_worker_claims(desk: Desk) -> None:
+    call = desk.put(queue="unclaimed", expires_s=START_S + 1)
     desk.clock.now_s += 2
     assert desk.do(desk.spool.sweep(3600, DAY_S)).expired_count == 1
     assert desk.get(call.id).state is State.EXPIRED

@@ -123,7 +123,7 @@ def test_disk_is_free_again_when_header_fields_have_filled_it_and_the_calls_have
 
 
 @pytest.mark.parametrize("body", [short_body, long_body], ids=lambda body: body.__name__)
-def test_every_end_of_a_call_goes_on_when_somebody_else_has_filled_the_disk(
+def test_every_end_of_a_call_goes_on_when_another_program_has_filled_the_disk(
     small_disk: Path, desk: Desk, body: Callable[[Desk], StoredBody]
 ) -> None:
     calls = [desk.put(body=body(desk)) for _ in range(6)]

@@ -175,7 +175,7 @@ def test_worker_that_wakes_up_past_its_lease_overwrites_nothing_and_delivers_not
 
 
 def suspend(worker: Worker, spool: Path) -> None:
-    """Stop a worker while it does not write: with the queue's lock in its hands it would stop everybody."""
+    """Stop a worker while it does not write: with the queue's lock in its hands it would stop all the others."""
 
     def stopped_between_two_writes() -> bool:
         worker.process.send_signal(signal.SIGSTOP)

@@ -78,7 +78,7 @@ def test_idle_worker_stops_at_once() -> None:
         assert time.monotonic() - started_s < noise_s()
 
 
-def test_call_that_kills_each_worker_ends_as_a_dead_letter_and_blocks_nobody() -> None:
+def test_call_that_kills_each_worker_ends_as_a_dead_letter_and_blocks_no_other() -> None:
     with System(settings={"max_retry_attempts": "1"}) as system:
         poison = system.submit("shell", b"exec sleep 60")
         for begun in range(1, 5):
@@ -145,7 +145,7 @@ def test_worker_that_slept_past_its_own_lease_ends_the_earlier_run() -> None:
         worker.process.send_signal(signal.SIGSTOP)
         until_s = rows(system.spool, "SELECT until_s FROM leases")[0]["until_s"]
         wait_until(lambda: time.clock_gettime(time.CLOCK_BOOTTIME) > until_s, 5, "the lease has run out")
-        run("worker", ["dead", "list"], {"queue_url": f"spool:{system.spool}"})  # whoever opens the queue takes it back
+        run("worker", ["dead", "list"], {"queue_url": f"spool:{system.spool}"})  # opening takes back
         assert rows(system.spool, "SELECT * FROM leases") == []
         worker.process.send_signal(signal.SIGCONT)
         assert system.ended(call_id)["state"] == "done"
