@@ -21,6 +21,7 @@ from faashound.queues import Queue
 from faashound.queues.spool.limits import DATABASE
 from faashound.queues.spool.queue import Spool
 from faashound.watchdog import FaashoundError
+from testkit.harness import eventually
 from testkit.queue_kit import LEASE_S, QUEUE, START_S, Clock, SpoolDesk, finish, inline, new_call
 
 __all__ = ["LEASE_S", "QUEUE", "START_S", "Clock", "Desk", "Remote", "finish", "inline", "new_call"]
@@ -134,6 +135,16 @@ async def obey(directory: Path, commands: IO[bytes], answers: IO[bytes]) -> None
 def writer_connection(spool: Spool) -> sqlite3.Connection:
     """The connection that writes: what it executes, and how, no user of a queue can see."""
     return spool._writer._db
+
+
+async def writer_has_all(spool: Spool) -> None:
+    """Wait until the thread that writes has taken what was submitted, as far as the loop has got; nothing tells."""
+    await asyncio.sleep(0)
+
+    async def has_all() -> bool:
+        return not spool._writer._gathered and spool._writer._waiting.empty()
+
+    await eventually(has_all, 10, "the writer has taken all that was submitted")
 
 
 def crash_at(spool: Spool, statement: int) -> None:

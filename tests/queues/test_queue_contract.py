@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import os
 import time
-import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from faashound.calls.names import parse_function_name
 from faashound.calls.steps import EXPIRED_ERROR, EXPIRED_STATUS, LOST_ERROR
 from faashound.queues.spool.limits import STEP_COUNT
 from faashound.watchdog import BodyTooLarge
-from testkit.nats_servers import Cluster
+from testkit.harness import eventually
 from testkit.queue_kit import (
     LEASE_S,
     QUEUE,
@@ -55,20 +54,13 @@ F, G = parse_function_name("f"), parse_function_name("g")
 DYING_COUNT = STEP_COUNT + 50  # more than a queue ends in one step
 
 
-@pytest.fixture(scope="session")
-def server() -> Iterator[Cluster]:
-    with Cluster() as cluster:
-        yield cluster
-
-
 @pytest.fixture(params=["spool", "jetstream"])
 def desk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Desk]:
     desk: Desk
     if request.param == "spool":
         desk = SpoolDesk(tmp_path / "spool", uvloop.new_event_loop)
     else:
-        server: Cluster = request.getfixturevalue("server")
-        desk = JetDesk(server.options(f"t{uuid.uuid4().hex[:12]}"), uvloop.new_event_loop)
+        desk = JetDesk(request.getfixturevalue("options"), uvloop.new_event_loop)
     yield desk
     desk.close()
 
@@ -1024,8 +1016,7 @@ def test_body_over_the_limit_is_refused_and_removed(desk: Desk, limit_bytes: int
 
 
 async def something_is_stored(desk: Desk) -> None:
-    while not await desk.stored_bodies():  # noqa: ASYNC110 - nothing announces a body
-        await asyncio.sleep(0.01)
+    await eventually(desk.stored_bodies, LONG_S, "a body is stored")
 
 
 def test_body_whose_sender_fails_is_removed(desk: Desk) -> None:
