@@ -5,8 +5,8 @@ Use:
     queue = await open_queue(parse_queue_url("nats://n1:4222,n2:4222"), parse_settings(NatsSettings, environ))
 
 Contract: both keep the interface `Queue`, with the types, the errors and the promises that queues/spool/queue.py
-states, and one test suite runs against both (tests/queues/test_queue_contract.py).  Code that holds a Queue does not
-know which it is.
+states, and one test suite runs against both (tests/queues/contract/).  Code that holds a Queue does not know which it
+is.
 
 What it refuses to do: take credentials from a URL, which is logged; they come from settings and from files.
 """

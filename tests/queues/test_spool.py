@@ -1,4 +1,4 @@
-"""What only a spool does, beside what every queue promises (test_queue_contract.py): ids, states, commits, files."""
+"""What only a spool does, beside what every queue promises (contract/): ids, states, commits, files."""
 
 from __future__ import annotations
 
