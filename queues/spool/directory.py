@@ -37,6 +37,10 @@ from .limits import DATABASE, LOCK_PAUSE_S, LOCK_S
 # --------------------------------------------------------------------------------------------------------------------
 
 
+class LockHeld(QueueUnavailable):
+    """`writer.lock` could not be had in time; the text names the process that holds it."""
+
+
 TOKEN_CHARS = 32  # at least; ours have 43, which are 256 bits
 
 
@@ -67,7 +71,7 @@ class SpoolDirectory:
     def writer_lock(self) -> Iterator[None]:
         """Holds `writer.lock`: every write, checkpoint and owner look-up happens inside.
 
-        QueueUnavailable if it cannot be had: the process that holds it may be suspended, or stuck on a disk.
+        LockHeld if it cannot be had: the process that holds it may be suspended, or stuck on a disk.
         """
         _take_writer_lock(self.lock_fd)
         try:
@@ -81,7 +85,7 @@ class SpoolDirectory:
 
 
 def _take_writer_lock(lock_fd: int) -> None:
-    """Lock `writer.lock`, within LOCK_S.
+    """Lock `writer.lock`, within LOCK_S; LockHeld after that.
 
     flock(2) has no time limit, so it is asked again and again; a commit holds it for a millisecond or so, and its next
     group needs longer to gather than we sleep, so that processes really take turns.
@@ -94,7 +98,7 @@ def _take_writer_lock(lock_fd: int) -> None:
         except BlockingIOError:
             waited_s = time.monotonic() - started_s
         if waited_s > LOCK_S:
-            raise QueueUnavailable(f"the queue's lock has been held for {LOCK_S:g} s by {_lock_holder(lock_fd)}")
+            raise LockHeld(f"the queue's lock has been held for {LOCK_S:g} s by {_lock_holder(lock_fd)}")
         time.sleep(max(LOCK_PAUSE_S, min(waited_s / 50, 0.02)))
 
 

@@ -27,14 +27,25 @@ from faashound.calls.model import (
 )
 from faashound.calls.names import parse_function_name
 from faashound.calls.steps import EXPIRED_STATUS
-from faashound.queues.spool import database
+from faashound.queues.spool import database, directory
 from faashound.queues.spool.directory import set_aside
 from faashound.queues.spool.limits import BUSY_S, DATABASE, ORPHAN_S, STEP_COUNT
 from faashound.queues.spool.queue import Spool
 from faashound.queues.spool.schema import MIGRATIONS
 from testkit.disks import fill
 from testkit.needed import want_root
-from testkit.spool_kit import LEASE_S, QUEUE, START_S, Desk, Remote, finish, inline, new_call, writer_connection
+from testkit.spool_kit import (
+    LEASE_S,
+    QUEUE,
+    START_S,
+    Desk,
+    Remote,
+    finish,
+    inline,
+    new_call,
+    writer_connection,
+    writer_has_all,
+)
 
 BIG = os.urandom(INLINE_BYTES + 1)
 DAY_S = 86400.0
@@ -547,6 +558,43 @@ def test_reading_does_not_wait_for_a_writer(desk: Desk) -> None:
     with (desk.directory / "writer.lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert desk.get(call.id) == call
+
+
+def test_writes_that_come_while_another_waits_for_the_lock_fail_with_it_and_name_the_holder(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(directory, "LOCK_S", 2.0)
+    call = new_call(body=desk.do(desk.spool.store_body(BIG)))
+
+    async def scenario() -> list[object]:
+        first = asyncio.create_task(desk.spool.put(new_call()))
+        await writer_has_all(desk.spool)
+        return [*await asyncio.gather(first, desk.spool.put(call), desk.spool.reclaim(), return_exceptions=True)]
+
+    with (desk.directory / "writer.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        error, *others = desk.do(scenario())
+    assert isinstance(error, QueueUnavailable)
+    assert f"held for 2 s by process {os.getpid()}" in str(error)
+    assert all(other is error for other in others)
+    assert desk.body_files() == set()
+    assert desk.get(desk.put().id).state is State.QUEUED
+
+
+def test_queue_can_be_closed_while_its_lock_is_held(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(directory, "LOCK_S", 0.2)
+
+    async def scenario() -> object:
+        putting = asyncio.create_task(desk.spool.put(new_call()))
+        await writer_has_all(desk.spool)
+        await desk.spool.close()
+        await asyncio.wait([putting])
+        return putting.exception()
+
+    with (desk.directory / "writer.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        error = desk.do(scenario())
+    assert isinstance(error, QueueUnavailable)
 
 
 def test_open_and_close_leave_no_descriptors_and_no_threads(tmp_path: Path) -> None:
