@@ -103,7 +103,7 @@ class _Move:
             await self._move(call)
         stats = await self._spool.stats()
         left = stats.by_state[State.DEAD] + stats.callback_dead_count + stats.callback_pending_count
-        self._report(f"moved {self._moved_count} calls, {self._known_count} were known, {left} letters stay")
+        self._report(f"moved {self._moved_count} calls, {self._known_count} were known, {left} dead letters stay")
         return Migrated(self._moved_count, self._known_count, left)
 
     async def _queued(self) -> AsyncIterator[Call]:

@@ -19,17 +19,17 @@ from ...calls.model import EXCERPT_BYTES, Bounds, State
 from ...calls.names import FunctionName
 from ...calls.steps import STALE_ERROR
 from ...watchdog import log
-from .limits import BUSY_S, LETTER_BYTES, SET_BACK_S, SPARE_PAGE_COUNT
+from .limits import BUSY_S, DEAD_LETTER_BYTES, SET_BACK_S, SPARE_PAGE_COUNT
 from .notifier import WakeUp
 from .rows import read_stored, save
 from .statements import (
+    SQL_DEAD_LETTER_SIZES,
     SQL_DROP_PAYLOAD,
     SQL_EXPIRING,
     SQL_FILES,
-    SQL_LETTER_SIZES,
     SQL_OLD_CALLS,
     SQL_OLD_DEAD_CALLBACKS,
-    SQL_OLD_LETTERS,
+    SQL_OLD_DEAD_LETTERS,
     SQL_OLD_RESULTS,
     SQL_STALE,
 )
@@ -118,22 +118,25 @@ def drop_calls(tx: Transaction, before_s: float, after: Position) -> Dropped:
     return Dropped(len(rows), files, (rows[-1][1], rows[-1][0]) if len(rows) == tx.step_count else None)
 
 
-def letters_before(db: sqlite3.Connection, now_s: float, bounds: Bounds) -> float:
-    """The time up to which letters are too old, or too many with those that are newer."""
+def dead_letters_before(db: sqlite3.Connection, now_s: float, bounds: Bounds) -> float:
+    """The time up to which dead letters are too old, or too many with those that are newer."""
     before_s = now_s - bounds.dead_s
     left_bytes = float("inf") if bounds.dead_bytes is None else bounds.dead_bytes
     if left_bytes != float("inf"):
-        for finished_s, bytes_count in db.execute(SQL_LETTER_SIZES):
-            left_bytes -= bytes_count + LETTER_BYTES
+        for finished_s, bytes_count in db.execute(SQL_DEAD_LETTER_SIZES):
+            left_bytes -= bytes_count + DEAD_LETTER_BYTES
             if left_bytes < 0 or finished_s <= before_s:
                 return max(before_s, float(finished_s))
     return before_s
 
 
-def drop_letters(tx: Transaction, before_s: float) -> tuple[list[tuple[str, str]], tuple[str, ...]]:
-    """One step of dropping letters; returns id and function of each, and files that nothing names now."""
+def drop_dead_letters(tx: Transaction, before_s: float) -> tuple[list[tuple[str, str]], tuple[str, ...]]:
+    """One step of dropping dead letters; returns id and function of each, and files that nothing names now."""
     values = {"before_s": before_s, "limit": tx.step_count}
-    rows = tx.db.execute(SQL_OLD_LETTERS, values).fetchall() or tx.db.execute(SQL_OLD_DEAD_CALLBACKS, values).fetchall()
+    rows = (
+        tx.db.execute(SQL_OLD_DEAD_LETTERS, values).fetchall()
+        or tx.db.execute(SQL_OLD_DEAD_CALLBACKS, values).fetchall()
+    )
     files = _delete(tx, [seq for seq, _, _ in rows])
     return [(call_id, function) for _, call_id, function in rows], files
 

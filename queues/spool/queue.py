@@ -578,19 +578,19 @@ class Spool:
             expired += count
         results, files = await self._drop_old(housekeeping.drop_results, now_s - keep_results_s)
         calls, more_files = await self._drop_old(housekeeping.drop_calls, now_s - retention_s)
-        letters, letter_files = await self._drop_letters(now_s, bounds)
+        letters, letter_files = await self._drop_dead_letters(now_s, bounds)
         files += more_files + letter_files + await self._drop_orphans()
         await self._write(housekeeping.forget_idle)
         await self._write(lambda _: remove_dead_owners(self._directory), alone=True)
         return Swept(expired, results, calls, files, await self._shrink(), letters)
 
-    async def _drop_letters(self, now_s: float, bounds: Bounds) -> tuple[int, int]:
+    async def _drop_dead_letters(self, now_s: float, bounds: Bounds) -> tuple[int, int]:
         if bounds.dead_s == float("inf") and bounds.dead_bytes is None:
             return 0, 0
-        before_s = await self._read(partial(housekeeping.letters_before, now_s=now_s, bounds=bounds))
+        before_s = await self._read(partial(housekeeping.dead_letters_before, now_s=now_s, bounds=bounds))
         count = files_count = 0
         while True:
-            letters, files = await self._write(partial(housekeeping.drop_letters, before_s=before_s))
+            letters, files = await self._write(partial(housekeeping.drop_dead_letters, before_s=before_s))
             if not letters:
                 return count, files_count
             for call_id, function in letters:

@@ -282,7 +282,7 @@ def test_a_record_makes_sense_after_any_steps(wants_callback: bool, chain: list[
     assert (record.finished_s is not None) == (record.state in FINAL)
     assert (callback is not None) == (wants_callback and record.state in CALLS_BACK)
     assert record.attempts >= 0
-    assert not (steps.may_forget(record, NOW_S + 99) and steps.may_drop_letter(record, NOW_S + 99))
+    assert not (steps.may_forget(record, NOW_S + 99) and steps.may_drop_dead_letter(record, NOW_S + 99))
 
 
 @given(st.booleans(), st.lists(ANY_STEP, max_size=12))
@@ -316,5 +316,5 @@ def test_only_what_is_owed_to_no_receiver_is_forgotten(state: State, callback: C
     assert not steps.may_forget(record, NOW_S)
     assert steps.may_purge(record, state) == (state in FINAL and not under_way)
     letter = callback is CallbackState.DEAD or (state is State.DEAD and not under_way)
-    assert steps.may_drop_letter(record, NOW_S) == letter
-    assert not steps.may_drop_letter(record, NOW_S - 1)
+    assert steps.may_drop_dead_letter(record, NOW_S) == letter
+    assert not steps.may_drop_dead_letter(record, NOW_S - 1)
