@@ -32,7 +32,7 @@ class Desk(SpoolDesk):
 
     @classmethod
     def create(cls, directory: Path) -> None:
-        """Leaves an empty queue."""
+        """Leave an empty queue."""
         asyncio.run(cls.create_spool(directory))
 
     @staticmethod
@@ -60,6 +60,7 @@ class Desk(SpoolDesk):
 
 
 def as_spool(queue: Queue) -> Spool:
+    """Return the queue as what it is, for tests that know."""
     assert isinstance(queue, Spool)
     return queue
 
@@ -95,7 +96,7 @@ class Remote:
         return self.receive()
 
     def crash(self, statement: int, method: str, *args: Any, **kwargs: Any) -> bool:
-        """Kills the process just before its writer's `statement`-th statement; whether the answer came before that."""
+        """Kill the process just before its writer's `statement`-th statement; tell whether it had answered."""
         self.call("crash_at", statement)
         self.send(method, *args, **kwargs)
         try:
@@ -115,7 +116,7 @@ class Remote:
 
 
 async def obey(directory: Path, commands: IO[bytes], answers: IO[bytes]) -> None:
-    """Does what a Remote asks, one thing after another, until killed."""
+    """Do what a Remote asks, one thing after another, until killed."""
     spool = await Spool.open(directory, now=Clock())
     answer: Any = await spool.enlist()
     while True:
@@ -148,6 +149,7 @@ async def writer_has_all(spool: Spool) -> None:
 
 
 def crash_at(spool: Spool, statement: int) -> None:
+    """Have this process killed before the `statement`-th statement of its writer."""
     count = itertools.count(1)
 
     def trace(_: str) -> None:

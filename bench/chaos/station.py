@@ -28,6 +28,7 @@ def now_s() -> float:
 
 
 def digest_of(body: bytes) -> str:
+    """Return what stands for a body in the books."""
     return hashlib.sha256(body).hexdigest()
 
 

@@ -57,7 +57,7 @@ Claimed = tuple[list[Lease], Flow]  # and the flow that was served last
 
 
 def claim_calls(tx: Transaction, wanted: Wanted, last: Flow, claimant: Claimant) -> Claimed:
-    """Takes calls in turns, beginning behind the flow that was served `last`."""
+    """Take calls in turns, beginning behind the flow that was served `last`."""
     if expire(tx, claimant.now_s) == tx.step_count:
         tx.wake_up |= WakeUp.WORK  # more are waiting to be expired, and may hide live ones: come again
     picked = pick(tx.db, CALL_FLOWS, wanted, last, claimant.now_s)
@@ -71,7 +71,7 @@ def claim_calls(tx: Transaction, wanted: Wanted, last: Flow, claimant: Claimant)
 
 
 def claim_callbacks(tx: Transaction, wanted: Wanted, last: Flow, claimant: Claimant) -> Claimed:
-    """Takes callbacks in turns, as `claim_calls` takes calls."""
+    """Take callbacks in turns, as `claim_calls` takes calls."""
     ready = {"now_s": claimant.now_s, "limit": tx.step_count}
     if tx.db.execute(SQL_READY_CALLBACKS, ready).rowcount == tx.step_count:
         tx.wake_up |= WakeUp.WORK  # more are due than one step may touch: come again
@@ -129,6 +129,7 @@ def _walk_flows(
 
 
 def renew(tx: Transaction, leases: Sequence[Lease], boot: str, until_s: float) -> Renewal:
+    """Let leases last until `until_s`, by the clock of this boot; tell which are gone, and what is to be cancelled."""
     lost, cancelled = set(), set()
     for lease in leases:
         cursor = tx.db.execute(

@@ -69,7 +69,7 @@ class SpoolDirectory:
 
     @contextlib.contextmanager
     def writer_lock(self) -> Iterator[None]:
-        """Holds `writer.lock`: every write, checkpoint and owner look-up happens inside.
+        """Hold `writer.lock`: every write, checkpoint and owner look-up happens inside.
 
         LockHeld if it cannot be had: the process that holds it may be suspended, or stuck on a disk.
         """
@@ -113,6 +113,10 @@ def _lock_holder(lock_fd: int) -> str:
 
 
 def open_directory(path: Path) -> SpoolDirectory:
+    """Open the directory of a queue, made if it is not there (0700), whole on disk with its path.
+
+    Raises QueueUnavailable for one that others may write, or that is not ours; OSError.
+    """
     missing = [place for place in (path, *path.parents) if not place.exists()]
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     for place in missing:  # else a power cut may take the directory, and every call in it
@@ -190,6 +194,7 @@ def _not_ours(path: Path, info: os.stat_result) -> QueueUnavailable:
 
 
 def sync_directory(path: Path) -> None:
+    """Have the names in a directory on the disk."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -232,7 +237,7 @@ def _create_token(directory: SpoolDirectory) -> None:
 
 
 def set_aside(directory: Path | str) -> Path:
-    """Moves a queue's file, its journal and its bodies out of the way, whole, under names ending in `.damaged-<time>`.
+    """Move a queue's file, its journal and its bodies out of the way, whole, under names ending in `.damaged-<time>`.
 
     For a person to call once everything that uses the queue is stopped. The next `Spool.open` begins an empty queue.
     Returns the new path of the file. Raises QueueUnavailable when there is nothing to set aside, or no access.

@@ -109,7 +109,7 @@ def _check_names(db: sqlite3.Connection, function: FunctionName) -> None:
 
 
 def put_all(tx: Transaction, puts: Sequence[Put]) -> None:
-    """Queues calls without an idempotency key, all or none; TooManyQueued, sqlite3.IntegrityError if an id is in use.
+    """Queue calls without an idempotency key, all or none; TooManyQueued, sqlite3.IntegrityError if an id is in use.
 
     Python gives its lock away for each row that a statement yields or is run for, and a busy event loop takes its time
     to hand it back: so there is a statement for many rows, of few different lengths, as each has to be prepared.

@@ -129,7 +129,7 @@ class Spool:
     async def open(
         cls, directory: Path, *, limits: QueueLimits | None = None, now: Callable[[], float] = time.time
     ) -> Spool:
-        """Opens the queue in `directory`, or creates it (0700); `now` is the wall clock, in seconds since the epoch.
+        """Open the queue in `directory`, or create it (0700); `now` is the wall clock, in seconds since the epoch.
 
         Brings an older file to the newest version. Raises QueueDamaged, naming file and remedy, for a file that is
         damaged, foreign or newer; QueueUnavailable, naming path and owner, when it may not be used.
@@ -145,7 +145,7 @@ class Spool:
         return spool
 
     async def close(self) -> None:
-        """Finishes the writes under way and lets go of everything; leases still held become void. May be repeated."""
+        """Finish the writes under way and let go of everything; leases still held become void. May be repeated."""
         if self._closed:
             return
         self._closed = True
@@ -187,7 +187,7 @@ class Spool:
     # -- bodies
 
     async def store_body(self, chunks: AsyncIterator[bytes] | bytes, limit_bytes: int | None = None) -> StoredBody:
-        """Makes a body safe before the call that names it is put, or the result finished.
+        """Make a body safe before the call that names it is put, or the result finished.
 
         Up to INLINE_BYTES it stays in memory and goes into the row; beyond that into a file, on disk when this returns.
         The body must be named within ORPHAN_S, else `sweep` takes it for a crash's leftover. Raises BodyTooLarge above
@@ -215,14 +215,14 @@ class Spool:
         return self._bodies.open(body, chunk_bytes)
 
     async def drop_body(self, body: StoredBody) -> None:
-        """Removes the file of a body that no call names."""
+        """Remove the file of a body that no call names."""
         if body.file is not None:
             await self._bodies.drop([body.file])
 
     # -- submitting and following calls
 
     async def put(self, call: NewCall) -> Call:
-        """Queues a call; it is on disk when this returns.
+        """Queue a call; it is on disk when this returns.
 
         The same idempotency key for the same function, while that call is remembered: the earlier Call is returned
         and the new body dropped. Raises KeyReused when that was another request, CallExists when the id is in use,
@@ -259,7 +259,7 @@ class Spool:
         return await self._write(partial(ends.cancel, call_id=call_id, now_s=self._now()))
 
     async def cancel_queued(self, *, function: FunctionName | None = None) -> int:
-        """Cancels every queued call, of one function or of all, and drops their payloads; returns how many.
+        """Cancel every queued call, of one function or of all, and drop their payloads; return how many.
 
         In steps, so calls that come meanwhile may be among them. What runs goes on.
         """
@@ -276,7 +276,7 @@ class Spool:
     # -- owners and leases
 
     async def enlist(self, owner: str | None = None) -> str:
-        """Makes this process an owner of leases, for as long as it lives, and returns the owner's name.
+        """Make this process an owner of leases, for as long as it lives, and return the owner's name.
 
         What an earlier life of the same name still held is taken back. QueueUnavailable if the name is at work.
         """
@@ -294,7 +294,7 @@ class Spool:
     async def claim(
         self, queues: Sequence[str], owner: str, lease_s: float, limit: int, capacity: Mapping[str, int] | None = None
     ) -> list[Lease]:
-        """Leases up to `limit` due calls from `queues`, and no more of a function than `capacity` says if it names it.
+        """Lease up to `limit` due calls from `queues`, and no more of a function than `capacity` says if it names it.
 
         A function whose capacity is 0 is passed over. `owner` must be enlisted here. Taking leases costs one commit;
         finding nothing costs none. If the caller is cancelled, what was claimed for it is released.
@@ -309,7 +309,7 @@ class Spool:
     async def claim_callbacks(
         self, queues: Sequence[str], owner: str, lease_s: float, limit: int, capacity: Mapping[str, int] | None = None
     ) -> list[Lease]:
-        """Leases up to `limit` due callbacks of calls of `queues`; otherwise as `claim`.
+        """Lease up to `limit` due callbacks of calls of `queues`; otherwise as `claim`.
 
         Destinations take turns as functions do, and `capacity` is theirs: see `destination_of`. Within one, the longest
         due comes first.
@@ -352,7 +352,7 @@ class Spool:
             self._write(partial(ends.release, lease=lease, now_s=self._now()))
 
     async def renew(self, leases: Sequence[Lease], lease_s: float) -> Renewal:
-        """Lets the leases last `lease_s` seconds from now; tells which are lost and which calls to cancel."""
+        """Let the leases last `lease_s` seconds from now; tell which are lost and which calls to cancel."""
         until_s = boot_s() + lease_s
         return await self._write(partial(claims.renew, leases=tuple(leases), boot=self._boot, until_s=until_s))
 
@@ -361,7 +361,7 @@ class Spool:
         return await self._read(partial(reads.cancelled_ids, owner=owner))
 
     async def reclaim(self) -> int:
-        """Takes back what dead owners hold and what was not renewed in time; returns how many. `claim` does it too."""
+        """Take back what dead owners hold and what was not renewed in time; return how many. `claim` does it too."""
         return await self._write(self._take_back)
 
     def _reclaim_sometimes(self, tx: Transaction) -> None:
@@ -401,7 +401,7 @@ class Spool:
         return await self._write(partial(ends.retry, lease=lease, attempt=attempt, due_s=due_s, excerpt=kept))
 
     async def release(self, lease: Lease) -> None:
-        """Hands back a call or a callback that was not tried: at once, in its old place, the attempt not counted."""
+        """Hand back a call or a callback that was not tried: at once, in its old place, the attempt not counted."""
         await self._write(partial(ends.release, lease=lease, now_s=self._now()))
 
     async def finish_cancelled(self, lease: Lease, attempt: Attempt) -> None:
@@ -534,7 +534,7 @@ class Spool:
         return await self._write(partial(ends.requeue_callback, call_id=call_id, now_s=self._now()))
 
     async def purge(self, *, state: State, function: FunctionName | None = None, call_id: str | None = None) -> int:
-        """Deletes calls in a final state, except those with a callback under way; returns how many."""
+        """Delete calls in a final state, except those with a callback under way; return how many."""
         if state not in FINAL:
             raise AssertionError(f"calls that are {state.value} are not for purging: cancel them")
         total, position = 0, (0.0, -1)
@@ -562,7 +562,7 @@ class Spool:
     # -- housekeeping
 
     async def sweep(self, keep_results_s: float, retention_s: float, bounds: Bounds | None = None) -> Swept:
-        """Drops results and calls that have been final for longer, leftovers of crashes, and gives their room back.
+        """Drop results and calls that have been final for longer, leftovers of crashes, and give their room back.
 
         Never touches dead letters or calls whose callback is not delivered, except for a dead letter's result, unless
         `bounds` says so; each of those that goes is logged. Works in small steps: writers are never kept waiting for
@@ -599,7 +599,7 @@ class Spool:
             count += len(letters)
 
     async def _drop_old(self, step: DropStep, before_s: float) -> tuple[int, int]:
-        """Repeats a step to its end; returns how many rows and files it has dropped."""
+        """Repeat a step to its end; return how many rows and files it has dropped."""
         position: Position | None = START
         rows = files = 0
         while position is not None:
@@ -615,7 +615,7 @@ class Spool:
         return await self._bodies.drop_orphans(unnamed) if unnamed else 0
 
     async def _shrink(self) -> int:
-        """Returns bytes given back: free pages at the end of the file, and the journal."""
+        """Return bytes given back: free pages at the end of the file, and the journal."""
         before = self._size_bytes()
         with contextlib.suppress(QueueFull):  # moving pages takes room; the rest is moved when there is some
             while await self._write(housekeeping.vacuum):

@@ -15,6 +15,7 @@ from .statements import SQL_ENDED, SQL_NEXT_CALLBACK, SQL_NEXT_DUE
 
 
 def cancelled_ids(db: sqlite3.Connection, owner: str) -> frozenset[str]:
+    """Return the calls that `owner` runs and that are to be cancelled."""
     rows = db.execute(
         "SELECT calls.id FROM leases JOIN calls USING (seq)"
         " WHERE leases.owner = ? AND leases.kind = 'call' AND calls.cancel_requested",
@@ -34,6 +35,7 @@ class CallFilter:
 
 
 def list_calls(db: sqlite3.Connection, wanted: CallFilter) -> list[Call]:
+    """Return a page of calls, without what may be long; CallUnknown if the one that it begins behind is gone."""
     states = State if wanted.state is None else [wanted.state]
     terms: list[tuple[str, object]] = []
     if wanted.function is not None:
@@ -67,6 +69,7 @@ class Outlook:
 
 
 def look_ahead(db: sqlite3.Connection, call_after_s: float, callback_after_s: float, mine: Sequence[str]) -> Outlook:
+    """Return what comes next behind what was due by the times given; `mine` are the owners of this process."""
     (call_due_s,) = db.execute(SQL_NEXT_DUE, {"after_s": call_after_s}).fetchone()
     (callback_due_s,) = db.execute(SQL_NEXT_CALLBACK, {"after_s": callback_after_s}).fetchone()
     owners = db.execute("SELECT owner FROM leases")
@@ -74,6 +77,7 @@ def look_ahead(db: sqlite3.Connection, call_after_s: float, callback_after_s: fl
 
 
 def count_calls(db: sqlite3.Connection, now_s: float, commit_count: int) -> Stats:
+    """Return the queue in figures; it reads an index from end to end."""
     by_function: dict[tuple[FunctionName, State], int] = {}
     by_state = dict.fromkeys(State, 0)
     for state, function, count in db.execute("SELECT state, function, count(*) FROM calls GROUP BY state, function"):

@@ -71,7 +71,7 @@ class _Operation:
         return None if isinstance(self.answer, Call) and self.answer.body.file == file else file
 
     def settle(self) -> None:
-        """Answers the caller that waits; on the event loop, as it is a future of asyncio."""
+        """Answer the caller that waits; on the event loop, as it is a future of asyncio."""
         if self.future.done():
             return  # cancelled meanwhile
         if self.error is not None:
@@ -121,7 +121,7 @@ class Writer:
             self._waiting.put(gathered)
 
     def stop(self) -> None:
-        """Ends the thread after all that was handed over, and closes the connection; blocks until then."""
+        """End the thread after all that was handed over, and close the connection; it blocks until then."""
         self._waiting.put(None)
         self._thread.join()
         with (
@@ -182,7 +182,7 @@ class Writer:
             self._notifier.wake(wake_up)
 
     def _serve(self, group: Sequence[_Operation]) -> int:
-        """Runs the group; afterwards each operation has its answer or its error. Returns whom to wake."""
+        """Run the group; afterwards each operation has its answer or its error. Return whom to wake."""
         self._lock_error = None
         wake_ups: list[int | None] = []
         together: list[_Operation] = []
@@ -219,7 +219,7 @@ class Writer:
         return wake_ups
 
     def _work_without_room(self, operation: _Operation) -> int:
-        """Does a step, if need be with the reserve. First the journal's pages go to their places, which takes room.
+        """Do a step, if need be with the reserve. First the journal's pages go to their places, which takes room.
 
         Results may be larger than what their calls give up, and would use up the whole in the end; then nothing could
         be cancelled or dropped any more. So they get a part of it, and what holds them holds them until there is room.
@@ -245,7 +245,7 @@ class Writer:
             self.tidy()
 
     def tidy(self, *, refill: bool = True) -> None:
-        """Gives the journal's room back, to the reserve; what cannot be done now is done behind a later step."""
+        """Give the journal's room back, to the reserve; what cannot be done now is done behind a later step."""
         with contextlib.suppress(sqlite3.Error, OSError):
             truncate_journal(self._db)
             if refill:
