@@ -140,7 +140,7 @@ class Writer:
             if self._lock_error is not None:
                 behind = self._take_waiting()
                 groups += behind
-                group += _failed(_operations_of(behind), self._lock_error)
+                group += _fail(_operations_of(behind), self._lock_error)
             going = None not in groups
             self._drop_refused(group)
             self._answer(group, wake_up)
@@ -198,7 +198,7 @@ class Writer:
         if together and self._reserve.has_room(bytes_count):
             wake_ups.append(self._guard(together, partial(self._commit, together)))
         else:
-            _failed(together, QueueFull(DISK_FULL))
+            _fail(together, QueueFull(DISK_FULL))
         failed = [operation for operation in group if operation.error is not None]
         refused = [operation for operation in failed if isinstance(operation.error, QueueFull)]
         if refused:
@@ -281,7 +281,7 @@ class Writer:
         except Exception:  # noqa: BLE001 - a thread's boundary: a writer that died here would keep all callers waiting for ever
             log.exception(f"the queue in {self._directory.path} cannot be written")
             problem = QueueUnavailable("the queue cannot be used: see the log")
-        _failed(operations, problem)
+        _fail(operations, problem)
         return None
 
     def _check_place(self) -> None:
@@ -356,7 +356,7 @@ def _operations_of(groups: Iterable[Sequence[_Operation] | None]) -> list[_Opera
     return [operation for group in groups for operation in group or ()]
 
 
-def _failed(operations: Sequence[_Operation], error: Exception) -> Sequence[_Operation]:
+def _fail(operations: Sequence[_Operation], error: Exception) -> Sequence[_Operation]:
     """Fail all of them; return them."""
     for operation in operations:
         operation.error = error
