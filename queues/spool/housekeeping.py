@@ -23,13 +23,13 @@ from .limits import BUSY_S, DEAD_LETTER_BYTES, SET_BACK_S, SPARE_PAGE_COUNT
 from .notifier import WakeUp
 from .rows import read_stored, save
 from .statements import (
-    SQL_DEAD_LETTER_SIZES,
     SQL_DROP_PAYLOAD,
     SQL_EXPIRING,
     SQL_FILES,
+    SQL_LETTER_SIZES,
     SQL_OLD_CALLS,
     SQL_OLD_DEAD_CALLBACKS,
-    SQL_OLD_DEAD_LETTERS,
+    SQL_OLD_LETTERS,
     SQL_OLD_RESULTS,
     SQL_STALE,
 )
@@ -125,7 +125,7 @@ def dead_letters_before(db: sqlite3.Connection, now_s: float, bounds: Bounds) ->
     before_s = now_s - bounds.dead_s
     left_bytes = float("inf") if bounds.dead_bytes is None else bounds.dead_bytes
     if left_bytes != float("inf"):
-        for finished_s, bytes_count in db.execute(SQL_DEAD_LETTER_SIZES):
+        for finished_s, bytes_count in db.execute(SQL_LETTER_SIZES):
             left_bytes -= bytes_count + DEAD_LETTER_BYTES
             if left_bytes < 0 or finished_s <= before_s:
                 return max(before_s, float(finished_s))
@@ -135,10 +135,7 @@ def dead_letters_before(db: sqlite3.Connection, now_s: float, bounds: Bounds) ->
 def drop_dead_letters(tx: Transaction, before_s: float) -> tuple[list[tuple[str, str]], tuple[str, ...]]:
     """One step of dropping dead letters; return id and function of each, and files that nothing names now."""
     values = {"before_s": before_s, "limit": tx.step_count}
-    rows = (
-        tx.db.execute(SQL_OLD_DEAD_LETTERS, values).fetchall()
-        or tx.db.execute(SQL_OLD_DEAD_CALLBACKS, values).fetchall()
-    )
+    rows = tx.db.execute(SQL_OLD_LETTERS, values).fetchall() or tx.db.execute(SQL_OLD_DEAD_CALLBACKS, values).fetchall()
     files = _delete(tx, [seq for seq, _, _ in rows])
     return [(call_id, function) for _, call_id, function in rows], files
 

@@ -35,7 +35,6 @@ class CallFilter:
 
 
 def list_calls(db: sqlite3.Connection, wanted: CallFilter) -> list[Call]:
-    """Return a page of calls, without what may be long; CallUnknown if the one that it begins behind is gone."""
     states = State if wanted.state is None else [wanted.state]
     terms: list[tuple[str, object]] = []
     if wanted.function is not None:

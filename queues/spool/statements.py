@@ -87,7 +87,7 @@ SQL_STALE = f"""
 """
 
 
-SQL_OLD_DEAD_LETTERS = """
+SQL_OLD_LETTERS = """
     SELECT seq, id, function FROM calls INDEXED BY calls_dead WHERE state = 'dead' AND finished_s <= :before_s
     AND NOT EXISTS (SELECT 1 FROM callbacks WHERE callbacks.seq = calls.seq AND state IN ('pending', 'running'))
     LIMIT :limit
@@ -100,7 +100,7 @@ SQL_OLD_DEAD_CALLBACKS = """
 """
 
 
-SQL_DEAD_LETTER_SIZES = """
+SQL_LETTER_SIZES = """
     SELECT finished_s, requests.bytes_count + coalesce(results.bytes_count, 0)
     FROM calls JOIN requests USING (seq) LEFT JOIN results USING (seq)
     WHERE seq IN (SELECT seq FROM calls INDEXED BY calls_dead WHERE state = 'dead')

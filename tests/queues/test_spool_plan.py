@@ -18,7 +18,7 @@ from faashound.queues.spool.statements import (
     SQL_NEXT_DUE,
     SQL_OLD_CALLS,
     SQL_OLD_DEAD_CALLBACKS,
-    SQL_OLD_DEAD_LETTERS,
+    SQL_OLD_LETTERS,
     SQL_OLD_RESULTS,
     SQL_READY_CALLBACKS,
     SQL_STALE,
@@ -81,7 +81,7 @@ OLD = {"before_s": 1, "after_s": 0, "after_seq": 0, "limit": 9}
         pytest.param(SQL_OLD_RESULTS, OLD, "results_stored", id="old-results"),
         pytest.param(SQL_OLD_CALLS, OLD, "calls_finished", id="old-calls"),
         pytest.param(SQL_STALE, {"before_s": 1, "limit": 1}, "calls_queued", id="stale"),
-        pytest.param(SQL_OLD_DEAD_LETTERS, {"before_s": 1, "limit": 1}, "calls_dead", id="old-dead-letters"),
+        pytest.param(SQL_OLD_LETTERS, {"before_s": 1, "limit": 1}, "calls_dead", id="old-letters"),
         pytest.param(SQL_OLD_DEAD_CALLBACKS, {"before_s": 1, "limit": 1}, "callbacks_state", id="old-callbacks"),
     ],
 )
