@@ -2791,7 +2791,13 @@ class Client:
                 if once or not (connection.untouched or (connection.silent and method in _IDEMPOTENT)):
                     raise
         connection = await self._connect(url, deadline_s)
-        return await connection.exchange(method, url, headers, body_if_complete(body), length, deadline_s)
+        try:
+            return await connection.exchange(method, url, headers, body_if_complete(body), length, deadline_s)
+        except PeerGone:
+            if not connection.untouched:
+                raise
+        # As a server does that stops with connections which it has not looked at yet.
+        raise Unreachable(f"cannot connect to {url.authority}: it closed the connection unread")
 
     def _kept(self, url: Url, once: bool) -> ClientConnection | None:
         """Return an idle connection that can carry a request, if there is one; `once`: which cannot be repeated."""
@@ -3011,7 +3017,7 @@ class ClientConnection(Connection):
         while self._advancing:  # reset, or the end of TLS, which waits for nothing
             self._go_on()
         if isinstance(exc, BrokenPipeError | ConnectionResetError) and self._socket.family is socket.AF_UNIX:
-            # Reset: closed with our request unread.  One this short is read whole or not at all (unix(7), one buffer).
+            # Reset: closed with our request unread.  One this short is in one buffer, which our servers read whole.
             self.untouched = self.silent and self._sent_bytes - self._confirmed_bytes <= UNIX_WHOLE_BYTES
         elif isinstance(exc, BrokenPipeError):  # in Linux: after an end of stream; a peer that cuts is ECONNRESET
             self._on_closed_by_peer()

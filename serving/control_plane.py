@@ -146,7 +146,7 @@ class ControlPlane:
             case "secrets":
                 return await self.operations.secrets(request, asker)
             case "logs":
-                return self.logs.answer(request)
+                return await self.logs.answer(request)
             case "schedules":
                 return self.operations.schedules(request)
         return None

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import IO, Any
 
+from faashound.calls.model import NewCall
 from faashound.queues import Queue
 from faashound.queues.spool.limits import DATABASE
 from faashound.queues.spool.queue import Spool
@@ -107,6 +108,13 @@ class Remote:
             return True  # refused
         return True
 
+    def put_and_die(self, call: NewCall) -> None:
+        """Have it killed in the moment in which a put is answered."""
+        self.call("die_when_answered")
+        self.send("put", call)
+        self._process.wait()
+        self.kill()
+
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
@@ -119,7 +127,10 @@ async def obey(directory: Path, commands: IO[bytes], answers: IO[bytes]) -> None
     """Do what a Remote asks, one thing after another, until killed."""
     spool = await Spool.open(directory, now=Clock())
     answer: Any = await spool.enlist()
+    dies = False
     while True:
+        if dies and answer is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
         pickle.dump(answer, answers)
         answers.flush()
         method, args, kwargs = pickle.load(commands)
@@ -127,6 +138,8 @@ async def obey(directory: Path, commands: IO[bytes], answers: IO[bytes]) -> None
             if method == "crash_at":
                 crash_at(spool, *args)
                 answer = None
+            elif method == "die_when_answered":
+                dies, answer = True, None
             else:
                 answer = await getattr(spool, method)(*args, **kwargs)
         except FaashoundError as error:

@@ -170,16 +170,21 @@ class Writer:
             log.warning(f"the body of a refused call cannot be removed: {error}")
 
     def _answer(self, group: Sequence[_Operation], wake_up: int) -> None:
+        """Wake the other processes, then answer: a caller that has its 202 may take it that workers know of the call.
+
+        The other way round, a process that dies right after an answer would leave its call to their next look.
+        """
+
         def settle() -> None:
             for operation in group:
                 operation.settle()
             if wake_up:
                 self._on_wake_up(wake_up)
 
-        with contextlib.suppress(RuntimeError):  # the loop was closed without closing the Spool: no caller waits
-            self._loop.call_soon_threadsafe(settle)
         if wake_up:
             self._notifier.wake(wake_up)
+        with contextlib.suppress(RuntimeError):  # the loop was closed without closing the Spool: no caller waits
+            self._loop.call_soon_threadsafe(settle)
 
     def _serve(self, group: Sequence[_Operation]) -> int:
         """Run the group; afterwards each operation has its answer or its error. Return whom to wake."""
