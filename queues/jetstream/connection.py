@@ -5,7 +5,7 @@ request is a future and a timer, not a subscription.
 
 Contract: no write and no read waits longer than WRITE_S; then it raises QueueUnavailable.  Of a write that was on its
 way when its time was up nobody knows whether it happened, as with any network.  `publish` is tried again by itself,
-and knows its own earlier try by a number that goes with it, so it writes once.
+and knows its own earlier try by what it wrote, so it writes once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import contextlib
 import itertools
 import json
 import re
-import secrets
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -40,7 +39,6 @@ WRITE_S = 10.0  # longest wait for an acknowledgement; a leader that dies is rep
 TRY_S = 2.0  # of one try within it
 RETRY_PAUSE_S = 0.1
 
-WRITE_HEADER = "Faashound-Write"
 EXPECTED_HEADER = "Nats-Expected-Last-Subject-Sequence"
 EXPECTED_SUBJECT_HEADER = "Nats-Expected-Last-Subject-Sequence-Subject"
 TTL_HEADER = "Nats-TTL"
@@ -88,9 +86,9 @@ class Write:
     expected: int | None = None
     among: str | None = None
 
-    def fields(self, number: str) -> dict[str, str]:
-        """Return all header fields; `number` tells this write from every other."""
-        fields = {**self.headers, WRITE_HEADER: number}
+    def fields(self) -> dict[str, str]:
+        """Return all header fields."""
+        fields = dict(self.headers)
         if self.expected is not None:
             fields[EXPECTED_HEADER] = str(self.expected)
             if self.among is not None:
@@ -219,10 +217,9 @@ class Connection:
         self.reporter = reporter
         self.on_pulled: Callable[[Msg], None] = lambda _: None
         self.commit_count = 0
-        self._name = secrets.token_hex(6)  # tells our writes from those of others
-        self._numbers = itertools.count()
+        self._numbers = itertools.count()  # of inboxes
         self._loop = asyncio.get_running_loop()
-        self._troubled_s = float("-inf")  # when something could last not be done
+        self.troubled_s = float("-inf")  # when something could last not be done, by the loop's clock
         self._inbox = client.new_inbox()
         self._handlers: dict[str, Callable[[Msg], None]] = {}
 
@@ -233,12 +230,7 @@ class Connection:
     @property
     def healthy(self) -> bool:
         """Whether we are connected, and nothing has failed just now."""
-        return bool(self.client.is_connected) and self._loop.time() - self._troubled_s > WRITE_S
-
-    @property
-    def troubled_s(self) -> float:
-        """When something could last not be done, by the loop's clock."""
-        return self._troubled_s
+        return bool(self.client.is_connected) and self._loop.time() - self.troubled_s > WRITE_S
 
     async def close(self) -> None:
         """Hang up."""
@@ -293,6 +285,11 @@ class Connection:
             raise NoRespondersError
         return answer
 
+    async def tell(self, subject: str, payload: bytes = b"", reply: str = "") -> None:
+        """Say something that is not sure to be heard, and not worth to be tried again."""
+        with contextlib.suppress(NatsError):
+            await self.client.publish(subject, payload, reply)
+
     async def call_api(
         self, operation: str, payload: Mapping[str, Any] | None = None, timeout_s: float = TRY_S
     ) -> Json:
@@ -323,10 +320,10 @@ class Connection:
             except (NatsError, TimeoutError) as error:
                 problem = queue_error(error)
                 if not _may_pass(error):
-                    self._troubled_s = self._loop.time()
+                    self.troubled_s = self._loop.time()
                     raise problem from error
             if deadline_s - self._loop.time() <= RETRY_PAUSE_S:
-                self._troubled_s = self._loop.time()
+                self.troubled_s = self._loop.time()
                 raise problem
             await asyncio.sleep(RETRY_PAUSE_S)
 
@@ -334,8 +331,7 @@ class Connection:
 
     async def publish(self, write: Write) -> int:
         """Store a message; return its revision.  Raises Conflict, QueueUnavailable, QueueFull."""
-        number = f"{self._name}.{next(self._numbers)}"
-        fields, tries = write.fields(number), 0
+        fields, tries = write.fields(), 0
 
         async def send(timeout_s: float) -> int:
             nonlocal tries
@@ -347,20 +343,21 @@ class Connection:
                     raise
                 if tries == 1 and error.err_code == _LAST_SEQUENCE:
                     raise Conflict from error
-                return await self._find_own(write, number)
+                return await self._find_own(write)
             return answer
 
         revision = await self.with_retries(send)
         self.commit_count += 1
         return revision
 
-    async def _find_own(self, write: Write, number: str) -> int:
+    async def _find_own(self, write: Write) -> int:
         """Return the revision of an earlier try that was heard after all; Conflict if another process was faster.
 
-        QueueUnavailable while a write is on its way through the cluster, and it is not known whose it will be.
+        No two processes write the same bytes in the same place, unless they want the same: clocks and owners are in
+        them.  QueueUnavailable while a write is on its way through the cluster, and it is not known whose it will be.
         """
         stored = await self.load(write.among or write.subject)
-        if stored is not None and stored.headers.get(WRITE_HEADER) == number:
+        if stored is not None and (stored.subject, stored.data) == (write.subject, write.payload):
             return stored.revision
         if (0 if stored is None else stored.revision) == write.expected:
             raise QueueUnavailable("a write to this subject is still on its way through the cluster")

@@ -333,8 +333,7 @@ class Flows:
 
     async def _ask(self, flow: Flow, inbox: str, question: Mapping[str, object]) -> None:
         subject = f"$JS.API.CONSUMER.MSG.NEXT.{self._names.queue}.{flow.consumer}"
-        with contextlib.suppress(NatsError):
-            await self._connection.client.publish(subject, json.dumps(question).encode(), inbox)
+        await self._connection.tell(subject, json.dumps(question).encode(), inbox)
 
     def _note(self, flow: Flow, status: str | None) -> None:
         if status in ("409", "503"):  # the consumer is gone, or has no leader now
@@ -428,7 +427,7 @@ class Flows:
     async def ack(self, delivery: Delivery) -> None:
         """The message is done with."""
         delivery.flow.acked = delivery.reply
-        await self._answer(delivery, b"+ACK")
+        await self._connection.tell(delivery.reply, b"+ACK")
 
     async def flush(self) -> None:
         """Return when the servers have heard what was acknowledged: they answer to one behind the others."""
@@ -446,8 +445,4 @@ class Flows:
 
     async def progress(self, delivery: Delivery) -> None:
         """The message is still being worked on."""
-        await self._answer(delivery, b"+WPI")
-
-    async def _answer(self, delivery: Delivery, body: bytes) -> None:
-        with contextlib.suppress(NatsError):
-            await self._connection.client.publish(delivery.reply, body)
+        await self._connection.tell(delivery.reply, b"+WPI")

@@ -148,9 +148,8 @@ class Owners:
 
     async def tell_cancel(self, call_id: str, hold: Hold) -> None:
         """Tell the owner of a call that its end is wanted; if the word is lost, it learns when it renews."""
-        with contextlib.suppress(NatsError):
-            subject = self._names.subject("owner", build_token(hold.owner))
-            await self._connection.client.publish(subject, json.dumps({"cancel": call_id}).encode())
+        subject = self._names.subject("owner", build_token(hold.owner))
+        await self._connection.tell(subject, json.dumps({"cancel": call_id}).encode())
 
     async def census(self) -> list[tuple[str, str, str]]:
         """Return what all workers run: id, function and queue of each call."""

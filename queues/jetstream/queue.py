@@ -87,7 +87,7 @@ from .people import People
 from .records import HELD_S, Standing, rename
 from .store import Store
 from .streams import ensure_streams, read_token
-from .subjects import build_token, flows_of
+from .subjects import flows_of
 
 RECORD_BYTES = 512  # of a record, besides what the message of its call has
 KEPT_ROOM = 0.1  # part of the records' room that `put` leaves free, for the ends of what is in already
@@ -292,7 +292,7 @@ class JetStream:
         async def on_event(_: Msg) -> None:
             changed.set()
 
-        subscription = await self._subscribe(self._names.subject("event", build_token(call_id)), on_event)
+        subscription = await self._subscribe(self._names.event(call_id), on_event)
         try:
             while True:
                 changed.clear()

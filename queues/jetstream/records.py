@@ -43,6 +43,7 @@ _PLAIN_FIELDS = (
     *("cancel_requested", "hold"),
 )
 _DEFAULTS = Record._field_defaults
+_encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode  # `dumps` makes an encoder each time
 
 
 class Standing(NamedTuple):
@@ -198,7 +199,7 @@ def forget_result(record: Record, before_s: float) -> Record:
 
 
 def _pack(facts: Mapping[str, Any], *parts: bytes) -> bytes:
-    head = json.dumps(facts, separators=(",", ":")).encode()
+    head = _encode(facts).encode()
     return b"".join((len(head).to_bytes(4, "big"), head, *parts))
 
 

@@ -145,6 +145,8 @@ class Store:
             self._names.record_of(accepted.id),
         )
         revision = await self._connection.publish(write)
+        if record.state in FINAL:
+            await self._connection.tell(self._names.event(accepted.id))
         if standing.place not in (None, place):
             await self.drop_older(accepted.id)
         return changed._replace(revision=revision)

@@ -8,7 +8,7 @@ A token of a subject may hold no dot, and a function's whole name has one: `buil
   `P.key.HASH`, which call an idempotency key stands for; `P.flow.KIND.QUEUE.NAME`, which flows there are; `P.meta.*`.
 - `P-bodies`: `P.body.NAME.NUMBER`, long bodies in pieces, and `P.body.NAME.ref`, the call that names one.
 
-Outside of any stream: `P.event.ID` (a record has changed) and `P.owner.*` (questions to workers).
+Outside of any stream: `P.event.ID` (a call has ended) and `P.owner.*` (questions to workers).
 """
 
 from __future__ import annotations
@@ -131,6 +131,10 @@ class Names:
     def record(self, place: Place, call_id: str, function: FunctionName) -> str:
         """Where the record of a call is."""
         return self.subject("rec", place, build_token(call_id), build_token(function))
+
+    def event(self, call_id: str) -> str:
+        """Where those who wait for the end of a call hear of it."""
+        return self.subject("event", build_token(call_id))
 
     def record_of(self, call_id: str) -> str:
         """A filter that finds the record of a call wherever it is."""
