@@ -15,13 +15,14 @@ import contextlib
 import itertools
 import json
 import re
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, TypeVar
 
 from nats.aio.client import Client as NatsClient
 from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
 from nats.errors import Error as NatsError
 from nats.errors import NoRespondersError
 from nats.js.errors import APIError, NotFoundError, ServiceUnavailableError
@@ -30,6 +31,7 @@ from ...calls.model import QueueFull, QueueUnavailable
 from ...watchdog import CannotStart, log
 from .subjects import Names
 
+S = TypeVar("S")
 T = TypeVar("T")
 Json = dict[str, Any]
 
@@ -38,6 +40,8 @@ CONNECT_S = 10.0
 WRITE_S = 10.0  # longest wait for an acknowledgement; a leader that dies is replaced within 4 to 9 s
 TRY_S = 2.0  # of one try within it
 RETRY_PAUSE_S = 0.1
+PAGE_COUNT = 200  # messages that are read together
+STEP_COUNT = 64  # things that are asked for at the same time
 
 EXPECTED_HEADER = "Nats-Expected-Last-Subject-Sequence"
 EXPECTED_SUBJECT_HEADER = "Nats-Expected-Last-Subject-Sequence-Subject"
@@ -135,6 +139,14 @@ def parse_stored(message: Msg) -> Stored:
 
 def _parse_time(text: str) -> float:
     return datetime.fromisoformat(f"{text[:19]}+00:00").timestamp()
+
+
+async def gather_in_steps(work: Callable[[S], Awaitable[T]], items: Iterable[S]) -> list[T]:
+    """Return what `work` makes of each item, STEP_COUNT of them at the same time."""
+    left, found = list(items), list[T]()
+    for start in range(0, len(left), STEP_COUNT):
+        found += await asyncio.gather(*map(work, left[start : start + STEP_COUNT]))
+    return found
 
 
 async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
@@ -285,6 +297,13 @@ class Connection:
             raise NoRespondersError
         return answer
 
+    async def subscribe(self, subject: str, callback: Callable[[Msg], Awaitable[None]]) -> Subscription:
+        """Hear what is said on a subject.  Raises QueueUnavailable."""
+        try:
+            return await self.client.subscribe(subject, cb=callback)
+        except NatsError as error:
+            raise queue_error(error) from error
+
     async def tell(self, subject: str, payload: bytes = b"", reply: str = "") -> None:
         """Say something that is not sure to be heard, and not worth to be tried again."""
         with contextlib.suppress(NatsError):
@@ -402,7 +421,14 @@ class Connection:
                 raise QueueUnavailable(f"the stream {stream} is gone") from error
             return None
 
-    async def read_batch(self, subject: str, revision: int, count: int) -> list[Stored]:
+    async def walk(self, subject: str, revision: int = 1) -> AsyncIterator[Stored]:
+        """Yield the messages that match a filter, from `revision` on, in their order, without holding them all."""
+        while page := await self.read_batch(subject, revision, PAGE_COUNT):
+            for stored in page:
+                yield stored
+            revision = page[-1].revision + 1
+
+    async def read_batch(self, subject: str, revision: int, count: int = PAGE_COUNT) -> list[Stored]:
         """Return up to `count` messages that match a filter, from `revision` on, in their order."""
         question = json.dumps({"seq": max(1, revision), "batch": count, "next_by_subj": subject}).encode()
         stream = self._stream_of(subject)
