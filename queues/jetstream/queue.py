@@ -34,7 +34,6 @@ from functools import partial
 from typing import Any
 
 from nats.aio.msg import Msg
-from nats.aio.subscription import Subscription
 from nats.errors import Error as NatsError
 
 from ...calls.ids import made_s
@@ -80,14 +79,14 @@ from ...calls.steps import (
 )
 from .bodies import CHUNK_BYTES, Bodies
 from .claims import Claimant, Claims
-from .connection import WRITE_S, Conflict, Connection, Options, Write, connect, end_tasks, queue_error
+from .connection import WRITE_S, Conflict, Connection, Options, Write, connect, end_tasks
 from .flows import Flows, Wanted
 from .owners import Held, Owners
 from .people import People
 from .records import HELD_S, Standing, rename
 from .store import Store
 from .streams import ensure_streams, read_token
-from .subjects import build_token, flows_of
+from .subjects import flows_of
 
 RECORD_BYTES = 512  # of a record, besides what the message of its call has
 KEPT_ROOM = 0.1  # part of the records' room that `put` leaves free, for the ends of what is in already
@@ -292,7 +291,7 @@ class JetStream:
         async def on_event(_: Msg) -> None:
             changed.set()
 
-        subscription = await self._subscribe(self._names.subject("event", build_token(call_id)), on_event)
+        subscription = await self._connection.subscribe(self._names.event(call_id), on_event)
         try:
             while True:
                 changed.clear()
@@ -308,12 +307,6 @@ class JetStream:
         finally:
             with contextlib.suppress(NatsError):
                 await subscription.unsubscribe()
-
-    async def _subscribe(self, subject: str, callback: Callable[[Msg], Awaitable[None]]) -> Subscription:
-        try:
-            return await self._connection.client.subscribe(subject, cb=callback)
-        except NatsError as error:
-            raise queue_error(error) from error
 
     async def cancel(self, call_id: str) -> State:
         """CANCELLED: it was queued and will not run.  RUNNING: its worker is told."""

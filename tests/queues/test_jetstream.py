@@ -563,7 +563,7 @@ def test_message_that_cannot_be_read_keeps_no_other_from_its_run(options: Option
 
 def test_sweep_looks_at_more_bodies_than_one_answer_has(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bodies_module, "ORPHAN_S", -1.0)
-    monkeypatch.setattr(bodies_module, "PAGE_COUNT", 10)
+    monkeypatch.setattr(connection_module, "PAGE_COUNT", 10)
 
     async def scenario(queue: JetStream) -> None:
         for _ in range(25):
