@@ -328,6 +328,7 @@ async def assemble(stack: AsyncExitStack, common: Common, slot: Slot) -> Gateway
         operations = await run_functions(stack, common, queue)
         counts = InvocationCounts(common.kept(INVOCATIONS_FILE), common.invocations_before, metrics)
         keep_counts(stack, counts, functions)
+        local.count_made = lambda name: counts.totals().get(name, 0)
         control_plane = ControlPlane(
             functions,
             access,

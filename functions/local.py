@@ -61,8 +61,8 @@ class BadScale(FaashoundError):
 class LocalStatus:
     """What is known of one local function.  `pids` are its watchdogs that run now; none while it is asleep.
 
-    `wanted_count` is what the operator has asked for, or what it has when it is awake; `available_count` what serves,
-    or would as soon as a call comes.
+    `wanted_count` is what the operator has asked for, or what it has when it is awake, or what its load wants;
+    `available_count` what serves, or would as soon as a call comes.
     """
 
     pids: Sequence[int]
@@ -98,6 +98,7 @@ class LocalFunctions:
         self.table: dict[FunctionName, Function] = dict(table)
         self.on_change: Callable[[], None] = lambda: None
         self.secrets: SecretFiles | None = None  # where functions find theirs
+        self.count_made: Callable[[FunctionName], int] = lambda name: 0  # calls of a function that have ended
         self._environ = environ
         self._watchdog = watchdog
         self._logs = logs
@@ -239,7 +240,8 @@ class LocalFunctions:
         return endpoint is not None and _runs(endpoint.function) == _runs(function)
 
     def _new_endpoint(self, function: Function) -> Endpoint:
-        return Endpoint(function, self.directory / f"{os.getpid()}.{next(self._numbers)}", self._program, self._logs)
+        path = self.directory / f"{os.getpid()}.{next(self._numbers)}"
+        return Endpoint(function, path, self._program, self._logs, lambda name: self.count_made(name))
 
     def _add(self, function: Function) -> Endpoint:
         endpoint = self._new_endpoint(function)
@@ -327,7 +329,8 @@ def _runs(function: Function) -> tuple[object, ...]:
 def _status_of(endpoint: Endpoint) -> LocalStatus:
     pids = endpoint.pids
     scaled_count = endpoint.scaled_count
-    wanted_count = endpoint.scale.woken_count if scaled_count is None else scaled_count
+    asked_count = endpoint.scale.woken_count if scaled_count is None else scaled_count
+    wanted_count = max(asked_count, len(endpoint.processes))
     available_count = len(pids) or (wanted_count if not endpoint.processes else 0)
     return LocalStatus(pids, endpoint.restart_count, endpoint.path, wanted_count, available_count)
 
