@@ -51,7 +51,8 @@ class DeployOff(FaashoundError):
 class Control:
     """The operations.  Without `state` nothing can be deployed and no secret be kept; the file is followed yet.
 
-    `file_is_optional`: a file that is not there is an empty one.  Obligation: `close`.  Raises CannotStart.
+    `file_is_optional`: a file that is not there is an empty one.  `operator_secrets` is a directory in which functions
+    of the file find the tokens of their callers besides.  Obligation: `close`.  Raises CannotStart.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Control:
         state: Path | None = None,
         rules: Rules | None = None,
         file_is_optional: bool = False,
+        operator_secrets: Path | None = None,
     ) -> None:
         self._local = local
         self._file = file
@@ -75,10 +77,12 @@ class Control:
         self._deployments = None if state is None else Deployments(state / "functions")
         self._secrets = None if state is None else Secrets(state / "secrets")
         self._files = None if self._secrets is None else SecretFiles(local.directory / "secrets", self._secrets)
+        self._operator_secrets = operator_secrets
+        self._closed: set[FunctionName] = set()  # functions whose callers' token is not there, which has been told
         self._applied: tuple[int, ...] = ()
         self._changing = asyncio.Lock()
         self._told = asyncio.Event()
-        local.secrets = self._files
+        local.secrets, local.token_of = self._files, self._token_of
 
     async def start(self) -> None:
         """Have what was deployed before, and what the file says by now."""
@@ -238,6 +242,8 @@ class Control:
             await in_thread(change, space, name, parse_secret_value(document))
             if self._files is not None:
                 await in_thread(self._files.refresh, space, name)
+            if any(name == each.exposure.secret for each in self._functions_in(space)):
+                self._local.refresh_tokens()
             return space, name
 
     async def delete_secret(self, document: Mapping[str, Any], namespace: str = "") -> tuple[str, str]:
@@ -245,10 +251,30 @@ class Control:
         async with self._changing:
             secrets = self._want_secrets()
             space, name = parse_secret_name(document, namespace)
-            functions = self._local.table.values()
-            users = [each.name for each in functions if each.name.namespace == space and name in each.secrets]
+            functions = self._functions_in(space)
+            users = [each.name for each in functions if name in (*each.secrets, each.exposure.secret)]
             await in_thread(secrets.delete, space, name, users)
             return space, name
+
+    def _functions_in(self, namespace: str) -> list[Function]:
+        return [function for function in self._local.table.values() if function.name.namespace == namespace]
+
+    def _token_of(self, function: Function) -> bytes | None:
+        """Return the token by which callers of a function are let in; None, which lets none in, if there is none."""
+        name, token = function.exposure.secret, None
+        if name is None:
+            raise AssertionError("this function is not for who knows a secret")
+        if self._secrets is not None:
+            token = self._secrets.read(function.name.namespace, name)
+        if token is None and self._operator_secrets is not None and function.name in self._declared:
+            with suppress(OSError):
+                token = (self._operator_secrets / name).read_bytes()
+        if token is not None:
+            self._closed.discard(function.name)
+        elif function.name not in self._closed:
+            self._closed.add(function.name)
+            log.error(f"{function.name.short} lets no caller in: {function.name.namespace} has no secret {name}")
+        return token
 
     def _want_secrets(self) -> Secrets:
         if self._secrets is None:

@@ -22,26 +22,24 @@ import os
 import shutil
 import time
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..calls.model import parse_queue_name
 from ..calls.names import DEFAULT_NAMESPACE, BadFunctionName, FunctionName, parse_function_name
-from ..calls.retries import BadAnnotations, parse_annotations
 from ..watchdog import BadSettings, FaashoundError, Settings, log, parse_command, parse_settings
 from .documents import Documents
+from .exposure import AUTH_ANNOTATION, BadExposure, parse_exposure
 from .scaling import BadLabels, parse_scale
-from .schedules import BadSchedule, parse_schedules
 from .table import (
     PROCESS_IMAGE,
-    QUEUE_ANNOTATION,
     REFUSED_SETTINGS,
     RESERVED_PREFIXES,
     WATCHDOG_ROWS,
     Function,
     Image,
-    is_secret_name,
+    annotation_problems,
     watchdog_settings,
 )
 
@@ -138,7 +136,7 @@ class _Reader:
         settings.pop("function_process", None)  # the other name of fprocess, by which the image may have it
         self._check_meanings(labels, annotations)
         self._check_promises()
-        secrets = self._secrets(name)
+        secrets = self._secrets(name, annotations)
         self._check_settings(settings)
         if self.problems or name is None:
             raise BadDeployment(self.problems)
@@ -230,19 +228,8 @@ class _Reader:
             parse_scale(labels)
         except BadLabels as error:
             self.problems += [f"labels: {name}: {problem}" for name, problem in error.problems.items()]
-        try:
-            parse_annotations("function", annotations)
-        except BadAnnotations as error:
-            self.problems += [f"annotations: {name}: {problem}" for name, problem in error.problems.items()]
-        try:
-            parse_schedules(annotations)
-        except BadSchedule as error:
-            self.problems += [f"annotations: {name}: {problem}" for name, problem in error.problems.items()]
-        try:
-            if QUEUE_ANNOTATION in annotations:
-                parse_queue_name(annotations[QUEUE_ANNOTATION])
-        except ValueError as error:
-            self.problems.append(f"annotations: {QUEUE_ANNOTATION}: {error}")
+        found = annotation_problems(annotations)
+        self.problems += [f"annotations: {name}: {problem}" for name, problem in found.items()]
 
     def _check_promises(self) -> None:
         """Refuse what a client would rely on and we do not keep."""
@@ -251,14 +238,20 @@ class _Reader:
         if self._document.get("readOnlyRootFilesystem"):
             self.problems.append("readOnlyRootFilesystem: not kept by this gateway; allowed: false")
 
-    def _secrets(self, name: FunctionName | None) -> tuple[str, ...]:
+    def _secrets(self, name: FunctionName | None, annotations: Mapping[str, str]) -> tuple[str, ...]:
+        """Return the names of secrets that the function gets; those that it means are to be there."""
         names = self._document.get("secrets") or []
         if not isinstance(names, list) or not all(isinstance(each, str) for each in names):
             self.problems.append("secrets: allowed: an array of names")
             return ()
         space = name.namespace if name else DEFAULT_NAMESPACE
-        missing = [each for each in names if not is_secret_name(each) or (space, each) not in self._rules.secrets]
+        known = {each for namespace, each in self._rules.secrets if namespace == space}
+        missing = [each for each in names if each not in known]
         self.problems += [f"secrets: there is no {each[:200]!r} in {space}" for each in missing]
+        with suppress(BadExposure):  # which has been told
+            token = parse_exposure(annotations).secret
+            if token is not None and token not in known:
+                self.problems.append(f"annotations: {AUTH_ANNOTATION}: there is no secret {token} in {space}")
         return tuple(dict.fromkeys(names))
 
 

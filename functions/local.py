@@ -32,6 +32,7 @@ from pathlib import Path
 from ..calls.names import FunctionName
 from ..watchdog import FUNCTION_VARIABLE, FaashoundError, log
 from .endpoint import Endpoint, NotHealthy
+from .exposure import digest_token
 from .forkserver import ForkServer
 from .logs import SETTINGS, LogStore
 from .published import PublishedTable, publish
@@ -98,6 +99,7 @@ class LocalFunctions:
         self.table: dict[FunctionName, Function] = dict(table)
         self.on_change: Callable[[], None] = lambda: None
         self.secrets: SecretFiles | None = None  # where functions find theirs
+        self.token_of: Callable[[Function], bytes | None] = lambda function: None  # by which its callers are let in
         self.count_made: Callable[[FunctionName], int] = lambda name: 0  # calls of a function that have ended
         self._environ = environ
         self._watchdog = watchdog
@@ -289,7 +291,7 @@ class LocalFunctions:
 
     def _set_table(self, table: Mapping[FunctionName, Function]) -> None:
         """Let `table`, with the addresses of what is run here, be in force."""
-        new = {name: self._with_url(function) for name, function in table.items()}
+        new = {name: self._with_token(self._with_url(function)) for name, function in table.items()}
         self.table.clear()
         self.table.update(new)
         publish(self.directory / "table", self.table)
@@ -302,6 +304,16 @@ class LocalFunctions:
         if _runs(endpoint.function) == _runs(function):
             endpoint.function = function
         return dataclasses.replace(function, url=f"{UNIX_PREFIX}{endpoint.path}")
+
+    def _with_token(self, function: Function) -> Function:
+        if function.exposure.secret is None:
+            return function
+        token = self.token_of(function)
+        return dataclasses.replace(function, token_digest=digest_token(token) if token and token.strip() else None)
+
+    def refresh_tokens(self) -> None:
+        """Tokens may have changed: let callers in by those that there are now."""
+        self._set_table(self.table)
 
     # What is run.
 

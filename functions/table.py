@@ -32,7 +32,7 @@ import tomllib
 import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,10 @@ from ..watchdog import (
     settings_table,
     without_credentials,
 )
+from .exposure import BadExposure, Exposure, parse_exposure
 from .scaling import BadLabels, parse_scale
 from .schedules import BadSchedule, parse_schedules
+from .secret_names import SECRETS_ARE, is_secret_name
 
 
 class BadFunctions(FaashoundError):
@@ -135,7 +137,8 @@ class Function:
 
     `settings` are the watchdog's settings as typed in the file (`fprocess` among them), or None for a function
     that runs elsewhere; `environment` is what its process gets besides, `secrets` the names of those that it finds in
-    a directory of its own, `directory` where it is started (None: where the gateway was).
+    a directory of its own, `directory` where it is started (None: where the gateway was).  `token_digest` is that of
+    the bearer token by which its callers are let in (exposure.py), None while there is no such secret.
     """
 
     name: FunctionName
@@ -146,6 +149,7 @@ class Function:
     labels: Mapping[str, str] = field(default_factory=dict)
     secrets: tuple[str, ...] = ()
     directory: str | None = None
+    token_digest: str | None = None
 
     @property
     def local(self) -> bool:
@@ -157,13 +161,10 @@ class Function:
         """The queue that its asynchronous calls wait in."""
         return self.annotations.get(QUEUE_ANNOTATION, DEFAULT_QUEUE)
 
-
-_SECRETS_ARE = "1 to 253 lower-case letters, digits, '-' and '.', a letter or digit first and last"
-
-
-def is_secret_name(text: str) -> bool:
-    """Tell whether `text` may be the name of a secret, which is the name of a file (as Kubernetes has it)."""
-    return len(text) <= 253 and re.fullmatch(r"[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?", text, re.ASCII) is not None
+    @property
+    def exposure(self) -> Exposure:
+        """Whom it is for."""
+        return parse_exposure(self.annotations)
 
 
 class Functions:
@@ -422,7 +423,7 @@ def _parse_function(name: str, entry: Mapping[str, Any], report: _Report) -> Fun
 
 def _parse_names(path: tuple[str, ...], value: Any, report: _Report) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(each, str) and is_secret_name(each) for each in value):
-        report.add(path, f"not a list of names of secrets; allowed: {_SECRETS_ARE}")
+        report.add(path, f"not a list of names of secrets; allowed: {SECRETS_ARE}")
         return ()
     return tuple(value)
 
@@ -521,22 +522,23 @@ def _check_environment(table: tuple[str, ...], environment: Mapping[str, str], r
 
 
 def _check_annotations(name: str, annotations: Mapping[str, str], report: _Report) -> None:
-    """Report annotations that the worker or the queue could not make sense of; all others are the operator's own."""
+    for annotation, problem in annotation_problems(annotations).items():
+        report.add((name, "annotations", annotation), problem)
+
+
+def annotation_problems(annotations: Mapping[str, str]) -> dict[str, str]:
+    """Return what is wrong with those annotations that mean something to us; all others are the operator's own."""
     problems: dict[str, str] = {}
-    try:
-        parse_annotations(name, annotations)
-    except BadAnnotations as error:
-        problems |= error.problems
+    for parse in (partial(parse_annotations, "function"), parse_schedules, parse_exposure):
+        try:
+            parse(annotations)
+        except (BadAnnotations, BadSchedule, BadExposure) as error:
+            problems |= error.problems
     try:
         parse_queue_name(annotations.get(QUEUE_ANNOTATION, DEFAULT_QUEUE))
     except ValueError as error:
         problems[QUEUE_ANNOTATION] = str(error)
-    try:
-        parse_schedules(annotations)
-    except BadSchedule as error:
-        problems |= error.problems
-    for annotation, problem in problems.items():
-        report.add((name, "annotations", annotation), problem)
+    return problems
 
 
 def _check_labels(name: str, labels: Mapping[str, str], report: _Report) -> None:
