@@ -200,11 +200,11 @@ class Hashes:
         if task is None:
             if len(self._checking) >= MAX_HASHES_COUNT or self._addresses[address] >= MAX_HASHES_OF_ADDRESS_COUNT:
                 raise TooManyGuesses
+            self._addresses[address] += 1
             task = self._checking[digest] = asyncio.create_task(self._verify(encoded, digest, address))
         return await asyncio.shield(task)
 
     async def _verify(self, encoded: bytes, digest: bytes, address: str) -> User | None:
-        self._addresses[address] += 1
         try:
             async with self._turn:
                 version = self._version

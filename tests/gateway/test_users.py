@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import hashlib
@@ -10,14 +11,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from faashound.serving.passwords import MAX_HASHES_OF_ADDRESS_COUNT
+from faashound.serving.passwords import MAX_HASHES_COUNT, MAX_HASHES_OF_ADDRESS_COUNT, Hashes, TooManyGuesses
 from faashound.serving.users import (
     BadUsers,
     PasswordHash,
@@ -29,7 +29,7 @@ from faashound.serving.users import (
     parse_users,
 )
 from faashound.watchdog import CannotStart
-from testkit.harness import Answer, run, wait_until
+from testkit.harness import Answer, run
 from testkit.system import System
 
 # The cheapest that is taken: costs are checked, and these are the tests'.
@@ -179,15 +179,33 @@ def test_right_password_costs_its_hash_once(system: System) -> None:
     assert min(answer.elapsed_s for answer in again) < first.elapsed_s
 
 
-def test_hashes_hold_up_nothing_and_few_wait_for_theirs(system: System) -> None:
-    def guess(number: int) -> int:
-        return system.request("GET", "/system/functions", headers=basic(f"bob:{number}")).status
+def test_few_passwords_wait_for_their_hash_and_the_same_one_waits_once(secrets: Path) -> None:
+    def encode(password: str) -> bytes:
+        return base64.b64encode(f"bob:{password}".encode())
 
-    with ThreadPoolExecutor(12) as pool:
-        statuses = list(pool.map(guess, range(12)))
-    assert set(statuses) == {401, 429}
-    assert statuses.count(401) < 12 - MAX_HASHES_OF_ADDRESS_COUNT
-    wait_until(lambda: system.request("GET", "/system/functions", headers=basic("bob:b")).status == 200, 20, "it opens")
+    async def test() -> None:
+        hashes = Hashes(UserFile(secrets / "basic-auth-users"))
+        guesses = [hashes.check(encode(f"guess {number}"), "192.0.2.1") for number in range(10)]
+        same = [hashes.check(encode("b"), "192.0.2.2") for _ in range(10)]
+        found = await asyncio.gather(*guesses, *same, return_exceptions=True)
+        refused = [isinstance(each, TooManyGuesses) for each in found]
+        assert refused[:10].count(False) == MAX_HASHES_OF_ADDRESS_COUNT
+        assert found[10:20] == [User("bob", Role.READ)] * 10
+        assert await hashes.check(encode("b"), "192.0.2.1") == User("bob", Role.READ), "it is known by now"
+        assert await hashes.check(encode("guess"), "192.0.2.1") is None
+
+    asyncio.run(test())
+
+
+def test_no_more_passwords_wait_for_their_hash_than_may(secrets: Path) -> None:
+    async def test() -> None:
+        hashes = Hashes(UserFile(secrets / "basic-auth-users"))
+        numbers = range(2 * MAX_HASHES_COUNT)
+        guesses = [hashes.check(base64.b64encode(b"bob:%d" % number), f"192.0.2.{number}") for number in numbers]
+        found = await asyncio.gather(*guesses, return_exceptions=True)
+        assert [isinstance(each, TooManyGuesses) for each in found].count(False) == MAX_HASHES_COUNT
+
+    asyncio.run(test())
 
 
 def test_pair_of_files_opens_besides(secrets: Path) -> None:
