@@ -62,7 +62,6 @@ from .serving.control_plane import (
     GIVES_NO_TOKENS,
     ControlPlane,
     ControlPlaneElsewhere,
-    known_namespaces,
     serve_control_plane,
 )
 from .serving.function_logs import FunctionLogs
@@ -83,6 +82,7 @@ from .serving.startup import (
     deploying_is_off,
     function_queues,
     hidden_names,
+    known_namespaces,
     load_door,
     load_start,
     local_url,
@@ -343,7 +343,6 @@ async def assemble(stack: AsyncExitStack, common: Common, slot: Slot) -> Gateway
             access,
             local.status,
             counts,
-            known_namespaces(settings),
             operations,
             FunctionLogs(common.logs, functions),
         )
@@ -375,7 +374,7 @@ async def run_functions(stack: AsyncExitStack, common: Common, queue: Queue) -> 
     settings, local = common.start.settings, common.local
     off = deploying_is_off(settings)
     rules = Rules(
-        namespaces=frozenset((DEFAULT_NAMESPACE, *settings.namespaces)),
+        namespaces=frozenset((DEFAULT_NAMESPACE, *known_namespaces(settings))),
         path=common.environ.get("PATH"),
         ignores_limits=settings.limits == "ignore",
     )

@@ -158,6 +158,11 @@ def open_logs(settings: Settings, state: Path | None) -> LogStore | None:
     return LogStore(state / "logs", settings.logs_keep_bytes, as_json=settings.log_format == "json")
 
 
+def known_namespaces(settings: Settings) -> frozenset[str]:
+    """Return the namespaces that functions may be in by the operator's word, whether or not there are some."""
+    return settings.namespaces if settings.function_url or settings.deploy != "off" else frozenset()
+
+
 def deploying_is_off(settings: Settings) -> str | None:
     """Return why functions cannot be deployed; None if they can."""
     if settings.deploy == "off":
