@@ -319,15 +319,18 @@ class LocalFunctions:
 
     def _program(self, function: Function, listener: socket.socket, stderr_fd: int | None) -> ManagedProgram:
         command = self._watchdog or ("fwatchdog",)
-        name, environ = f"the watchdog of {function.name.short}", self._environ_of(function)
-        return ManagedProgram(name, command, environ, listener, stderr_fd, function.directory)
+        secrets = None
+        if self.secrets is not None and function.secrets:
+            secrets = str(self.secrets.directory_of(function))
+        name, environ = f"the watchdog of {function.name.short}", self._environ_of(function, secrets)
+        return ManagedProgram(name, command, environ, listener, stderr_fd, function.directory, secrets)
 
-    def _environ_of(self, function: Function) -> dict[str, str]:
+    def _environ_of(self, function: Function, secrets: str | None) -> dict[str, str]:
         """Return the whole environment of a function's watchdog, which hands the function its part of it."""
         settings = watchdog_settings(function.settings or {})
         given = {FUNCTION_VARIABLE + name: value for name, value in function.environment.items()}
-        if self.secrets is not None and function.secrets:
-            given[FUNCTION_VARIABLE + MOUNT_VARIABLE] = str(self.secrets.directory_of(function))
+        if secrets is not None:
+            given[FUNCTION_VARIABLE + MOUNT_VARIABLE] = secrets
         names = {"OPENFAAS_NAME": function.name.name, "OPENFAAS_NAMESPACE": function.name.namespace}
         log_settings = {} if self._logs is None else SETTINGS
         return {**self._base, **settings, **given, **names, **log_settings}
