@@ -53,7 +53,7 @@ from .functions.scheduler import Scheduler
 from .functions.supervisor import Supervisor
 from .functions.table import Functions
 from .queues import Queue, open_queue, trouble_of
-from .serving.access import Access
+from .serving.access import SAFE_METHODS, Access
 from .serving.answers import NotFound, allow
 from .serving.browsers import PageRefused, check_own_page, with_fields
 from .serving.call_admin import CallAdmin
@@ -62,10 +62,10 @@ from .serving.control_plane import (
     GIVES_NO_TOKENS,
     ControlPlane,
     ControlPlaneElsewhere,
-    known_namespaces,
     serve_control_plane,
 )
 from .serving.function_logs import FunctionLogs
+from .serving.gates import FunctionGate
 from .serving.health import Health
 from .serving.invocation_counts import InvocationCounts, load_counts
 from .serving.invocations import Invocations
@@ -82,6 +82,7 @@ from .serving.startup import (
     deploying_is_off,
     function_queues,
     hidden_names,
+    known_namespaces,
     load_door,
     load_start,
     local_url,
@@ -90,6 +91,7 @@ from .serving.startup import (
     tell_what_is_served,
 )
 from .serving.submissions import Submissions, is_call_id
+from .serving.user_command import write_user
 from .watchdog import (
     LONGEST_DURATION_S,
     TEXT_PLAIN,
@@ -170,12 +172,12 @@ class Gateway:
         self.access.check_no_callback(request)
         if area == "async-function":
             check_own_page(request)
-            return await self.call_status.answer(request, name.lower(), rest)
+            return self._noted(request, await self.call_status.answer(request, name.lower(), rest))
         if area == "system":
             check_own_page(request)
             await self.access.authorize(request)
             if name == "calls":
-                return await self.call_admin.answer(request, rest.decode("latin-1"))
+                return self._noted(request, await self.call_admin.answer(request, rest.decode("latin-1")))
             return await self.control_plane.answer(request, name, rest.decode("latin-1"), self.access.asker_of(request))
         if request.path == b"/healthz":
             return self._answer_health(request)
@@ -191,6 +193,13 @@ class Gateway:
             part = self.invocations if area == "function" else self.submissions
             response = await part.answer(request, name, rest)
         return with_fields(response, fields)
+
+    def _noted(self, request: Request, response: Response) -> Response:
+        """Return the answer to a request about calls, with a line in the log if it has changed some."""
+        if request.method not in SAFE_METHODS:
+            path = request.path[:200].decode("latin-1")
+            log.info(f"Done: [{request.method[:20]}] {path}", asker=self.access.asker_of(request))
+        return response
 
     def _answer_health(self, request: Request) -> Response:
         allow(request, "GET")
@@ -328,12 +337,12 @@ async def assemble(stack: AsyncExitStack, common: Common, slot: Slot) -> Gateway
         operations = await run_functions(stack, common, queue)
         counts = InvocationCounts(common.kept(INVOCATIONS_FILE), common.invocations_before, metrics)
         keep_counts(stack, counts, functions)
+        local.count_made = lambda name: counts.totals().get(name, 0)
         control_plane = ControlPlane(
             functions,
             access,
             local.status,
             counts,
-            known_namespaces(settings),
             operations,
             FunctionLogs(common.logs, functions),
         )
@@ -344,7 +353,8 @@ async def assemble(stack: AsyncExitStack, common: Common, slot: Slot) -> Gateway
     else:
         control_plane = ControlPlaneElsewhere(local.directory / CONTROL_SOCKET)
         stack.push_async_callback(control_plane.close)
-    invocations = Invocations(settings, functions, access, via, metrics)
+    gate = FunctionGate(access)
+    invocations = Invocations(settings, functions, gate, via, metrics)
     stack.push_async_callback(invocations.close)
     return Gateway(
         queue,
@@ -352,7 +362,7 @@ async def assemble(stack: AsyncExitStack, common: Common, slot: Slot) -> Gateway
         health,
         metrics,
         invocations,
-        Submissions(settings, functions, queue, policy, access, via, metrics, health),
+        Submissions(settings, functions, queue, policy, access, gate, via, metrics, health),
         CallStatus(queue, access, slot.share_of(settings.max_long_polls), settings.max_long_polls),
         CallAdmin(queue),
         control_plane,
@@ -364,7 +374,7 @@ async def run_functions(stack: AsyncExitStack, common: Common, queue: Queue) -> 
     settings, local = common.start.settings, common.local
     off = deploying_is_off(settings)
     rules = Rules(
-        namespaces=frozenset((DEFAULT_NAMESPACE, *settings.namespaces)),
+        namespaces=frozenset((DEFAULT_NAMESPACE, *known_namespaces(settings))),
         path=common.environ.get("PATH"),
         ignores_limits=settings.limits == "ignore",
     )
@@ -374,6 +384,7 @@ async def run_functions(stack: AsyncExitStack, common: Common, queue: Queue) -> 
         state=Path(settings.state) if off is None else None,
         rules=rules,
         file_is_optional=not common.environ.get("functions"),
+        operator_secrets=Path(settings.secret_mount_path),
     )
     stack.callback(control.close)
     local.start()
@@ -408,7 +419,9 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     argv = list(sys.argv[1:] if argv is None else argv)
     environ = os.environ if environ is None else environ
     settle_descriptors()
-    answer = flag_answer(argv, help_text("fgateway", PURPOSE, Settings))
+    if argv[:1] == ["password"]:
+        return write_user(argv[1:])
+    answer = flag_answer(argv, help_text("fgateway [password NAME [ROLE]]", PURPOSE, Settings))
     if answer is not None:
         return answer
     try:

@@ -208,6 +208,7 @@ class Worker:
         self._functions = KnownFunctions(
             self._connections.to_functions, gateway, settings.retry_policy(), direct=settings.invoke == "direct"
         )
+        self._functions.on_enabled = self._look_again
         limits = CallLimits(settings.call_timeout_s, settings.max_result_bytes)
         self._caller = Caller(queue, self._connections, self._functions, limits, Invocations(self.metrics.registry))
         self._breakers = Breakers(max(settings.max_inflight // PROBES_PART, 1))
@@ -310,9 +311,15 @@ class Worker:
         return self._slots[kind].found(wanted, len(leases))
 
     def _capacities(self, kind: Kind) -> dict[str, int]:
-        """Return how many more each function may get that refuses calls, or each destination that is in trouble."""
+        """Return how many more a function may get that refuses calls or is disabled; or a destination in trouble."""
         held = self._slots[kind].held
-        return self._limits.capacities(held) if kind == "call" else self._breakers.capacities(held, time.monotonic())
+        if kind == "callback":
+            return self._breakers.capacities(held, time.monotonic())
+        return self._limits.capacities(held) | self._functions.capacities()
+
+    def _look_again(self) -> None:
+        self._tell_slots()
+        self._wake_up.set()
 
     def _tell_slots(self) -> None:
         for slots in self._slots.values():
@@ -342,8 +349,7 @@ class Worker:
                 self._note_error(error)
                 continue
             self._has_claimed.clear()
-            self._tell_slots()
-            self._wake_up.set()
+            self._look_again()
             await self._has_claimed.wait()
 
     def _note_error(self, error: FaashoundError) -> None:
@@ -393,6 +399,9 @@ class Worker:
         lease = entry.lease
         call, started_s, started = lease.call, time.time(), time.monotonic()
         known = await self._functions.get(call.function)
+        if known.is_disabled:  # no more of its calls are claimed until it is enabled
+            await self._recorder.release(lease)
+            return
         if is_poison(call.attempts, known.policy):
             await self._dead_letter(lease, poison_step(call.attempts))
             return

@@ -5,6 +5,7 @@
     known.policy, known.upstream              # how it is retried, and where it answers (None: ask at the gateway)
     functions.on_unreachable(call.function)   # nothing answers there: the gateway's way for a while
     functions.on_direct_call(call.function)   # the gateway has not seen it, and is told with the next question
+    functions.capacities()                    # none for each function that is disabled: its calls wait
 
 Contract: it never fails.  While the gateway cannot tell, its last word holds, except for a function that ends with its
 gateway; before there is a word it is the worker's own policy, and no address.  An address of loopback means something
@@ -19,12 +20,13 @@ import dataclasses
 import json
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..calls.names import FunctionName
 from ..calls.retries import RetryPolicy, parse_annotations, policy_for
+from ..functions.exposure import parse_exposure
 from ..functions.table import parse_upstream
 from ..network.addresses import parse_literal
 from ..network.machine import network_identity
@@ -57,6 +59,7 @@ class Known:
 
     policy: RetryPolicy
     upstream: Upstream | None = None
+    is_disabled: bool = False
     asked_s: float = float("-inf")
     avoided: Url | None = None
     avoided_until_s: float = float("-inf")
@@ -78,6 +81,8 @@ class KnownFunctions:
         self._known: OrderedDict[FunctionName, Known] = OrderedDict()
         self._asking: dict[FunctionName, asyncio.Task[Known]] = {}
         self._untold: Counter[FunctionName] = Counter()
+        self._disabled: set[FunctionName] = set()
+        self.on_enabled: Callable[[], None] = lambda: None  # calls wait no longer
 
     async def get(self, function: FunctionName) -> Known:
         """Return what is known of `function`, which may cost a question to the gateway."""
@@ -100,15 +105,22 @@ class KnownFunctions:
         """A call was made of which the gateway, which counts each function's, knows nothing."""
         self._untold[function] += 1
 
+    def capacities(self) -> dict[str, int]:
+        """Return how many more calls each function may get that is known to be disabled."""
+        return dict.fromkeys(self._disabled, 0)
+
     async def keep_telling(self) -> None:
-        """Tell the gateway of direct calls from time to time, for ever."""
+        """Tell the gateway of direct calls, and ask about disabled functions, from time to time, for ever."""
         while True:
             await asyncio.sleep(KEPT_S)
             await self.tell()
 
     async def tell(self) -> None:
-        """Tell the gateway of the direct calls that it does not know of."""
-        await asyncio.gather(*map(self._ask_once, list(self._untold)))
+        """Tell the gateway of the direct calls that it does not know of; ask whether a disabled function is enabled."""
+        before = set(self._disabled)
+        await asyncio.gather(*map(self._ask_once, before.union(self._untold)))
+        if not before <= self._disabled:
+            self.on_enabled()
 
     async def _ask_once(self, function: FunctionName) -> Known:
         """Ask, with one question for all calls that want the answer."""
@@ -122,19 +134,26 @@ class KnownFunctions:
         asked_s, before = time.monotonic(), self._known.get(function, self._unknown)
         try:
             told = await self._description(function)
-            policy = policy_for(self._unknown.policy, parse_annotations(function, annotations_of(told)))
+            annotations = annotations_of(told)
+            policy = policy_for(self._unknown.policy, parse_annotations(function, annotations))
+            is_disabled = parse_exposure(annotations).is_disabled
             upstream = parse_told_upstream(told) if self._direct else None
         except (FaashoundError, ValueError) as error:
             log.warning(f"the gateway does not tell of {function}: {error}")
-            policy, upstream = before.policy, before.upstream
+            policy, upstream, is_disabled = before.policy, before.upstream, before.is_disabled
             if upstream is not None and upstream.ends_with_gateway:
                 upstream = None
-        known = dataclasses.replace(before, policy=policy, upstream=upstream, asked_s=asked_s)
+        known = dataclasses.replace(before, policy=policy, upstream=upstream, is_disabled=is_disabled, asked_s=asked_s)
+        self._keep(function, known)
+        return known
+
+    def _keep(self, function: FunctionName, known: Known) -> None:
         self._known[function] = known
         self._known.move_to_end(function)
+        (self._disabled.add if known.is_disabled else self._disabled.discard)(function)
         if len(self._known) > MAX_KNOWN_COUNT:
-            self._known.popitem(last=False)
-        return known
+            oldest, _ = self._known.popitem(last=False)
+            self._disabled.discard(oldest)
 
     async def _description(self, function: FunctionName) -> Mapping[str, Any]:
         url, deadline_s = self.gateway.description_url(function), time.monotonic() + DESCRIPTION_TIMEOUT_S

@@ -1,4 +1,4 @@
-"""What operators do with functions: the file followed, functions deployed, updated, removed, scaled, secrets changed.
+"""What operators do with functions: the file followed, functions deployed, scaled, secrets and namespaces changed.
 
     control = Control(local, Path("functions.toml"), state=Path("state"), rules=Rules(path=environ.get("PATH")))
     await control.start()                              # after local.start(): what was deployed before is there
@@ -22,13 +22,24 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from ..calls.names import FunctionName
+from ..calls.names import DEFAULT_NAMESPACE, FunctionName
 from ..watchdog import FaashoundError, in_thread, log
 from .deployments import BadDeployment, Deployment, Deployments, Rules, name_of, parse_deployment
 from .documents import hold_state
 from .local import LocalFunctions, UnknownFunction
+from .namespaces import (
+    Namespace,
+    NamespaceExists,
+    NamespaceInUse,
+    Namespaces,
+    UnknownNamespace,
+    parse_namespace,
+)
 from .secrets import SecretFiles, Secrets, parse_secret_name, parse_secret_value
 from .table import BadFunctions, Function, read_functions, read_images
+
+MAX_TOLD_COUNT = 10  # of what a namespace holds that is to be removed
+
 
 LOOK_S = 1.0  # between two looks at the file; a change is applied when two looks have seen the same
 
@@ -51,7 +62,8 @@ class DeployOff(FaashoundError):
 class Control:
     """The operations.  Without `state` nothing can be deployed and no secret be kept; the file is followed yet.
 
-    `file_is_optional`: a file that is not there is an empty one.  Obligation: `close`.  Raises CannotStart.
+    `file_is_optional`: a file that is not there is an empty one.  `operator_secrets` is a directory in which functions
+    of the file find the tokens of their callers besides.  Obligation: `close`.  Raises CannotStart.
     """
 
     def __init__(
@@ -62,6 +74,7 @@ class Control:
         state: Path | None = None,
         rules: Rules | None = None,
         file_is_optional: bool = False,
+        operator_secrets: Path | None = None,
     ) -> None:
         self._local = local
         self._file = file
@@ -74,11 +87,14 @@ class Control:
         self._deployed: dict[FunctionName, Deployment] = {}
         self._deployments = None if state is None else Deployments(state / "functions")
         self._secrets = None if state is None else Secrets(state / "secrets")
+        self._namespaces = None if state is None else Namespaces(state / "namespaces")
         self._files = None if self._secrets is None else SecretFiles(local.directory / "secrets", self._secrets)
+        self._operator_secrets = operator_secrets
+        self._closed: set[FunctionName] = set()  # functions whose callers' token is not there, which has been told
         self._applied: tuple[int, ...] = ()
         self._changing = asyncio.Lock()
         self._told = asyncio.Event()
-        local.secrets = self._files
+        local.secrets, local.token_of = self._files, self._token_of
 
     async def start(self) -> None:
         """Have what was deployed before, and what the file says by now."""
@@ -204,7 +220,9 @@ class Control:
             images = read_images(self._file)
         except (OSError, ValueError):
             images = {}
-        return dataclasses.replace(self._rules, images=images, secrets=secrets)
+        return dataclasses.replace(
+            self._rules, images=images, secrets=secrets, namespaces=frozenset(self.namespace_names())
+        )
 
     def _want_deployments(self) -> Deployments:
         if self._deployments is None:
@@ -214,6 +232,54 @@ class Control:
     def _want_undeclared(self, name: FunctionName) -> None:
         if name in self._declared:
             raise FunctionExists(f"{name.short} is declared in {self._file}, which is changed there")
+
+    # Namespaces.
+
+    def namespace_names(self) -> list[str]:
+        """Return the namespaces that functions may be in, or are in: the default one first.  GET, 200."""
+        made = () if self._namespaces is None else self._namespaces.names()
+        found = {*self._rules.namespaces, *made, *(name.namespace for name in self._local.table)}
+        return [DEFAULT_NAMESPACE, *sorted(found - {DEFAULT_NAMESPACE})]
+
+    def find_namespace(self, name: str) -> Namespace:
+        """Return what is known of one.  GET, 200; raises UnknownNamespace."""
+        if name not in self.namespace_names():
+            raise UnknownNamespace(f"there is no namespace {name[:100]}")
+        found = None if self._namespaces is None else self._namespaces.find(name)
+        return found or Namespace(name)
+
+    async def create_namespace(self, document: Mapping[str, Any], name: str = "") -> None:
+        """Have another one that functions may be in.  POST, 201."""
+        async with self._changing:
+            namespaces, namespace = self._want_namespaces(), parse_namespace(document, name)
+            if namespace.name in self.namespace_names():
+                raise NamespaceExists(f"there is a namespace {namespace.name} already")
+            await in_thread(namespaces.store, namespace)
+
+    async def update_namespace(self, document: Mapping[str, Any], name: str = "") -> None:
+        """Note something else of a namespace.  PUT, 202."""
+        async with self._changing:
+            namespaces, namespace = self._want_namespaces(), parse_namespace(document, name)
+            self.find_namespace(namespace.name)
+            await in_thread(namespaces.store, namespace)
+
+    async def delete_namespace(self, document: Mapping[str, Any], name: str = "") -> None:
+        """Have a namespace no longer, in which there is nothing.  DELETE, 202."""
+        async with self._changing:
+            namespaces, space = self._want_namespaces(), parse_namespace(document, name).name
+            self.find_namespace(space)
+            if space in self._rules.namespaces:
+                raise NamespaceInUse(f"{space} is always there, or by the setting namespaces")
+            held = [f"the function {each.name.name}" for each in self._functions_in(space)]
+            held += [f"the secret {each}" for _, each in self._want_secrets().names(space)]
+            if held:
+                raise NamespaceInUse(f"{space} is not empty: {', '.join(held[:MAX_TOLD_COUNT])}")
+            await in_thread(namespaces.delete, space)
+
+    def _want_namespaces(self) -> Namespaces:
+        if self._namespaces is None:
+            raise DeployOff
+        return self._namespaces
 
     # Secrets.
 
@@ -235,9 +301,13 @@ class Control:
     ) -> tuple[str, str]:
         async with self._changing:
             space, name = parse_secret_name(document, namespace)
+            if space not in self.namespace_names():
+                raise UnknownNamespace(f"there is no namespace {space}; allowed: {', '.join(self.namespace_names())}")
             await in_thread(change, space, name, parse_secret_value(document))
             if self._files is not None:
                 await in_thread(self._files.refresh, space, name)
+            if any(name == each.exposure.secret for each in self._functions_in(space)):
+                self._local.refresh_tokens()
             return space, name
 
     async def delete_secret(self, document: Mapping[str, Any], namespace: str = "") -> tuple[str, str]:
@@ -245,10 +315,30 @@ class Control:
         async with self._changing:
             secrets = self._want_secrets()
             space, name = parse_secret_name(document, namespace)
-            functions = self._local.table.values()
-            users = [each.name for each in functions if each.name.namespace == space and name in each.secrets]
+            functions = self._functions_in(space)
+            users = [each.name for each in functions if name in (*each.secrets, each.exposure.secret)]
             await in_thread(secrets.delete, space, name, users)
             return space, name
+
+    def _functions_in(self, namespace: str) -> list[Function]:
+        return [function for function in self._local.table.values() if function.name.namespace == namespace]
+
+    def _token_of(self, function: Function) -> bytes | None:
+        """Return the token by which callers of a function are let in; None, which lets none in, if there is none."""
+        name, token = function.exposure.secret, None
+        if name is None:
+            raise AssertionError("this function is not for who knows a secret")
+        if self._secrets is not None:
+            token = self._secrets.read(function.name.namespace, name)
+        if token is None and self._operator_secrets is not None and function.name in self._declared:
+            with suppress(OSError):
+                token = (self._operator_secrets / name).read_bytes()
+        if token is not None:
+            self._closed.discard(function.name)
+        elif function.name not in self._closed:
+            self._closed.add(function.name)
+            log.error(f"{function.name.short} lets no caller in: {function.name.namespace} has no secret {name}")
+        return token
 
     def _want_secrets(self) -> Secrets:
         if self._secrets is None:

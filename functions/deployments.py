@@ -5,8 +5,8 @@
     deployment.document                                  # what is told of it, byte for byte what was sent
 
 A deployment names an image.  This gateway runs programs: `process` (or `process:TAG`) is one that envProcess names
-here, and the operator's table of images says which other names mean the same, or a directory to run it in.  That an
-envProcess is there decides nothing: templates send it beside real images.
+here, and the operator's table of images says which other names mean the same, or a directory to run it in, and what
+such an image brings along.  That an envProcess is there decides nothing: templates send it beside real images.
 
 envVars that are settings of the watchdog configure it, the rest is the program's environment.  What would be a promise
 of security (limits, readOnlyRootFilesystem) is kept or refused, never passed over; `requests` and `constraints` are
@@ -22,28 +22,26 @@ import os
 import shutil
 import time
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..calls.model import parse_queue_name
 from ..calls.names import DEFAULT_NAMESPACE, BadFunctionName, FunctionName, parse_function_name
-from ..calls.retries import BadAnnotations, parse_annotations
 from ..watchdog import BadSettings, FaashoundError, Settings, log, parse_command, parse_settings
 from .documents import Documents
+from .exposure import AUTH_ANNOTATION, BadExposure, parse_exposure
 from .scaling import BadLabels, parse_scale
-from .schedules import BadSchedule, parse_schedules
 from .table import (
-    QUEUE_ANNOTATION,
+    PROCESS_IMAGE,
     REFUSED_SETTINGS,
     RESERVED_PREFIXES,
     WATCHDOG_ROWS,
     Function,
-    is_secret_name,
+    Image,
+    annotation_problems,
     watchdog_settings,
 )
-
-PROCESS_IMAGE = "process"
 
 COMMAND_SETTINGS = ("fprocess", "function_process")
 
@@ -66,7 +64,7 @@ class Rules:
     for programs in; with `ignores_limits` limits are taken and mean nothing.
     """
 
-    images: Mapping[str, str] = field(default_factory=dict)
+    images: Mapping[str, Image] = field(default_factory=dict)
     secrets: Collection[tuple[str, str]] = ()  # namespace and name
     namespaces: Collection[str] = (DEFAULT_NAMESPACE,)
     path: str | None = None
@@ -130,17 +128,19 @@ class _Reader:
 
     def read(self, created_s: float, namespace: str) -> Deployment:
         name = self._name(namespace)
-        directory = self._directory()
+        image = self._image()
         labels, annotations = self._texts("labels"), self._texts("annotations")
         settings, environment = self._split_variables(self._texts("envVars"))
-        settings = {"fprocess": self._command(directory, environment), **settings}
+        environment = {**image.environment, **environment}
+        settings = {**image.settings, **settings, "fprocess": self._command(image, environment)}
+        settings.pop("function_process", None)  # the other name of fprocess, by which the image may have it
         self._check_meanings(labels, annotations)
         self._check_promises()
-        secrets = self._secrets(name)
+        secrets = self._secrets(name, annotations)
         self._check_settings(settings)
         if self.problems or name is None:
             raise BadDeployment(self.problems)
-        function = Function(name, None, settings, environment, annotations, labels, secrets, directory)
+        function = Function(name, None, settings, environment, annotations, labels, secrets, image.directory)
         return Deployment(self._document, function, created_s)
 
     def _name(self, namespace: str) -> FunctionName | None:
@@ -154,20 +154,22 @@ class _Reader:
             self.problems.append(f"namespace: there is no {name.namespace}; allowed: {allowed}")
         return name
 
-    def _directory(self) -> str | None:
-        """Return where the image is run, None for where we were started."""
+    def _image(self) -> Image:
+        """Return what the image means here; an empty one if it means nothing."""
         image = self._document.get("image")
         if not isinstance(image, str) or not image:
             self.problems.append("image: missing; allowed: process, with an envProcess")
-            return None
+            return Image()
         found = find_image(image, self._rules.images)
         if found is None:
             known = ", ".join([PROCESS_IMAGE, *self._rules.images])
             self.problems.append(f"image: this gateway runs programs, not images: {image[:200]!r}; allowed: {known}")
-        return None if found in (None, PROCESS_IMAGE) else found
+        return found or Image()
 
-    def _command(self, directory: str | None, environment: Mapping[str, str]) -> str:
-        text = self._document.get("envProcess")
+    def _command(self, image: Image, environment: Mapping[str, str]) -> str:
+        text = self._document.get("envProcess") or next(
+            (image.settings[key] for key in COMMAND_SETTINGS if image.settings.get(key)), None
+        )
         if not isinstance(text, str) or not text:
             self.problems.append("envProcess: missing; allowed: the command that is run for each call")
             return ""
@@ -176,7 +178,7 @@ class _Reader:
         except ValueError as error:
             self.problems.append(f"envProcess: {error}")
             return ""
-        beside = os.path.join(directory or "", program) if "/" in program else program  # noqa: PTH118 - a word
+        beside = os.path.join(image.directory or "", program) if "/" in program else program  # noqa: PTH118 - a word
         if shutil.which(beside, path=environment.get("PATH", self._rules.path)) is None:
             self.problems.append(f"envProcess: there is no program {program[:200]!r} here that can be run")
         return text
@@ -226,19 +228,8 @@ class _Reader:
             parse_scale(labels)
         except BadLabels as error:
             self.problems += [f"labels: {name}: {problem}" for name, problem in error.problems.items()]
-        try:
-            parse_annotations("function", annotations)
-        except BadAnnotations as error:
-            self.problems += [f"annotations: {name}: {problem}" for name, problem in error.problems.items()]
-        try:
-            parse_schedules(annotations)
-        except BadSchedule as error:
-            self.problems += [f"annotations: {name}: {problem}" for name, problem in error.problems.items()]
-        try:
-            if QUEUE_ANNOTATION in annotations:
-                parse_queue_name(annotations[QUEUE_ANNOTATION])
-        except ValueError as error:
-            self.problems.append(f"annotations: {QUEUE_ANNOTATION}: {error}")
+        found = annotation_problems(annotations)
+        self.problems += [f"annotations: {name}: {problem}" for name, problem in found.items()]
 
     def _check_promises(self) -> None:
         """Refuse what a client would rely on and we do not keep."""
@@ -247,26 +238,32 @@ class _Reader:
         if self._document.get("readOnlyRootFilesystem"):
             self.problems.append("readOnlyRootFilesystem: not kept by this gateway; allowed: false")
 
-    def _secrets(self, name: FunctionName | None) -> tuple[str, ...]:
+    def _secrets(self, name: FunctionName | None, annotations: Mapping[str, str]) -> tuple[str, ...]:
+        """Return the names of secrets that the function gets; those that it means are to be there."""
         names = self._document.get("secrets") or []
         if not isinstance(names, list) or not all(isinstance(each, str) for each in names):
             self.problems.append("secrets: allowed: an array of names")
             return ()
         space = name.namespace if name else DEFAULT_NAMESPACE
-        missing = [each for each in names if not is_secret_name(each) or (space, each) not in self._rules.secrets]
+        known = {each for namespace, each in self._rules.secrets if namespace == space}
+        missing = [each for each in names if each not in known]
         self.problems += [f"secrets: there is no {each[:200]!r} in {space}" for each in missing]
+        with suppress(BadExposure):  # which has been told
+            token = parse_exposure(annotations).secret
+            if token is not None and token not in known:
+                self.problems.append(f"annotations: {AUTH_ANNOTATION}: there is no secret {token} in {space}")
         return tuple(dict.fromkeys(names))
 
 
-def find_image(image: str, images: Mapping[str, str]) -> str | None:
-    """Return what an image means here, "process" or a directory; None: nothing.
+def find_image(image: str, images: Mapping[str, Image]) -> Image | None:
+    """Return what an image means here; None: nothing.
 
     With or without `docker.io/` before it, and a tag behind it: clients add both.
     """
     bare = image.removeprefix("docker.io/")
     head, slash, last = bare.rpartition("/")
     untagged = head + slash + last.partition(":")[0]
-    known = {PROCESS_IMAGE: PROCESS_IMAGE} | {name.removeprefix("docker.io/"): to for name, to in images.items()}
+    known = {PROCESS_IMAGE: Image()} | {name.removeprefix("docker.io/"): to for name, to in images.items()}
     return known.get(bare) or known.get(untagged)
 
 

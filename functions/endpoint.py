@@ -5,6 +5,7 @@ refused.  The life of an endpoint:
 
     asleep      no process.  We watch the socket; a connection (which nobody has accepted yet) wakes it
     awake       `count` watchdogs accept from the socket.  One that dies is started again by the supervisor.
+                Where the labels allow it there are more while its load is high (scaling.py).
                 When nothing has used them for zero-duration they are ended, and it is asleep
     retiring    another version has its name.  Its watchdogs finish what they have and end; should a connection still
                 come, from a caller that had its address already, it is served.  Quiet for a while, it is closed
@@ -24,12 +25,14 @@ import os
 import select
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
+from typing import Any
 
+from ..calls.names import FunctionName
 from ..watchdog import BACKLOG, Client, FaashoundError, Url, log
 from .logs import LogPipe, LogStore
-from .scaling import Scale, parse_scale
+from .scaling import Load, Scale, parse_scale
 from .supervisor import ManagedProcess, ManagedProgram, Supervisor, lift
 from .table import Function
 
@@ -47,7 +50,7 @@ LONGEST_LOOK_S = 30.0
 
 DRAIN_GRACE_S = 3600.0  # a watchdog bounds its own drain: by exec_timeout, or write_timeout if that is longer
 
-GROW_LOOK_S = 1.0  # between two looks at the calls in flight of a function that may grow
+LOAD_LOOK_S = 1.0  # between two looks at the load of a function that may have more watchdogs
 
 LISTENING_FLAGS = b"00010000"  # __SO_ACCEPTCON in /proc/net/unix
 
@@ -61,7 +64,8 @@ class NotHealthy(FaashoundError):
 class Endpoint:
     """The socket at `path` of `function`, and its watchdogs, which `supervisor` keeps running.
 
-    `program_of` returns what to run for a function on a socket, with a descriptor for its lines, which go to `logs`.
+    `program_of` returns what to run for a function on a socket, with a descriptor for its lines, which go to `logs`;
+    `count_made` how many calls of it have ended so far.
     Obligations: `open`, then `start`, and `close_socket` when the supervisor has stopped, or `retire` while it goes on.
     """
 
@@ -71,6 +75,7 @@ class Endpoint:
         path: Path,
         program_of: Callable[[Function, socket.socket, int | None], ManagedProgram],
         logs: LogStore | None = None,
+        count_made: Callable[[FunctionName], int] = lambda name: 0,
     ) -> None:
         self.function = function
         self.path = path
@@ -78,13 +83,15 @@ class Endpoint:
         self.processes: list[ManagedProcess] = []
         self._program_of = program_of
         self._logs = logs
+        self._count_made = count_made
+        self._load = Load()
         self._log_pipe: LogPipe | None = None
         self._supervisor: Supervisor | None = None
         self._listener: socket.socket
         self._is_watched = False
         self._look: asyncio.TimerHandle | None = None
-        self._grow_look: asyncio.TimerHandle | None = None
-        self._resting: asyncio.Task[None] | None = None
+        self._load_look: asyncio.TimerHandle | None = None
+        self._ending: set[asyncio.Task[None]] = set()
         self._used_s = 0.0
         self._spent_ns: Mapping[int, int] = {}
 
@@ -124,7 +131,7 @@ class Endpoint:
         self._watch(False)
         self._grow(max(self.scaled_count or 0, self.scale.woken_count))
         self._note_use()
-        self._look_for_growth()
+        self._look_at_load()
 
     async def set_count(self, count: int) -> None:
         """Have `count` watchdogs; 0: none, until a call comes."""
@@ -133,9 +140,7 @@ class Endpoint:
             self._watch(False)
             self._grow(count)
             self._note_use()
-            surplus = self.processes[count:]
-            del self.processes[count:]
-            await self._end(surplus)
+            await self._shrink(count)
         else:
             await self.rest()
 
@@ -147,6 +152,11 @@ class Endpoint:
         while len(self.processes) < count:
             fd = None if self._log_pipe is None else self._log_pipe.fd
             self.processes.append(self._supervisor.start(self._program_of(self.function, self._listener, fd)))
+
+    async def _shrink(self, count: int) -> None:
+        surplus = self.processes[count:]
+        del self.processes[count:]
+        await self._end(surplus)
 
     async def rest(self) -> None:
         """End the watchdogs, each when its calls have ended; what comes meanwhile wakes it again."""
@@ -205,8 +215,8 @@ class Endpoint:
     def stop_watching(self) -> None:
         """Wake no more, and put nothing to rest; the supervisor is about to end the watchdogs."""
         self._set_look(None)
-        if self._grow_look is not None:
-            self._grow_look.cancel()
+        if self._load_look is not None:
+            self._load_look.cancel()
         self._watch(False)
 
     def close_socket(self) -> None:
@@ -245,15 +255,27 @@ class Endpoint:
             self._look.cancel()
         self._look = None if delay_s is None else asyncio.get_running_loop().call_later(delay_s, self._on_look)
 
-    def _look_for_growth(self) -> None:
-        """Have more watchdogs if more calls are in flight than these are for; come again while it is awake."""
-        if self._grow_look is not None:
-            self._grow_look.cancel()
-        self._grow_look = None
+    def _look_at_load(self) -> None:
+        """Have as many watchdogs as the load wants, where the labels allow it; come again while it is awake."""
+        if self._load_look is not None:
+            self._load_look.cancel()
+        self._load_look = None
         scale = self.scale
-        if scale.grows and self.processes:
-            self._grow(scale.count_for(sum(count_calls(pid) for pid in self.pids)))
-            self._grow_look = asyncio.get_running_loop().call_later(GROW_LOOK_S, self._look_for_growth)
+        if not scale.grows or not self.processes:
+            return
+        in_flight_count = sum(count_calls(pid) for pid in self.pids)
+        self._load.look(time.monotonic(), self._count_made(self.function.name), in_flight_count)
+        wanted_count = scale.count_for(self._load.in_flight_count, self._load.calls_per_s)
+        count = max(wanted_count, self.scaled_count or 0)
+        self._grow(count)
+        if count < len(self.processes):
+            self._later(self._shrink(count))
+        self._load_look = asyncio.get_running_loop().call_later(LOAD_LOOK_S, self._look_at_load)
+
+    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
 
     def _on_look(self) -> None:
         """See whether the watchdogs were used since the last look; if not for long enough, put it to rest."""
@@ -269,7 +291,7 @@ class Endpoint:
             self._set_look(min(max(limit_s - idle_s, 0.01), LONGEST_LOOK_S))
             return
         log.info(f"{self.function.name.short} had no call for {idle_s:.0f} s and is put to rest")
-        self._resting = asyncio.create_task(self.rest())
+        self._later(self.rest())
 
 
 def has_backlog(listener: socket.socket) -> bool:

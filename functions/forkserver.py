@@ -9,11 +9,13 @@
 A watchdog is a Python program: a new interpreter takes a third of a second of processor time and 20 MiB until it
 accepts a connection.  A process that has imported all of it and forks takes some milliseconds, and shares its memory.
 What is forked runs `watchdog.main` with the environment that it would have been started with, so all its promises are
-its own: it forks its guard, sweeps its trees, obeys the parent-death pipe.
+its own: it forks its guard, sweeps its trees, obeys the parent-death pipe.  Where there is a directory SECRETS_PATH
+and the kernel allows it, the function sees its secrets there (mounts.py).
 
 The two sides talk over a pair of sockets (SOCK_SEQPACKET, so that a message is whole):
 
-    to the server       id; descriptors: a memfd with directory and environment, parent-death pipe, listener, stderr
+    to the server       id; descriptors: a memfd with directory, environment and secrets, parent-death pipe, listener,
+                        stderr
     from the server     launched(id, pid), with a pidfd | failed(id, errno) | exited(id, status)
 
 The server ends when the other end of the socket has gone.  When it dies itself it is started again (it is a managed
@@ -41,6 +43,7 @@ from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from .. import watchdog
+from . import mounts
 from .supervisor import (
     LISTEN_FD,
     PARENT_DEATH_FD,
@@ -64,6 +67,9 @@ ANSWER_LIMIT_S = 10.0  # a fork takes milliseconds; a server that has died is st
 STATUS_LIMIT_S = 1.0  # between a process's exit and the word of the server that has reaped it
 
 STDERR_FD = 2
+
+SECRETS_PATH = "/var/openfaas/secrets"
+
 
 ABOVE_FD = 16  # descriptors that came with a request are lifted above those that the watchdog gets
 
@@ -144,7 +150,7 @@ class ForkServer:
     def _ask(self, number: int, program: ManagedProgram, parent_death_fd: int) -> None:
         environ_fd = os.memfd_create("environ", os.MFD_CLOEXEC)
         with open(environ_fd, "wb") as file:
-            file.write(json.dumps([program.directory, program.told_environ]).encode())
+            file.write(json.dumps([program.directory, program.told_environ, program.secrets]).encode())
             file.flush()
             fds = [environ_fd, parent_death_fd]
             if program.listener is not None:
@@ -250,15 +256,17 @@ class Server:
             self._control.close()
             with open(fds[0], "rb", closefd=False) as file:
                 file.seek(0)
-                directory, environ = json.load(file)
+                directory, environ, secrets = json.load(file)
             targets = [PARENT_DEATH_FD, *([LISTEN_FD] if has_listener else []), *([STDERR_FD] if has_stderr else [])]
             _take_descriptors(fds[1:], targets)
             os.close(fds[0])
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            if directory is not None:
-                os.chdir(directory)
             os.environ.clear()
             os.environ.update(environ)
+            if secrets is not None:
+                _show_secrets(secrets, keeps_users="user" in environ)
+            if directory is not None:
+                os.chdir(directory)
             with contextlib.suppress(OSError), open("/proc/self/comm", "w", encoding="ascii") as file:
                 file.write(process_name(environ.get("OPENFAAS_NAME", "")))
             status = watchdog.main([], os.environ)
@@ -266,6 +274,17 @@ class Server:
             traceback.print_exc()
         finally:
             os._exit(status)
+
+
+def _show_secrets(directory: str, *, keeps_users: bool) -> None:
+    """Have a function's secrets at SECRETS_PATH too, if that is there; where it cannot be, its log says so."""
+    if not os.path.isdir(SECRETS_PATH):  # noqa: PTH112 - in the path of each start
+        return
+    try:
+        mounts.bind(directory, SECRETS_PATH, keeps_users=keeps_users)
+    except OSError as error:
+        told = f"the secrets are where secret_mount_path says, and not at {SECRETS_PATH}"
+        print(f"{os.environ.get('OPENFAAS_NAME')}: {told}: {error.strerror}", file=sys.stderr)
 
 
 def process_name(function: str) -> str:

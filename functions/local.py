@@ -32,6 +32,7 @@ from pathlib import Path
 from ..calls.names import FunctionName
 from ..watchdog import FUNCTION_VARIABLE, FaashoundError, log
 from .endpoint import Endpoint, NotHealthy
+from .exposure import digest_token
 from .forkserver import ForkServer
 from .logs import SETTINGS, LogStore
 from .published import PublishedTable, publish
@@ -61,8 +62,8 @@ class BadScale(FaashoundError):
 class LocalStatus:
     """What is known of one local function.  `pids` are its watchdogs that run now; none while it is asleep.
 
-    `wanted_count` is what the operator has asked for, or what it has when it is awake; `available_count` what serves,
-    or would as soon as a call comes.
+    `wanted_count` is what the operator has asked for, or what it has when it is awake, or what its load wants;
+    `available_count` what serves, or would as soon as a call comes.
     """
 
     pids: Sequence[int]
@@ -98,6 +99,8 @@ class LocalFunctions:
         self.table: dict[FunctionName, Function] = dict(table)
         self.on_change: Callable[[], None] = lambda: None
         self.secrets: SecretFiles | None = None  # where functions find theirs
+        self.token_of: Callable[[Function], bytes | None] = lambda function: None  # by which its callers are let in
+        self.count_made: Callable[[FunctionName], int] = lambda name: 0  # calls of a function that have ended
         self._environ = environ
         self._watchdog = watchdog
         self._logs = logs
@@ -239,7 +242,8 @@ class LocalFunctions:
         return endpoint is not None and _runs(endpoint.function) == _runs(function)
 
     def _new_endpoint(self, function: Function) -> Endpoint:
-        return Endpoint(function, self.directory / f"{os.getpid()}.{next(self._numbers)}", self._program, self._logs)
+        path = self.directory / f"{os.getpid()}.{next(self._numbers)}"
+        return Endpoint(function, path, self._program, self._logs, lambda name: self.count_made(name))
 
     def _add(self, function: Function) -> Endpoint:
         endpoint = self._new_endpoint(function)
@@ -287,7 +291,7 @@ class LocalFunctions:
 
     def _set_table(self, table: Mapping[FunctionName, Function]) -> None:
         """Let `table`, with the addresses of what is run here, be in force."""
-        new = {name: self._with_url(function) for name, function in table.items()}
+        new = {name: self._with_token(self._with_url(function)) for name, function in table.items()}
         self.table.clear()
         self.table.update(new)
         publish(self.directory / "table", self.table)
@@ -301,19 +305,32 @@ class LocalFunctions:
             endpoint.function = function
         return dataclasses.replace(function, url=f"{UNIX_PREFIX}{endpoint.path}")
 
+    def _with_token(self, function: Function) -> Function:
+        if function.exposure.secret is None:
+            return function
+        token = self.token_of(function)
+        return dataclasses.replace(function, token_digest=digest_token(token) if token and token.strip() else None)
+
+    def refresh_tokens(self) -> None:
+        """Tokens may have changed: let callers in by those that there are now."""
+        self._set_table(self.table)
+
     # What is run.
 
     def _program(self, function: Function, listener: socket.socket, stderr_fd: int | None) -> ManagedProgram:
         command = self._watchdog or ("fwatchdog",)
-        name, environ = f"the watchdog of {function.name.short}", self._environ_of(function)
-        return ManagedProgram(name, command, environ, listener, stderr_fd, function.directory)
+        secrets = None
+        if self.secrets is not None and function.secrets:
+            secrets = str(self.secrets.directory_of(function))
+        name, environ = f"the watchdog of {function.name.short}", self._environ_of(function, secrets)
+        return ManagedProgram(name, command, environ, listener, stderr_fd, function.directory, secrets)
 
-    def _environ_of(self, function: Function) -> dict[str, str]:
+    def _environ_of(self, function: Function, secrets: str | None) -> dict[str, str]:
         """Return the whole environment of a function's watchdog, which hands the function its part of it."""
         settings = watchdog_settings(function.settings or {})
         given = {FUNCTION_VARIABLE + name: value for name, value in function.environment.items()}
-        if self.secrets is not None and function.secrets:
-            given[FUNCTION_VARIABLE + MOUNT_VARIABLE] = str(self.secrets.directory_of(function))
+        if secrets is not None:
+            given[FUNCTION_VARIABLE + MOUNT_VARIABLE] = secrets
         names = {"OPENFAAS_NAME": function.name.name, "OPENFAAS_NAMESPACE": function.name.namespace}
         log_settings = {} if self._logs is None else SETTINGS
         return {**self._base, **settings, **given, **names, **log_settings}
@@ -327,7 +344,8 @@ def _runs(function: Function) -> tuple[object, ...]:
 def _status_of(endpoint: Endpoint) -> LocalStatus:
     pids = endpoint.pids
     scaled_count = endpoint.scaled_count
-    wanted_count = endpoint.scale.woken_count if scaled_count is None else scaled_count
+    asked_count = endpoint.scale.woken_count if scaled_count is None else scaled_count
+    wanted_count = max(asked_count, len(endpoint.processes))
     available_count = len(pids) or (wanted_count if not endpoint.processes else 0)
     return LocalStatus(pids, endpoint.restart_count, endpoint.path, wanted_count, available_count)
 

@@ -23,7 +23,7 @@ from .table import Function
 def publish(path: Path, table: Mapping[FunctionName, Function]) -> None:
     """Make `table` the one that readers of `path` see."""
     new = path.with_suffix(".new")
-    with open(new, "w", encoding="utf-8") as file:
+    with open(new, "w", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
         json.dump([dataclasses.asdict(function) for function in table.values()], file)
     new.rename(path)
 

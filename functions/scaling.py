@@ -2,8 +2,9 @@
 
     com.openfaas.scale.min             so many are started with the gateway, and whenever the function is woken
     com.openfaas.scale.max             more than so many cannot be asked for (default 20); if it is set, there are more
-                                       up to it as calls in flight grow
-    com.openfaas.scale.target          calls in flight that one is started for, then (default 50)
+                                       up to it, and fewer again, as its load wants it
+    com.openfaas.scale.target          calls in flight that one is started for, then; if it is not set, one is for 50 of
+                                       them, or for 5 calls a second, by which OpenFaaS scales
     com.openfaas.scale.zero            false: it is started with the gateway, and stays
     com.openfaas.scale.zero-duration   without a call for so long it is put to rest (default 15m)
 
@@ -12,6 +13,8 @@ Without any of them a function has no process until a call comes.  Pure.
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +31,12 @@ HIGHEST_MAX_COUNT = 1000
 
 
 DEFAULT_TARGET_COUNT = 50  # as in OpenFaaS
+
+
+DEFAULT_TARGET_RATE = 5.0  # calls a second: above it OpenFaaS' alert APIHighInvocationRate has a function scaled up
+
+
+LOAD_WINDOW_S = 10.0  # that the alert's rate is measured over; fewer are wanted only after so long with less load
 
 
 DEFAULT_ZERO_DURATION_S = 900.0
@@ -50,6 +59,7 @@ class Scale:
     rests: bool = True
     zero_duration_s: float = DEFAULT_ZERO_DURATION_S
     target_count: int = DEFAULT_TARGET_COUNT
+    target_rate: float | None = DEFAULT_TARGET_RATE  # None: calls in flight alone count
     grows: bool = False
 
     @property
@@ -62,10 +72,34 @@ class Scale:
         """How many are started with the gateway."""
         return self.min_count if self.rests else self.woken_count
 
-    def count_for(self, in_flight_count: int) -> int:
-        """Return how many watchdogs so many calls in flight want."""
-        wanted_count = -(-in_flight_count // self.target_count)
+    def count_for(self, in_flight_count: int, calls_per_s: float = 0.0) -> int:
+        """Return how many watchdogs so many calls in flight, or so many a second, want."""
+        by_rate = 0 if self.target_rate is None else math.ceil(calls_per_s / self.target_rate)
+        wanted_count = max(-(-in_flight_count // self.target_count), by_rate)
         return min(max(wanted_count, self.woken_count), max(self.max_count, self.woken_count))
+
+
+class Load:
+    """What a function had to do in the last LOAD_WINDOW_S, by looks from time to time.  Times are monotonic."""
+
+    def __init__(self) -> None:
+        self._looks: deque[tuple[float, int, int]] = deque()
+
+    def look(self, now_s: float, calls_count: int, in_flight_count: int) -> None:
+        """Take note of how many calls there have been so far, and how many are in flight."""
+        while self._looks and self._looks[0][0] < now_s - LOAD_WINDOW_S:
+            self._looks.popleft()
+        self._looks.append((now_s, calls_count, in_flight_count))
+
+    @property
+    def in_flight_count(self) -> int:
+        """The most calls that were in flight at one look."""
+        return max((in_flight_count for _, _, in_flight_count in self._looks), default=0)
+
+    @property
+    def calls_per_s(self) -> float:
+        """How many calls there were in a second, over the whole window: what is quick and over is no load."""
+        return (self._looks[-1][1] - self._looks[0][1]) / LOAD_WINDOW_S if self._looks else 0.0
 
 
 def _parse_max(text: str) -> int:
@@ -96,6 +130,8 @@ def parse_scale(labels: Mapping[str, str]) -> Scale:
             values[attribute] = parse(text)
         except ValueError as error:
             problems[SCALE_PREFIX + name] = f"{text!r}: {error}"
+    if "target_count" in values:
+        values["target_rate"] = None
     scale = Scale(**values, grows="max_count" in values)
     if not problems and scale.min_count > scale.max_count:
         problems[SCALE_PREFIX + "min"] = f"is more than {SCALE_PREFIX}max ({scale.max_count})"

@@ -25,7 +25,8 @@ from typing import Any
 from ..calls.names import DEFAULT_NAMESPACE, FunctionName, is_label
 from ..watchdog import FaashoundError, Identity, log, parse_user
 from .documents import Documents
-from .table import Function, is_secret_name
+from .secret_names import is_secret_name
+from .table import Function
 
 MAX_SECRET_BYTES = 1 << 20  # as in Kubernetes
 

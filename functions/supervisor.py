@@ -74,8 +74,9 @@ class ManagedProgram:
     """What is to be kept running: `name` is what the log calls it, `environ` its whole environment.
 
     It inherits `listener` as systemd hands it (sd_listen_fds(3)), writes its stderr to `stderr_fd` if that is given,
-    else to ours, and is started in `directory`, or where we were.  `on_trouble` is told why it ended when it ends again
-    before it has lived for PROVEN_AFTER_S, and "" once it has.
+    else to ours, and is started in `directory`, or where we were.  One that the fork server starts sees the directory
+    `secrets` where OpenFaaS has them.  `on_trouble` is told why it ended when it ends again before it has lived for
+    PROVEN_AFTER_S, and "" once it has.
     """
 
     name: str
@@ -84,6 +85,7 @@ class ManagedProgram:
     listener: socket.socket | None = None
     stderr_fd: int | None = None
     directory: str | None = None
+    secrets: str | None = None
     on_trouble: Callable[[str], None] = lambda trouble: None
 
     @property

@@ -32,7 +32,7 @@ import tomllib
 import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,10 @@ from ..watchdog import (
     settings_table,
     without_credentials,
 )
+from .exposure import BadExposure, Exposure, parse_exposure
 from .scaling import BadLabels, parse_scale
 from .schedules import BadSchedule, parse_schedules
+from .secret_names import SECRETS_ARE, is_secret_name
 
 
 class BadFunctions(FaashoundError):
@@ -135,7 +137,8 @@ class Function:
 
     `settings` are the watchdog's settings as typed in the file (`fprocess` among them), or None for a function
     that runs elsewhere; `environment` is what its process gets besides, `secrets` the names of those that it finds in
-    a directory of its own, `directory` where it is started (None: where the gateway was).
+    a directory of its own, `directory` where it is started (None: where the gateway was).  `token_digest` is that of
+    the bearer token by which its callers are let in (exposure.py), None while there is no such secret.
     """
 
     name: FunctionName
@@ -146,6 +149,7 @@ class Function:
     labels: Mapping[str, str] = field(default_factory=dict)
     secrets: tuple[str, ...] = ()
     directory: str | None = None
+    token_digest: str | None = None
 
     @property
     def local(self) -> bool:
@@ -157,13 +161,10 @@ class Function:
         """The queue that its asynchronous calls wait in."""
         return self.annotations.get(QUEUE_ANNOTATION, DEFAULT_QUEUE)
 
-
-_SECRETS_ARE = "1 to 253 lower-case letters, digits, '-' and '.', a letter or digit first and last"
-
-
-def is_secret_name(text: str) -> bool:
-    """Tell whether `text` may be the name of a secret, which is the name of a file (as Kubernetes has it)."""
-    return len(text) <= 253 and re.fullmatch(r"[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?", text, re.ASCII) is not None
+    @property
+    def exposure(self) -> Exposure:
+        """Whom it is for."""
+        return parse_exposure(self.annotations)
 
 
 class Functions:
@@ -239,7 +240,26 @@ _LOCAL_KEYS = [name for name in WATCHDOG_ROWS if name not in REFUSED_SETTINGS] +
 IMAGES_TABLE = "images"  # of the file: what deployments may call an image, unless it is a function of this name
 
 
+PROCESS_IMAGE = "process"
+
+
+_IMAGE_KEYS = ["directory", *(key for key in _LOCAL_KEYS if key != "secrets")]
+
+
 _KEYS = [*_LOCAL_KEYS, "url", "annotations", "labels"]
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """What deployments may call an image: where it is run (None: where we were started), and what it brings along.
+
+    As the ENV of a container's image does: `settings` of the watchdog as typed (`fprocess` among them, which a
+    deployment then need not name), and the `environment` of its program.
+    """
+
+    directory: str | None = None
+    settings: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_functions(path: Path, *, missing_ok: bool = False) -> dict[FunctionName, Function]:
@@ -271,7 +291,7 @@ def parse_functions(text: str, source: str) -> dict[FunctionName, Function]:
     table: dict[FunctionName, Function] = {}
     for key, entry in document.items():
         if _is_images(key, entry):
-            _check_images(entry, report)
+            _parse_images(entry, report)
         elif isinstance(entry, dict):
             function = _parse_function(key, entry, report)
             if function.name in table:
@@ -284,23 +304,36 @@ def parse_functions(text: str, source: str) -> dict[FunctionName, Function]:
     return table
 
 
-def read_images(path: Path) -> dict[str, str]:
-    """Return the images of the file at `path`, which `read_functions` has found right: to "process" or a directory."""
+def read_images(path: Path) -> dict[str, Image]:
+    """Return the images of the file at `path`, which `read_functions` has found right."""
     try:
-        entry = tomllib.loads(path.read_text(encoding="utf-8-sig")).get(IMAGES_TABLE, {})
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         return {}
-    return dict(entry) if _is_images(IMAGES_TABLE, entry) else {}
+    entry = tomllib.loads(text).get(IMAGES_TABLE, {})
+    return _parse_images(entry, _Report(str(path), find_lines(text))) if _is_images(IMAGES_TABLE, entry) else {}
 
 
 def _is_images(key: str, entry: object) -> bool:
     return key == IMAGES_TABLE and isinstance(entry, dict) and not {"url", *_COMMAND_KEYS} & entry.keys()
 
 
-def _check_images(entry: Mapping[str, Any], report: _Report) -> None:
-    for name, value in entry.items():
-        if value != "process" and not (isinstance(value, str) and value.startswith("/")):
-            report.add((IMAGES_TABLE, name), 'allowed: "process", or the absolute path of a working directory')
+def _parse_images(entry: Mapping[str, Any], report: _Report) -> dict[str, Image]:
+    return {name: _parse_image((IMAGES_TABLE, name), value, report) for name, value in entry.items()}
+
+
+def _parse_image(path: tuple[str, ...], value: Any, report: _Report) -> Image:
+    """Return what a row of the images means; what is wrong goes to `report`, and then the result is void."""
+    entry = {} if value == PROCESS_IMAGE else value if isinstance(value, dict) else {"directory": value}
+    for key in entry:
+        if key not in _IMAGE_KEYS:
+            report.add((*path, key), f"unknown key; allowed: {', '.join(_IMAGE_KEYS)}")
+    directory = entry.get("directory")
+    if directory is not None and not (isinstance(directory, str) and directory.startswith("/")):
+        report.add(path, 'allowed: "process", the absolute path of a working directory, or a table with directory')
+    environment = _parse_texts((*path, "environment"), entry.get("environment", {}), report)
+    _check_environment((*path, "environment"), environment, report)
+    return Image(directory, _parse_local(path, entry, report), environment)
 
 
 def find_lines(text: str) -> dict[tuple[str, ...], int]:
@@ -377,20 +410,20 @@ def _parse_function(name: str, entry: Mapping[str, Any], report: _Report) -> Fun
         if problem:
             report.add((name, key), problem)
     texts = {key: _parse_texts((name, key), entry.get(key, {}), report) for key in _TEXT_TABLES}
-    _check_environment(name, texts["environment"], report)
+    _check_environment((name, "environment"), texts["environment"], report)
     _check_annotations(name, texts["annotations"], report)
     if not elsewhere:
         _check_labels(name, texts["labels"], report)
     url = _parse_value((name, "url"), entry["url"], parse_base_url, report) if elsewhere else None
     secrets = _parse_names((name, "secrets"), entry.get("secrets", []), report)
-    settings = None if elsewhere else _parse_local(name, entry, report)
+    settings = None if elsewhere else _parse_local((name,), entry, report)
     environment, annotations, labels = (texts[key] for key in _TEXT_TABLES)
     return Function(whole_name, url, settings, environment, annotations, labels, secrets)
 
 
 def _parse_names(path: tuple[str, ...], value: Any, report: _Report) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(each, str) and is_secret_name(each) for each in value):
-        report.add(path, f"not a list of names of secrets; allowed: {_SECRETS_ARE}")
+        report.add(path, f"not a list of names of secrets; allowed: {SECRETS_ARE}")
         return ()
     return tuple(value)
 
@@ -407,19 +440,19 @@ def _key_problem(key: str, elsewhere: bool) -> str | None:
     return f"unknown key; did you mean {close[0]}?" if close else f"unknown key; allowed: {', '.join(_KEYS)}"
 
 
-def _parse_local(name: str, entry: Mapping[str, Any], report: _Report) -> dict[str, str]:
-    """Return the watchdog's settings of one table as text, checked alone and then together."""
+def _parse_local(path: tuple[str, ...], entry: Mapping[str, Any], report: _Report) -> dict[str, str]:
+    """Return the watchdog's settings of the table at `path` as text, checked alone and then together."""
     found_before = len(report.found)
     settings = {}
     for key in _LOCAL_KEYS:
         if key in WATCHDOG_ROWS and key in entry:
-            settings[key] = _parse_value((name, key), entry[key], _checked(WATCHDOG_ROWS[key].parse), report) or ""
+            settings[key] = _parse_value((*path, key), entry[key], _checked(WATCHDOG_ROWS[key].parse), report) or ""
     if len(report.found) == found_before and any(key in settings for key in _COMMAND_KEYS):
         try:
             parse_settings(Settings, watchdog_settings(settings))
         except BadSettings as error:
             for problem in error.problems:
-                report.add((name,), problem)
+                report.add(path, problem)
     return settings
 
 
@@ -446,7 +479,7 @@ def _parse_value(path: tuple[str, ...], value: Any, parse: Callable[[str], str],
     try:
         return parse(text)
     except ValueError as error:
-        secret = path[1:2] == ("environment",)
+        secret = "environment" in path[1:-1]
         report.add(path, str(error) if secret else f"{without_credentials(text)!r}: {error}")
         return None
 
@@ -476,10 +509,10 @@ def _parse_no_nul(text: str) -> str:
     return text
 
 
-def _check_environment(name: str, environment: Mapping[str, str], report: _Report) -> None:
+def _check_environment(table: tuple[str, ...], environment: Mapping[str, str], report: _Report) -> None:
     """Report variables that execve cannot carry, or that the watchdog would take for its own."""
     for key in environment:
-        path = (name, "environment", key)
+        path = (*table, key)
         if not key or "=" in key or "\0" in key:
             report.add(path, "not a variable's name; allowed: anything without '=' and NUL")
         elif key in WATCHDOG_ROWS:
@@ -489,22 +522,23 @@ def _check_environment(name: str, environment: Mapping[str, str], report: _Repor
 
 
 def _check_annotations(name: str, annotations: Mapping[str, str], report: _Report) -> None:
-    """Report annotations that the worker or the queue could not make sense of; all others are the operator's own."""
+    for annotation, problem in annotation_problems(annotations).items():
+        report.add((name, "annotations", annotation), problem)
+
+
+def annotation_problems(annotations: Mapping[str, str]) -> dict[str, str]:
+    """Return what is wrong with those annotations that mean something to us; all others are the operator's own."""
     problems: dict[str, str] = {}
-    try:
-        parse_annotations(name, annotations)
-    except BadAnnotations as error:
-        problems |= error.problems
+    for parse in (partial(parse_annotations, "function"), parse_schedules, parse_exposure):
+        try:
+            parse(annotations)
+        except (BadAnnotations, BadSchedule, BadExposure) as error:
+            problems |= error.problems
     try:
         parse_queue_name(annotations.get(QUEUE_ANNOTATION, DEFAULT_QUEUE))
     except ValueError as error:
         problems[QUEUE_ANNOTATION] = str(error)
-    try:
-        parse_schedules(annotations)
-    except BadSchedule as error:
-        problems |= error.problems
-    for annotation, problem in problems.items():
-        report.add((name, "annotations", annotation), problem)
+    return problems
 
 
 def _check_labels(name: str, labels: Mapping[str, str], report: _Report) -> None:

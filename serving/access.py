@@ -2,7 +2,7 @@
 
     access = Access(queue.token, rules, door)
     access.check_host(request)                               # UnknownHost
-    await access.authorize(request)                          # Unauthorized, TooManyGuesses
+    await access.authorize(request)                          # Unauthorized, TooManyGuesses, Forbidden
 
 Contract: whoever can open the queue is a worker of ours and proves it by the queue's token; it needs no password and
 may know us by any name.  A callback of ours carries a proof that it is one: it reaches functions, and nothing else.
@@ -21,7 +21,9 @@ from ..watchdog import Request
 from .answers import Forbidden
 from .browsers import BrowserRules, UnknownHost
 from .passwords import PasswordDoor
+from .users import Role
 
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")  # RFC 9110 9.2.1
 _PROOF, _TOKEN = CALLBACK_PROOF.lower(), WORKER_TOKEN.lower()
 
 
@@ -66,6 +68,17 @@ class Access:
         return f"{user or 'no name'} from {request.peer or 'a Unix socket'}"
 
     async def authorize(self, request: Request) -> None:
-        """Return if a request may see and change calls and functions; raises Unauthorized, TooManyGuesses."""
-        if self.door is not None and not self.is_worker(request):
-            await self.door.check(request)
+        """Return if a request may see calls and functions, or change them; raises what says that it may not."""
+        if request.method in SAFE_METHODS:
+            if self.door is not None and not self.is_worker(request):
+                await self.door.check(request)
+        else:
+            await self.authorize_change(request)
+
+    async def authorize_change(self, request: Request) -> None:
+        """Return if a request may change something, whatever its method; raises as `authorize`."""
+        if self.door is None or self.is_worker(request):
+            return
+        user = await self.door.check(request)
+        if user.role is not Role.DEPLOY:
+            raise Forbidden(f"{user.name} may look, and change nothing; allowed: with the role {Role.DEPLOY.value}")

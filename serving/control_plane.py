@@ -3,8 +3,9 @@
     GET /system/info                      what this gateway is
     GET /system/functions                 functions of ?namespace= (openfaas-fn; * is all of them)
     GET /system/function/NAME             one of them, or one that function_url finds; ?usage=1 adds what it takes now
-    GET /system/namespaces                the namespaces that functions may be in; /system/namespace/NAME for one
-    POST, PUT, DELETE /system/functions; /system/scale-function/NAME; /system/secrets; /system/schedules: operations.py
+    GET /system/namespaces                the namespaces that functions may be in
+    POST, PUT, DELETE /system/functions; /system/scale-function/NAME; /system/secrets, /system/namespace/NAME,
+                      /system/schedules: operations.py
     GET /system/logs                      function_logs.py
 
 Contract: JSON out; an error is a text.  What this gateway has not, a client is told with 501 and a sentence, so that it
@@ -17,7 +18,7 @@ import hashlib
 import math
 import platform
 import socket
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import cache
@@ -45,10 +46,9 @@ from ..watchdog import (
 from .access import Access
 from .answers import NotFound, allow, json_response
 from .function_logs import FunctionLogs
-from .function_views import ELSEWHERE, Replicas, describe_function, describe_gateway, describe_namespace
+from .function_views import ELSEWHERE, Replicas, describe_function, describe_gateway
 from .invocation_counts import InvocationCounts
 from .operations import NotOffered, Operations, parse_parameters
-from .settings import Settings
 from .usage import measure_usage
 
 EVERY_NAMESPACE = "*"
@@ -64,13 +64,7 @@ PATHS = (
     *("/system/calls", "/system/calls/CALL-ID"),
 )
 GIVES_NO_TOKENS = "this gateway gives no tokens: it takes a user and a password (basic_auth)"
-MAKES_NO_NAMESPACE = "namespaces are not made here: the setting namespaces, and the functions file, say which there are"
 ASKER_FIELD = b"X-Faashound-Asker"  # between processes of one gateway
-
-
-def known_namespaces(settings: Settings) -> Collection[str]:
-    """Return the namespaces that functions may be in, whether or not there are some."""
-    return settings.namespaces if settings.function_url or settings.deploy != "off" else ()
 
 
 @cache
@@ -101,14 +95,13 @@ def describe_upstream(function: Function, *, is_guarded: bool) -> dict[str, obje
 class ControlPlane:
     """Shows functions; the caller has been let in by then.  Workers of ours are told besides where they answer.
 
-    `status` tells of functions that are run here; `namespaces` are those in which function_url finds functions, if any.
+    `status` tells of functions that are run here.
     """
 
     functions: Functions
     access: Access
     status: Callable[[], Mapping[FunctionName, LocalStatus]]
     counts: InvocationCounts
-    namespaces: Collection[str]
     operations: Operations
     logs: FunctionLogs
 
@@ -122,7 +115,7 @@ class ControlPlane:
         if area in NOT_OFFERED:
             raise NotOffered(NOT_OFFERED[area])
         if area == "namespace":
-            return self._namespace(request, name)
+            return await self.operations.namespace(request, name, asker)
         response = await (
             self._answer_one(request, area, name, asker) if name else self._answer_all(request, area, asker)
         )
@@ -142,7 +135,7 @@ class ControlPlane:
                 return self._list(request)
             case "namespaces":
                 allow(request, "GET")
-                return json_response(200, self._known_namespaces())
+                return json_response(200, self.operations.control.namespace_names())
             case "secrets":
                 return await self.operations.secrets(request, asker)
             case "logs":
@@ -195,19 +188,6 @@ class ControlPlane:
         if by_worker:
             described["upstream"] = describe_upstream(function, is_guarded=self.functions.is_guarded(function.name))
         return json_response(200, described)
-
-    def _known_namespaces(self) -> list[str]:
-        """Return the namespaces that functions may be in, the default one first."""
-        found = {function.name.namespace for function in self.functions} | set(self.namespaces) - {DEFAULT_NAMESPACE}
-        return [DEFAULT_NAMESPACE, *sorted(found - {DEFAULT_NAMESPACE})]
-
-    def _namespace(self, request: Request, name: str) -> Response:
-        if request.method in ("POST", "PUT", "DELETE"):
-            raise NotOffered(MAKES_NO_NAMESPACE)
-        allow(request, "GET")
-        if name not in self._known_namespaces():
-            raise NotFound("no namespace has this name")
-        return json_response(200, describe_namespace(name))
 
 
 def _replicas(function: Function, status: Mapping[FunctionName, LocalStatus]) -> Replicas:

@@ -77,8 +77,3 @@ def describe_gateway(version: str, sha: str, architecture: str) -> dict[str, obj
         "version": {**release, "commit_message": ""},
         "arch": architecture,
     }
-
-
-def describe_namespace(name: str) -> dict[str, object]:
-    """Return a namespace as JSON members; it is a part of functions' names and has nothing of its own."""
-    return {"name": name, "labels": {}, "annotations": {}}

@@ -1,6 +1,6 @@
 """/function/NAME: a request goes to its function and the answer comes back, while the caller waits.
 
-    invocations = Invocations(settings, functions, access, via, metrics)
+    invocations = Invocations(settings, functions, gate, via, metrics)
     response = await invocations.answer(request, "cat", b"/path")
     await invocations.close()
 
@@ -25,6 +25,7 @@ from ..watchdog import (
     Client,
     ClientResponse,
     FaashoundError,
+    Header,
     PeerGone,
     Request,
     Response,
@@ -37,7 +38,7 @@ from ..watchdog import (
     format_duration,
     log,
 )
-from .access import Access
+from .gates import FunctionGate, check_enabled
 from .metrics import GatewayMetrics
 from .proxying import ID_FIELDS, OurVia, RequestIds, check_path, fields_of_worker, fields_passed_on, function_target
 from .settings import Settings
@@ -57,11 +58,11 @@ class Invocations:
     """Passes requests on to functions."""
 
     def __init__(
-        self, settings: Settings, functions: Functions, access: Access, via: OurVia, metrics: GatewayMetrics
+        self, settings: Settings, functions: Functions, gate: FunctionGate, via: OurVia, metrics: GatewayMetrics
     ) -> None:
         self._upstream_timeout_s = settings.upstream_timeout_s
         self._functions = functions
-        self._access = access
+        self._gate = gate
         self._via = via
         self._metrics = metrics
         self._names = system_names()
@@ -77,7 +78,7 @@ class Invocations:
 
     async def answer(self, request: Request, name: str, rest: bytes) -> Response:
         """Pass a request on to its function; the errors that may come of it are answers too."""
-        by_worker = self._access.is_worker(request)
+        by_worker = self._gate.access.is_worker(request)
         start_time = (by_worker and request.header(b"x-start-time")) or b"%d" % time.time_ns()
         ids = RequestIds(call_id_of(request) or new_call_id(), start_time)
         function = self._functions.lookup(name)
@@ -109,21 +110,25 @@ class Invocations:
         check_path(rest)
         if not by_worker:  # whose request bears our entry since its submission
             self._via.check(request)
-        response = await self._send(request, function, rest, ids, by_worker)
+        dropped = await self._gate.admit(request, function)
+        check_enabled(function)
+        headers = (
+            fields_of_worker(request, ids, self._via)
+            if by_worker
+            else fields_passed_on(request, ids, self._via, *dropped)
+        )
+        response = await self._send(request, function, rest, headers, by_worker)
         self._metrics.answered(function.name)
-        headers = [*end_to_end(response.headers, *ID_FIELDS, b"date"), *ids.fields]
+        fields = [*end_to_end(response.headers, *ID_FIELDS, b"date"), *ids.fields]
         write_timeout_s = math.inf if by_worker else None
-        return Response(response.status, headers, response.body, response.body.length, write_timeout_s)
+        return Response(response.status, fields, response.body, response.body.length, write_timeout_s)
 
     async def _send(
-        self, request: Request, function: Function, rest: bytes, ids: RequestIds, by_worker: bool
+        self, request: Request, function: Function, rest: bytes, headers: list[Header], by_worker: bool
     ) -> ClientResponse:
         """Send the request; raises OurFailure where no answer comes, whose cause is for the log and our workers."""
         limit_s = self._upstream_timeout_s
-        if by_worker:
-            deadline_s, headers = None, fields_of_worker(request, ids, self._via)
-        else:
-            deadline_s, headers = time.monotonic() + limit_s, fields_passed_on(request, ids, self._via)
+        deadline_s = None if by_worker else time.monotonic() + limit_s
         target, client = function_target(function, request, rest), self._client_of(function)
         try:
             return await client.request(

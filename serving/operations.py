@@ -1,14 +1,16 @@
-"""/system, where it changes something: functions deployed, updated, removed, scaled; secrets; what is scheduled.
+"""/system, where it changes something: functions deployed, updated, removed, scaled; secrets; namespaces; schedules.
 
     operations = Operations(control, scheduler, off=None)
     await operations.change_function(request, "admin from 192.0.2.1")
     await operations.scale(request, "cat", asker)
     await operations.secrets(request, asker)
+    await operations.namespace(request, "blue", asker)
     operations.schedules(request)
 
 Contract: the codes that clients of OpenFaaS' gateway need (functions: POST and DELETE 202, PUT 200; secrets: POST 201,
-PUT 200, DELETE 202); the namespace stands in the body or in the query, where the body's counts.  Every change, and
-every attempt at one that was refused, is a line in the log that tells who asked for what, from where.
+PUT 200, DELETE 202; namespaces: POST 201, PUT and DELETE 202); the namespace stands in the body or in the query, where
+the body's counts.  Every change, and every attempt at one that was refused, is a line in the log that tells who asked
+for what, from where.
 
 What it refuses: a body that is no JSON object, or longer than MAX_DOCUMENT_BYTES.  What is turned off is a 501 that
 says how to turn it on.
@@ -105,6 +107,22 @@ class Operations:
             "DELETE": (self.control.delete_secret, 202, "delete"),
         }[request.method]
         await self._log(f"{what} secret {document.get('name')!r:.100}", asker, work(document, namespace))
+        return Response(status)
+
+    async def namespace(self, request: Request, name: str, asker: str) -> Response:
+        """Show a namespace, or create, update, delete one; clients that create one have its name in the body alone."""
+        allow(request, "GET", "POST", "PUT", "DELETE")
+        if request.method in ("GET", "HEAD"):
+            return json_response(200, self.control.find_namespace(name).describe())
+        self._check_on()
+        document = {} if request.body.length == 0 else await read_document(request)
+        work, status, what = {
+            "POST": (self.control.create_namespace, 201, "create"),
+            "PUT": (self.control.update_namespace, 202, "update"),
+            "DELETE": (self.control.delete_namespace, 202, "delete"),
+        }[request.method]
+        told = document.get("name") or name
+        await self._log(f"{what} namespace {told!r:.100}", asker, work(document, name))
         return Response(status)
 
     def schedules(self, request: Request) -> Response:

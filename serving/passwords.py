@@ -1,13 +1,17 @@
-"""The door before what only operators may see and do: one user, one password (RFC 7617), and little use in guessing.
+"""The door before what only operators may see and do: users, their passwords (RFC 7617), and little use in guessing.
 
-    door = PasswordDoor(Credentials("admin", "..."))
-    await door.check(request)                  # Unauthorized, or TooManyGuesses
+    door = PasswordDoor(Credentials("admin", "..."), UserFile(path))
+    user = await door.check(request)           # Unauthorized, or TooManyGuesses
 
 What it promises: a right password opens at once.  A wrong one is logged with the address it came from, and from the
 fourth on answered late, each time later; while as many wrong answers to one address are under way as may be, nothing
 more from there is looked at.  So an address has two guesses a second at most, however many connections it makes, and
 never learns from the pace of an answer what the answer will be.  Who shares an address with one who guesses (a proxy
 before us, a network behind NAT) may be asked to come again.
+
+A hash is made to be slow, so it is computed once for each right password: it is known by a digest from then on, until
+the file of users changes.  One hash is computed at a time, in a thread, and few wait for their turn; what is not the
+name of a user costs the same.
 
 What it refuses: to remember more than MAX_ADDRESSES_COUNT addresses, or any of them for long; and to count what is no
 attempt: no credentials, or the empty `Bearer` of a client that is not logged in.
@@ -19,11 +23,13 @@ import asyncio
 import base64
 import hashlib
 import hmac
-from collections import OrderedDict
+import secrets
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
 
-from ..watchdog import FaashoundError, Request, log
+from ..watchdog import FaashoundError, Request, in_thread, log
+from .users import Account, Role, User, UserFile, hash_password
 
 FREE_FAILURES_COUNT = 3  # that cost nothing: people mistype
 
@@ -43,6 +49,15 @@ FORGOTTEN_AFTER_S = 900.0  # without another failure
 MAX_ADDRESSES_COUNT = 4096  # a hundred bytes each
 
 
+MAX_HASHES_COUNT = 16  # passwords that wait for their hash, or have it computed
+
+
+MAX_HASHES_OF_ADDRESS_COUNT = 2
+
+
+MAX_VERIFIED_COUNT = 1024  # right passwords that are known by their digest
+
+
 class Unauthorized(FaashoundError):
     """No credentials, or the wrong ones (RFC 7617)."""
 
@@ -50,11 +65,11 @@ class Unauthorized(FaashoundError):
     headers = ((b"WWW-Authenticate", b'Basic realm="faashound", charset="UTF-8"'),)
 
     def __init__(self) -> None:
-        super().__init__("credentials are needed: basic-auth-user and basic-auth-password")
+        super().__init__("credentials are needed: a user and a password")
 
 
 class TooManyGuesses(FaashoundError):
-    """Too many wrong passwords came from this address; this one was not looked at."""
+    """Too many wrong passwords came from this address, or too many wait; this one was not looked at."""
 
     status = 429
     headers = ((b"Retry-After", b"%d" % LONGEST_DELAY_S),)
@@ -64,9 +79,10 @@ class TooManyGuesses(FaashoundError):
 
 
 class Credentials:
-    """The user and the password that open."""
+    """The one user and password that need no hash; they may do everything."""
 
     def __init__(self, user: str, password: str) -> None:
+        self.user = User(user, Role.DEPLOY)
         self._digest = hashlib.sha256(base64.b64encode(f"{user}:{password}".encode())).digest()
 
     def match(self, encoded: bytes) -> bool:
@@ -123,30 +139,23 @@ def network_of(peer: str) -> str:
     return str(address) if address.version == 4 else str(ip_network((address, 64), strict=False))
 
 
-class PasswordDoor:
-    """Lets in who knows the password; see the head of this module."""
+class Guesses:
+    """Makes guessing slow; see the head of this module."""
 
-    def __init__(self, credentials: Credentials) -> None:
-        self._credentials = credentials
+    def __init__(self) -> None:
         self._failures = FailureLog()
 
-    async def check(self, request: Request) -> None:
-        """Return if a request carries the right credentials; raises Unauthorized, TooManyGuesses."""
-        scheme, _, given = (request.header(b"authorization") or b"").partition(b" ")
-        given = given.strip()
-        if not given:
-            raise Unauthorized
-        address = network_of(request.peer)
-        if self._failures.is_busy(address):
+    def check(self, request: Request) -> None:
+        """Raise TooManyGuesses where nothing more from an address is to be looked at."""
+        if self._failures.is_busy(network_of(request.peer)):
             raise TooManyGuesses
-        if scheme.lower() == b"basic" and self._credentials.match(given):
-            return
-        await self._refuse(request, address)
 
-    async def _refuse(self, request: Request, address: str) -> None:
+    async def note(self, request: Request, what: str) -> None:
+        """Take note of a wrong `what`, and return when its sender may be told."""
+        address = network_of(request.peer)
         count, delay_s = self._failures.add(address, asyncio.get_running_loop().time())
         log.warning(
-            f"wrong password for [{request.method[:20]}] {request.path[:100].decode('latin-1')}",
+            f"wrong {what} for [{request.method[:20]}] {request.path[:100].decode('latin-1')}",
             peer=request.peer or "a Unix socket",
             failures=count,
         )
@@ -154,4 +163,97 @@ class PasswordDoor:
             await asyncio.sleep(delay_s)
         finally:
             self._failures.told(address)
+
+
+def parse_credentials(encoded: bytes) -> tuple[str, str]:
+    """Return the user and the password behind `Basic`; ValueError if there are none (RFC 7617 2)."""
+    user, colon, password = base64.b64decode(encoded, validate=True).decode().partition(":")
+    if not colon:
+        raise ValueError("no colon")
+    return user, password
+
+
+class Hashes:
+    """Checks passwords of the users of a file, at a bounded cost."""
+
+    def __init__(self, file: UserFile) -> None:
+        self._file = file
+        self._key = secrets.token_bytes(32)  # digests of passwords mean nothing without it
+        self._verified: OrderedDict[bytes, User] = OrderedDict()
+        self._version = file.version
+        self._checking: dict[bytes, asyncio.Task[User | None]] = {}
+        self._addresses: Counter[str] = Counter()
+        self._turn = asyncio.Lock()
+        self._nobody: Account | None = None
+
+    async def check(self, encoded: bytes, address: str) -> User | None:
+        """Return the user whose name and password these are, None if they are wrong; raises TooManyGuesses."""
+        self._file.look()
+        if self._file.version != self._version:
+            self._version = self._file.version
+            self._verified.clear()
+        digest = hashlib.blake2b(encoded, key=self._key).digest()
+        known = self._verified.get(digest)
+        if known is not None:
+            return known
+        task = self._checking.get(digest)
+        if task is None:
+            if len(self._checking) >= MAX_HASHES_COUNT or self._addresses[address] >= MAX_HASHES_OF_ADDRESS_COUNT:
+                raise TooManyGuesses
+            self._addresses[address] += 1
+            task = self._checking[digest] = asyncio.create_task(self._verify(encoded, digest, address))
+        return await asyncio.shield(task)
+
+    async def _verify(self, encoded: bytes, digest: bytes, address: str) -> User | None:
+        try:
+            async with self._turn:
+                version = self._version
+                account, is_right = await in_thread(self._hash, encoded)
+        finally:
+            self._checking.pop(digest, None)
+            self._addresses[address] -= 1
+            self._addresses += Counter()  # without those that have none
+        if not is_right:
+            return None
+        if version == self._version:
+            self._verified[digest] = account.user
+            if len(self._verified) > MAX_VERIFIED_COUNT:
+                self._verified.popitem(last=False)
+        return account.user
+
+    def _hash(self, encoded: bytes) -> tuple[Account, bool]:
+        """In a thread: return whose password it is to be, and whether it is."""
+        if self._nobody is None:
+            self._nobody = Account(User("", Role.READ), hash_password(secrets.token_hex()))
+        try:
+            name, password = parse_credentials(encoded)
+        except ValueError:
+            return self._nobody, False
+        account = self._file.find(name) or self._nobody
+        is_right = account.password.verify(password)
+        return account, is_right and account is not self._nobody
+
+
+class PasswordDoor:
+    """Lets in who knows a password: that of `credentials`, or one of a user in `file`; see the head of this module."""
+
+    def __init__(self, credentials: Credentials | None, file: UserFile | None = None) -> None:
+        self._credentials = credentials
+        self._hashes = None if file is None else Hashes(file)
+        self._guesses = Guesses()
+
+    async def check(self, request: Request) -> User:
+        """Return the user whose credentials a request carries; raises Unauthorized, TooManyGuesses."""
+        scheme, _, given = (request.header(b"authorization") or b"").partition(b" ")
+        given = given.strip()
+        if not given:
+            raise Unauthorized
+        self._guesses.check(request)
+        if scheme.lower() == b"basic":
+            if self._credentials is not None and self._credentials.match(given):
+                return self._credentials.user
+            user = None if self._hashes is None else await self._hashes.check(given, network_of(request.peer))
+            if user is not None:
+                return user
+        await self._guesses.note(request, "password")
         raise Unauthorized

@@ -159,7 +159,10 @@ class Settings(NatsSettings):
         "basic_auth", "false", parse_bool, "ask for a password for /system and for reading and cancelling calls"
     )
     secret_mount_path: str = setting(
-        "secret_mount_path", "/run/secrets", parse_text, "directory of basic-auth-user and basic-auth-password"
+        "secret_mount_path",
+        "/run/secrets",
+        parse_text,
+        "directory of basic-auth-user and basic-auth-password, and of basic-auth-users with their hashes and roles",
     )
     log_format: str = setting("log_format", "text", parse_choice("text", "json"), "how log lines look: text or json")
 

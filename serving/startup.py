@@ -36,7 +36,10 @@ from ..worker import Settings as WorkerSettings
 from .browsers import BrowserRules
 from .passwords import Credentials, PasswordDoor
 from .settings import Settings
+from .users import UserFile
 
+CREDENTIAL_FILES = ("basic-auth-user", "basic-auth-password")
+USERS_FILE = "basic-auth-users"  # with a hash for each
 MAX_TOLD_COUNT = 20  # functions listed in the log at the start, a line each
 
 
@@ -117,17 +120,21 @@ def hidden_names() -> set[str]:
 
 
 def load_door(settings: Settings) -> PasswordDoor | None:
-    """Return what asks for the password before calls and functions; None if nothing does.  Raises CannotStart."""
+    """Return what asks for a password before calls and functions; None if nothing does.  Raises CannotStart."""
     if not settings.basic_auth:
         return None
+    directory = Path(settings.secret_mount_path)
+    users = UserFile(directory / USERS_FILE) if (directory / USERS_FILE).exists() else None
+    if users is not None and not any((directory / name).exists() for name in CREDENTIAL_FILES):
+        return PasswordDoor(None, users)
     texts = []
-    for name in ("basic-auth-user", "basic-auth-password"):
-        path = str(Path(settings.secret_mount_path) / name)
-        text = read_file(path, "basic_auth=true needs it").strip()
+    for name in CREDENTIAL_FILES:
+        path = str(directory / name)
+        text = read_file(path, f"basic_auth=true needs it, or {USERS_FILE}").strip()
         if not text:
             raise CannotStart(f"{path} is empty (basic_auth=true needs it)")
         texts.append(text)
-    return PasswordDoor(Credentials(*texts))
+    return PasswordDoor(Credentials(*texts), users)
 
 
 def open_state(settings: Settings) -> Path | None:
@@ -149,6 +156,11 @@ def open_logs(settings: Settings, state: Path | None) -> LogStore | None:
     if state is None or not settings.logs_keep_bytes:
         return None
     return LogStore(state / "logs", settings.logs_keep_bytes, as_json=settings.log_format == "json")
+
+
+def known_namespaces(settings: Settings) -> frozenset[str]:
+    """Return the namespaces that functions may be in by the operator's word, whether or not there are some."""
+    return settings.namespaces if settings.function_url or settings.deploy != "off" else frozenset()
 
 
 def deploying_is_off(settings: Settings) -> str | None:

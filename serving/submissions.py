@@ -1,6 +1,6 @@
 """POST /async-function/NAME: a call is put into the queue, and its caller may go.
 
-    submissions = Submissions(settings, functions, queue, policy, access, via, ...)
+    submissions = Submissions(settings, functions, queue, policy, access, gate, ...)
     response = await submissions.answer(request, "cat", b"/path")
 
 What it promises: 202 only for a call that is durable.  All that can be wrong with a call is told before its body is
@@ -39,6 +39,7 @@ from ..watchdog import (
 )
 from .access import Access
 from .answers import BadField, NotFound, allow
+from .gates import FunctionGate
 from .health import Health
 from .metrics import GatewayMetrics
 from .proxying import OurVia, RequestIds, check_path, fields_passed_on
@@ -154,6 +155,7 @@ class Submissions:
     queue: Queue
     policy: CallbackPolicy
     access: Access
+    gate: FunctionGate
     via: OurVia
     metrics: GatewayMetrics
     health: Health
@@ -193,7 +195,8 @@ class Submissions:
         limit_bytes = self.settings.max_body_bytes
         if request.body.length is not None and request.body.length > limit_bytes:
             raise BodyTooLarge(limit_bytes)
-        build_call = self._parse(request, function, rest)
+        dropped = await self.gate.admit(request, function)
+        build_call = self._parse(request, function, rest, dropped)
         try:
             taken = await self._put(await self._store(request, rest, build_call))
         except QueueUnavailable:
@@ -202,15 +205,20 @@ class Submissions:
         self.health.queue_took()
         return taken
 
-    def _parse(self, request: Request, function: Function, rest: bytes) -> Callable[..., NewCall]:
-        """Return what builds the call that a request asks for, once given its `body`; all else has been checked."""
+    def _parse(
+        self, request: Request, function: Function, rest: bytes, dropped: tuple[bytes, ...]
+    ) -> Callable[..., NewCall]:
+        """Return what builds the call that a request asks for, once given its `body`; all else has been checked.
+
+        Its function does not get the fields in `dropped`.
+        """
         times = parse_times(request, self.settings.max_delay_s, time.time())
         call_id, key = self._identify(request)
         callback_url = (request.header(b"x-callback-url") or b"").decode("latin-1") or None
         if callback_url is not None:
             self.policy.check_url(callback_url)
         ids = RequestIds(call_id, format_start_time(times.accepted_s))
-        fields = fields_passed_on(request, ids, self.via, *_SUBMISSION_FIELDS)
+        fields = fields_passed_on(request, ids, self.via, *_SUBMISSION_FIELDS, *dropped)
         return partial(
             NewCall,
             id=call_id,

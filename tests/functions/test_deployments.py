@@ -18,11 +18,12 @@ from faashound.functions.control import Control, DeployOff, FunctionExists
 from faashound.functions.deployments import BadDeployment, Deployments, Rules, find_image, parse_deployment
 from faashound.functions.documents import Documents, hold_state
 from faashound.functions.local import LocalFunctions, UnknownFunction
+from faashound.functions.table import Image
 from faashound.watchdog import CannotStart
 from tests.functions.conftest import Log
 from tests.functions.kit import F, call, exists, parse, real, run, running, until
 
-RULES = Rules(images={"functions/alpine": "process"})
+RULES = Rules(images={"functions/alpine": Image()})
 SHELL: Mapping[str, Any] = {"service": "f", "image": "process", "envProcess": "/bin/sh"}
 
 
@@ -48,10 +49,10 @@ def test_image_may_be_a_directory_to_run_in(tmp_path: Path) -> None:
     program = tmp_path / "handler"
     program.write_text("#!/bin/sh\npwd\n")
     program.chmod(0o755)
-    rules = Rules(images={"theaxer/redirector": str(tmp_path)})
+    rules = Rules(images={"theaxer/redirector": Image(str(tmp_path))})
     function = function_of({**SHELL, "image": "theaxer/redirector:latest", "envProcess": "./handler"}, rules)
     assert function.directory == str(tmp_path)
-    assert find_image("docker.io/theaxer/redirector", rules.images) == str(tmp_path)
+    assert find_image("docker.io/theaxer/redirector", rules.images) == Image(str(tmp_path))
 
     async def test() -> None:
         async with running(LocalFunctions({}, environ={"PATH": "/usr/bin:/bin"})) as local:
@@ -59,6 +60,16 @@ def test_image_may_be_a_directory_to_run_in(tmp_path: Path) -> None:
             assert (await call(local, "f")).body.decode() == f"{tmp_path}\n"
 
     run(test())
+
+
+def test_image_brings_a_command_settings_and_variables_along_and_the_deployment_wins() -> None:
+    image = Image(None, {"function_process": "cat", "exec_timeout": "3s", "max_inflight": "1"}, {"A": "1", "B": "1"})
+    rules = Rules(images={"shop/cart": image})
+    document = {"service": "f", "image": "shop/cart:latest", "envVars": {"exec_timeout": "9s", "B": "2"}}
+    function = function_of(document, rules)
+    assert function.settings == {"fprocess": "cat", "exec_timeout": "9s", "max_inflight": "1"}
+    assert function.environment == {"A": "1", "B": "2"}
+    assert function_of({**document, "envProcess": "tac"}, rules).settings["fprocess"] == "tac"
 
 
 def test_variables_are_divided_between_watchdog_and_program() -> None:

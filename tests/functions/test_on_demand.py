@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from faashound.functions.local import BadScale, UnknownFunction
 from faashound.functions.runtime import open_runtime_directory
-from faashound.functions.scaling import BadLabels, Scale, parse_scale
+from faashound.functions.scaling import LOAD_WINDOW_S, BadLabels, Load, Scale, parse_scale
 from tests.functions.conftest import Log
 from tests.functions.kit import CAT, F, call, exists, real, run, running, until
 
@@ -105,15 +106,32 @@ def test_replicas_are_as_many_as_asked_for() -> None:
     run(test())
 
 
-def test_function_gets_more_replicas_when_more_calls_are_in_flight_and_its_labels_allow_it() -> None:
+def test_function_gets_more_replicas_when_more_calls_are_in_flight_and_fewer_when_they_have_ended() -> None:
     text = SHELL + 'labels = { com.openfaas.scale.max = "3", com.openfaas.scale.target = "2" }'
 
     async def test() -> None:
         async with running(real(text)) as local:
             calls = [asyncio.create_task(call(local, "f", b"sleep 2; echo $PPID")) for _ in range(8)]
             await until(lambda: len(local.status()[F].pids) == 3, "three, and no fourth")
+            assert local.status()[F].wanted_count == 3
             assert {answer.status for answer in await asyncio.gather(*calls)} == {200}
             assert len(local.status()[F].pids) == 3
+            await until(lambda: len(local.status()[F].pids) == 1, "one is enough again")
+            assert local.status()[F].wanted_count == 1
+            assert (await call(local, "f", b"echo still here")).body == b"still here\n"
+
+    run(test())
+
+
+def test_function_gets_more_replicas_when_it_is_called_often_and_no_target_is_set() -> None:
+    made = itertools.count(0, 6)  # at each look, which there is once a second
+
+    async def test() -> None:
+        local = real(SHELL + 'labels = { com.openfaas.scale.max = "2" }')
+        local.count_made = lambda name: next(made)
+        async with running(local):
+            await call(local, "f", b"true")
+            await until(lambda: len(local.status()[F].pids) == 2, "a second one")
 
     run(test())
 
@@ -121,6 +139,23 @@ def test_function_gets_more_replicas_when_more_calls_are_in_flight_and_its_label
 @pytest.mark.parametrize(("in_flight", "expected"), [(0, 1), (50, 1), (51, 2), (500, 4)])
 def test_calls_in_flight_want_so_many_replicas(in_flight: int, expected: int) -> None:
     assert parse_scale({"com.openfaas.scale.max": "4"}).count_for(in_flight) == expected
+
+
+@pytest.mark.parametrize(("calls_per_s", "expected"), [(5.0, 1), (5.1, 2), (10.0, 2), (100.0, 4)])
+def test_calls_a_second_want_so_many_replicas_unless_a_target_is_set(calls_per_s: float, expected: int) -> None:
+    labels = {"com.openfaas.scale.max": "4"}
+    assert parse_scale(labels).count_for(0, calls_per_s) == expected
+    assert parse_scale({**labels, "com.openfaas.scale.target": "50"}).count_for(0, calls_per_s) == 1
+
+
+def test_load_is_that_of_the_last_seconds() -> None:
+    load = Load()
+    assert (load.in_flight_count, load.calls_per_s) == (0, 0.0)
+    for second in range(11):
+        load.look(float(second), 6 * second, 9 if second == 3 else 1)
+    assert (load.in_flight_count, load.calls_per_s) == (9, 6.0)
+    load.look(10.0 + LOAD_WINDOW_S, 60, 0)
+    assert (load.in_flight_count, load.calls_per_s) == (1, 0.0)
 
 
 def test_calls_go_on_when_the_fork_server_is_killed(log: Log) -> None:

@@ -16,12 +16,14 @@ from faashound.functions.table import (
     BadFunctions,
     Function,
     Functions,
+    Image,
     find_lines,
     parse_base_url,
     parse_function_url,
     parse_functions,
     parse_upstream,
     read_functions,
+    read_images,
 )
 
 # --- URLs --------------------------------------------------------------------------------------------------------
@@ -303,6 +305,41 @@ def test_examples_file_is_right() -> None:
     table = read_functions(Path(__file__).parents[2] / "examples" / "functions.toml")
     assert [name.short for name in table] == ["cat", "env", "wordcount", "slow", "flaky", "notify"]
     assert all(function.local for function in table.values())
+
+
+def test_images_are_read_with_what_they_bring_along(tmp_path: Path) -> None:
+    path = tmp_path / "f.toml"
+    path.write_text(
+        textwrap.dedent("""
+            [images]
+            "functions/alpine" = "process"
+            "shop/cart" = "/srv/cart"
+            "shop/till" = { directory = "/srv/till", fprocess = "./till", max_inflight = 4, environment = { A = "1" } }
+        """)
+    )
+    assert read_functions(path) == {}
+    assert read_images(path) == {
+        "functions/alpine": Image(),
+        "shop/cart": Image("/srv/cart"),
+        "shop/till": Image("/srv/till", {"fprocess": "./till", "max_inflight": "4"}, {"A": "1"}),
+    }
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ('"cart"', ': allowed: "process", the absolute path of a working directory, or a table with directory'),
+        ("1", ': allowed: "process", the absolute path of a working directory, or a table with directory'),
+        ("{ port = 1 }", ".port: unknown key; allowed: directory, "),
+        ("{ secrets = ['a'] }", ".secrets: unknown key; allowed: directory, "),
+        ("{ exec_timeout = 'banana' }", ".exec_timeout: 'banana': allowed: "),
+        ("{ environment = { exec_timeout = '1s' } }", ".environment.exec_timeout: a setting of the watchdog"),
+        ("{ environment = { A = 1.5 } }", ".environment.A: is a number with a fraction"),
+    ],
+)
+def test_bad_image_is_reported_with_its_line(row: str, problem: str) -> None:
+    (found,) = problems_of(f"[images]\n'shop/cart' = {row}")
+    assert found.startswith(f"f.toml:2: [images] shop/cart{problem}")
 
 
 # --- who answers -------------------------------------------------------------------------------------------------

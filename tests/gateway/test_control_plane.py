@@ -308,6 +308,28 @@ def test_client_creates_updates_and_deletes_a_secret(operated: System) -> None:
     assert "tell-no" not in operated.log()
 
 
+def test_client_creates_updates_and_removes_a_namespace(operated: System) -> None:
+    created = {"name": "blue", "labels": {"a": "b", "openfaas": "1"}, "annotations": {"openfaas": "1"}}
+    assert send(operated, "POST", "/system/namespace/", created).status == 201
+    assert send(operated, "POST", "/system/namespace/blue", created).status == 409
+    assert ask(operated, "/system/namespaces") == ["openfaas-fn", "blue"]
+    assert ask(operated, "/system/namespace/blue") == created
+    changed = {**created, "labels": {"c": "d", "openfaas": "1"}}
+    assert send(operated, "PUT", "/system/namespace/blue", changed).status == 202
+    assert ask(operated, "/system/namespace/blue") == changed
+    assert send(operated, "POST", "/system/functions", deployment("echo", namespace="blue")).status == 202
+    assert operated.request("POST", "/function/echo.blue", b"x").text == "x"
+    removed = {"name": "blue", "labels": {"openfaas": "1"}}
+    answer = send(operated, "DELETE", "/system/namespace/blue", removed)
+    assert (answer.status, answer.text.strip()) == (409, "blue is not empty: the function echo")
+    assert send(operated, "DELETE", "/system/functions?namespace=blue", {"functionName": "echo"}).status == 202
+    assert send(operated, "DELETE", "/system/namespace/blue", removed).status == 202
+    assert send(operated, "DELETE", "/system/namespace/blue", removed).status == 404
+    assert send(operated, "PUT", "/system/namespace/blue", changed).status == 404
+    assert operated.request("GET", "/system/namespace/blue").status == 404
+    operated.wait_log("Done: delete namespace 'blue'")
+
+
 def test_function_that_names_a_new_queue_has_it_drained(operated: System) -> None:
     queue = {"com.openfaas.queue": f"later-{operated.port}"}
     assert send(operated, "POST", "/system/functions", deployment("queued", annotations=queue)).status == 202

@@ -1,0 +1,197 @@
+"""Functions that are not for every caller, or for none at the moment, as callers and operators find them."""
+
+from __future__ import annotations
+
+import base64
+import json
+import signal
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from faashound.functions.exposure import BadExposure, Exposure, digest_token, parse_exposure
+from faashound.serving.passwords import FREE_FAILURES_COUNT
+from testkit.harness import Answer, wait_until
+from testkit.system import System
+
+FUNCTIONS = """
+[open]
+fprocess = "cat"
+
+[inner]
+fprocess = "env"
+annotations = { "com.faashound.auth" = "internal" }
+
+[keyed]
+fprocess = "env"
+annotations = { "com.faashound.auth" = "caller-token" }
+
+[lost]
+fprocess = "cat"
+annotations = { "com.faashound.auth" = "no-such-token" }
+"""
+DISABLED = '[open]\nfprocess = "cat"\n[switch]\nfprocess = "cat"\nannotations = {{ "com.faashound.disabled" = "{}" }}\n'
+
+
+def basic(text: str) -> dict[str, str]:
+    return {"Authorization": f"Basic {base64.b64encode(text.encode()).decode()}"}
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"}
+
+
+def guarded(secrets: Path, functions: str = FUNCTIONS, **settings: str) -> System:
+    """Return a gateway with a password, whose operator keeps a token beside it."""
+    for name, text in (
+        ("basic-auth-user", "admin"),
+        ("basic-auth-password", "sesame"),
+        ("caller-token", "let-me-in\n"),
+    ):
+        (secrets / name).write_text(text)
+    return System(functions, {"basic_auth": "true", "secret_mount_path": str(secrets), **settings})
+
+
+@pytest.fixture(scope="module", params=["1", "2"], ids=["one process", "two processes"])
+def system(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    with guarded(tmp_path_factory.mktemp("secrets"), workers=request.param) as system:
+        yield system
+
+
+def call(system: System, name: str, headers: Mapping[str, str] | None = None) -> Answer:
+    return system.request("POST", f"/function/{name}", b"x", headers)
+
+
+@pytest.mark.parametrize(
+    ("annotations", "expected"),
+    [
+        ({}, Exposure()),
+        ({"com.faashound.auth": "internal"}, Exposure(is_internal=True)),
+        ({"com.faashound.auth": "token"}, Exposure(secret="token")),
+        ({"com.faashound.disabled": "true"}, Exposure(is_disabled=True)),
+        ({"com.faashound.disabled": "false"}, Exposure()),
+    ],
+)
+def test_annotations_say_whom_a_function_is_for(annotations: dict[str, str], expected: Exposure) -> None:
+    assert parse_exposure(annotations) == expected
+
+
+def test_all_bad_annotations_are_told_at_once() -> None:
+    with pytest.raises(BadExposure) as caught:
+        parse_exposure({"com.faashound.auth": "../etc", "com.faashound.disabled": "yes"})
+    auth, disabled = caught.value.problems["com.faashound.auth"], caught.value.problems["com.faashound.disabled"]
+    assert auth.startswith("'../etc': allowed: internal, or the name of a secret: 1 to 253 lower-case letters")
+    assert disabled == "'yes': allowed: true, false, 1, 0"
+
+
+def test_token_is_compared_without_the_line_end_of_its_file() -> None:
+    assert digest_token(b"abc\n") == digest_token(b"abc") != digest_token(b"abcd")
+
+
+def test_internal_function_is_for_who_has_the_password(system: System) -> None:
+    assert call(system, "inner").status == 401
+    assert call(system, "inner").headers["www-authenticate"].startswith("Basic ")
+    assert call(system, "inner", bearer("let-me-in")).status == 401
+    assert call(system, "inner", basic("admin:wrong")).status == 401
+    answer = call(system, "inner", basic("admin:sesame"))
+    assert answer.status == 200
+    assert "Http_Authorization" not in answer.text, "the gateway's password is no business of a function"
+
+
+def test_function_with_a_token_is_for_who_carries_it(system: System) -> None:
+    assert call(system, "keyed").status == 401
+    assert call(system, "keyed").headers["www-authenticate"].startswith("Bearer ")
+    for wrong in ("let-me-i", "let-me-in-", "", "\xff"):
+        assert call(system, "keyed", bearer(wrong)).status == 401
+    answer = call(system, "keyed", bearer("let-me-in"))
+    assert (answer.status, "let-me-in" in answer.text) == (200, False)
+    assert call(system, "keyed", basic("admin:sesame")).status == 200
+    assert "let-me" not in system.log()
+
+
+def test_function_whose_token_is_not_there_lets_no_caller_in(system: System) -> None:
+    for headers in ({}, bearer(""), bearer("None")):
+        assert call(system, "lost", headers).status == 401
+    assert "lost lets no caller in: openfaas-fn has no secret no-such-token" in system.log()
+
+
+@pytest.mark.parametrize(("name", "headers"), [("inner", basic("admin:sesame")), ("keyed", bearer("let-me-in"))])
+def test_asynchronous_call_wants_the_same_and_is_made(system: System, name: str, headers: dict[str, str]) -> None:
+    assert system.request("POST", f"/async-function/{name}", b"x").status == 401
+    call_id = system.request("POST", f"/async-function/{name}", b"x", headers).headers["x-call-id"]
+    ended = wait_until(lambda: status_of(system, call_id) not in ("queued", "running"), 15, "it has ended")
+    assert ended
+    result = system.request("GET", f"/async-function/{call_id}/result", headers=basic("admin:sesame"))
+    assert (result.status, "Http_Authorization" in result.text) == (200, False)
+
+
+def status_of(system: System, call_id: str) -> str:
+    answer = system.request("GET", f"/async-function/{call_id}", headers=basic("admin:sesame"))
+    return str(json.loads(answer.body)["state"])
+
+
+def test_function_that_is_open_gets_the_authorization_that_its_caller_sends(system: System) -> None:
+    assert call(system, "open", bearer("its-own")).status == 200
+
+
+def test_guesses_of_a_token_are_slow(tmp_path: Path) -> None:
+    with guarded(tmp_path, worker="none") as system:
+        answers = [call(system, "keyed", bearer(f"guess-{number}")) for number in range(FREE_FAILURES_COUNT + 2)]
+        assert {answer.status for answer in answers} == {401}
+        assert answers[-1].elapsed_s >= 0.4
+        assert "guess-" not in system.log()
+        system.wait_log("wrong token for [POST] /function/keyed peer=127.0.0.1")
+
+
+def test_internal_function_without_a_password_is_for_workers_alone() -> None:
+    with System(FUNCTIONS) as system:
+        assert call(system, "inner").status == 403
+        assert call(system, "inner", basic("a:b")).status == 403
+        assert system.request("POST", "/async-function/inner").status == 403
+
+
+def test_deployed_function_wants_a_secret_that_is_there_and_follows_it(tmp_path: Path) -> None:
+    json_type = {"Content-Type": "application/json"}
+
+    def send(method: str, what: str, document: object) -> Answer:
+        return gateway.request(method, f"/system/{what}", json.dumps(document).encode(), json_type)
+
+    document = {"service": "f", "image": "process", "envProcess": "cat"}
+    keyed = {**document, "annotations": {"com.faashound.auth": "token"}}
+    with System("", {"deploy": "process", "state": str(tmp_path), "worker": "none"}) as gateway:
+        answer = send("POST", "functions", keyed)
+        assert (answer.status, "there is no secret token in openfaas-fn" in answer.text) == (400, True)
+        assert send("POST", "secrets", {"name": "token", "value": "one"}).status == 201
+        assert send("POST", "functions", keyed).status == 202
+        assert call(gateway, "f", bearer("one")).status == 200
+        assert send("PUT", "secrets", {"name": "token", "value": "two"}).status == 200
+        assert call(gateway, "f", bearer("one")).status == 401
+        assert call(gateway, "f", bearer("two")).status == 200
+        assert send("DELETE", "secrets", {"name": "token"}).status == 409
+        assert send("PUT", "functions", document).status == 200
+        assert call(gateway, "f").status == 200
+        assert send("DELETE", "secrets", {"name": "token"}).status == 202
+
+
+def test_disabled_function_answers_503_and_its_asynchronous_calls_wait_until_it_is_enabled() -> None:
+    with System(DISABLED.format("true"), {"max_retry_attempts": "1"}) as system:
+        answer = call(system, "switch")
+        assert (answer.status, answer.headers["retry-after"]) == (503, "30")
+        calls = [system.submit("switch", b"later") for _ in range(3)]
+        assert system.ended(system.submit("open"))["state"] == "done", "others are not held up"
+        told = [system.status(each) for each in calls]
+        assert [(each["state"], each["attempts"]) for each in told] == [("queued", 0)] * 3
+        Path(system.environment["functions"]).write_text(DISABLED.format("false"))
+        system.process.send_signal(signal.SIGHUP)
+        assert [system.ended(each, "30s")["attempts"] for each in calls] == [1] * 3
+        assert call(system, "switch").text == "x"
+
+
+def test_bad_annotation_is_reported_with_its_line() -> None:
+    with System(DISABLED.format("true"), {"worker": "none"}) as system:
+        Path(system.environment["functions"]).write_text(DISABLED.format("maybe"))
+        system.wait_log(
+            "functions.toml:5: [switch] annotations.com.faashound.disabled: 'maybe': allowed: true, false, 1, 0"
+        )
+        assert call(system, "switch").status == 503

@@ -1,0 +1,241 @@
+"""Several users with roles, whose passwords' hashes are in a file."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from faashound.serving.passwords import MAX_HASHES_COUNT, MAX_HASHES_OF_ADDRESS_COUNT, Hashes, TooManyGuesses
+from faashound.serving.users import (
+    BadUsers,
+    PasswordHash,
+    Role,
+    User,
+    UserFile,
+    hash_password,
+    parse_hash,
+    parse_users,
+)
+from faashound.watchdog import CannotStart
+from testkit.harness import Answer, run
+from testkit.system import System
+
+# The cheapest that is taken: costs are checked, and these are the tests'.
+ALICE = "$scrypt$ln=14,r=8,p=1$c2l4dGVlbiBieXRlcyBvZg$"  # the salt of all hashes here
+SALT = b"sixteen bytes of"
+
+
+def cheap(password: str) -> PasswordHash:
+    key = hashlib.scrypt(password.encode(), salt=SALT, n=1 << 14, r=8, p=1, maxmem=1 << 26, dklen=32)
+    return PasswordHash(14, 1, SALT, key)
+
+
+def line(name: str, password: str, role: str = "") -> str:
+    return f"{name}:{cheap(password)}" + (f":{role}" if role else "")
+
+
+def test_hash_is_read_as_it_is_written() -> None:
+    text = ALICE + "x" * 21 + "w"
+    assert parse_hash(text).salt == SALT
+    assert str(parse_hash(text)) == text
+
+
+def test_vector_of_the_rfc_is_verified() -> None:
+    """RFC 7914 12, the third: pleaseletmein, SodiumChloride, N 16384, r 8, p 1."""
+    key = bytes.fromhex(
+        "7023bdcb3afd7348461c06cd81fd38ebfda8fbba904f8e3ea9b543f6545da1f2"
+        "d5432955613f0fcf62d49705242a9af9e61e85dc0d651e40dfcf017b45575887"
+    )
+    assert PasswordHash(14, 1, b"SodiumChloride", key).verify("pleaseletmein")
+    assert not PasswordHash(14, 1, b"SodiumChloride", key).verify("pleaseletmeout")
+
+
+def test_password_is_verified_by_what_is_kept_of_it() -> None:
+    kept = parse_hash(str(hash_password("süß")))
+    assert kept.verify("süß")
+    assert not kept.verify("suss")
+
+
+def test_file_has_a_user_a_line() -> None:
+    text = f"# the team\n\n{line('alice', 'a', 'deploy')}  # since May\n{line('bob@example.com', 'b')}\r\n"
+    found = parse_users(text, "users")
+    assert [account.user for account in found.values()] == [
+        User("alice", Role.DEPLOY),
+        User("bob@example.com", Role.READ),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("bad", "problem"),
+    [
+        ("alice", "the hash: allowed: $scrypt$"),
+        ("alice:$apr1$x$y", "the hash: allowed: $scrypt$"),
+        ("alice:" + ALICE.replace("ln=14", "ln=4") + "x" * 22, "the hash: allowed: $scrypt$"),
+        ("alice:" + ALICE.replace("ln=14", "ln=20") + "x" * 22, "the hash: allowed: $scrypt$"),
+        ("al ice:" + ALICE + "x" * 22, "the name: allowed: "),
+        (":" + ALICE + "x" * 22, "the name: allowed: "),
+        ("alice:" + ALICE + "x" * 22 + ":root", "the role of alice: allowed: read or deploy"),
+        ("bob:" + ALICE + "x" * 22, "bob has a line already"),
+    ],
+)
+def test_every_bad_line_is_reported_with_its_number_and_without_its_hash(bad: str, problem: str) -> None:
+    good = "bob:" + ALICE + "x" * 22
+    with pytest.raises(BadUsers) as caught:
+        parse_users(f"{good}\n{bad}\n{bad}\n", "users")
+    assert len(caught.value.problems) == 2
+    assert caught.value.problems[0].startswith(f"users:2: {problem}")
+    assert "xxxx" not in str(caught.value)
+
+
+@given(st.text())
+def test_whatever_stands_in_the_file_is_users_or_a_problem(text: str) -> None:
+    with contextlib.suppress(BadUsers):
+        assert all(account.user.name for account in parse_users(text, "users").values())
+
+
+def test_file_that_others_may_write_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "users"
+    path.write_text("")
+    path.chmod(0o666)
+    with pytest.raises(CannotStart, match="others may write it; allowed: a mode such as 0600"):
+        UserFile(path)
+
+
+def basic(text: str) -> dict[str, str]:
+    return {"Authorization": f"Basic {base64.b64encode(text.encode()).decode()}"}
+
+
+@pytest.fixture
+def secrets(tmp_path: Path) -> Path:
+    path = tmp_path / "basic-auth-users"
+    path.write_text(f"{line('alice', 'a', 'deploy')}\n{line('bob', 'b', 'read')}\n")
+    path.chmod(0o600)
+    return tmp_path
+
+
+@pytest.fixture
+def system(secrets: Path) -> Iterator[System]:
+    settings = {"basic_auth": "true", "secret_mount_path": str(secrets), "deploy": "process", "worker": "none"}
+    with System(settings=settings | {"state": str(secrets / "state")}) as system:
+        yield system
+
+
+def deploy(system: System, headers: Mapping[str, str]) -> Answer:
+    document = {"service": "f", "image": "process", "envProcess": "cat"}
+    body = json.dumps(document).encode()
+    return system.request("POST", "/system/functions", body, {**headers, "Content-Type": "application/json"})
+
+
+def test_users_do_what_their_roles_let_them_and_the_log_has_their_names(system: System) -> None:
+    assert system.request("GET", "/system/functions", headers=basic("bob:b")).status == 200
+    assert system.request("GET", "/system/functions", headers=basic("bob:a")).status == 401
+    assert system.request("GET", "/system/functions", headers=basic("carol:a")).status == 401
+    answer = deploy(system, basic("bob:b"))
+    assert (answer.status, answer.text.strip()) == (
+        403,
+        "bob may look, and change nothing; allowed: with the role deploy",
+    )
+    assert system.request("POST", "/system/calls/cancel", headers=basic("bob:b")).status == 403
+    call_id = system.submit("cat", headers={"X-Delay": "1h"})
+    assert system.request("GET", f"/async-function/{call_id}", headers=basic("bob:b")).status == 200
+    assert system.request("DELETE", f"/async-function/{call_id}", headers=basic("bob:b")).status == 403
+    assert deploy(system, basic("alice:a")).status == 202
+    system.wait_log("Done: deploy function 'f' asker=\"alice from 127.0.0.1\"")
+    assert system.request("DELETE", f"/async-function/{call_id}", headers=basic("alice:a")).status == 202
+    system.wait_log(f'Done: [DELETE] /async-function/{call_id} asker="alice from 127.0.0.1"')
+
+
+def test_file_is_followed_and_a_bad_one_changes_nothing(system: System, secrets: Path) -> None:
+    def status(text: str) -> int:
+        return system.request("GET", "/system/functions", headers=basic(text)).status
+
+    path = secrets / "basic-auth-users"
+    assert status("bob:b") == 200
+    path.write_text(f"{line('alice', 'a', 'deploy')}\n{line('carol', 'c')}\n")
+    assert status("bob:b") == 401, "who was known a moment ago"
+    assert status("carol:c") == 200
+    path.write_text("carol:secret\n")
+    assert status("carol:c") == 200
+    system.wait_log("the users are those of before: ")
+    assert "secret" not in system.log()
+
+
+def test_right_password_costs_its_hash_once(system: System) -> None:
+    first = system.request("GET", "/system/functions", headers=basic("bob:b"))
+    again = [system.request("GET", "/system/functions", headers=basic("bob:b")) for _ in range(20)]
+    assert {first.status, *(answer.status for answer in again)} == {200}
+    assert min(answer.elapsed_s for answer in again) < first.elapsed_s
+
+
+def test_few_passwords_wait_for_their_hash_and_the_same_one_waits_once(secrets: Path) -> None:
+    def encode(password: str) -> bytes:
+        return base64.b64encode(f"bob:{password}".encode())
+
+    async def test() -> None:
+        hashes = Hashes(UserFile(secrets / "basic-auth-users"))
+        guesses = [hashes.check(encode(f"guess {number}"), "192.0.2.1") for number in range(10)]
+        same = [hashes.check(encode("b"), "192.0.2.2") for _ in range(10)]
+        found = await asyncio.gather(*guesses, *same, return_exceptions=True)
+        refused = [isinstance(each, TooManyGuesses) for each in found]
+        assert refused[:10].count(False) == MAX_HASHES_OF_ADDRESS_COUNT
+        assert found[10:20] == [User("bob", Role.READ)] * 10
+        assert await hashes.check(encode("b"), "192.0.2.1") == User("bob", Role.READ), "it is known by now"
+        assert await hashes.check(encode("guess"), "192.0.2.1") is None
+
+    asyncio.run(test())
+
+
+def test_no_more_passwords_wait_for_their_hash_than_may(secrets: Path) -> None:
+    async def test() -> None:
+        hashes = Hashes(UserFile(secrets / "basic-auth-users"))
+        numbers = range(2 * MAX_HASHES_COUNT)
+        guesses = [hashes.check(base64.b64encode(b"bob:%d" % number), f"192.0.2.{number}") for number in numbers]
+        found = await asyncio.gather(*guesses, return_exceptions=True)
+        assert [isinstance(each, TooManyGuesses) for each in found].count(False) == MAX_HASHES_COUNT
+
+    asyncio.run(test())
+
+
+def test_pair_of_files_opens_besides(secrets: Path) -> None:
+    (secrets / "basic-auth-user").write_text("admin")
+    (secrets / "basic-auth-password").write_text("sesame")
+    with System(settings={"basic_auth": "true", "secret_mount_path": str(secrets), "worker": "none"}) as system:
+        for text, status in (("admin:sesame", 200), ("bob:b", 200), ("admin:b", 401)):
+            assert system.request("GET", "/system/functions", headers=basic(text)).status == status
+
+
+def test_gateway_does_not_start_with_a_bad_file_of_users(secrets: Path) -> None:
+    (secrets / "basic-auth-users").write_text("alice:secret\nbob\n")
+    ended = run("gateway", settings={"basic_auth": "true", "secret_mount_path": str(secrets), "worker": "none"})
+    assert ended.returncode == 1
+    assert "basic-auth-users:1: the hash: allowed: " in ended.stderr
+    assert "basic-auth-users:2: the hash: allowed: " in ended.stderr
+    assert "secret\n" not in ended.stderr
+
+
+def test_operator_makes_a_line_with_a_command() -> None:
+    def made(*arguments: str, password: str = "sesame\n") -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "faashound.gateway", "password", *arguments]
+        return subprocess.run(command, input=password, capture_output=True, text=True, timeout=60, env=dict(os.environ))
+
+    done = made("alice", "deploy")
+    assert done.returncode == 0, done.stderr
+    (account,) = parse_users(done.stdout, "users").values()
+    assert account.user == User("alice", Role.DEPLOY)
+    assert account.password.verify("sesame")
+    for arguments, password in (((), "x"), (("al ice",), "x"), (("alice", "root"), "x"), (("alice",), "\n")):
+        refused = made(*arguments, password=password)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert "allowed: " in refused.stderr or "usage: " in refused.stderr
