@@ -3454,6 +3454,20 @@ class ClientConnection(Connection):
         self._transport.abort()
 
 
+def sent_body(request: Request) -> SentBody:
+    """Return what a proxy sends as the body of a request that it passes on: the wish to switch, if it has that."""
+    protocol = upgrade_of(request)
+    return body_if_complete(request.body) if protocol is None else Upgrade(protocol)
+
+
+def relayed(response: ClientResponse, headers: Sequence[Header], body: Stream) -> Response:
+    """Return an answer as it is passed on while it comes, with `headers`; of a 101 both directions."""
+    if response.status != 101:
+        return Response(response.status, headers, body, response.body.length, is_live=True)
+    fields = [*headers, (b"Upgrade", response.header(b"upgrade") or b"")]
+    return Response(101, fields, body, write_timeout_s=math.inf, switched=response.send)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Process rules (pure): the environment of a process, the words for its end, the states of a call.
 # ---------------------------------------------------------------------------------------------------------------
@@ -5795,13 +5809,10 @@ class Http(Mode):
 
     async def _body(self, request: Request) -> tuple[SentBody, int | None]:
         """Return what is sent as the body of a request, and its length if known."""
-        protocol = upgrade_of(request)
-        if protocol is not None:
-            return Upgrade(protocol), None
         body = body_within(self._settings.max_body_bytes, request.body)
-        if not self._settings.http_buffer_req_body or request.body.complete:
-            return body_if_complete(body), request.body.length
-        return await spooled(body)
+        if request.body.complete:
+            return sent_body(request), request.body.length
+        return await spooled(body) if self._settings.http_buffer_req_body else (body, request.body.length)
 
     async def _send(
         self, request: Request, body: SentBody, length: int | None, deadline_s: float | None
@@ -5867,14 +5878,6 @@ async def _unspooled(kept: Output) -> AsyncIterator[bytes]:
             yield await in_thread(kept.head, FILE_CHUNK_BYTES, offset)
     finally:
         kept.close()
-
-
-def relayed(response: ClientResponse, headers: Sequence[Header], body: Stream) -> Response:
-    """Return an answer as it is passed on while it comes, with `headers`; of a 101 both directions."""
-    if response.status != 101:
-        return Response(response.status, headers, body, response.body.length, is_live=True)
-    fields = [*headers, (b"Upgrade", response.header(b"upgrade") or b"")]
-    return Response(101, fields, body, write_timeout_s=math.inf, switched=response.send)
 
 
 class ProxiedAnswer(LiveAnswer):

@@ -133,7 +133,8 @@ class _Reader:
         directory = self._directory()
         labels, annotations = self._texts("labels"), self._texts("annotations")
         settings, environment = self._split_variables(self._texts("envVars"))
-        settings = {"fprocess": self._command(directory, environment), **settings}
+        if settings.get("mode") != "static" or self._document.get("envProcess"):
+            settings = {"fprocess": self._command(directory, environment), **settings}
         self._check_meanings(labels, annotations)
         self._check_promises()
         secrets = self._secrets(name)
@@ -213,7 +214,7 @@ class _Reader:
         return settings, environment
 
     def _check_settings(self, settings: Mapping[str, str]) -> None:
-        if not settings["fprocess"]:
+        if settings.get("fprocess") == "":  # said already
             return
         try:
             parse_settings(Settings, watchdog_settings(settings))

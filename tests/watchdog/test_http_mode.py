@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from websockets.sync.client import connect as connect_websocket
 
-from testkit import app_server
+from testkit import app_server, websocket_echo
 from testkit.harness import (
     Answer,
     InBackground,
@@ -429,18 +429,8 @@ def test_h2c_is_not_passed_on(program: Program) -> None:
     assert not names & {"upgrade", "http2-settings"}
 
 
-WEBSOCKET_SERVER = """
-import os
-from websockets.sync.server import serve
-def echo(connection):
-    for message in connection:
-        connection.send(message)
-serve(echo, "127.0.0.1", int(os.environ["PORT"])).serve_forever()
-"""
-
-
 def test_real_websockets_meet_through_the_watchdog() -> None:
-    with Program("watchdog", {**SETTINGS, "fprocess": f"{sys.executable} -c '{WEBSOCKET_SERVER}'"}) as program:
+    with Program("watchdog", {**SETTINGS, "fprocess": f"{sys.executable} {websocket_echo.__file__}"}) as program:
         wait_healthy(program)
         with connect_websocket(f"ws://127.0.0.1:{program.port}/") as client:
             for message in ("hello", bytes(100_000), "x" * 70_000):
