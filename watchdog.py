@@ -5930,6 +5930,16 @@ class ServedFile(NamedTuple):
     kind: bytes
 
 
+MEDIA_TYPES = {  # that not every Python and every system know, or that they have under an older name (RFC 9239)
+    "application/wasm": ".wasm",
+    "font/woff": ".woff",
+    "font/woff2": ".woff2",
+    "image/avif": ".avif",
+    "image/webp": ".webp",
+    "text/javascript": ".js .mjs",
+}
+
+
 class Static(Mode):
     """Mode: files below a directory, and no program.
 
@@ -5946,6 +5956,9 @@ class Static(Mode):
         import mimetypes  # only here: it reads the system's tables
 
         mimetypes.init()
+        for kind, endings in MEDIA_TYPES.items():
+            for ending in endings.split():
+                mimetypes.add_type(kind, ending)
 
     async def answer(self, request: Request, call: CallLog) -> Response:
         """Return a file, a part of it, or what the conditions of the request make of that."""
