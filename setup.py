@@ -62,6 +62,7 @@ setup(
             "types-psutil",
             "types-pyyaml",
             "types-setuptools",
+            "websockets",
         ],
     },
     entry_points={

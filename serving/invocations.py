@@ -4,7 +4,8 @@
     response = await invocations.answer(request, "cat", b"/path")
     await invocations.close()
 
-What it promises: status, headers and body as the function sent them, streamed both ways; every answer, ours too,
+What it promises: status, headers and body as the function sent them, streamed both ways as they come, of a 101
+(WebSocket and the like) for as long as both sides like; every answer, ours too,
 carries X-Call-Id and X-Start-Time, is counted, and is a line in the log.  A failure of ours bears X-OpenFaaS-Internal,
 by which a worker knows that not the function has spoken, and tells a stranger no address.
 
@@ -31,12 +32,13 @@ from ..watchdog import (
     Response,
     Unreachable,
     UpstreamTimeout,
-    body_if_complete,
     call_id_of,
     end_to_end,
     error_response,
     format_duration,
     log,
+    relayed,
+    sent_body,
 )
 from .gates import FunctionGate, check_enabled
 from .metrics import GatewayMetrics
@@ -119,9 +121,11 @@ class Invocations:
         )
         response = await self._send(request, function, rest, headers, by_worker)
         self._metrics.answered(function.name)
-        fields = [*end_to_end(response.headers, *ID_FIELDS, b"date"), *ids.fields]
-        write_timeout_s = math.inf if by_worker else None
-        return Response(response.status, fields, response.body, response.body.length, write_timeout_s)
+        headers = [*end_to_end(response.headers, *ID_FIELDS, b"date"), *ids.fields]
+        answer = relayed(response, headers, response.body)
+        if by_worker:
+            answer.write_timeout_s = math.inf
+        return answer
 
     async def _send(
         self, request: Request, function: Function, rest: bytes, headers: list[Header], by_worker: bool
@@ -132,7 +136,7 @@ class Invocations:
         target, client = function_target(function, request, rest), self._client_of(function)
         try:
             return await client.request(
-                request.method, target, headers, body_if_complete(request.body), request.body.length, deadline_s
+                request.method, target, headers, sent_body(request), request.body.length, deadline_s
             )
         except UpstreamTimeout as error:
             text = f"{function.name.short} did not answer within upstream_timeout ({format_duration(limit_s)})"
