@@ -128,9 +128,9 @@ class People:
         """The calls that were put, or whose record was written, since the revisions that `mark` stands for."""
         streams = (self._names.queue, self._names.records)
         now = [(await self._connection.info(stream))["state"]["last_seq"] for stream in streams]
-        new_mark, before = "n{}-{}".format(*now), now if mark is None else _parse_mark(mark)
+        new_mark, before = "n{}-{}".format(*now), None if mark is None else _parse_mark(mark)
         if before is None:
-            return Changes((), new_mark, is_whole=False)
+            return Changes((), new_mark, is_whole=mark is None)
         subjects = (self._names.subject("call", "*", "*", "*"), self._names.subject("rec", "*", "*", "*"))
         found: dict[str, None] = {}
         for subject, revision, place in zip(subjects, before, ID_PLACES, strict=True):

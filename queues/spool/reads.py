@@ -178,7 +178,7 @@ def _oldest_age_s(db: sqlite3.Connection, now_s: float) -> float | None:
 
 def find_changes(db: sqlite3.Connection, mark: str | None, leased_ids: Collection[str], limit: int) -> Changes:
     now = _read_mark(db)
-    before = now if mark is None else _parse_mark(mark)
+    before = None if mark is None else _parse_mark(mark)
     if before is None or before[0] > now[0]:
         return Changes((), _build_mark(now), is_whole=mark is None)
     seq, fence, finished_s = before
