@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import (
     Mapping,
+    Sequence,
 )
 from dataclasses import dataclass
 from enum import Enum
@@ -324,6 +325,34 @@ class Stats:
     commit_count: int
     free_bytes: int | None = None
     reserve_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """What is still to be done, and what was given up: found without a look at the calls that have ended well.
+
+    `by_function` are the calls of each function that are queued and that run.
+    """
+
+    queued_count: int
+    running_count: int
+    dead_count: int
+    callback_pending_count: int
+    callback_dead_count: int
+    oldest_due_age_s: float | None
+    by_function: Mapping[FunctionName, tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What has become of the queue since a mark: `calls` as lists have them, as they are by now; `mark` is the next.
+
+    `is_whole` is False where there was more than could be told: then what was read before is to be read again.
+    """
+
+    calls: Sequence[Call]
+    mark: str
+    is_whole: bool
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -14,14 +14,17 @@ What it refuses to do: take credentials from a URL, which is logged; they come f
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from ..calls.model import (
     Attempt,
+    Backlog,
     Bounds,
     Call,
+    CallbackState,
+    Changes,
     Lease,
     NewCall,
     QueueLimits,
@@ -89,11 +92,15 @@ class Queue(Protocol):
         function: FunctionName | None = None,
         limit: int = 100,
         before: str | None = None,
+        callback: CallbackState | None = None,
+        id_start: str | None = None,
     ) -> list[Call]: ...
+    async def changes(self, mark: str | None, leased_ids: Collection[str], limit: int) -> Changes: ...
     async def requeue_dead(self, call_id: str) -> Call: ...
     async def requeue_callback(self, call_id: str) -> Call: ...
     async def purge(self, *, state: State, function: FunctionName | None = None, call_id: str | None = None) -> int: ...
     async def stats(self) -> Stats: ...
+    async def backlog(self) -> Backlog: ...
     async def sweep(self, keep_results_s: float, retention_s: float, bounds: Bounds | None = None) -> Swept: ...
 
 

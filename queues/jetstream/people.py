@@ -8,13 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import re
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
 
-from ...calls.model import FINAL, Call, CallUnknown, State, Stats, StoredBody, Swept
+from ...calls.model import (
+    FINAL,
+    Backlog,
+    Call,
+    CallUnknown,
+    Changes,
+    State,
+    Stats,
+    StoredBody,
+    Swept,
+)
 from ...calls.names import FunctionName
 from ...calls.steps import expire, may_forget, may_purge
+from ...calls.views import CallFilter
 from .bodies import Bodies
 from .connection import PAGE_COUNT, STEP_COUNT, Conflict, Connection, Stored, gather_in_steps
 from .flows import Delivery, Flows, Wanted
@@ -27,7 +39,11 @@ WINDOW_COUNT = 256  # revisions that are looked at together, to begin with
 TIMER_COUNT = 256  # calls whose expiry is looked at together
 TIMER_PAUSE_S = 60.0  # before a call that was running when it should have expired is looked at again
 IDLE_FLOW_S = 86400.0  # after which a flow that nobody puts into is forgotten
+ID_PLACES = 2, 3  # of a call's id in the subjects of what waits and of records
 FRONT_COUNT = 64  # messages that are looked at to find the oldest one of a flow that waits
+
+
+_MARK = re.compile(r"n([0-9]{1,18})-([0-9]{1,18})", re.ASCII)
 
 
 def places_of(states: Iterable[State]) -> list[Place]:
@@ -43,6 +59,21 @@ def listed(call: Call) -> Call:
     body = StoredBody(call.body.bytes_count, None, call.body.file)
     result = call.result and StoredBody(call.result.bytes_count, None, call.result.file)
     return dataclasses.replace(call, body=body, result=result, history=())
+
+
+def fits(call: Call, wanted: CallFilter) -> bool:
+    """Tell whether a call meets the conditions of `wanted`."""
+    callback = call.callback and call.callback.state
+    return (
+        wanted.state in (None, call.state)
+        and wanted.function in (None, call.function)
+        and wanted.callback in (None, callback)
+    )
+
+
+def _parse_mark(text: str) -> list[int] | None:
+    found = _MARK.fullmatch(text)
+    return found and [int(found[1]), int(found[2])]
 
 
 class People:
@@ -66,6 +97,40 @@ class People:
         self._now = now
 
     # -- lists
+
+    async def page(self, wanted: CallFilter) -> list[Call]:
+        """A page of what is wanted; a call is found by its whole id, since a subject cannot be searched by a part."""
+        if wanted.id_start is not None:
+            standing = await self._store.load(wanted.id_start)
+            found = [] if standing is None or wanted.before is not None else [listed(standing.call)]
+            return [call for call in found if fits(call, wanted)]
+        if wanted.callback is None:
+            return await self.calls(wanted.state, wanted.function, wanted.limit_count, wanted.before)
+        chosen: list[Call] = []
+        before = wanted.before
+        while len(chosen) < wanted.limit_count:
+            page = await self.calls(wanted.state, wanted.function, PAGE_COUNT, before)
+            chosen += [call for call in page if fits(call, wanted)]
+            if len(page) < PAGE_COUNT:
+                break
+            before = page[-1].id
+        return chosen[: wanted.limit_count]
+
+    async def changes(self, mark: str | None, limit: int) -> Changes:
+        """The calls that were put, or whose record was written, since the revisions that `mark` stands for."""
+        streams = (self._names.queue, self._names.records)
+        now = [(await self._connection.info(stream))["state"]["last_seq"] for stream in streams]
+        new_mark, before = "n{}-{}".format(*now), None if mark is None else _parse_mark(mark)
+        if before is None:
+            return Changes((), new_mark, is_whole=mark is None)
+        subjects = (self._names.subject("call", "*", "*", "*"), self._names.subject("rec", "*", "*", "*"))
+        found: dict[str, None] = {}
+        for subject, revision, place in zip(subjects, before, ID_PLACES, strict=True):
+            page = await self._connection.read_batch(subject, revision + 1, limit + 1)
+            found |= dict.fromkeys(parse_token(stored.subject.split(".")[place]) for stored in page)
+        standings = await gather_in_steps(self._store.load, list(found)[:limit])
+        calls = [listed(standing.call) for standing in standings if standing is not None]
+        return Changes(calls, new_mark, is_whole=len(found) <= limit)
 
     async def calls(
         self, state: State | None, function: FunctionName | None, limit: int, before: str | None
@@ -210,6 +275,27 @@ class People:
             callback_pending_count=sum(count for name, count in waiting.items() if name.kind == "callback"),
             callback_dead_count=sum(undelivered),
             commit_count=self._connection.commit_count,
+        )
+
+    async def backlog(self) -> Backlog:
+        """What is still to be done, by the servers' counts."""
+        stats = await self.stats()
+        functions = {function for function, _ in stats.by_function}
+        open_counts = {
+            function: (
+                stats.by_function.get((function, State.QUEUED), 0),
+                stats.by_function.get((function, State.RUNNING), 0),
+            )
+            for function in functions
+        }
+        return Backlog(
+            queued_count=stats.by_state[State.QUEUED],
+            running_count=stats.by_state[State.RUNNING],
+            dead_count=stats.by_state[State.DEAD],
+            callback_pending_count=stats.callback_pending_count,
+            callback_dead_count=stats.callback_dead_count,
+            oldest_due_age_s=stats.oldest_due_age_s,
+            by_function={function: counts for function, counts in open_counts.items() if any(counts)},
         )
 
     async def _count_all(self, subjects: Iterable[str]) -> list[int]:

@@ -29,7 +29,7 @@ import dataclasses
 import os
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -41,11 +41,14 @@ from ...calls.model import (
     EXCERPT_BYTES,
     FINAL,
     Attempt,
+    Backlog,
     Bounds,
     Call,
+    CallbackState,
     CallExists,
     CallFinished,
     CallUnknown,
+    Changes,
     KeyReused,
     Kind,
     Lease,
@@ -77,6 +80,7 @@ from ...calls.steps import (
     retry_run,
     stop_run,
 )
+from ...calls.views import CallFilter
 from .bodies import CHUNK_BYTES, Bodies
 from .claims import Claimant, Claims
 from .connection import WRITE_S, Conflict, Connection, Options, Write, connect, end_tasks
@@ -496,10 +500,22 @@ class JetStream:
         function: FunctionName | None = None,
         limit: int = 100,
         before: str | None = None,
+        callback: CallbackState | None = None,
+        id_start: str | None = None,
     ) -> list[Call]:
-        """Calls, newest first, without inline bodies and history (`get` has them)."""
+        """Calls, newest first, without inline bodies and history (`get` has them); `id_start` is the whole id here."""
         self._check_open()
-        return await self._people.calls(state, function, limit, before)
+        return await self._people.page(CallFilter(state, function, callback, limit, before, id_start))
+
+    async def changes(self, mark: str | None, leased_ids: Collection[str], limit: int) -> Changes:
+        """What has been put and written since `mark`; that a call has begun to run is written nowhere."""
+        self._check_open()
+        return await self._people.changes(mark, limit)
+
+    async def backlog(self) -> Backlog:
+        """What is still to be done and what was given up."""
+        self._check_open()
+        return await self._people.backlog()
 
     async def requeue_dead(self, call_id: str) -> Call:
         """A dead letter is queued as if new."""

@@ -42,6 +42,7 @@ from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
     Callable,
+    Collection,
     Mapping,
     Sequence,
 )
@@ -54,9 +55,12 @@ from ...calls.model import (
     EXCERPT_BYTES,
     FINAL,
     Attempt,
+    Backlog,
     Bounds,
     Call,
+    CallbackState,
     CallUnknown,
+    Changes,
     Kind,
     Lease,
     LeaseLost,
@@ -83,7 +87,7 @@ from .notifier import WakeUp
 from .owners import boot_s, is_dead, lock_owner, read_boot_id, remove_dead_owners
 from .parts import Parts, open_parts
 from .puts import Put
-from .reads import CallFilter, Outlook
+from .reads import Outlook, Page
 from .rows import build_accepted, build_headers, find_call
 from .transaction import Transaction
 from .writer import Writer
@@ -515,13 +519,29 @@ class Spool:
         function: FunctionName | None = None,
         limit: int = 100,
         before: str | None = None,
+        callback: CallbackState | None = None,
+        id_start: str | None = None,
     ) -> list[Call]:
         """Calls, newest first, without what may be long: path, query, callback URL, header fields, bodies, history.
 
         (`get` has them; they are empty or None here, and so one page takes little memory whatever callers send.)
         A page begins behind the call `before`, the last one of the page in front; CallUnknown if it is gone by now.
+        What it costs does not grow with the queue, but with the functions where only a state is wanted, and with the
+        calls that share `id_start`, the beginning of their id, or the state of their callback.
         """
-        return await self._read(partial(reads.list_calls, wanted=CallFilter(state, function, limit, before)))
+        wanted = Page(state, function, callback, id_start, limit, before)
+        return await self._read(partial(reads.list_calls, wanted=wanted))
+
+    async def changes(self, mark: str | None, leased_ids: Collection[str], limit: int) -> Changes:
+        """What has changed since `mark`, None: nothing yet, where does one begin?
+
+        `leased_ids` are the calls that ran, or whose callback was on its way, when they were told last.
+        """
+        return await self._read(partial(reads.find_changes, mark=mark, leased_ids=leased_ids, limit=limit))
+
+    async def backlog(self) -> Backlog:
+        """What is still to be done and what was given up; what has ended well is not looked at."""
+        return await self._read(partial(reads.count_backlog, now_s=self._now()))
 
     async def requeue_dead(self, call_id: str) -> Call:
         """A dead letter is queued as if new: due now, no expiry, attempts from 0. Or CallNotDead, CallUnknown."""
