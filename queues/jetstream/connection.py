@@ -341,7 +341,7 @@ class Connection:
                 if not _may_pass(error):
                     self.troubled_s = self._loop.time()
                     raise problem from error
-            if deadline_s - self._loop.time() <= RETRY_PAUSE_S:
+            if self.client.is_closed or deadline_s - self._loop.time() <= RETRY_PAUSE_S:
                 self.troubled_s = self._loop.time()
                 raise problem
             await asyncio.sleep(RETRY_PAUSE_S)

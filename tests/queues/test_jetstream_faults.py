@@ -23,7 +23,7 @@ import pytest
 import uvloop
 
 from faashound.calls.model import FINAL, Lease, LeaseLost, QueueFull, QueueUnavailable, State
-from faashound.queues.jetstream.connection import WRITE_S, Options
+from faashound.queues.jetstream.connection import WRITE_S, Options, connect
 from faashound.queues.jetstream.queue import JetStream
 from faashound.watchdog import finished_first
 from testkit.nats_servers import Cluster
@@ -379,7 +379,7 @@ def test_client_that_is_cut_off_refuses_in_time_and_comes_back(cluster: Cluster)
 
 def test_queue_goes_on_when_the_leader_of_a_consumer_is_killed(cluster: Cluster) -> None:
     async def kill_leader(under_way: Traffic, stream: str) -> None:
-        name = await leader_of_consumer(under_way.queues[0], stream)
+        name = await leader_of_consumer(under_way.options, stream)
         leader = next(server for server in cluster.servers if server.name == name)
         leader.kill()
         await under_way.reach(BATCH)
@@ -389,9 +389,13 @@ def test_queue_goes_on_when_the_leader_of_a_consumer_is_killed(cluster: Cluster)
     check("kill -9 of a consumer's leader", faulty(cluster, kill_leader))
 
 
-async def leader_of_consumer(queue: JetStream, stream: str) -> str:
-    names = await queue._connection.insist(f"CONSUMER.NAMES.{stream}")
-    info = await queue._connection.insist(f"CONSUMER.INFO.{stream}.{names['consumers'][0]}")
+async def leader_of_consumer(options: Options, stream: str) -> str:
+    connection = await connect(options)
+    try:
+        names = await connection.insist(f"CONSUMER.NAMES.{stream}")
+        info = await connection.insist(f"CONSUMER.INFO.{stream}.{names['consumers'][0]}")
+    finally:
+        await connection.close()
     leader: str = info["cluster"]["leader"]
     return leader
 
