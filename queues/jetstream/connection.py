@@ -50,6 +50,7 @@ TTL_HEADER = "Nats-TTL"
 _FULL_CODES = frozenset({10002, 10023, 10028, 10047})  # resources of account, server, memory, storage
 _STORE_FAILED = 10077  # "maximum bytes exceeded" among other reasons
 _LAST_SEQUENCE, _SEQUENCE_UNDER_WAY = 10071, 10164  # the second: a write is still on its way through the cluster
+_NO_PEERS = 10005  # for a stream or a consumer: a server of the cluster is not up yet
 _NOTHING_THERE = (10037, 10043, 10057)  # no message found; message delete failed: it is not there
 
 
@@ -115,7 +116,7 @@ def queue_error(error: Exception) -> QueueFull | QueueUnavailable:
 def _may_pass(error: Exception) -> bool:
     """Tell whether an error may be over in a moment: no leader yet, no answer, a server that starts."""
     if isinstance(error, APIError):
-        return error.code == 503 and isinstance(queue_error(error), QueueUnavailable)
+        return error.err_code == _NO_PEERS or (error.code == 503 and isinstance(queue_error(error), QueueUnavailable))
     return isinstance(error, TimeoutError | NoRespondersError | NatsError)
 
 

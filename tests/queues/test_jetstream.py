@@ -756,7 +756,7 @@ def test_results_wait_for_room_and_are_stored_one_after_another(
         assert not storing.done()
         await queue.drop_body(ballast)
         async with asyncio.timeout(LONG_S):
-            assert await storing == [RESULT_BYTES, RESULT_BYTES]
+            assert list(await storing) == [RESULT_BYTES, RESULT_BYTES]
         await queue.close()
 
     uvloop.run(scenario())

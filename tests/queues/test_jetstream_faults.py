@@ -295,6 +295,30 @@ def test_calls_run_once_when_nothing_happens(cluster: Cluster) -> None:
     assert ledger.refused_count == 0
 
 
+def test_three_hundred_functions_are_served_and_one_that_appears_meanwhile(cluster: Cluster) -> None:
+    async def scenario() -> tuple[Ledger, float]:
+        async with traffic(cluster.options(prefix())) as under_way:
+            gateway, ledger = await under_way.open(), under_way.ledger
+            names = [f"f{number}" for number in range(300)]
+            put = set(await asyncio.gather(*(put_one(gateway, name) for name in names)))
+            await until(lambda: put <= ledger.runs.keys(), "every function served")
+            began_s = time.monotonic()
+            appeared = await put_one(gateway, "appears")
+            await until(lambda: appeared in ledger.runs, "the new function served")
+            appeared_s = time.monotonic() - began_s
+            ledger.accepted |= {*put, appeared}
+            return await under_way.settle(), appeared_s
+
+    ledger, appeared_s = uvloop.run(scenario())
+    check(f"300 functions, one more served after {appeared_s:.1f}s", ledger)
+
+
+async def put_one(queue: JetStream, function: str) -> str:
+    now_s = time.time()
+    put = await insist(lambda: queue.put(new_call(function, due_s=now_s, accepted_s=now_s)))
+    return str(put.id)
+
+
 def test_queue_goes_on_when_a_server_is_killed_and_comes_back(cluster: Cluster) -> None:
     async def kill_one(under_way: Traffic, stream: str) -> None:
         leader = cluster.leader(stream)
