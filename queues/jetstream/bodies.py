@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
 from ...calls.model import QueueDamaged, QueueFull, QueueUnavailable, ResultLost, StoredBody
 from ...watchdog import BodyTooLarge, FaashoundError, log
-from .connection import Connection, Write
+from .connection import Connection, Write, end_tasks
 
 INLINE_BYTES = 16 * 1024  # up to here a body is part of its message, and written again with the call's end
 CHUNK_BYTES = 128 * 1024  # longer bodies are cut into messages of this size (max_payload is 1 MiB, seldom less)
@@ -42,21 +42,24 @@ class Bodies:
         """Make a body safe; up to INLINE_BYTES it stays in memory and becomes part of its message."""
         source = _once(chunks) if isinstance(chunks, bytes) else chunks
         most_bytes: int = self._connection.client.max_payload
-        size_bytes = min(CHUNK_BYTES, most_bytes // 2)
-        windows = _cut(source, size_bytes * (CHUNKS_IN_FLIGHT_COUNT if write is None else 1), limit_bytes)
-        first = await anext(windows, b"")
-        if len(first) <= min(INLINE_BYTES, most_bytes // 8):  # less than a window, so it is all
+        pieces = _cut(source, min(CHUNK_BYTES, most_bytes // 2), limit_bytes)
+        first = await anext(pieces, b"")
+        if len(first) <= min(INLINE_BYTES, most_bytes // 8):  # less than a piece, so it is all
             return StoredBody(len(first), first, None)
-        name, write, total, numbers = uuid.uuid4().hex, write or self._connection.publish, 0, itertools.count()
+        name, total, numbers, tasks = uuid.uuid4().hex, 0, itertools.count(), set[asyncio.Future[object]]()
+        at_once, write = (1, write) if write is not None else (CHUNKS_IN_FLIGHT_COUNT, self._connection.publish)
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(self._discard, name)
-            async for window in _chain(first, windows):
-                parts = [window[start : start + size_bytes] for start in range(0, len(window), size_bytes)]
-                writes = [Write(self._names.subject("body", name, next(numbers)), part) for part in parts]
-                done = await asyncio.gather(*map(write, writes), return_exceptions=True)  # none is left on its way
-                for error in (each for each in done if isinstance(each, BaseException)):
-                    raise error
-                total += len(window)
+            stack.push_async_callback(end_tasks, tasks)
+            async for piece in _chain(first, pieces):
+                total += len(piece)
+                subject = self._names.subject("body", name, next(numbers))
+                tasks.add(asyncio.ensure_future(write(Write(subject, piece))))
+                if len(tasks) == at_once:
+                    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                    tasks -= done
+                    await asyncio.gather(*done)
+            await asyncio.gather(*tasks)
             stack.pop_all()
         return StoredBody(total, None, name)
 

@@ -150,7 +150,7 @@ async def gather_in_steps(work: Callable[[S], Awaitable[T]], items: Iterable[S])
     return found
 
 
-async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
+async def end_tasks(tasks: Iterable[asyncio.Future[Any]]) -> None:
     """Cancel tasks until they have ended: asyncio.wait_for, which nats-py uses, can lose a cancellation (bpo-37658)."""
     left = set(tasks)
     while left:

@@ -13,7 +13,6 @@ import time
 import tracemalloc
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -727,16 +726,20 @@ async def in_pieces(count_bytes: int) -> AsyncIterator[bytes]:
         yield bytes(10_000)
 
 
-async def is_full(queue: JetStream) -> bool:
-    try:
-        await queue.drop_body(await queue.store_body(bytes(bodies_module.CHUNK_BYTES)))
-    except QueueFull:
-        return True
-    return False
+async def results_wait(capfd: pytest.CaptureFixture[str], count: int) -> None:
+    """Return when the log has said so of as many."""
+    told = 0
+
+    async def has_told() -> bool:
+        nonlocal told
+        told += capfd.readouterr().err.count("a result waits to be stored")
+        return told == count
+
+    await until(has_told)
 
 
 def test_results_wait_for_room_and_are_stored_one_after_another(
-    options: Options, monkeypatch: pytest.MonkeyPatch
+    options: Options, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Side by side, neither of them would ever have all of its room."""
     monkeypatch.setattr(bodies_module, "ROOM_PAUSE_S", 0.02)
@@ -752,7 +755,7 @@ def test_results_wait_for_room_and_are_stored_one_after_another(
             return len(found)
 
         storing = asyncio.gather(store(), store())
-        await until(partial(is_full, queue))
+        await results_wait(capfd, 2)
         assert not storing.done()
         await queue.drop_body(ballast)
         async with asyncio.timeout(LONG_S):
@@ -763,7 +766,7 @@ def test_results_wait_for_room_and_are_stored_one_after_another(
 
 
 def test_result_that_breaks_off_while_it_waits_is_told_from_one_that_never_came(
-    options: Options, monkeypatch: pytest.MonkeyPatch
+    options: Options, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(bodies_module, "ROOM_PAUSE_S", 0.02)
 
@@ -778,7 +781,7 @@ def test_result_that_breaks_off_while_it_waits_is_told_from_one_that_never_came(
             await queue.store_result(broken(RESULT_BYTES))
         ballast = await queue.store_body(bytes(2 * BALLAST_BYTES))
         storing = asyncio.create_task(queue.store_result(broken(RESULT_BYTES)))
-        await until(partial(is_full, queue))
+        await results_wait(capfd, 1)
         await queue.drop_body(ballast)
         with pytest.raises(ResultLost, match="the function hung up"):
             await storing
@@ -789,12 +792,12 @@ def test_result_that_breaks_off_while_it_waits_is_told_from_one_that_never_came(
     uvloop.run(scenario())
 
 
-def test_queue_that_is_closed_keeps_no_result_waiting(options: Options) -> None:
+def test_queue_that_is_closed_keeps_no_result_waiting(options: Options, capfd: pytest.CaptureFixture[str]) -> None:
     async def scenario() -> None:
         queue = await JetStream.open(dataclasses.replace(options, max_bytes=ROOM_BYTES))
         await queue.store_body(bytes(2 * BALLAST_BYTES))
         storing = asyncio.create_task(queue.store_result(in_pieces(RESULT_BYTES)))
-        await until(partial(is_full, queue))
+        await results_wait(capfd, 1)
         await queue.close()
         with pytest.raises((QueueFull, QueueUnavailable)):
             await storing
