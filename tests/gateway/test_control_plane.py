@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import platform
 import re
 import signal
@@ -12,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from faashound.serving.control_plane import NOT_OFFERED
@@ -372,6 +374,22 @@ def test_deployed_function_is_there_after_a_restart_and_its_password_is_told_by_
         assert "sesame" not in system.log()
     with System("", settings) as system:
         assert system.request("POST", "/function/kept", b"x").text == "x"
+
+
+def test_deployed_function_answers_when_the_process_that_runs_the_functions_is_killed(tmp_path: Path) -> None:
+    settings = {"deploy": "process", "workers": "2", "state": str(tmp_path / "state"), "worker": "none"}
+    with System("", settings) as system:
+        assert send(system, "POST", "/system/functions", deployment("late")).status == 202
+        processes = [psutil.Process(pid) for pid in system.survivors()]
+        server = next(process for process in processes if "forkserver" in " ".join(process.cmdline()))
+        ending = [server, *server.children()]
+        Path(system.environment["functions"]).write_text("what nobody can read")
+        os.kill(server.ppid(), signal.SIGKILL)
+        wait_until(lambda: not any(process.is_running() for process in ending), 10, "what it ran is gone")
+        answers = [system.request("POST", "/function/late", b"x") for _ in range(20)]
+        assert {(answer.status, answer.text) for answer in answers} == {(200, "x")}
+        wait_until(lambda: system.request("GET", "/system/functions").status == 200, 20, "its successor")
+        assert [found["name"] for found in ask(system, "/system/functions")] == ["late"]
 
 
 def test_gateway_that_others_reach_does_not_start_with_deploy_and_without_a_password() -> None:
