@@ -376,16 +376,21 @@ def test_deployed_function_is_there_after_a_restart_and_its_password_is_told_by_
         assert system.request("POST", "/function/kept", b"x").text == "x"
 
 
+def command_line(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
 def test_deployed_function_answers_when_the_process_that_runs_the_functions_is_killed(tmp_path: Path) -> None:
     settings = {"deploy": "process", "workers": "2", "state": str(tmp_path / "state"), "worker": "none"}
     with System("", settings) as system:
         assert send(system, "POST", "/system/functions", deployment("late")).status == 202
-        processes = [psutil.Process(pid) for pid in system.survivors()]
-        server = next(process for process in processes if "forkserver" in " ".join(process.cmdline()))
-        ending = [server, *server.children()]
+        ending = {
+            pid for pid in system.survivors() if b"functions.forkserver" in command_line(pid)
+        }  # and what it forked
+        (runner,) = {psutil.Process(pid).ppid() for pid in ending} - ending - {system.process.pid}
         Path(system.environment["functions"]).write_text("what nobody can read")
-        os.kill(server.ppid(), signal.SIGKILL)
-        wait_until(lambda: not any(process.is_running() for process in ending), 10, "what it ran is gone")
+        os.kill(runner, signal.SIGKILL)
+        wait_until(lambda: not ending.intersection(system.survivors()), 10, "what it ran is gone")
         answers = [system.request("POST", "/function/late", b"x") for _ in range(20)]
         assert {(answer.status, answer.text) for answer in answers} == {(200, "x")}
         wait_until(lambda: system.request("GET", "/system/functions").status == 200, 20, "its successor")
