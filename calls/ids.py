@@ -57,6 +57,7 @@ def new_call_id() -> str:
 
 
 def next_id(last: tuple[int, int], now_ms: int) -> tuple[int, int]:
+    """Return time stamp (ms) and random tail of the id that follows `last`, by a clock that reads `now_ms`."""
     stamp_ms, tail = last
     if now_ms <= stamp_ms:
         tail += 1 + _randomness.bits(32)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import (
     Mapping,
+    Sequence,
 )
 from dataclasses import dataclass
 from enum import Enum
@@ -25,7 +26,7 @@ from .names import FunctionName
 INLINE_BYTES = 64 * 1024  # up to here a row is cheaper than a file (sqlite.org/intern-v-extern-blob.html)
 
 
-EXCERPT_BYTES = 4 * 1024  # of the last response, kept as long as the call for whoever asks why it failed
+EXCERPT_BYTES = 4 * 1024  # of the last response, kept as long as the call, to tell why it failed
 
 
 HISTORY_COUNT = 50  # attempts remembered per call
@@ -106,7 +107,7 @@ class CallNotDead(FaashoundError):
 
 
 class LeaseLost(FaashoundError):
-    """Someone else has the call by now: drop the result, write nothing more."""
+    """The lease has ended, or another worker has the call: drop the result, write nothing more."""
 
     status = 409
 
@@ -262,7 +263,7 @@ class RunEnd:
 
 @dataclass(frozen=True, slots=True)
 class Renewal:
-    """What a worker learns by renewing: ids whose lease is gone, and ids that someone wants cancelled."""
+    """What a worker learns by renewing: ids whose lease is gone, and ids of calls that are to be cancelled."""
 
     lost: frozenset[str]
     cancelled: frozenset[str]
@@ -324,6 +325,34 @@ class Stats:
     commit_count: int
     free_bytes: int | None = None
     reserve_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """What is still to be done, and what was given up: found without a look at the calls that have ended well.
+
+    `by_function` are the calls of each function that are queued and that run.
+    """
+
+    queued_count: int
+    running_count: int
+    dead_count: int
+    callback_pending_count: int
+    callback_dead_count: int
+    oldest_due_age_s: float | None
+    by_function: Mapping[FunctionName, tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What has become of the queue since a mark: `calls` as lists have them, as they are by now; `mark` is the next.
+
+    `is_whole` is False where there was more than could be told: then what was read before is to be read again.
+    """
+
+    calls: Sequence[Call]
+    mark: str
+    is_whole: bool
 
 
 # --------------------------------------------------------------------------------------------------------------------

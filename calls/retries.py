@@ -9,7 +9,8 @@ a message to a function before discarding it", OpenFaaS's documentation), so 0 a
     answered, an error of the system   (X-OpenFaaS-Internal) likewise, whatever its code
     answered otherwise                 done, be it 200 or 404: the function has spoken
     unreachable                        retry; in the end dead, reported as 503 with an empty body
-    over call_timeout                  retry if 504 is to be; in the end dead, reported as 504 with an empty body
+    broken off                         after an answer had begun: retry; in the end dead, reported as 502 with what came
+    over call_timeout                  retry if 504 is to be; in the end dead, reported as 504 with what came
     unreadable                         dead at once, reported as 500: no further attempt would find the body again
     failed                             by a fault of the worker's own: retry; in the end dead, reported as 500
     prevented                          handed back, and not counted: this machine has no descriptors, or no disk, and
@@ -39,7 +40,8 @@ class OutcomeKind(Enum):
     """How one attempt ended."""
 
     ANSWERED = "answered"
-    UNREACHABLE = "unreachable"  # no connection, or none that lasted until the end of the answer
+    UNREACHABLE = "unreachable"  # no connection, or none that lasted until an answer
+    BROKEN_OFF = "broken off"  # the answer had begun, and its end has not come
     TIMED_OUT = "timed out"  # by the worker's own limit
     UNREADABLE = "unreadable"  # the queue has lost the body that was to be sent
     UNSTORED = "unstored"  # the function has answered, but its answer cannot be kept: it must not run again
@@ -54,7 +56,8 @@ class AttemptOutcome:
     """What one attempt gave.  `status`, `retry_after` and `internal` belong to ANSWERED, `error` to the others.
 
     `retry_after` is the field as received, `internal` tells whether X-OpenFaaS-Internal stands in the answer.  The rest
-    is no matter of the rules: `body` and `headers` are what has been stored of a function's answer.
+    is no matter of the rules: `body` and `headers` are what has been stored of a function's answer, which of one that
+    broke off, or was too slow, is a part.
     """
 
     kind: OutcomeKind
@@ -71,6 +74,8 @@ class AttemptOutcome:
         """The status that stands for this outcome towards the caller (X-Function-Status)."""
         if self.kind is OutcomeKind.TIMED_OUT:
             return 504
+        if self.kind is OutcomeKind.BROKEN_OFF:
+            return 502
         if self.kind in (OutcomeKind.UNREADABLE, OutcomeKind.UNSTORED, OutcomeKind.FAILED):
             return 500
         if self.kind is OutcomeKind.UNREACHABLE or (self.internal and self.status in (502, 503)):
@@ -80,6 +85,8 @@ class AttemptOutcome:
     @property
     def has_answer(self) -> bool:
         """Whether there is a body of the function's to report; not when the gateway says it is unreachable."""
+        if self.kind in (OutcomeKind.BROKEN_OFF, OutcomeKind.TIMED_OUT):
+            return self.body is not None
         return self.kind is OutcomeKind.ANSWERED and not (self.internal and self.status in (502, 503))
 
     def __str__(self) -> str:
@@ -193,7 +200,7 @@ def _calls_for_retry(policy: RetryPolicy, outcome: AttemptOutcome) -> bool:
             return outcome.status in policy.codes or (outcome.internal and outcome.status >= 400)
         case OutcomeKind.TIMED_OUT:
             return outcome.reported_status in policy.codes
-        case OutcomeKind.UNREACHABLE | OutcomeKind.FAILED:
+        case OutcomeKind.UNREACHABLE | OutcomeKind.BROKEN_OFF | OutcomeKind.FAILED:
             return True
         case OutcomeKind.UNREADABLE | OutcomeKind.UNSTORED:
             return False

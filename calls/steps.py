@@ -217,7 +217,7 @@ _ACCEPTED = tuple(each.name for each in fields(NewCall) if each.name not in _CHA
 def check_held(hold: Hold | None, lease: Lease) -> None:
     """Raise LeaseLost unless `lease` still is the one on this call."""
     if hold != (lease.kind, lease.owner, lease.fence):
-        raise LeaseLost(f"the lease on call {lease.call.id} has passed to someone else")
+        raise LeaseLost(f"the lease on call {lease.call.id} has ended, or passed to another worker")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -470,11 +470,11 @@ def may_forget(record: Record, before_s: float) -> bool:
     return record.finished_s < before_s and _callback_state(record) in _DELIVERED
 
 
-def may_drop_letter(record: Record, before_s: float) -> bool:
+def may_drop_dead_letter(record: Record, before_s: float) -> bool:
     """Tell whether a dead letter, or a call whose callback is dead, that ended up to `before_s` may go."""
     callback = _callback_state(record)
-    is_letter = CallbackState.DEAD is callback or (record.state is State.DEAD and callback not in _UNDER_WAY)
-    return is_letter and record.finished_s is not None and record.finished_s <= before_s
+    is_dead_letter = CallbackState.DEAD is callback or (record.state is State.DEAD and callback not in _UNDER_WAY)
+    return is_dead_letter and record.finished_s is not None and record.finished_s <= before_s
 
 
 def may_purge(record: Record, state: State) -> bool:

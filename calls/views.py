@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import codecs
+import re
 import urllib.parse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ from .names import BadFunctionName, FunctionName, parse_function_name
 SHOWN_BODY_BYTES = 65536  # of a payload or a result
 LISTED_COUNT = 100  # calls in one answer, unless asked otherwise
 MAX_LISTED_COUNT = 1000
+MIN_ID_CHARS = 8  # by which calls are found: those ids that share them are of the same minute
+
+_ID_START = re.compile(rf"[0-9a-f-]{{{MIN_ID_CHARS},36}}", re.ASCII)
 
 Json = dict[str, Any]
 
@@ -138,21 +142,26 @@ def _without_none(facts: Mapping[str, Any]) -> Json:
 
 @dataclass(frozen=True, slots=True)
 class CallFilter:
-    """Which calls are meant: every condition that is not None holds.  `callback` is the state of the callback."""
+    """Which calls are meant: every condition that is not None holds.
+
+    `callback` is the state of the callback, `id_start` how the id begins.
+    """
 
     state: State | None = None
     function: FunctionName | None = None
     callback: CallbackState | None = None
     limit_count: int = LISTED_COUNT
     before: str | None = None
+    id_start: str | None = None
 
 
 def parse_call_filter(query: bytes) -> CallFilter:
-    """Return the calls that ?state=…&function=…&callback=…&limit=…&before=… means; BadQuery says what is allowed."""
+    """Return what ?state=…&function=…&callback=…&id=…&limit=…&before=… means; BadQuery says what is allowed."""
     readers: dict[str, tuple[str, Callable[[str], object]]] = {
         "state": ("state", _parse_state),
         "function": ("function", _parse_function),
         "callback": ("callback", _parse_callback_state),
+        "id": ("id_start", _parse_id_start),
         "limit": ("limit_count", _parse_limit),
         "before": ("before", str),
     }
@@ -187,6 +196,12 @@ def _parse_callback_state(text: str) -> CallbackState:
         return CallbackState(text)
     except ValueError:
         raise ValueError(f"allowed: {', '.join(state.value for state in CallbackState)}") from None
+
+
+def _parse_id_start(text: str) -> str:
+    if not _ID_START.fullmatch(text.lower()):
+        raise ValueError(f"allowed: an id, or the {MIN_ID_CHARS} characters and more that it begins with")
+    return text.lower()
 
 
 def _parse_limit(text: str) -> int:

@@ -25,12 +25,28 @@ PROGRAMS = {
 
 def build_reference() -> str:
     """Return the reference as Markdown: for each program a heading and a table of its settings."""
-    return "\n".join(_section(program, kind) for program, kind in PROGRAMS.items())
+    return "\n".join([*(_section(program, kind) for program, kind in PROGRAMS.items()), _mode_table()])
 
 
 def _section(program: str, kind: type) -> str:
     rows = [_row(setting) for setting in settings_table(kind).values()]
     return "\n".join([f"## {program}", "", "| variable | default | meaning |", "|---|---|---|", *rows, ""])
+
+
+def _mode_table() -> str:
+    """Return which settings of the watchdog mean something in some of its modes only."""
+    rows = [
+        f"| {row.name} | " + " | ".join("yes" if mode in row.modes else "" for mode in watchdog.MODES) + " |"
+        for row in settings_table(watchdog.Settings).values()
+        if row.modes
+    ]
+    heads = " | ".join(f"`mode={mode}`" for mode in watchdog.MODES)
+    text = (
+        "Set to anything but its default in another mode, such a setting stops the start; all others are for each mode."
+    )
+    return "\n".join(
+        ["## Settings of some modes of fwatchdog", "", text, "", f"| variable | {heads} |", "|---" * 5 + "|", *rows, ""]
+    )
 
 
 def _row(setting: Setting) -> str:

@@ -1,13 +1,43 @@
-"""Stored bodies as a worker handles them: sent, shown in part, dropped."""
+"""Bodies as a worker handles them: received, stored, sent, shown in part, dropped."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import AsyncIterator
 from contextlib import aclosing, suppress
 from functools import partial
 
 from ..calls.model import EXCERPT_BYTES, StoredBody
 from ..queues import Queue
-from ..watchdog import FaashoundError, SentBody, log
+from ..watchdog import FaashoundError, PeerGone, SentBody, UpstreamTimeout, log
+
+HELD_UP_S = 1.0  # of a reader that has no room: it may be why an answer breaks off
+
+
+class ReceivedBody:
+    """An answer's body that ends where it breaks off, so that what came can be kept; `error` says why it did, if so.
+
+    One whose reader has kept it waiting breaks off as ever, since the sender may have lost its patience with us.
+    """
+
+    def __init__(self, body: AsyncIterator[bytes]) -> None:
+        self.error: FaashoundError | None = None
+        self.bytes_count = 0
+        self._body = body
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        """Yield what comes; raises PeerGone or UpstreamTimeout only if the reader was slow."""
+        is_held_up = False
+        try:
+            async for piece in self._body:
+                self.bytes_count += len(piece)
+                given_s = time.monotonic()
+                yield piece
+                is_held_up |= time.monotonic() - given_s >= HELD_UP_S
+        except (PeerGone, UpstreamTimeout) as error:
+            if is_held_up:
+                raise
+            self.error = error
 
 
 async def sendable(queue: Queue, body: StoredBody) -> SentBody:

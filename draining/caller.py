@@ -7,7 +7,8 @@ answers in the function's place if it cannot reach it either.  So a gateway that
 runs elsewhere, and no call costs a second hop.  If the gateway is needed and away, the attempt was not made.
 
 Contract: `attempt` raises nothing but CancelledError, which cuts the connection and so ends the function.  An answer
-that cannot be stored is an outcome too, and what was stored of it is dropped.
+that cannot be stored is an outcome too, and what was stored of it is dropped.  Of one that breaks off, what came is
+kept.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ from ..watchdog import (
     Url,
     log,
 )
-from .bodies import sendable
+from .bodies import ReceivedBody, sendable
 from .connections import Connections
 from .functions import KnownFunctions, Upstream
 from .metrics import Invocations
-from .outcomes import GatewayAway, kept_headers, outcome_of_error, outcome_of_response
+from .outcomes import GatewayAway, kept_headers, outcome_of_error, outcome_of_part, outcome_of_response
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,10 +124,10 @@ class Caller:
         return await client.request(call.method, url, fields, body, call.body.bytes_count, deadline_s)
 
     async def _store(self, call: Call, response: ClientResponse) -> AttemptOutcome:
-        """Store an answer; where that fails the function has run nevertheless, and the outcome says so."""
-        limit_bytes = self._limits.max_result_bytes
+        """Store an answer, or what comes of it; where that fails the function has run all the same: an outcome too."""
+        limit_bytes, received = self._limits.max_result_bytes, ReceivedBody(response.body)
         try:
-            body = await self._queue.store_result(response.body, limit_bytes, response.body.length)
+            body = await self._queue.store_result(aiter(received), limit_bytes, response.body.length)
         except BodyTooLarge:
             text = f"the answer is longer than max_result, which is {limit_bytes} bytes"
             return AttemptOutcome(OutcomeKind.UNSTORED, error=text)
@@ -135,7 +136,10 @@ class Caller:
         except (QueueUnavailable, QueueFull) as error:
             return AttemptOutcome(OutcomeKind.UNREACHABLE, error=f"the answer could not be stored: {error}")
         headers = kept_headers(response.headers, call.headers)
-        return dataclasses.replace(outcome_of_response(response), body=body, headers=headers)
+        outcome = outcome_of_response(response)
+        if received.error is not None:
+            outcome = outcome_of_part(received.error, received.bytes_count)
+        return dataclasses.replace(outcome, body=body, headers=headers)
 
 
 def call_fields(call: Call) -> list[Header]:

@@ -47,6 +47,12 @@ def outcome_of_response(response: ClientResponse) -> AttemptOutcome:
     )
 
 
+def outcome_of_part(error: FaashoundError, bytes_count: int) -> AttemptOutcome:
+    """Return what the rules need to know of an answer of which so many bytes came, and then `error`."""
+    kind = OutcomeKind.TIMED_OUT if isinstance(error, UpstreamTimeout) else OutcomeKind.BROKEN_OFF
+    return AttemptOutcome(kind, error=f"the answer broke off after {bytes_count} bytes: {error}")
+
+
 def outcome_of_error(error: Exception, call_id: str) -> AttemptOutcome:
     """Return what the rules need to know of an attempt that raised `error`."""
     match error:

@@ -132,7 +132,9 @@ class _Reader:
         labels, annotations = self._texts("labels"), self._texts("annotations")
         settings, environment = self._split_variables(self._texts("envVars"))
         environment = {**image.environment, **environment}
-        settings = {**image.settings, **settings, "fprocess": self._command(image, environment)}
+        settings = {**image.settings, **settings}
+        if settings.get("mode") != "static" or self._document.get("envProcess"):
+            settings["fprocess"] = self._command(image, environment)
         settings.pop("function_process", None)  # the other name of fprocess, by which the image may have it
         self._check_meanings(labels, annotations)
         self._check_promises()
@@ -215,7 +217,7 @@ class _Reader:
         return settings, environment
 
     def _check_settings(self, settings: Mapping[str, str]) -> None:
-        if not settings["fprocess"]:
+        if settings.get("fprocess") == "":  # said already
             return
         try:
             parse_settings(Settings, watchdog_settings(settings))

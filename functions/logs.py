@@ -2,7 +2,7 @@
 
     store = LogStore(Path("state/logs"), keep_bytes=16 << 20, as_json=False)
     pipe = store.open_pipe(function, instance)         # pipe.fd is the stderr of its watchdogs; `close` at the end
-    async for line in store.read(name, LogQuery(tail=100, follow=True)): ...
+    async for line in await store.read(name, LogQuery(tail=100, follow=True)): ...
 
 A watchdog writes its lines as JSON into a pipe that the gateway reads; each is added to the newest file of its
 function, with the id of the call that it belongs to.  A file that is a quarter of `keep_bytes` long is followed by
@@ -25,7 +25,7 @@ import shutil
 import time
 import urllib.parse
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Collection, Iterator
+from collections.abc import AsyncGenerator, Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -324,23 +324,30 @@ class LogStore:
         self._files.clear()
 
     async def read(self, name: FunctionName, query: LogQuery) -> AsyncGenerator[LogLine, None]:
-        """Yield the lines that `query` wants, oldest first; with `follow`, those to come as well, for ever."""
+        """Return what yields the lines that `query` wants, oldest first; with `follow`, those to come too, for ever.
+
+        Which ones a tail counts is settled when this returns: a line that is written after that is one to come.
+        """
         cursor = Cursor(self._directory / str(name))
+        newest: deque[LogLine] = deque(maxlen=query.tail_count)
         if query.tail_count is not None:
-            newest: deque[LogLine] = deque(maxlen=query.tail_count)
             while lines := await in_thread(cursor.next_lines):
                 newest.extend(line for line in lines if query.wants(line))
-            for line in newest:
+        return _read_on(newest, cursor, query)
+
+
+async def _read_on(newest: Iterable[LogLine], cursor: Cursor, query: LogQuery) -> AsyncGenerator[LogLine, None]:
+    for line in newest:
+        yield line
+    while True:
+        lines = await in_thread(cursor.next_lines)
+        for line in lines:
+            if query.wants(line):
                 yield line
-        while True:
-            lines = await in_thread(cursor.next_lines)
-            for line in lines:
-                if query.wants(line):
-                    yield line
-            if not lines and not query.follow:
-                return
-            if not lines:
-                await asyncio.sleep(FOLLOW_POLL_S)
+        if not lines and not query.follow:
+            return
+        if not lines:
+            await asyncio.sleep(FOLLOW_POLL_S)
 
 
 def _subdirectories(directory: Path) -> list[Path]:

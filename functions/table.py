@@ -4,8 +4,8 @@
     functions = Functions(table, pattern="http://{name}.{namespace}.svc:8080")
     functions.lookup("resize.prod").url                  # http://10.0.0.7:8080
 
-The file is TOML, one table per function.  `fprocess` has a watchdog run for it on this machine, and any setting of
-the watchdog may stand beside it; `url` says that the function already answers elsewhere:
+The file is TOML, one table per function.  `fprocess` (or `mode = "static"`) has a watchdog run for it on this machine,
+and any setting of the watchdog may stand beside it; `url` says that the function already answers elsewhere:
 
     [cat]
     fprocess = "cat"
@@ -220,7 +220,7 @@ class Functions:
 # tables, and nobody who writes it means that.
 # ---------------------------------------------------------------------------------------------------------------
 
-_COMMAND_KEYS = ("fprocess", "function_process")
+_COMMAND_KEYS = {"fprocess", "function_process"}
 
 
 _TEXT_TABLES = ("environment", "annotations", "labels")
@@ -409,7 +409,7 @@ def _parse_function(name: str, entry: Mapping[str, Any], report: _Report) -> Fun
         report.add((name,), str(error))
         whole_name = FunctionName(name)
     elsewhere = "url" in entry
-    if not elsewhere and not any(key in entry for key in _COMMAND_KEYS):
+    if not elsewhere and not entry.keys() & _COMMAND_KEYS and entry.get("mode") != "static":
         report.add((name,), "has neither fprocess nor url; give one of them")
     for key in entry:
         problem = _key_problem(key, elsewhere)
@@ -453,7 +453,7 @@ def _parse_local(path: tuple[str, ...], entry: Mapping[str, Any], report: _Repor
     for key in _LOCAL_KEYS:
         if key in WATCHDOG_ROWS and key in entry:
             settings[key] = _parse_value((*path, key), entry[key], _checked(WATCHDOG_ROWS[key].parse), report) or ""
-    if len(report.found) == found_before and any(key in settings for key in _COMMAND_KEYS):
+    if len(report.found) == found_before and (settings.get("mode") == "static" or settings.keys() & _COMMAND_KEYS):
         try:
             parse_settings(Settings, watchdog_settings(settings))
         except BadSettings as error:

@@ -290,7 +290,7 @@ def guard_functions(lookup: Resolver) -> Resolver:
     """Return `lookup` for functions whose host a stranger's word completes (`function_url=http://{name}:8080`).
 
     Private addresses pass, since a name within a container network has no other; loopback and what is forbidden do
-    not, whatever the name is and whoever answers for it.  A host that the operator wrote out needs no guard.
+    not, whatever the name is and whichever server answers for it.  A host that the operator wrote out needs no guard.
     Raises AddressRefused when nothing is left.
     """
     return guard(lookup, _function_refusal, _function_refused)

@@ -4,7 +4,7 @@
     is_own_name(request.host, names)
 
 A page may have its own name resolve to our address.  Then it is of the same origin as we are, and only the name in Host
-tells it from our user.  So a server that is open to nobody but this machine, and asks for no password, answers to
+tells it from our user.  So a server that only this machine can reach, and asks for no password, answers to
 `localhost`, to addresses, and to names that its operator lists.  Pure.
 """
 

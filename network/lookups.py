@@ -5,9 +5,9 @@
     resolve = by_origin(is_ours, system_names(), strangers_names())
     client = Client(resolve) ... await resolve.close()
 
-Contract: a name is asked for once at a time, whoever waits for it; waiting is bounded, and so is what runs and what is
-remembered; an answer is remembered for a second (a restarted container has a new address), a failure for two.  The two
-kinds share no queue.
+Contract: a name is asked for once at a time, however many callers wait for it; waiting is bounded, and so is what runs
+and what is remembered; an answer is remembered for a second (a restarted container has a new address), a failure for
+two.  The two kinds share no queue.
 
     system      getaddrinfo(3), each in a thread of its own: whatever nsswitch.conf says, /etc/hosts and mDNS included.
                 Such a thread cannot be stopped, and a dead DNS server holds it for ten seconds and more for each name.

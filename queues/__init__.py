@@ -4,8 +4,9 @@ Use:
 
     queue = await open_queue(parse_queue_url("nats://n1:4222,n2:4222"), parse_settings(NatsSettings, environ))
 
-Contract: both keep the interface `Queue`, with the types, the errors and the promises that spool.py states, and one
-test suite runs against both (tests/queues/test_queue_contract.py).  Whoever holds a Queue does not know which it is.
+Contract: both keep the interface `Queue`, with the types, the errors and the promises that queues/spool/queue.py
+states, and one test suite runs against both (tests/queues/contract/).  Code that holds a Queue does not know which it
+is.
 
 What it refuses to do: take credentials from a URL, which is logged; they come from settings and from files.
 """
@@ -13,14 +14,17 @@ What it refuses to do: take credentials from a URL, which is logged; they come f
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from ..calls.model import (
     Attempt,
+    Backlog,
     Bounds,
     Call,
+    CallbackState,
+    Changes,
     Lease,
     NewCall,
     QueueLimits,
@@ -39,7 +43,7 @@ from .urls import QueueUrl
 
 
 class Queue(Protocol):
-    """What gateways, workers and people need of a queue; every method is described at `spool.Spool`."""
+    """What gateways, workers and people need of a queue; every method is described at `spool.queue.Spool`."""
 
     token: str
 
@@ -60,10 +64,10 @@ class Queue(Protocol):
 
     async def enlist(self, owner: str | None = None) -> str: ...
     async def claim(
-        self, queues: Sequence[str], owner: str, lease_s: float, limit: int, room: Mapping[str, int] | None = None
+        self, queues: Sequence[str], owner: str, lease_s: float, limit: int, capacity: Mapping[str, int] | None = None
     ) -> list[Lease]: ...
     async def claim_callbacks(
-        self, queues: Sequence[str], owner: str, lease_s: float, limit: int, room: Mapping[str, int] | None = None
+        self, queues: Sequence[str], owner: str, lease_s: float, limit: int, capacity: Mapping[str, int] | None = None
     ) -> list[Lease]: ...
     async def renew(self, leases: Sequence[Lease], lease_s: float) -> Renewal: ...
     async def cancelled_ids(self, owner: str) -> frozenset[str]: ...
@@ -88,11 +92,15 @@ class Queue(Protocol):
         function: FunctionName | None = None,
         limit: int = 100,
         before: str | None = None,
+        callback: CallbackState | None = None,
+        id_start: str | None = None,
     ) -> list[Call]: ...
+    async def changes(self, mark: str | None, leased_ids: Collection[str], limit: int) -> Changes: ...
     async def requeue_dead(self, call_id: str) -> Call: ...
     async def requeue_callback(self, call_id: str) -> Call: ...
     async def purge(self, *, state: State, function: FunctionName | None = None, call_id: str | None = None) -> int: ...
     async def stats(self) -> Stats: ...
+    async def backlog(self) -> Backlog: ...
     async def sweep(self, keep_results_s: float, retention_s: float, bounds: Bounds | None = None) -> Swept: ...
 
 

@@ -13,6 +13,7 @@ Contract: over any Queue; nothing is remembered here, and a list is read page by
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 from ..calls.model import FINAL, Call, CallbackState, CallUnknown, State, StoredBody
 from ..calls.names import FunctionName
@@ -35,32 +36,26 @@ async def _read_start(queue: Queue, body: StoredBody) -> bytes:
 
 async def walk_calls(queue: Queue, wanted: CallFilter) -> AsyncIterator[Call]:
     """Yield the calls of `wanted`, newest first, whatever its limit; CallUnknown if there is none called `before`."""
-    before = wanted.before
+    wanted = replace(wanted, limit_count=MAX_LISTED_COUNT)
     while True:
-        page = await queue.calls(state=wanted.state, function=wanted.function, limit=MAX_LISTED_COUNT, before=before)
+        page = await list_calls(queue, wanted)
         for call in page:
-            if wanted.callback is None or (call.callback is not None and call.callback.state is wanted.callback):
-                yield call
+            yield call
         if len(page) < MAX_LISTED_COUNT:
             return
-        before = page[-1].id
+        wanted = replace(wanted, before=page[-1].id)
 
 
 async def list_calls(queue: Queue, wanted: CallFilter) -> list[Call]:
     """Return the calls of `wanted`, newest first, at most as many as its limit."""
-    if wanted.callback is None:
-        return await queue.calls(
-            state=wanted.state,
-            function=wanted.function,
-            limit=wanted.limit_count,
-            before=wanted.before,
-        )
-    found = []
-    async for call in walk_calls(queue, wanted):
-        found.append(call)
-        if len(found) == wanted.limit_count:
-            break
-    return found
+    return await queue.calls(
+        state=wanted.state,
+        function=wanted.function,
+        limit=wanted.limit_count,
+        before=wanted.before,
+        callback=wanted.callback,
+        id_start=wanted.id_start,
+    )
 
 
 async def find_call(queue: Queue, call_id: str) -> Call:

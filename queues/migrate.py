@@ -73,7 +73,7 @@ async def migrate(source: Path, target: Target, report: Callable[[str], None]) -
 
 
 def _check_idle(source: Path) -> None:
-    """Raise QueueUnavailable if a worker lives on the spool: each holds a lock on a file in `owners/` (spool.py)."""
+    """Raise QueueUnavailable if a worker lives on the spool: each locks a file in `owners/` (spool/owners.py)."""
     owners = source / "owners"
     for path in owners.iterdir() if owners.is_dir() else ():
         fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -103,7 +103,7 @@ class _Move:
             await self._move(call)
         stats = await self._spool.stats()
         left = stats.by_state[State.DEAD] + stats.callback_dead_count + stats.callback_pending_count
-        self._report(f"moved {self._moved_count} calls, {self._known_count} were known, {left} letters stay")
+        self._report(f"moved {self._moved_count} calls, {self._known_count} were known, {left} dead letters stay")
         return Migrated(self._moved_count, self._known_count, left)
 
     async def _queued(self) -> AsyncIterator[Call]:

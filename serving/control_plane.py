@@ -7,6 +7,7 @@
     POST, PUT, DELETE /system/functions; /system/scale-function/NAME; /system/secrets, /system/namespace/NAME,
                       /system/schedules: operations.py
     GET /system/logs                      function_logs.py
+    GET /system/metrics                   history.py; /system/events: events.py
 
 Contract: JSON out; an error is a text.  What this gateway has not, a client is told with 501 and a sentence, so that it
 neither takes it for a fault nor for a function that is not there.
@@ -45,8 +46,10 @@ from ..watchdog import (
 )
 from .access import Access
 from .answers import NotFound, allow, json_response
+from .events import Events
 from .function_logs import FunctionLogs
 from .function_views import ELSEWHERE, Replicas, describe_function, describe_gateway
+from .history import History
 from .invocation_counts import InvocationCounts
 from .operations import NotOffered, Operations, parse_parameters
 from .usage import measure_usage
@@ -61,6 +64,7 @@ NOT_OFFERED = {
 PATHS = (
     *("/system/info", "/system/functions", "/system/function/NAME", "/system/namespaces", "/system/namespace/NAME"),
     *("/system/scale-function/NAME", "/system/secrets", "/system/logs", "/system/schedules"),
+    *("/system/metrics", "/system/events"),
     *("/system/calls", "/system/calls/CALL-ID"),
 )
 GIVES_NO_TOKENS = "this gateway gives no tokens: it takes a user and a password (basic_auth)"
@@ -104,10 +108,13 @@ class ControlPlane:
     counts: InvocationCounts
     operations: Operations
     logs: FunctionLogs
+    history: History
+    events: Events
 
     def drain(self) -> None:
-        """Let go of clients that follow the lines of functions."""
+        """Let go of clients that follow the lines of functions, or what changes."""
         self.logs.drain()
+        self.events.drain()
 
     async def answer(self, request: Request, area: str, rest: str, asker: str) -> Response:
         """Answer a request for what stands behind /system/`area`; `asker` is who asks, for the log."""
@@ -139,9 +146,13 @@ class ControlPlane:
             case "secrets":
                 return await self.operations.secrets(request, asker)
             case "logs":
-                return self.logs.answer(request)
+                return await self.logs.answer(request)
             case "schedules":
                 return self.operations.schedules(request)
+            case "metrics":
+                return await self.history.answer(request)
+            case "events":
+                return self.events.answer(request)
         return None
 
     async def _answer_one(self, request: Request, area: str, name: str, asker: str) -> Response | None:
@@ -223,9 +234,8 @@ class ControlPlaneElsewhere:
             )
         except (Unreachable, PeerGone):
             raise NotReady("the process that runs the functions is being started again; ask again") from None
-        return Response(
-            response.status, end_to_end(response.headers, b"date"), response.body, response.body.length, math.inf
-        )
+        fields, length = end_to_end(response.headers, b"date"), response.body.length
+        return Response(response.status, fields, response.body, length, math.inf, is_live=length is None)
 
 
 def serve_control_plane(stack: AsyncExitStack, control_plane: ControlPlane, path: Path) -> None:

@@ -1,7 +1,7 @@
 """GET /system/logs: the lines of a function, one JSON object a line, as OpenFaaS' log providers send them.
 
     logs = FunctionLogs(store, functions)
-    response = logs.answer(request)                          # ?name=&namespace=&since=&tail=&follow=&call=&instance=
+    response = await logs.answer(request)                    # ?name=&namespace=&since=&tail=&follow=&call=&instance=
     logs.drain()
 
 Contract: each line is sent as soon as it is known; a client that reads slowly, or not at all, holds up no function.
@@ -19,7 +19,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from ..calls.names import DEFAULT_NAMESPACE, FunctionName
-from ..functions.logs import LogQuery, LogStore, parse_log_query
+from ..functions.logs import LogLine, LogStore, parse_log_query
 from ..functions.table import Functions
 from ..watchdog import Request, Response
 from .answers import NotFound, allow
@@ -40,7 +40,7 @@ class FunctionLogs:
         """Let go of clients that follow."""
         self._draining.set()
 
-    def answer(self, request: Request) -> Response:
+    async def answer(self, request: Request) -> Response:
         """Answer with the lines that a query wants."""
         allow(request, "GET")
         if self._store is None:
@@ -49,14 +49,14 @@ class FunctionLogs:
         name = parse_name(parameters.get("name", ""), parameters.get("namespace", DEFAULT_NAMESPACE))
         if name not in self._functions and not self._store.knows(name):
             raise NotFound(f"there is no function {name.short}")
-        lines = self._read(self._store, name, parse_log_query(request.query))
-        body = b"" if request.method == "HEAD" else lines
+        query = parse_log_query(request.query)
+        body = b"" if request.method == "HEAD" else self._sent(await self._store.read(name, query), name)
         return Response(200, ((b"Content-Type", b"application/x-ndjson"),), body, None, math.inf)
 
-    async def _read(self, store: LogStore, name: FunctionName, query: LogQuery) -> AsyncGenerator[bytes, None]:
+    async def _sent(self, found: AsyncGenerator[LogLine, None], name: FunctionName) -> AsyncGenerator[bytes, None]:
         stop = asyncio.create_task(self._draining.wait())
         try:
-            async with aclosing(store.read(name, query)) as lines:
+            async with aclosing(found) as lines:
                 while True:
                     step = asyncio.ensure_future(anext(lines, None))
                     await asyncio.wait((step, stop), return_when=asyncio.FIRST_COMPLETED)

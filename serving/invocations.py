@@ -4,7 +4,8 @@
     response = await invocations.answer(request, "cat", b"/path")
     await invocations.close()
 
-What it promises: status, headers and body as the function sent them, streamed both ways; every answer, ours too,
+What it promises: status, headers and body as the function sent them, streamed both ways as they come, of a 101
+(WebSocket and the like) for as long as both sides like; every answer, ours too,
 carries X-Call-Id and X-Start-Time, is counted, and is a line in the log.  A failure of ours bears X-OpenFaaS-Internal,
 by which a worker knows that not the function has spoken, and tells a stranger no address.
 
@@ -32,12 +33,13 @@ from ..watchdog import (
     Response,
     Unreachable,
     UpstreamTimeout,
-    body_if_complete,
     call_id_of,
     end_to_end,
     error_response,
     format_duration,
     log,
+    relayed,
+    sent_body,
 )
 from .gates import FunctionGate, check_enabled
 from .metrics import GatewayMetrics
@@ -126,8 +128,10 @@ class Invocations:
         response = await self._send(request, function, rest, headers, by_worker)
         self._metrics.answered(function.name)
         fields = [*end_to_end(response.headers, *ID_FIELDS, b"date"), *ids.fields]
-        write_timeout_s = math.inf if by_worker else None
-        return Response(response.status, fields, response.body, response.body.length, write_timeout_s)
+        answer = relayed(response, fields, response.body)
+        if by_worker:
+            answer.write_timeout_s = math.inf
+        return answer
 
     async def _send(
         self, request: Request, function: Function, rest: bytes, headers: list[Header], by_worker: bool
@@ -135,7 +139,7 @@ class Invocations:
         """Send the request; raises OurFailure where no answer comes, whose cause is for the log and our workers."""
         limit_s = self._upstream_timeout_s
         deadline_s = None if by_worker else time.monotonic() + limit_s
-        body = body_if_complete(request.body)  # taken once, and then sent as often as it has to be
+        body = sent_body(request)  # taken once, and then sent as often as it has to be
         try:
             while True:
                 target, client = function_target(function, request, rest), self._client_of(function)

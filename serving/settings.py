@@ -155,6 +155,7 @@ class Settings(NatsSettings):
     schedules: str = setting(
         "schedules", "on", parse_choice("on", "off"), "on: functions are called by the schedules in their annotations"
     )
+    ui: str = setting("ui", "on", parse_choice("on", "off"), "on: a page to look at, /ui/, shows what the gateway does")
     basic_auth: bool = setting(
         "basic_auth", "false", parse_bool, "ask for a password for /system and for reading and cancelling calls"
     )

@@ -6,13 +6,15 @@
 A `Program` starts one of our modules with an environment that holds nothing but what it is given, waits until it
 listens, collects what it logs, and on leaving stops it and proves that it left no process behind: every process it
 starts inherits a mark, unique to the instance, in its environment.  Nothing here sleeps for a fixed time: `wait_until`
-polls a condition up to a deadline.  Every bound of time is for a machine that does nothing else; `crowding` stretches
-it on one that is busy, so that a test judges our programs and not their neighbours.  `http` is an ordinary client;
-`raw` sends any bytes, in any pieces, and `parse` reads the responses out of what came back.
+(in an event loop `eventually`) polls a condition up to a deadline.  Every bound of time is for a machine that does
+nothing else; `crowding` stretches it on one that is busy, so that a test judges our programs and not their neighbours.
+`http` is an ordinary client; `raw` sends any bytes, in any pieces, and `parse` reads the responses out of what came
+back.
 """
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import http.client
 import io
@@ -28,7 +30,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Generic, Self, TypeVar
@@ -68,15 +70,28 @@ def wait_until(condition: Callable[[], T | None], deadline_s: float, what: str) 
 
     A busy machine has more time: see `crowding`.
     """
-    start_s, pause_s = time.monotonic(), 0.0002
+    pauses = _pauses(time.monotonic(), deadline_s, what)
+    while not (value := condition()):
+        time.sleep(next(pauses))
+    return value
+
+
+async def eventually(condition: Callable[[], Awaitable[T | None]], deadline_s: float, what: str) -> T:
+    """Do as `wait_until` in a running event loop, which goes on meanwhile."""
+    pauses = _pauses(time.monotonic(), deadline_s, what)
+    while not (value := await condition()):  # noqa: ASYNC110 - what is waited for is not ours, and sets no event
+        await asyncio.sleep(next(pauses))
+    return value
+
+
+def _pauses(start_s: float, deadline_s: float, what: str) -> Iterator[float]:
+    """Yield how long to pause before each look but the first; AssertionError once the time is over."""
+    pause_s = 0.0002
     while True:
-        value = condition()
-        if value:
-            return value
         elapsed_s = time.monotonic() - start_s
         if elapsed_s > deadline_s and elapsed_s > deadline_s * crowding():
             raise AssertionError(f"not within {elapsed_s:.1f} s ({deadline_s} s when the machine is idle): {what}")
-        time.sleep(pause_s)
+        yield pause_s
         pause_s = min(pause_s * 2, 0.02)
 
 
@@ -110,7 +125,7 @@ def said(
     deadline_s: float = 60.0,
     environment: Mapping[str, str] = os.environ,
 ) -> str:
-    """Run a command and return what it prints; AssertionError with its complaint if it fails."""
+    """Run a command and return what it prints; AssertionError with what it says of its failure."""
     done = subprocess.run(
         command,
         input=stdin,
@@ -280,7 +295,7 @@ class Program:
         )
 
     def survivors(self) -> set[int]:
-        """Return the ids of all processes besides it that carry its mark, whoever their parent is now."""
+        """Return the ids of all processes besides it that carry its mark, whatever their parent is now."""
         return processes_marked(self.mark) - {self.pid}
 
     def functions(self) -> set[int]:
@@ -540,7 +555,7 @@ def parse(received: bytes, methods: Sequence[str] = ()) -> list[Answer]:
 
 
 def free_port() -> int:
-    """Return a port that nobody listened on a moment ago."""
+    """Return a port that was free a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -22,6 +22,7 @@ def has_loop(pid: int) -> bool:
 
 
 def is_epoll(fd: Path) -> bool:
+    """Tell whether a descriptor, by its place below /proc, is one that event loops wait with."""
     with suppress(OSError):  # closed since it was listed
         return "eventpoll" in str(fd.readlink())
     return False

@@ -31,7 +31,7 @@ def find_program() -> str:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on; all are held while they are picked, so they differ."""
+    """Ports that are free; all are held while they are picked, so they differ."""
     sockets = [socket.socket() for _ in range(count)]
     for each in sockets:
         each.bind(("127.0.0.1", 0))

@@ -17,11 +17,14 @@ from pathlib import Path
 import pytest
 
 PACKAGES = {  # of Debian, by the program that they bring
+    "chromedriver": "chromium-driver",
+    "chromium": "chromium",
     "docker": "docker.io",
     "dockerd": "docker.io",
     "git": "git",
     "mmdebstrap": "mmdebstrap",
     "openssl": "openssl",
+    "promtool": "prometheus",
     "runc": "runc",
     "systemd-analyze": "systemd",
 }

@@ -183,11 +183,13 @@ class JetClock(Clock):
 
 
 async def finish(queue: Queue, lease: Lease, state: State, result: StoredBody | None, **changes: Any) -> None:
+    """End a run as a worker does, with `changes` of its outcome."""
     end = RunEnd(state, Attempt(START_S, START_S + 0.5, 200, None), status=200, duration_s=0.5, result=result)
     await queue.finish(lease, dataclasses.replace(end, **changes))
 
 
 def inline(body: bytes) -> StoredBody:
+    """Return a body that is stored with its call."""
     return StoredBody(len(body), body, None)
 
 
@@ -212,9 +214,11 @@ def new_call(function: str = "f", **changes: Any) -> NewCall:
 
 
 async def read_all(queue: Queue, body: StoredBody, chunk_bytes: int = 65536) -> bytes:
+    """Return a stored body whole."""
     return b"".join([piece async for piece in queue.open_body(body, chunk_bytes)])
 
 
 async def pieces(*parts: bytes) -> AsyncIterator[bytes]:
+    """Yield `parts`, as a body comes."""
     for part in parts:
         yield part

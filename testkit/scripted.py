@@ -51,6 +51,7 @@ async def serving(serve: Serve, tls: ssl.SSLContext | None = None) -> AsyncItera
 
 
 async def read_head(reader: asyncio.StreamReader) -> bytes:
+    """Return the head of a request."""
     return await reader.readuntil(b"\r\n\r\n")
 
 
@@ -71,5 +72,6 @@ def answering(*pieces: bytes) -> Serve:
 
 
 async def body_of(response: ClientResponse) -> bytes:
+    """Return the body of a response, whole."""
     async with response:
         return await response.body.read(1 << 20)

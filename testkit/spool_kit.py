@@ -17,10 +17,12 @@ import sys
 from pathlib import Path
 from typing import IO, Any
 
+from faashound.calls.model import NewCall
 from faashound.queues import Queue
 from faashound.queues.spool.limits import DATABASE
 from faashound.queues.spool.queue import Spool
 from faashound.watchdog import FaashoundError
+from testkit.harness import eventually
 from testkit.queue_kit import LEASE_S, QUEUE, START_S, Clock, SpoolDesk, finish, inline, new_call
 
 __all__ = ["LEASE_S", "QUEUE", "START_S", "Clock", "Desk", "Remote", "finish", "inline", "new_call"]
@@ -31,7 +33,7 @@ class Desk(SpoolDesk):
 
     @classmethod
     def create(cls, directory: Path) -> None:
-        """Leaves an empty queue."""
+        """Leave an empty queue."""
         asyncio.run(cls.create_spool(directory))
 
     @staticmethod
@@ -59,6 +61,7 @@ class Desk(SpoolDesk):
 
 
 def as_spool(queue: Queue) -> Spool:
+    """Return the queue as what it is, for tests that know."""
     assert isinstance(queue, Spool)
     return queue
 
@@ -94,7 +97,7 @@ class Remote:
         return self.receive()
 
     def crash(self, statement: int, method: str, *args: Any, **kwargs: Any) -> bool:
-        """Kills the process just before its writer's `statement`-th statement; whether the answer came before that."""
+        """Kill the process just before its writer's `statement`-th statement; tell whether it had answered."""
         self.call("crash_at", statement)
         self.send(method, *args, **kwargs)
         try:
@@ -105,6 +108,13 @@ class Remote:
             return True  # refused
         return True
 
+    def put_and_die(self, call: NewCall) -> None:
+        """Have it killed in the moment in which a put is answered."""
+        self.call("die_when_answered")
+        self.send("put", call)
+        self._process.wait()
+        self.kill()
+
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
@@ -114,10 +124,13 @@ class Remote:
 
 
 async def obey(directory: Path, commands: IO[bytes], answers: IO[bytes]) -> None:
-    """Does what a Remote asks, one thing after another, until killed."""
+    """Do what a Remote asks, one thing after another, until killed."""
     spool = await Spool.open(directory, now=Clock())
     answer: Any = await spool.enlist()
+    dies = False
     while True:
+        if dies and answer is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
         pickle.dump(answer, answers)
         answers.flush()
         method, args, kwargs = pickle.load(commands)
@@ -125,6 +138,8 @@ async def obey(directory: Path, commands: IO[bytes], answers: IO[bytes]) -> None
             if method == "crash_at":
                 crash_at(spool, *args)
                 answer = None
+            elif method == "die_when_answered":
+                dies, answer = True, None
             else:
                 answer = await getattr(spool, method)(*args, **kwargs)
         except FaashoundError as error:
@@ -136,7 +151,18 @@ def writer_connection(spool: Spool) -> sqlite3.Connection:
     return spool._writer._db
 
 
+async def writer_has_all(spool: Spool) -> None:
+    """Wait until the thread that writes has taken what was submitted, as far as the loop has got; nothing tells."""
+    await asyncio.sleep(0)
+
+    async def has_all() -> bool:
+        return not spool._writer._gathered and spool._writer._waiting.empty()
+
+    await eventually(has_all, 10, "the writer has taken all that was submitted")
+
+
 def crash_at(spool: Spool, statement: int) -> None:
+    """Have this process killed before the `statement`-th statement of its writer."""
     count = itertools.count(1)
 
     def trace(_: str) -> None:

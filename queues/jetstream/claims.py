@@ -251,13 +251,10 @@ class Claims:
         standing = await self._store.load(delivery.call_id) if delivery.count > 1 else None
         if standing is None or judge(standing.record, kind, self._now()) is not Verdict.ASK:
             await self._flows.nak(delivery)
-            return False
-        if not await self._is_gone(standing, delivery):
-            return False
-        try:
-            back = await self._store.save(standing, take_back(standing.record, self._now()))
-        except Conflict:
+        elif await self._is_gone(standing, delivery):
+            with contextlib.suppress(Conflict):
+                back = await self._store.save(standing, take_back(standing.record, self._now()))
+                await self.settle(back, delivery, kind)
+                return True
             await self._flows.nak(delivery)
-            return False
-        await self.settle(back, delivery, kind)
-        return True
+        return False

@@ -5,7 +5,7 @@ request is a future and a timer, not a subscription.
 
 Contract: no write and no read waits longer than WRITE_S; then it raises QueueUnavailable.  Of a write that was on its
 way when its time was up nobody knows whether it happened, as with any network.  `publish` is tried again by itself,
-and knows its own earlier try by a number that goes with it, so it writes once.
+and knows its own earlier try by what it wrote, so it writes once.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import contextlib
 import itertools
 import json
 import re
-import secrets
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, TypeVar
 
 from nats.aio.client import Client as NatsClient
 from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
 from nats.errors import Error as NatsError
 from nats.errors import NoRespondersError
 from nats.js.errors import APIError, NotFoundError, ServiceUnavailableError
@@ -31,6 +31,7 @@ from ...calls.model import QueueFull, QueueUnavailable
 from ...watchdog import CannotStart, log
 from .subjects import Names
 
+S = TypeVar("S")
 T = TypeVar("T")
 Json = dict[str, Any]
 
@@ -39,8 +40,9 @@ CONNECT_S = 10.0
 WRITE_S = 10.0  # longest wait for an acknowledgement; a leader that dies is replaced within 4 to 9 s
 TRY_S = 2.0  # of one try within it
 RETRY_PAUSE_S = 0.1
+PAGE_COUNT = 200  # messages that are read together
+STEP_COUNT = 64  # things that are asked for at the same time
 
-WRITE_HEADER = "Faashound-Write"
 EXPECTED_HEADER = "Nats-Expected-Last-Subject-Sequence"
 EXPECTED_SUBJECT_HEADER = "Nats-Expected-Last-Subject-Sequence-Subject"
 TTL_HEADER = "Nats-TTL"
@@ -88,9 +90,9 @@ class Write:
     expected: int | None = None
     among: str | None = None
 
-    def fields(self, number: str) -> dict[str, str]:
-        """Return all header fields; `number` tells this write from every other."""
-        fields = {**self.headers, WRITE_HEADER: number}
+    def fields(self) -> dict[str, str]:
+        """Return all header fields."""
+        fields = dict(self.headers)
         if self.expected is not None:
             fields[EXPECTED_HEADER] = str(self.expected)
             if self.among is not None:
@@ -137,6 +139,14 @@ def parse_stored(message: Msg) -> Stored:
 
 def _parse_time(text: str) -> float:
     return datetime.fromisoformat(f"{text[:19]}+00:00").timestamp()
+
+
+async def gather_in_steps(work: Callable[[S], Awaitable[T]], items: Iterable[S]) -> list[T]:
+    """Return what `work` makes of each item, STEP_COUNT of them at the same time."""
+    left, found = list(items), list[T]()
+    for start in range(0, len(left), STEP_COUNT):
+        found += await asyncio.gather(*map(work, left[start : start + STEP_COUNT]))
+    return found
 
 
 async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
@@ -219,10 +229,9 @@ class Connection:
         self.reporter = reporter
         self.on_pulled: Callable[[Msg], None] = lambda _: None
         self.commit_count = 0
-        self._name = secrets.token_hex(6)  # tells our writes from those of others
-        self._numbers = itertools.count()
+        self._numbers = itertools.count()  # of inboxes
         self._loop = asyncio.get_running_loop()
-        self._troubled_s = float("-inf")  # when something could last not be done
+        self.troubled_s = float("-inf")  # when something could last not be done, by the loop's clock
         self._inbox = client.new_inbox()
         self._handlers: dict[str, Callable[[Msg], None]] = {}
 
@@ -233,12 +242,7 @@ class Connection:
     @property
     def healthy(self) -> bool:
         """Whether we are connected, and nothing has failed just now."""
-        return bool(self.client.is_connected) and self._loop.time() - self._troubled_s > WRITE_S
-
-    @property
-    def troubled_s(self) -> float:
-        """When something could last not be done, by the loop's clock."""
-        return self._troubled_s
+        return bool(self.client.is_connected) and self._loop.time() - self.troubled_s > WRITE_S
 
     async def close(self) -> None:
         """Hang up."""
@@ -293,6 +297,18 @@ class Connection:
             raise NoRespondersError
         return answer
 
+    async def subscribe(self, subject: str, callback: Callable[[Msg], Awaitable[None]]) -> Subscription:
+        """Hear what is said on a subject.  Raises QueueUnavailable."""
+        try:
+            return await self.client.subscribe(subject, cb=callback)
+        except NatsError as error:
+            raise queue_error(error) from error
+
+    async def tell(self, subject: str, payload: bytes = b"", reply: str = "") -> None:
+        """Say something that is not sure to be heard, and not worth to be tried again."""
+        with contextlib.suppress(NatsError):
+            await self.client.publish(subject, payload, reply)
+
     async def call_api(
         self, operation: str, payload: Mapping[str, Any] | None = None, timeout_s: float = TRY_S
     ) -> Json:
@@ -323,10 +339,10 @@ class Connection:
             except (NatsError, TimeoutError) as error:
                 problem = queue_error(error)
                 if not _may_pass(error):
-                    self._troubled_s = self._loop.time()
+                    self.troubled_s = self._loop.time()
                     raise problem from error
             if deadline_s - self._loop.time() <= RETRY_PAUSE_S:
-                self._troubled_s = self._loop.time()
+                self.troubled_s = self._loop.time()
                 raise problem
             await asyncio.sleep(RETRY_PAUSE_S)
 
@@ -334,8 +350,7 @@ class Connection:
 
     async def publish(self, write: Write) -> int:
         """Store a message; return its revision.  Raises Conflict, QueueUnavailable, QueueFull."""
-        number = f"{self._name}.{next(self._numbers)}"
-        fields, tries = write.fields(number), 0
+        fields, tries = write.fields(), 0
 
         async def send(timeout_s: float) -> int:
             nonlocal tries
@@ -347,20 +362,21 @@ class Connection:
                     raise
                 if tries == 1 and error.err_code == _LAST_SEQUENCE:
                     raise Conflict from error
-                return await self._find_own(write, number)
+                return await self._find_own(write)
             return answer
 
         revision = await self.with_retries(send)
         self.commit_count += 1
         return revision
 
-    async def _find_own(self, write: Write, number: str) -> int:
+    async def _find_own(self, write: Write) -> int:
         """Return the revision of an earlier try that was heard after all; Conflict if another process was faster.
 
-        QueueUnavailable while a write is on its way through the cluster, and it is not known whose it will be.
+        No two processes write the same bytes in the same place, unless they want the same: clocks and owners are in
+        them.  QueueUnavailable while a write is on its way through the cluster, and it is not known whose it will be.
         """
         stored = await self.load(write.among or write.subject)
-        if stored is not None and stored.headers.get(WRITE_HEADER) == number:
+        if stored is not None and (stored.subject, stored.data) == (write.subject, write.payload):
             return stored.revision
         if (0 if stored is None else stored.revision) == write.expected:
             raise QueueUnavailable("a write to this subject is still on its way through the cluster")
@@ -405,7 +421,14 @@ class Connection:
                 raise QueueUnavailable(f"the stream {stream} is gone") from error
             return None
 
-    async def read_batch(self, subject: str, revision: int, count: int) -> list[Stored]:
+    async def walk(self, subject: str, revision: int = 1) -> AsyncIterator[Stored]:
+        """Yield the messages that match a filter, from `revision` on, in their order, without holding them all."""
+        while page := await self.read_batch(subject, revision, PAGE_COUNT):
+            for stored in page:
+                yield stored
+            revision = page[-1].revision + 1
+
+    async def read_batch(self, subject: str, revision: int, count: int = PAGE_COUNT) -> list[Stored]:
         """Return up to `count` messages that match a filter, from `revision` on, in their order."""
         question = json.dumps({"seq": max(1, revision), "batch": count, "next_by_subj": subject}).encode()
         stream = self._stream_of(subject)

@@ -24,7 +24,7 @@ from nats.errors import Error as NatsError
 from nats.js.errors import NotFoundError
 
 from ...calls.model import TooManyQueued
-from .connection import TRY_S, Connection, Stored, Write, parse_status
+from .connection import TRY_S, Connection, Write, parse_status
 from .subjects import TIMERS, FlowKind, FlowName, Names, parse_token
 
 WATCH_S = 3.0  # that a request for the next message stays with the servers
@@ -35,7 +35,6 @@ ANNOUNCED_S = 600.0  # after which a flow is announced again by those who put in
 IDLE_S = 3600.0  # after which the servers may forget the consumer of a flow that no worker asks for
 FLOWS_KNOWN_COUNT = 10_000  # flows that this process remembers to have announced
 MAX_FLOWS_COUNT = 10_000  # functions and destinations at once: callers can make up both, and each is a consumer
-PAGE_COUNT = 200  # flows that are read together
 LOOK_LEASE_S = 60.0  # of a message that is only looked at
 MIN_LEASE_S = 1.0  # shortest time after which the servers deliver again what has not been acknowledged
 
@@ -74,12 +73,12 @@ class Flow:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """How much a claim may take: from which queues, how many in all, and how many of each name in `room`."""
+    """How much a claim may take: from which queues, how many in all, and how many of each name in `capacity`."""
 
     kind: FlowKind
     queues: tuple[str, ...]
     limit: int
-    room: Mapping[str, int]
+    capacity: Mapping[str, int]
     lease_s: float
 
 
@@ -95,7 +94,7 @@ def parse_delivery(flow: Flow, message: Msg) -> Delivery:
 
 
 def deal(ring: Iterable[Flow], wanted: Wanted, left: dict[str, int], count: int) -> list[Delivery]:
-    """Take up to `count` messages from the stashes, in turns; `left` is the room of names, and shrinks."""
+    """Take up to `count` messages from the stashes, in turns; `left` is the capacity of names, and shrinks."""
     taken: list[Delivery] = []
     flows = [flow for flow in ring if flow.stash]
     while flows and len(taken) < count:
@@ -103,7 +102,7 @@ def deal(ring: Iterable[Flow], wanted: Wanted, left: dict[str, int], count: int)
             if len(taken) < count and flow.stash and left.get(flow.name.name, 1) > 0:
                 taken.append(flow.stash.pop(0))
                 if flow.name.name in left:
-                    left[flow.name.name] -= 1  # one name in two queues shares one room
+                    left[flow.name.name] -= 1  # one name in two queues shares one capacity
         flows = [flow for flow in flows if flow.stash and left.get(flow.name.name, 1) > 0]
     return taken
 
@@ -131,7 +130,7 @@ class Flows:
     async def start(self) -> None:
         """Hear of new flows from now on."""
         self._connection.on_pulled = self._on_pulled
-        await self._connection.client.subscribe(self._names.subject("flow", "*", "*", "*"), cb=self._on_announced)
+        await self._connection.subscribe(self._names.flows, self._on_announced)
 
     async def close(self) -> None:
         """Give back what nobody has claimed."""
@@ -176,31 +175,19 @@ class Flows:
 
     async def refresh(self) -> list[FlowName]:
         """Read which flows there are; return all."""
-        while True:
-            page = await self._connection.read_batch(
-                self._names.subject("flow", "*", "*", "*"), self._revision + 1, PAGE_COUNT
-            )
-            for stored in page:
-                self._learn(self._names.parse_flow(stored.subject))
-                self._revision = max(self._revision, stored.revision)
-            if len(page) < PAGE_COUNT:
-                return list(self._flows)
+        async for stored in self._connection.walk(self._names.flows, self._revision + 1):
+            self._learn(self._names.parse_flow(stored.subject))
+            self._revision = max(self._revision, stored.revision)
+        return list(self._flows)
 
     async def forget_idle(self, before_s: float) -> None:
         """Remove the flows that nobody has put into since `before_s` and that have nothing."""
-        subject, revision = self._names.subject("flow", "*", "*", "*"), 1
-        while page := await self._connection.read_batch(subject, revision, PAGE_COUNT):
-            for stored in page:
-                if stored.stored_s < before_s:
-                    await self._forget(stored)
-            revision = page[-1].revision + 1
-
-    async def _forget(self, stored: Stored) -> None:
-        name = self._names.parse_flow(stored.subject)
-        if not await self._connection.read_batch(self._names.filter(name), 1, 1):
-            await self._connection.erase(self._names.records, stored.revision)
-            self._flows.pop(name, None)
-            self._order = None
+        async for stored in self._connection.walk(self._names.flows):
+            name = self._names.parse_flow(stored.subject)
+            if stored.stored_s < before_s and not await self._connection.count(self._names.filter(name)):
+                await self._connection.erase(self._names.records, stored.revision)
+                self._flows.pop(name, None)
+                self._order = None
 
     # -- taking
 
@@ -211,7 +198,7 @@ class Flows:
         ahead = self._ahead.pop(wanted.kind, None)
         if ahead is not None:
             await ahead
-        left = dict(wanted.room)
+        left = dict(wanted.capacity)
         taken = deal(self._ring(wanted), wanted, left, wanted.limit)
         dry: set[Flow] = set()
         looked_again = False
@@ -268,11 +255,13 @@ class Flows:
         """The flows that may be served, beginning behind the one that was served last."""
         if self._order is None:
             self._order = sorted(self._flows.values(), key=lambda flow: (flow.name.queue, flow.name.name))
-        room = wanted.room if left is None else left
+        capacity = wanted.capacity if left is None else left
         flows = [
             flow
             for flow in self._order
-            if flow.name.kind == wanted.kind and flow.name.queue in wanted.queues and room.get(flow.name.name, 1) > 0
+            if flow.name.kind == wanted.kind
+            and flow.name.queue in wanted.queues
+            and capacity.get(flow.name.name, 1) > 0
         ]
         last = self._last[wanted.kind]
         after = [flow for flow in flows if (flow.name.queue, flow.name.name) > last]
@@ -333,8 +322,7 @@ class Flows:
 
     async def _ask(self, flow: Flow, inbox: str, question: Mapping[str, object]) -> None:
         subject = f"$JS.API.CONSUMER.MSG.NEXT.{self._names.queue}.{flow.consumer}"
-        with contextlib.suppress(NatsError):
-            await self._connection.client.publish(subject, json.dumps(question).encode(), inbox)
+        await self._connection.tell(subject, json.dumps(question).encode(), inbox)
 
     def _note(self, flow: Flow, status: str | None) -> None:
         if status in ("409", "503"):  # the consumer is gone, or has no leader now
@@ -428,7 +416,7 @@ class Flows:
     async def ack(self, delivery: Delivery) -> None:
         """The message is done with."""
         delivery.flow.acked = delivery.reply
-        await self._answer(delivery, b"+ACK")
+        await self._connection.tell(delivery.reply, b"+ACK")
 
     async def flush(self) -> None:
         """Return when the servers have heard what was acknowledged: they answer to one behind the others."""
@@ -446,8 +434,4 @@ class Flows:
 
     async def progress(self, delivery: Delivery) -> None:
         """The message is still being worked on."""
-        await self._answer(delivery, b"+WPI")
-
-    async def _answer(self, delivery: Delivery, body: bytes) -> None:
-        with contextlib.suppress(NatsError):
-            await self._connection.client.publish(delivery.reply, body)
+        await self._connection.tell(delivery.reply, b"+WPI")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from nats.aio.msg import Msg
@@ -23,7 +23,6 @@ from ...calls.steps import Hold
 from .connection import TRY_S, Connection, parse_status, queue_error
 from .flows import Delivery
 from .records import Standing
-from .subjects import build_token
 
 ASK_COUNT = 4  # questions within TRY_S to an owner
 ANSWERS_S = 0.1  # of silence after which no more answers are awaited
@@ -66,45 +65,30 @@ class Owners:
 
     async def enlist(self, name: str) -> None:
         """Answer for an owner from now on.  QueueUnavailable if another process does."""
-        subject = self._names.subject("owner", build_token(name))
-        if await self._is_at_work(subject):
-            raise QueueUnavailable(f"the owner {name} is at work already")
-        if not self._owners:
-            await self._subscribe(self._names.subject("owners"), self._on_census)
-        self._owners[name] = await self._subscribe(subject, self._on_word)
-
-    async def _subscribe(self, subject: str, answer: Callable[[Msg], object]) -> Subscription:
         try:
-            return await self._connection.client.subscribe(subject, cb=answer)  # type: ignore[arg-type]
+            at_work = await self._ask(name, {})
         except NatsError as error:
             raise queue_error(error) from error
-
-    async def _is_at_work(self, subject: str) -> bool:
-        """Whether an owner answers; one that has just hung up may take a question with it, so ask again."""
-        for _ in range(ASK_COUNT):
-            try:
-                await self._connection.request(subject, b"", TRY_S / ASK_COUNT)
-                return True
-            except NoRespondersError:
-                return False
-            except TimeoutError:
-                continue
-            except NatsError as error:
-                raise queue_error(error) from error
-        raise QueueUnavailable("the owner of that name is there but does not answer, or NATS does not")
+        except TimeoutError:
+            raise QueueUnavailable(f"the owner {name} is there but does not answer, or NATS does not") from None
+        if at_work is not None:
+            raise QueueUnavailable(f"the owner {name} is at work already")
+        if not self._owners:
+            await self._connection.subscribe(self._names.subject("owners"), self._on_census)
+        self._owners[name] = await self._connection.subscribe(self._names.owner(name), self._on_word)
 
     # -- answers
 
     async def _on_word(self, message: Msg) -> None:
         """Another process asks whether we live, whether we hold a call, or wants one of ours cancelled."""
-        question = json.loads(message.data) if message.data else {}
+        question = json.loads(message.data)
         if "cancel" in question:
             self.cancelled.add(question["cancel"])
             self.cancel.set()
         elif "holds" in question:
             call_id, fence = question["holds"]
             held = self.find(call_id, fence)
-            await message.respond(b"0" if held is None else str(self.left_s(held)).encode())
+            await message.respond(b"0" if held is None else str(held.until_s - self._loop.time()).encode())
         else:
             await message.respond(b"here")
 
@@ -120,37 +104,43 @@ class Owners:
                 return held if self._loop.time() < held.until_s else None
         return None
 
-    def left_s(self, held: Held) -> float:
-        """How much longer a lease is good."""
-        return held.until_s - self._loop.time()
-
     # -- questions
+
+    async def _ask(self, owner: str, question: Mapping[str, object]) -> bytes | None:
+        """Return what an owner answers, or None: there is none.  Raises TimeoutError, NatsError.
+
+        One that has just hung up may take a question with it, so it is asked again.
+        """
+        subject, data = self._names.owner(owner), json.dumps(question).encode()
+        for number in range(ASK_COUNT):
+            try:
+                return (await self._connection.request(subject, data, TRY_S / ASK_COUNT)).data
+            except NoRespondersError:
+                return None
+            except TimeoutError:
+                if number == ASK_COUNT - 1:
+                    raise
+        raise AssertionError("the last try has returned or raised")
 
     async def ask_left_s(self, call_id: str, hold: Hold, lease_s: float) -> float | None:
         """How much longer the owner that a record names has its call; 0: not at all; None: that cannot be known now."""
         if hold.owner in self._owners:
             held = self.find(call_id, hold.fence)
-            return 0.0 if held is None else self.left_s(held)
-        question = json.dumps({"holds": [call_id, hold.fence]}).encode()
-        subject = self._names.subject("owner", build_token(hold.owner))
-        for _ in range(ASK_COUNT):
-            try:
-                answer = await self._connection.request(subject, question, TRY_S / ASK_COUNT)
-                return float(answer.data)
-            except NoRespondersError:
-                break
-            except TimeoutError:
-                continue
-            except NatsError:
-                return None
+            return 0.0 if held is None else held.until_s - self._loop.time()
+        try:
+            answer = await self._ask(hold.owner, {"holds": [call_id, hold.fence]})
+        except TimeoutError:
+            answer = None
+        except NatsError:
+            return None
+        if answer is not None:
+            return float(answer)
         quiet_s = self._loop.time() - max(self._returned_s, self._connection.troubled_s)
         return 0.0 if quiet_s > lease_s else None
 
     async def tell_cancel(self, call_id: str, hold: Hold) -> None:
         """Tell the owner of a call that its end is wanted; if the word is lost, it learns when it renews."""
-        with contextlib.suppress(NatsError):
-            subject = self._names.subject("owner", build_token(hold.owner))
-            await self._connection.client.publish(subject, json.dumps({"cancel": call_id}).encode())
+        await self._connection.tell(self._names.owner(hold.owner), json.dumps({"cancel": call_id}).encode())
 
     async def census(self) -> list[tuple[str, str, str]]:
         """Return what all workers run: id, function and queue of each call."""

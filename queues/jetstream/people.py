@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import re
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
-from typing import TypeVar
 
 from ...calls.model import (
     FINAL,
+    Backlog,
     Call,
     CallUnknown,
-    NewCall,
-    QueueDamaged,
+    Changes,
     State,
     Stats,
     StoredBody,
@@ -26,24 +26,24 @@ from ...calls.model import (
 )
 from ...calls.names import FunctionName
 from ...calls.steps import expire, may_forget, may_purge
-from ...watchdog import log
+from ...calls.views import CallFilter
 from .bodies import Bodies
-from .connection import Conflict, Connection, Stored
+from .connection import PAGE_COUNT, STEP_COUNT, Conflict, Connection, Stored, gather_in_steps
 from .flows import Delivery, Flows, Wanted
 from .owners import Owners
-from .records import Kept, Standing, join, parse_record, parse_waiting
+from .records import Kept, Standing, join, parse_record, parse_waiting, readable
 from .store import Store
-from .subjects import PLACES, TIMERS, UNDELIVERED, FlowName, Place, build_token, parse_token
+from .subjects import PLACES, TIMERS, UNDELIVERED, FlowName, Place, parse_token
 
-T = TypeVar("T")
-
-STEP_COUNT = 64  # calls that are worked on at the same time
 WINDOW_COUNT = 256  # revisions that are looked at together, to begin with
-PAGE_COUNT = 200  # messages in one answer
 TIMER_COUNT = 256  # calls whose expiry is looked at together
 TIMER_PAUSE_S = 60.0  # before a call that was running when it should have expired is looked at again
 IDLE_FLOW_S = 86400.0  # after which a flow that nobody puts into is forgotten
+ID_PLACES = 2, 3  # of a call's id in the subjects of what waits and of records
 FRONT_COUNT = 64  # messages that are looked at to find the oldest one of a flow that waits
+
+
+_MARK = re.compile(r"n([0-9]{1,18})-([0-9]{1,18})", re.ASCII)
 
 
 def places_of(states: Iterable[State]) -> list[Place]:
@@ -59,6 +59,21 @@ def listed(call: Call) -> Call:
     body = StoredBody(call.body.bytes_count, None, call.body.file)
     result = call.result and StoredBody(call.result.bytes_count, None, call.result.file)
     return dataclasses.replace(call, body=body, result=result, history=())
+
+
+def fits(call: Call, wanted: CallFilter) -> bool:
+    """Tell whether a call meets the conditions of `wanted`."""
+    callback = call.callback and call.callback.state
+    return (
+        wanted.state in (None, call.state)
+        and wanted.function in (None, call.function)
+        and wanted.callback in (None, callback)
+    )
+
+
+def _parse_mark(text: str) -> list[int] | None:
+    found = _MARK.fullmatch(text)
+    return found and [int(found[1]), int(found[2])]
 
 
 class People:
@@ -82,6 +97,40 @@ class People:
         self._now = now
 
     # -- lists
+
+    async def page(self, wanted: CallFilter) -> list[Call]:
+        """A page of what is wanted; a call is found by its whole id, since a subject cannot be searched by a part."""
+        if wanted.id_start is not None:
+            standing = await self._store.load(wanted.id_start)
+            found = [] if standing is None or wanted.before is not None else [listed(standing.call)]
+            return [call for call in found if fits(call, wanted)]
+        if wanted.callback is None:
+            return await self.calls(wanted.state, wanted.function, wanted.limit_count, wanted.before)
+        chosen: list[Call] = []
+        before = wanted.before
+        while len(chosen) < wanted.limit_count:
+            page = await self.calls(wanted.state, wanted.function, PAGE_COUNT, before)
+            chosen += [call for call in page if fits(call, wanted)]
+            if len(page) < PAGE_COUNT:
+                break
+            before = page[-1].id
+        return chosen[: wanted.limit_count]
+
+    async def changes(self, mark: str | None, limit: int) -> Changes:
+        """The calls that were put, or whose record was written, since the revisions that `mark` stands for."""
+        streams = (self._names.queue, self._names.records)
+        now = [(await self._connection.info(stream))["state"]["last_seq"] for stream in streams]
+        new_mark, before = "n{}-{}".format(*now), None if mark is None else _parse_mark(mark)
+        if before is None:
+            return Changes((), new_mark, is_whole=mark is None)
+        subjects = (self._names.subject("call", "*", "*", "*"), self._names.subject("rec", "*", "*", "*"))
+        found: dict[str, None] = {}
+        for subject, revision, place in zip(subjects, before, ID_PLACES, strict=True):
+            page = await self._connection.read_batch(subject, revision + 1, limit + 1)
+            found |= dict.fromkeys(parse_token(stored.subject.split(".")[place]) for stored in page)
+        standings = await gather_in_steps(self._store.load, list(found)[:limit])
+        calls = [listed(standing.call) for standing in standings if standing is not None]
+        return Changes(calls, new_mark, is_whole=len(found) <= limit)
 
     async def calls(
         self, state: State | None, function: FunctionName | None, limit: int, before: str | None
@@ -121,11 +170,8 @@ class People:
         last = None if before is None else await self._store.load(before)
         if before is not None and last is None:
             raise CallUnknown(f"no call has the id {before}")
-        calls = []
-        for batch in _batches(ids):
-            for standing in await asyncio.gather(*map(self._store.load, batch)):
-                if standing is not None and standing.record.state is State.RUNNING:
-                    calls.append(standing.call)
+        found = await gather_in_steps(self._store.load, ids)
+        calls = [each.call for each in found if each is not None and each.record.state is State.RUNNING]
         calls.sort(key=lambda call: (call.accepted_s, call.id), reverse=True)
         if last is not None:
             end = last.accepted.accepted_s, last.id
@@ -134,23 +180,19 @@ class People:
 
     async def _waiting(self, function: FunctionName | None, below: int | None) -> AsyncIterator[Call]:
         """The calls whose message waits, newest first, as their records have them."""
-        subject = self._names.subject("call", "*", "*", "*" if function is None else build_token(function))
-        async for page in self._walk_back(self._names.queue, [subject], below):
-            for batch in _batches(page):
-                records = await asyncio.gather(*(self._store.find_record(_id_of(stored)) for stored in batch))
-                for stored, kept in zip(batch, records, strict=True):
-                    accepted = _read(stored)
-                    if accepted is not None:
-                        yield join(kept, accepted).call
+        async for page in self._walk_back(self._names.queue, [self._names.waiting_for(function)], below):
+            records = await gather_in_steps(self._store.find_record, map(_id_of, page))
+            for stored, kept in zip(page, records, strict=True):
+                if (accepted := readable(parse_waiting, stored.data)) is not None:
+                    yield join(kept, accepted).call
 
     async def _ended(
         self, states: list[State], function: FunctionName | None, below: int | None
     ) -> AsyncIterator[Standing]:
-        name = "*" if function is None else build_token(function)
-        subjects = [self._names.subject("rec", place, "*", name) for place in places_of(states)]
+        subjects = [self._names.records_at(place, function) for place in places_of(states)]
         async for page in self._walk_back(self._names.records, subjects, below):
             for stored in page:
-                kept = _parse(stored)
+                kept = readable(parse_record, stored)
                 if kept is not None and kept.accepted is not None and kept.record.state in states:
                     yield Standing(kept.accepted, kept.record, kept.revision, kept.place)
 
@@ -170,21 +212,13 @@ class People:
         while low < high:
             page = await self._connection.read_batch(subject, low, min(PAGE_COUNT, high - low))
             found += [stored for stored in page if stored.revision < high]
-            if not page or page[-1].revision >= high - 1:
-                break
-            low = page[-1].revision + 1
+            low = page[-1].revision + 1 if page else high
         return found
 
     async def walk_waiting(self, function: FunctionName | None) -> AsyncIterator[str]:
         """Yield the ids of the calls whose message waits, oldest first; some may run, or have ended."""
-        subject, revision = (
-            self._names.subject("call", "*", "*", "*" if function is None else build_token(function)),
-            1,
-        )
-        while page := await self._connection.read_batch(subject, revision, PAGE_COUNT):
-            for stored in page:
-                yield _id_of(stored)
-            revision = page[-1].revision + 1
+        async for stored in self._connection.walk(self._names.waiting_for(function)):
+            yield _id_of(stored)
 
     # -- deletions
 
@@ -196,20 +230,22 @@ class People:
                 return 0
             await self._store.forget(standing)
             return 1
-        name = "*" if function is None else build_token(function)
-        count = 0
-        batch: list[Kept] = []
-        async for kept in self._store.walk(*places_of([state]), function=name):
-            if may_purge(kept.record, state):
-                batch.append(kept)
-            if len(batch) == STEP_COUNT:
-                count += await self._forget_all(batch)
-                batch = []
-        return count + await self._forget_all(batch)
+        return await self._forget_all(self._may_go(state, function))
 
-    async def _forget_all(self, records: list[Kept]) -> int:
-        await asyncio.gather(*map(self._store.forget, records))
-        return len(records)
+    async def _may_go(self, state: State, function: FunctionName | None) -> AsyncIterator[Kept]:
+        for place in places_of([state]):
+            async for kept in self._store.walk(place, function):
+                if may_purge(kept.record, state):
+                    yield kept
+
+    async def _forget_all(self, records: AsyncIterator[Kept]) -> int:
+        count, batch = 0, list[Kept]()
+        async for kept in records:
+            batch.append(kept)
+            if len(batch) == STEP_COUNT:
+                count += len(await gather_in_steps(self._store.forget, batch))
+                batch.clear()
+        return count + len(await gather_in_steps(self._store.forget, batch))
 
     # -- figures
 
@@ -218,11 +254,10 @@ class People:
         await self._flows.flush()
         names = await self._flows.refresh()
         running = await self._owners.census()
-        waiting = dict(zip(names, await self._counts(map(self._names.filter, names)), strict=True))
+        waiting = dict(zip(names, await self._count_all(map(self._names.filter, names)), strict=True))
         by_function = self._count_waiting(waiting, running)
-        await self._count_ended(
-            by_function, {FunctionName(each.name) for each in names if each.kind == "call"}, running
-        )
+        functions = sorted({FunctionName(each.name) for each in names if each.kind == "call"})
+        await self._count_ended(by_function, functions, running)
         by_state = dict.fromkeys(State, 0)
         for (_, state), count in by_function.items():
             by_state[state] += count
@@ -231,7 +266,7 @@ class People:
             if name.kind != "timer":
                 by_queue[name.queue] += count
         by_queue.subtract(queue for _, _, queue in running)
-        undelivered = await self._counts(self._names.subject("rec", place, "*", "*") for place in UNDELIVERED.values())
+        undelivered = await self._count_all(map(self._names.records_at, UNDELIVERED.values()))
         return Stats(
             by_state=by_state,
             by_function={key: count for key, count in by_function.items() if count > 0},
@@ -242,11 +277,29 @@ class People:
             commit_count=self._connection.commit_count,
         )
 
-    async def _counts(self, subjects: Iterable[str]) -> list[int]:
-        counts: list[int] = []
-        for batch in _batches(list(subjects)):
-            counts += await asyncio.gather(*map(self._connection.count, batch))
-        return counts
+    async def backlog(self) -> Backlog:
+        """What is still to be done, by the servers' counts."""
+        stats = await self.stats()
+        functions = {function for function, _ in stats.by_function}
+        open_counts = {
+            function: (
+                stats.by_function.get((function, State.QUEUED), 0),
+                stats.by_function.get((function, State.RUNNING), 0),
+            )
+            for function in functions
+        }
+        return Backlog(
+            queued_count=stats.by_state[State.QUEUED],
+            running_count=stats.by_state[State.RUNNING],
+            dead_count=stats.by_state[State.DEAD],
+            callback_pending_count=stats.callback_pending_count,
+            callback_dead_count=stats.callback_dead_count,
+            oldest_due_age_s=stats.oldest_due_age_s,
+            by_function={function: counts for function, counts in open_counts.items() if any(counts)},
+        )
+
+    async def _count_all(self, subjects: Iterable[str]) -> list[int]:
+        return await gather_in_steps(self._connection.count, subjects)
 
     def _count_waiting(
         self, waiting: dict[FlowName, int], running: list[tuple[str, str, str]]
@@ -263,33 +316,28 @@ class People:
     async def _count_ended(
         self,
         counts: Counter[tuple[FunctionName, State]],
-        functions: set[FunctionName],
+        functions: list[FunctionName],
         running: list[tuple[str, str, str]],
     ) -> None:
         """Add what has ended: places that hold nothing at all are not asked for each function."""
         for state in FINAL:
             places = places_of([state])
-            totals = await self._counts(self._names.subject("rec", place, "*", "*") for place in places)
-            for place, total in zip(places, totals, strict=True):
-                if total:
-                    ordered = sorted(functions)
-                    found = await self._counts(
-                        self._names.subject("rec", place, "*", build_token(each)) for each in ordered
-                    )
-                    for function, count in zip(ordered, found, strict=True):
-                        counts[function, state] += count
+            totals = await self._count_all(map(self._names.records_at, places))
+            for place in (place for place, total in zip(places, totals, strict=True) if total):
+                found = await self._count_all(self._names.records_at(place, each) for each in functions)
+                for function, count in zip(functions, found, strict=True):
+                    counts[function, state] += count
         for _, name, _ in running:
             counts[FunctionName(name), State.DONE] -= 1  # their records are where those of the ended will be
 
     async def _oldest_age_s(self, waiting: dict[FlowName, int], running: set[str]) -> float | None:
         """How long the oldest call that is due has waited, by the first message of each flow that does not run."""
         flows = [name for name, count in waiting.items() if count and name.kind == "call"]
-        fronts = []
-        for batch in _batches(flows):
-            fronts += await asyncio.gather(
-                *(self._connection.read_batch(self._names.filter(name), 1, FRONT_COUNT) for name in batch)
-            )
-        calls = [call for front in fronts for stored in front if (call := _read(stored)) is not None]
+        fronts = await gather_in_steps(
+            lambda name: self._connection.read_batch(self._names.filter(name), 1, FRONT_COUNT), flows
+        )
+        found = (readable(parse_waiting, stored.data) for front in fronts for stored in front)
+        calls = [call for call in found if call is not None]
         due = [call.due_s for call in calls if call.id not in running]
         oldest_s = min(due, default=float("inf"))
         return self._now() - oldest_s if oldest_s <= self._now() else None
@@ -301,7 +349,7 @@ class People:
         now_s, before_bytes = self._now(), await self._size_bytes()
         await self._store.tell_retention(results_s, calls_s)
         expired = await self.expire_due()
-        calls = await self._drop_calls(now_s - calls_s)
+        calls = await self._forget_all(self._old(now_s - calls_s))
         files = await self._drop_orphans()
         await self._flows.forget_idle(time.time() - IDLE_FLOW_S)
         return Swept(expired, 0, calls, files, max(0, before_bytes - await self._size_bytes()))
@@ -337,19 +385,13 @@ class People:
             await self._flows.ack(timer)
             return True
 
-    async def _drop_calls(self, before_s: float) -> int:
-        count = 0
-        batch: list[Kept] = []
+    async def _old(self, before_s: float) -> AsyncIterator[Kept]:
         for place in places_of([State.DONE, State.CANCELLED, State.EXPIRED]):
             async for kept in self._store.walk(place):
                 if may_forget(kept.record, before_s):
-                    batch.append(kept)
+                    yield kept
                 elif kept.record.finished_s is not None and kept.record.finished_s >= before_s:
                     break  # what comes behind has ended later
-                if len(batch) == STEP_COUNT:
-                    count += await self._forget_all(batch)
-                    batch = []
-        return count + await self._forget_all(batch)
 
     async def _drop_orphans(self) -> int:
         """Remove old bodies that no call names; one that is still to be read is named by its call."""
@@ -366,23 +408,3 @@ class People:
 
 def _id_of(stored: Stored) -> str:
     return parse_token(stored.subject.split(".")[2])
-
-
-def _read(stored: Stored) -> NewCall | None:
-    try:
-        return parse_waiting(stored.data)
-    except QueueDamaged as error:
-        log.error(str(error))
-        return None
-
-
-def _parse(stored: Stored) -> Kept | None:
-    try:
-        return parse_record(stored)
-    except QueueDamaged as error:
-        log.error(str(error))
-        return None
-
-
-def _batches(items: list[T]) -> Iterable[list[T]]:
-    return (items[start : start + STEP_COUNT] for start in range(0, len(items), STEP_COUNT))

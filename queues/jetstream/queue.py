@@ -29,12 +29,11 @@ import dataclasses
 import os
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from nats.aio.msg import Msg
-from nats.aio.subscription import Subscription
 from nats.errors import Error as NatsError
 
 from ...calls.ids import made_s
@@ -42,11 +41,14 @@ from ...calls.model import (
     EXCERPT_BYTES,
     FINAL,
     Attempt,
+    Backlog,
     Bounds,
     Call,
+    CallbackState,
     CallExists,
     CallFinished,
     CallUnknown,
+    Changes,
     KeyReused,
     Kind,
     Lease,
@@ -78,16 +80,17 @@ from ...calls.steps import (
     retry_run,
     stop_run,
 )
+from ...calls.views import CallFilter
 from .bodies import CHUNK_BYTES, Bodies
 from .claims import Claimant, Claims
-from .connection import WRITE_S, Conflict, Connection, Options, Write, connect, end_tasks, queue_error
+from .connection import WRITE_S, Conflict, Connection, Options, Write, connect, end_tasks
 from .flows import Flows, Wanted
 from .owners import Held, Owners
 from .people import People
 from .records import HELD_S, Standing, rename
 from .store import Store
 from .streams import ensure_streams, read_token
-from .subjects import build_token, flows_of
+from .subjects import flows_of
 
 RECORD_BYTES = 512  # of a record, besides what the message of its call has
 KEPT_ROOM = 0.1  # part of the records' room that `put` leaves free, for the ends of what is in already
@@ -292,7 +295,7 @@ class JetStream:
         async def on_event(_: Msg) -> None:
             changed.set()
 
-        subscription = await self._subscribe(self._names.subject("event", build_token(call_id)), on_event)
+        subscription = await self._connection.subscribe(self._names.event(call_id), on_event)
         try:
             while True:
                 changed.clear()
@@ -308,12 +311,6 @@ class JetStream:
         finally:
             with contextlib.suppress(NatsError):
                 await subscription.unsubscribe()
-
-    async def _subscribe(self, subject: str, callback: Callable[[Msg], Awaitable[None]]) -> Subscription:
-        try:
-            return await self._connection.client.subscribe(subject, cb=callback)
-        except NatsError as error:
-            raise queue_error(error) from error
 
     async def cancel(self, call_id: str) -> State:
         """CANCELLED: it was queued and will not run.  RUNNING: its worker is told."""
@@ -353,16 +350,18 @@ class JetStream:
         return name
 
     async def claim(
-        self, queues: Sequence[str], owner: str, lease_s: float, limit: int, room: Mapping[str, int] | None = None
+        self, queues: Sequence[str], owner: str, lease_s: float, limit: int, capacity: Mapping[str, int] | None = None
     ) -> list[Lease]:
-        """Lease up to `limit` due calls from `queues`, and no more of a function than `room` says."""
-        return await self._claim("call", owner, Wanted("call", tuple(queues), limit, dict(room or {}), lease_s))
+        """Lease up to `limit` due calls from `queues`, and no more of a function than `capacity` says."""
+        return await self._claim("call", owner, Wanted("call", tuple(queues), limit, dict(capacity or {}), lease_s))
 
     async def claim_callbacks(
-        self, queues: Sequence[str], owner: str, lease_s: float, limit: int, room: Mapping[str, int] | None = None
+        self, queues: Sequence[str], owner: str, lease_s: float, limit: int, capacity: Mapping[str, int] | None = None
     ) -> list[Lease]:
-        """Lease up to `limit` due callbacks of `queues`, and no more of a destination than `room` says."""
-        return await self._claim("callback", owner, Wanted("callback", tuple(queues), limit, dict(room or {}), lease_s))
+        """Lease up to `limit` due callbacks of `queues`, and no more of a destination than `capacity` says."""
+        return await self._claim(
+            "callback", owner, Wanted("callback", tuple(queues), limit, dict(capacity or {}), lease_s)
+        )
 
     async def _claim(self, kind: Kind, owner: str, wanted: Wanted) -> list[Lease]:
         if owner not in self._owners:
@@ -501,10 +500,22 @@ class JetStream:
         function: FunctionName | None = None,
         limit: int = 100,
         before: str | None = None,
+        callback: CallbackState | None = None,
+        id_start: str | None = None,
     ) -> list[Call]:
-        """Calls, newest first, without inline bodies and history (`get` has them)."""
+        """Calls, newest first, without inline bodies and history (`get` has them); `id_start` is the whole id here."""
         self._check_open()
-        return await self._people.calls(state, function, limit, before)
+        return await self._people.page(CallFilter(state, function, callback, limit, before, id_start))
+
+    async def changes(self, mark: str | None, leased_ids: Collection[str], limit: int) -> Changes:
+        """What has been put and written since `mark`; that a call has begun to run is written nowhere."""
+        self._check_open()
+        return await self._people.changes(mark, limit)
+
+    async def backlog(self) -> Backlog:
+        """What is still to be done and what was given up."""
+        self._check_open()
+        return await self._people.backlog()
 
     async def requeue_dead(self, call_id: str) -> Call:
         """A dead letter is queued as if new."""

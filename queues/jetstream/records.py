@@ -1,4 +1,4 @@
-"""What a call is on the wire (pure): the message that waits, and the record that is kept of it.
+"""What a call is on the wire: the message that waits, and the record that is kept of it.
 
 A call that waits is one message that holds all of it.  From when it is first taken there is a record besides; the
 record decides, whatever the message says.  While the call is queued or running its record is short, since the message
@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 from ...calls.model import (
     EXCERPT_BYTES,
@@ -29,10 +29,13 @@ from ...calls.model import (
 )
 from ...calls.names import FunctionName
 from ...calls.steps import Hold, Record, StoredAnswer, accept, build_call, may_forget_result
+from ...watchdog import log
 from .connection import Stored
 from .subjects import PLACES, UNDELIVERED, Place, parse_token
 
 Json = dict[str, Any]
+S = TypeVar("S")
+T = TypeVar("T")
 
 REVIVES_HEADER = "Faashound-Revives"  # the revision of a dead record that this message queues again
 HELD_S = 1e12  # the due time of a call that is held back: no clock will show it
@@ -43,6 +46,7 @@ _PLAIN_FIELDS = (
     *("cancel_requested", "hold"),
 )
 _DEFAULTS = Record._field_defaults
+_encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode  # `dumps` makes an encoder each time
 
 
 class Standing(NamedTuple):
@@ -116,6 +120,15 @@ def parse_waiting(data: bytes | memoryview) -> NewCall:
         return NewCall(**facts)
     except (KeyError, ValueError, TypeError) as error:
         raise QueueDamaged(f"a message of the queue cannot be read: {error!r}") from error
+
+
+def readable(parse: Callable[[T], S], given: T) -> S | None:
+    """Return what `parse` makes of a message, None of one that is damaged: lists and sweeps pass over it."""
+    try:
+        return parse(given)
+    except QueueDamaged as error:
+        log.error(str(error))
+        return None
 
 
 def build_record(standing: Standing, *, whole: bool) -> bytes:
@@ -198,7 +211,7 @@ def forget_result(record: Record, before_s: float) -> Record:
 
 
 def _pack(facts: Mapping[str, Any], *parts: bytes) -> bytes:
-    head = json.dumps(facts, separators=(",", ":")).encode()
+    head = _encode(facts).encode()
     return b"".join((len(head).to_bytes(4, "big"), head, *parts))
 
 

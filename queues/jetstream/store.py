@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from nats.aio.msg import Msg
 
 from ...calls.model import FINAL, CallUnknown, NewCall, QueueDamaged, State, destination_of
+from ...calls.names import FunctionName
 from ...calls.steps import Record
-from ...watchdog import log
 from .bodies import Bodies
 from .connection import TTL_HEADER, Conflict, Connection, Stored, Write
 from .flows import DUE_HEADER, Flows
@@ -34,13 +34,13 @@ from .records import (
     parse_record,
     parse_waiting,
     place_of,
+    readable,
 )
 from .subjects import FlowName, Place
 
 FOREVER_S = 10 * 365 * 86400.0
 READ_PAUSE_S = 0.05  # between two looks at a call that is on its way from one place to another
 READ_COUNT = 40  # of them: a record that is short, and whose message is gone, is damaged
-PAGE_COUNT = 100  # records that are read together
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class Store:
     async def start(self) -> None:
         """Learn how long calls are remembered, now and when it changes."""
         subject = self._names.subject("meta", "retention")
-        await self._connection.client.subscribe(subject, cb=self._on_retention)
+        await self._connection.subscribe(subject, self._on_retention)
         stored = await self._connection.load(subject)
         if stored is not None:
             self._retention = Retention(**json.loads(stored.data))
@@ -118,17 +118,11 @@ class Store:
             return standing
         return standing._replace(record=forget_result(standing.record, self._now() - kept_s))
 
-    async def walk(self, *places: Place, function: str = "*") -> AsyncIterator[Kept]:
-        """Yield the records of some places, oldest change first within each."""
-        for place in places:
-            subject, revision = self._names.subject("rec", place, "*", function), 1
-            while page := await self._connection.read_batch(subject, revision, PAGE_COUNT):
-                for stored in page:
-                    try:
-                        yield parse_record(stored)
-                    except QueueDamaged as error:
-                        log.error(str(error))
-                revision = page[-1].revision + 1
+    async def walk(self, place: Place, function: FunctionName | None = None) -> AsyncIterator[Kept]:
+        """Yield the records of a place, oldest change first."""
+        async for stored in self._connection.walk(self._names.records_at(place, function)):
+            if (kept := readable(parse_record, stored)) is not None:
+                yield kept
 
     # -- writing
 
@@ -145,6 +139,8 @@ class Store:
             self._names.record_of(accepted.id),
         )
         revision = await self._connection.publish(write)
+        if record.state in FINAL:
+            await self._connection.tell(self._names.event(accepted.id))
         if standing.place not in (None, place):
             await self.drop_older(accepted.id)
         return changed._replace(revision=revision)

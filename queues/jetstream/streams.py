@@ -19,7 +19,7 @@ from .connection import Conflict, Connection, Json, Options, Write
 
 QUEUE_PART, RECORDS_PART = 0.4, 0.6  # of nats_max_bytes; the record of a call that has ended is longer than its message
 
-_ESSENTIAL = ("subjects", "retention", "discard", "max_msgs_per_subject", "republish", "allow_msg_ttl", "max_age")
+_ESSENTIAL = ("subjects", "retention", "discard", "max_msgs_per_subject", "allow_msg_ttl", "max_age")
 _ODD = ("storage", "num_replicas", "max_bytes", "allow_direct", "max_msgs")
 
 
@@ -32,11 +32,6 @@ def build_streams(options: Options, connection: Connection) -> list[Json]:
         "num_replicas": options.replicas,
         "allow_direct": True,
         "allow_msg_ttl": True,
-    }
-    event = {
-        "src": names.subject("rec", "*", "*", "*"),
-        "dest": names.subject("event", "{{wildcard(2)}}"),
-        "headers_only": True,
     }
     waiting = [names.subject(kind, "*", "*", "*") for kind in ("call", "callback", "timer")]
     known = [names.subject(kind, "*", "*", "*") for kind in ("rec", "flow")]
@@ -55,7 +50,6 @@ def build_streams(options: Options, connection: Connection) -> list[Json]:
             "retention": "limits",
             "max_msgs_per_subject": 1,
             "max_bytes": int(options.max_bytes * RECORDS_PART),
-            "republish": event,
         },
         base
         | {

@@ -8,7 +8,7 @@ A token of a subject may hold no dot, and a function's whole name has one: `buil
   `P.key.HASH`, which call an idempotency key stands for; `P.flow.KIND.QUEUE.NAME`, which flows there are; `P.meta.*`.
 - `P-bodies`: `P.body.NAME.NUMBER`, long bodies in pieces, and `P.body.NAME.ref`, the call that names one.
 
-Outside of any stream: `P.event.ID` (a record has changed) and `P.owner.*` (questions to workers).
+Outside of any stream: `P.event.ID` (a call has ended) and `P.owner.*` (questions to workers).
 """
 
 from __future__ import annotations
@@ -124,6 +124,10 @@ class Names:
         """A filter that finds what waits of a call, in whatever queue."""
         return self.subject(kind, build_token(call_id), ">")
 
+    def waiting_for(self, function: FunctionName | None) -> str:
+        """A filter that finds the calls that wait for a function, or for any."""
+        return self.subject("call", "*", "*", "*" if function is None else build_token(function))
+
     def timer(self, call_id: str) -> str:
         """Where it is said that a call may expire."""
         return self.subject("timer", build_token(call_id), TIMERS.queue, TIMERS.name)
@@ -132,9 +136,22 @@ class Names:
         """Where the record of a call is."""
         return self.subject("rec", place, build_token(call_id), build_token(function))
 
+    def records_at(self, place: Place, function: FunctionName | None = None) -> str:
+        """A filter that finds the records at a place, of one function or of all."""
+        return self.subject("rec", place, "*", "*" if function is None else build_token(function))
+
+    def event(self, call_id: str) -> str:
+        """Where those who wait for the end of a call hear of it."""
+        return self.subject("event", build_token(call_id))
+
     def record_of(self, call_id: str) -> str:
         """A filter that finds the record of a call wherever it is."""
         return self.subject("rec", "*", build_token(call_id), "*")
+
+    @property
+    def flows(self) -> str:
+        """A filter that finds all that is said of flows."""
+        return self.subject("flow", "*", "*", "*")
 
     def flow(self, flow: FlowName) -> str:
         """Where it is said that there is a flow."""
@@ -155,6 +172,10 @@ class Names:
         if len(text) > _CONSUMER_CHARS or ":" in text:
             return f"{flow.kind}-{hashlib.sha256(text.encode()).hexdigest()[:40]}"
         return text
+
+    def owner(self, name: str) -> str:
+        """Where an owner of leases is asked."""
+        return self.subject("owner", build_token(name))
 
     def key(self, function: FunctionName, key: str) -> str:
         """Where it is said which call an idempotency key stands for."""

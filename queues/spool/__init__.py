@@ -1,0 +1,1 @@
+"""The queue of one machine: SQLite and files in one directory."""

@@ -103,7 +103,7 @@ class Bodies:
         await self._in_thread(work)
 
     async def _write_result(self, work: Callable[[], None], length: int) -> bool:
-        """Does `work`, which goes on where it stopped, until it succeeds; whether it had to wait."""
+        """Do `work`, which goes on where it stopped, until it succeeds; tell whether it had to wait."""
         lock: AbstractAsyncContextManager[None] = contextlib.nullcontext() if length else self._result_lock
 
         def write() -> None:
@@ -135,7 +135,7 @@ class Bodies:
         file: BodyFile,
         write: Callable[[Callable[[], None]], Awaitable[None]],
     ) -> StoredBody:
-        """Collects a body, by `write` in `file` if it is long; `write` has the file's methods run in a thread."""
+        """Collect a body, by `write` in `file` if it is long; `write` has the file's methods run in a thread."""
         pieces: list[bytes] = []
         total = held = 0
         begun = False

@@ -78,7 +78,7 @@ class BodyFile:
 
 
 def _allocate(fd: int, bytes_count: int) -> None:
-    """Takes up room for a file, all of it or none; OSError if there is not as much."""
+    """Take up room for a file, all of it or none; OSError if there is not as much."""
     before_bytes = os.fstat(fd).st_size
     try:
         os.posix_fallocate(fd, 0, bytes_count)
@@ -90,6 +90,7 @@ def _allocate(fd: int, bytes_count: int) -> None:
 
 
 def unlink_bodies(bodies_fd: int, files: Iterable[str]) -> int:
+    """Remove files, those that are there; return how many were."""
     count = 0
     for name in files:
         with contextlib.suppress(FileNotFoundError):
@@ -109,6 +110,7 @@ def list_old_bodies(bodies_fd: int, before_s: float) -> list[str]:
 
 
 def unlink_orphans(bodies_fd: int, files: Iterable[str]) -> int:
+    """Remove those of `files` that are not being written just now; return how many that were."""
     count = 0
     for name in files:
         try:
@@ -119,7 +121,7 @@ def unlink_orphans(bodies_fd: int, files: Iterable[str]) -> int:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             count += unlink_bodies(bodies_fd, [name])
         except BlockingIOError:
-            pass  # someone is still writing it
+            pass  # it is still being written
         finally:
             os.close(fd)
     return count

@@ -43,11 +43,11 @@ def _lease(tx: Transaction, seq: int, kind: Kind, claimant: Claimant) -> Lease:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """How much a claim may take: from which queues, how many in all, and how many of each flow named in `room`."""
+    """How much a claim may take: from which queues, how many in all, and how many of each flow named in `capacity`."""
 
     queues: tuple[str, ...]
     limit: int
-    room: Mapping[str, int]
+    capacity: Mapping[str, int]
 
 
 Flow = tuple[str, str]  # queue; function or destination
@@ -57,7 +57,7 @@ Claimed = tuple[list[Lease], Flow]  # and the flow that was served last
 
 
 def claim_calls(tx: Transaction, wanted: Wanted, last: Flow, claimant: Claimant) -> Claimed:
-    """Takes calls in turns, beginning behind the flow that was served `last`."""
+    """Take calls in turns, beginning behind the flow that was served `last`."""
     if expire(tx, claimant.now_s) == tx.step_count:
         tx.wake_up |= WakeUp.WORK  # more are waiting to be expired, and may hide live ones: come again
     picked = pick(tx.db, CALL_FLOWS, wanted, last, claimant.now_s)
@@ -71,7 +71,7 @@ def claim_calls(tx: Transaction, wanted: Wanted, last: Flow, claimant: Claimant)
 
 
 def claim_callbacks(tx: Transaction, wanted: Wanted, last: Flow, claimant: Claimant) -> Claimed:
-    """Takes callbacks in turns, as `claim_calls` takes calls."""
+    """Take callbacks in turns, as `claim_calls` takes calls."""
     ready = {"now_s": claimant.now_s, "limit": tx.step_count}
     if tx.db.execute(SQL_READY_CALLBACKS, ready).rowcount == tx.step_count:
         tx.wake_up |= WakeUp.WORK  # more are due than one step may touch: come again
@@ -93,19 +93,19 @@ def pick(
         return []
 
     def due(flow: Flow, count: int) -> list[tuple[int, Flow]]:
-        count = min(count, wanted.room.get(flow[1], count))
+        count = min(count, wanted.capacity.get(flow[1], count))
         return [(seq, flow) for (seq,) in db.execute(statements.due, (*flow, now_s, count))]
 
     share = -(-wanted.limit // len(flows))
     heads = {flow: due(flow, share) for flow in flows}
     if sum(map(len, heads.values())) < wanted.limit:  # some flows are short: the others get their part
         heads = {flow: due(flow, wanted.limit) if len(head) == share else head for flow, head in heads.items()}
-    left = dict(wanted.room)
+    left = dict(wanted.capacity)
     picked: list[tuple[int, Flow]] = []
     for entry in filter(None, itertools.chain.from_iterable(itertools.zip_longest(*heads.values()))):
         name = entry[1][1]
         if left.setdefault(name, wanted.limit) > 0 and len(picked) < wanted.limit:
-            left[name] -= 1  # one function, or destination, in two queues shares one room
+            left[name] -= 1  # one function, or destination, in two queues shares one capacity
             picked.append(entry)
     return picked
 
@@ -124,11 +124,12 @@ def _walk_flows(
         for (flow,) in rows:
             if upto is not None and flow > upto:
                 break
-            if wanted.room.get(flow, 1) > 0:
+            if wanted.capacity.get(flow, 1) > 0:
                 yield queue_name, flow
 
 
 def renew(tx: Transaction, leases: Sequence[Lease], boot: str, until_s: float) -> Renewal:
+    """Let leases last until `until_s`, by the clock of this boot; tell which are gone, and what is to be cancelled."""
     lost, cancelled = set(), set()
     for lease in leases:
         cursor = tx.db.execute(

@@ -56,7 +56,7 @@ def _open_database(directory: SpoolDirectory) -> sqlite3.Connection:
 
 
 def open_database(directory: SpoolDirectory, reserve: Reserve) -> sqlite3.Connection:
-    """Opens the file with the reserve's room if need be: its journal and the index of that are made by the first."""
+    """Open the file with the reserve's room if need be: its journal and the index of that are made by the first."""
     try:
         return _open_database(directory)
     except QueueFull:
@@ -65,7 +65,7 @@ def open_database(directory: SpoolDirectory, reserve: Reserve) -> sqlite3.Connec
 
 
 def _create_database(path: Path) -> None:
-    """Makes the file under another name first: a `spool.sqlite3` that is empty is always a damaged one."""
+    """Make the file under another name first: a `spool.sqlite3` that is empty is always a damaged one."""
     draft = path.with_name(f"{DATABASE}.new")
     for tail in ("", "-wal", "-shm"):
         draft.with_name(draft.name + tail).unlink(missing_ok=True)
@@ -83,7 +83,7 @@ def _create_database(path: Path) -> None:
 
 
 def _check(db: sqlite3.Connection, path: Path) -> None:
-    """Refuses what is not ours or not whole, as far as can be told without reading all of it."""
+    """Refuse what is not ours or not whole, as far as can be told without reading all of it."""
     if db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
         raise damaged_error(path, "is some other program's file")
     version = db.execute("PRAGMA user_version").fetchone()[0]
@@ -114,7 +114,7 @@ def _missing_pages(path: Path, page_count: int, page_bytes: int) -> set[int]:
 
 
 def migrate_schema(db: sqlite3.Connection) -> None:
-    """Brings an older file to the newest version, one version per transaction; lends SQL what the law needs of us."""
+    """Bring an older file to the newest version, one version per transaction; lend SQL what the law needs of us."""
     db.create_function("destination_of", 1, destination_of, deterministic=True)
     (version,) = db.execute("PRAGMA user_version").fetchone()
     for number, script in enumerate(MIGRATIONS[version:], version + 1):

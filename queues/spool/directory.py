@@ -30,11 +30,15 @@ from .limits import DATABASE, LOCK_PAUSE_S, LOCK_S
 # two processes ever checkpoint at once. SQLite's own locking stays on: the flock is for turns, not for safety.
 #
 # What is in the directory is trusted: the token opens `/system`, a row is a call that is run. So directory and files
-# must be ours, and nobody else may write them. Wider modes are refused and not mended, as there is no telling what was
-# written meanwhile; modes that only let others read are the operator's business. The directory is looked at first:
+# must be ours, and no other user may write them. Wider modes are refused and not mended, as there is no telling what
+# was written meanwhile; modes that only let others read are the operator's business. The directory is looked at first:
 # where only we can make names, nothing can be exchanged between a look and its use. All that we open below it is opened
 # without following a link.
 # --------------------------------------------------------------------------------------------------------------------
+
+
+class LockHeld(QueueUnavailable):
+    """`writer.lock` could not be had in time; the text names the process that holds it."""
 
 
 TOKEN_CHARS = 32  # at least; ours have 43, which are 256 bits
@@ -65,9 +69,9 @@ class SpoolDirectory:
 
     @contextlib.contextmanager
     def writer_lock(self) -> Iterator[None]:
-        """Holds `writer.lock`: every write, checkpoint and owner look-up happens inside.
+        """Hold `writer.lock`: every write, checkpoint and owner look-up happens inside.
 
-        QueueUnavailable if it cannot be had: the process that holds it may be suspended, or stuck on a disk.
+        LockHeld if it cannot be had: the process that holds it may be suspended, or stuck on a disk.
         """
         _take_writer_lock(self.lock_fd)
         try:
@@ -81,7 +85,7 @@ class SpoolDirectory:
 
 
 def _take_writer_lock(lock_fd: int) -> None:
-    """Lock `writer.lock`, within LOCK_S.
+    """Lock `writer.lock`, within LOCK_S; LockHeld after that.
 
     flock(2) has no time limit, so it is asked again and again; a commit holds it for a millisecond or so, and its next
     group needs longer to gather than we sleep, so that processes really take turns.
@@ -94,7 +98,7 @@ def _take_writer_lock(lock_fd: int) -> None:
         except BlockingIOError:
             waited_s = time.monotonic() - started_s
         if waited_s > LOCK_S:
-            raise QueueUnavailable(f"the queue's lock has been held for {LOCK_S:g} s by {_lock_holder(lock_fd)}")
+            raise LockHeld(f"the queue's lock has been held for {LOCK_S:g} s by {_lock_holder(lock_fd)}")
         time.sleep(max(LOCK_PAUSE_S, min(waited_s / 50, 0.02)))
 
 
@@ -105,10 +109,14 @@ def _lock_holder(lock_fd: int) -> str:
         for fields in map(str.split, file):
             if fields[1] == "FLOCK" and fields[5].rpartition(":")[2] == inode:
                 return f"process {fields[4]}"
-    return "somebody"
+    return "a process that /proc/locks does not show"
 
 
 def open_directory(path: Path) -> SpoolDirectory:
+    """Open the directory of a queue, made if it is not there (0700), whole on disk with its path.
+
+    Raises QueueUnavailable for one that others may write, or that is not ours; OSError.
+    """
     missing = [place for place in (path, *path.parents) if not place.exists()]
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     for place in missing:  # else a power cut may take the directory, and every call in it
@@ -165,13 +173,13 @@ def _check_name(root_fd: int, path: Path) -> None:
 
 
 def _check_ours(path: Path, info: os.stat_result) -> None:
-    """QueueUnavailable unless it is a file or directory of ours that nobody else may write."""
+    """QueueUnavailable unless it is a file or directory of ours that no other user may write."""
     if info.st_uid != os.geteuid() or not (stat.S_ISREG(info.st_mode) or stat.S_ISDIR(info.st_mode)):
         raise _not_ours(path, info)
     if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise QueueUnavailable(
             f"{path} may be written by others (mode {stat.S_IMODE(info.st_mode):04o}), and what is in it is trusted."
-            f" If nobody has tampered with it: chmod go-w {shlex.quote(str(path))}"
+            f" If it has not been tampered with: chmod go-w {shlex.quote(str(path))}"
         )
 
 
@@ -186,6 +194,7 @@ def _not_ours(path: Path, info: os.stat_result) -> QueueUnavailable:
 
 
 def sync_directory(path: Path) -> None:
+    """Have the names in a directory on the disk."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -228,7 +237,7 @@ def _create_token(directory: SpoolDirectory) -> None:
 
 
 def set_aside(directory: Path | str) -> Path:
-    """Moves a queue's file, its journal and its bodies out of the way, whole, under names ending in `.damaged-<time>`.
+    """Move a queue's file, its journal and its bodies out of the way, whole, under names ending in `.damaged-<time>`.
 
     For a person to call once everything that uses the queue is stopped. The next `Spool.open` begins an empty queue.
     Returns the new path of the file. Raises QueueUnavailable when there is nothing to set aside, or no access.

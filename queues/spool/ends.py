@@ -27,7 +27,7 @@ def _end_lease(tx: Transaction, lease: Lease, kind: Kind) -> int:
     sql = "DELETE FROM leases WHERE fence = ? AND owner = ? RETURNING seq"
     row = tx.db.execute(sql, (lease.fence, lease.owner)).fetchone()
     if row is None:
-        raise LeaseLost(f"the lease on call {lease.call.id} has passed to someone else")
+        raise LeaseLost(f"the lease on call {lease.call.id} has ended, or passed to another worker")
     seq: int = row[0]
     return seq
 

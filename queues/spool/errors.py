@@ -20,12 +20,14 @@ DISK_FULL = "the queue's disk is full"
 
 
 def disk_error(error: OSError) -> FaashoundError:
+    """Return what an error of the disk is to users of the queue: QueueFull, or QueueUnavailable."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return QueueFull(DISK_FULL)
     return QueueUnavailable(f"the queue cannot use its disk: {error.strerror or type(error).__name__}")
 
 
 def sqlite_error(error: sqlite3.Error) -> FaashoundError:
+    """Return what an error of SQLite is to users of the queue: QueueFull, QueueDamaged or QueueUnavailable."""
     # Python hands on extended codes; the primary code is the low byte. Errors of Python's own have none.
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
     if code & 0xFF == sqlite3.SQLITE_FULL or code == sqlite3.SQLITE_IOERR_SHMSIZE:
@@ -36,7 +38,7 @@ def sqlite_error(error: sqlite3.Error) -> FaashoundError:
 
 
 def open_error(path: Path, error: OSError) -> FaashoundError:
-    """Says what an operator needs: which path, whose it is, and who we are."""
+    """Say what an operator needs: which path, the user that it belongs to, and the user that this process runs as."""
     if error.errno not in (errno.EACCES, errno.EPERM):
         return type(disk_error(error))(f"cannot use the queue in {path}: {error.strerror}")
     place = Path(error.filename) if isinstance(error.filename, str) else path
@@ -53,6 +55,7 @@ def open_error(path: Path, error: OSError) -> FaashoundError:
 
 
 def user_name(uid: int) -> str:
+    """Return what an operator calls the user with a number."""
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
@@ -60,6 +63,7 @@ def user_name(uid: int) -> str:
 
 
 def damaged_error(path: Path, why: str) -> QueueDamaged:
+    """Return the error for a file that is damaged or foreign, with what an operator may do."""
     return QueueDamaged(
         f"{path} {why}. It has been left as it is. Restore a backup, or start with an empty queue after"
         f" python -c 'from faashound.queues.spool.directory import set_aside; set_aside({str(path.parent)!r})'"

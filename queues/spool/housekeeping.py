@@ -19,7 +19,7 @@ from ...calls.model import EXCERPT_BYTES, Bounds, State
 from ...calls.names import FunctionName
 from ...calls.steps import STALE_ERROR
 from ...watchdog import log
-from .limits import BUSY_S, LETTER_BYTES, SET_BACK_S, SPARE_PAGE_COUNT
+from .limits import BUSY_S, DEAD_LETTER_BYTES, SET_BACK_S, SPARE_PAGE_COUNT
 from .notifier import WakeUp
 from .rows import read_stored, save
 from .statements import (
@@ -54,9 +54,9 @@ def _expire(tx: Transaction, sql: str, values: dict[str, float], now_s: float, e
 
 
 def follow_clock(tx: Transaction, boot: str, offset_s: float) -> None:
-    """Has a wall clock that was set back take with it what was due by then, which would wait for it to catch up.
+    """Have a wall clock that was set back take with it what was due by then, which would wait for it to catch up.
 
-    `offset_s` is the wall clock less the clock of this boot, which nobody sets; the greatest seen is remembered.
+    `offset_s` is the wall clock less the clock of this boot, which cannot be set; the greatest seen is remembered.
     A clock set forward only lets things come early, and nothing is shifted for it.
     """
     row = tx.db.execute("SELECT boot, offset_s FROM clock").fetchone()
@@ -102,6 +102,7 @@ def _read_step(tx: Transaction, sql: str, before_s: float, after: Position) -> l
 
 
 def drop_results(tx: Transaction, before_s: float, after: Position) -> Dropped:
+    """Drop results stored before `before_s`, all but how they begin: one step."""
     rows = _read_step(tx, SQL_OLD_RESULTS, before_s, after)
     tx.db.executemany(
         "UPDATE results SET excerpt = coalesce(excerpt, substr(inline, 1, ?)), headers = '[]',"
@@ -113,25 +114,26 @@ def drop_results(tx: Transaction, before_s: float, after: Position) -> Dropped:
 
 
 def drop_calls(tx: Transaction, before_s: float, after: Position) -> Dropped:
+    """Delete calls that ended before `before_s`, with all that hangs on them: one step."""
     rows = _read_step(tx, SQL_OLD_CALLS, before_s, after)
     files = _delete(tx, [seq for seq, _ in rows])
     return Dropped(len(rows), files, (rows[-1][1], rows[-1][0]) if len(rows) == tx.step_count else None)
 
 
-def letters_before(db: sqlite3.Connection, now_s: float, bounds: Bounds) -> float:
-    """The time up to which letters are too old, or too many with those that are newer."""
+def dead_letters_before(db: sqlite3.Connection, now_s: float, bounds: Bounds) -> float:
+    """The time up to which dead letters are too old, or too many with those that are newer."""
     before_s = now_s - bounds.dead_s
     left_bytes = float("inf") if bounds.dead_bytes is None else bounds.dead_bytes
     if left_bytes != float("inf"):
         for finished_s, bytes_count in db.execute(SQL_LETTER_SIZES):
-            left_bytes -= bytes_count + LETTER_BYTES
+            left_bytes -= bytes_count + DEAD_LETTER_BYTES
             if left_bytes < 0 or finished_s <= before_s:
                 return max(before_s, float(finished_s))
     return before_s
 
 
-def drop_letters(tx: Transaction, before_s: float) -> tuple[list[tuple[str, str]], tuple[str, ...]]:
-    """One step of dropping letters; returns id and function of each, and files that nothing names now."""
+def drop_dead_letters(tx: Transaction, before_s: float) -> tuple[list[tuple[str, str]], tuple[str, ...]]:
+    """One step of dropping dead letters; return id and function of each, and files that nothing names now."""
     values = {"before_s": before_s, "limit": tx.step_count}
     rows = tx.db.execute(SQL_OLD_LETTERS, values).fetchall() or tx.db.execute(SQL_OLD_DEAD_CALLBACKS, values).fetchall()
     files = _delete(tx, [seq for seq, _, _ in rows])
@@ -139,7 +141,7 @@ def drop_letters(tx: Transaction, before_s: float) -> tuple[list[tuple[str, str]
 
 
 def _delete(tx: Transaction, rows: Sequence[int]) -> tuple[str, ...]:
-    """Deletes calls and all that hangs on them; returns the body files they named."""
+    """Delete calls and all that hangs on them; return the body files they named."""
     files: list[str] = []
     for seq in rows:
         files.extend(file for (file,) in tx.db.execute(SQL_FILES, {"seq": seq}))
@@ -148,6 +150,10 @@ def _delete(tx: Transaction, rows: Sequence[int]) -> tuple[str, ...]:
 
 
 def purge(tx: Transaction, state: State, function: FunctionName | None, call_id: str | None, after_seq: int) -> Dropped:
+    """Delete calls in a final `state`, of one function or with one id if given, behind a row: one step.
+
+    Those with a callback under way stay.
+    """
     rows = tx.db.execute(
         "SELECT seq FROM calls WHERE state = :state AND seq > :after AND (:function IS NULL OR function = :function)"
         " AND (:id IS NULL OR id = :id) AND NOT EXISTS (SELECT 1 FROM callbacks"
@@ -159,7 +165,7 @@ def purge(tx: Transaction, state: State, function: FunctionName | None, call_id:
 
 
 def drop_payloads(tx: Transaction, rows: Sequence[int]) -> tuple[str, ...]:
-    """Forgets the bodies of calls that will not run again, but not how long they were; returns the files they named.
+    """Forget the bodies of calls that will not run again, but not how long they were; return the files they named.
 
     Long header fields go as well: they can fill a disk as bodies do, and a row that kept them would be written anew.
     """
@@ -173,7 +179,7 @@ def drop_payloads(tx: Transaction, rows: Sequence[int]) -> tuple[str, ...]:
 
 
 def truncate_journal(db: sqlite3.Connection) -> None:
-    """Writes the journal back and cuts it to nothing, unless someone reads from it just now: then the next time."""
+    """Write the journal back and cut it to nothing, unless a reader is in it just now: then the next time."""
     db.execute("PRAGMA busy_timeout = 0")  # else it would wait for readers, and all writers with it
     try:
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
@@ -187,6 +193,7 @@ def forget_idle(tx: Transaction) -> None:
 
 
 def find_unnamed(db: sqlite3.Connection, files: Sequence[str]) -> list[str]:
+    """Return those of `files` that no call and no result names."""
     sql = (
         "SELECT EXISTS (SELECT 1 FROM requests WHERE file = :file) OR EXISTS (SELECT 1 FROM results WHERE file = :file)"
     )
@@ -194,7 +201,7 @@ def find_unnamed(db: sqlite3.Connection, files: Sequence[str]) -> list[str]:
 
 
 def vacuum(tx: Transaction) -> int:
-    """Gives some free pages back to the disk; returns how many, 0 when only the spare ones are left."""
+    """Give some free pages back to the disk; return how many, 0 when only the spare ones are left."""
     (free,) = tx.db.execute("PRAGMA freelist_count").fetchone()
     count: int = max(0, min(free - SPARE_PAGE_COUNT, tx.step_count))
     if count:

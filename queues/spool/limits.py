@@ -35,7 +35,7 @@ RECLAIM_S = 1.0  # shortest time between two looks for dead owners
 KEPT_HEADERS_CHARS = 1024  # of a request's fields, as stored: longer ones go when its payload does
 
 
-LETTER_BYTES = 1024  # what a dead letter without bodies is reckoned to take
+DEAD_LETTER_BYTES = 1024  # what a dead letter without bodies is reckoned to take
 
 
 ORPHAN_S = 3600.0  # a stored body that no row names after this time is a crash's leftover

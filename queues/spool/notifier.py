@@ -60,7 +60,7 @@ class Notifier:
         return WakeUp.ALL if len(found) > 1 else sum(found) & WakeUp.ALL
 
     def wake(self, wake_up: int) -> None:
-        """Wakes every other process. One that cannot be woken is logged: it must not keep the queue from its work."""
+        """Wake every other process. One that cannot be woken is logged: it must not keep the queue from its work."""
         try:
             self._look_around()
         except OSError as error:

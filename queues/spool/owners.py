@@ -21,6 +21,7 @@ from .directory import SpoolDirectory
 
 
 def lock_owner(directory: SpoolDirectory, owner: str) -> int:
+    """Return the descriptor whose lock is the life of `owner`.  Raises QueueUnavailable if it is at work already."""
     fd = os.open(owner, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=directory.owners_fd)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -31,6 +32,7 @@ def lock_owner(directory: SpoolDirectory, owner: str) -> int:
 
 
 def is_dead(directory: SpoolDirectory, owner: str) -> bool:
+    """Tell whether an owner has ended; under the writer lock."""
     try:
         fd = os.open(owner, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory.owners_fd)
     except FileNotFoundError:
@@ -45,6 +47,7 @@ def is_dead(directory: SpoolDirectory, owner: str) -> bool:
 
 
 def remove_dead_owners(directory: SpoolDirectory) -> None:
+    """Remove the files of owners that have ended; under the writer lock."""
     for owner in os.listdir(directory.owners_fd):
         if is_dead(directory, owner):
             with contextlib.suppress(FileNotFoundError):
@@ -52,6 +55,7 @@ def remove_dead_owners(directory: SpoolDirectory) -> None:
 
 
 def read_boot_id() -> str:
+    """Return the name of this boot: no lease of another one is held any more."""
     return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
 
 

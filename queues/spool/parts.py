@@ -35,6 +35,7 @@ class Parts:
 
 
 def open_parts(path: Path, limits: QueueLimits) -> Parts:
+    """Open what a queue consists of, made if it is not there.  Raises the queue's errors, with nothing left open."""
     path = path.absolute()
     if sqlite3.sqlite_version_info < SQLITE_VERSION:
         raise QueueUnavailable(

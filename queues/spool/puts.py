@@ -109,7 +109,7 @@ def _check_names(db: sqlite3.Connection, function: FunctionName) -> None:
 
 
 def put_all(tx: Transaction, puts: Sequence[Put]) -> None:
-    """Queues calls without an idempotency key, all or none; TooManyQueued, sqlite3.IntegrityError if an id is in use.
+    """Queue calls without an idempotency key, all or none; TooManyQueued, sqlite3.IntegrityError if an id is in use.
 
     Python gives its lock away for each row that a statement yields or is run for, and a busy event loop takes its time
     to hand it back: so there is a statement for many rows, of few different lengths, as each has to be prepared.
@@ -125,7 +125,7 @@ def put_all(tx: Transaction, puts: Sequence[Put]) -> None:
         chunk = puts[done_count : done_count + count]
         calls = itertools.chain.from_iterable(_calls_values(put.call) for put in chunk)
         last = tx.db.execute(_sql_put_calls(count), tuple(calls)).lastrowid
-        # Each row got a number one above the greatest (sqlite.org/autoinc.html), and nobody else is writing.
+        # Each row got a number one above the greatest (sqlite.org/autoinc.html), and this transaction alone is writing.
         seqs = itertools.count(cast(int, last) - count + 1)
         requests = itertools.chain.from_iterable(map(_requests_values, seqs, chunk))
         tx.db.execute(_sql_put_requests(count), tuple(requests))

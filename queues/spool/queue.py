@@ -42,6 +42,7 @@ from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
     Callable,
+    Collection,
     Mapping,
     Sequence,
 )
@@ -54,9 +55,12 @@ from ...calls.model import (
     EXCERPT_BYTES,
     FINAL,
     Attempt,
+    Backlog,
     Bounds,
     Call,
+    CallbackState,
     CallUnknown,
+    Changes,
     Kind,
     Lease,
     LeaseLost,
@@ -83,7 +87,7 @@ from .notifier import WakeUp
 from .owners import boot_s, is_dead, lock_owner, read_boot_id, remove_dead_owners
 from .parts import Parts, open_parts
 from .puts import Put
-from .reads import CallFilter, Outlook
+from .reads import Outlook, Page
 from .rows import build_accepted, build_headers, find_call
 from .transaction import Transaction
 from .writer import Writer
@@ -129,7 +133,7 @@ class Spool:
     async def open(
         cls, directory: Path, *, limits: QueueLimits | None = None, now: Callable[[], float] = time.time
     ) -> Spool:
-        """Opens the queue in `directory`, or creates it (0700); `now` is the wall clock, in seconds since the epoch.
+        """Open the queue in `directory`, or create it (0700); `now` is the wall clock, in seconds since the epoch.
 
         Brings an older file to the newest version. Raises QueueDamaged, naming file and remedy, for a file that is
         damaged, foreign or newer; QueueUnavailable, naming path and owner, when it may not be used.
@@ -145,7 +149,7 @@ class Spool:
         return spool
 
     async def close(self) -> None:
-        """Finishes the writes under way and lets go of everything; leases still held become void. May be repeated."""
+        """Finish the writes under way and let go of everything; leases still held become void. May be repeated."""
         if self._closed:
             return
         self._closed = True
@@ -187,7 +191,7 @@ class Spool:
     # -- bodies
 
     async def store_body(self, chunks: AsyncIterator[bytes] | bytes, limit_bytes: int | None = None) -> StoredBody:
-        """Makes a body safe before the call that names it is put, or the result finished.
+        """Make a body safe before the call that names it is put, or the result finished.
 
         Up to INLINE_BYTES it stays in memory and goes into the row; beyond that into a file, on disk when this returns.
         The body must be named within ORPHAN_S, else `sweep` takes it for a crash's leftover. Raises BodyTooLarge above
@@ -215,14 +219,14 @@ class Spool:
         return self._bodies.open(body, chunk_bytes)
 
     async def drop_body(self, body: StoredBody) -> None:
-        """Removes the file of a body that no call names."""
+        """Remove the file of a body that no call names."""
         if body.file is not None:
             await self._bodies.drop([body.file])
 
     # -- submitting and following calls
 
     async def put(self, call: NewCall) -> Call:
-        """Queues a call; it is on disk when this returns.
+        """Queue a call; it is on disk when this returns.
 
         The same idempotency key for the same function, while that call is remembered: the earlier Call is returned
         and the new body dropped. Raises KeyReused when that was another request, CallExists when the id is in use,
@@ -259,7 +263,7 @@ class Spool:
         return await self._write(partial(ends.cancel, call_id=call_id, now_s=self._now()))
 
     async def cancel_queued(self, *, function: FunctionName | None = None) -> int:
-        """Cancels every queued call, of one function or of all, and drops their payloads; returns how many.
+        """Cancel every queued call, of one function or of all, and drop their payloads; return how many.
 
         In steps, so calls that come meanwhile may be among them. What runs goes on.
         """
@@ -276,7 +280,7 @@ class Spool:
     # -- owners and leases
 
     async def enlist(self, owner: str | None = None) -> str:
-        """Makes this process an owner of leases, for as long as it lives, and returns the owner's name.
+        """Make this process an owner of leases, for as long as it lives, and return the owner's name.
 
         What an earlier life of the same name still held is taken back. QueueUnavailable if the name is at work.
         """
@@ -292,14 +296,14 @@ class Spool:
         return name
 
     async def claim(
-        self, queues: Sequence[str], owner: str, lease_s: float, limit: int, room: Mapping[str, int] | None = None
+        self, queues: Sequence[str], owner: str, lease_s: float, limit: int, capacity: Mapping[str, int] | None = None
     ) -> list[Lease]:
-        """Leases up to `limit` due calls from `queues`, and no more of a function than `room` says where it names it.
+        """Lease up to `limit` due calls from `queues`, and no more of a function than `capacity` says if it names it.
 
-        A function with no room is passed over. `owner` must be enlisted here. Taking leases costs one commit; finding
-        nothing costs none. If the caller is cancelled, what was claimed for it is released.
+        A function whose capacity is 0 is passed over. `owner` must be enlisted here. Taking leases costs one commit;
+        finding nothing costs none. If the caller is cancelled, what was claimed for it is released.
         """
-        claimant, wanted = self._claimant(owner, lease_s), Wanted(tuple(queues), limit, dict(room or {}))
+        claimant, wanted = self._claimant(owner, lease_s), Wanted(tuple(queues), limit, dict(capacity or {}))
         if limit <= 0:
             return []
         leases = await self._claimed("call", claims.claim_calls, wanted, claimant)
@@ -307,14 +311,14 @@ class Spool:
         return leases
 
     async def claim_callbacks(
-        self, queues: Sequence[str], owner: str, lease_s: float, limit: int, room: Mapping[str, int] | None = None
+        self, queues: Sequence[str], owner: str, lease_s: float, limit: int, capacity: Mapping[str, int] | None = None
     ) -> list[Lease]:
-        """Leases up to `limit` due callbacks of calls of `queues`; otherwise as `claim`.
+        """Lease up to `limit` due callbacks of calls of `queues`; otherwise as `claim`.
 
-        Destinations take turns as functions do, and `room` is theirs: see `destination_of`. Within one, the longest
+        Destinations take turns as functions do, and `capacity` is theirs: see `destination_of`. Within one, the longest
         due comes first.
         """
-        claimant, wanted = self._claimant(owner, lease_s), Wanted(tuple(queues), limit, dict(room or {}))
+        claimant, wanted = self._claimant(owner, lease_s), Wanted(tuple(queues), limit, dict(capacity or {}))
         if limit <= 0:
             return []
         leases = await self._claimed("callback", claims.claim_callbacks, wanted, claimant)
@@ -352,16 +356,16 @@ class Spool:
             self._write(partial(ends.release, lease=lease, now_s=self._now()))
 
     async def renew(self, leases: Sequence[Lease], lease_s: float) -> Renewal:
-        """Lets the leases last `lease_s` seconds from now; tells which are lost and which calls to cancel."""
+        """Let the leases last `lease_s` seconds from now; tell which are lost and which calls to cancel."""
         until_s = boot_s() + lease_s
         return await self._write(partial(claims.renew, leases=tuple(leases), boot=self._boot, until_s=until_s))
 
     async def cancelled_ids(self, owner: str) -> frozenset[str]:
-        """The calls that `owner` runs and someone wants cancelled; ask when `wait_for_cancel` returns."""
+        """The calls that `owner` runs and that are to be cancelled; ask when `wait_for_cancel` returns."""
         return await self._read(partial(reads.cancelled_ids, owner=owner))
 
     async def reclaim(self) -> int:
-        """Takes back what dead owners hold and what was not renewed in time; returns how many. `claim` does it too."""
+        """Take back what dead owners hold and what was not renewed in time; return how many. `claim` does it too."""
         return await self._write(self._take_back)
 
     def _reclaim_sometimes(self, tx: Transaction) -> None:
@@ -379,7 +383,7 @@ class Spool:
         dead = {owner for (owner,) in owners if is_dead(self._directory, owner)}
         return ends.take_back(tx, dead, self._boot, self._reclaimed_s, self._now())
 
-    # -- ending a lease on a call: LeaseLost if someone else has it by now
+    # -- ending a lease on a call: LeaseLost if it has ended, or another worker has it by now
 
     async def finish(self, lease: Lease, end: RunEnd) -> None:
         """The call has ended, also when a cancel came too late. On LeaseLost the result's file is dropped."""
@@ -401,11 +405,11 @@ class Spool:
         return await self._write(partial(ends.retry, lease=lease, attempt=attempt, due_s=due_s, excerpt=kept))
 
     async def release(self, lease: Lease) -> None:
-        """Hands back a call or a callback that was not tried: at once, in its old place, the attempt not counted."""
+        """Hand back a call or a callback that was not tried: at once, in its old place, the attempt not counted."""
         await self._write(partial(ends.release, lease=lease, now_s=self._now()))
 
     async def finish_cancelled(self, lease: Lease, attempt: Attempt) -> None:
-        """The run was stopped because someone cancelled the call."""
+        """The run was stopped because the call was cancelled."""
         await self._write(partial(ends.finish_cancelled, lease=lease, attempt=attempt))
 
     # -- ending a lease on a callback
@@ -419,7 +423,7 @@ class Spool:
         await self._write(partial(ends.end_callback, lease=lease, attempt=attempt, event=Event.RETRY, due_s=due_s))
 
     async def callback_dead(self, lease: Lease, attempt: Attempt) -> None:
-        """The delivery has failed for good; kept until someone requeues or purges it."""
+        """The delivery has failed for good; kept until an operator requeues or purges it."""
         await self._write(partial(ends.end_callback, lease=lease, attempt=attempt, event=Event.GIVE_UP))
 
     # -- waiting
@@ -467,7 +471,7 @@ class Spool:
             self._callback_seen_s = max(self._callback_seen_s, outlook.callback_due_s)
 
     async def wait_for_cancel(self, timeout_s: float) -> bool:
-        """True when someone has asked for the end of a running call, here or elsewhere; see `cancelled_ids`."""
+        """True when the end of a running call has been asked for, here or elsewhere; see `cancelled_ids`."""
         return await self._waited(self._cancel, timeout_s)
 
     async def _waited(self, event: asyncio.Event, timeout_s: float) -> bool:
@@ -515,13 +519,29 @@ class Spool:
         function: FunctionName | None = None,
         limit: int = 100,
         before: str | None = None,
+        callback: CallbackState | None = None,
+        id_start: str | None = None,
     ) -> list[Call]:
         """Calls, newest first, without what may be long: path, query, callback URL, header fields, bodies, history.
 
         (`get` has them; they are empty or None here, and so one page takes little memory whatever callers send.)
         A page begins behind the call `before`, the last one of the page in front; CallUnknown if it is gone by now.
+        What it costs does not grow with the queue, but with the functions where only a state is wanted, and with the
+        calls that share `id_start`, the beginning of their id, or the state of their callback.
         """
-        return await self._read(partial(reads.list_calls, wanted=CallFilter(state, function, limit, before)))
+        wanted = Page(state, function, callback, id_start, limit, before)
+        return await self._read(partial(reads.list_calls, wanted=wanted))
+
+    async def changes(self, mark: str | None, leased_ids: Collection[str], limit: int) -> Changes:
+        """What has changed since `mark`, None: nothing yet, where does one begin?
+
+        `leased_ids` are the calls that ran, or whose callback was on its way, when they were told last.
+        """
+        return await self._read(partial(reads.find_changes, mark=mark, leased_ids=leased_ids, limit=limit))
+
+    async def backlog(self) -> Backlog:
+        """What is still to be done and what was given up; what has ended well is not looked at."""
+        return await self._read(partial(reads.count_backlog, now_s=self._now()))
 
     async def requeue_dead(self, call_id: str) -> Call:
         """A dead letter is queued as if new: due now, no expiry, attempts from 0. Or CallNotDead, CallUnknown."""
@@ -534,7 +554,7 @@ class Spool:
         return await self._write(partial(ends.requeue_callback, call_id=call_id, now_s=self._now()))
 
     async def purge(self, *, state: State, function: FunctionName | None = None, call_id: str | None = None) -> int:
-        """Deletes calls in a final state, except those with a callback under way; returns how many."""
+        """Delete calls in a final state, except those with a callback under way; return how many."""
         if state not in FINAL:
             raise AssertionError(f"calls that are {state.value} are not for purging: cancel them")
         total, position = 0, (0.0, -1)
@@ -562,7 +582,7 @@ class Spool:
     # -- housekeeping
 
     async def sweep(self, keep_results_s: float, retention_s: float, bounds: Bounds | None = None) -> Swept:
-        """Drops results and calls that have been final for longer, leftovers of crashes, and gives their room back.
+        """Drop results and calls that have been final for longer, leftovers of crashes, and give their room back.
 
         Never touches dead letters or calls whose callback is not delivered, except for a dead letter's result, unless
         `bounds` says so; each of those that goes is logged. Works in small steps: writers are never kept waiting for
@@ -578,19 +598,19 @@ class Spool:
             expired += count
         results, files = await self._drop_old(housekeeping.drop_results, now_s - keep_results_s)
         calls, more_files = await self._drop_old(housekeeping.drop_calls, now_s - retention_s)
-        letters, letter_files = await self._drop_letters(now_s, bounds)
+        letters, letter_files = await self._drop_dead_letters(now_s, bounds)
         files += more_files + letter_files + await self._drop_orphans()
         await self._write(housekeeping.forget_idle)
         await self._write(lambda _: remove_dead_owners(self._directory), alone=True)
         return Swept(expired, results, calls, files, await self._shrink(), letters)
 
-    async def _drop_letters(self, now_s: float, bounds: Bounds) -> tuple[int, int]:
+    async def _drop_dead_letters(self, now_s: float, bounds: Bounds) -> tuple[int, int]:
         if bounds.dead_s == float("inf") and bounds.dead_bytes is None:
             return 0, 0
-        before_s = await self._read(partial(housekeeping.letters_before, now_s=now_s, bounds=bounds))
+        before_s = await self._read(partial(housekeeping.dead_letters_before, now_s=now_s, bounds=bounds))
         count = files_count = 0
         while True:
-            letters, files = await self._write(partial(housekeeping.drop_letters, before_s=before_s))
+            letters, files = await self._write(partial(housekeeping.drop_dead_letters, before_s=before_s))
             if not letters:
                 return count, files_count
             for call_id, function in letters:
@@ -599,7 +619,7 @@ class Spool:
             count += len(letters)
 
     async def _drop_old(self, step: DropStep, before_s: float) -> tuple[int, int]:
-        """Repeats a step to its end; returns how many rows and files it has dropped."""
+        """Repeat a step to its end; return how many rows and files it has dropped."""
         position: Position | None = START
         rows = files = 0
         while position is not None:
@@ -615,7 +635,7 @@ class Spool:
         return await self._bodies.drop_orphans(unnamed) if unnamed else 0
 
     async def _shrink(self) -> int:
-        """Returns bytes given back: free pages at the end of the file, and the journal."""
+        """Return bytes given back: free pages at the end of the file, and the journal."""
         before = self._size_bytes()
         with contextlib.suppress(QueueFull):  # moving pages takes room; the rest is moved when there is some
             while await self._write(housekeeping.vacuum):

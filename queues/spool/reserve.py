@@ -49,7 +49,7 @@ class Reserve:
             self.whole_bytes = min(wanted_bytes, disk.f_blocks * disk.f_frsize // RESERVE_PART)
 
     def open(self) -> None:
-        """Takes up the room, also where a copy of the directory has left a hole instead; under the writer lock."""
+        """Take up the room, also where a copy of the directory has left a hole instead; under the writer lock."""
         try:
             if self.held_bytes > self.whole_bytes > 0:  # the operator wants less of it now
                 os.ftruncate(self._fd, self.whole_bytes)
@@ -100,7 +100,7 @@ class Reserve:
         return self.held_bytes >= self.whole_bytes // 2
 
     def refill(self) -> None:
-        """Takes the room up again, all of it, or else the half that results may not have. Under the writer lock."""
+        """Take the room up again, all of it, or else the half that results may not have. Under the writer lock."""
         if not self._is_whole and not self._fill(1) and not self.has_half:
             self._fill(2)
 
@@ -118,7 +118,7 @@ class Reserve:
         return True
 
     def release(self, part: float = 1.0) -> None:
-        """Lets go of a part of the whole; of nothing if that is gone already."""
+        """Let go of a part of the whole; of nothing if that is gone already."""
         left_bytes = int(self.whole_bytes * (1 - part))
         if self.held_bytes > left_bytes:
             os.ftruncate(self._fd, left_bytes)
@@ -130,7 +130,7 @@ class Reserve:
         return f"{DISK_FULL}: {self.free_bytes} bytes are free, and new calls are refused until there are more"
 
     def tell(self) -> None:
-        """A line in the log when that changes, not one for each call that is refused, nor at every turn of the tide."""
+        """A line in the log when that changes, not for each call that is refused, and no more than two in TOLD_S."""
         trouble, now_s = self.trouble(), time.monotonic()
         if trouble is not None and self._full_since_s is None:
             self._full_since_s = now_s

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...calls.model import State
 from .limits import KEPT_HEADERS_CHARS
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -165,4 +166,108 @@ SQL_OLD_CALLS = """
     AND (finished_s, seq) > (:after_s, :after_seq)
     AND NOT EXISTS (SELECT 1 FROM callbacks WHERE callbacks.seq = calls.seq AND callbacks.state <> 'delivered')
     ORDER BY finished_s, seq LIMIT :limit
+"""
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Lists, newest first: each reads a page and no more, or a page of each state or of each function.
+#
+# Of one state the newest calls of all functions are wanted, in the order of `seq`, which no index has: but the newest
+# :limit are among those functions whose own newest are the :limit newest, and an index has these.
+# --------------------------------------------------------------------------------------------------------------------
+
+SQL_PAGE = "SELECT seq FROM calls WHERE seq < :below ORDER BY seq DESC LIMIT :limit"
+
+
+SQL_PAGE_OF_BOTH = """
+    SELECT seq FROM calls INDEXED BY calls_state
+    WHERE state = :state AND function = :function AND seq < :below ORDER BY seq DESC LIMIT :limit
+"""
+
+
+_PAGES_OF_STATES = [SQL_PAGE_OF_BOTH.replace(":state", repr(state.value)) for state in State]
+
+
+SQL_PAGE_OF_FUNCTION = f"""
+    SELECT seq FROM (
+        {" UNION ALL ".join(f"SELECT * FROM ({page})" for page in _PAGES_OF_STATES)}
+    ) ORDER BY seq DESC LIMIT :limit
+"""
+
+
+SQL_PAGE_OF_STATE = """
+    WITH RECURSIVE found (function) AS (
+        SELECT min(function) FROM calls INDEXED BY calls_state WHERE state = :state
+        UNION ALL
+        SELECT (SELECT min(function) FROM calls INDEXED BY calls_state
+            WHERE state = :state AND calls.function > found.function)
+        FROM found WHERE found.function IS NOT NULL
+    ), newest (function, seq) AS (
+        SELECT function, (SELECT max(seq) FROM calls INDEXED BY calls_state
+            WHERE state = :state AND calls.function = found.function AND seq < :below) AS top
+        FROM found WHERE top IS NOT NULL ORDER BY top DESC LIMIT :limit
+    )
+    SELECT calls.seq FROM newest CROSS JOIN calls ON calls.seq IN (
+        SELECT seq FROM calls AS same INDEXED BY calls_state
+        WHERE same.state = :state AND same.function = newest.function AND same.seq < :below
+        ORDER BY same.seq DESC LIMIT :limit)
+    ORDER BY calls.seq DESC LIMIT :limit
+"""
+
+
+# Calls whose callback stands so, which are few where people ask for them: those that were given up.
+SQL_PAGE_OF_CALLBACKS = """
+    SELECT callbacks.seq FROM callbacks INDEXED BY callbacks_state CROSS JOIN calls USING (seq)
+    WHERE callbacks.state = :callback AND callbacks.seq < :below
+    AND (:state IS NULL OR calls.state = :state) AND (:function IS NULL OR calls.function = :function)
+    ORDER BY callbacks.seq DESC LIMIT :limit
+"""
+
+
+# Ids that begin alike are of the same minute; they sort as they were made, where the gateway has made them.
+SQL_PAGE_OF_IDS = """
+    SELECT seq FROM calls INDEXED BY sqlite_autoindex_calls_1
+    WHERE id >= :prefix AND id < :behind
+    AND (:state IS NULL OR state = :state) AND (:function IS NULL OR function = :function)
+    ORDER BY id DESC LIMIT :limit
+"""
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Figures and news for people.
+# --------------------------------------------------------------------------------------------------------------------
+
+SQL_RUNNING = """
+    SELECT function, count(*) FROM calls INDEXED BY calls_state WHERE state = 'running' GROUP BY function
+"""
+
+
+SQL_DEAD_COUNT = "SELECT count(*) FROM calls INDEXED BY calls_dead WHERE state = 'dead'"
+
+
+SQL_CALLBACK_COUNT = "SELECT count(*) FROM callbacks INDEXED BY callbacks_state WHERE state = ?"
+
+
+SQL_LAST_ENDS = (
+    "SELECT max(finished_s) FROM calls INDEXED BY calls_finished WHERE state IN ('done', 'cancelled', 'expired')",
+    "SELECT max(finished_s) FROM calls INDEXED BY calls_dead WHERE state = 'dead'",
+)
+
+
+SQL_NEW_CALLS = "SELECT seq FROM calls WHERE seq > ? ORDER BY seq LIMIT ?"
+
+
+SQL_NEW_LEASES = "SELECT seq FROM leases WHERE fence > ? ORDER BY fence LIMIT ?"
+
+
+SQL_NEW_ENDS = (
+    "SELECT seq FROM calls INDEXED BY calls_finished"
+    " WHERE state IN ('done', 'cancelled', 'expired') AND finished_s > ? ORDER BY finished_s LIMIT ?",
+    "SELECT seq FROM calls INDEXED BY calls_dead WHERE state = 'dead' AND finished_s > ? ORDER BY finished_s LIMIT ?",
+)
+
+
+SQL_NO_LONGER_LEASED = """
+    SELECT seq FROM calls WHERE id IN (SELECT value FROM json_each(?))
+    AND NOT EXISTS (SELECT 1 FROM leases WHERE leases.seq = calls.seq) LIMIT ?
 """

@@ -16,7 +16,7 @@ class Transaction:
 
     db: sqlite3.Connection
     wake_up: int = WakeUp.NOTHING
-    short: bool = False  # the reserve is in use: give room back where it costs nobody a result
+    short: bool = False  # the reserve is in use: give room back where no result is lost by it
     waiting: dict[str, list[int]] = field(default_factory=dict)  # how calls and bytes of a function change by this
 
     def count_waiting(self, function: str, calls_count: int, bytes_count: int) -> None:

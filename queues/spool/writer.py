@@ -22,6 +22,7 @@ from typing import Any, TypeVar, cast
 from ...calls.model import Call, QueueFull, QueueUnavailable, StoredBody
 from ...watchdog import log
 from .body_files import unlink_bodies
+from .directory import LockHeld
 from .errors import DISK_FULL, NO_MEMORY, disk_error, sqlite_error
 from .housekeeping import truncate_journal
 from .limits import GROUP_COUNT, RESULTS_PART
@@ -35,11 +36,13 @@ T = TypeVar("T")
 # --------------------------------------------------------------------------------------------------------------------
 # The writer
 #
-# One thread commits for everyone in this process. It takes all operations that wait, runs them in one transaction and
-# answers them together; while that commit is on its way to the disk, the next group gathers. Puts that stand next to
-# each other, which is what a busy gateway's groups are made of, go in by one statement for many. An operation that
+# One thread commits for all callers in this process. It takes all operations that wait, runs them in one transaction
+# and answers them together; while that commit is on its way to the disk, the next group gathers. Puts that stand next
+# to each other, which is what a busy gateway's groups are made of, go in by one statement for many. An operation that
 # fails without having written anything fails alone. One that fails half-way is left out and the others are run again
 # from the start, so a savepoint for each is not needed. When the disk fails, the whole group fails with the same error.
+# When the writer lock cannot be had, all that has come meanwhile fails with the group: it has waited for the same
+# process, and would else wait as long once more, which is longer than its callers do.
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -68,7 +71,7 @@ class _Operation:
         return None if isinstance(self.answer, Call) and self.answer.body.file == file else file
 
     def settle(self) -> None:
-        """Answers the one who waits; on the event loop, as it is a future of asyncio."""
+        """Answer the caller that waits; on the event loop, as it is a future of asyncio."""
         if self.future.done():
             return  # cancelled meanwhile
         if self.error is not None:
@@ -92,6 +95,7 @@ class Writer:
         self._file = self._path.stat()
         self._gathered: list[_Operation] = []
         self._waiting: queue.SimpleQueue[Sequence[_Operation] | None] = queue.SimpleQueue()
+        self._lock_error: LockHeld | None = None  # of the turn under way
         self.commit_count = 0
         self._thread = threading.Thread(target=self._work, name="spool-writer", daemon=True)
         self._thread.start()
@@ -117,7 +121,7 @@ class Writer:
             self._waiting.put(gathered)
 
     def stop(self) -> None:
-        """Ends the thread after all that was handed over, and closes the connection; blocks until then."""
+        """End the thread after all that was handed over, and close the connection; it blocks until then."""
         self._waiting.put(None)
         self._thread.join()
         with (
@@ -130,13 +134,14 @@ class Writer:
     def _work(self) -> None:
         going = True
         while going:
-            group: list[_Operation] = []
-            for operations in self._next_group():
-                if operations is None:
-                    going = False
-                else:
-                    group.extend(operations)
+            groups = self._next_group()
+            group = _operations_of(groups)
             wake_up = self._serve(group)
+            if self._lock_error is not None:
+                behind = self._take_waiting()
+                groups += behind
+                group += _fail(_operations_of(behind), self._lock_error)
+            going = None not in groups
             self._drop_refused(group)
             self._answer(group, wake_up)
 
@@ -145,6 +150,14 @@ class Writer:
         groups = [self._waiting.get()]
         with contextlib.suppress(queue.Empty):
             while sum(len(group or ()) for group in groups) < GROUP_COUNT:
+                groups.append(self._waiting.get_nowait())
+        return groups
+
+    def _take_waiting(self) -> list[Sequence[_Operation] | None]:
+        """What has come during the turn under way."""
+        groups = []
+        with contextlib.suppress(queue.Empty):
+            while True:
                 groups.append(self._waiting.get_nowait())
         return groups
 
@@ -157,19 +170,25 @@ class Writer:
             log.warning(f"the body of a refused call cannot be removed: {error}")
 
     def _answer(self, group: Sequence[_Operation], wake_up: int) -> None:
+        """Wake the other processes, then answer: a caller that has its 202 may take it that workers know of the call.
+
+        The other way round, a process that dies right after an answer would leave its call to their next look.
+        """
+
         def settle() -> None:
             for operation in group:
                 operation.settle()
             if wake_up:
                 self._on_wake_up(wake_up)
 
-        with contextlib.suppress(RuntimeError):  # the loop was closed without closing the Spool: nobody waits
-            self._loop.call_soon_threadsafe(settle)
         if wake_up:
             self._notifier.wake(wake_up)
+        with contextlib.suppress(RuntimeError):  # the loop was closed without closing the Spool: no caller waits
+            self._loop.call_soon_threadsafe(settle)
 
     def _serve(self, group: Sequence[_Operation]) -> int:
-        """Runs the group; afterwards each operation has its answer or its error. Returns whom to wake."""
+        """Run the group; afterwards each operation has its answer or its error. Return whom to wake."""
+        self._lock_error = None
         wake_ups: list[int | None] = []
         together: list[_Operation] = []
         bytes_count = 0
@@ -184,7 +203,7 @@ class Writer:
         if together and self._reserve.has_room(bytes_count):
             wake_ups.append(self._guard(together, partial(self._commit, together)))
         else:
-            _refuse(together)
+            _fail(together, QueueFull(DISK_FULL))
         failed = [operation for operation in group if operation.error is not None]
         refused = [operation for operation in failed if isinstance(operation.error, QueueFull)]
         if refused:
@@ -205,7 +224,7 @@ class Writer:
         return wake_ups
 
     def _work_without_room(self, operation: _Operation) -> int:
-        """Does a step, if need be with the reserve. First the journal's pages go to their places, which takes room.
+        """Do a step, if need be with the reserve. First the journal's pages go to their places, which takes room.
 
         Results may be larger than what their calls give up, and would use up the whole in the end; then nothing could
         be cancelled or dropped any more. So they get a part of it, and what holds them holds them until there is room.
@@ -231,7 +250,7 @@ class Writer:
             self.tidy()
 
     def tidy(self, *, refill: bool = True) -> None:
-        """Gives the journal's room back, to the reserve; what cannot be done now is done behind a later step."""
+        """Give the journal's room back, to the reserve; what cannot be done now is done behind a later step."""
         with contextlib.suppress(sqlite3.Error, OSError):
             truncate_journal(self._db)
             if refill:
@@ -242,8 +261,13 @@ class Writer:
         return WakeUp.NOTHING
 
     def _guard(self, operations: Sequence[_Operation], work: Callable[[], T]) -> T | None:
-        """What `work` returns under the writer lock; None if the disk fails, which fails all of `operations`."""
+        """What `work` returns under the writer lock; None if that or the disk fails, which fails all of `operations`.
+
+        A lock that could not be had is not waited for again in the same turn.
+        """
         try:
+            if self._lock_error is not None:
+                raise self._lock_error
             with self._directory.writer_lock():
                 self._check_place()
                 return work()
@@ -253,15 +277,16 @@ class Writer:
                 log.error(f"the queue in {self._directory.path} cannot be written: {error}")
         except OSError as error:
             problem = disk_error(error)
+        except LockHeld as error:
+            problem = self._lock_error = error
         except QueueUnavailable as error:
             problem = error
         except MemoryError:
             problem = QueueUnavailable(NO_MEMORY)
-        except Exception:  # noqa: BLE001 - a thread's boundary: a writer that died here would keep everyone waiting for ever
+        except Exception:  # noqa: BLE001 - a thread's boundary: a writer that died here would keep all callers waiting for ever
             log.exception(f"the queue in {self._directory.path} cannot be written")
             problem = QueueUnavailable("the queue cannot be used: see the log")
-        for operation in operations:
-            operation.error = problem
+        _fail(operations, problem)
         return None
 
     def _check_place(self) -> None:
@@ -332,9 +357,15 @@ class Writer:
             operation.error = error
 
 
-def _refuse(operations: Iterable[_Operation]) -> None:
+def _operations_of(groups: Iterable[Sequence[_Operation] | None]) -> list[_Operation]:
+    return [operation for group in groups for operation in group or ()]
+
+
+def _fail(operations: Sequence[_Operation], error: Exception) -> Sequence[_Operation]:
+    """Fail all of them; return them."""
     for operation in operations:
-        operation.error = QueueFull(DISK_FULL)
+        operation.error = error
+    return operations
 
 
 def _is_disk_trouble(error: Exception) -> bool:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from faashound.calls.model import StoredBody
 from faashound.calls.retries import (
     CALLBACK_POLICY,
     MAX_RETRY_AFTER_S,
@@ -39,6 +40,8 @@ NOW_S = 1_700_000_000.0  # Tue, 14 Nov 2023 22:13:20 GMT
 POLICY = RetryPolicy()
 UNREACHABLE = AttemptOutcome(OutcomeKind.UNREACHABLE, error="connection refused")
 TIMED_OUT = AttemptOutcome(OutcomeKind.TIMED_OUT, error="over call_timeout (60s)")
+CUT = AttemptOutcome(OutcomeKind.BROKEN_OFF, error="cut", body=StoredBody(4, b"half", None))
+LATE_ANSWER = AttemptOutcome(OutcomeKind.TIMED_OUT, error="late", body=StoredBody(4, b"half", None))
 REFUSED = AttemptOutcome(OutcomeKind.REFUSED, error="refused: not allowed by callback_allow")
 HELD_BACK = AttemptOutcome(OutcomeKind.HELD_BACK, error="not tried: a:80 cannot be reached")
 LOST = AttemptOutcome(OutcomeKind.UNREADABLE, error="the file is gone")
@@ -79,6 +82,9 @@ STEPS = {
     "404 of the system": (FIRST, answered(404, internal=True), RETRY),
     "unreachable": (FIRST, UNREACHABLE, RETRY),
     "timed out": (FIRST, TIMED_OUT, RETRY),
+    "broken off": (FIRST, CUT, RETRY),
+    "broken off at last": (LAST, CUT, gave_up("cut", 502, True)),
+    "timed out at last, with a part": (LAST, LATE_ANSWER, gave_up("late", 504, True)),
     "second attempt": (Progress(2), answered(500), RetryAt(NOW_S + 20)),
     "ninth attempt": (Progress(9), answered(500), RetryAt(NOW_S + 120)),
     "500 at last": (LAST, answered(500), gave_up("status 500", 500, True)),

@@ -282,7 +282,7 @@ def test_a_record_makes_sense_after_any_steps(wants_callback: bool, chain: list[
     assert (record.finished_s is not None) == (record.state in FINAL)
     assert (callback is not None) == (wants_callback and record.state in CALLS_BACK)
     assert record.attempts >= 0
-    assert not (steps.may_forget(record, NOW_S + 99) and steps.may_drop_letter(record, NOW_S + 99))
+    assert not (steps.may_forget(record, NOW_S + 99) and steps.may_drop_dead_letter(record, NOW_S + 99))
 
 
 @given(st.booleans(), st.lists(ANY_STEP, max_size=12))
@@ -304,7 +304,7 @@ def test_a_whole_call_has_all_of_its_record(wants_callback: bool, chain: list[St
 
 @pytest.mark.parametrize("callback", [None, *CallbackState])
 @pytest.mark.parametrize("state", list(State))
-def test_only_what_is_owed_to_nobody_is_forgotten(state: State, callback: CallbackState | None) -> None:
+def test_only_what_is_owed_to_no_receiver_is_forgotten(state: State, callback: CallbackState | None) -> None:
     owed = callback and Callback(callback, 1, NOW_S, None, None)
     answer = StoredAnswer(BODY, (), None, NOW_S)
     record = record_in(state)._replace(finished_s=NOW_S, callback=owed, answer=answer)
@@ -316,5 +316,5 @@ def test_only_what_is_owed_to_nobody_is_forgotten(state: State, callback: Callba
     assert not steps.may_forget(record, NOW_S)
     assert steps.may_purge(record, state) == (state in FINAL and not under_way)
     letter = callback is CallbackState.DEAD or (state is State.DEAD and not under_way)
-    assert steps.may_drop_letter(record, NOW_S) == letter
-    assert not steps.may_drop_letter(record, NOW_S - 1)
+    assert steps.may_drop_dead_letter(record, NOW_S) == letter
+    assert not steps.may_drop_dead_letter(record, NOW_S - 1)

@@ -37,7 +37,7 @@ def line(number: int, call_id: str | None = None, instance: str = "1.1") -> Reco
 
 
 async def texts(store: LogStore, query: LogQuery | None = None) -> list[str]:
-    return [each.text async for each in store.read(F, query or LogQuery())]
+    return [each.text async for each in await store.read(F, query or LogQuery())]
 
 
 def logged(directory: Path, text: str = TALKS, **options: bool) -> LocalFunctions:
@@ -131,12 +131,12 @@ def test_reader_that_follows_sees_each_line_once_across_files_and_a_slow_one_slo
     async def test() -> None:
         store = LogStore(tmp_path, 100_000)
         store.add(FUNCTION, [line(0)])
-        slow = store.read(F, LogQuery(follow=True))
+        slow = await store.read(F, LogQuery(follow=True))
         assert (await anext(slow)).text == "line 0"  # and then reads no more
         seen: list[str] = []
 
         async def follow() -> None:
-            async for each in store.read(F, LogQuery(follow=True)):
+            async for each in await store.read(F, LogQuery(follow=True)):
                 seen.append(each.text)
 
         following = asyncio.create_task(follow())
@@ -150,6 +150,20 @@ def test_reader_that_follows_sees_each_line_once_across_files_and_a_slow_one_slo
         assert time.monotonic() - begin_s < DEADLINE_S
         following.cancel()
         await slow.aclose()
+        store.close()
+
+    run(test())
+
+
+def test_reader_sees_what_is_written_after_its_tail_was_counted(tmp_path: Path) -> None:
+    async def test() -> None:
+        store = LogStore(tmp_path, 100_000)
+        store.add(FUNCTION, [line(0), line(1)])
+        for count in (0, 1):
+            lines = await store.read(F, LogQuery(tail_count=count, follow=True))
+            store.add(FUNCTION, [line(2)])
+            assert [(await anext(lines)).text for _ in range(count + 1)][-1] == "line 2"
+            await lines.aclose()
         store.close()
 
     run(test())

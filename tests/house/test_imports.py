@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
@@ -13,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 # The rooms, in the order in which they stand: each may import itself and those before it.  `watchdog.py` runs alone.
-ROOMS = ("watchdog", "network", "calls", "queues", "functions", "draining", "worker", "serving", "gateway")
+ROOMS = ("watchdog", "network", "calls", "queues", "functions", "draining", "worker", "serving", "ui", "gateway")
 
 # Of others, what each room may import besides the standard library.  Only watchdog has h11: HTTP is spoken there.
 OTHERS: dict[str, set[str]] = {
@@ -38,6 +39,10 @@ BESIDE: dict[str, set[str]] = {
 }
 TESTS_OF_BENCH = {"tests/system/test_chaos"}
 
+# The ones that look behind the interface of a queue; for what no user of one can see.
+LOOKS_INSIDE = {"testkit/spool_kit", *(f"tests/queues/test_jetstream{tail}" for tail in ("", "_deaths", "_faults"))}
+OF_NAMED_TUPLES = {"_replace", "_asdict", "_fields"}
+
 LONGEST_FUNCTION_LINES = 60
 LONGEST_MODULE_LINES = 700  # but for watchdog.py, which is one file for images to copy
 
@@ -53,6 +58,7 @@ def modules_of(name: str) -> list[Path]:
 
 MODULES = [path for room in ROOMS for path in modules_of(room)]
 OTHER_MODULES = [path for name in BESIDE for path in modules_of(name)]
+TOOLS = [path for name in ("testkit", "bench", "docs") for path in modules_of(name)]
 
 
 def parse(path: Path) -> ast.Module:
@@ -107,6 +113,20 @@ def test_tests_and_tools_import_only_what_they_may(path: Path) -> None:
     assert ours <= BESIDE[room_of(name)] | ({"bench"} if name in TESTS_OF_BENCH else set())
 
 
+@pytest.mark.parametrize("path", OTHER_MODULES, ids=module_id)
+def test_tests_and_tools_read_no_private_names_of_others(path: Path) -> None:
+    tree = parse(path)
+    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+    of_others = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and re.match("_[^_]", node.attr)
+        and ast.unparse(node.value) not in ("self", "cls", "os")  # os._exit is public, whatever its name
+    }
+    assert of_others - own - OF_NAMED_TUPLES == set() or module_id(path) in LOOKS_INSIDE
+
+
 def test_every_module_stands_in_a_room_or_beside_them() -> None:
     paths = [path.relative_to(ROOT) for path in (*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/**/*.py"))]
     found = {path.parts[0].removesuffix(".py") for path in paths} - {"__init__", "build"}
@@ -123,11 +143,11 @@ def test_modules_import_each_other_in_no_circle() -> None:
     list(TopologicalSorter(needs).static_order())  # raises CycleError, which names the circle
 
 
-@pytest.mark.parametrize("path", [*MODULES, *sorted(ROOT.glob("examples/*.py"))], ids=module_id)
+@pytest.mark.parametrize("path", [*MODULES, *TOOLS, *sorted(ROOT.glob("examples/*.py"))], ids=module_id)
 def test_function_fits_on_a_page(path: Path) -> None:
     assert [(name, lines) for name, lines in functions(parse(path)) if lines > LONGEST_FUNCTION_LINES] == []
 
 
-@pytest.mark.parametrize("path", [path for path in MODULES if path != ROOT / "watchdog.py"], ids=module_id)
+@pytest.mark.parametrize("path", [path for path in [*MODULES, *TOOLS] if path != ROOT / "watchdog.py"], ids=module_id)
 def test_module_is_read_in_one_sitting(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST_MODULE_LINES

@@ -45,7 +45,11 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_pip_installs_every_module_of_every_room_and_nothing_else(installed: Path) -> None:
     package = installed / "faashound"
     found = {path.relative_to(package) for path in package.rglob("*") if path.is_file() and path.suffix != ".pyc"}
-    modules = {path for path in tracked() if path.suffix == ".py" and path.parts[0] not in NOT_INSTALLED}
+    modules = {
+        path
+        for path in tracked()
+        if (path.suffix == ".py" or path.parts[0] == "ui") and path.parts[0] not in NOT_INSTALLED
+    }
     assert found == modules - {Path("setup.py")} | {Path("py.typed")}
 
 

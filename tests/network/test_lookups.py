@@ -1,4 +1,4 @@
-"""lookups.py: names that nobody answers for delay nothing else, and are asked for once at a time."""
+"""lookups.py: names that no server answers for delay nothing else, and are asked for once at a time."""
 
 from __future__ import annotations
 
@@ -253,7 +253,7 @@ def test_look_up_is_refused_when_too_many_others_are_under_way() -> None:
     run(test())
 
 
-def test_caller_that_gives_up_takes_the_answer_from_nobody() -> None:
+def test_caller_that_gives_up_takes_the_answer_from_no_other() -> None:
     async def test() -> None:
         names = Names(HERE)
         names.holding = True

@@ -223,18 +223,18 @@ def flow(name: str, count: int) -> Flow:
 
 
 @pytest.mark.parametrize(
-    ("flows", "room", "count", "expected"),
+    ("flows", "capacity", "count", "expected"),
     [
         pytest.param({"a": 3, "b": 1}, {}, 9, "a0 b0 a1 a2", id="what-the-short-flow-leaves"),
         pytest.param({"a": 3, "b": 3}, {}, 3, "a0 b0 a1", id="no-more-than-asked"),
-        pytest.param({"a": 3, "b": 3}, {"a": 1}, 9, "a0 b0 b1 b2", id="no-more-than-there-is-room"),
+        pytest.param({"a": 3, "b": 3}, {"a": 1}, 9, "a0 b0 b1 b2", id="no-more-than-its-capacity"),
         pytest.param({"a": 0}, {}, 9, "", id="nothing"),
     ],
 )
-def test_deal_takes_turns(flows: dict[str, int], room: dict[str, int], count: int, expected: str) -> None:
+def test_deal_takes_turns(flows: dict[str, int], capacity: dict[str, int], count: int, expected: str) -> None:
     ring = [flow(name, size) for name, size in flows.items()]
-    wanted = Wanted("call", (QUEUE,), count, room, 1.0)
-    assert " ".join(each.call_id for each in deal(ring, wanted, dict(room), count)) == expected
+    wanted = Wanted("call", (QUEUE,), count, capacity, 1.0)
+    assert " ".join(each.call_id for each in deal(ring, wanted, dict(capacity), count)) == expected
 
 
 # -- keys
@@ -563,7 +563,7 @@ def test_message_that_cannot_be_read_keeps_no_other_from_its_run(options: Option
 
 def test_sweep_looks_at_more_bodies_than_one_answer_has(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bodies_module, "ORPHAN_S", -1.0)
-    monkeypatch.setattr(bodies_module, "PAGE_COUNT", 10)
+    monkeypatch.setattr(connection_module, "PAGE_COUNT", 10)
 
     async def scenario(queue: JetStream) -> None:
         for _ in range(25):

@@ -8,8 +8,6 @@ import random
 import subprocess
 import sys
 import time
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,21 +18,9 @@ from faashound.queues.jetstream.queue import JetStream
 from faashound.queues.migrate import Migrated, migrate
 from faashound.queues.spool.queue import Spool
 from testkit.harness import ROOT, run
-from testkit.nats_servers import Cluster
 from testkit.queue_kit import QUEUE, finish, inline, new_call, read_all
 
 BIG = os.urandom(INLINE_BYTES + 1)
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Cluster]:
-    with Cluster() as cluster:
-        yield cluster
-
-
-@pytest.fixture
-def options(server: Cluster) -> Options:
-    return server.options(f"t{uuid.uuid4().hex[:12]}")
 
 
 async def move(directory: Path, options: Options) -> Migrated:

@@ -1,4 +1,4 @@
-"""What only a spool does, beside what every queue promises (test_queue_contract.py): ids, states, commits, files."""
+"""What only a spool does, beside what every queue promises (contract/): ids, states, commits, files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import resource
 import shutil
 import socket
 import subprocess
-import time
 import tracemalloc
 from collections import deque
 from collections.abc import Iterator
@@ -29,9 +28,10 @@ from faashound.calls.model import (
 from faashound.queues.spool import queue as spool_queue
 from faashound.queues.spool.limits import DATABASE, STEP_COUNT
 from faashound.queues.spool.notifier import WakeUp
+from testkit.harness import eventually, wait_until
 from testkit.needed import want_root
 from testkit.queue_kit import inline, read_all
-from testkit.spool_kit import START_S, Desk, new_call
+from testkit.spool_kit import START_S, Desk, new_call, writer_has_all
 
 NOBODY = 65534
 LONG_S = 20.0  # how long a test waits for what should come at once
@@ -185,10 +185,12 @@ def test_notifier_whose_process_has_died_is_removed(desk: Desk) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier:
         notifier.bind(str(stale))
     assert stale.exists()
-    deadline_s = time.monotonic() + LONG_S
-    while stale.exists():
-        assert time.monotonic() < deadline_s
+
+    def is_gone_after_a_put() -> bool:
         desk.put()
+        return not stale.exists()
+
+    wait_until(is_gone_after_a_put, LONG_S, "the notifier is removed")
 
 
 def test_queue_in_a_directory_with_a_long_name_is_woken(tmp_path: Path) -> None:
@@ -205,8 +207,7 @@ def test_queue_in_a_directory_with_a_long_name_is_woken(tmp_path: Path) -> None:
 def test_body_whose_storing_is_cancelled_in_the_middle_of_a_write_is_removed(desk: Desk) -> None:
     async def scenario() -> None:
         task = asyncio.create_task(desk.spool.store_body(bytes(32 << 20)))
-        while not desk.body_files():  # noqa: ASYNC110 - nothing announces a file
-            await asyncio.sleep(0)
+        await eventually(desk.stored_bodies, LONG_S, "the file is begun")
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -257,7 +258,7 @@ def moved_bodies(desk: Desk) -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_permission(_: Desk) -> Iterator[None]:
-    """EACCES, as when someone has changed an owner or a mode by mistake."""
+    """EACCES, as when an operator has changed an owner or a mode by mistake."""
     want_root("becoming another user")
     os.seteuid(NOBODY)
     yield
@@ -333,9 +334,7 @@ def test_put_leaves_no_body_when_its_caller_is_cancelled_before_its_turn(desk: D
         with (desk.directory / "writer.lock").open() as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             before = asyncio.create_task(desk.spool.put(desk.new_call()))  # the writer waits for the lock with it
-            await asyncio.sleep(0)
-            while desk.spool._writer._gathered or not desk.spool._writer._waiting.empty():  # noqa: ASYNC110 - nothing announces it
-                await asyncio.sleep(0)
+            await writer_has_all(desk.spool)
             putting = asyncio.create_task(desk.spool.put(call))
             await asyncio.sleep(0)
             putting.cancel()

@@ -15,7 +15,7 @@ import pytest
 from faashound.calls.model import INLINE_BYTES, Bounds, QueueLimits, RunEnd, State, TooManyBytesQueued, TooManyQueued
 from faashound.calls.names import parse_function_name
 from faashound.queues.spool import database, puts
-from faashound.queues.spool.limits import DATABASE, LETTER_BYTES, STEP_COUNT
+from faashound.queues.spool.limits import DATABASE, DEAD_LETTER_BYTES, STEP_COUNT
 from faashound.queues.spool.queue import Spool
 from faashound.queues.spool.schema import MIGRATIONS
 from faashound.watchdog import log
@@ -167,7 +167,7 @@ def test_cancel_queued_ends_what_waits_of_one_function_and_drops_its_payloads(
 
 
 def test_call_expires_when_it_has_been_due_for_longer_than_the_bound(desk: LimitedDesk) -> None:
-    old, young = desk.put(queue="nobody"), desk.put(queue="nobody", due_s=START_S + 2 * DAY_S)
+    old, young = desk.put(queue="unclaimed"), desk.put(queue="unclaimed", due_s=START_S + 2 * DAY_S)
     desk.clock.now_s += 3 * DAY_S
     assert desk.do(desk.spool.sweep(60, 9 * DAY_S, Bounds(queue_age_s=2 * DAY_S))).expired_count == 1
     assert (desk.get(old.id).state, desk.get(old.id).error) == (State.EXPIRED, "it was not run within max_queue_age")
@@ -195,12 +195,12 @@ def dead_letters(desk: Desk, count: int) -> list[str]:
     [
         pytest.param(Bounds(), 6, id="none"),
         pytest.param(Bounds(dead_s=2.5 * 3600), 3, id="age"),
-        pytest.param(Bounds(dead_bytes=4 * (500 + LETTER_BYTES)), 4, id="bytes"),
+        pytest.param(Bounds(dead_bytes=4 * (500 + DEAD_LETTER_BYTES)), 4, id="bytes"),
         pytest.param(Bounds(dead_s=1.5 * 3600, dead_bytes=10**9), 2, id="both"),
         pytest.param(Bounds(dead_bytes=0), 0, id="nothing"),
     ],
 )
-def test_oldest_letters_go_when_there_are_bounds(
+def test_oldest_dead_letters_go_when_there_are_bounds(
     desk: LimitedDesk, capfd: pytest.CaptureFixture[str], bounds: Bounds, kept_count: int
 ) -> None:
     letters = dead_letters(desk, 6)
@@ -214,7 +214,7 @@ def test_oldest_letters_go_when_there_are_bounds(
     assert all((f"call_id={call_id}" in said) == (call_id not in left) for call_id in letters)
 
 
-def test_letter_that_is_being_delivered_stays_when_its_time_is_over(desk: LimitedDesk) -> None:
+def test_dead_letter_that_is_being_delivered_stays_when_its_time_is_over(desk: LimitedDesk) -> None:
     call = desk.put(callback_url="http://caller/")
     desk.finish(desk.claim_one(), State.DEAD)
     desk.clock.now_s += 9 * DAY_S

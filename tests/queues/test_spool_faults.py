@@ -27,14 +27,25 @@ from faashound.calls.model import (
 )
 from faashound.calls.names import parse_function_name
 from faashound.calls.steps import EXPIRED_STATUS
-from faashound.queues.spool import database
+from faashound.queues.spool import database, directory
 from faashound.queues.spool.directory import set_aside
 from faashound.queues.spool.limits import BUSY_S, DATABASE, ORPHAN_S, STEP_COUNT
 from faashound.queues.spool.queue import Spool
 from faashound.queues.spool.schema import MIGRATIONS
 from testkit.disks import fill
 from testkit.needed import want_root
-from testkit.spool_kit import LEASE_S, QUEUE, START_S, Desk, Remote, finish, inline, new_call, writer_connection
+from testkit.spool_kit import (
+    LEASE_S,
+    QUEUE,
+    START_S,
+    Desk,
+    Remote,
+    finish,
+    inline,
+    new_call,
+    writer_connection,
+    writer_has_all,
+)
 
 BIG = os.urandom(INLINE_BYTES + 1)
 DAY_S = 86400.0
@@ -383,7 +394,7 @@ def test_callbacks_of_an_older_file_belong_to_the_queues_of_their_calls(
     ]
     old_file(tmp_path / "spool", 2, "".join(rows), monkeypatch)
     desk = Desk(tmp_path / "spool")
-    assert [lease.call.id for lease in desk.claim_callbacks(room={"a:80": 1})] == ["id1", "id3"]
+    assert [lease.call.id for lease in desk.claim_callbacks(capacity={"a:80": 1})] == ["id1", "id3"]
     assert desk.get("id5").function == "f.openfaas-fn"
     desk.do(desk.spool.requeue_callback("id5"))
     assert [lease.call.id for lease in desk.claim_callbacks()] == ["id2", "id5"]
@@ -394,7 +405,7 @@ def test_calls_of_an_older_file_are_of_the_default_namespace(tmp_path: Path, mon
     old_file(tmp_path / "spool", 2, old_call(1, "queued") + old_call(2, "dead"), monkeypatch)
     desk = Desk(tmp_path / "spool")
     f = parse_function_name("f")
-    assert [lease.call.function for lease in desk.claim(room={f: 9})] == [f]
+    assert [lease.call.function for lease in desk.claim(capacity={f: 9})] == [f]
     assert {call.id for call in desk.do(desk.spool.calls(function=f))} == {"id1", "id2"}
     desk.close()
 
@@ -484,8 +495,8 @@ def test_sweep_goes_through_more_rows_than_one_step(desk: Desk) -> None:
     assert desk.do(desk.spool.sweep(3600, DAY_S)).call_count == count
 
 
-def test_sweep_expires_calls_of_queues_that_nobody_claims(desk: Desk) -> None:
-    call = desk.put(queue="nobody", expires_s=START_S + 1)
+def test_sweep_expires_calls_of_queues_that_no_worker_claims(desk: Desk) -> None:
+    call = desk.put(queue="unclaimed", expires_s=START_S + 1)
     desk.clock.now_s += 2
     assert desk.do(desk.spool.sweep(3600, DAY_S)).expired_count == 1
     assert desk.get(call.id).state is State.EXPIRED
@@ -547,6 +558,43 @@ def test_reading_does_not_wait_for_a_writer(desk: Desk) -> None:
     with (desk.directory / "writer.lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert desk.get(call.id) == call
+
+
+def test_writes_that_come_while_another_waits_for_the_lock_fail_with_it_and_name_the_holder(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(directory, "LOCK_S", 2.0)
+    call = new_call(body=desk.do(desk.spool.store_body(BIG)))
+
+    async def scenario() -> list[object]:
+        first = asyncio.create_task(desk.spool.put(new_call()))
+        await writer_has_all(desk.spool)
+        return [*await asyncio.gather(first, desk.spool.put(call), desk.spool.reclaim(), return_exceptions=True)]
+
+    with (desk.directory / "writer.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        error, *others = desk.do(scenario())
+    assert isinstance(error, QueueUnavailable)
+    assert f"held for 2 s by process {os.getpid()}" in str(error)
+    assert all(other is error for other in others)
+    assert desk.body_files() == set()
+    assert desk.get(desk.put().id).state is State.QUEUED
+
+
+def test_queue_can_be_closed_while_its_lock_is_held(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(directory, "LOCK_S", 0.2)
+
+    async def scenario() -> object:
+        putting = asyncio.create_task(desk.spool.put(new_call()))
+        await writer_has_all(desk.spool)
+        await desk.spool.close()
+        await asyncio.wait([putting])
+        return putting.exception()
+
+    with (desk.directory / "writer.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        error = desk.do(scenario())
+    assert isinstance(error, QueueUnavailable)
 
 
 def test_open_and_close_leave_no_descriptors_and_no_threads(tmp_path: Path) -> None:

@@ -344,7 +344,7 @@ def swept(record: Record, now_s: float, keep_s: float, bounds: Bounds) -> Record
         record = steps.expire(record, now_s, steps.STALE_ERROR)
     if steps.may_forget_result(record, now_s - keep_s) and record.answer is not None:
         record = record._replace(answer=record.answer._replace(result=None, headers=()))
-    if steps.may_forget(record, now_s - keep_s) or steps.may_drop_letter(record, now_s - bounds.dead_s):
+    if steps.may_forget(record, now_s - keep_s) or steps.may_drop_dead_letter(record, now_s - bounds.dead_s):
         return None
     return record
 
@@ -356,7 +356,7 @@ def swept(record: Record, now_s: float, keep_s: float, bounds: Bounds) -> Record
         pytest.param(120.0, Bounds(), id="soon"),
         pytest.param(2 * DAY_S, Bounds(), id="later"),
         pytest.param(120.0, Bounds(queue_age_s=DAY_S / 2), id="stale"),
-        pytest.param(0.0, Bounds(dead_s=0.0), id="letters-up-to-now"),
+        pytest.param(0.0, Bounds(dead_s=0.0), id="dead-letters-up-to-now"),
         pytest.param(2 * DAY_S, Bounds(queue_age_s=DAY_S, dead_s=DAY_S), id="everything"),
     ],
 )

@@ -95,11 +95,11 @@ class Model:
         """Per function, the calls that may be claimed, in their order."""
         alive = {call_id: row for call_id, row in self.rows.items() if row.state is State.QUEUED and not row.dies}
         queued = sorted((row.due_s, call_id) for call_id, row in alive.items())
-        lanes: dict[str, list[str]] = {}
+        flows: dict[str, list[str]] = {}
         for due_s, call_id in queued:
             if due_s <= now_s:
-                lanes.setdefault(self.rows[call_id].function, []).append(call_id)
-        return lanes
+                flows.setdefault(self.rows[call_id].function, []).append(call_id)
+        return flows
 
     def expire(self) -> None:
         for row in self.rows.values():
@@ -281,9 +281,9 @@ class SpoolMachine(RuleBasedStateMachine):
 
     @rule(target=leases, limit=st.integers(1, 6))
     def claim(self, limit: int) -> Any:
-        lanes = self.model.due(START_S)
+        flows = self.model.due(START_S)
         taken: list[Lease] = self.remote.call("claim", [QUEUE], self.remote.owner, LEASE_S, limit)
-        check_turns(taken, limit, lanes, lambda lease: lease.call.function)
+        check_turns(taken, limit, flows, lambda lease: lease.call.function)
         self.model.expire()
         for lease in taken:
             self.model.claim(lease.call.id, lease.fence)
@@ -379,8 +379,8 @@ class SpoolMachine(RuleBasedStateMachine):
     @rule(statement=st.integers(1, 12))
     def kill_while_claiming(self, statement: int) -> None:
         """Whatever was claimed is given back; only the attempts tell."""
-        lanes = self.model.due(START_S)
-        due = [call_id for lane in lanes.values() for call_id in lane]
+        flows = self.model.due(START_S)
+        due = [call_id for flow in flows.values() for call_id in flow]
         after = copy.deepcopy(self.model)
         after.expire()
         for fence, call_id in enumerate(due, 1_000_000):

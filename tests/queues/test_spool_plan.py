@@ -8,19 +8,35 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from faashound.calls.model import State
+from faashound.calls.names import parse_function_name
 from faashound.queues.spool.claims import Wanted, pick
 from faashound.queues.spool.database import migrate_schema
+from faashound.queues.spool.reads import Page, choose_page
 from faashound.queues.spool.statements import (
     CALL_FLOWS,
     CALLBACK_FLOWS,
+    SQL_CALLBACK_COUNT,
+    SQL_DEAD_COUNT,
     SQL_EXPIRING,
+    SQL_LAST_ENDS,
+    SQL_NEW_CALLS,
+    SQL_NEW_ENDS,
     SQL_NEXT_CALLBACK,
     SQL_NEXT_DUE,
+    SQL_NO_LONGER_LEASED,
     SQL_OLD_CALLS,
     SQL_OLD_DEAD_CALLBACKS,
     SQL_OLD_LETTERS,
     SQL_OLD_RESULTS,
+    SQL_PAGE,
+    SQL_PAGE_OF_BOTH,
+    SQL_PAGE_OF_CALLBACKS,
+    SQL_PAGE_OF_FUNCTION,
+    SQL_PAGE_OF_IDS,
+    SQL_PAGE_OF_STATE,
     SQL_READY_CALLBACKS,
+    SQL_RUNNING,
     SQL_STALE,
 )
 
@@ -65,6 +81,15 @@ def steps(db: sqlite3.Connection, work: Callable[[], object]) -> int:
 
 
 AFTER = {"queue": "q", "after": "", "now_s": 1}
+PAGE = {
+    "state": "done",
+    "function": "f",
+    "callback": "dead",
+    "prefix": "0",
+    "behind": "1",
+    "below": 9,
+    "limit": 9,
+}
 OLD = {"before_s": 1, "after_s": 0, "after_seq": 0, "limit": 9}
 
 
@@ -82,6 +107,13 @@ OLD = {"before_s": 1, "after_s": 0, "after_seq": 0, "limit": 9}
         pytest.param(SQL_OLD_CALLS, OLD, "calls_finished", id="old-calls"),
         pytest.param(SQL_STALE, {"before_s": 1, "limit": 1}, "calls_queued", id="stale"),
         pytest.param(SQL_OLD_LETTERS, {"before_s": 1, "limit": 1}, "calls_dead", id="old-letters"),
+        pytest.param(SQL_PAGE_OF_BOTH, PAGE, "calls_state", id="page-of-both"),
+        pytest.param(SQL_PAGE_OF_IDS, PAGE, "sqlite_autoindex_calls_1", id="page-of-ids"),
+        pytest.param(SQL_RUNNING, {}, "calls_state", id="running"),
+        pytest.param(SQL_CALLBACK_COUNT, ("dead",), "callbacks_state", id="callbacks-counted"),
+        pytest.param(SQL_DEAD_COUNT, {}, "calls_dead", id="dead-counted"),
+        *(pytest.param(sql, (), "calls_", id="last-ends") for sql in SQL_LAST_ENDS),
+        *(pytest.param(sql, (1, 1), "calls_", id="new-ends") for sql in SQL_NEW_ENDS),
         pytest.param(SQL_OLD_DEAD_CALLBACKS, {"before_s": 1, "limit": 1}, "callbacks_state", id="old-callbacks"),
     ],
 )
@@ -95,6 +127,49 @@ def test_callbacks_that_fall_due_are_found_by_their_index(db: sqlite3.Connection
     found = plan(db, SQL_READY_CALLBACKS, {"now_s": 1, "limit": 1})
     assert any("SEARCH" in step and "INDEX callbacks_due (" in step for step in found)
     assert not any("SCAN" in step or "TEMP" in step for step in found)
+
+
+@pytest.mark.parametrize(
+    ("sql", "values"),
+    [
+        pytest.param(SQL_PAGE, PAGE, id="page"),
+        pytest.param(SQL_PAGE_OF_FUNCTION, PAGE, id="page-of-function"),
+        pytest.param(SQL_PAGE_OF_STATE, PAGE, id="page-of-state"),
+        pytest.param(SQL_PAGE_OF_CALLBACKS, PAGE, id="page-of-callbacks"),
+        pytest.param(SQL_NEW_CALLS, (1, 9), id="new-calls"),
+        pytest.param(SQL_NO_LONGER_LEASED, ("[]", 9), id="no-longer-leased"),
+    ],
+)
+def test_list_for_people_never_reads_the_queue_from_end_to_end(
+    db: sqlite3.Connection, sql: str, values: object
+) -> None:
+    found = plan(db, sql, values)
+    assert any(step.startswith(("SEARCH calls", "SEARCH callbacks")) for step in found)
+    assert not any(step.startswith(("SCAN calls", "SCAN callbacks")) for step in found)
+
+
+@pytest.mark.parametrize("state", ["done", "dead", None])
+@pytest.mark.parametrize("function", ["a", None])
+def test_page_for_people_costs_the_same_whatever_the_queue_holds(
+    db: sqlite3.Connection, state: str | None, function: str | None
+) -> None:
+    page = Page(
+        None if state is None else State(state),
+        parse_function_name(function) if function else None,
+        None,
+        None,
+        20,
+        None,
+    )
+    sql = choose_page(page)
+    values = {"state": state, "function": "a.openfaas-fn", "below": 1 << 62, "limit": 20}
+    costs = []
+    for count in (300, 9_000):
+        for each in ("done", "dead"):
+            add_calls(db, "a.openfaas-fn", count, float(count), each)
+            add_calls(db, "b.openfaas-fn", count, float(count), each)
+        costs.append(steps(db, lambda: db.execute(sql, values).fetchall()))
+    assert costs[1] < 1.5 * costs[0], costs
 
 
 def claim_cost(backlog: Callable[[sqlite3.Connection], None]) -> int:

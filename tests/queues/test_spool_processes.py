@@ -46,6 +46,12 @@ def test_put_in_another_process_wakes_a_worker(desk: Desk, remote: Remote) -> No
     assert len(desk.claim()) == 1
 
 
+def test_put_wakes_a_worker_though_its_process_dies_in_the_moment_of_the_answer(desk: Desk) -> None:
+    for _ in range(10):
+        Remote(desk.directory).put_and_die(new_call(due_s=START_S + 3600.0))
+        assert desk.do(desk.spool.wait_for_work(LONG_S)), "only a wake-up ends the sleep: nothing is due"
+
+
 def test_call_of_a_killed_worker_is_taken_over_at_once(desk: Desk, remote: Remote) -> None:
     call = desk.put()
     (lost,) = remote.call("claim", [QUEUE], remote.owner, 3600.0, 1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -28,6 +27,7 @@ from faashound.queues.spool.limits import FILE_CHUNK_BYTES
 from faashound.queues.spool.queue import Spool
 from faashound.watchdog import PeerGone
 from testkit.disks import fill
+from testkit.harness import eventually
 from testkit.queue_kit import read_all
 from testkit.spool_kit import LEASE_S, QUEUE, START_S, Desk, Remote, inline, new_call
 
@@ -123,7 +123,7 @@ def test_disk_is_free_again_when_header_fields_have_filled_it_and_the_calls_have
 
 
 @pytest.mark.parametrize("body", [short_body, long_body], ids=lambda body: body.__name__)
-def test_every_end_of_a_call_goes_on_when_somebody_else_has_filled_the_disk(
+def test_every_end_of_a_call_goes_on_when_another_program_has_filled_the_disk(
     small_disk: Path, desk: Desk, body: Callable[[Desk], StoredBody]
 ) -> None:
     calls = [desk.put(body=body(desk)) for _ in range(6)]
@@ -258,9 +258,13 @@ def test_refused_call_does_not_fail_others_of_its_group_when_the_disk_is_full(sm
 # -- results
 
 
-def waits_for_room(desk: Desk) -> bool:
-    """Whether a result waits: it has taken the half of the reserve that is for results, and that was not enough."""
-    return (desk.directory / "reserve").stat().st_size < DISK_BYTES // 8
+async def wait_for_want_of_room(desk: Desk) -> None:
+    """Wait until a result waits: it has taken the half of the reserve that is for results, and that was not enough."""
+
+    async def is_half_gone() -> bool:
+        return (desk.directory / "reserve").stat().st_size < DISK_BYTES // 8
+
+    await eventually(is_half_gone, LONG_S, "a result waits for room")
 
 
 def test_result_waits_for_room_and_is_stored_whole(small_disk: Path, desk: Desk) -> None:
@@ -269,10 +273,7 @@ def test_result_waits_for_room_and_is_stored_whole(small_disk: Path, desk: Desk)
 
     async def scenario() -> StoredBody:
         storing = asyncio.create_task(desk.spool.store_result(in_pieces(result)))
-        deadline_s = time.monotonic() + LONG_S
-        while not waits_for_room(desk):
-            assert time.monotonic() < deadline_s
-            await asyncio.sleep(0.01)
+        await wait_for_want_of_room(desk)
         assert not storing.done()
         ballast.unlink()
         return await storing
@@ -323,8 +324,7 @@ def test_result_that_breaks_off_while_it_waits_is_told_from_one_that_never_came(
 
     async def scenario() -> None:
         storing = asyncio.create_task(desk.spool.store_result(broken(DISK_BYTES // 2)))
-        while not waits_for_room(desk):  # noqa: ASYNC110 - nothing announces it
-            await asyncio.sleep(0.01)
+        await wait_for_want_of_room(desk)
         ballast.unlink()
         await storing
 

@@ -130,7 +130,7 @@ def test_queue_opens_when_others_may_only_read(directory: Path) -> None:
     desk.close()
 
 
-def test_queue_is_nobody_elses_when_it_is_made_with_an_open_umask(tmp_path: Path) -> None:
+def test_queue_is_closed_to_other_users_when_it_is_made_with_an_open_umask(tmp_path: Path) -> None:
     program = f"""
 import asyncio, os
 from pathlib import Path

@@ -148,7 +148,7 @@ class World:
         return {"gateway": self.gateway, "watchdog": self.watchdog}[name]
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def network() -> Iterator[None]:
     """The namespace, with a name server that takes every question and never answers."""
     want_root("making a network namespace")
@@ -157,9 +157,9 @@ def network() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def world(network: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """Our programs, running; started once for all tests of this folder, which is a part of what they show."""
+    """Our programs, running; started once for all tests of this file, which is a part of what they show."""
     etc = tmp_path_factory.mktemp("etc")
     (etc / "hosts").write_text(NAMES)
     (etc / "resolv.conf").write_text(f"nameserver {NAME_SERVER}\n")

@@ -86,7 +86,7 @@ def test_stranger_cannot_pass_for_a_callback(system: System) -> None:
 
 
 def test_chain_ends_when_the_next_function_is_unknown(system: System) -> None:
-    call_id = system.submit("cat", b"x", {"X-Callback-Url": f"http://127.0.0.1:{system.port}/async-function/nobody"})
+    call_id = system.submit("cat", b"x", {"X-Callback-Url": f"http://127.0.0.1:{system.port}/async-function/missing"})
     status = system.until(call_id, lambda status: status.get("callback", {}).get("status") == 404)
     assert status["state"] == "done"
 

@@ -19,8 +19,11 @@ from typing import Any
 
 import pytest
 
-from bench.chaos import DECK, VICTIMS, Disk, Verdict, deck, digest_of, is_stopped, run_chaos
-from bench.ledger import Answer, Books, Fault, Found, Order, Post, Run, audit, cuts, parse_runs, table
+from bench.chaos.faults import DECK, VICTIMS, deck, is_stopped
+from bench.chaos.ledger import Answer, Books, Fault, Found, Order, Post, Run, audit, cuts, parse_runs, table
+from bench.chaos.rig import Disk
+from bench.chaos.run import Verdict, run_chaos
+from bench.chaos.station import digest_of
 from faashound.calls.model import Call, State
 from faashound.queues.spool.limits import DATABASE
 from faashound.queues.spool.queue import Spool
@@ -175,7 +178,7 @@ def test_worker_that_wakes_up_past_its_lease_overwrites_nothing_and_delivers_not
 
 
 def suspend(worker: Worker, spool: Path) -> None:
-    """Stop a worker while it does not write: with the queue's lock in its hands it would stop everybody."""
+    """Stop a worker while it does not write: with the queue's lock in its hands it would stop all the others."""
 
     def stopped_between_two_writes() -> bool:
         worker.process.send_signal(signal.SIGSTOP)

@@ -99,7 +99,7 @@ def send_flood(client: socket.socket, flood: Flood, limit_s: float) -> None:
 
 
 @pytest.mark.parametrize("flood", FLOODS.values(), ids=FLOODS)
-def test_client_keeps_nobody_waiting_and_has_little_held_when_it_floods(port: int, flood: Flood) -> None:
+def test_client_keeps_no_other_waiting_and_has_little_held_when_it_floods(port: int, flood: Flood) -> None:
     _, before_kb = ask_turns(port)
     with connect(port) as client:
         send_flood(client, flood, ATTACK_S)
@@ -123,7 +123,7 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize(("answer", "outcome"), ANSWERS.values(), ids=ANSWERS)
-def test_upstream_keeps_nobody_waiting_when_it_floods_us(port: int, answer: bytes, outcome: str) -> None:
+def test_upstream_keeps_no_other_waiting_when_it_floods_us(port: int, answer: bytes, outcome: str) -> None:
     ask_turns(port)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         fetch = InBackground(lambda: http_request(port, "GET", f"/fetch?{listener.getsockname()[1]}"))

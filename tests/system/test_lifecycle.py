@@ -270,7 +270,7 @@ def test_watchdog_serves_and_stops_when_its_parent_left_it_a_mess(prefix: list[s
         assert program.wait_exit(3) == 0
 
 
-def test_function_ignores_a_signal_only_when_whoever_started_the_watchdog_did() -> None:
+def test_function_ignores_a_signal_only_when_the_parent_of_the_watchdog_did() -> None:
     others_at_default = "[signal.signal(each, signal.SIG_DFL) for each in {*signal.Signals} - {9, 19}]"
     prefix = started_with(f"{others_at_default}; signal.signal(signal.SIGUSR1, signal.SIG_IGN)")
     with Program("watchdog", {"fprocess": "grep -E ^Sig(Ign|Blk) /proc/self/status"}, prefix=prefix) as program:
@@ -308,8 +308,8 @@ def test_nothing_is_written_to_standard_output_when_serving() -> None:
 def test_watchdog_serves_on_when_its_log_is_gone() -> None:
     # An operator's `fwatchdog 2>&1 | head -1`: writing the log then fails, and calls must not.
     port = free_port()
-    with Program("watchdog", {"fprocess": "cat"}) as keeper:
-        environment = keeper.environment | {"port": str(port), "suppress_lock": "true"}
+    with Program("watchdog", {"fprocess": "cat"}) as first:
+        environment = first.environment | {"port": str(port), "suppress_lock": "true"}
         with subprocess.Popen(
             command_of("watchdog"),
             env=environment,

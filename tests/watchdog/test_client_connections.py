@@ -40,6 +40,9 @@ from testkit.scripted import HELLO, answering, body_of, read_head, run, serving
 
 MakeLoop = Callable[[], asyncio.AbstractEventLoop]
 V4, V6 = socket.AF_INET, socket.AF_INET6
+MAKE_LOOPS = pytest.mark.parametrize(
+    "make_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"]
+)
 
 
 # --- Addresses -------------------------------------------------------------------------------------------------
@@ -145,7 +148,7 @@ def test_client_names_each_address_and_its_reason_when_none_answers(monkeypatch:
     run(test())
 
 
-@pytest.mark.parametrize("make_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+@MAKE_LOOPS
 def test_client_leaves_no_connection_behind_when_one_has_won(
     make_loop: MakeLoop,
 ) -> None:
@@ -223,12 +226,18 @@ End = Callable[[socket.socket], object]
 class OnceServer:
     """A server in a thread that answers one request of each connection; the second, if it comes, meets `end`."""
 
-    def __init__(self, end: End, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(self, end: End, tls: ssl.SSLContext | None = None, path: Path | None = None) -> None:
         self.bodies: list[bytes] = []
         self._end = end
         self._tls = tls
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = parse_url(f"{'https' if tls else 'http'}://localhost:{self._listener.getsockname()[1]}/")
+        if path is None:
+            self._listener = socket.create_server(("127.0.0.1", 0))
+            self.url = parse_url(f"{'https' if tls else 'http'}://localhost:{self._listener.getsockname()[1]}/")
+        else:
+            self._listener = socket.socket(socket.AF_UNIX)
+            self._listener.bind(str(path))
+            self._listener.listen()
+            self.url = Url("http", str(path), 80, "/")
 
     def __enter__(self) -> OnceServer:
         threading.Thread(target=self._accept, daemon=True).start()
@@ -356,7 +365,7 @@ def test_client_sends_once_when_a_new_connection_is_closed_without_an_answer() -
 
 @pytest.mark.parametrize("body", [b"whole", pieces, None], ids=["bytes", "opened", "once"])
 @pytest.mark.parametrize("scheme", ["http", "https"])
-@pytest.mark.parametrize("make_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+@MAKE_LOOPS
 def test_post_is_not_lost_when_its_kept_connection_was_closed_before(
     make_loop: MakeLoop, scheme: str, body: SentBody | None, tls: ssl.SSLContext
 ) -> None:
@@ -365,6 +374,48 @@ def test_post_is_not_lost_when_its_kept_connection_was_closed_before(
     with server, asyncio.Runner(loop_factory=make_loop) as runner:
         assert runner.run(send_twice(server, "POST", body, events.close)) == b"hello"
     assert [b"ole" in body for body in server.bodies] == [False, True]
+
+
+def waits_and_closes_unread(connection: socket.socket) -> None:
+    select.select([connection], [], [])
+
+
+@pytest.mark.parametrize("is_closed_before", [True, False])
+@MAKE_LOOPS
+def test_post_over_a_unix_socket_is_sent_again_when_its_kept_connection_was_closed_unread(
+    make_loop: MakeLoop, is_closed_before: bool, tmp_path: Path
+) -> None:
+    events = Events()
+    end, between = (closes_when_told(events), events.close) if is_closed_before else (waits_and_closes_unread, None)
+    with OnceServer(end, path=tmp_path / "s") as server, asyncio.Runner(loop_factory=make_loop) as runner:
+        assert runner.run(send_twice(server, "POST", b"whole", between or (lambda: None))) == b"hello"
+    assert server.bodies == [b"", b"whole"]
+
+
+@pytest.mark.parametrize(
+    ("end", "error"),
+    [(waits_and_closes_unread, Unreachable), (reads_and_closes, PeerGone)],
+)
+@MAKE_LOOPS
+def test_post_over_a_unix_socket_was_not_sent_when_a_new_connection_is_closed_unread(
+    make_loop: MakeLoop, end: End, error: type[Exception], tmp_path: Path
+) -> None:
+    async def post() -> None:
+        client = Client()
+        with pytest.raises(error):
+            await client.request("POST", Url("http", str(tmp_path / "s"), 80, "/"), (), b"whole")
+        await client.close()
+
+    def serve(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        with connection:
+            end(connection)
+
+    with socket.socket(socket.AF_UNIX) as listener, asyncio.Runner(loop_factory=make_loop) as runner:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+        threading.Thread(target=serve, args=[listener], daemon=True).start()
+        runner.run(post())
 
 
 def test_body_is_closed_each_time_that_it_was_opened() -> None:
@@ -383,7 +434,7 @@ def test_body_is_closed_each_time_that_it_was_opened() -> None:
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
-@pytest.mark.parametrize("make_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+@MAKE_LOOPS
 def test_streamed_bodies_arrive_one_after_the_other(make_loop: MakeLoop, scheme: str, tls: ssl.SSLContext) -> None:
     async def large() -> AsyncGenerator[bytes, None]:
         yield b"a"
@@ -525,7 +576,7 @@ def answer_one(listener: socket.socket) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
-@pytest.mark.parametrize("make_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+@MAKE_LOOPS
 def test_client_uses_its_connection_or_says_why_it_has_none_when_few_descriptors_are_left(
     make_loop: MakeLoop, count: int
 ) -> None:

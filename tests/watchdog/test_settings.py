@@ -39,7 +39,14 @@ DURATIONS_NS = st.integers(0, 2**49) | st.integers(0, 10**6).map(lambda seconds:
 # For each parser by the setting that uses it: a value that parses, and values that do not.
 GOOD_AND_BAD: dict[str, tuple[str, list[str]]] = {
     "fprocess": ("sh -c 'exit 1'", ["sh 'unbalanced", "''", " ", "cat \\"]),
-    "mode": ("streaming", ["banana", "Streaming", "http", "static"]),
+    "mode": ("streaming", ["banana", "Streaming", "HTTP", "afterburn"]),
+    "upstream_url": (
+        "http://127.0.0.1:5000/api",
+        ["127.0.0.1:5000", "ftp://h", "http://", "http://h:65536", "http://h/?a", "http://h/#a", "http://h:$HOME"],
+    ),
+    "http_buffer_req_body": ("true", ["yes"]),
+    "ready_path": ("/ready?deep=1", ["ready", "/a b", "http://h/ready"]),
+    "static_path": ("/srv", ["a\nb"]),
     "host": ("127.0.0.1", ["a\nb", "\x7f"]),
     "port": ("65535", ["65536", "-1", "http", "8080.0", "٨٠", "+1", " 1"]),
     "metrics_port": ("0", ["65536", "-1", "1e3"]),
@@ -74,12 +81,15 @@ BAD = [pytest.param(name, text, id=f"{name}={text!a}") for name, (_, bad) in GOO
 
 
 def parse(**environ: str) -> Settings:
-    return parse_settings(Settings, {"fprocess": "cat"} | environ)
+    """Return the settings of a watchdog of the mode that `environ` needs, if it is of one mode."""
+    (modes, *_) = [row.modes for row in TABLE.values() if row.name in environ and len(row.modes) == 1] or [("",)]
+    least = {"http": {"mode": "http", "fprocess": "cat", "upstream_url": "http://h"}, "static": {"mode": "static"}}
+    return parse_settings(Settings, least.get(modes[0], {"fprocess": "cat"}) | environ)
 
 
 def problems_of(**environ: str) -> tuple[str, ...]:
     with pytest.raises(BadSettings) as caught:
-        parse(**environ)
+        parse_settings(Settings, {"fprocess": "cat"} | environ)
     return caught.value.problems
 
 
@@ -204,7 +214,9 @@ def test_default_is_a_value_an_operator_could_type_when_there_is_one(attribute: 
 @pytest.mark.parametrize(("attribute", "row"), ROWS)
 def test_empty_variable_counts_as_unset_when_optional(attribute: str, row: Setting) -> None:
     if row.default is not None:
-        assert getattr(parse(**{row.name: ""}), attribute) == getattr(parse(), attribute)
+        fixed = {"mode": "static"} if row.name == "fprocess" else {"fprocess": "cat"}
+        unset, empty = (parse_settings(Settings, {**fixed, **more}) for more in ({}, {row.name: ""}))
+        assert getattr(empty, attribute) == getattr(unset, attribute)
 
 
 @pytest.mark.parametrize("name", GOOD_AND_BAD)

@@ -186,13 +186,16 @@ FLOODS = {
 
 @pytest.mark.parametrize("flood", FLOODS.values(), ids=FLOODS)
 def test_others_are_answered_and_memory_is_bounded_when_a_function_floods_the_log(flood: bytes) -> None:
-    with Program("watchdog", {"fprocess": "sh", "combine_output": "false"}) as program:
+    settings = {"fprocess": "sh", "combine_output": "false"}
+    with Program("watchdog", settings) as program, Program("watchdog", settings) as quiet:
         # A million lines take a busy machine its time; the promise is about the others.
         flooding = InBackground(lambda: http_request(program.port, "POST", body=flood + b"; echo done", timeout_s=60))
         program.wait_log("stderr: ")
-        elapsed_s = sorted(http_request(program.port, "POST", body=b"echo on").elapsed_s for _ in range(20))
+        ports = (program.port, quiet.port)  # in turns: what the second one takes longer is the machine's doing
+        pairs = [[http_request(port, "POST", body=b"echo on").elapsed_s for port in ports] for _ in range(20)]
+        elapsed_s, machine_s = (sorted(each) for each in zip(*pairs, strict=True))
         assert elapsed_s[10] < 0.1 * crowding()
-        assert elapsed_s[-1] < noise_s()
+        assert elapsed_s[-1] < noise_s() + machine_s[-1]
         answer = flooding.result(60)
         assert (answer.status, answer.text) == (200, "done\n")
         assert program.resident_bytes() < PEAK_BYTES

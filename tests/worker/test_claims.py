@@ -22,16 +22,16 @@ class CountingSpool(Spool):
     claims_count = 0
 
     async def claim(
-        self, queues: Sequence[str], owner: str, lease_s: float, limit: int, room: Mapping[str, int] | None = None
+        self, queues: Sequence[str], owner: str, lease_s: float, limit: int, capacity: Mapping[str, int] | None = None
     ) -> list[Lease]:
         self.claims_count += 1
-        return await super().claim(queues, owner, lease_s, limit, room)
+        return await super().claim(queues, owner, lease_s, limit, capacity)
 
     async def claim_callbacks(
-        self, queues: Sequence[str], owner: str, lease_s: float, limit: int, room: Mapping[str, int] | None = None
+        self, queues: Sequence[str], owner: str, lease_s: float, limit: int, capacity: Mapping[str, int] | None = None
     ) -> list[Lease]:
         self.claims_count += 1
-        return await super().claim_callbacks(queues, owner, lease_s, limit, room)
+        return await super().claim_callbacks(queues, owner, lease_s, limit, capacity)
 
 
 def test_call_at_rest_costs_one_round_of_claims_and_its_callback_another() -> None:

@@ -130,7 +130,7 @@ def test_callback_follows_no_other_redirect_and_is_tried_again(system: System) -
         ((307, {"Location": "http://169.254.169.254/"}, b""), REFUSED_TEXT),
     ],
 )
-def test_callback_ends_when_nobody_wants_it_or_it_would_go_where_it_may_not(
+def test_callback_ends_when_its_receiver_wants_no_more_or_it_would_go_where_it_may_not(
     system: System, reply: Reply, error: str
 ) -> None:
     with Receiver(lambda _: reply) as receiver:

@@ -40,7 +40,7 @@ def test_free_slots_go_first_to_flows_below_their_share(
     assert share_fairly(16, held, flows_count) == Allotment(limit, capacities)
 
 
-def test_free_slots_go_to_any_flow_when_nobody_is_below_its_share() -> None:
+def test_free_slots_go_to_any_flow_when_no_flow_is_below_its_share() -> None:
     assert share_rest(16, {"a": 12, "b": 1}) == Allotment(3)
 
 

@@ -132,7 +132,7 @@ def test_delayed_call_runs_when_it_is_due(system: System) -> None:
     assert 0.7 <= time.time() - started_s < 0.7 + 2 * noise_s()
 
 
-def test_call_that_nobody_took_in_time_is_expired_and_never_runs() -> None:
+def test_call_that_no_worker_took_in_time_is_expired_and_never_runs() -> None:
     with System(settings={"worker": "none"}) as system:
         call_id = system.submit("shell", NOTES_RUN, {"X-Expires": "300ms"})
         wait_until(lambda: time.time() > system.row(call_id)["expires_s"], 5, "its time has passed")
@@ -198,7 +198,7 @@ def test_worker_makes_no_more_calls_at_once_than_max_inflight_and_no_fewer(limit
 
 
 def test_worker_hears_of_every_call_that_comes_while_it_looks_for_work(system: System) -> None:
-    """One that is put between a claim that finds nothing and its answer must not wait for the next bell."""
+    """One that is put between a claim that finds nothing and its answer must not wait for the next wake-up."""
     for number in range(150):
         call_id = system.submit("cat", b"%d" % number)
         began_s = time.monotonic()

@@ -8,7 +8,7 @@ What is promised, and audited:
 
  1. Every order that was answered 202 is in the spool, once; what was not may be there, once, or not at all.
  2. Every call in the spool has ended, and so has its callback.  It ended as it had to: done unless its function never
-    succeeds or its time ran out, cancelled only if somebody asked, expired only if it could.
+    succeeds or its time ran out, cancelled only if a caller asked, expired only if it could.
  3. A call that is done has run, and its result is what its function answered.  One that is dead has run, unless its
     function was out of reach at its last attempt, the only one left to it or the last before its time ran out.
  4. A call runs as often as its function's script makes it necessary, and once more at most for each fault that hit it
@@ -37,10 +37,10 @@ OUT_OF_REACH = (502, 503)  # the status of a call whose last attempt did not rea
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """A call that somebody wants.
+    """A call that a caller wants.
 
     `steps` is what the function is to do at its first run, its second, and so on, the last one for ever; `callback` is
-    the same for whoever receives the result, empty if nobody does.  `call_id` is the id asked for, if any.
+    the same for the receiver of the result, empty if there is none.  `call_id` is the id asked for, if any.
     `attempts_limit` is after how many attempts the function has it given up.
     """
 

@@ -1,0 +1,157 @@
+"""GET /system/events: what changes is told in order, from where a client was, and one that stalls is no matter."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from faashound.serving.events import MAX_READERS_COUNT
+from testkit.harness import wait_until
+from tests.ui.kit import Shown
+
+Event = dict[str, str]
+
+
+class Reader:
+    """A client of the stream, with nothing but a socket."""
+
+    def __init__(self, port: int, mark: str | None = None) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", port), 5.0)
+        last = "" if mark is None else f"Last-Event-ID: {mark}\r\n"
+        self._socket.sendall(f"GET /system/events HTTP/1.1\r\nHost: localhost\r\n{last}\r\n".encode())
+        self._socket.settimeout(0.05)
+        self._data = b""
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def read(self) -> str:
+        """Return what has come by now; chunks of the framing are left in, which events do not look like."""
+        try:
+            while piece := self._socket.recv(65536):
+                self._data += piece
+        except TimeoutError:
+            pass
+        return self._data.decode()
+
+    def status(self) -> int:
+        wait_until(lambda: "\r\n" in self.read(), 5.0, "an answer")
+        return int(self._data.split(b" ", 2)[1])
+
+    def events(self) -> list[Event]:
+        """Return the whole events so far."""
+        found = []
+        for part in self.read().partition("\r\n\r\n")[2].replace("\r\n", "\n").split("\n\n"):
+            lines = [line.partition(": ") for line in part.split("\n")]
+            event = {name: value for name, _, value in lines if name in ("id", "event", "data")}
+            if "data" in event:
+                found.append(event)
+        return found
+
+    def calls(self) -> list[dict[str, Any]]:
+        """Return what was told of calls, in order."""
+        told = [json.loads(event["data"]) for event in self.events() if event["event"] == "calls"]
+        return [call for each in told for call in each["calls"]]
+
+    def was_told_more(self) -> bool:
+        return any(json.loads(event["data"])["more"] for event in self.events() if event["event"] == "calls")
+
+    def states_of(self, call_id: str) -> list[str]:
+        return [call["state"] for call in self.calls() if call["id"] == call_id]
+
+    def mark(self) -> str:
+        """Wait for an event with an id; return the last one."""
+        wait_until(lambda: [event for event in self.events() if "id" in event], 5.0, "an event with an id")
+        return [event["id"] for event in self.events() if "id" in event][-1]
+
+
+@contextmanager
+def reading(system: Shown, mark: str | None = None) -> Iterator[Reader]:
+    reader = Reader(system.port, mark)
+    try:
+        yield reader
+    finally:
+        reader.close()
+
+
+@pytest.fixture(scope="module", params=["1", "3"], ids=["alone", "three"])
+def system(request: pytest.FixtureRequest) -> Iterator[Shown]:
+    with Shown(settings={"workers": request.param}) as system:
+        yield system
+
+
+def test_reader_is_told_of_a_call_from_queued_to_its_end(system: Shown) -> None:
+    with reading(system) as reader:
+        reader.mark()
+        call_id = system.submit("cat", b"x", {"X-Delay": "1500ms"})
+        wait_until(lambda: reader.states_of(call_id)[-1:] == ["done"], 15.0, "the end is told")
+        assert reader.states_of(call_id)[0] == "queued"
+        assert not reader.was_told_more()
+
+
+def test_reader_is_told_that_a_call_runs_and_is_cancelled(system: Shown) -> None:
+    with reading(system) as reader:
+        reader.mark()
+        call_id = system.submit("slow")
+        wait_until(lambda: "running" in reader.states_of(call_id), 15.0, "that it runs is told")
+        assert system.request("DELETE", f"/async-function/{call_id}").status == 202
+        wait_until(lambda: reader.states_of(call_id)[-1] == "cancelled", 15.0, "its end is told")
+
+
+def test_reader_that_comes_back_is_told_what_it_has_missed(system: Shown) -> None:
+    with reading(system) as reader:
+        mark = reader.mark()
+    missed = system.submit("cat", b"x")
+    system.ended(missed)
+    with reading(system, mark) as reader:
+        wait_until(lambda: reader.states_of(missed) == ["done"], 5.0, "what was missed is told at once")
+
+
+@pytest.mark.parametrize("mark", ["nonsense", "n1-1", "s99999999-1-1.000000"])
+def test_reader_with_a_mark_of_another_making_is_told_to_read_again(system: Shown, mark: str) -> None:
+    with reading(system, mark) as reader:
+        wait_until(reader.was_told_more, 5.0, "more")
+
+
+def test_readers_beyond_the_limit_are_told_to_ask_instead_and_places_are_given_back(system: Shown) -> None:
+    readers = [Reader(system.port) for _ in range(MAX_READERS_COUNT)]
+    try:
+        for reader in readers:
+            reader.mark()
+        answer = system.request("GET", "/system/events")
+        assert (answer.status, answer.headers["retry-after"]) == (503, "5")
+        assert "/system/calls" in answer.text
+    finally:
+        for reader in readers:
+            reader.close()
+
+    def has_place() -> bool:
+        with reading(system) as reader:
+            return reader.status() == 200
+
+    wait_until(has_place, 40.0, "a place is free again")
+
+
+def test_reader_that_stalls_holds_up_no_other(system: Shown) -> None:
+    with reading(system) as stalled, reading(system) as reader:
+        stalled.mark()
+        reader.mark()
+        for _ in range(30):  # nothing is read of `stalled` meanwhile
+            call_id = system.submit("cat", b"x")
+        wait_until(lambda: reader.states_of(call_id)[-1:] == ["done"], 20.0, "the other is told all")
+        wait_until(lambda: stalled.was_told_more() or stalled.states_of(call_id)[-1:] == ["done"], 10.0, "as is this")
+
+
+def test_reader_is_told_when_functions_change_and_let_go_when_the_gateway_stops() -> None:
+    with Shown() as system, reading(system) as reader:
+        reader.mark()
+        path = system.temporary / "functions.toml"
+        path.write_text(path.read_text() + '\n[another]\nfprocess = "cat"\n')
+        wait_until(lambda: [each for each in reader.events() if each["event"] == "functions"], 15.0, "a change")
+        system.process.terminate()
+        wait_until(lambda: system.process.poll() is not None, 30.0, "the gateway has stopped, and not for its reader")

@@ -1,0 +1,470 @@
+"""mode=http: the function is a server, started once; requests are passed on, and it is watched over."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from websockets.sync.client import connect as connect_websocket
+
+from testkit import app_server, websocket_echo
+from testkit.harness import (
+    Answer,
+    InBackground,
+    Program,
+    connect,
+    crowding,
+    free_port,
+    http_request,
+    noise_s,
+    parse,
+    raw,
+    read_all,
+    read_until,
+    run,
+    wait_until,
+)
+from testkit.inspection import in_flight, is_free
+
+SERVER = f"{sys.executable} -S -E -I {app_server.__file__}"
+SETTINGS = {"fprocess": SERVER, "mode": "http", "upstream_url": "http://127.0.0.1:$PORT", "healthcheck_interval": "0"}
+LAST_CHUNK = b"0\r\n\r\n"
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def program() -> Iterator[Program]:
+    """A watchdog with room for two calls, whose server takes connections."""
+    with Program("watchdog", {**SETTINGS, "max_inflight": "2", "metrics_port": str(free_port())}) as program:
+        wait_healthy(program)
+        yield program
+
+
+def health(program: Program) -> Answer:
+    return http_request(program.port, "GET", "/_/health")
+
+
+def wait_healthy(program: Program) -> None:
+    wait_until(lambda: health(program).status == 200, 10.0, f"the server takes connections:\n{program.log()}")
+
+
+def get(program: Program, path: str, **headers: str) -> Answer:
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return http_request(program.port, "GET", path, headers=named)
+
+
+def echo(program: Program, method: str = "GET", path: str = "/echo", body: Any = None, **headers: str) -> Any:
+    return json.loads(http_request(program.port, method, path, headers, body).body)
+
+
+def server_pid(program: Program) -> int:
+    return int(get(program, "/pid").text)
+
+
+def request_of(path: str, headers: str = "") -> bytes:
+    return f"GET {path} HTTP/1.1\r\nHost: h\r\n{headers}\r\n".encode()
+
+
+# What the server sees.
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "PROPFIND"])
+def test_server_gets_any_method_target_and_host_as_they_came(program: Program, method: str) -> None:
+    seen = echo(program, method, "/a%20b//c/..%2Fd?x=%31&y", Host="example.org:99", X_A="b")
+    assert (seen["method"], seen["target"]) == (method, "/a%20b//c/..%2Fd?x=%31&y")
+    assert [value for name, value in seen["headers"] if name.lower() == "host"] == ["example.org:99"]
+
+
+def test_server_gets_no_fields_of_the_hop(program: Program) -> None:
+    seen = echo(program, Connection="X-B", X_B="c", TE="trailers")
+    assert not {"X-B", "Connection", "TE"} & {name for name, _ in seen["headers"]}
+
+
+@pytest.mark.parametrize(
+    ("body", "length"), [(b"hello", 5), (bytes(3 * MIB), 3 * MIB), (iter([b"a" * 9, b"b" * MIB]), 9 + MIB)]
+)
+def test_server_gets_the_body_whole(program: Program, body: Any, length: int) -> None:
+    assert echo(program, "POST", body=body)["length"] == length
+
+
+def test_head_is_answered_without_a_body(program: Program) -> None:
+    answer = http_request(program.port, "HEAD", "/pid")
+    assert (answer.status, answer.body, int(answer.headers["content-length"]) > 0) == (200, b"", True)
+
+
+@pytest.mark.parametrize("status", [204, 302, 304, 404, 500, 503])
+def test_status_is_the_servers(program: Program, status: int) -> None:
+    assert get(program, f"/status/{status}").status == status
+
+
+def test_answer_has_its_duration(program: Program) -> None:
+    assert 0 < float(get(program, "/pid").headers["x-duration-seconds"]) < 5
+
+
+def test_path_of_the_upstream_is_a_prefix() -> None:
+    with Program("watchdog", {**SETTINGS, "upstream_url": "http://127.0.0.1:0/pre/fix/"}) as program:
+        wait_healthy(program)
+        assert echo(program, path="/echo?x")["target"] == "/pre/fix/echo?x"
+
+
+def test_many_requests_have_one_process(program: Program) -> None:
+    assert len({server_pid(program) for _ in range(5)}) == 1
+    assert len(program.functions()) == 1
+
+
+def test_several_workers_have_one_server() -> None:
+    with Program("watchdog", {**SETTINGS, "workers": "3"}, ready_line=r"Listening on port: (\d+)") as program:
+        wait_healthy(program)
+        assert len({server_pid(program) for _ in range(12)}) == 1
+        program.terminate()
+        assert program.wait_exit() == 0
+        wait_until(lambda: not program.survivors(), 2.0, "nothing left")
+
+
+def test_body_is_sent_with_its_length_when_it_is_buffered() -> None:
+    with Program("watchdog", {**SETTINGS, "http_buffer_req_body": "true"}) as program:
+        wait_healthy(program)
+        for size in (5, 3 * MIB):
+            seen = echo(program, "POST", body=iter([bytes(size - 1), b"x"]))
+            assert (seen["length"], dict(seen["headers"])["Content-Length"]) == (size, str(size))
+
+
+def test_body_above_the_limit_is_refused() -> None:
+    with Program("watchdog", {**SETTINGS, "max_body": "10"}) as program:
+        wait_healthy(program)
+        assert http_request(program.port, "POST", "/echo", body=b"a" * 11).status == 413
+        assert http_request(program.port, "POST", "/echo", body=iter([b"a" * 11])).status == 413
+        assert echo(program, "POST", body=b"a" * 10)["length"] == 10
+
+
+# Streams, and how they end.
+
+
+def test_stream_comes_as_it_is_sent_while_the_body_still_comes(program: Program) -> None:
+    with connect(program.port) as client:
+        client.sendall(b"POST /stream HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n")
+        assert b"text/event-stream" in read_until(client, b"begin\n\r\n")
+        for word in (b"one", b"two"):
+            client.sendall(b"3\r\n" + word + b"\r\n")
+            assert read_until(client, word + b"\r\n")
+        client.sendall(b"0\r\n\r\n")
+        read_until(client, LAST_CHUNK)
+
+
+def test_call_counts_as_in_flight_until_its_stream_ends(program: Program) -> None:
+    with connect(program.port) as one, connect(program.port) as two:
+        for client in (one, two):
+            client.sendall(request_of("/half"))
+            read_until(client, b"half\n\r\n")
+        assert in_flight(program) == 2
+        assert get(program, "/pid").status == 429
+    wait_until(lambda: is_free(program), 2.0, "the slots are free")
+
+
+def test_server_learns_that_the_client_has_gone(program: Program) -> None:
+    with connect(program.port) as client:
+        client.sendall(request_of("/half"))
+        read_until(client, b"half\n\r\n")
+    program.wait_log("the other end has gone")
+    wait_until(lambda: is_free(program), 2.0, "the slot is free")
+
+
+def test_answer_is_cut_when_the_servers_breaks_off(program: Program) -> None:
+    received = raw(program.port, request_of("/cut"))
+    assert b"half\n" in received
+    assert not received.endswith(LAST_CHUNK)
+
+
+def test_slow_reader_holds_up_the_server_and_not_the_memory() -> None:
+    with Program("watchdog", SETTINGS) as program:
+        wait_healthy(program)
+        get(program, "/zeros/1000000")
+        before = program.resident_bytes()
+        with connect(program.port) as client:
+            client.sendall(request_of(f"/zeros/{256 * MIB}", "Connection: close\r\n"))
+            time.sleep(0.3)  # a reader that reads nothing for a while
+            assert len(read_all(client, 60 * crowding())) > 256 * MIB
+        assert program.resident_bytes() - before < 16 * MIB
+
+
+# Limits and failures.
+
+
+def is_ours(answer: Answer) -> bool:
+    return answer.headers.get("x-openfaas-internal") == "of-watchdog"
+
+
+def test_limit_of_the_caller_is_a_504(program: Program) -> None:
+    answer = get(program, "/hang", X_Timeout="200ms")
+    assert (answer.status, is_ours(answer)) == (504, True)
+    assert answer.elapsed_s < 0.2 + noise_s()
+
+
+def test_limit_cuts_a_stream(program: Program) -> None:
+    start_s = time.monotonic()
+    received = raw(program.port, request_of("/half", "X-Timeout: 300ms\r\n"))
+    assert b"half\n" in received
+    assert not received.endswith(LAST_CHUNK)
+    assert 0.3 <= time.monotonic() - start_s < 0.3 + noise_s()
+
+
+def test_exec_timeout_is_a_504_and_the_server_lives_on() -> None:
+    with Program("watchdog", {**SETTINGS, "exec_timeout": "300ms"}) as program:
+        wait_healthy(program)
+        pid = server_pid(program)
+        assert get(program, "/hang", X_Timeout="60s").status == 504
+        assert server_pid(program) == pid
+
+
+def test_no_answer_is_a_502(program: Program) -> None:
+    answer = get(program, "/nothing")
+    assert (answer.status, is_ours(answer)) == (502, True)
+
+
+def test_bad_limit_is_a_400(program: Program) -> None:
+    assert get(program, "/pid", X_Timeout="soon").status == 400
+
+
+# Supervision.
+
+
+def test_health_and_calls_wait_for_a_server_that_is_slow() -> None:
+    with Program("watchdog", {**SETTINGS, "fprocess": f"{SERVER} 1"}) as program:
+        answer = health(program)
+        assert answer.status == 503
+        assert answer.text == "the function's server runs, but takes no connections yet\n"
+        assert get(program, "/status/204").status == 204
+        assert health(program).status == 200
+        program.wait_log("The server takes connections at 127.0.0.1:")
+
+
+def test_call_is_told_to_come_again_when_the_server_never_listens() -> None:
+    with Program("watchdog", {**SETTINGS, "fprocess": f"{SERVER} never"}) as program:
+        answer = get(program, "/pid", X_Timeout="300ms")
+        assert (answer.status, is_ours(answer), answer.headers["retry-after"]) == (503, True, "1")
+        assert answer.text == "the function's server runs, but takes no connections yet\n"
+        program.wait_log("takes no connections at 127.0.0.1:", 15.0)
+        assert http_request(program.port, "GET", "/_/ready").status == 503
+
+
+@pytest.mark.parametrize(("fprocess", "reason"), [("false", "ended (exit status 1)"), ("no-such", "cannot be started")])
+def test_server_that_dies_is_started_again_with_growing_delay_and_the_reason(fprocess: str, reason: str) -> None:
+    with Program("watchdog", {**SETTINGS, "fprocess": fprocess}) as program:
+        for delay in ("0.1", "0.2", "0.4"):
+            assert reason in program.wait_log(f"next start in {delay} s")
+        answer = get(program, "/", X_Timeout="100ms")
+        assert (answer.status, answer.text[:39]) == (503, "the function's server is not running, a"[:39])
+
+
+def test_calls_wait_for_the_next_life_of_a_server() -> None:
+    with Program("watchdog", SETTINGS) as program:
+        wait_healthy(program)
+        before = server_pid(program)
+        http_request(program.port, "POST", "/exit/3")
+        assert server_pid(program) != before
+        lines = [line for line in program.log_lines() if "about to exit" in line or "exit status 3" in line]
+        assert [line[20:] for line in lines] == [
+            "stdout: about to exit",
+            "error: the server ended (exit status 3); next start in 0.1 s",
+        ]
+
+
+def test_all_that_a_server_started_is_gone_before_its_next_life() -> None:
+    with Program("watchdog", SETTINGS) as program:
+        wait_healthy(program)
+        get(program, "/daemon")
+        get(program, "/child")
+        assert len(program.functions()) == 3
+        os.kill(server_pid(program), 9)
+        program.wait_log("the server ended (signal: killed)")
+        wait_healthy(program)
+        assert len(program.functions()) == 1
+
+
+def test_what_a_server_orphans_is_reaped_and_otherwise_left_in_peace(program: Program) -> None:
+    get(program, "/zombie")
+    get(program, "/daemon")
+    (sleeper,) = program.functions() - {server_pid(program)}
+    for _ in range(20):
+        get(program, "/pid")
+    assert sleeper in program.functions()
+    zombies = [pid for pid in program.children() if Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"]
+    assert zombies == []
+
+
+@pytest.mark.parametrize("ending", ["terminated", "twice", "killed"])
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_server_and_all_that_it_started_end_with_the_watchdog(ending: str, workers: str) -> None:
+    with Program("watchdog", {**SETTINGS, "workers": workers}) as program:
+        wait_healthy(program)
+        get(program, "/daemon")
+        get(program, "/child")
+        if ending == "killed":
+            program.kill()
+        else:
+            program.terminate()
+            if ending == "twice":
+                program.wait_log("SIGTERM: draining")
+                program.terminate()
+            assert program.wait_exit() == 0
+        wait_until(lambda: not program.survivors(), 2.0, "nothing left")
+
+
+def test_calls_in_flight_finish_before_the_server_is_ended() -> None:
+    script = 'trap "echo ending; exit 0" TERM; '
+    settings = {**SETTINGS, "fprocess": f"sh -c '{script}{SERVER} & wait; wait'", "term_grace": "5s"}
+    with Program("watchdog", settings) as program, connect(program.port) as client:
+        wait_healthy(program)
+        client.sendall(b"POST /stream HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n")
+        read_until(client, b"begin\n\r\n")
+        program.terminate()
+        program.wait_log("draining: 1 requests")
+        client.sendall(b"3\r\none\r\n0\r\n\r\n")
+        assert read_all(client).endswith(b"one\r\n" + LAST_CHUNK)
+        assert program.wait_exit() == 0
+        assert "stdout: ending" in program.log()
+
+
+def test_server_that_does_not_heed_sigterm_is_killed_after_its_grace() -> None:
+    settings = {**SETTINGS, "fprocess": f"""sh -c 'trap "" TERM; {SERVER}'""", "term_grace": "300ms"}
+    with Program("watchdog", settings) as program:
+        wait_healthy(program)
+        start_s = time.monotonic()
+        program.terminate()
+        assert program.wait_exit() == 0
+        assert 0.3 <= time.monotonic() - start_s < 0.3 + 1.0 + noise_s()
+
+
+# What it prints, and readiness.
+
+
+@pytest.mark.parametrize(("prefix", "shown"), [("true", "stderr: HELLO"), ("false", "HELLO")])
+def test_what_a_server_prints_is_in_the_log(prefix: str, shown: str) -> None:
+    with Program("watchdog", {**SETTINGS, "prefix_logs": prefix}) as program:
+        wait_healthy(program)
+        get(program, "/print/hello")
+        line = program.wait_log(shown)
+        assert line.endswith(shown)
+        assert (line == shown) == (prefix == "false")
+        program.wait_log(shown.replace("stderr", "stdout").replace("HELLO", "hello"))
+
+
+def test_ready_asks_the_server_where_ready_path_says() -> None:
+    with Program("watchdog", {**SETTINGS, "ready_path": "/status/418"}) as program:
+        wait_healthy(program)
+        assert http_request(program.port, "GET", "/_/ready").status == 418
+        assert health(program).status == 200
+
+
+# Upgrade.
+
+
+def upgrade(port: int, headers: str = "Connection: keep-alive, Upgrade\r\n") -> socket.socket:
+    client = connect(port)
+    client.sendall(request_of("/", f"{headers}Upgrade: echo\r\n"))
+    return client
+
+
+def test_other_protocol_passes_both_ways_once_the_server_has_switched(program: Program) -> None:
+    with upgrade(program.port) as client:
+        head = read_until(client, b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 101 Switching Protocols\r\n")
+        assert b"upgrade: echo\r\n" in head.lower()
+        assert b"x-a: b\r\n" in head.lower()
+        for data in (b"hello", b"GET / HTTP/1.1\r\n\r\n", bytes(range(256))):
+            client.sendall(data)
+            assert read_until(client, data) == data
+        assert in_flight(program) == 1
+        client.shutdown(socket.SHUT_WR)
+        assert read_all(client) == b"bye"
+    wait_until(lambda: is_free(program), 2.0, "the slot is free")
+
+
+def test_connection_is_closed_when_the_server_ends_the_other_protocol(program: Program) -> None:
+    with upgrade(program.port) as client:
+        read_until(client, b"\r\n\r\n")
+        client.sendall(b"quit")
+        assert read_all(client) == b""
+    wait_until(lambda: is_free(program), 2.0, "the slot is free")
+
+
+def test_much_passes_in_the_other_protocol_when_both_sides_are_slow(program: Program) -> None:
+    with upgrade(program.port) as client:
+        read_until(client, b"\r\n\r\n")
+        data = os.urandom(MIB) * 16
+        sent = InBackground(lambda: client.sendall(data))
+        received = b""
+        while len(received) < len(data):
+            received += client.recv(1 << 16)
+        sent.result()
+        assert received == data
+
+
+def test_limit_does_not_cut_the_other_protocol(program: Program) -> None:
+    with connect(program.port) as client:
+        client.sendall(request_of("/", "Connection: Upgrade\r\nUpgrade: echo\r\nX-Timeout: 200ms\r\n"))
+        read_until(client, b"\r\n\r\n")
+        time.sleep(0.4)  # what is asserted is that nothing happens meanwhile
+        client.sendall(b"still here")
+        assert read_until(client, b"still here")
+
+
+@pytest.mark.parametrize("options", ["close", "keep-alive, close"])
+def test_upgrade_is_not_passed_on_when_connection_does_not_name_it(program: Program, options: str) -> None:
+    (answer,) = parse(raw(program.port, request_of("/echo", f"Connection: {options}\r\nUpgrade: echo\r\n")))
+    assert "upgrade" not in {name.lower() for name, _ in json.loads(answer.body)["headers"]}
+
+
+def test_h2c_is_not_passed_on(program: Program) -> None:
+    head = "Connection: Upgrade, HTTP2-Settings, close\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
+    (answer,) = parse(raw(program.port, request_of("/echo", head)))
+    names = {name.lower() for name, _ in json.loads(answer.body)["headers"]}
+    assert not names & {"upgrade", "http2-settings"}
+
+
+def test_real_websockets_meet_through_the_watchdog() -> None:
+    with Program("watchdog", {**SETTINGS, "fprocess": f"{sys.executable} {websocket_echo.__file__}"}) as program:
+        wait_healthy(program)
+        with connect_websocket(f"ws://127.0.0.1:{program.port}/") as client:
+            for message in ("hello", bytes(100_000), "x" * 70_000):
+                client.send(message)
+                assert client.recv(timeout=10 * crowding()) == message
+            client.ping().wait(10 * crowding())
+        program.wait_log("status=101")
+
+
+# Settings.
+
+
+@pytest.mark.parametrize(
+    ("settings", "problems"),
+    [
+        ({"mode": "http", "fprocess": "x"}, ["upstream_url is not set; it is required with mode=http"]),
+        ({"mode": "http", "upstream_url": "http://h"}, ["fprocess is not set; it is required"]),
+        (
+            {"mode": "http", "fprocess": "x", "upstream_url": "ftp://h?", "cgi_response": "1", "static_path": "/srv"},
+            [
+                "upstream_url='ftp://h?': allowed: http",
+                "cgi_response means nothing with mode=http",
+                "static_path means",
+            ],
+        ),
+        ({"fprocess": "x", "upstream_url": "http://h", "ready_path": "/r"}, ["upstream_url means", "ready_path means"]),
+    ],
+)
+def test_settings_of_another_mode_are_refused_all_named(settings: dict[str, str], problems: list[str]) -> None:
+    ended = run("watchdog", settings=settings)
+    assert ended.returncode == 2
+    assert [problem for problem in problems if problem not in ended.stderr] == []
+
+
+def test_setting_of_another_mode_that_asks_for_nothing_is_let_pass() -> None:
+    with Program("watchdog", {**SETTINGS, "cgi_headers": "true", "content_type": ""}) as program:
+        wait_healthy(program)

@@ -1,0 +1,174 @@
+// One function: its last hour, a form to call it now or later, its latest calls and lines.
+
+import { Failure, invoke, send } from "../api.js";
+import { minutesChart } from "../chart.js";
+import { ask, askForm, h, keyed, long, say, show, time } from "../dom.js";
+import { count, duration, percentile, rate, share } from "../format.js";
+import { attempt, callRow, callTable, empty, facts, fieldsTable, figures, head, letGo, note, state, throttled, to, withQuery } from "../parts.js";
+import { deployingIsOff } from "./deploy.js";
+import { stateOf } from "./functions.js";
+import { logs } from "./logs.js";
+
+const METHODS = ["POST", "GET", "PUT", "PATCH", "DELETE"];
+
+export async function oneFunction(context) {
+  const name = context.parameter;
+  const full = name.includes(".") ? name : `${name}.openfaas-fn`;
+  context.title(name);
+  const strip = h("div");
+  const picture = h("section");
+  const body = h("tbody");
+  const callsPlace = h("div");
+  let described = null;
+
+  async function refresh() {
+    const parameters = new URLSearchParams({ function: full });
+    const [metrics, list] = await Promise.all([context.get(`/system/metrics?${parameters}`), context.get(`/system/calls?${parameters}&limit=10`)]);
+    const mine = metrics.functions[full] ?? { calls: 0, errors: 0, per_minute: 0, p50_seconds: null, p95_seconds: null, in_flight: 0, queued: 0 };
+    show(strip, figures([
+      ["Calls / min", rate(mine.per_minute)],
+      ["Failed", share(mine.errors, mine.calls), { class: mine.errors ? "bad" : "", title: `${count(mine.errors)} of ${count(mine.calls)}` }],
+      ["p50", percentile(mine.p50_seconds)],
+      ["p95", percentile(mine.p95_seconds)],
+      ["In flight", count(mine.in_flight)],
+      ["Waiting", count(metrics.queue ? mine.queued : null)],
+    ]));
+    show(picture, minutesChart(metrics.minutes, new Date(metrics.time) / 1000));
+    keyed(body, list.calls, (call) => call.id, (call) => callRow(call));
+    show(callsPlace, list.calls.length ? callTable("Latest calls", body) : empty("No asynchronous calls. Choose “later” above to make one."));
+  }
+
+  [described] = await Promise.all([context.get(`/system/function/${encodeURIComponent(full)}`), refresh()]);
+  const off = await deployingIsOff(context);
+  const soon = throttled(() => refresh().catch(letGo), 1500);
+  context.listen((event) => {
+    if (event.kind !== "calls" || event.data.more || event.data.calls.some((call) => call.function === full)) soon();
+  });
+  const isDeployed = Boolean(described.createdAt);
+  return [
+    head(name, {
+      crumb: h("a", { href: "#/functions" }, "Functions"),
+      actions: [
+        state(...stateOf(described)),
+        described.local && h("button", { type: "button", onclick: () => scale(described) }, "Scale"),
+        !off && isDeployed && h("a", { class: "button", href: to("deploy", name) }, "Change"),
+        !off && isDeployed && h("button", { type: "button", class: "danger", onclick: () => remove(described) }, "Remove"),
+      ],
+    }),
+    strip,
+    h("div", { class: "columns" }, h("div", null, picture, h("section", null, h("h2", null, "What it is"), factsOf(described))), callForm(name, context)),
+    h("section", null, h("div", { class: "bar" }, h("h2", null, "Latest asynchronous calls"), h("a", { class: "small", href: withQuery("#/calls", { function: name }) }, "All of them")), callsPlace),
+    logs(context, { name: described.name, namespace: described.namespace }),
+  ];
+}
+
+function factsOf(described) {
+  const pairs = (object) => Object.entries(object ?? {}).map(([key, value]) => h("div", { class: "mono" }, `${key}: ${value}`));
+  return facts([
+    ["Command", described.envProcess && h("code", null, described.envProcess)],
+    ["Image", described.image], ["Namespace", described.namespace],
+    ["Replicas", described.local ? `${described.availableReplicas} of ${described.replicas}` : null],
+    ["Calls ever", count(described.invocationCount)],
+    ["Deployed", described.createdAt ? time(described.createdAt) : null],
+    ["Annotations", pairs(described.annotations).length ? pairs(described.annotations) : null],
+    ["Secrets", (described.secrets ?? []).join(", ")],
+  ]);
+}
+
+function callForm(name, context) {
+  const answer = h("div", { "aria-live": "polite" });
+  const laterFields = h("div", { class: "row", hidden: true },
+    h("label", null, h("span", null, "Delay"), h("input", { name: "delay", placeholder: "10m" })),
+    h("label", null, h("span", null, "Expires after"), h("input", { name: "expires", placeholder: "1h" })),
+    h("label", null, h("span", null, "Callback URL"), h("input", { name: "callback", type: "url", placeholder: "http://" })));
+  const form = h("form", { class: "panel", onsubmit: call, onchange: () => { laterFields.hidden = form.elements.when.value !== "later"; method.disabled = form.elements.when.value === "later"; } });
+  const method = h("select", { name: "method" }, METHODS.map((each) => h("option", { value: each }, each)));
+  const button = h("button", { class: "main", type: "submit" }, "Call");
+  form.append(
+    h("fieldset", null, h("legend", null, "When"), h("div", { class: "radios" },
+      h("label", { class: "inline" }, h("input", { type: "radio", name: "when", value: "now", checked: true }), h("span", null, "now")),
+      h("label", { class: "inline" }, h("input", { type: "radio", name: "when", value: "later" }), h("span", null, "later, by the queue")))),
+    h("label", null, h("span", null, "Body"), h("textarea", { name: "body", spellcheck: "false" })),
+    laterFields,
+    h("details", null, h("summary", null, "Method, path, headers"), h("div", { class: "row" },
+      h("label", null, h("span", null, "Method"), method),
+      h("label", null, h("span", null, "Path and query"), h("input", { name: "path", placeholder: "/path?query" }))),
+    h("label", null, h("span", null, "Headers, one a line"), h("textarea", { name: "headers", spellcheck: "false", placeholder: "Content-Type: application/json" }))),
+    h("div", { class: "actions" }, button), answer);
+
+  async function call(event) {
+    event.preventDefault();
+    const values = new FormData(form);
+    button.disabled = true;
+    show(answer, h("p", { class: "soft" }, "Waiting for the answer…"));
+    try {
+      const later = values.get("when") === "later";
+      const headers = readHeaders(values.get("headers"));
+      if (later) {
+        for (const [field, key] of [["X-Delay", "delay"], ["X-Expires", "expires"], ["X-Callback-Url", "callback"]]) if (values.get(key)) headers.append(field, values.get(key));
+      }
+      const path = `/${later ? "async-function" : "function"}/${encodeURIComponent(name)}${readPath(values.get("path"))}`;
+      const response = await invoke(path, { method: later ? "POST" : values.get("method") ?? "POST", headers, body: values.get("body"), signal: context.signal });
+      show(answer, later && response.status === 202 ? accepted(response) : drawAnswer(response));
+    } catch (error) {
+      if (error.name === "AbortError") return;
+      show(answer, note(error.message, "bad"));
+    } finally {
+      button.disabled = false;
+    }
+  }
+
+  return h("section", null, h("h2", null, "Call it"), form);
+}
+
+function readHeaders(text) {
+  const headers = new Headers();
+  for (const line of String(text ?? "").split("\n").filter((each) => each.trim())) {
+    const at = line.indexOf(":");
+    try {
+      if (at < 1) throw new TypeError();
+      headers.append(line.slice(0, at).trim(), line.slice(at + 1).trim());
+    } catch {
+      throw new Failure(400, `“${line}” is no header; allowed: Name: value, one a line`);
+    }
+  }
+  return headers;
+}
+
+function readPath(text) {
+  const path = String(text ?? "").trim();
+  return path === "" || path.startsWith("/") || path.startsWith("?") ? path : `/${path}`;
+}
+
+function accepted(response) {
+  const id = new Map(response.headers).get("x-call-id");
+  return h("p", null, state("queued"), " as ", h("a", { class: "mono", href: to("calls", id) }, id));
+}
+
+function drawAnswer(response) {
+  const failed = response.status === 408 || response.status >= 500 || response.status === 0;
+  const took = Number(new Map(response.headers).get("x-duration-seconds"));
+  return [
+    h("p", { class: "bar" }, h("b", { class: failed ? "bad" : "" }, `${response.status}`),
+      h("span", { class: "soft small" }, `in ${duration(response.seconds)}${took ? `, of which the function ${duration(took)}` : ""}`)),
+    h("div", { class: "block" }, response.text ? long(response.text, { label: "Answer" }) : h("p", { class: "soft small" }, "An empty answer.")),
+    response.cut && h("p", { class: "hint" }, "Only the beginning is shown."),
+    h("details", { class: "block" }, h("summary", null, "Headers of the answer"), fieldsTable("Headers of the answer", response.headers)),
+  ];
+}
+
+async function scale(described) {
+  await askForm(`Scale ${described.name}`,
+    h("label", null, h("span", null, "Replicas"), h("input", { name: "replicas", type: "number", min: 0, step: 1, required: true, value: String(described.replicas) })),
+    "Scale",
+    async (values) => {
+      const path = `/system/scale-function/${encodeURIComponent(described.name)}?namespace=${encodeURIComponent(described.namespace)}`;
+      await send("POST", path, { serviceName: described.name, namespace: described.namespace, replicas: Number(values.get("replicas")) });
+      say("Scaled");
+    });
+}
+
+async function remove(described) {
+  if (!await ask(`Remove ${described.name}?`, "Calls that run may finish; new ones are answered with 404, and those that wait will fail. Its deployment is gone.", "Remove")) return;
+  await attempt(() => send("DELETE", "/system/functions", { functionName: described.name, namespace: described.namespace }), "Removed", () => { location.hash = "#/functions"; });
+}

@@ -1,0 +1,47 @@
+// The names of secrets; their values are written, and never shown.
+
+import { send } from "../api.js";
+import { ask, askForm, h, keyed, say, show } from "../dom.js";
+import { attempt, empty, head, problem, table } from "../parts.js";
+
+export async function secrets(context) {
+  const place = h("div");
+  const body = h("tbody");
+  const whole = table("Secrets", ["Name", { label: "Namespace", class: "grow" }, { label: "What to do", class: "num" }], body);
+
+  async function refresh() {
+    const spaces = await context.get("/system/namespaces");
+    const rows = (await Promise.all(spaces.map((space) => context.get(`/system/secrets?namespace=${encodeURIComponent(space)}`)))).flat();
+    keyed(body, rows, (row) => `${row.name}.${row.namespace}`, (row) => h("tr", null,
+      h("td", { class: "mono data" }, row.name), h("td", { class: "data" }, row.namespace),
+      h("td", { class: "num nowrap" },
+        h("button", { type: "button", class: "quiet", onclick: () => edit(row) }, "New value"),
+        h("button", { type: "button", class: "quiet danger", onclick: () => remove(row) }, "Delete"))));
+    show(place, rows.length ? whole : empty("No secrets. A function that names one finds it as a file, and its change at the next call."));
+  }
+
+  async function edit(row) {
+    await askForm(row ? `New value of ${row.name}` : "New secret", [
+      !row && h("label", null, h("span", null, "Name"), h("input", { name: "name", required: true, autocomplete: "off", spellcheck: "false" })),
+      h("label", null, h("span", null, "Value"), h("textarea", { name: "value", required: true, autocomplete: "off", spellcheck: "false" })),
+    ], "Keep", async (values) => {
+      const document = { name: row?.name ?? values.get("name"), value: values.get("value"), ...(row ? { namespace: row.namespace } : {}) };
+      await send(row ? "PUT" : "POST", "/system/secrets", document);
+      say("Kept");
+      await refresh();
+    });
+  }
+
+  async function remove(row) {
+    if (!await ask(`Delete the secret ${row.name}?`, "Its value is gone then. This cannot be undone.", "Delete")) return;
+    await attempt(() => send("DELETE", "/system/secrets", { name: row.name, namespace: row.namespace }), "Deleted", refresh);
+  }
+
+  try {
+    await refresh();
+  } catch (error) {
+    if (!error.isOff && error.status !== 404) throw error;
+    return [head("Secrets"), problem(error)];
+  }
+  return [head("Secrets", { actions: h("button", { type: "button", onclick: () => edit(null) }, "New secret") }), place];
+}
