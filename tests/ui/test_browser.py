@@ -160,7 +160,7 @@ def test_reader_deletes_a_dead_letter_after_a_question(browser: Browser, system:
 def test_overview_tells_what_is_not_well_and_draws_the_hour(browser: Browser, system: Shown) -> None:
     dead_letter(system)
     browser.open(f"{system.url}#/")
-    browser.see("wait for a decision", ".wellness")
+    browser.see("for a decision", ".wellness")
     browser.see("broken", "section table")
     labels = browser.run(
         "return [...document.querySelectorAll('svg.chart')].map(each => each.getAttribute('aria-label'))"
