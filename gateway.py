@@ -354,7 +354,7 @@ async def assemble(stack: AsyncExitStack, common: Common, slot: Slot) -> Gateway
     access = Access(queue.token, browser_rules(settings, sockets), door)
     policy = build_policy([url] if url else [], settings.callback_allow)
     table = local.table if slot.is_first else local.published
-    functions = Functions(table, settings.function_url, settings.namespaces)
+    functions = Functions(table, settings.function_url, settings.namespaces, are_elsewhere=not slot.is_first)
     metrics, health, via = GatewayMetrics(slot), Health(slot), build_via(queue.token)
     control_plane: ControlPlane | ControlPlaneElsewhere
     if slot.is_first:

@@ -105,7 +105,8 @@ class Control:
                     f"the functions file declares {name.short}: what was deployed under this name is not served"
                 )
             self._deployed = found
-        await self.reload()
+        if not await self.reload():  # it was right when we were started: those of it go on, and so do those deployed
+            await self._local.apply(self._in_force())
 
     def close(self) -> None:
         """Let another gateway have the state."""

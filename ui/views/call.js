@@ -1,7 +1,7 @@
 // One call whole: what it brought, what was tried, what came of it.
 
 import { open } from "../api.js";
-import { copyButton, h, say, show, time } from "../dom.js";
+import { copyButton, h, redraw, say, show, time } from "../dom.js";
 import { bytes, clip, count, duration, shortName } from "../format.js";
 import { body, deeds, empty, facts, fieldsTable, functionLink, head, isFinal, problem, state, table, throttled, withQuery } from "../parts.js";
 import { logs } from "./logs.js";
@@ -15,7 +15,7 @@ export async function call(context) {
   async function refresh() {
     const found = await context.get(`/system/calls/${encodeURIComponent(id)}`);
     const act = (deed) => () => deeds[deed](found, deed === "purge" ? async () => { location.hash = "#/calls"; } : refresh);
-    show(place, drawCall(found, act, context));
+    redraw(place, found, () => drawCall(found, act, context));
     const print = `${found.state} ${found.attempts}`;
     if (found.attempts && shownLogsOf !== print) {
       shownLogsOf = print;
