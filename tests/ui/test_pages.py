@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from faashound.serving.pages import FOLDER, TYPES, Pages
-from testkit.harness import Answer
+from testkit.harness import ROOT, Answer
 from testkit.system import System
 from tests.ui.kit import with_password
 
 MAX_PAGE_BYTES = 100 * 1024  # of all files together, as they are sent to a browser
+MAX_PICTURE_BYTES = 100 * 1024
 FILES = sorted(path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*") if path.suffix in TYPES)
 
 
@@ -111,3 +112,10 @@ def test_script_imports_files_that_are_there_and_names_that_they_export(name: st
                 each,
             )
             assert len(re.findall(rf"\b{each}\b", text)) > 1, f"{name} does not use {each}"
+
+
+@pytest.mark.parametrize("name", ["overview.png", "call.png"])
+def test_picture_of_the_readme_is_there_and_small(name: str) -> None:
+    content = (ROOT / "docs" / "pictures" / name).read_bytes()
+    assert content.startswith(b"\x89PNG\r\n")
+    assert len(content) < MAX_PICTURE_BYTES
