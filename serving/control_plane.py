@@ -122,6 +122,7 @@ class ControlPlane:
         """Let go of clients that follow the lines of functions, or what changes."""
         self.logs.drain()
         self.events.drain()
+        self.history.drain()
 
     async def answer(self, request: Request, area: str, rest: str, asker: str) -> Response:
         """Answer a request for what stands behind /system/`area`; `asker` is who asks, for the log."""

@@ -112,6 +112,7 @@ class History:
         self._now = now
         self._lock = asyncio.Lock()
         self._has_failed = False
+        self._draining: asyncio.Task[None] | None = None
         kept = load_history(path)
         self._hour = Hour(kept.get("since", now()), _parse_minutes(kept.get("minutes", {})))
         self._depths: deque[Depth] = deque((tuple(each) for each in kept.get("depths", ())), DEPTHS_COUNT)
@@ -136,11 +137,15 @@ class History:
                 await asyncio.to_thread(self._write, self._dump())
             await asyncio.sleep(SAMPLED_EVERY_S)
 
-    async def sample(self) -> None:
+    def drain(self) -> None:
+        """Read once more what the worker has counted, before it stops; what it does while it drains is not seen."""
+        self._draining = asyncio.create_task(self.sample(fresh_s=0.0))
+
+    async def sample(self, fresh_s: float = FRESH_S) -> None:
         """Read all sources, unless that has just been done."""
         async with self._lock:
             now_s = self._now()
-            if 0 <= now_s - self._last.at_s < FRESH_S:
+            if 0 <= now_s - self._last.at_s < fresh_s:
                 return
             worker, backlog = await asyncio.gather(self._sources.read_worker(), self._read_backlog())
             gateway = read_counters(self._sources.slot.scoreboard.counters.totals())

@@ -74,6 +74,12 @@ def test_gateway_answers_no_foreign_name_and_no_other_method(system: System) -> 
     assert (head.status, head.body) == (200, b"")
 
 
+@pytest.mark.parametrize("path", ["/system/metrics", "/system/events"])
+def test_gateway_tells_no_page_of_another_origin(system: System, path: str) -> None:
+    assert ask(system, path, Sec_Fetch_Site="cross-site").status == 403
+    assert ask(system, path, Origin="https://evil.example").status == 403
+
+
 def test_gateway_without_the_page_has_nothing_there() -> None:
     with System("[cat]\nfprocess = 'cat'", {"worker": "none", "ui": "off"}) as system:
         for path in ("/", "/ui", "/ui/", "/ui/app.js"):
