@@ -112,7 +112,6 @@ class History:
         self._now = now
         self._lock = asyncio.Lock()
         self._has_failed = False
-        self._draining: asyncio.Task[None] | None = None
         kept = load_history(path)
         self._hour = Hour(kept.get("since", now()), _parse_minutes(kept.get("minutes", {})))
         self._depths: deque[Depth] = deque((tuple(each) for each in kept.get("depths", ())), DEPTHS_COUNT)
@@ -137,12 +136,8 @@ class History:
                 await asyncio.to_thread(self._write, self._dump())
             await asyncio.sleep(SAMPLED_EVERY_S)
 
-    def drain(self) -> None:
-        """Read once more what the worker has counted, before it stops; what it does while it drains is not seen."""
-        self._draining = asyncio.create_task(self.sample(fresh_s=0.0))
-
     async def sample(self, fresh_s: float = FRESH_S) -> None:
-        """Read all sources, unless that has just been done."""
+        """Read all sources, unless that was done less than `fresh_s` seconds ago."""
         async with self._lock:
             now_s = self._now()
             if 0 <= now_s - self._last.at_s < fresh_s:
