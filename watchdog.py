@@ -2023,6 +2023,16 @@ def expect_stalls(sock: socket.socket, expected: bool) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 0 if expected else SILENT_S * 1000)
 
 
+def confirm_at_once(sock: socket.socket) -> None:
+    """Confirm what has come on a TCP connection now, where the kernel would wait for more or 40 ms (tcp(7)).
+
+    A sender with Nagle's algorithm and two writes for a message, as Python's http.server, waits for that.
+    """
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
+        with suppress(OSError):  # it is closed already
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+
+
 _TCP_INFO = struct.Struct("=B119xQ")  # of linux/tcp.h: tcpi_state, tcpi_bytes_acked
 _TCP_ESTABLISHED = 1
 
@@ -3374,6 +3384,8 @@ class ClientConnection(Connection):
     def _throttle(self, is_rest: bool) -> None:
         if is_rest:
             self._advance_later()
+        else:
+            confirm_at_once(self._socket)
         is_full = self._body is not None and self._body.buffered_bytes >= BUFFERED_BYTES
         if (is_rest or is_full) and self._transport.is_reading():
             self._transport.pause_reading()
@@ -5436,9 +5448,12 @@ def body_within(limit_bytes: int, body: Body) -> AsyncIterator[bytes]:
     """Return `body`, which raises BodyTooLarge beyond `limit_bytes`, unless that is 0; raises it at once if it can."""
     if not limit_bytes:
         return body
-    if body.length is not None and body.length > limit_bytes:
+    size = body.buffered_bytes if body.complete else body.length
+    if size is None:
+        return limited(body, limit_bytes)
+    if size > limit_bytes:
         raise BodyTooLarge(limit_bytes)
-    return body if body.length is not None else limited(body, limit_bytes)
+    return body
 
 
 _WITHOUT_BODY = frozenset((204, 304))  # RFC 9110 6.4.1
@@ -5792,12 +5807,10 @@ class Http(Mode):
         body, length = await self._body(request)
         try:
             response = await self._send(request, body, length, deadline_s)
-        except UpstreamTimeout:
-            raise ServerTimeout from None
-        except (PeerGone, Unreachable) as error:
-            raise ServerFailure(f"the function's server gave no answer: {error}") from None
-        duration = (b"X-Duration-Seconds", b"%f" % call.elapsed_s())
-        headers = [*end_to_end(response.headers, b"date", b"x-duration-seconds"), duration]
+        except ServerFailure as error:
+            error.headers = (*error.headers, call.duration_field())
+            raise
+        headers = [*end_to_end(response.headers, b"date", b"x-duration-seconds"), call.duration_field()]
         body = body_if_complete(response.body)
         if isinstance(body, bytes):
             whole = Response(response.status, headers, body, response.body.length)
@@ -5817,7 +5830,7 @@ class Http(Mode):
     async def _send(
         self, request: Request, body: SentBody, length: int | None, deadline_s: float | None
     ) -> ClientResponse:
-        """Send a request, as soon as the server takes it; raises ServerDown if it does not by the deadline."""
+        """Send a request as soon as the server takes it; raises ServerFailure: ServerDown if it does not in time."""
         base, client = self._upstream.url, self._upstream.client
         url = Url(base.scheme, base.host, base.port, base.target + origin_form(request))
         headers = [(b"Host", request.host), *end_to_end(request.headers, b"host", b"expect")]
@@ -5825,8 +5838,10 @@ class Http(Mode):
         while True:
             try:
                 return await client.request(request.method, url, headers, body, length, deadline_s)
-            except OutOfResources:
-                raise
+            except UpstreamTimeout:
+                raise ServerTimeout from None
+            except (PeerGone, OutOfResources) as error:
+                raise ServerFailure(f"the function's server gave no answer: {error}") from None
             except Unreachable:  # nothing was sent
                 await self._upstream.wait(limit_s - time.monotonic())
 
@@ -6108,8 +6123,10 @@ def parse_range(value: bytes, size: int) -> range | None:
         return None
     if found[3] is not None:
         return range(max(size - int(found[3]), 0), size)
-    first, last = int(found[1]), int(found[2] or size)
-    return None if last < first else range(min(first, size), min(last + 1, size))
+    first, last = int(found[1]), int(found[2]) if found[2] else None
+    if last is None or last >= size:
+        return range(min(first, size), size)
+    return None if last < first else range(first, last + 1)
 
 
 MODES: Mapping[str, Callable[[Settings, ModeParts], Mode]] = {
@@ -6156,6 +6173,10 @@ class CallLog:
     def elapsed_s(self) -> float:
         """Return the seconds since the request came."""
         return time.perf_counter() - self._started_s
+
+    def duration_field(self) -> Header:
+        """Return the same as a header field."""
+        return b"X-Duration-Seconds", b"%f" % self.elapsed_s()
 
     def begins(self, text: str = "") -> None:
         """The function is about to get the request; `text` says how, if that is worth a line."""
