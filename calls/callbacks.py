@@ -35,7 +35,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
 from typing import ClassVar
-from urllib.parse import unquote, urljoin
+from urllib.parse import urljoin
 
 from ..network.addresses import (
     Address,
@@ -50,6 +50,7 @@ from ..network.addresses import (
     parse_literal,
     parse_numeric_host,
 )
+from ..network.paths import has_dot_segments
 from ..watchdog import SECRET_FIELDS, VERSION, FaashoundError, Resolver, Url
 from ..watchdog import Address as SocketAddress
 
@@ -194,9 +195,6 @@ def _parse_allow_entry(word: str) -> AllowEntry:
 # ---------------------------------------------------------------------------------------------------------------
 
 _LOOPBACK = (IPv4Address("127.0.0.1"), IPv6Address("::1"))
-
-
-_DOTS = re.compile(r"[/\\]\.{1,2}(?:[/\\;]|$)")  # `..;x` is `..` to some (Tomcat), as a backslash is a slash (IIS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,7 +345,7 @@ def _is_function_path(target: str, base: str) -> bool:
     """Tell whether `target` is a function's at a gateway that is reached at the path `base`, however it is decoded."""
     path = target.partition("?")[0]
     begins = (f"{base.rstrip('/')}/{area}/" for area in ("function", "async-function"))
-    return path.startswith(tuple(begins)) and not _DOTS.search(unquote(unquote(unquote(path))))
+    return path.startswith(tuple(begins)) and not has_dot_segments(path.encode())
 
 
 def build_policy(gateway_urls: Iterable[str], allow: CallbackAllow | None = None) -> CallbackPolicy:
