@@ -553,10 +553,11 @@ def test_delayed_calls_cost_a_claim_nothing_until_they_are_due(options: Options)
         soon = await queue.put(new_call("g", due_s=now_s))
         (lease,) = await queue.claim([QUEUE], owner, LEASE_S, 5)
         assert lease.call.id == soon.id
-        assert await queue.claim([QUEUE], owner, LEASE_S, 5) == []
         async with bare(options) as connection:
             flow = FlowName("call", QUEUE, new_call().function)
             consumer = f"CONSUMER.INFO.{connection.names.queue}.{connection.names.consumer(flow)}"
+            assert (await connection.insist(consumer))["delivered"]["consumer_seq"] < 1000  # what is due came first
+            assert await queue.claim([QUEUE], owner, LEASE_S, 5) == []
             before = (await connection.insist(consumer))["delivered"]["consumer_seq"], await commits(queue)
             assert before[0] == count
             for _ in range(20):
