@@ -321,7 +321,7 @@ async def serve(common: Common, context: WorkerContext) -> int:
             common.on_change.append(follow)
         await signals.first.wait()
         gateway.drain()
-        await finished_first(worker_gone(supervisor, context.slot), signals.second.wait())
+        await finished_first(worker_gone(gateway, supervisor, context.slot), signals.second.wait())
         if signals.second.is_set():  # the process that takes our place must not wait for the worker to be gone
             server.stop_accepting()
             metrics_server.stop_accepting()
@@ -334,8 +334,9 @@ def follow_queues(workers: LocalWorkers, local: LocalFunctions) -> None:
     workers.follow(function_queues(local.table.values()))
 
 
-async def worker_gone(supervisor: Supervisor, slot: Slot) -> None:
+async def worker_gone(gateway: Gateway, supervisor: Supervisor, slot: Slot) -> None:
     """Let the local worker drain; where it is another process's, wait until that one has seen to it."""
+    await gateway.control_plane.look_at_worker()
     await supervisor.stop(LONGEST_DURATION_S)
     while not slot.is_first and slot.scoreboard.serving[0]:  # noqa: ASYNC110 - another process sets no event of ours
         await asyncio.sleep(WORKER_GONE_POLL_S)

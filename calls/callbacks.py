@@ -35,7 +35,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
 from typing import ClassVar
-from urllib.parse import unquote, urljoin
+from urllib.parse import urljoin
 
 from ..network.addresses import (
     Address,
@@ -50,7 +50,8 @@ from ..network.addresses import (
     parse_literal,
     parse_numeric_host,
 )
-from ..watchdog import SECRET_FIELDS, VERSION, FaashoundError, Resolver, Url
+from ..network.paths import has_dot_segments
+from ..watchdog import SECRET_FIELDS, VERSION, FaashoundError, Resolver, Url, end_to_end
 from ..watchdog import Address as SocketAddress
 
 Headers = tuple[tuple[str, str], ...]
@@ -194,9 +195,6 @@ def _parse_allow_entry(word: str) -> AllowEntry:
 # ---------------------------------------------------------------------------------------------------------------
 
 _LOOPBACK = (IPv4Address("127.0.0.1"), IPv6Address("::1"))
-
-
-_DOTS = re.compile(r"[/\\]\.{1,2}(?:[/\\;]|$)")  # `..;x` is `..` to some (Tomcat), as a backslash is a slash (IIS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,7 +345,7 @@ def _is_function_path(target: str, base: str) -> bool:
     """Tell whether `target` is a function's at a gateway that is reached at the path `base`, however it is decoded."""
     path = target.partition("?")[0]
     begins = (f"{base.rstrip('/')}/{area}/" for area in ("function", "async-function"))
-    return path.startswith(tuple(begins)) and not _DOTS.search(unquote(unquote(unquote(path))))
+    return path.startswith(tuple(begins)) and not has_dot_segments(path.encode())
 
 
 def build_policy(gateway_urls: Iterable[str], allow: CallbackAllow | None = None) -> CallbackPolicy:
@@ -373,10 +371,6 @@ def build_proof(token: str, call_id: str) -> str:
     return hmac.new(token.encode(), call_id.encode(), hashlib.sha256).hexdigest()
 
 
-# Hop by hop (RFC 9110 7.6.1; with `proxy-*`, below, and what Connection names), and framing, which is the client's.
-_HOP_BY_HOP = {"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "content-length"}
-
-
 # They mean nothing in a response, but would steer the request that the callback is: at a gateway the next call of a
 # chain, with another callback, another time or another limit.  A function that echoes what it was sent answers with
 # some of them, and an answer is no word of the caller's.
@@ -389,16 +383,6 @@ _REQUEST_ONLY_PREFIXES = ("x-forwarded-", "sec-", "access-control-request-", "pr
 
 # Credentials and what asks for them: meant for the function's caller, not for a third party.
 _CREDENTIALS = {name.decode() for name in SECRET_FIELDS} | {"www-authenticate"}
-
-
-# Ours: the function cannot override them, nor pretend to a signature where there is none.
-_OURS = {
-    *("x-call-id", "x-duration-seconds", "x-function-status", "x-function-name", "x-retry", "x-retry-max"),
-    *("user-agent", "webhook-id", "webhook-timestamp", "webhook-signature", CALLBACK_PROOF.decode().lower()),
-}
-
-
-_NOT_PASSED_ON = frozenset(_HOP_BY_HOP | _REQUEST_ONLY | _CREDENTIALS | _OURS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -414,16 +398,8 @@ class CallFacts:
     max_retries_count: int
 
 
-def build_callback_headers(facts: CallFacts, response_headers: Iterable[tuple[str, str]]) -> Headers:
-    """Return the header fields of a callback: the function's, as far as they may be passed on, then ours.
-
-    Left to the caller: Host, the framing, and the signature.  For a call without a response pass no fields.
-    """
-    fields = tuple(response_headers)
-    options = ",".join(value for name, value in fields if name.lower() == "connection").split(",")
-    dropped = _NOT_PASSED_ON | {option.strip().lower() for option in options}
+def _our_fields(facts: CallFacts) -> Headers:
     return (
-        *((name, value) for name, value in fields if not _is_dropped(name.lower(), dropped)),
         ("X-Call-Id", facts.call_id),
         ("X-Duration-Seconds", f"{facts.duration_s:f}"),
         ("X-Function-Status", str(facts.status)),
@@ -434,8 +410,31 @@ def build_callback_headers(facts: CallFacts, response_headers: Iterable[tuple[st
     )
 
 
-def _is_dropped(name: str, dropped: frozenset[str]) -> bool:
-    return name in dropped or name.startswith(_REQUEST_ONLY_PREFIXES)
+# Ours: the function cannot override them, nor pretend to a signature where there is none.
+_OURS = {
+    *(name.lower() for name, _ in _our_fields(CallFacts("", "", 0, 0.0, 0, 0))),
+    *("webhook-id", "webhook-timestamp", "webhook-signature", CALLBACK_PROOF.decode().lower()),
+}
+
+
+_NOT_PASSED_ON = tuple(sorted(name.encode() for name in _REQUEST_ONLY | _CREDENTIALS | _OURS))
+
+
+def build_callback_headers(facts: CallFacts, response_headers: Iterable[tuple[str, str]]) -> Headers:
+    """Return the header fields of a callback: the function's, as far as they may be passed on, then ours.
+
+    What is hop by hop, or framing, stays behind as it does at the gateway (`watchdog.end_to_end`).
+
+    Left to the caller: Host, the framing, and the signature.  For a call without a response pass no fields.
+    """
+    fields = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in response_headers]
+    passed_on = [
+        (name.decode("latin-1"), value.decode("latin-1")) for name, value in end_to_end(fields, *_NOT_PASSED_ON)
+    ]
+    return (
+        *((name, value) for name, value in passed_on if not name.lower().startswith(_REQUEST_ONLY_PREFIXES)),
+        *_our_fields(facts),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------

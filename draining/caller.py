@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from ..calls.model import Call, QueueFull, QueueUnavailable, ResultLost
 from ..calls.retries import AttemptOutcome, OutcomeKind
 from ..network.addresses import AddressRefused
+from ..network.paths import below
 from ..queues import Queue
 from ..watchdog import (
     CLIENT_GONE_STATUS,
@@ -90,7 +91,8 @@ class Caller:
         started_s, status = time.perf_counter(), CLIENT_GONE_STATUS
         label = self._invocations.begin(call.function)
         try:
-            response = await self._send(client, call, upstream_url(upstream.url, call), call_fields(call), deadline_s)
+            url = below(upstream.url, call.path, call.query)
+            response = await self._send(client, call, url, call_fields(call), deadline_s)
             status = response.status
             return response
         except (Unreachable, AddressRefused) as error:
@@ -145,9 +147,3 @@ class Caller:
 def call_fields(call: Call) -> list[Header]:
     """Return the header fields of a call, as its gateway has prepared them for the function at submission."""
     return [(name.encode(), value.encode("latin-1")) for name, value in call.headers]
-
-
-def upstream_url(base: Url, call: Call) -> Url:
-    """Return where a call goes: the function's address, the rest of the path, the query."""
-    target = base.target.rstrip("/") + (call.path or "/") + (f"?{call.query}" if call.query else "")
-    return dataclasses.replace(base, target=target)

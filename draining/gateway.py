@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 from ..calls.model import Call
 from ..calls.names import FunctionName
+from ..network.paths import below
 from ..watchdog import Header, Url
 
 WORKER_TOKEN = b"X-Worker-Token"  # who has it can open the queue, so it is a worker of this system
@@ -27,11 +27,8 @@ class GatewayAccess:
 
     def function_url(self, call: Call) -> Url:
         """Return where the gateway answers for a call's function."""
-        return self._url(f"/function/{call.function}{call.path}" + (f"?{call.query}" if call.query else ""))
+        return below(self.url, f"/function/{call.function}{call.path}", call.query)
 
     def description_url(self, function: FunctionName) -> Url:
         """Return where the gateway tells what it knows of a function."""
-        return self._url(f"/system/function/{function}")
-
-    def _url(self, target: str) -> Url:
-        return dataclasses.replace(self.url, target=self.url.target.rstrip("/") + target)
+        return below(self.url, f"/system/function/{function}", "")

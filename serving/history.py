@@ -136,11 +136,11 @@ class History:
                 await asyncio.to_thread(self._write, self._dump())
             await asyncio.sleep(SAMPLED_EVERY_S)
 
-    async def sample(self) -> None:
-        """Read all sources, unless that has just been done."""
+    async def sample(self, fresh_s: float = FRESH_S) -> None:
+        """Read all sources, unless that was done less than `fresh_s` seconds ago."""
         async with self._lock:
             now_s = self._now()
-            if 0 <= now_s - self._last.at_s < FRESH_S:
+            if 0 <= now_s - self._last.at_s < fresh_s:
                 return
             worker, backlog = await asyncio.gather(self._sources.read_worker(), self._read_backlog())
             gateway = read_counters(self._sources.slot.scoreboard.counters.totals())

@@ -18,16 +18,14 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
-import urllib.parse
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..calls.callbacks import CALLBACK_PROOF
 from ..draining.gateway import WORKER_TOKEN
 from ..functions.table import Function, parse_upstream
+from ..network.paths import below, has_dot_segments
 from ..watchdog import FaashoundError, Header, Request, Url, end_to_end
-
-DECODINGS_COUNT = 3  # of a path: upstreams decode once, careless ones twice
 
 
 class BadPath(FaashoundError):
@@ -42,23 +40,10 @@ class LoopDetected(FaashoundError):
     status = 508
 
 
-# Segments as the widest of upstreams see them: `\\` separates like `/` (IIS), and `..;x` is `..` (Tomcat).
-_DOTS = re.compile(rb"[/\\]\.{1,2}(?=[/\\;]|$)")
-
-
 def check_path(path: bytes) -> None:
-    """Raise BadPath for a path with dot segments, plain or encoded: something further on may resolve them.
-
-    Clients resolve them before they ask (RFC 3986 5.2.4), so nothing is lost to an honest caller.
-    """
-    if b"." not in path and b"%" not in path:
-        return
-    for _ in range(DECODINGS_COUNT + 1):
-        if _DOTS.search(path):
-            raise BadPath("the path has dot segments; allowed: a path without . and .., encoded or not (RFC 3986 3.3)")
-        if b"%" not in path:
-            return
-        path = urllib.parse.unquote_to_bytes(path)
+    """Raise BadPath for a path with dot segments; see `network.paths.has_dot_segments`."""
+    if has_dot_segments(path):
+        raise BadPath("the path has dot segments; allowed: a path without . and .., encoded or not (RFC 3986 3.3)")
 
 
 def forwarded(request: Request) -> list[Header]:
@@ -133,9 +118,7 @@ def function_target(function: Function, request: Request, rest: bytes) -> Url:
     """Return where a request for a function goes: the function's address, the rest of the path, the query."""
     if function.url is None:
         raise AssertionError(f"{function.name} has no address: local functions get theirs when they are started")
-    base = parse_upstream(function.url)
-    target = base.target.rstrip("/") + (rest.decode() or "/") + (f"?{request.query.decode()}" if request.query else "")
-    return Url(base.scheme, base.host, base.port, target)
+    return below(parse_upstream(function.url), rest.decode(), request.query.decode())
 
 
 def build_via(token: str) -> OurVia:

@@ -41,6 +41,7 @@ FLAGS = (
     "--disable-dev-shm-usage",  # a container's is small
     "--disable-gpu",
     "--disable-search-engine-choice-screen",
+    "--hide-scrollbars",
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost",
     "--js-flags=--expose-gc",
     "--no-first-run",

@@ -323,7 +323,7 @@ def test_reader_deploys_changes_and_removes_a_function_and_keeps_secrets(browser
         browser.click("button", "New secret")
         browser.type("dialog input[name=name]", "api-key")
         browser.type("dialog textarea[name=value]", "s3cret-value")
-        browser.click("dialog button", "Keep")
+        browser.click("dialog button", "Save")
         browser.see("api-key", "td")
         assert "s3cret-value" not in browser.text()
 

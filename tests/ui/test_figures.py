@@ -162,6 +162,17 @@ def test_hour_goes_on_over_a_restart_of_the_gateway(tmp_path: Path) -> None:
         wait_until(lambda: _counted(system, 7), 5.0, "the call after the restart is counted too")
 
 
+def test_calls_just_before_a_stop_are_counted(tmp_path: Path) -> None:
+    kept = {"state": str(tmp_path / "state")}
+    with Shown(settings=kept, spool=tmp_path / "spool") as system:
+        system.request("POST", "/function/cat", b"x")
+        system.ended(system.submit("broken"))
+        system.process.terminate()  # once: it drains
+        wait_until(lambda: system.process.poll() is not None, 15.0, "it has stopped")
+    with Shown(settings=kept, spool=tmp_path / "spool") as system:
+        assert sorted(calls_of(system.ask("/system/metrics?minutes=60")).values()) == [(1, 0), (1, 1)]
+
+
 def test_gateway_counts_on_when_its_first_process_dies() -> None:
     with Shown(settings={"workers": "2", "worker": "none"}) as system:
         for _ in range(6):

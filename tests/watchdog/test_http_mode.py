@@ -144,6 +144,11 @@ def test_body_above_the_limit_is_refused() -> None:
         assert echo(program, "POST", body=b"a" * 10)["length"] == 10
 
 
+def test_answer_in_two_writes_is_not_held_up(program: Program) -> None:
+    took_s = [get(program, "/pid").elapsed_s for _ in range(21)]
+    assert sorted(took_s)[10] < 0.02 * crowding()
+
+
 # Streams, and how they end.
 
 
@@ -204,6 +209,7 @@ def is_ours(answer: Answer) -> bool:
 def test_limit_of_the_caller_is_a_504(program: Program) -> None:
     answer = get(program, "/hang", X_Timeout="200ms")
     assert (answer.status, is_ours(answer)) == (504, True)
+    assert float(answer.headers["x-duration-seconds"]) >= 0.2
     assert answer.elapsed_s < 0.2 + noise_s()
 
 

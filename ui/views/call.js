@@ -49,6 +49,7 @@ function drawCall(found, act, context) {
     }),
     h("p", { class: "identity" }, state(found.state), h("span", null, h("code", { class: "data" }, found.id), " ", copyButton(found.id, "the id"))),
     found.error && found.state !== "done" && h("p", { class: `note ${found.state === "dead" ? "bad" : ""}` }, clip(found.error, 2000)),
+    deadCallback && h("p", { class: "note bad" }, `The result could not be delivered: ${clip(found.callback.error ?? "", 1000)}`),
     h("div", { class: "columns" },
       h("section", null, h("h2", null, "What is known"), factsOf(found)),
       h("section", null, h("h2", null, "Attempts"), attempts(found))),
