@@ -92,6 +92,7 @@ from .serving.startup import (
     load_door,
     load_start,
     local_url,
+    open_bucket,
     open_logs,
     open_state,
     tell_what_is_served,
@@ -410,6 +411,9 @@ async def run_functions(stack: AsyncExitStack, common: Common, queue: Queue) -> 
         path=common.environ.get("PATH"),
         ignores_limits=settings.limits == "ignore",
     )
+    bucket = await open_bucket(settings)
+    if bucket is not None:
+        stack.push_async_callback(bucket.close)
     control = Control(
         local,
         Path(settings.functions),
@@ -417,12 +421,14 @@ async def run_functions(stack: AsyncExitStack, common: Common, queue: Queue) -> 
         rules=rules,
         file_is_optional=not common.environ.get("functions"),
         operator_secrets=Path(settings.secret_mount_path),
+        bucket=bucket,
     )
     stack.callback(control.close)
     local.start()
     stack.push_async_callback(local.stop, FUNCTIONS_GRACE_S)
     await control.start()
-    stack.callback(asyncio.create_task(control.follow()).cancel)
+    for following in (control.follow(), control.follow_bucket()):
+        stack.callback(asyncio.create_task(following).cancel)
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, control.look_now)
     scheduler = None
     if settings.schedules == "on":
