@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -96,9 +97,12 @@ def measure_views(system: System) -> None:
 
 def renderer_bytes(browser: Browser) -> int:
     """Return what the process that holds the page has for itself."""
-    pid = browser.driver.service.process.pid
-    processes = [each for each in psutil.Process(pid).children(recursive=True) if "--type=renderer" in each.cmdline()]
-    return max(int(each.memory_full_info().uss) for each in processes)
+    found = [0]
+    for each in psutil.Process(browser.driver.service.process.pid).children(recursive=True):
+        with suppress(psutil.Error):  # Chromium ends some of its own accord
+            if "--type=renderer" in each.cmdline():
+                found.append(int(each.memory_full_info().uss))
+    return max(found)
 
 
 def tell_memory(browser: Browser, when: str, empty_bytes: int) -> None:

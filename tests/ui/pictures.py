@@ -50,7 +50,7 @@ def made_up_hour(now_s: float) -> dict[str, object]:
         hill = math.exp(-(((now_s - at_s) / 60 - 20) ** 2) / 14)
         waiting = max(int(chance.gauss(3 + 46 * hill, 1.5)), 0)
         depths.append([at_s, waiting, min(waiting, 4), round(max(chance.gauss(1 + 70 * hill, 1), 0), 1)])
-    return {"since": now_s - 3595, "minutes": minutes, "depths": depths, "life": "", "counted": {}}
+    return {"since_s": now_s - 3595, "life": "", "minutes": minutes, "depths": depths, "gateway": {}, "worker": {}}
 
 
 def make(directory: Path) -> None:
