@@ -1232,7 +1232,8 @@ def upgrade_of(request: Request) -> bytes | None:
     Not h2c: its requests would pass us unseen (RFC 9113 has dropped it, 3.1).
     """
     protocol = request.header(b"upgrade")
-    if protocol is None or protocol.lower().startswith(b"h2c") or not request.body.complete:
+    has_body = request.body.buffered_bytes or not request.body.complete
+    if protocol is None or has_body or protocol.lower().startswith(b"h2c"):
         return None
     named = b",".join(value for name, value in request.headers if name == b"connection")
     options = [option.strip().lower() for option in named.split(b",")]
@@ -5826,13 +5827,16 @@ class Upstream:
         done, _ = await asyncio.wait((self._looking,), timeout=max(seconds, 0.0))
         if not done:
             raise self.down()
+        done.pop().result()
 
     async def _look(self) -> None:
         pause_s = SERVER_POLL_S
-        while not await self.takes_connections():
-            await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, LONGEST_SERVER_POLL_S)
-        self._looking = None
+        try:
+            while not await self.takes_connections():
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, LONGEST_SERVER_POLL_S)
+        finally:
+            self._looking = None
 
 
 class ManagedServer:
@@ -5957,7 +5961,7 @@ class Http(Mode):
     ) -> ClientResponse:
         """Send a request as soon as the server takes it; raises ServerFailure: ServerDown if it does not in time."""
         base, client = self._upstream.url, self._upstream.client
-        url = Url(base.scheme, base.host, base.port, base.target + origin_form(request))
+        url = Url(base.scheme, base.host, base.port, base.target + origin_form(request) or "*")
         headers = [(b"Host", request.host), *end_to_end(request.headers, b"host", b"expect")]
         limit_s = time.monotonic() + SERVER_WAIT_S if deadline_s is None else deadline_s
         while True:
@@ -5972,11 +5976,11 @@ class Http(Mode):
 
     async def stop(self, hurry: asyncio.Event) -> None:
         """End the server, once no other worker process needs it."""
-        if self._server is None:
-            return
-        grace_s = self._settings.term_grace_s
-        await finished_first(self._others_drained(), hurry.wait())
-        await self._server.stop(SERVER_GRACE_S if grace_s is None else grace_s, hurry)
+        await self._upstream.client.close()
+        if self._server is not None:
+            grace_s = self._settings.term_grace_s
+            await finished_first(self._others_drained(), hurry.wait())
+            await self._server.stop(SERVER_GRACE_S if grace_s is None else grace_s, hurry)
 
     async def _others_drained(self) -> None:
         slot, is_drained = self._parts.slot, False
@@ -5986,7 +5990,7 @@ class Http(Mode):
 
 
 def origin_form(request: Request) -> str:
-    """Return a request's target as it is sent to an origin server (RFC 9112 3.2.1), path and query as they came."""
+    """Return a request's target as it stands behind a prefix (RFC 9112 3.2.1), as it came; nothing for `*`."""
     target = request.target.decode()
     if target.startswith(("/", "*")):
         return target.removeprefix("*")

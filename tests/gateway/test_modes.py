@@ -237,6 +237,16 @@ def test_server_that_is_deployed_serves_as_soon_as_it_takes_connections() -> Non
             assert get(system, "/function/app/pid").status == 200
 
 
+def test_deployment_of_a_server_that_never_listens_is_told_why_it_fails() -> None:
+    with System("", {"deploy": "process"}) as system:
+        variables = {"mode": "http", "upstream_url": "http://127.0.0.1:$PORT"}
+        document = {"service": "app", "image": "process", "envProcess": "sleep 60", "envVars": variables}
+        body, headers = json.dumps(document).encode(), {"Content-Type": "application/json"}
+        answer = http_request(system.port, "POST", "/system/functions", headers, body, 60.0 * crowding())
+        assert answer.status == 400
+        assert "the function's server runs, but takes no connections yet" in answer.text
+
+
 def test_examples_of_each_mode_answer() -> None:
     functions = (ROOT / "examples" / "functions.toml").read_text().replace("examples/", f"{ROOT}/examples/")
     with System(functions) as system:

@@ -82,6 +82,16 @@ def test_server_gets_any_method_target_and_host_as_they_came(program: Program, m
     assert [value for name, value in seen["headers"] if name.lower() == "host"] == ["example.org:99"]
 
 
+@pytest.mark.parametrize(
+    ("target", "seen"),
+    [("*", "*"), ("http://other:8/a?b", "/a?b"), ("http://other", "/"), ("/?", "/?"), ("/a?b?c", "/a?b?c")],
+)
+def test_server_gets_the_target_in_the_form_for_origin_servers(program: Program, target: str, seen: str) -> None:
+    request = f"OPTIONS {target} HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n"
+    (answer,) = parse(raw(program.port, request.encode()))
+    assert json.loads(answer.body)["target"] == seen
+
+
 def test_server_gets_no_fields_of_the_hop(program: Program) -> None:
     seen = echo(program, Connection="X-B", X_B="c", TE="trailers")
     assert not {"X-B", "Connection", "TE"} & {name for name, _ in seen["headers"]}
