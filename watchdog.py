@@ -431,10 +431,9 @@ def setting(
 
 
 def settings_table(kind: type) -> dict[str, Setting]:
-    """Return the rows that `kind`, a settings dataclass, declares: field name to `Setting`, inherited ones last."""
+    """Return the rows of `kind`, a settings dataclass: field name to `Setting`, own ones first, then each base's."""
     rows = {each.name: each.metadata["setting"] for each in dataclasses.fields(kind)}
-    own = [name for name in rows if name in vars(kind)["__annotations__"]]
-    return {name: rows[name] for name in (*own, *(name for name in rows if name not in own))}
+    return {name: rows[name] for base in kind.__mro__ for name in vars(base).get("__annotations__", ()) if name in rows}
 
 
 S = TypeVar("S")

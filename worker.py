@@ -32,7 +32,7 @@ from typing import TypeVar
 
 import uvloop
 
-from .calls.callbacks import CallbackAllow, build_policy, parse_callback_allow
+from .calls.callbacks import build_policy
 from .calls.model import (
     Attempt,
     Kind,
@@ -73,8 +73,7 @@ from .network.hosts import parse_hosts
 from .queues import Queue, open_queue
 from .queues.commands import cancel_calls, dead_letters
 from .queues.migrate import migrate_queue
-from .queues.nats_settings import NatsSettings
-from .queues.urls import QUEUE_RESERVE_HELP, QueueUrl, parse_queue_url, spool_conflicts
+from .queues.settings import SharedSettings
 from .watchdog import (
     FaashoundError,
     ListenSockets,
@@ -120,7 +119,7 @@ def parse_gateway_url(text: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Settings(NatsSettings):
+class Settings(SharedSettings):
     """What the operator asked of this worker; see `watchdog.settings_table`."""
 
     gateway_url: str = setting("gateway_url", "http://127.0.0.1:8080", parse_gateway_url, "where functions are called")
@@ -129,9 +128,6 @@ class Settings(NatsSettings):
         "direct",
         parse_choice("direct", "gateway"),
         "direct: call functions where they answer, if that can be reached; gateway: all through the gateway",
-    )
-    queue_url: QueueUrl = setting(
-        "queue_url", "spool:./spool", parse_queue_url, "the queue: spool:DIRECTORY, or nats://HOST[:PORT][,HOST...]"
     )
     queues: tuple[str, ...] = setting("queues", "faas-request", parse_queue_names, "which queues to drain, by commas")
     max_inflight: int = setting("max_inflight", "16", parse_positive_count, "calls at once, and as many callbacks")
@@ -159,27 +155,21 @@ class Settings(NatsSettings):
         parse_text,
         "file with a line SECRET, or HOST SECRET, for each secret that signs callbacks",
     )
-    callback_allow: CallbackAllow | None = setting(
-        "callback_allow", "", parse_callback_allow, "hosts and networks that callbacks may go to besides public ones"
-    )
     max_result_bytes: int = setting(
         "max_result", "512MiB", parse_size, "longest answer that is kept; the call of a longer one is a dead letter"
     )
-    queue_reserve_bytes: int = setting("queue_reserve", "8MiB", parse_size, QUEUE_RESERVE_HELP)
     allowed_hosts: frozenset[str] | None = setting(
         "allowed_hosts", "", parse_hosts, ALLOWED_HOSTS_HELP, default_note="none on loopback, else any"
     )
     host: str | None = setting("host", "127.0.0.1", parse_text, "address of /metrics and /healthz")
     metrics_port: int = setting("metrics_port", "8083", parse_port, "port of /metrics and /healthz; 0 disables it")
     drain_timeout_s: float = setting("drain_timeout", "30s", parse_duration, "after SIGTERM: time for what runs")
-    log_format: str = setting("log_format", "text", parse_choice("text", "json"), "how log lines look: text or json")
 
     def conflicts(self) -> Iterable[str]:
         """Yield a line for each pair of settings that cannot both be meant."""
         if self.initial_retry_wait_s > self.max_retry_wait_s:
             yield "initial_retry_wait is longer than max_retry_wait; allowed: up to max_retry_wait"
-        yield from NatsSettings.conflicts(self)
-        yield from spool_conflicts(self, self.queue_url)
+        yield from SharedSettings.conflicts(self)
 
     def retry_policy(self) -> RetryPolicy:
         """Return the policy for functions that ask for nothing else."""

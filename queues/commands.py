@@ -20,18 +20,16 @@ import contextlib
 import json
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..calls.model import Call, State
 from ..calls.names import BadFunctionName, FunctionName, parse_function_name
 from ..calls.views import describe_call, format_time
-from ..watchdog import BadSettings, FaashoundError, OutputFailed, parse_settings, report_failure, setting, write_out
+from ..watchdog import BadSettings, FaashoundError, OutputFailed, parse_settings, report_failure, write_out
 from . import Queue, open_queue
 from .inspection import find_call, purge_call, retry_dead_letter, show_call, walk_dead_letters
-from .nats_settings import NatsSettings
-from .urls import QueueUrl, parse_queue_url
+from .settings import QueueSettings
 
 
 def dead_letter_row(call: Call) -> tuple[str, ...]:
@@ -171,13 +169,6 @@ def _build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@dataclass(frozen=True, slots=True)
-class Target(NatsSettings):
-    """The queue that a command is to work on, told as to a worker."""
-
-    queue_url: QueueUrl = setting("queue_url", "spool:./spool", parse_queue_url, "the queue")
-
-
 def dead_letters(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Carry out `fworker dead ...`; return its exit status: 0 done, 1 failed, 2 not understood."""
     return _run(_build_parser(), argv, environ)
@@ -207,20 +198,20 @@ def _run(parser: argparse.ArgumentParser, argv: Sequence[str], environ: Mapping[
     except OutputFailed as error:
         return report_failure(error)
     try:
-        target = parse_settings(Target, environ)
+        settings = parse_settings(QueueSettings, environ)
     except BadSettings as error:
         print(error, file=sys.stderr)
         return 2
-    if isinstance(target.queue_url, Path) and not target.queue_url.is_dir():  # opening would create it
-        print(f"queue_url=spool:{target.queue_url}: there is no such directory", file=sys.stderr)
+    if isinstance(settings.queue_url, Path) and not settings.queue_url.is_dir():  # opening would create it
+        print(f"queue_url=spool:{settings.queue_url}: there is no such directory", file=sys.stderr)
         return 1
-    return asyncio.run(_carry_out(target, options))
+    return asyncio.run(_carry_out(settings, options))
 
 
-async def _carry_out(target: Target, options: argparse.Namespace) -> int:
+async def _carry_out(settings: QueueSettings, options: argparse.Namespace) -> int:
     try:
         async with contextlib.AsyncExitStack() as stack:
-            queue = await open_queue(target.queue_url, target)
+            queue = await open_queue(settings.queue_url, settings)
             stack.push_async_callback(queue.close)
             await options.work(queue, options)
     except BadArguments as error:

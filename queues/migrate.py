@@ -38,7 +38,7 @@ REPORT_COUNT = 100  # calls between two words about how far it is
 
 
 @runtime_checkable
-class Target(Queue, Protocol):
+class HoldingQueue(Queue, Protocol):
     """A queue that can keep a call without letting it run; see `jetstream.queue.JetStream`."""
 
     async def put_held(self, call: NewCall) -> Call: ...
@@ -56,7 +56,7 @@ class Migrated:
     left_count: int
 
 
-async def migrate(source: Path, target: Target, report: Callable[[str], None]) -> Migrated:
+async def migrate(source: Path, target: HoldingQueue, report: Callable[[str], None]) -> Migrated:
     """Move every queued call, and finish what an earlier run has begun; `report` is told how far it is.
 
     Raises QueueUnavailable while a worker is at work on the spool, and the errors of both queues; run it again then.
@@ -88,7 +88,7 @@ def _check_idle(source: Path) -> None:
 class _Move:
     """One run of a migration."""
 
-    def __init__(self, spool: Spool, target: Target, report: Callable[[str], None]) -> None:
+    def __init__(self, spool: Spool, target: HoldingQueue, report: Callable[[str], None]) -> None:
         self._spool = spool
         self._target = target
         self._report = report
@@ -189,7 +189,7 @@ async def _carry_out(source: Path, url: NatsUrl, settings: NatsSettings) -> int:
     try:
         target = await open_queue(url, settings)
         try:
-            await migrate(source, cast(Target, target), write_out)
+            await migrate(source, cast(HoldingQueue, target), write_out)
         finally:
             await target.close()
     except FaashoundError as error:

@@ -1,4 +1,8 @@
-"""The settings of a NATS queue: names, replicas, room, and how to log in."""
+"""The settings of a NATS queue: names, replicas, room, and how to log in.
+
+Contract: a secret is read from its file when the queue is opened, and is in no setting, log line or error.  What it
+refuses: two ways to log in, and half of a pair (a user without a password, a certificate without its key).
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..watchdog import CannotStart, parse_positive_count, parse_size, parse_text, read_file, setting
-
-# ---------------------------------------------------------------------------------------------------------------
-# What JetStream needs besides.
-# ---------------------------------------------------------------------------------------------------------------
 
 
 def parse_prefix(text: str) -> str:

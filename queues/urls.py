@@ -1,22 +1,18 @@
-"""The addresses of queues: `spool:DIRECTORY` and `nats://HOST`."""
+"""The addresses of queues, as the setting `queue_url` and `fworker migrate` have them: parsed, and written again.
+
+    parse_queue_url("spool:./spool")                # a Path
+    parse_queue_url("nats://a,b:4223").urls         # ["nats://a:4222", "nats://b:4223"]
+
+What it refuses: credentials, which are told by files (queues/nats_settings.py), so that an address may be logged.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..watchdog import settings_table
-
-# ---------------------------------------------------------------------------------------------------------------
-# Addresses.
-# ---------------------------------------------------------------------------------------------------------------
-
 QUEUE_URL_HELP = "spool:DIRECTORY (~/ is the home directory), or nats://HOST[:PORT][,HOST2[:PORT]...], or tls://..."
-
-
-QUEUE_RESERVE_HELP = "room on a spool's disk that is kept for ending calls; an eighth of a small disk"
 
 
 NATS_PORT = 4222
@@ -72,23 +68,3 @@ def _parse_server(text: str) -> str:
     if not found or not 0 < port < 65536:
         raise ValueError(f"{text!r} is no HOST[:PORT]; allowed: {QUEUE_URL_HELP}")
     return f"{found['host']}:{port}"
-
-
-# Fields of settings that bound a spool: NATS has bounds of its own.
-SPOOL_FIELDS = (
-    "max_queued",
-    "max_queued_bytes",
-    "max_queue_age_s",
-    "queue_reserve_bytes",
-    "keep_dead_s",
-    "keep_dead_bytes",
-)
-
-
-def spool_conflicts(settings: object, url: QueueUrl) -> Iterator[str]:
-    """Yield a line for each setting of a spool that was changed beside another queue, where it would mean nothing."""
-    rows = {} if isinstance(url, Path) else settings_table(type(settings))
-    for field in SPOOL_FIELDS:
-        row = rows.get(field)
-        if row is not None and getattr(settings, field) != row.parse(row.default or ""):
-            yield f"{row.name} bounds a spool, and queue_url={url} is none; allowed there: nats_max_bytes, retention"

@@ -11,12 +11,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..calls.callbacks import CallbackAllow, parse_callback_allow
 from ..calls.names import DEFAULT_NAMESPACE, parse_namespaces
 from ..functions.table import parse_function_url
 from ..network.hosts import parse_hosts
-from ..queues.nats_settings import NatsSettings
-from ..queues.urls import QUEUE_RESERVE_HELP, QueueUrl, parse_queue_url, spool_conflicts
+from ..queues.settings import SharedSettings
 from ..watchdog import (
     CONNECTIONS_DEFAULT,
     CONNECTIONS_HELP,
@@ -40,7 +38,7 @@ WORKER_METRICS_PORT = 8083
 
 
 @dataclass(frozen=True, slots=True)
-class Settings(NatsSettings):
+class Settings(SharedSettings):
     """What the operator asked of this gateway; see `watchdog.settings_table`."""
 
     host: str | None = setting("host", "127.0.0.1", parse_text, "address to listen on; 0.0.0.0 serves others")
@@ -67,9 +65,6 @@ class Settings(NatsSettings):
     )
     namespaces: frozenset[str] = setting(
         "namespaces", DEFAULT_NAMESPACE, parse_namespaces, "namespaces in which function_url finds functions, by commas"
-    )
-    queue_url: QueueUrl = setting(
-        "queue_url", "spool:./spool", parse_queue_url, "the queue: spool:DIRECTORY, or nats://HOST[:PORT][,HOST...]"
     )
     worker: str | None = setting(
         "worker",
@@ -105,7 +100,6 @@ class Settings(NatsSettings):
     max_queue_age_s: float = setting(
         "max_queue_age", "744h", parse_positive_duration, "how long a call may be due and not be run; then it expires"
     )
-    queue_reserve_bytes: int = setting("queue_reserve", "8MiB", parse_size, QUEUE_RESERVE_HELP)
     keep_dead_s: float = setting(
         "keep_dead", "2160h", parse_positive_duration, "how long dead letters and undelivered results are kept"
     )
@@ -114,9 +108,6 @@ class Settings(NatsSettings):
     )
     keep_results_s: float = setting("keep_results", "1h", parse_duration, "how long a result can be fetched")
     retention_s: float = setting("retention", "24h", parse_duration, "how long a finished call is remembered")
-    callback_allow: CallbackAllow | None = setting(
-        "callback_allow", "", parse_callback_allow, "hosts and networks that callbacks may go to besides public ones"
-    )
     allowed_hosts: frozenset[str] | None = setting(
         "allowed_hosts",
         "",
@@ -165,14 +156,12 @@ class Settings(NatsSettings):
         parse_text,
         "directory of basic-auth-user and basic-auth-password, and of basic-auth-users with their hashes and roles",
     )
-    log_format: str = setting("log_format", "text", parse_choice("text", "json"), "how log lines look: text or json")
 
     def conflicts(self) -> Iterable[str]:
         """Yield a line for each pair of settings that cannot both be meant."""
         if self.port and self.port == self.metrics_port:
             yield f"metrics_port={self.metrics_port} contradicts port={self.port}; allowed: two different ports"
-        yield from NatsSettings.conflicts(self)
-        yield from spool_conflicts(self, self.queue_url)
+        yield from SharedSettings.conflicts(self)
         port = self.local_worker_metrics_port
         if self.runs_worker and port and port in (self.port, self.metrics_port):
             yield f"worker_metrics_port={port} contradicts port or metrics_port; allowed: one of its own"
