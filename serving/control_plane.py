@@ -26,7 +26,7 @@ from functools import cache
 from pathlib import Path
 
 from ..calls.names import DEFAULT_NAMESPACE, FunctionName
-from ..draining.gateway import DIRECT_CALLS
+from ..draining.gateway_access import DIRECT_CALLS
 from ..functions.local import LocalStatus
 from ..functions.table import Function, Functions
 from ..network.machine import network_identity
