@@ -93,6 +93,7 @@ from .serving.startup import (
     load_door,
     load_start,
     local_url,
+    open_bucket,
     open_logs,
     open_state,
     tell_what_is_served,
@@ -321,7 +322,7 @@ async def serve(common: Common, context: WorkerContext) -> int:
             common.on_change.append(follow)
         await signals.first.wait()
         gateway.drain()
-        await finished_first(worker_gone(supervisor, context.slot), signals.second.wait())
+        await finished_first(worker_gone(gateway, supervisor, context.slot), signals.second.wait())
         if signals.second.is_set():  # the process that takes our place must not wait for the worker to be gone
             server.stop_accepting()
             metrics_server.stop_accepting()
@@ -334,8 +335,9 @@ def follow_queues(workers: LocalWorkers, local: LocalFunctions) -> None:
     workers.follow(function_queues(local.table.values()))
 
 
-async def worker_gone(supervisor: Supervisor, slot: Slot) -> None:
+async def worker_gone(gateway: Gateway, supervisor: Supervisor, slot: Slot) -> None:
     """Let the local worker drain; where it is another process's, wait until that one has seen to it."""
+    await gateway.control_plane.look_at_worker()
     await supervisor.stop(LONGEST_DURATION_S)
     while not slot.is_first and slot.scoreboard.serving[0]:  # noqa: ASYNC110 - another process sets no event of ours
         await asyncio.sleep(WORKER_GONE_POLL_S)
@@ -355,7 +357,7 @@ async def assemble(stack: AsyncExitStack, common: Common, slot: Slot) -> Gateway
     access = Access(queue.token, browser_rules(settings, sockets), door)
     policy = build_policy([url] if url else [], settings.callback_allow)
     table = local.table if slot.is_first else local.published
-    functions = Functions(table, settings.function_url, settings.namespaces)
+    functions = Functions(table, settings.function_url, settings.namespaces, are_elsewhere=not slot.is_first)
     metrics, health, via = GatewayMetrics(slot), Health(slot), build_via(queue.token)
     control_plane: ControlPlane | ControlPlaneElsewhere
     if slot.is_first:
@@ -410,6 +412,9 @@ async def run_functions(stack: AsyncExitStack, common: Common, queue: Queue) -> 
         path=common.environ.get("PATH"),
         ignores_limits=settings.limits == "ignore",
     )
+    bucket = await open_bucket(settings)
+    if bucket is not None:
+        stack.push_async_callback(bucket.close)
     control = Control(
         local,
         Path(settings.functions),
@@ -417,12 +422,14 @@ async def run_functions(stack: AsyncExitStack, common: Common, queue: Queue) -> 
         rules=rules,
         file_is_optional=not common.environ.get("functions"),
         operator_secrets=Path(settings.secret_mount_path),
+        bucket=bucket,
     )
     stack.callback(control.close)
     local.start()
     stack.push_async_callback(local.stop, FUNCTIONS_GRACE_S)
     await control.start()
-    stack.callback(asyncio.create_task(control.follow()).cancel)
+    for following in (control.follow(), control.follow_bucket()):
+        stack.callback(asyncio.create_task(following).cancel)
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, control.look_now)
     scheduler = None
     if settings.schedules == "on":

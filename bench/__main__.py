@@ -24,6 +24,7 @@ from .functions import measure_functions
 from .gateways import measure_claim, measure_drain, measure_enqueue, measure_gateway_workers, measure_idle, measure_sync
 from .limit import prepare_limit
 from .load import NoLoadGenerator, check_load_generator, write_script
+from .modes import measure_modes
 from .programs import parse_peer
 from .report import Report, describe_machine
 from .watchdogs import (
@@ -49,6 +50,7 @@ MEASUREMENTS: dict[str, Callable[[Plan, Report], None]] = {
     "workers": measure_workers,
     "gateway-workers": measure_gateway_workers,
     "functions": measure_functions,
+    "modes": measure_modes,
 }
 
 

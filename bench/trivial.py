@@ -2,7 +2,8 @@
 
     python -m bench.trivial PORT
 
-An asyncio protocol on uvloop that knows just enough HTTP for wrk and the gateway: a head, a Content-Length, a body.
+An asyncio protocol on uvloop that knows just enough HTTP for wrk and what is in front of it: a head, and a body with a
+Content-Length or in chunks (of-watchdog passes every body on in chunks).
 """
 
 from __future__ import annotations
@@ -15,7 +16,20 @@ from typing import cast
 import uvloop
 
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 11\r\n\r\nhello world"
-_LENGTH = re.compile(rb"\r\ncontent-length: *([0-9]+)", re.IGNORECASE)
+LAST_CHUNK = b"\r\n0\r\n\r\n"
+_FRAMING = re.compile(rb"\r\n(?:content-length: *([0-9]+)|transfer-encoding: *chunked)", re.IGNORECASE)
+
+
+def request_end(data: bytes) -> int:
+    """Return how many bytes the first request in `data` has; 0 if it is not whole."""
+    head_end = data.find(b"\r\n\r\n")
+    if head_end < 0:
+        return 0
+    framing = _FRAMING.search(data, 0, head_end)
+    if framing is not None and framing[1] is None:
+        return data.find(LAST_CHUNK, head_end + 2) + len(LAST_CHUNK) if LAST_CHUNK in data else 0
+    end = head_end + 4 + (int(framing[1]) if framing else 0)
+    return end if end <= len(data) else 0
 
 
 class Trivial(asyncio.Protocol):
@@ -27,11 +41,7 @@ class Trivial(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._received += data
-        while (end := self._received.find(b"\r\n\r\n")) >= 0:
-            length = _LENGTH.search(self._received, 0, end)
-            end += 4 + (int(length[1]) if length else 0)
-            if len(self._received) < end:
-                return
+        while end := request_end(self._received):
             self._received = self._received[end:]
             self._transport.write(ANSWER)
 

@@ -19,13 +19,15 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..calls.names import DEFAULT_NAMESPACE, FunctionName
 from ..watchdog import FaashoundError, in_thread, log
+from .bucket import BucketDocuments, BucketShelves
 from .deployments import BadDeployment, Deployment, Deployments, Rules, name_of, parse_deployment
-from .documents import hold_state
+from .documents import Documents, DocumentShelves, hold_state
 from .local import LocalFunctions, UnknownFunction
 from .namespaces import (
     Namespace,
@@ -37,6 +39,9 @@ from .namespaces import (
 )
 from .secrets import SecretFiles, Secrets, parse_secret_name, parse_secret_value
 from .table import BadFunctions, Function, read_functions, read_images
+
+if TYPE_CHECKING:  # which wants nats-py, an extra
+    from ..queues.jetstream.bucket import Bucket
 
 MAX_TOLD_COUNT = 10  # of what a namespace holds that is to be removed
 
@@ -59,11 +64,35 @@ class DeployOff(FaashoundError):
         super().__init__("deploy=off: functions are declared in the functions file of this gateway")
 
 
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What is kept of what clients have asked for; None where nothing is."""
+
+    deployments: Deployments | None = None
+    secrets: Secrets | None = None
+    namespaces: Namespaces | None = None
+
+    @classmethod
+    def open(cls, state: Path | None, bucket: Bucket | None) -> _Kept:
+        """Return what is kept in a bucket, or else in the directory `state`."""
+        if bucket is not None:
+            functions, namespaces = (BucketDocuments(bucket, kind) for kind in ("functions", "namespaces"))
+            return cls(Deployments(functions), Secrets(BucketShelves(bucket, "secrets")), Namespaces(namespaces))
+        if state is None:
+            return cls()
+        return cls(
+            Deployments(Documents(state / "functions")),
+            Secrets(DocumentShelves(state / "secrets")),
+            Namespaces(Documents(state / "namespaces")),
+        )
+
+
 class Control:
     """The operations.  Without `state` nothing can be deployed and no secret be kept; the file is followed yet.
 
     `file_is_optional`: a file that is not there is an empty one.  `operator_secrets` is a directory in which functions
-    of the file find the tokens of their callers besides.  Obligation: `close`.  Raises CannotStart.
+    of the file find the tokens of their callers besides.  With `bucket` all is kept there and not in `state`, and what
+    other gateways change is applied here by `follow_bucket`.  Obligation: `close`.  Raises CannotStart.
     """
 
     def __init__(
@@ -75,19 +104,20 @@ class Control:
         rules: Rules | None = None,
         file_is_optional: bool = False,
         operator_secrets: Path | None = None,
+        bucket: Bucket | None = None,
     ) -> None:
         self._local = local
         self._file = file
         self._file_is_optional = file_is_optional
         self._rules = rules or Rules()
         self._cleanup = ExitStack()
-        if state is not None:
+        if state is not None and bucket is None:
             self._cleanup.enter_context(hold_state(state))
+        kept = _Kept.open(state, bucket)
         self._declared: Mapping[FunctionName, Function] = dict(local.table)
         self._deployed: dict[FunctionName, Deployment] = {}
-        self._deployments = None if state is None else Deployments(state / "functions")
-        self._secrets = None if state is None else Secrets(state / "secrets")
-        self._namespaces = None if state is None else Namespaces(state / "namespaces")
+        self._bucket = bucket
+        self._deployments, self._secrets, self._namespaces = kept.deployments, kept.secrets, kept.namespaces
         self._files = None if self._secrets is None else SecretFiles(local.directory / "secrets", self._secrets)
         self._operator_secrets = operator_secrets
         self._closed: set[FunctionName] = set()  # functions whose callers' token is not there, which has been told
@@ -98,14 +128,39 @@ class Control:
 
     async def start(self) -> None:
         """Have what was deployed before, and what the file says by now."""
+        await self._load()
+        for name in self._deployed.keys() & self._declared.keys():
+            log.warning(f"the functions file declares {name.short}: what was deployed under this name is not served")
+        if not await self.reload():  # it was right when we were started: those of it go on, and so do those deployed
+            await self._local.apply(self._in_force())
+
+    async def _load(self) -> None:
+        """Know what is deployed by now."""
         if self._deployments is not None:
-            found = await in_thread(self._deployments.load, self._current_rules())
-            for name in found.keys() & self._declared.keys():
-                log.warning(
-                    f"the functions file declares {name.short}: what was deployed under this name is not served"
-                )
-            self._deployed = found
-        await self.reload()
+            self._deployed = await in_thread(self._deployments.load, self._current_rules())
+
+    async def follow_bucket(self) -> None:
+        """Apply what other gateways change, for ever; while the bucket cannot be asked, what is known holds."""
+        last_error = ""
+        while self._bucket is not None:
+            await asyncio.sleep(LOOK_S)
+            try:
+                async with self._changing:
+                    if await self._bucket.look():
+                        await self._take_over()
+                last_error = ""
+            except FaashoundError as error:
+                if str(error) != last_error:
+                    log.error(f"what other gateways deploy is not seen: {error}")
+                last_error = str(error)
+
+    async def _take_over(self) -> None:
+        if self._namespaces is not None:
+            await in_thread(self._namespaces.load)
+        if self._files is not None:
+            await in_thread(self._files.refresh_all)
+        await self._load()
+        await self._local.apply(self._in_force())
 
     def close(self) -> None:
         """Let another gateway have the state."""

@@ -24,12 +24,11 @@ import time
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ..calls.names import DEFAULT_NAMESPACE, BadFunctionName, FunctionName, parse_function_name
 from ..watchdog import BadSettings, FaashoundError, Settings, log, parse_command, parse_settings
-from .documents import Documents
+from .documents import Store
 from .exposure import AUTH_ANNOTATION, BadExposure, parse_exposure
 from .scaling import BadLabels, parse_scale
 from .table import (
@@ -270,10 +269,10 @@ def find_image(image: str, images: Mapping[str, Image]) -> Image | None:
 
 
 class Deployments:
-    """The deployments that were taken, each a document in `directory`.  Its methods block on the disk."""
+    """The deployments that were taken, each a document in `store`.  Its methods block on what keeps them."""
 
-    def __init__(self, directory: Path) -> None:
-        self._documents = Documents(directory)
+    def __init__(self, store: Store) -> None:
+        self._documents = store
 
     def load(self, rules: Rules) -> dict[FunctionName, Deployment]:
         """Return every deployment that can be used; one that is damaged, or not allowed any more, is logged."""
@@ -285,8 +284,7 @@ class Deployments:
                 stored = json.loads(content)
                 deployment = parse_deployment(stored["deployment"], rules, float(stored["created_s"]))
             except (OSError, ValueError, KeyError, TypeError, BadDeployment) as error:
-                path = self._documents.directory / name
-                log.error(f"the deployed function {name} is disabled: {path}: {error}")
+                log.error(f"the deployed function {name} is disabled: {self._documents.place(name)}: {error}")
             else:
                 found[deployment.function.name] = deployment
         return found

@@ -18,7 +18,9 @@ import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
+from ..calls.names import is_label
 from ..watchdog import CannotStart, FaashoundError
 
 _NEW = ".new"  # behind the name of a file that is being written; no document's name begins with a dot
@@ -28,6 +30,38 @@ class NotStored(FaashoundError):
     """The disk did not take a document; the text says why."""
 
     status = 507
+
+
+class Store(Protocol):
+    """Documents, each under a name, which is a part of a file's name.  What changes them blocks."""
+
+    def place(self, name: str) -> str:
+        """Return where a document is, for people."""
+
+    def names(self) -> list[str]:
+        """Return the names of all documents."""
+
+    def read_all(self) -> Iterator[tuple[str, bytes | OSError]]:
+        """Yield the name and the content of each document, or the error that it cannot be read with."""
+
+    def read(self, name: str) -> bytes | None:
+        """Return a document; None if there is none of this name."""
+
+    def write(self, name: str, content: bytes) -> None:
+        """Have `content` under `name`, for good; what was there is there still if NotStored or the like is raised."""
+
+    def delete(self, name: str) -> None:
+        """Have nothing under `name`, for good.  Raises as `write`."""
+
+
+class Shelves(Protocol):
+    """A `Store` for each of some spaces."""
+
+    def spaces(self) -> list[str]:
+        """Return the spaces that there are."""
+
+    def space(self, name: str) -> Store:
+        """Return the documents of a space, which is made if need be."""
 
 
 class Documents:
@@ -43,8 +77,12 @@ class Documents:
         except OSError as error:
             raise CannotStart(f"state: {directory}: {error.strerror}") from None
 
+    def place(self, name: str) -> str:
+        """See `Store`."""
+        return str(self.directory / name)
+
     def read_all(self) -> Iterator[tuple[str, bytes | OSError]]:
-        """Yield the name and the content of each document, or the error that it cannot be read with."""
+        """See `Store`."""
         for path in sorted(self.directory.iterdir()):
             if path.is_file() and not path.name.startswith("."):
                 try:
@@ -53,30 +91,49 @@ class Documents:
                     yield path.name, error
 
     def names(self) -> list[str]:
-        """Return the names of all documents."""
+        """See `Store`."""
         return [path.name for path in sorted(self.directory.iterdir()) if not path.name.startswith(".")]
 
     def read(self, name: str) -> bytes | None:
-        """Return a document; None if there is none of this name."""
+        """See `Store`."""
         try:
             return (self.directory / name).read_bytes()
         except FileNotFoundError:
             return None
 
     def write(self, name: str, content: bytes) -> None:
-        """Have `content` under `name`, on the disk.  Raises NotStored, and what was there is there still."""
+        """See `Store`."""
         try:
             write_whole(self.directory / name, content)
         except OSError as error:
             raise NotStored(f"cannot be stored: {error.strerror}") from None
 
     def delete(self, name: str) -> None:
-        """Have nothing under `name`, on the disk.  Raises NotStored."""
+        """See `Store`."""
         try:
             (self.directory / name).unlink(missing_ok=True)
             sync_directory(self.directory)
         except OSError as error:
             raise NotStored(f"cannot be removed: {error.strerror}") from None
+
+
+class DocumentShelves:
+    """A directory of documents for each space, below `directory`; see `Shelves`.  Raises CannotStart."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        Documents(directory)
+        self._spaces = {name: Documents(directory / name) for name in self.spaces()}
+
+    def spaces(self) -> list[str]:
+        """See `Shelves`."""
+        return sorted(path.name for path in self._directory.iterdir() if path.is_dir() and is_label(path.name))
+
+    def space(self, name: str) -> Documents:
+        """See `Shelves`."""
+        if name not in self._spaces:
+            self._spaces[name] = Documents(self._directory / name)
+        return self._spaces[name]
 
 
 def write_whole(path: Path, content: bytes) -> None:

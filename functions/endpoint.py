@@ -42,6 +42,8 @@ HEALTH_POLL_S = 0.005  # doubled after each look
 
 LONGEST_HEALTH_POLL_S = 0.1
 
+LONGEST_ANSWER_BYTES = 4096  # of one that is not healthy: it says why in a line
+
 QUIET_S = 1.0  # without a connection for so long, an endpoint without a name is closed
 
 LOOKS_COUNT = 4  # for use, in the time of one zero-duration
@@ -178,13 +180,17 @@ class Endpoint:
     async def become_healthy(self) -> None:
         """Wake it and wait until a watchdog answers; raises NotHealthy with the reason."""
         self.wake()
+        answers: list[str] = []
         try:
             async with asyncio.timeout(HEALTHY_WITHIN_S):
-                await self._healthy()
+                await self._healthy(answers)
         except TimeoutError:
-            raise NotHealthy(f"{self.function.name.short} was not healthy within {HEALTHY_WITHIN_S:g} s") from None
+            reason = f": {answers[-1]}" if answers else ""
+            text = f"{self.function.name.short} was not healthy within {HEALTHY_WITHIN_S:g} s{reason}"
+            raise NotHealthy(text) from None
 
-    async def _healthy(self) -> None:
+    async def _healthy(self, answers: list[str]) -> None:
+        """Return once a watchdog says that it is healthy; what it says until then is added to `answers`."""
         client, url, pause_s = Client(), Url("http", str(self.path), 80, "/_/health"), HEALTH_POLL_S
         try:
             while True:
@@ -195,6 +201,7 @@ class Endpoint:
                     async with asyncio.timeout(LONGEST_HEALTH_POLL_S), await client.request("GET", url) as response:
                         if response.status == 200:
                             return
+                        answers.append((await response.body.read(LONGEST_ANSWER_BYTES)).decode().strip())
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, LONGEST_HEALTH_POLL_S)
         finally:

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..calls.names import FunctionName
-from ..watchdog import FUNCTION_VARIABLE, FaashoundError, log
+from ..watchdog import FUNCTION_VARIABLE, FaashoundError, in_thread, log
 from .endpoint import Endpoint, NotHealthy
 from .exposure import digest_token
 from .forkserver import ForkServer
@@ -142,8 +142,11 @@ class LocalFunctions:
         self._set_table(self.table)
 
     def start(self) -> None:
-        """Start what is to be there before a call, and watch for calls; once, after `open`, inside the running loop."""
-        publish(self.directory / "table", self.table)  # one of several processes may take the place of another
+        """Start what is to be there before a call, and watch for calls; once, after `open`, inside the running loop.
+
+        A process that takes the place of another publishes nothing by this: until its first change of the table, those
+        beside it know the functions of the one before it, which are as good as there.
+        """
         if self._watchdog is None:
             self._fork_server = ForkServer(self._base)
             self._fork_server.start()
@@ -195,6 +198,7 @@ class LocalFunctions:
                 self._retire(endpoint)
             limit = asyncio.Semaphore(ROLLS_COUNT)
             await asyncio.gather(*(self._roll_or_tell(function, limit) for function in rolling))
+            await self._prune_logs()
 
     async def put(self, function: Function, commit: Callable[[], Awaitable[None]] = _nothing) -> None:
         """Have `function`, new or in a new version; return when a call works, raise NotHealthy if none does.
@@ -220,6 +224,7 @@ class LocalFunctions:
                 self._retire(endpoint)
             if self.secrets is not None:
                 self.secrets.forget(name)
+            await self._prune_logs()
 
     async def scale(self, name: FunctionName, count: int) -> None:
         """Have `count` watchdogs for a function; 0: none, until a call comes.  Raises UnknownFunction, BadScale."""
@@ -229,6 +234,11 @@ class LocalFunctions:
         if not 0 <= count <= endpoint.scale.max_count:
             raise BadScale(f"replicas: {count}; allowed: 0 to {endpoint.scale.max_count} (com.openfaas.scale.max)")
         await endpoint.set_count(count)
+
+    async def _prune_logs(self) -> None:
+        """Keep the lines of functions that are no more within bounds; no function is made meanwhile."""
+        if self._logs is not None:
+            await in_thread(self._logs.prune, set(self.table))
 
     def _is_new(self, function: Function) -> bool:
         return function.local and function.name not in self._endpoints

@@ -9,6 +9,8 @@ function, with the id of the call that it belongs to.  A file that is a quarter 
 another, and the oldest goes when all of them are longer than that.  The log of the gateway itself gets what an operator
 has to see of them: what functions write, warnings and errors, and not a line for each step of a call.
 
+Lines of functions that are no more are kept as well, of MAX_REMOVED_COUNT of them: those that wrote last.
+
 Readers read the files, so one that is slow, or never reads on, slows nobody; what is deleted before it has read it, it
 does not see.  A disk that is full loses lines of functions, once told, and nothing else.
 """
@@ -19,10 +21,11 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import time
 import urllib.parse
-from collections import deque
-from collections.abc import AsyncGenerator, Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import AsyncGenerator, Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -33,6 +36,8 @@ from ..watchdog import FaashoundError, escape_line, in_thread, log, parse_bool
 from .table import Function
 
 PARTS_COUNT = 4  # files that a function's lines are divided among
+
+MAX_REMOVED_COUNT = 50  # functions that are no more, and whose lines are kept
 
 MAX_LINE_BYTES = 16384  # a longer one is cut; those of watchdogs are shorter
 
@@ -223,6 +228,7 @@ class LogPipe:
         if self._rest:
             self._take([self._rest])
         os.close(self._read_fd)
+        self._store.on_pipe_closed(self._function.name)
 
     def _on_readable(self) -> bool:
         try:
@@ -254,11 +260,29 @@ class LogStore:
         self._part_bytes = max(keep_bytes // PARTS_COUNT, 1)
         self._as_json = as_json
         self._files: dict[FunctionName, LogFiles] = {}
+        self._pipes: Counter[FunctionName] = Counter()
         self._is_failing = False
 
     def open_pipe(self, function: Function, instance: str) -> LogPipe:
         """Return a pipe for the watchdogs of a function, which `instance` names; inside the running loop."""
+        self._pipes[function.name] += 1
         return LogPipe(self, function, instance)
+
+    def on_pipe_closed(self, name: FunctionName) -> None:
+        """One pipe of a function less: without any, its file is not held open."""
+        self._pipes[name] -= 1
+        if self._pipes[name] <= 0:
+            del self._pipes[name]
+            files = self._files.pop(name, None)
+            if files is not None:
+                files.close()
+
+    def prune(self, known: Collection[str]) -> None:
+        """Drop the lines of functions that are not `known`, but for MAX_REMOVED_COUNT of them; blocks on the disk."""
+        removed = [path for path in _subdirectories(self._directory) if path.name not in known]
+        for path in sorted(removed, key=_last_written_ns, reverse=True)[MAX_REMOVED_COUNT:]:
+            if path.name not in self._pipes:  # it is just ending, and writes still
+                shutil.rmtree(path, ignore_errors=True)
 
     def knows(self, name: FunctionName) -> bool:
         """Tell whether there are lines of a function, be it removed."""
@@ -324,6 +348,17 @@ async def _read_on(newest: Iterable[LogLine], cursor: Cursor, query: LogQuery) -
             return
         if not lines:
             await asyncio.sleep(FOLLOW_POLL_S)
+
+
+def _subdirectories(directory: Path) -> list[Path]:
+    try:
+        return [path for path in directory.iterdir() if path.is_dir()]
+    except FileNotFoundError:
+        return []
+
+
+def _last_written_ns(directory: Path) -> int:
+    return max((path.stat().st_mtime_ns for path in list_parts(directory)), default=0)
 
 
 class Cursor:

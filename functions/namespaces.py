@@ -1,6 +1,6 @@
 """Namespaces that clients have made: kept in the state, beside the deployments, with their labels and annotations.
 
-    namespaces = Namespaces(Path("state/namespaces"))
+    namespaces = Namespaces(Documents(Path("state/namespaces")))
     namespaces.store(parse_namespace(document))       # in place of an older one of its name
     namespaces.find("blue"); namespaces.names(); namespaces.delete("blue")
 
@@ -14,12 +14,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ..calls.names import is_label
 from ..watchdog import FaashoundError, log
-from .documents import Documents
+from .documents import Store
 
 NAMESPACE_RULE = "1 to 63 lower-case letters, digits, '-' and '_', a letter or digit first and last, that are no number"
 
@@ -79,23 +78,25 @@ def parse_namespace(document: Mapping[str, Any], name: str = "") -> Namespace:
 
 
 class Namespaces:
-    """The namespaces that were made, each a document in `directory`.  Raises CannotStart; its methods block."""
+    """The namespaces that were made, each a document in `store`.  Its methods block."""
 
-    def __init__(self, directory: Path) -> None:
-        self._documents = Documents(directory)
+    def __init__(self, store: Store) -> None:
+        self._store = store
         self._known: dict[str, Namespace] = {}
-        for name, content in self._documents.read_all():
-            if is_label(name):
-                self._known[name] = self._load(name, content)
+        self.load()
 
-    def _load(self, name: str, content: bytes | OSError) -> Namespace:
+    def load(self) -> None:
+        """Know what is stored by now."""
+        self._known = {name: self._parse(name, text) for name, text in self._store.read_all() if is_label(name)}
+
+    def _parse(self, name: str, content: bytes | OSError) -> Namespace:
         try:
             if isinstance(content, OSError):
                 raise content
             document = json.loads(content)
             return parse_namespace(document if isinstance(document, dict) else {}, name)
         except (OSError, ValueError, BadNamespace) as error:
-            log.error(f"what was noted of the namespace {name} is lost: {self._documents.directory / name}: {error}")
+            log.error(f"what was noted of the namespace {name} is lost: {self._store.place(name)}: {error}")
             return Namespace(name)
 
     def names(self) -> list[str]:
@@ -108,10 +109,10 @@ class Namespaces:
 
     def store(self, namespace: Namespace) -> None:
         """Keep one, in place of an older one of its name; raises NotStored."""
-        self._documents.write(namespace.name, json.dumps(namespace.describe()).encode())
+        self._store.write(namespace.name, json.dumps(namespace.describe()).encode())
         self._known[namespace.name] = namespace
 
     def delete(self, name: str) -> None:
         """Keep one no longer; raises NotStored."""
-        self._documents.delete(name)
+        self._store.delete(name)
         self._known.pop(name, None)

@@ -1,6 +1,6 @@
 """Secrets: kept in the state, and handed to each function as files that only it can read.
 
-    secrets = Secrets(Path("state/secrets"))
+    secrets = Secrets(DocumentShelves(Path("state/secrets")))
     secrets.create("openfaas-fn", "token", b"...")     # update, delete, names
     desk = SecretFiles(directory, secrets)
     desk.directory_of(function)                        # its own, with a file for each secret that it names
@@ -24,7 +24,7 @@ from typing import Any
 
 from ..calls.names import DEFAULT_NAMESPACE, FunctionName, is_label
 from ..watchdog import FaashoundError, Identity, log, parse_user
-from .documents import Documents
+from .documents import Shelves
 from .secret_names import is_secret_name
 from .table import Function
 
@@ -58,37 +58,33 @@ class SecretInUse(FaashoundError):
 
 
 class Secrets:
-    """The secrets of all namespaces, each a document below `directory`.  Its methods block on the disk."""
+    """The secrets of all namespaces, each a document on the shelf of its own.  Its methods block on what keeps them."""
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        Documents(directory)
-        spaces = [path.name for path in directory.iterdir() if path.is_dir() and is_label(path.name)]
-        self._spaces = {space: Documents(directory / space) for space in spaces}
+    def __init__(self, shelves: Shelves) -> None:
+        self._shelves = shelves
 
     def names(self, namespace: str | None = None) -> list[tuple[str, str]]:
         """Return namespace and name of each secret, or of those in one namespace."""
-        spaces = self._spaces if namespace is None else {namespace} & self._spaces.keys()
-        return [(space, name) for space in sorted(spaces) for name in self._spaces[space].names()]
+        spaces = [space for space in self._shelves.spaces() if namespace in (None, space)]
+        return [(space, name) for space in spaces for name in self._shelves.space(space).names()]
 
     def read(self, namespace: str, name: str) -> bytes | None:
         """Return a value; None if there is no such secret."""
-        documents = self._spaces.get(namespace)
-        return None if documents is None or not is_secret_name(name) else documents.read(name)
+        if not is_secret_name(name) or namespace not in self._shelves.spaces():
+            return None
+        return self._shelves.space(namespace).read(name)
 
     def create(self, namespace: str, name: str, value: bytes) -> None:
         """Keep a new secret; raises SecretExists, NotStored."""
         if self.read(namespace, name) is not None:
             raise SecretExists(f"there is a secret {name} in {namespace} already")
-        if namespace not in self._spaces:
-            self._spaces[namespace] = Documents(self._directory / namespace)
-        self._spaces[namespace].write(name, value)
+        self._shelves.space(namespace).write(name, value)
 
     def update(self, namespace: str, name: str, value: bytes) -> None:
         """Give a secret another value; raises UnknownSecret, NotStored."""
         if self.read(namespace, name) is None:
             raise UnknownSecret(f"there is no secret {name} in {namespace}")
-        self._spaces[namespace].write(name, value)
+        self._shelves.space(namespace).write(name, value)
 
     def delete(self, namespace: str, name: str, users: Collection[FunctionName] = ()) -> None:
         """Keep a secret no longer; raises UnknownSecret, SecretInUse if `users` need it, NotStored."""
@@ -96,7 +92,7 @@ class Secrets:
             raise UnknownSecret(f"there is no secret {name} in {namespace}")
         if users:
             raise SecretInUse(f"{name} is in use by {', '.join(user.short for user in users)}")
-        self._spaces[namespace].delete(name)
+        self._shelves.space(namespace).delete(name)
 
 
 def parse_secret_name(document: object, namespace: str = "") -> tuple[str, str]:
@@ -170,6 +166,13 @@ class SecretFiles:
                     self._write(path, name, value, _owner_of(function))
                 except OSError as error:  # its own doing, perhaps; others are to have theirs
                     log.error(f"{function.name.short} does not see the new {name}: {error.strerror}")
+
+    def refresh_all(self) -> None:
+        """Any secret may have changed: have every function see so."""
+        for namespace, name in {
+            (each.name.namespace, secret) for each in self._users.values() for secret in each.secrets
+        }:
+            self.refresh(namespace, name)
 
     def forget(self, name: FunctionName) -> None:
         """A function has gone."""

@@ -168,14 +168,20 @@ class Function:
 
 
 class Functions:
-    """The answer to "who is NAME?": the table first, then the pattern, if there is one, in `namespaces` only."""
+    """The answer to "who is NAME?": the table first, then the pattern, if there is one, in `namespaces` only.
+
+    `are_elsewhere`: another process of this gateway runs the local ones.
+    """
 
     def __init__(
         self,
         table: Mapping[FunctionName, Function],
         pattern: str | None = None,
         namespaces: Collection[str] = (DEFAULT_NAMESPACE,),
+        *,
+        are_elsewhere: bool = False,
     ) -> None:
+        self.are_elsewhere = are_elsewhere
         self._table = table
         self._pattern = pattern
         self._namespaces = frozenset(namespaces)

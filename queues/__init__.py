@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ..calls.model import (
     Attempt,
@@ -39,7 +39,11 @@ from ..calls.names import FunctionName
 from ..watchdog import CannotStart
 from .nats_settings import NatsSettings, build_tls, default_nats_settings, read_login
 from .spool.queue import Spool
-from .urls import QueueUrl
+from .urls import NatsUrl, QueueUrl
+
+if TYPE_CHECKING:  # which wants nats-py, an extra
+    from .jetstream.bucket import Bucket
+    from .jetstream.connection import Options
 
 
 class Queue(Protocol):
@@ -118,17 +122,33 @@ async def open_queue(
     """
     if isinstance(url, Path):
         return await Spool.open(url, limits=limits or QueueLimits(reserve_bytes=None), now=now)
+    options = _nats_options(url, nats or default_nats_settings())
+    from .jetstream.queue import JetStream
+
+    return await JetStream.open(options, now=now)
+
+
+async def open_bucket(url: NatsUrl, nats: NatsSettings) -> Bucket:
+    """Return the bucket beside the queue of `url`, made if it is not there.  Raises as `open_queue`."""
+    options = _nats_options(url, nats)
+    from .jetstream.bucket import Bucket
+
+    return await Bucket.open(options)
+
+
+def _nats_options(url: NatsUrl, settings: NatsSettings) -> Options:
+    """Return how the servers of `url` are reached.
+
+    Raises CannotStart when a secret file cannot be read or nats-py is not installed.
+    """
     try:
         from .jetstream.connection import Options
-        from .jetstream.queue import JetStream
     except ImportError as error:
         raise CannotStart(f"queue_url={url} needs nats-py: pip install 'faashound[nats]' ({error})") from error
-    settings = nats or default_nats_settings()
     login = read_login(settings)
     if url.scheme == "tls" or settings.nats_ca_file or settings.nats_cert_file:
         login["tls"] = build_tls(settings)
-    options = Options(tuple(url.urls), login, settings.nats_prefix, settings.nats_replicas, settings.nats_max_bytes)
-    return await JetStream.open(options, now=now)
+    return Options(tuple(url.urls), login, settings.nats_prefix, settings.nats_replicas, settings.nats_max_bytes)
 
 
 def trouble_of(queue: Queue) -> str | None:

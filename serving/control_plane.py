@@ -116,6 +116,10 @@ class ControlPlane:
         self.logs.drain()
         self.events.drain()
 
+    async def look_at_worker(self) -> None:
+        """See what the worker has counted before it stops; what it does while it drains is not seen."""
+        await self.history.sample(fresh_s=0.0)
+
     async def answer(self, request: Request, area: str, rest: str, asker: str) -> Response:
         """Answer a request for what stands behind /system/`area`; `asker` is who asks, for the log."""
         name = rest.removeprefix("/")
@@ -219,6 +223,9 @@ class ControlPlaneElsewhere:
 
     def drain(self) -> None:
         """Do nothing: that process drains as well."""
+
+    async def look_at_worker(self) -> None:
+        """Do nothing: that process does."""
 
     async def answer(self, request: Request, area: str, rest: str, asker: str) -> Response:
         """Have a request answered there; raises NotReady while that process is being replaced."""

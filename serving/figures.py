@@ -160,8 +160,9 @@ class Hour:
         rows = self._minutes.setdefault(int(now_s // 60), {})
         rows[name] = tuple(map(sum, zip(rows.get(name, (0,) * (1 + BUCKETS_COUNT)), (failed, *buckets), strict=True)))
 
-    def forget(self, now_s: float) -> None:
-        """Drop what is no longer shown."""
+    def touch(self, now_s: float) -> None:
+        """Note that all that has come by now has been added, and drop what is no longer shown."""
+        self._minutes.setdefault(int(now_s // 60), {})
         first = int(now_s // 60) - MINUTES_COUNT + 1
         self._minutes = {minute: rows for minute, rows in self._minutes.items() if minute >= first}
         self.since_s = max(self.since_s, first * 60.0)
@@ -178,20 +179,19 @@ class Hour:
         return {name: Figures(row[0], row[1:], window_s) for name, row in sums.items()}
 
     def by_minute(self, now_s: float, name: str | None) -> list[tuple[int, int, int] | None]:
-        """Return (time, calls, errors) of each minute, of one function or of all; None where nothing is known."""
+        """Return (time, calls, errors) of each minute, of one function or of all; None where nothing was counted."""
         last = int(now_s // 60)
         found: list[tuple[int, int, int] | None] = []
         for minute in range(last - MINUTES_COUNT + 1, last + 1):
             rows = self._minutes.get(minute, {})
             chosen = rows.values() if name is None else [rows[name]] if name in rows else []
-            known = (minute + 1) * 60 > self.since_s
             calls, failed = sum(sum(row[1:]) for row in chosen), sum(row[0] for row in chosen)
-            found.append((minute * 60, calls, failed) if known else None)
+            found.append((minute * 60, calls, failed) if minute in self._minutes else None)
         return found
 
-    def dump(self) -> dict[str, object]:
-        """Return what `load` takes."""
-        return {"since": self.since_s, "minutes": self._minutes}
+    def copy(self) -> dict[int, dict[str, Row]]:
+        """Return the minutes as they are now."""
+        return {minute: dict(rows) for minute, rows in self._minutes.items()}
 
 
 def sum_figures(each: Sequence[Figures]) -> Figures:

@@ -26,7 +26,7 @@ import asyncio
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ from .figures import (
     Counted,
     Figures,
     Hour,
+    Row,
     deltas,
     parse_worker_metrics,
     read_counters,
@@ -82,7 +83,9 @@ class Sources:
                 text = await response.body.read(MAX_WORKER_BYTES)
         except FaashoundError:  # it starts, or is being started again; its own troubles are told elsewhere
             return None
-        return parse_worker_metrics(text.decode("utf-8", "replace")) if response.status == 200 else None
+        if response.status != 200:
+            return None
+        return await asyncio.to_thread(parse_worker_metrics, text.decode("utf-8", "replace"))
 
 
 @dataclass(slots=True)
@@ -111,14 +114,11 @@ class History:
         self._now = now
         self._lock = asyncio.Lock()
         self._has_failed = False
-        kept = load_history(path)
-        self._hour = Hour(kept.get("since", now()), _parse_minutes(kept.get("minutes", {})))
-        self._depths: deque[Depth] = deque((tuple(each) for each in kept.get("depths", ())), DEPTHS_COUNT)
-        same_life = kept.get("life") == life  # then the counters have gone on, and the worker's with them
-        counted = kept.get("counted", {}) if same_life else {}
-        self._last = Readings(
-            gateway=_parse_counted(counted.get("gateway", {})), worker_before=_parse_counted(counted.get("worker", {}))
-        )
+        kept = load_history(path) or Kept(now())
+        self._hour = Hour(kept.since_s, kept.minutes)
+        self._depths = deque(kept.depths, DEPTHS_COUNT)
+        goes_on = kept.life == life  # another process of the same gateway: its counters have, and the worker's
+        self._last = Readings(kept.gateway if goes_on else {}, worker_before=kept.worker if goes_on else {})
 
     @property
     def depth(self) -> Depth | None:
@@ -135,11 +135,11 @@ class History:
                 await asyncio.to_thread(self._write, self._dump())
             await asyncio.sleep(SAMPLED_EVERY_S)
 
-    async def sample(self) -> None:
-        """Read all sources, unless that has just been done."""
+    async def sample(self, fresh_s: float = FRESH_S) -> None:
+        """Read all sources, unless that was done less than `fresh_s` seconds ago."""
         async with self._lock:
             now_s = self._now()
-            if 0 <= now_s - self._last.at_s < FRESH_S:
+            if 0 <= now_s - self._last.at_s < fresh_s:
                 return
             worker, backlog = await asyncio.gather(self._sources.read_worker(), self._read_backlog())
             gateway = read_counters(self._sources.slot.scoreboard.counters.totals())
@@ -151,7 +151,7 @@ class History:
                 for name, failed, buckets in deltas(then, now):
                     self._hour.add(now_s, name, failed, buckets)
             self._last = Readings(gateway, worker, before.worker_before if worker is None else worker, backlog, now_s)
-            self._hour.forget(now_s)
+            self._hour.touch(now_s)
             self._note_depth(now_s, backlog)
 
     async def _read_backlog(self) -> Backlog | None:
@@ -223,8 +223,14 @@ class History:
 
     def _dump(self) -> dict[str, object]:
         """Return what is kept, as it is now: what changes later is not in it."""
-        counted = {"gateway": dict(self._last.gateway), "worker": dict(self._last.worker_before)}
-        return {"life": self._life, "counted": counted, "depths": list(self._depths), **self._hour.dump()}
+        return {
+            "life": self._life,
+            "since_s": self._hour.since_s,
+            "minutes": self._hour.copy(),
+            "depths": list(self._depths),
+            "gateway": dict(self._last.gateway),
+            "worker": dict(self._last.worker_before),
+        }
 
     def save(self) -> None:
         """Keep the hour, with what the gateway has counted since the last sample."""
@@ -265,24 +271,53 @@ def parse_question(query: bytes) -> tuple[FunctionName | None, int]:
     return wanted, minutes_count
 
 
-def load_history(path: Path | None) -> dict[str, Any]:
-    """Return what was kept, with a warning if it cannot be read; {} if nothing was."""
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What is kept of an hour: as it is in the file, and of which life of the gateway the counters are."""
+
+    since_s: float
+    life: str = ""
+    minutes: Mapping[int, Mapping[str, Row]] = field(default_factory=dict)
+    depths: Sequence[Depth] = ()
+    gateway: Mapping[str, Counted] = field(default_factory=dict)
+    worker: Mapping[str, Counted] = field(default_factory=dict)
+
+
+def load_history(path: Path | None) -> Kept | None:
+    """Return what was kept; None if nothing was, with a warning if it cannot be read."""
+    if path is None:
+        return None
     try:
-        found = {} if path is None else json.loads(path.read_bytes())
-        if not isinstance(found, dict):
-            raise ValueError("not an object")
-        _parse_minutes(found.get("minutes", {}))
+        return parse_history(path.read_bytes())
     except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return None
+    except (OSError, ValueError) as error:
         log.warning(f"the figures of the last hour begin anew: {path}: {error}")
-        return {}
-    return found
+        return None
 
 
-def _parse_minutes(kept: Mapping[str, Mapping[str, list[int]]]) -> dict[int, dict[str, tuple[int, ...]]]:
-    return {int(minute): {name: tuple(row) for name, row in rows.items()} for minute, rows in kept.items()}
+def parse_history(text: bytes) -> Kept:
+    """Return what a file has kept; ValueError if it is none of ours."""
+    found = json.loads(text)
+    try:
+        return Kept(
+            float(found["since_s"]),
+            str(found["life"]),
+            {int(minute): {name: _row(row) for name, row in rows.items()} for minute, rows in found["minutes"].items()},
+            [(int(at_s), int(queued), int(running), age_s) for at_s, queued, running, age_s in found["depths"]],
+            {name: _counted(row) for name, row in found["gateway"].items()},
+            {name: _counted(row) for name, row in found["worker"].items()},
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not a history of ours ({type(error).__name__}: {error})") from None
 
 
-def _parse_counted(kept: Mapping[str, tuple[int, int, list[int]]]) -> dict[str, Counted]:
-    return {name: Counted(started, failed, tuple(buckets)) for name, (started, failed, buckets) in kept.items()}
+def _row(values: Sequence[int]) -> Row:
+    if len(values) != len(NOTHING.buckets) + 1:
+        raise ValueError(f"{len(values)} figures of a minute; allowed: {len(NOTHING.buckets) + 1}")
+    return tuple(map(int, values))
+
+
+def _counted(values: Sequence[Any]) -> Counted:
+    started, failed, buckets = values
+    return Counted(int(started), int(failed), _row((0, *buckets))[1:])

@@ -14,6 +14,7 @@ What it refuses to do: retry, follow redirects, or cut a worker's call, which wa
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 
@@ -44,6 +45,11 @@ from .gates import FunctionGate, check_enabled
 from .metrics import GatewayMetrics
 from .proxying import ID_FIELDS, OurVia, RequestIds, check_path, fields_of_worker, fields_passed_on, function_target
 from .settings import Settings
+
+MOVES_WITHIN_S = 10.0  # a function whose process has died; what takes its place imports nothing and starts at once
+
+
+MOVED_POLL_S = 0.05
 
 
 class OurFailure(FaashoundError):
@@ -121,8 +127,8 @@ class Invocations:
         )
         response = await self._send(request, function, rest, headers, by_worker)
         self._metrics.answered(function.name)
-        headers = [*end_to_end(response.headers, *ID_FIELDS, b"date"), *ids.fields]
-        answer = relayed(response, headers, response.body)
+        fields = [*end_to_end(response.headers, *ID_FIELDS, b"date"), *ids.fields]
+        answer = relayed(response, fields, response.body)
         if by_worker:
             answer.write_timeout_s = math.inf
         return answer
@@ -133,16 +139,36 @@ class Invocations:
         """Send the request; raises OurFailure where no answer comes, whose cause is for the log and our workers."""
         limit_s = self._upstream_timeout_s
         deadline_s = None if by_worker else time.monotonic() + limit_s
-        target, client = function_target(function, request, rest), self._client_of(function)
+        body = sent_body(request)  # taken once, and then sent as often as it has to be
         try:
-            return await client.request(
-                request.method, target, headers, sent_body(request), request.body.length, deadline_s
-            )
+            while True:
+                target, client = function_target(function, request, rest), self._client_of(function)
+                try:
+                    return await client.request(request.method, target, headers, body, request.body.length, deadline_s)
+                except Unreachable:  # nothing was sent
+                    moved = await self._moved(function, deadline_s or math.inf)
+                    if moved is None:
+                        raise
+                    function = moved
         except UpstreamTimeout as error:
             text = f"{function.name.short} did not answer within upstream_timeout ({format_duration(limit_s)})"
             raise OurFailure(504, text) from error
         except (Unreachable, PeerGone, AddressRefused) as error:
             raise OurFailure(502, f"{function.name.short}: {error if by_worker else 'no answer'}") from error
+
+    async def _moved(self, function: Function, deadline_s: float) -> Function | None:
+        """Return a function that has another address than when it was looked up; None if it gets none in time.
+
+        Where several processes serve, those functions that came after the start end with the process that runs them,
+        and its successor gives them other addresses.
+        """
+        end_s = min(time.monotonic() + MOVES_WITHIN_S, deadline_s)
+        while function.local and self._functions.are_elsewhere and time.monotonic() < end_s:
+            found = self._functions.lookup(function.name)
+            if found is None or found.url != function.url:
+                return found
+            await asyncio.sleep(MOVED_POLL_S)
+        return None
 
     def _client_of(self, function: Function) -> Client:
         """Return what reaches a function; the address of one that function_url found may have to be judged first."""

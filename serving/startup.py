@@ -17,7 +17,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from .. import queues
 from ..calls.names import FunctionName
 from ..functions.logs import LogStore
 from ..functions.table import DEFAULT_QUEUE, BadFunctions, Function, read_functions
@@ -37,6 +39,9 @@ from .browsers import BrowserRules
 from .passwords import Credentials, PasswordDoor
 from .settings import Settings
 from .users import UserFile
+
+if TYPE_CHECKING:  # which wants nats-py, an extra
+    from ..queues.jetstream.bucket import Bucket
 
 CREDENTIAL_FILES = ("basic-auth-user", "basic-auth-password")
 USERS_FILE = "basic-auth-users"  # with a hash for each
@@ -158,6 +163,16 @@ def open_logs(settings: Settings, state: Path | None) -> LogStore | None:
     return LogStore(state / "logs", settings.logs_keep_bytes, as_json=settings.log_format == "json")
 
 
+async def open_bucket(settings: Settings) -> Bucket | None:
+    """Return where all gateways of a cluster keep what is deployed to them; None where one keeps it to itself.
+
+    Raises CannotStart, and the queue's errors.
+    """
+    if isinstance(settings.queue_url, Path) or deploying_is_off(settings) is not None:
+        return None
+    return await queues.open_bucket(settings.queue_url, settings)
+
+
 def known_namespaces(settings: Settings) -> frozenset[str]:
     """Return the namespaces that functions may be in by the operator's word, whether or not there are some."""
     return settings.namespaces if settings.function_url or settings.deploy != "off" else frozenset()
@@ -167,8 +182,6 @@ def deploying_is_off(settings: Settings) -> str | None:
     """Return why functions cannot be deployed; None if they can."""
     if settings.deploy == "off":
         return "deploy=off: this gateway's functions are those of its functions file; deploy=process changes that"
-    if not isinstance(settings.queue_url, Path):
-        return "functions cannot be deployed where the queue is NATS: each gateway would have functions of its own"
     return None
 
 

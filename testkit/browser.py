@@ -26,6 +26,7 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.select import Select
 
 from testkit.harness import wait_until
 from testkit.needed import tool
@@ -40,6 +41,7 @@ FLAGS = (
     "--disable-dev-shm-usage",  # a container's is small
     "--disable-gpu",
     "--disable-search-engine-choice-screen",
+    "--hide-scrollbars",
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost",
     "--js-flags=--expose-gc",
     "--no-first-run",
@@ -149,9 +151,26 @@ class Browser:
 
     def type(self, selector: str, text: str) -> None:
         """Replace what is in a field."""
-        field = self.find(selector)
-        field.clear()
-        field.send_keys(text)
+
+        def write() -> bool:
+            for field in self.all(selector)[:1]:
+                field.clear()
+                field.send_keys(text)
+                return True
+            return False
+
+        self.until(write, f"a field {selector}")
+
+    def choose(self, selector: str, value: str) -> None:
+        """Choose what has a value among those of a list."""
+
+        def pick() -> bool:
+            for field in self.all(selector)[:1]:
+                Select(field).select_by_value(value)
+                return True
+            return False
+
+        self.until(pick, f"{value} in {selector}")
 
     def press(self, *keys: str) -> None:
         """Press keys one after the other, wherever the focus is."""

@@ -51,7 +51,6 @@ function decode(part) {
 function drawNavigation(tab) {
   show(document.getElementById("nav"), TABS.map(([path, name]) => h("li", null,
     h("a", { href: `#${path}`, "aria-current": path === tab ? "page" : null }, name, path === "/dead" && h("span", { class: "count", id: "dead-count" })))));
-  document.querySelector("#nav [aria-current]")?.scrollIntoView({ block: "nearest", inline: "nearest" });
   drawDeadCount();
 }
 
@@ -66,6 +65,7 @@ export function tellDeadCount(found) {
 function drawDeadCount() {
   const place = document.getElementById("dead-count");
   if (place) show(place, deadCount ? count(deadCount) : "");
+  document.querySelector("#nav [aria-current]")?.scrollIntoView({ block: "nearest", inline: "nearest" });
 }
 
 async function route() {

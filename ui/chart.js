@@ -110,7 +110,6 @@ export function minutesChart(minutes, end, title = "Calls per minute") {
   const first = Math.floor(end / 60) * 60 - HOUR_S + 60;
   const to = scale(first + HOUR_S, top);
   const step = (width - LEFT) / 60;
-  const unknown = minutes.findIndex(Boolean);
   const bars = known.map(([epoch, calls, errors]) => {
     const x = to.x(epoch) + 0.75;
     const bar = (name, from, upTo) => upTo > from && s("rect", {
@@ -120,9 +119,9 @@ export function minutesChart(minutes, end, title = "Calls per minute") {
   });
   const total = known.reduce((sum, [, calls]) => sum + calls, 0);
   const failed = known.reduce((sum, [, , errors]) => sum + errors, 0);
-  const before = unknown > 0 && s("rect", { class: "unknown", x: LEFT, y: TOP, width: (unknown * step).toFixed(1), height: HEIGHT - TOP - BOTTOM },
-    s("title", null, "Not known: nothing was counted yet"));
+  const gaps = minutes.map((each, index) => each === null && s("rect", { class: "unknown", x: (LEFT + index * step).toFixed(1), y: TOP, width: (step + 0.2).toFixed(1), height: HEIGHT - TOP - BOTTOM },
+    s("title", null, "Not known: nothing was counted")));
   return figure(title, [h("span", { class: "key" }, "answered"), h("span", { class: "key red" }, "failed")],
     `Calls per minute over the last hour: ${count(total)} in all, ${count(failed)} failed.`,
-    [before, axes(first + HOUR_S, top, count, to), bars]);
+    [gaps, axes(first + HOUR_S, top, count, to), bars]);
 }

@@ -38,6 +38,24 @@ export function show(element, ...children) {
   return element;
 }
 
+const drawn = new WeakMap();
+
+// Draw a part anew if what it shows has changed. What the reader has opened stays open, and the focus stays where it was.
+export function redraw(place, data, draw) {
+  const print = JSON.stringify(data);
+  if (drawn.get(place) === print) return;
+  drawn.set(place, print);
+  const opened = new Set([...place.querySelectorAll("details[open] > summary")].map((each) => each.textContent));
+  const focused = place.contains(document.activeElement) ? nameOf(document.activeElement) : null;
+  show(place, draw(data));
+  for (const summary of place.querySelectorAll("summary")) if (opened.has(summary.textContent)) summary.parentElement.open = true;
+  if (focused) [...place.querySelectorAll("a, button, summary")].find((each) => nameOf(each) === focused)?.focus();
+}
+
+function nameOf(element) {
+  return `${element.tagName} ${element.getAttribute("href") ?? element.textContent}`;
+}
+
 // Put items into a parent, keeping the node of each that has not changed, and with it focus and selection.
 export function keyed(parent, items, key, draw) {
   const known = new Map([...parent.children].filter((node) => node.dataset.key).map((node) => [node.dataset.key, node]));

@@ -2,7 +2,7 @@
 
 import { Failure, send } from "./api.js";
 import { ask, copyButton, h, long, say, time } from "./dom.js";
-import { clip, count, duration, shortName } from "./format.js";
+import { bytes, clip, count, duration, shortName } from "./format.js";
 
 export const STATES = ["queued", "running", "done", "dead", "cancelled", "expired"];
 const FINAL = new Set(["done", "dead", "cancelled", "expired"]);
@@ -63,7 +63,7 @@ export function problem(error) {
 // Text, or bytes that are none, as the gateway shows a body: {bytes, shown_bytes?, text? | base64?}
 export function body(shown, label) {
   if (!shown || shown.bytes === 0) return h("p", { class: "soft small" }, "Empty.");
-  const cut = shown.shown_bytes !== undefined && h("p", { class: "hint" }, `The first ${count(shown.shown_bytes)} of ${count(shown.bytes)} bytes.`);
+  const cut = shown.shown_bytes !== undefined && h("p", { class: "hint" }, `The first ${bytes(shown.shown_bytes)} of ${bytes(shown.bytes)}.`);
   if (shown.text === undefined) return h("div", null, h("p", { class: "hint" }, "Not UTF-8; in base64:"), long(shown.base64 ?? "", { label }), cut);
   return h("div", null, long(shown.text, { label }), cut);
 }

@@ -263,8 +263,8 @@ def runs_needed(order: Order, call: Found) -> int:
 
 
 def cuts(faults: Iterable[Fault], call_id: str, made: Sequence[Run]) -> int:
-    """Return how many runs of a call faults may have cut short: each hits what it found in flight, once."""
-    return sum(max(call_id in fault.calls, _hit_meanwhile(fault, made)) for fault in faults)
+    """Return how many runs of a call faults may have cut short: what each found in flight, and what began meanwhile."""
+    return sum(_cut_by(fault, call_id, made) for fault in faults)
 
 
 def callback_cuts(faults: Iterable[Fault], call_id: str, posts: Sequence[Post]) -> int:
@@ -278,12 +278,18 @@ def callback_cuts(faults: Iterable[Fault], call_id: str, posts: Sequence[Post]) 
     )
 
 
-def _hit_meanwhile(fault: Fault, made: Sequence[Run]) -> int:
-    begin_s = fault.at_s - TICK_S
+def _cut_by(fault: Fault, call_id: str, made: Sequence[Run]) -> int:
+    """Return how many runs of a call one fault may have cut short.
+
+    A call that was in flight may have been taken over, and begun again, before all that a fault ends had ended.
+    """
+    was_in_flight, begin_s = call_id in fault.calls, fault.at_s - TICK_S
     if fault.spreads:
         end_s = fault.until_s + TICK_S
-        return sum(run.start_s <= end_s and (run.end_s is None or run.end_s >= begin_s) for run in made)
-    return sum(begin_s <= run.start_s <= fault.begins_until_s + TICK_S for run in made)
+        hit = sum(run.start_s <= end_s and (run.end_s is None or run.end_s >= begin_s) for run in made)
+        return max(was_in_flight, hit)
+    since_s = fault.at_s if was_in_flight else begin_s  # all that could begin a run stands still when it is read
+    return was_in_flight + sum(since_s < run.start_s <= fault.begins_until_s + TICK_S for run in made)
 
 
 # --------------------------------------------------------------------------------------------------------------------

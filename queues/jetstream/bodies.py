@@ -11,28 +11,34 @@ import contextlib
 import itertools
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
-from ...calls.model import QueueDamaged, QueueFull, QueueUnavailable, StoredBody
-from ...watchdog import BodyTooLarge
+from ...calls.model import QueueDamaged, QueueFull, QueueUnavailable, ResultLost, StoredBody
+from ...watchdog import BodyTooLarge, FaashoundError, log
 from .connection import Connection, Write, end_tasks
 
 INLINE_BYTES = 16 * 1024  # up to here a body is part of its message, and written again with the call's end
 CHUNK_BYTES = 128 * 1024  # longer bodies are cut into messages of this size (max_payload is 1 MiB, seldom less)
 CHUNKS_IN_FLIGHT_COUNT = 4  # of one body: bounds its memory
+ROOM_PAUSE_S = 1.0  # before a result that has no room is tried again
 ORPHAN_S = 3600.0  # a stored body that no call names after this time is a crash's leftover
 
 _REFERENCE = "ref"
+Writer = Callable[[Write], Awaitable[object]]
 
 
 class Bodies:
     """The bodies that are stored apart."""
 
     def __init__(self, connection: Connection) -> None:
+        self.closed = False
         self._connection = connection
         self._names = connection.names
+        self._turns = asyncio.Lock()  # of results that wait for room: side by side, none would ever have all of its own
 
-    async def store(self, chunks: AsyncIterator[bytes] | bytes, limit_bytes: int | None) -> StoredBody:
+    async def store(
+        self, chunks: AsyncIterator[bytes] | bytes, limit_bytes: int | None, write: Writer | None = None
+    ) -> StoredBody:
         """Make a body safe; up to INLINE_BYTES it stays in memory and becomes part of its message."""
         source = _once(chunks) if isinstance(chunks, bytes) else chunks
         most_bytes: int = self._connection.client.max_payload
@@ -40,31 +46,59 @@ class Bodies:
         first = await anext(pieces, b"")
         if len(first) <= min(INLINE_BYTES, most_bytes // 8):  # less than a piece, so it is all
             return StoredBody(len(first), first, None)
-        name = uuid.uuid4().hex
+        name, total, numbers, tasks = uuid.uuid4().hex, 0, itertools.count(), set[asyncio.Future[object]]()
+        at_once, write = (1, write) if write is not None else (CHUNKS_IN_FLIGHT_COUNT, self._connection.publish)
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(self._discard, name)
-            total = await self._write(name, first, pieces)
+            stack.push_async_callback(end_tasks, tasks)
+            async for piece in _chain(first, pieces):
+                total += len(piece)
+                subject = self._names.subject("body", name, next(numbers))
+                tasks.add(asyncio.ensure_future(write(Write(subject, piece))))
+                if len(tasks) == at_once:
+                    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                    tasks -= done
+                    await asyncio.gather(*done)
+            await asyncio.gather(*tasks)
             stack.pop_all()
         return StoredBody(total, None, name)
 
-    async def _write(self, name: str, first: bytes, pieces: AsyncIterator[bytes]) -> int:
-        """Return how long a body is, when all of it is acknowledged.  Raises the queue's errors, and its source's."""
-        total, number = len(first), 0
-        tasks = {self._begin(name, number, first)}
-        try:
-            async for piece in pieces:
-                total, number = total + len(piece), number + 1
-                tasks.add(self._begin(name, number, piece))
-                if len(tasks) == CHUNKS_IN_FLIGHT_COUNT:
-                    done, tasks = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                    await asyncio.gather(*done)
-            await asyncio.gather(*tasks)
-        finally:
-            await end_tasks(tasks)
-        return total
+    async def store_result(
+        self, chunks: AsyncIterator[bytes], limit_bytes: int | None, length: int | None
+    ) -> StoredBody:
+        """As `store`, but what finds no room waits for it, however long; one result after another.
 
-    def _begin(self, name: str, number: int, piece: bytes) -> asyncio.Task[int]:
-        return asyncio.create_task(self._connection.publish(Write(self._names.subject("body", name, number), piece)))
+        Raises ResultLost if `chunks` breaks off after that: the function has run.
+        """
+        if length is not None and limit_bytes is not None and length > limit_bytes:
+            raise BodyTooLarge(limit_bytes)
+        waits = contextlib.AsyncExitStack()  # holds the lock from the first wait to the end
+        waited = False
+
+        async def write(piece: Write) -> None:
+            nonlocal waited
+            while True:
+                try:
+                    await self._connection.publish(piece)
+                    return
+                except (QueueFull, QueueUnavailable) as error:
+                    if self.closed:
+                        raise
+                    if not waited:
+                        waited = True
+                        log.warning(f"a result waits to be stored: {error}")
+                        await waits.enter_async_context(self._turns)
+                await asyncio.sleep(ROOM_PAUSE_S)
+
+        async with waits:
+            try:
+                return await self.store(chunks, limit_bytes, write)
+            except BodyTooLarge:
+                raise
+            except FaashoundError as error:
+                if not waited or self.closed:
+                    raise
+                raise ResultLost(f"the answer broke off while it waited for room in the queue: {error}") from error
 
     async def _discard(self, name: str) -> None:
         """Remove what was written; what cannot be removed now is an orphan that `sweep` finds."""
@@ -119,6 +153,12 @@ class Bodies:
 
 async def _once(body: bytes) -> AsyncIterator[bytes]:
     yield body
+
+
+async def _chain(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for each in rest:
+        yield each
 
 
 async def _cut(source: AsyncIterator[bytes], size_bytes: int, limit_bytes: int | None) -> AsyncIterator[bytes]:

@@ -114,8 +114,8 @@ class Claims:
             leases += new
             if failed and not leases:
                 raise failed[0]
-            if failed or len(deliveries) < count:
-                break
+            if failed or len(deliveries) < count or (leases and not new):
+                break  # what is due does not wait for a long look at what is not
             count = wanted.limit - len(leases) if new else min(2 * count, MAX_FETCH_COUNT)
         return leases
 

@@ -50,6 +50,7 @@ TTL_HEADER = "Nats-TTL"
 _FULL_CODES = frozenset({10002, 10023, 10028, 10047})  # resources of account, server, memory, storage
 _STORE_FAILED = 10077  # "maximum bytes exceeded" among other reasons
 _LAST_SEQUENCE, _SEQUENCE_UNDER_WAY = 10071, 10164  # the second: a write is still on its way through the cluster
+_NO_PEERS = 10005  # for a stream or a consumer: a server of the cluster is not up yet
 _NOTHING_THERE = (10037, 10043, 10057)  # no message found; message delete failed: it is not there
 
 
@@ -115,7 +116,7 @@ def queue_error(error: Exception) -> QueueFull | QueueUnavailable:
 def _may_pass(error: Exception) -> bool:
     """Tell whether an error may be over in a moment: no leader yet, no answer, a server that starts."""
     if isinstance(error, APIError):
-        return error.code == 503 and isinstance(queue_error(error), QueueUnavailable)
+        return error.err_code == _NO_PEERS or (error.code == 503 and isinstance(queue_error(error), QueueUnavailable))
     return isinstance(error, TimeoutError | NoRespondersError | NatsError)
 
 
@@ -149,7 +150,7 @@ async def gather_in_steps(work: Callable[[S], Awaitable[T]], items: Iterable[S])
     return found
 
 
-async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
+async def end_tasks(tasks: Iterable[asyncio.Future[Any]]) -> None:
     """Cancel tasks until they have ended: asyncio.wait_for, which nats-py uses, can lose a cancellation (bpo-37658)."""
     left = set(tasks)
     while left:
@@ -341,7 +342,7 @@ class Connection:
                 if not _may_pass(error):
                     self.troubled_s = self._loop.time()
                     raise problem from error
-            if deadline_s - self._loop.time() <= RETRY_PAUSE_S:
+            if self.client.is_closed or deadline_s - self._loop.time() <= RETRY_PAUSE_S:
                 self.troubled_s = self._loop.time()
                 raise problem
             await asyncio.sleep(RETRY_PAUSE_S)

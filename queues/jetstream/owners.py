@@ -81,7 +81,7 @@ class Owners:
 
     async def _on_word(self, message: Msg) -> None:
         """Another process asks whether we live, whether we hold a call, or wants one of ours cancelled."""
-        question = json.loads(message.data)
+        question = json.loads(message.data or b"{}")
         if "cancel" in question:
             self.cancelled.add(question["cancel"])
             self.cancel.set()

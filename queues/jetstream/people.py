@@ -181,10 +181,12 @@ class People:
     async def _waiting(self, function: FunctionName | None, below: int | None) -> AsyncIterator[Call]:
         """The calls whose message waits, newest first, as their records have them."""
         async for page in self._walk_back(self._names.queue, [self._names.waiting_for(function)], below):
-            records = await gather_in_steps(self._store.find_record, map(_id_of, page))
-            for stored, kept in zip(page, records, strict=True):
-                if (accepted := readable(parse_waiting, stored.data)) is not None:
-                    yield join(kept, accepted).call
+            for start in range(0, len(page), STEP_COUNT):  # who lists may want no more than the first of them
+                batch = page[start : start + STEP_COUNT]
+                records = await asyncio.gather(*map(self._store.find_record, map(_id_of, batch)))
+                for stored, kept in zip(batch, records, strict=True):
+                    if (accepted := readable(parse_waiting, stored.data)) is not None:
+                        yield join(kept, accepted).call
 
     async def _ended(
         self, states: list[State], function: FunctionName | None, below: int | None

@@ -143,7 +143,7 @@ class JetStream:
         """Let go of everything; leases still held become void.  May be repeated."""
         if self._closed:
             return
-        self._closed = True
+        self._closed = self._bodies.closed = True
         await end_tasks(self._chores)
         if self._connection.client.is_connected:
             with contextlib.suppress(QueueUnavailable, TimeoutError):
@@ -174,8 +174,9 @@ class JetStream:
     async def store_result(
         self, chunks: AsyncIterator[bytes], limit_bytes: int | None = None, length: int | None = None
     ) -> StoredBody:
-        """As `store_body`; it does not wait for room yet, and `length` does not matter."""
-        return await self.store_body(chunks, limit_bytes)
+        """As `store_body`, for what a function has answered: it waits for room, however long."""
+        self._check_open()
+        return await self._bodies.store_result(chunks, limit_bytes, length)
 
     async def open_body(self, body: StoredBody, chunk_bytes: int = CHUNK_BYTES) -> AsyncGenerator[bytes, None]:
         """The bytes of a stored body, in pieces of at most `chunk_bytes`; QueueDamaged if not all are there."""

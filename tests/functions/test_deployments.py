@@ -332,8 +332,9 @@ WRITER = """
 import itertools, sys
 from pathlib import Path
 from faashound.functions.deployments import Deployments, Rules, parse_deployment
+from faashound.functions.documents import Documents
 
-deployments, rules = Deployments(Path(sys.argv[1])), Rules()
+deployments, rules = Deployments(Documents(Path(sys.argv[1]))), Rules()
 for number in itertools.count():
     document = {"service": "f", "image": "process", "envProcess": "cat", "envVars": {"V": str(number) * 5000}}
     deployments.store(parse_deployment(document, rules, 0.0))
@@ -352,7 +353,7 @@ def test_deployment_is_whole_when_the_gateway_is_killed_while_it_stores(tmp_path
         with pytest.raises(subprocess.TimeoutExpired):
             writer.wait(0.02 + delay_ms / 1000)
         writer.kill()
-    (deployment,) = Deployments(directory).load(Rules()).values()
+    (deployment,) = Deployments(Documents(directory)).load(Rules()).values()
     value = deployment.function.environment["V"]
     assert value == value[: len(value) // 5000] * 5000
     assert json.loads((directory / "f.openfaas-fn").read_bytes())["created_s"] == 0.0

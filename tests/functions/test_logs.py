@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import time
@@ -11,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from faashound.calls.names import parse_function_name
 from faashound.functions.local import LocalFunctions
 from faashound.functions.logs import (
+    MAX_REMOVED_COUNT,
     BadLogQuery,
     LogLine,
     LogQuery,
@@ -228,3 +231,37 @@ def test_update_and_removal_lose_no_line(tmp_path: Path) -> None:
         assert [text for text in found if text.startswith("stderr")] == ["stderr: old", "stderr: new"]
 
     run(test())
+
+
+def test_lines_of_removed_functions_are_bounded_and_those_that_wrote_last_stay(tmp_path: Path) -> None:
+    store = LogStore(tmp_path, 1 << 20)
+    count = MAX_REMOVED_COUNT + 3
+    names = [parse_function_name(f"f{number}") for number in range(count)]
+    for number, name in enumerate(names):
+        store.add(Function(name), [line(number)])
+        for part in (tmp_path / str(name)).iterdir():
+            os.utime(part, (number, number))
+    store.prune({str(names[0])})
+    assert {path.name for path in tmp_path.iterdir()} == {names[0], *names[-MAX_REMOVED_COUNT:]}
+
+
+def test_no_file_of_a_function_is_held_open_when_it_is_removed(tmp_path: Path) -> None:
+    async def test() -> None:
+        local = logged(tmp_path)
+        async with running(local):
+            await call_with_id(local, b"echo hello", "a")
+            await until(lambda: open_logs(tmp_path), "a file that is written to")
+            await local.remove(F)
+            await until(lambda: not open_logs(tmp_path), "no file")
+            assert (tmp_path / str(F)).exists()
+
+    run(test())
+
+
+def open_logs(directory: Path) -> list[str]:
+    """Return the files below `directory` that this process holds open."""
+    found = []
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            found.append(str(Path(f"/proc/self/fd/{fd}").readlink()))
+    return [path for path in found if path.startswith(str(directory))]

@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from faashound.functions import mounts
 from faashound.functions.forkserver import SECRETS_PATH
 from testkit.harness import Answer
 from testkit.needed import tool, want_root
@@ -19,10 +21,10 @@ from testkit.system import System
 # A machine where the directory is there, though this one may have none: everything else in /var is hidden.
 MACHINE = f'mount -t tmpfs none /var && mkdir -p {SECRETS_PATH} && exec "$@"'
 NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
-BINDS = """
-import os, sys
-from faashound.functions import mounts
-mounts.bind(sys.argv[1], sys.argv[2])
+# The module's text, as another user may not be let into the directory that it lies in.
+BINDS = f"""{Path(mounts.__file__).read_text(encoding="utf-8")}
+import sys
+bind(sys.argv[1], sys.argv[2])
 os.execvp("sh", ["sh", "-c", "cat $0/*; id -u; id -g; grep Cap.rm /proc/self/status", sys.argv[2]])
 """
 
@@ -76,10 +78,12 @@ def test_directory_is_bound_with_and_without_privileges_and_the_user_stays(
 ) -> None:
     if prefix:
         want_root("becoming another user")
-    for parent in (tmp_path, *tmp_path.parents[:2]):
-        parent.chmod(0o755)
+    for directory in (tmp_path, *tmp_path.parents):
+        if directory.is_relative_to(tempfile.gettempdir()) and directory != Path(tempfile.gettempdir()):
+            directory.chmod(0o755)
     (tmp_path / "token").write_text("secret\n")
-    command = [*machine(), *prefix, sys.executable, "-c", BINDS, str(tmp_path), SECRETS_PATH]
+    python = os.path.realpath(sys.executable)  # not the environment's, for the same reason
+    command = [*machine(), *prefix, python, "-I", "-c", BINDS, str(tmp_path), SECRETS_PATH]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=30)
     assert ran.returncode == 0, ran.stderr
     secret, uid, gid, permitted = ran.stdout.splitlines()

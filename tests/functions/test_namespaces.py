@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from faashound.functions.control import DeployOff
 from faashound.functions.deployments import BadDeployment
+from faashound.functions.documents import Documents
 from faashound.functions.namespaces import (
     BadNamespace,
     Namespace,
@@ -94,7 +95,7 @@ def test_no_namespace_is_made_where_nothing_is_deployed() -> None:
 @pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b'{"name": "green"}', b'{"labels": 1}'])
 def test_namespace_with_a_damaged_file_is_there_without_notes(tmp_path: Path, log: Log, content: bytes) -> None:
     (tmp_path / "blue").write_bytes(content)
-    assert Namespaces(tmp_path).find("blue") == Namespace("blue")
+    assert Namespaces(Documents(tmp_path)).find("blue") == Namespace("blue")
     assert ("what was noted of the namespace blue is lost" in log) is (content != b"[]")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from faashound.functions.documents import DocumentShelves
 from faashound.functions.secrets import (
     BadSecret,
     SecretExists,
@@ -135,16 +136,16 @@ def test_secret_that_a_function_needs_is_not_deleted(tmp_path: Path) -> None:
 
 
 def test_secrets_are_listed_by_name_and_survive_a_restart(tmp_path: Path) -> None:
-    secrets = Secrets(tmp_path)
+    secrets = Secrets(DocumentShelves(tmp_path))
     secrets.create("openfaas-fn", "a", b"1")
     secrets.create("dev", "b", b"2")
     with pytest.raises(SecretExists):
         secrets.create("dev", "b", b"3")
     with pytest.raises(UnknownSecret):
         secrets.update("dev", "c", b"3")
-    assert Secrets(tmp_path).names() == [("dev", "b"), ("openfaas-fn", "a")]
-    assert Secrets(tmp_path).names("dev") == [("dev", "b")]
-    assert Secrets(tmp_path).read("dev", "b") == b"2"
+    assert Secrets(DocumentShelves(tmp_path)).names() == [("dev", "b"), ("openfaas-fn", "a")]
+    assert Secrets(DocumentShelves(tmp_path)).names("dev") == [("dev", "b")]
+    assert Secrets(DocumentShelves(tmp_path)).read("dev", "b") == b"2"
 
 
 @pytest.mark.parametrize(

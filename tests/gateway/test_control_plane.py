@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import platform
 import re
 import signal
@@ -12,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from faashound.serving.control_plane import NOT_OFFERED
@@ -372,6 +374,27 @@ def test_deployed_function_is_there_after_a_restart_and_its_password_is_told_by_
         assert "sesame" not in system.log()
     with System("", settings) as system:
         assert system.request("POST", "/function/kept", b"x").text == "x"
+
+
+def command_line(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def test_deployed_function_answers_when_the_process_that_runs_the_functions_is_killed(tmp_path: Path) -> None:
+    settings = {"deploy": "process", "workers": "2", "state": str(tmp_path / "state"), "worker": "none"}
+    with System("", settings) as system:
+        assert send(system, "POST", "/system/functions", deployment("late")).status == 202
+        ending = {
+            pid for pid in system.survivors() if b"functions.forkserver" in command_line(pid)
+        }  # and what it forked
+        (runner,) = {psutil.Process(pid).ppid() for pid in ending} - ending - {system.process.pid}
+        Path(system.environment["functions"]).write_text("what nobody can read")
+        os.kill(runner, signal.SIGKILL)
+        wait_until(lambda: not ending.intersection(system.survivors()), 10, "what it ran is gone")
+        answers = [system.request("POST", "/function/late", b"x") for _ in range(20)]
+        assert {(answer.status, answer.text) for answer in answers} == {(200, "x")}
+        wait_until(lambda: system.request("GET", "/system/functions").status == 200, 20, "its successor")
+        assert [found["name"] for found in ask(system, "/system/functions")] == ["late"]
 
 
 def test_gateway_that_others_reach_does_not_start_with_deploy_and_without_a_password() -> None:

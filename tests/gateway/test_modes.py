@@ -8,13 +8,25 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 from websockets.sync.client import connect as connect_websocket
 
 from testkit import app_server, websocket_echo
-from testkit.harness import Answer, connect, crowding, http_request, noise_s, read_all, read_until, run, wait_until
+from testkit.harness import (
+    ROOT,
+    Answer,
+    connect,
+    crowding,
+    http_request,
+    noise_s,
+    read_all,
+    read_until,
+    run,
+    wait_until,
+)
 from testkit.system import Receiver, System
 
 LAST_CHUNK = b"0\r\n\r\n"
@@ -223,3 +235,25 @@ def test_server_that_is_deployed_serves_as_soon_as_it_takes_connections() -> Non
             body = json.dumps({**document, "envVars": {**variables, "LIFE": method}}).encode()
             assert http_request(system.port, method, "/system/functions", headers, body, 20.0).status == status
             assert get(system, "/function/app/pid").status == 200
+
+
+def test_deployment_of_a_server_that_never_listens_is_told_why_it_fails() -> None:
+    with System("", {"deploy": "process"}) as system:
+        variables = {"mode": "http", "upstream_url": "http://127.0.0.1:$PORT"}
+        document = {"service": "app", "image": "process", "envProcess": "sleep 60", "envVars": variables}
+        body, headers = json.dumps(document).encode(), {"Content-Type": "application/json"}
+        answer = http_request(system.port, "POST", "/system/functions", headers, body, 60.0 * crowding())
+        assert answer.status == 400
+        assert "the function's server runs, but takes no connections yet" in answer.text
+
+
+def test_examples_of_each_mode_answer() -> None:
+    functions = (ROOT / "examples" / "functions.toml").read_text().replace("examples/", f"{ROOT}/examples/")
+    with System(functions) as system:
+        post = partial(system.request, "POST")
+        assert post("/function/tokens", b"one").body == b"data: one\n\ndata: [DONE]\n\n"
+        assert [post("/function/counter/tea").text for _ in range(2)] == [
+            f"/tea was called {n} times\n" for n in (1, 2)
+        ]
+        assert "without a program" in get(system, "/function/site/").text
+        assert [post("/function/door", name).status for name in (b"alice", b"owner", b"bob")] == [200, 302, 404]

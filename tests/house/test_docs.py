@@ -59,3 +59,14 @@ def test_links_of_a_page_lead_to_files_that_are_there(page: Path) -> None:
 
 def test_readme_is_ten_kilobytes_at_most() -> None:
     assert (reference.PAGE.parent.parent / "README.md").stat().st_size <= 10_000
+
+
+def test_map_names_only_what_is_there() -> None:
+    root = reference.PAGE.parent.parent
+    page, program = ((root / name).read_text(encoding="utf-8") for name in ("ARCHITECTURE.md", "watchdog.py"))
+    paths = re.findall(r"`((?:[a-z_]+/)+(?:[a-z_]+\.(?:py|js))?)`", page)
+    assert len(paths) > 50
+    assert [path for path in paths if not (root / path).exists()] == []
+    sections = re.findall(r'"([A-Z][A-Za-z ]+)"', page)
+    assert sections
+    assert [section for section in sections if f"# {section}" not in program] == []

@@ -68,6 +68,10 @@ RECIPES = {
     "example-python": Recipe("examples/python/Dockerfile", "examples", arguments={"BASE": "tools"}),
     "example-node": Recipe("examples/node/Dockerfile", "examples", arguments={"BASE": "tools"}),
     "example-c": Recipe("examples/c/Dockerfile", "examples", arguments={"BASE": "debian", "BUILD": "tools"}),
+    "example-tokens": Recipe("examples/tokens/Dockerfile", "examples", arguments={"BASE": "debian"}),
+    "example-server": Recipe("examples/server/Dockerfile", "examples", arguments={"BASE": "tools"}),
+    "example-site": Recipe("examples/site/Dockerfile", "examples", arguments={"BASE": "debian"}),
+    "example-status": Recipe("examples/status/Dockerfile", "examples", arguments={"BASE": "debian"}),
     "example-picture": Recipe("examples/picture/Dockerfile", "examples", arguments={"BASE": "tools"}),
 }
 

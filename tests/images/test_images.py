@@ -96,6 +96,9 @@ EXAMPLES = {
     "node": ("/", b"[1, 2, 6]", says('{"count":3,"sum":9,"mean":3}\n')),
     "c": ("/", b"1000000", says("78498\n")),
     "picture": ("/?width=200", None, is_png_of_width(200)),
+    "tokens": ("/", b"one two", says("data: one\n\ndata: two\n\ndata: [DONE]\n\n")),
+    "server": ("/tea", b"", says("/tea was called 1 times\n")),
+    "status": ("/", b"alice", says("welcome, alice\n")),
 }
 
 
@@ -107,6 +110,13 @@ def test_example_answers_and_is_hardened_when_its_image_runs(images: Images, pho
         assert answer.status == 200, answer
         assert is_right(answer), answer
         assert running.inspect("{{.Config.User}} {{.HostConfig.ReadonlyRootfs}}") == "65532:65532 true"
+
+
+def test_example_site_serves_its_page_from_a_hardened_image(images: Images) -> None:
+    with container(images, "example-site") as running:
+        answer = http_request(running.port, "GET", "/")
+        assert (answer.status, answer.headers["content-type"]) == (200, "text/html; charset=utf-8")
+        assert "Hello from a function without a program." in answer.text
 
 
 def test_watchdog_needs_neither_python_nor_rights_when_it_is_copied_into_an_image(images: Images) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import os
+import signal
 import subprocess
+import sys
 import time
 import tracemalloc
 import uuid
@@ -31,6 +34,7 @@ from faashound.calls.model import (
     QueueDamaged,
     QueueFull,
     QueueUnavailable,
+    ResultLost,
     RunEnd,
     State,
     StoredBody,
@@ -43,7 +47,6 @@ from faashound.queues.jetstream import bodies as bodies_module
 from faashound.queues.jetstream import connection as connection_module
 from faashound.queues.jetstream import flows as flows_module
 from faashound.queues.jetstream import people as people_module
-from faashound.queues.jetstream.bodies import Bodies
 from faashound.queues.jetstream.connection import Connection, Options, Stored, Write, connect
 from faashound.queues.jetstream.flows import Delivery, Flow, Wanted, deal
 from faashound.queues.jetstream.queue import JetStream
@@ -58,7 +61,8 @@ from faashound.queues.jetstream.records import (
 from faashound.queues.jetstream.subjects import FlowName, Names, build_token, parse_token
 from faashound.queues.nats_settings import NatsSettings
 from faashound.queues.urls import NatsUrl, parse_queue_url
-from faashound.watchdog import BadSettings, CannotStart, parse_settings
+from faashound.watchdog import BadSettings, CannotStart, PeerGone, parse_settings
+from testkit.harness import ROOT
 from testkit.nats_servers import Cluster
 from testkit.needed import tool
 from testkit.queue_kit import LEASE_S, QUEUE, finish, inline, new_call, read_all
@@ -103,6 +107,16 @@ def with_connection(options: Options, scenario: Callable[[Connection], Awaitable
             await connection.close()
 
     return uvloop.run(run())
+
+
+@contextlib.asynccontextmanager
+async def bare(options: Options) -> AsyncIterator[Connection]:
+    """A connection beside the queues: to see what the servers have, and to write what a queue would not."""
+    connection = await connect(options)
+    try:
+        yield connection
+    finally:
+        await connection.close()
 
 
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
@@ -245,7 +259,9 @@ def test_put_finishes_what_another_put_of_the_same_key_began(options: Options) -
 
     async def scenario(queue: JetStream) -> None:
         first = new_call_id()
-        await queue._connection.publish(Write(queue._names.key(parse_function_name("f"), "k"), first.encode(), {}, 0))
+        async with bare(options) as connection:
+            key = connection.names.key(parse_function_name("f"), "k")
+            await connection.publish(Write(key, first.encode(), {}, 0))
         call = new_call(idempotency_key="k")
         put = await queue.put(dataclasses.replace(call, headers=(("X-Call-Id", call.id), ("X-Other", call.id))))
         assert (put.id, put.headers) == (first, (("X-Call-Id", first), ("X-Other", call.id)))
@@ -314,19 +330,35 @@ def test_two_workers_share_what_there_is_and_run_nothing_twice(options: Options)
     with_queues(options, 3, scenario)
 
 
+DOOMED = """
+import asyncio, os, signal, sys
+from faashound.queues.jetstream.connection import Options
+from faashound.queues.jetstream.queue import JetStream
+from testkit.queue_kit import QUEUE
+
+async def main():
+    queue = await JetStream.open(Options((sys.argv[1],), prefix=sys.argv[2]))
+    assert await queue.claim([QUEUE], await queue.enlist(), 1.0, 1)
+    if sys.argv[3] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    await queue.close()
+
+asyncio.run(main())
+"""
+
+
 @pytest.mark.parametrize("way", ["closed", "killed"])
 def test_call_of_a_worker_that_is_gone_is_taken_over(options: Options, way: str) -> None:
-    async def scenario(worker: JetStream, doomed: JetStream) -> None:
-        owner, dead = await worker.enlist(), await doomed.enlist()
+    async def scenario(worker: JetStream) -> None:
+        owner = await worker.enlist()
         await worker.put(new_call(due_s=0.0))
-        await claim_one(doomed, dead, 1.0)
-        if way == "closed":
-            await doomed.close()
-        else:  # no good-bye: its connection is gone, and so is what answers for it
-            await doomed._connection.close()
+        doomed = [sys.executable, "-c", DOOMED, options.servers[0], options.prefix, way]
+        environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        process = await asyncio.create_subprocess_exec(*doomed, env=environ, cwd=ROOT)
+        assert await process.wait() == (0 if way == "closed" else -signal.SIGKILL)
         assert (await claim_one(worker, owner)).call.attempts == 2
 
-    with_queues(options, 2, scenario)
+    with_queues(options, 1, scenario)
 
 
 def test_lease_that_is_not_renewed_passes_to_another_worker_though_its_owner_lives(options: Options) -> None:
@@ -368,19 +400,18 @@ def test_end_that_is_told_again_is_the_same_end(options: Options, monkeypatch: p
     original = Connection.publish
 
     async def deaf(self: Connection, write: Write) -> int:
-        await original(self, write)
-        monkeypatch.undo()
-        raise QueueUnavailable("no acknowledgement")
+        revision = await original(self, write)
+        if ".rec." in write.subject:
+            monkeypatch.undo()
+            raise QueueUnavailable("no acknowledgement")
+        return revision
 
     async def scenario(queue: JetStream) -> None:
         owner = await queue.enlist()
         call = await queue.put(new_call(due_s=0.0, callback_url="http://caller/"))
         lease = await claim_one(queue, owner)
         result = await queue.store_body(bytes(50_000))
-        await queue._bodies.name(result, call.id)
         end = RunEnd(State.DONE, Attempt(1.0, 2.0, 200, None), 200, 1.0, result)
-        monkeypatch.setattr(JetStream, "_read_excerpt", no_excerpt)
-        monkeypatch.setattr(Bodies, "name", no_name)
         monkeypatch.setattr(Connection, "publish", deaf)
         with pytest.raises(QueueUnavailable, match="no acknowledgement"):
             await queue.finish(lease, end)
@@ -392,14 +423,6 @@ def test_end_that_is_told_again_is_the_same_end(options: Options, monkeypatch: p
         assert len(await queue.claim_callbacks([QUEUE], owner, LEASE_S, 1)) == 1
 
     with_queues(options, 1, scenario)
-
-
-async def no_excerpt(self: JetStream, result: StoredBody | None) -> bytes | None:
-    return None
-
-
-async def no_name(self: Bodies, body: StoredBody | None, call_id: str) -> None:
-    return None
 
 
 def test_leases_that_lapse_together_are_taken_back_once_by_many(options: Options) -> None:
@@ -491,10 +514,15 @@ def test_flow_is_forgotten_only_when_nothing_waits_in_it(options: Options, monke
         await gateway.put(new_call("idle", due_s=0.0))
         for lease in await gateway.claim([QUEUE], owner, LEASE_S, 2):
             await (gateway.release(lease) if lease.call.id == waits.id else finish(gateway, lease, State.DONE, None))
-        await gateway._flows.flush()
+        assert (await gateway.stats()).by_function[waits.function, State.QUEUED] == 1
         await gateway.sweep(3600, 1e9)
+        async with bare(options) as connection:
+            flows = [
+                connection.names.parse_flow(each.subject) async for each in connection.walk(connection.names.flows)
+            ]
+        assert [each.name for each in flows] == ["gone.openfaas-fn"]
         worker = await JetStream.open(options)
-        assert {name.name for name in await worker._flows.refresh()} == {"gone.openfaas-fn", "all"}
+        assert (await worker.stats()).by_function[waits.function, State.QUEUED] == 1
         assert (await claim_one(worker, await worker.enlist())).call.id == waits.id
         await worker.close()
 
@@ -515,20 +543,38 @@ def test_worker_serves_three_hundred_functions(options: Options) -> None:
 
 
 def test_delayed_calls_cost_a_claim_nothing_until_they_are_due(options: Options) -> None:
+    """A worker looks at each once; from then on the servers keep it, and deliver only what is due."""
+    count = 20_000
+
     async def scenario(queue: JetStream) -> None:
-        owner = await queue.enlist()
-        now_s = time.time()
-        await asyncio.gather(*(queue.put(new_call(due_s=now_s + 3600)) for _ in range(2000)))
-        soon = await queue.put(new_call(due_s=now_s))
+        owner, now_s = await queue.enlist(), time.time()
+        for _ in range(0, count, 500):
+            await asyncio.gather(*(queue.put(new_call(due_s=now_s + 3600)) for _ in range(500)))
+        soon = await queue.put(new_call("g", due_s=now_s))
         (lease,) = await queue.claim([QUEUE], owner, LEASE_S, 5)
         assert lease.call.id == soon.id
-        commits = queue._connection.commit_count
-        for _ in range(20):
+        async with bare(options) as connection:
+            flow = FlowName("call", QUEUE, new_call().function)
+            consumer = f"CONSUMER.INFO.{connection.names.queue}.{connection.names.consumer(flow)}"
+            assert (await connection.insist(consumer))["delivered"]["consumer_seq"] < 1000  # what is due came first
             assert await queue.claim([QUEUE], owner, LEASE_S, 5) == []
-        assert queue._connection.commit_count == commits
-        assert (await queue.stats()).by_state[State.QUEUED] == 2000
+            before = (await connection.insist(consumer))["delivered"]["consumer_seq"], await commits(queue)
+            assert before[0] == count
+            for _ in range(20):
+                due = await queue.put(new_call("g", due_s=0.0))
+                (lease,) = await queue.claim([QUEUE], owner, LEASE_S, 5)
+                assert lease.call.id == due.id
+                await finish(queue, lease, State.DONE, None)
+                assert await queue.claim([QUEUE], owner, LEASE_S, 5) == []
+            after = (await connection.insist(consumer))["delivered"]["consumer_seq"], await commits(queue)
+        assert after == (count, before[1] + 20 * 3)
+        assert (await queue.stats()).by_state[State.QUEUED] == count
 
     with_queues(options, 1, scenario)
+
+
+async def commits(queue: JetStream) -> int:
+    return (await queue.stats()).commit_count
 
 
 # -- bodies and housekeeping
@@ -552,8 +598,9 @@ def test_sweep_removes_bodies_that_no_call_names(options: Options, monkeypatch: 
 def test_message_that_cannot_be_read_keeps_no_other_from_its_run(options: Options) -> None:
     async def scenario(queue: JetStream) -> None:
         owner = await queue.enlist()
-        names, call = queue._names, await queue.put(new_call(due_s=0.0))
-        await queue._connection.publish(Write(names.waiting("call", "odd", QUEUE, call.function), b"?"))
+        call = await queue.put(new_call(due_s=0.0))
+        async with bare(options) as connection:
+            await connection.publish(Write(connection.names.waiting("call", "odd", QUEUE, call.function), b"?"))
         assert (await claim_one(queue, owner)).call.id == call.id
         with pytest.raises(QueueDamaged, match="cannot be read"):
             await queue.get("odd")
@@ -618,9 +665,9 @@ def test_call_that_has_ended_leaves_no_timer(options: Options) -> None:
             await queue.put(new_call(due_s=0.0, expires_s=time.time() + 86400))
             await finish(queue, await claim_one(queue, owner), State.DONE, None)
         await queue.cancel((await queue.put(new_call(due_s=0.0, expires_s=time.time() + 86400))).id)
-        await queue._flows.flush()
-        info = await queue._connection.info(queue._names.queue)
-        assert info["state"]["messages"] == 0
+        assert (await queue.stats()).waiting == {}
+        async with bare(options) as connection:
+            assert (await connection.info(connection.names.queue))["state"]["messages"] == 0
 
     with_queues(options, 1, scenario)
 
@@ -672,6 +719,93 @@ def test_long_body_passes_in_constant_memory(options: Options) -> None:
     assert peak < 8 << 20
 
 
+BALLAST_BYTES, RESULT_BYTES, ROOM_BYTES = 350_000, 650_000, 1_000_000
+
+
+async def in_pieces(count_bytes: int) -> AsyncIterator[bytes]:
+    for _ in range(0, count_bytes, 10_000):
+        yield bytes(10_000)
+
+
+async def results_wait(capfd: pytest.CaptureFixture[str], count: int) -> None:
+    """Return when the log has said so of as many."""
+    told = 0
+
+    async def has_told() -> bool:
+        nonlocal told
+        told += capfd.readouterr().err.count("a result waits to be stored")
+        return told == count
+
+    await until(has_told)
+
+
+def test_results_wait_for_room_and_are_stored_one_after_another(
+    options: Options, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Side by side, neither of them would ever have all of its room."""
+    monkeypatch.setattr(bodies_module, "ROOM_PAUSE_S", 0.02)
+
+    async def scenario() -> None:
+        queue = await JetStream.open(dataclasses.replace(options, max_bytes=ROOM_BYTES))
+        ballast = await queue.store_body(bytes(BALLAST_BYTES))
+
+        async def store() -> int:
+            result = await queue.store_result(in_pieces(RESULT_BYTES))
+            found = await read_all(queue, result)
+            await queue.drop_body(result)
+            return len(found)
+
+        storing = asyncio.gather(store(), store())
+        await results_wait(capfd, 2)
+        assert not storing.done()
+        await queue.drop_body(ballast)
+        async with asyncio.timeout(LONG_S):
+            assert list(await storing) == [RESULT_BYTES, RESULT_BYTES]
+        await queue.close()
+
+    uvloop.run(scenario())
+
+
+def test_result_that_breaks_off_while_it_waits_is_told_from_one_that_never_came(
+    options: Options, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bodies_module, "ROOM_PAUSE_S", 0.02)
+
+    async def broken(count_bytes: int) -> AsyncIterator[bytes]:
+        async for piece in in_pieces(count_bytes):
+            yield piece
+        raise PeerGone("the function hung up")
+
+    async def scenario() -> None:
+        queue = await JetStream.open(dataclasses.replace(options, max_bytes=ROOM_BYTES))
+        with pytest.raises(PeerGone):
+            await queue.store_result(broken(RESULT_BYTES))
+        ballast = await queue.store_body(bytes(2 * BALLAST_BYTES))
+        storing = asyncio.create_task(queue.store_result(broken(RESULT_BYTES)))
+        await results_wait(capfd, 1)
+        await queue.drop_body(ballast)
+        with pytest.raises(ResultLost, match="the function hung up"):
+            await storing
+        async with bare(options) as connection:
+            assert (await connection.info(connection.names.bodies))["state"]["messages"] == 0
+        await queue.close()
+
+    uvloop.run(scenario())
+
+
+def test_queue_that_is_closed_keeps_no_result_waiting(options: Options, capfd: pytest.CaptureFixture[str]) -> None:
+    async def scenario() -> None:
+        queue = await JetStream.open(dataclasses.replace(options, max_bytes=ROOM_BYTES))
+        await queue.store_body(bytes(2 * BALLAST_BYTES))
+        storing = asyncio.create_task(queue.store_result(in_pieces(RESULT_BYTES)))
+        await results_wait(capfd, 1)
+        await queue.close()
+        with pytest.raises((QueueFull, QueueUnavailable)):
+            await storing
+
+    uvloop.run(scenario())
+
+
 def test_queue_remembers_nothing_of_what_was_swept(options: Options) -> None:
     async def scenario(queue: JetStream) -> tuple[int, int]:
         owner = await queue.enlist()
@@ -681,8 +815,9 @@ def test_queue_remembers_nothing_of_what_was_swept(options: Options) -> None:
             (lease,) = await queue.claim([QUEUE], owner, LEASE_S, 1)
             await finish(queue, lease, State.DONE, await queue.store_body(bytes(50_000)))
         swept = await queue.sweep(0, 0)
-        bodies = await queue._connection.info(queue._names.bodies)
-        keys = await queue._connection.count(queue._names.subject("key", "*"))
+        async with bare(options) as connection:
+            bodies = await connection.info(connection.names.bodies)
+            keys = await connection.count(connection.names.subject("key", "*"))
         assert (await queue.stats()).by_state[State.DONE] == 0
         return swept.call_count, bodies["state"]["messages"] + keys
 

@@ -20,7 +20,7 @@ import uvloop
 
 from faashound.calls.ids import new_call_id
 from faashound.calls.model import CallbackState, State
-from faashound.queues.jetstream.connection import Options
+from faashound.queues.jetstream.connection import Options, connect
 from faashound.queues.jetstream.queue import JetStream
 from testkit.harness import ROOT
 from testkit.nats_servers import Cluster
@@ -127,7 +127,7 @@ def server() -> Iterator[Cluster]:
 
 async def go_on(options: Options, call_id: str) -> tuple[State, int, CallbackState | None, int]:
     """The call's end, how often it ran, its callback, and how many messages are left."""
-    queue = await JetStream.open(options)
+    queue, connection = await JetStream.open(options), await connect(options)
     try:
         owner, runs = await queue.enlist(), 0
         async with asyncio.timeout(LONG_S):
@@ -137,17 +137,18 @@ async def go_on(options: Options, call_id: str) -> tuple[State, int, CallbackSta
                     await finish(queue, lease, State.DONE, None)
                 for lease in await queue.claim_callbacks([QUEUE], owner, LEASE_S, 8):
                     await queue.callback_done(lease, lease.call.history[-1])
-                await queue._flows.flush()
-                left = (await queue._connection.info(queue._names.queue))["state"]["messages"]
+                await queue.stats()  # the servers have heard what was acknowledged before
+                left = (await connection.info(connection.names.queue))["state"]["messages"]
                 call = await queue.get(call_id)
                 if not left and (call is None or call.state is not State.QUEUED):
                     break
                 await queue.wait_for_work(0.2)
         if call is None:
             return State.EXPIRED, runs, None, 0
-        records = await queue._connection.count(queue._names.record_of(call_id))
+        records = await connection.count(connection.names.record_of(call_id))
         return call.state, runs, None if call.callback is None else call.callback.state, records
     finally:
+        await connection.close()
         await queue.close()
 
 

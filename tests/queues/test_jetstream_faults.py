@@ -23,7 +23,7 @@ import pytest
 import uvloop
 
 from faashound.calls.model import FINAL, Lease, LeaseLost, QueueFull, QueueUnavailable, State
-from faashound.queues.jetstream.connection import WRITE_S, Options
+from faashound.queues.jetstream.connection import WRITE_S, Options, connect
 from faashound.queues.jetstream.queue import JetStream
 from faashound.watchdog import finished_first
 from testkit.nats_servers import Cluster
@@ -295,6 +295,30 @@ def test_calls_run_once_when_nothing_happens(cluster: Cluster) -> None:
     assert ledger.refused_count == 0
 
 
+def test_three_hundred_functions_are_served_and_one_that_appears_meanwhile(cluster: Cluster) -> None:
+    async def scenario() -> tuple[Ledger, float]:
+        async with traffic(cluster.options(prefix())) as under_way:
+            gateway, ledger = await under_way.open(), under_way.ledger
+            names = [f"f{number}" for number in range(300)]
+            put = set(await asyncio.gather(*(put_one(gateway, name) for name in names)))
+            await until(lambda: put <= ledger.runs.keys(), "every function served")
+            began_s = time.monotonic()
+            appeared = await put_one(gateway, "appears")
+            await until(lambda: appeared in ledger.runs, "the new function served")
+            appeared_s = time.monotonic() - began_s
+            ledger.accepted |= {*put, appeared}
+            return await under_way.settle(), appeared_s
+
+    ledger, appeared_s = uvloop.run(scenario())
+    check(f"300 functions, one more served after {appeared_s:.1f}s", ledger)
+
+
+async def put_one(queue: JetStream, function: str) -> str:
+    now_s = time.time()
+    put = await insist(lambda: queue.put(new_call(function, due_s=now_s, accepted_s=now_s)))
+    return str(put.id)
+
+
 def test_queue_goes_on_when_a_server_is_killed_and_comes_back(cluster: Cluster) -> None:
     async def kill_one(under_way: Traffic, stream: str) -> None:
         leader = cluster.leader(stream)
@@ -379,7 +403,7 @@ def test_client_that_is_cut_off_refuses_in_time_and_comes_back(cluster: Cluster)
 
 def test_queue_goes_on_when_the_leader_of_a_consumer_is_killed(cluster: Cluster) -> None:
     async def kill_leader(under_way: Traffic, stream: str) -> None:
-        name = await leader_of_consumer(under_way.queues[0], stream)
+        name = await leader_of_consumer(under_way.options, stream)
         leader = next(server for server in cluster.servers if server.name == name)
         leader.kill()
         await under_way.reach(BATCH)
@@ -389,9 +413,13 @@ def test_queue_goes_on_when_the_leader_of_a_consumer_is_killed(cluster: Cluster)
     check("kill -9 of a consumer's leader", faulty(cluster, kill_leader))
 
 
-async def leader_of_consumer(queue: JetStream, stream: str) -> str:
-    names = await queue._connection.insist(f"CONSUMER.NAMES.{stream}")
-    info = await queue._connection.insist(f"CONSUMER.INFO.{stream}.{names['consumers'][0]}")
+async def leader_of_consumer(options: Options, stream: str) -> str:
+    connection = await connect(options)
+    try:
+        names = await connection.insist(f"CONSUMER.NAMES.{stream}")
+        info = await connection.insist(f"CONSUMER.INFO.{stream}.{names['consumers'][0]}")
+    finally:
+        await connection.close()
     leader: str = info["cluster"]["leader"]
     return leader
 

@@ -127,6 +127,14 @@ def test_runs_of_one_call_are_told_apart_by_process() -> None:
     assert cuts([FULL], "a", runs["a"]) == 1, "the one that had ended was kept in time"
 
 
+def test_run_that_began_before_all_that_a_fault_ends_had_ended_is_cut_beside_the_one_that_was_in_flight() -> None:
+    runs = [Run("a", 2.0, None), Run("a", 2.5, None), Run("a", 3.5, 3.6)]
+    fault = Fault("kill", "gateway", 2.2, 2.6, frozenset("a"), begins_until_s=2.7)
+    assert cuts([fault], "a", runs) == 2
+    assert cuts([dataclasses.replace(fault, calls=frozenset())], "a", runs) == 1
+    assert cuts([dataclasses.replace(fault, begins_until_s=0.0)], "a", runs) == 1
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Chaos
 # --------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import signal
 import uuid
 from collections import Counter
 from collections.abc import Iterator
@@ -10,7 +12,7 @@ import pytest
 
 from testkit.harness import Program, wait_until
 from testkit.nats_servers import Cluster
-from testkit.system import WORKER_READY, System
+from testkit.system import FUNCTIONS, WORKER_READY, System
 
 LEASE = "3s"
 CALLS = 60
@@ -76,3 +78,33 @@ def test_gateway_and_worker_are_unhealthy_while_the_servers_are_away() -> None:
             cluster.servers[0].start()
             wait_until(lambda: system.request("GET", "/healthz").status == 200, 30, "healthy again")
             assert system.ended(system.submit("cat", b"x"))["state"] == "done"
+
+
+def test_calls_of_a_function_that_has_gone_say_so_and_run_when_it_is_back(nats: dict[str, str]) -> None:
+    with System(FUNCTIONS + GONE, settings={**nats, "worker": "none"}) as system:
+        path = system.temporary / "functions.toml"
+
+        def declare(functions: str, status: int) -> None:
+            path.write_text(functions)
+            system.process.send_signal(signal.SIGHUP)
+            wait_until(lambda: system.request("POST", "/function/gone").status == status, 10, f"{status} for gone")
+
+        ids = [system.submit("gone", b"x") for _ in range(3)]
+        declare(FUNCTIONS, 404)
+        assert waiting(system) == ["gone.openfaas-fn"] * 3
+        quick = {"initial_retry_wait": "1s", "max_retry_wait": "1s", "max_retry_attempts": "1000"}
+        with worker_of({**nats, **quick, "gateway_url": f"http://127.0.0.1:{system.port}"}):
+            for call_id in ids:
+                system.until(call_id, lambda status: status.get("error") == "status 404")
+            declare(FUNCTIONS + GONE, 200)
+            assert {system.ended(call_id)["state"] for call_id in ids} == {"done"}
+        assert waiting(system) == []
+
+
+GONE = '\n[gone]\nfprocess = "cat"\n'
+
+
+def waiting(system: System) -> list[str]:
+    """The functions of the calls that the gateway says are queued, one of each call."""
+    calls = json.loads(system.request("GET", "/system/calls?state=queued").body)["calls"]
+    return [call["function"] for call in calls]

@@ -90,9 +90,11 @@ def test_counters_that_begin_anew_are_counted_on(steps: list[tuple[int, bool]]) 
 def test_hour_tells_what_was_not_known_from_what_did_not_come() -> None:
     hour = Hour(since_s=6_000.0)
     hour.add(6_030.0, "f", 1, [2, *[0] * (BUCKETS_COUNT - 1)])
-    minutes = hour.by_minute(6_090.0, None)
-    assert (len(minutes), minutes[-3:]) == (60, [None, (6_000, 2, 1), (6_060, 0, 0)])
-    hour.forget(6_030.0 + 3_600)
+    hour.touch(6_090.0)
+    hour.touch(6_210.0)  # nothing was counted in between
+    minutes = hour.by_minute(6_210.0, None)
+    assert (len(minutes), minutes[-5:]) == (60, [None, (6_000, 2, 1), (6_060, 0, 0), None, (6_180, 0, 0)])
+    hour.touch(6_030.0 + 3_600)
     assert hour.by_minute(6_030.0 + 3_600, None)[0] == (6_060, 0, 0)
 
 
@@ -147,19 +149,30 @@ def _counted(system: Shown, count: int) -> dict[str, Any] | None:
 
 
 def test_hour_goes_on_over_a_restart_of_the_gateway(tmp_path: Path) -> None:
-    kept = {"state": str(tmp_path / "state")}
-    with Shown(settings=kept, spool=tmp_path / "spool") as system:
+    settings = {"state": str(tmp_path / "state")}
+    with Shown(settings=settings, spool=tmp_path / "spool") as system:
         for _ in range(5):
             system.request("POST", "/function/cat", b"x")
         system.ended(system.submit("broken"))
         before = wait_until(lambda: _counted(system, 6), 10.0, "all calls are counted")
-    with Shown(settings=kept, spool=tmp_path / "spool") as system:
+    with Shown(settings=settings, spool=tmp_path / "spool") as system:
         after = system.ask("/system/metrics?minutes=60")
         assert calls_of(after) == calls_of(before)
         assert after["known_since"] == before["known_since"]
         assert after["depth"][: len(before["depth"])] == before["depth"]
         system.request("POST", "/function/cat", b"x")
         wait_until(lambda: _counted(system, 7), 5.0, "the call after the restart is counted too")
+
+
+def test_calls_just_before_a_stop_are_counted(tmp_path: Path) -> None:
+    settings = {"state": str(tmp_path / "state")}
+    with Shown(settings=settings, spool=tmp_path / "spool") as system:
+        system.request("POST", "/function/cat", b"x")
+        system.ended(system.submit("broken"))
+        system.process.terminate()  # once: it drains
+        wait_until(lambda: system.process.poll() is not None, 15.0, "it has stopped")
+    with Shown(settings=settings, spool=tmp_path / "spool") as system:
+        assert sorted(calls_of(system.ask("/system/metrics?minutes=60")).values()) == [(1, 0), (1, 1)]
 
 
 def test_gateway_counts_on_when_its_first_process_dies() -> None:
@@ -179,7 +192,18 @@ def test_gateway_counts_on_when_its_first_process_dies() -> None:
         assert calls_of(wait_until(figures, 15.0, "another process has taken its place")) == {CAT: (6, 0)}
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"minutes": 3}', '{"minutes": {"x": {}}}'])
+def kept(**changes: object) -> str:
+    whole = {"since_s": 1.0, "life": "", "minutes": {}, "depths": [], "gateway": {}, "worker": {}}
+    return json.dumps({**whole, **changes})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "[]", "{", "{}", "null", kept(minutes=3), kept(minutes={"x": {}}), kept(minutes={"1": {"f": [1, 2]}})),
+        *(kept(depths=[[1, 2]]), kept(gateway={"f": [1, 2, [3]]}), kept(since_s="yesterday")),
+    ],
+)
 def test_gateway_starts_with_a_history_that_is_damaged(tmp_path: Path, content: str) -> None:
     (tmp_path / "state").mkdir()
     (tmp_path / "state" / "history.json").write_text(content)

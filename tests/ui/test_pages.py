@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from faashound.serving.pages import FOLDER, TYPES, Pages
-from testkit.harness import Answer
+from testkit.harness import ROOT, Answer
 from testkit.system import System
 from tests.ui.kit import with_password
 
 MAX_PAGE_BYTES = 100 * 1024  # of all files together, as they are sent to a browser
+MAX_PICTURE_BYTES = 100 * 1024
 FILES = sorted(path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*") if path.suffix in TYPES)
 
 
@@ -73,6 +74,12 @@ def test_gateway_answers_no_foreign_name_and_no_other_method(system: System) -> 
     assert (head.status, head.body) == (200, b"")
 
 
+@pytest.mark.parametrize("path", ["/system/metrics", "/system/events"])
+def test_gateway_tells_no_page_of_another_origin(system: System, path: str) -> None:
+    assert ask(system, path, Sec_Fetch_Site="cross-site").status == 403
+    assert ask(system, path, Origin="https://evil.example").status == 403
+
+
 def test_gateway_without_the_page_has_nothing_there() -> None:
     with System("[cat]\nfprocess = 'cat'", {"worker": "none", "ui": "off"}) as system:
         for path in ("/", "/ui", "/ui/", "/ui/app.js"):
@@ -111,3 +118,10 @@ def test_script_imports_files_that_are_there_and_names_that_they_export(name: st
                 each,
             )
             assert len(re.findall(rf"\b{each}\b", text)) > 1, f"{name} does not use {each}"
+
+
+@pytest.mark.parametrize("name", ["overview.png", "call.png"])
+def test_picture_of_the_readme_is_there_and_small(name: str) -> None:
+    content = (ROOT / "docs" / "pictures" / name).read_bytes()
+    assert content.startswith(b"\x89PNG\r\n")
+    assert len(content) < MAX_PICTURE_BYTES

@@ -82,6 +82,16 @@ def test_server_gets_any_method_target_and_host_as_they_came(program: Program, m
     assert [value for name, value in seen["headers"] if name.lower() == "host"] == ["example.org:99"]
 
 
+@pytest.mark.parametrize(
+    ("target", "seen"),
+    [("*", "*"), ("http://other:8/a?b", "/a?b"), ("http://other", "/"), ("/?", "/?"), ("/a?b?c", "/a?b?c")],
+)
+def test_server_gets_the_target_in_the_form_for_origin_servers(program: Program, target: str, seen: str) -> None:
+    request = f"OPTIONS {target} HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n"
+    (answer,) = parse(raw(program.port, request.encode()))
+    assert json.loads(answer.body)["target"] == seen
+
+
 def test_server_gets_no_fields_of_the_hop(program: Program) -> None:
     seen = echo(program, Connection="X-B", X_B="c", TE="trailers")
     assert not {"X-B", "Connection", "TE"} & {name for name, _ in seen["headers"]}
@@ -144,6 +154,11 @@ def test_body_above_the_limit_is_refused() -> None:
         assert echo(program, "POST", body=b"a" * 10)["length"] == 10
 
 
+def test_answer_in_two_writes_is_not_held_up(program: Program) -> None:
+    took_s = [get(program, "/pid").elapsed_s for _ in range(21)]
+    assert sorted(took_s)[10] < 0.02 * crowding()
+
+
 # Streams, and how they end.
 
 
@@ -204,6 +219,7 @@ def is_ours(answer: Answer) -> bool:
 def test_limit_of_the_caller_is_a_504(program: Program) -> None:
     answer = get(program, "/hang", X_Timeout="200ms")
     assert (answer.status, is_ours(answer)) == (504, True)
+    assert float(answer.headers["x-duration-seconds"]) >= 0.2
     assert answer.elapsed_s < 0.2 + noise_s()
 
 

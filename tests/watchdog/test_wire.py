@@ -282,3 +282,116 @@ def test_program_does_not_start_when_h11_lets_hostile_bytes_through(tmp_path: Pa
     last_line = ended.stderr.splitlines()[-1]
     assert last_line.startswith("ImportError: h11 0.16.1 lets through ")
     assert last_line.endswith("install h11 0.16.0")
+
+
+# Plain heads pass h11 by, if they come in one piece.  One that is cut after its first byte is h11's whatever it is, and
+# must be read the same: what two readers take for two things is how requests are smuggled.
+
+FIRST_LINES = [
+    *(b"GET / HTTP/1.1", b"POST /a?b HTTP/1.1", b"HEAD / HTTP/1.1", b"OPTIONS * HTTP/1.1", b"GET http://h/ HTTP/1.1"),
+    *(
+        b"GET / HTTP/1.0",
+        b"GET  / HTTP/1.1",
+        b"GET / HTTP/1.1 ",
+        b"G T / HTTP/1.1",
+        b"GET a HTTP/1.1",
+        b"get / http/1.1",
+    ),
+]
+STATUS_LINES = [
+    *(b"HTTP/1.1 200 OK", b"HTTP/1.1 404", b"HTTP/1.1 503 ", b"HTTP/1.1 204 No Content", b"HTTP/1.1 304 Not Modified"),
+    *(b"HTTP/1.1 100 Continue", b"HTTP/1.1 101 Switching", b"HTTP/1.0 200 OK", b"HTTP/1.1 2000 OK", b"HTTP/1.1 600 No"),
+    *(b"HTTP/1.1  200 OK", b"HTTP/1.1 200 O\x01K", b"HTTP/2 200 OK"),
+]
+FIELD_LINES = [
+    *(
+        b"Host: h",
+        b"Host: h",
+        b"Host: a b",
+        b"host:h",
+        b"X-A: b",
+        b"X-A:\tb\t ",
+        b"X-A:",
+        b"X-A: \x80",
+        b"X-A : b",
+        b"X A: b",
+    ),
+    *(b"Content-Length: 5", b"Content-Length: 5", b"Content-Length: 0", b"Content-Length: 05", b"Content-Length: 5, 5"),
+    *(b"Content-Length: +5", b"Content-Length: 5 5", b"Content-Length:", b"Content-Length: 99999999999999999999"),
+    *(b"Transfer-Encoding: chunked", b"Transfer-Encoding: gzip", b"Connection: close", b"Connection: keep-alive"),
+    *(
+        b"Connection: Keep-Alive",
+        b"Connection: keep-alive, close",
+        b"Connection: X-A",
+        b"Upgrade: x",
+        b"Expect: 100-continue",
+    ),
+    *(
+        b" folded",
+        b"\tfolded",
+        b"X-A: b\x00",
+        b"X-A: b\rX-B: c",
+        b"X-A: b\nX-B: c",
+        b"X-A: b\n",
+        b":",
+        b"",
+        b"X-A: \x7f",
+    ),
+]
+BODIES = [b"", b"hello", b"hell", b"hello" + NEXT, b"5\r\nhello\r\n0\r\n\r\n", b"\r\n"]
+
+
+@st.composite
+def messages(draw: st.DrawFn, first_lines: list[bytes]) -> bytes:
+    lines = [draw(st.sampled_from(first_lines)), *draw(st.lists(st.sampled_from(FIELD_LINES), max_size=5))]
+    if draw(st.booleans()):
+        lines.append(b"Host: h")
+    end = draw(st.sampled_from([b"\r\n", b"\r\n", b"\r\n", b"\n"]))
+    return end.join([*lines, b"", b""]) + draw(st.sampled_from(BODIES))
+
+
+def server_reading(pieces: list[bytes]) -> tuple[list[object], bytes]:
+    """Return the events that a server's wire has of what comes, its chunks joined, or the error it raises."""
+    wire, events, body = ServerWire(), list[object](), b""
+    try:
+        for piece in pieces:
+            wire.feed(piece)
+            for event in drain(wire):
+                if isinstance(event, bytes):
+                    body += event
+                elif event is not WireEvent.NEED_DATA:
+                    events.append(event)
+    except BadRequest as error:
+        events.append((type(error), str(error)))
+    events = [event for at, event in enumerate(events) if event is not WireEvent.PAUSED or at == len(events) - 1]
+    return events, body
+
+
+@given(request=messages(FIRST_LINES), cut=st.integers(1, 300), closes=st.booleans())
+def test_request_is_the_same_when_it_passes_h11_by(request: bytes, cut: int, closes: bool) -> None:
+    end = [b""] * closes
+    expected = server_reading([request[:1], request[1:], *end])
+    assert server_reading([request, *end]) == expected
+    assert server_reading([request[:cut], request[cut:], *end] if cut < len(request) else [request, *end]) == expected
+
+
+@given(answer=messages(STATUS_LINES), method=st.sampled_from([b"GET", b"HEAD"]), closes=st.booleans())
+def test_answer_is_the_same_when_it_passes_h11_by(answer: bytes, method: bytes, closes: bool) -> None:
+    end = [b""] * closes
+    assert read_by_wire(method, [answer, *end]) == read_by_wire(method, [answer[:1], answer[1:], *end])
+
+
+@given(answer=messages(STATUS_LINES[:3]))
+def test_connection_goes_on_after_the_same_answers_when_they_pass_h11_by(answer: bytes) -> None:
+    def goes_on(pieces: list[bytes]) -> bool | None:
+        wire = asked(b"GET", [], b"", at_once=True)[0]
+        try:
+            for piece in pieces:
+                wire.feed(piece)
+                if WireEvent.END in until_end(wire):
+                    return wire.next_cycle()
+        except PeerGone:
+            return None
+        return None
+
+    assert goes_on([answer]) == goes_on([answer[:1], answer[1:]])

@@ -1,7 +1,7 @@
 // One call whole: what it brought, what was tried, what came of it.
 
 import { open } from "../api.js";
-import { copyButton, h, say, show, time } from "../dom.js";
+import { copyButton, h, redraw, say, show, time } from "../dom.js";
 import { bytes, clip, count, duration, shortName } from "../format.js";
 import { body, deeds, empty, facts, fieldsTable, functionLink, head, isFinal, problem, state, table, throttled, withQuery } from "../parts.js";
 import { logs } from "./logs.js";
@@ -15,7 +15,7 @@ export async function call(context) {
   async function refresh() {
     const found = await context.get(`/system/calls/${encodeURIComponent(id)}`);
     const act = (deed) => () => deeds[deed](found, deed === "purge" ? async () => { location.hash = "#/calls"; } : refresh);
-    show(place, drawCall(found, act, context));
+    redraw(place, found, () => drawCall(found, act, context));
     const print = `${found.state} ${found.attempts}`;
     if (found.attempts && shownLogsOf !== print) {
       shownLogsOf = print;
@@ -49,6 +49,7 @@ function drawCall(found, act, context) {
     }),
     h("p", { class: "identity" }, state(found.state), h("span", null, h("code", { class: "data" }, found.id), " ", copyButton(found.id, "the id"))),
     found.error && found.state !== "done" && h("p", { class: `note ${found.state === "dead" ? "bad" : ""}` }, clip(found.error, 2000)),
+    deadCallback && h("p", { class: "note bad" }, `The result could not be delivered: ${clip(found.callback.error ?? "", 1000)}`),
     h("div", { class: "columns" },
       h("section", null, h("h2", null, "What is known"), factsOf(found)),
       h("section", null, h("h2", null, "Attempts"), attempts(found))),

@@ -102,11 +102,25 @@ export async function calls(context) {
       show(place, problem(error));
     }
   } else show(place, empty("An id is found by eight of its characters or more, from its beginning: 0 to 9, a to f, and dashes. With a queue on NATS, by the whole of it."));
+  const limits = h("p", { class: "hint" });
   offerNames(context, form);
+  tellOfQueue(context, limits);
   return [
     head("Calls", { actions: wanted.state === "queued" && rows.length ? h("button", { type: "button", class: "danger", onclick: () => cancelAll(wanted.function, refresh) }, "Cancel all that are queued") : null }),
-    form, place, older,
+    form, place, older, limits,
   ];
+}
+
+// What NATS keeps no index of, or writes nowhere, is said rather than guessed.
+async function tellOfQueue(context, place) {
+  try {
+    const { queue } = await context.get("/system/metrics?minutes=1");
+    if (queue?.kind === "nats") {
+      show(place, "The queue is on NATS, which lists calls that wait before those that have ended. That a call runs is known to its worker only: it is asked for the state “running”, and other lists have the call as queued until it ends. An id is found when it is whole.");
+    }
+  } catch (error) {
+    letGo(error);
+  }
 }
 
 async function offerNames(context, form) {

@@ -1,7 +1,7 @@
 // All at a glance: does it work, how much is called, what waits, what failed last.
 
 import { ageChart, depthChart, minutesChart } from "../chart.js";
-import { h, keyed, show } from "../dom.js";
+import { h, keyed, redraw, show } from "../dom.js";
 import { age, count, percentile, rate, share, shortName } from "../format.js";
 import { callRow, callTable, empty, figures, functionLink, head, letGo, table, throttled } from "../parts.js";
 
@@ -11,7 +11,6 @@ export async function overview(context) {
   const wellness = h("div");
   const strip = h("div");
   const pictures = h("div", { class: "columns" });
-  const failing = h("div");
   const letters = h("tbody");
   const lettersPlace = h("div");
   let unhealthy = null;
@@ -23,11 +22,8 @@ export async function overview(context) {
     if (metrics.queue) context.tellDeadCount(metrics.queue.dead + metrics.queue.callbacks_dead);
     unhealthy = health;
     drawWellness(wellness, metrics, unhealthy);
-    show(strip, drawFigures(metrics));
-    const end = new Date(metrics.time) / 1000;
-    show(pictures,
-      h("section", null, minutesChart(metrics.minutes, end)), h("section", null, drawFailing(metrics)),
-      h("section", null, depthChart(metrics.depth, end)), h("section", null, ageChart(metrics.depth, end)));
+    redraw(strip, metrics, drawFigures);
+    redraw(pictures, metrics, drawPictures);
     keyed(letters, dead.calls, (call) => call.id, (call) => callRow(call));
     show(lettersPlace, dead.calls.length ? callTable("Latest dead letters", letters)
       : empty("None. A call that fails for good would stand here, with its reason and a button to try it again."));
@@ -39,8 +35,16 @@ export async function overview(context) {
     if (event.kind !== "functions") soon();
   });
   return [
-    head("Overview"), wellness, strip, pictures, failing,
+    head("Overview"), wellness, strip, pictures,
     h("section", null, h("div", { class: "bar" }, h("h2", null, "Latest dead letters"), h("a", { href: "#/dead", class: "small" }, "All of them")), lettersPlace),
+  ];
+}
+
+function drawPictures(metrics) {
+  const end = new Date(metrics.time) / 1000;
+  return [
+    h("section", null, minutesChart(metrics.minutes, end)), h("section", null, drawFailing(metrics)),
+    h("section", null, depthChart(metrics.depth, end)), h("section", null, ageChart(metrics.depth, end)),
   ];
 }
 

@@ -2,7 +2,7 @@
 
 import { h, keyed, show, time } from "../dom.js";
 import { shortName } from "../format.js";
-import { empty, functionLink, head, letGo, problem, table, throttled, to } from "../parts.js";
+import { callLink, empty, functionLink, head, letGo, problem, table, throttled } from "../parts.js";
 
 export async function schedules(context) {
   const place = h("div");
@@ -13,10 +13,10 @@ export async function schedules(context) {
     const rows = await context.get("/system/schedules");
     keyed(body, rows, (row) => `${row.function}.${row.namespace} ${row.schedule}`, (row) => h("tr", null,
       h("td", null, functionLink(shortName(`${row.function}.${row.namespace}`))),
-      h("td", { class: "mono data" }, row.schedule),
+      h("td", { class: "mono data nowrap" }, row.schedule),
       h("td", { class: "nowrap" }, row.next ? time(row.next) : "never"),
       h("td", { class: "nowrap" }, row.last ? time(row.last) : "not yet"),
-      h("td", { class: "mono" }, row.lastCallId ? h("a", { href: to("calls", row.lastCallId) }, row.lastCallId) : "")));
+      h("td", { class: "mono" }, row.lastCallId ? callLink({ id: row.lastCallId }) : "")));
     show(place, rows.length ? whole : empty("Nothing is scheduled. A function with the annotations ", h("code", null, "topic: cron-function"), " and ", h("code", null, 'schedule: "*/5 * * * *"'), " is called by the clock."));
   }
 

@@ -24,10 +24,10 @@ export async function secrets(context) {
     await askForm(row ? `New value of ${row.name}` : "New secret", [
       !row && h("label", null, h("span", null, "Name"), h("input", { name: "name", required: true, autocomplete: "off", spellcheck: "false" })),
       h("label", null, h("span", null, "Value"), h("textarea", { name: "value", required: true, autocomplete: "off", spellcheck: "false" })),
-    ], "Keep", async (values) => {
+    ], "Save", async (values) => {
       const document = { name: row?.name ?? values.get("name"), value: values.get("value"), ...(row ? { namespace: row.namespace } : {}) };
       await send(row ? "PUT" : "POST", "/system/secrets", document);
-      say("Kept");
+      say("Saved");
       await refresh();
     });
   }
