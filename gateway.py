@@ -55,10 +55,11 @@ from .functions.logs import LogStore
 from .functions.scheduler import Scheduler
 from .functions.supervisor import Supervisor
 from .functions.table import Functions
+from .network.hosts import UnknownHost
 from .queues import Queue, open_queue, trouble_of
 from .serving.access import SAFE_METHODS, Access
 from .serving.answers import NotFound, allow
-from .serving.browsers import PageRefused, check_own_page, with_fields
+from .serving.browsers import ForeignPage, check_own_page, with_fields
 from .serving.call_admin import CallAdmin
 from .serving.call_status import CallStatus
 from .serving.control_plane import (
@@ -167,7 +168,7 @@ class Gateway:
         """Answer one request; cancelled when the client has gone."""
         try:
             return await self._route(request)
-        except PageRefused as error:
+        except (UnknownHost, ForeignPage) as error:
             log.warning(
                 f"Refused [{request.method[:20]}] {request.path[:100].decode('latin-1')} - [{error.status}]",
                 host=request.host[:100].decode("latin-1"),

@@ -60,11 +60,11 @@ from .draining.breakers import Breakers
 from .draining.caller import Caller, CallLimits
 from .draining.connections import Connections
 from .draining.delivery import CallbackRules, Deliverer, read_signer
-from .draining.functions import KnownFunctions
-from .draining.gateway import GatewayAccess
+from .draining.function_limits import FunctionLimits
+from .draining.gateway_access import GatewayAccess
 from .draining.in_flight import EarlyEnd, InFlight, InFlightTable
-from .draining.limits import FunctionLimits
-from .draining.metrics import Invocations, WorkerMetrics
+from .draining.known_functions import KnownFunctions
+from .draining.metrics import InvocationCounters, WorkerMetrics
 from .draining.outcomes import attempt_record, log_call_step, log_callback_step
 from .draining.recording import PAUSE_S, Recorder
 from .draining.shares import Allotment, Slots
@@ -200,7 +200,8 @@ class Worker:
         )
         self._functions.on_enabled = self._look_again
         limits = CallLimits(settings.call_timeout_s, settings.max_result_bytes)
-        self._caller = Caller(queue, self._connections, self._functions, limits, Invocations(self.metrics.registry))
+        counters = InvocationCounters(self.metrics.registry)
+        self._caller = Caller(queue, self._connections, self._functions, limits, counters)
         self._breakers = Breakers(max(settings.max_inflight // PROBES_PART, 1))
         self._deliverer = Deliverer(queue, self._connections.to_callbacks, rules, self._breakers)
         self._callback_policy = dataclasses.replace(CALLBACK_POLICY, max_attempts=settings.callback_retry_attempts)

@@ -47,8 +47,6 @@ from .model import (
     CallNotDead,
     Headers,
     Kind,
-    Lease,
-    LeaseLost,
     NewCall,
     RunEnd,
     State,
@@ -212,12 +210,6 @@ def build_call(accepted: NewCall, record: Record) -> Call:
 
 _CHANGING = tuple(name for name in Record._fields if name in {each.name for each in fields(Call)})
 _ACCEPTED = tuple(each.name for each in fields(NewCall) if each.name not in _CHANGING)
-
-
-def check_held(hold: Hold | None, lease: Lease) -> None:
-    """Raise LeaseLost unless `lease` still is the one on this call."""
-    if hold != (lease.kind, lease.owner, lease.fence):
-        raise LeaseLost(f"the lease on call {lease.call.id} has ended, or passed to another worker")
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -36,8 +36,8 @@ from ..watchdog import (
 )
 from .bodies import ReceivedBody, sendable
 from .connections import Connections
-from .functions import KnownFunctions, Upstream
-from .metrics import Invocations
+from .known_functions import KnownAddress, KnownFunctions
+from .metrics import InvocationCounters
 from .outcomes import GatewayAway, kept_headers, outcome_of_error, outcome_of_part, outcome_of_response
 
 
@@ -61,7 +61,7 @@ class Caller:
         connections: Connections,
         functions: KnownFunctions,
         limits: CallLimits,
-        invocations: Invocations,
+        invocations: InvocationCounters,
     ) -> None:
         self._queue = queue
         self._connections = connections
@@ -69,7 +69,7 @@ class Caller:
         self._limits = limits
         self._invocations = invocations
 
-    async def attempt(self, call: Call, upstream: Upstream | None) -> AttemptOutcome:
+    async def attempt(self, call: Call, upstream: KnownAddress | None) -> AttemptOutcome:
         """Send a call to its function, at `upstream` if that is known, and store what it answers."""
         started = time.monotonic()
         deadline_s = started + self._limits.call_timeout_s if self._limits.call_timeout_s else None
@@ -85,7 +85,9 @@ class Caller:
             outcome = outcome_of_error(error, call.id)
         return dataclasses.replace(outcome, duration_s=time.monotonic() - started)
 
-    async def _send_directly(self, call: Call, upstream: Upstream, deadline_s: float | None) -> ClientResponse | None:
+    async def _send_directly(
+        self, call: Call, upstream: KnownAddress, deadline_s: float | None
+    ) -> ClientResponse | None:
         """Return the function's response, None if nothing was sent since it cannot be reached at `upstream`."""
         client = self._connections.to_found_functions if upstream.is_guarded else self._connections.to_functions
         started_s, status = time.perf_counter(), CLIENT_GONE_STATUS

@@ -11,7 +11,7 @@ from ..calls.model import Kind
 from ..calls.names import FunctionName
 from ..calls.retries import AttemptOutcome
 from ..watchdog import BUCKETS_S
-from .functions import MAX_KNOWN_COUNT
+from .known_functions import MAX_KNOWN_COUNT
 
 
 class WorkerMetrics:
@@ -62,7 +62,7 @@ class WorkerMetrics:
         self._held_back.set(held_back_count)
 
 
-class Invocations:
+class InvocationCounters:
     """The gateway's counters of invocations, for calls that do not go through it: under the same names, so that sums
     over gateway and worker are right."""
 

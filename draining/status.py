@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from socket import socket
 
-from ..network.hosts import are_on_loopback, host_name, is_own_name
+from ..network.hosts import are_on_loopback, check_own_name
 from ..queues import Queue, trouble_of
 from ..watchdog import (
     TEXT_PLAIN,
-    FaashoundError,
     MethodNotAllowed,
     NotReady,
     Request,
@@ -21,12 +20,6 @@ from ..watchdog import (
     serve_metrics,
 )
 from .metrics import WorkerMetrics
-
-
-class UnknownHost(FaashoundError):
-    """The request is for a host name that is none of ours (RFC 9110 15.5.20)."""
-
-    status = 421
 
 
 class StatusPage:
@@ -45,9 +38,8 @@ class StatusPage:
 
     async def __call__(self, request: Request) -> Response:
         """Answer one request."""
-        if self._names is not None and not is_own_name(request.host, self._names):
-            name = (host_name(request.host) or "")[:100]
-            raise UnknownHost(f"{name!r} is no name of this worker; allowed: localhost, addresses, and allowed_hosts")
+        if self._names is not None:
+            check_own_name(request.host, self._names, "worker")
         if request.path == b"/healthz":
             return self._answer_health(request)
         self._refresh()

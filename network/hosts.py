@@ -1,7 +1,7 @@
 """Which names a server answers to: the field Host tells a page's rebound name from ours (DNS rebinding).
 
     names = parse_hosts("faas.internal")
-    is_own_name(request.host, names)
+    check_own_name(request.host, names, "gateway")                # UnknownHost
 
 A page may have its own name resolve to our address.  Then it is of the same origin as we are, and only the name in Host
 tells it from our user.  So a server that only this machine can reach, and asks for no password, answers to
@@ -16,7 +16,16 @@ from functools import lru_cache
 from ipaddress import IPv6Address, ip_address
 from socket import socket
 
+from ..watchdog import FaashoundError
 from .addresses import parse_host_name, parse_numeric_host
+
+SHOWN_CHARS = 100  # of a name in an error's text
+
+
+class UnknownHost(FaashoundError):
+    """The request is for a host name that is none of ours (RFC 9110 15.5.20)."""
+
+    status = 421
 
 
 def parse_hosts(text: str) -> frozenset[str]:
@@ -52,6 +61,13 @@ def is_own_name(host: bytes, names: Collection[str]) -> bool:
     """Tell whether a Host field names this machine to itself, an address, or one of `names`, in lower case."""
     name = host_name(host)
     return name is None or name == "localhost" or name.endswith(".localhost") or name in names
+
+
+def check_own_name(host: bytes, names: Collection[str], program: str) -> None:
+    """Raise UnknownHost, which says what is allowed, for a Host field that is no own name of this `program`."""
+    if not is_own_name(host, names):
+        name = (host_name(host) or "")[:SHOWN_CHARS]
+        raise UnknownHost(f"{name!r} is no name of this {program}; allowed: localhost, addresses, and allowed_hosts")
 
 
 def are_on_loopback(sockets: Iterable[socket]) -> bool:

@@ -16,10 +16,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from ..calls.callbacks import CALLBACK_PROOF, build_proof
-from ..draining.gateway import WORKER_TOKEN
+from ..draining.gateway_access import WORKER_TOKEN
+from ..network.hosts import UnknownHost
 from ..watchdog import Request
 from .answers import Forbidden
-from .browsers import BrowserRules, UnknownHost
+from .browsers import BrowserRules
 from .passwords import PasswordDoor
 from .users import Role
 

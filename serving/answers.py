@@ -1,6 +1,7 @@
-"""What answers of the gateway have in common: JSON, the methods of a route, and the errors that several routes raise.
+"""What the gateway's routes have in common: methods, parameters, JSON, and the errors that several of them raise.
 
     allow(request, "GET", "DELETE")                   # MethodNotAllowed for any other method
+    namespace = parse_parameters(request.query).get("namespace")
     return json_response(200, {"cancelled": 3})
 
 Contract: an error carries the status and the headers to answer, and a text that any caller may read.
@@ -9,7 +10,8 @@ Contract: an error carries the status and the headers to answer, and a text that
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import urllib.parse
+from collections.abc import Mapping, Sequence
 
 from ..watchdog import FaashoundError, Header, MethodNotAllowed, Request, Response
 
@@ -42,6 +44,14 @@ class Gone(FaashoundError):
     """It was there and has been dropped."""
 
     status = 410
+
+
+def parse_parameters(query: bytes) -> Mapping[str, str]:
+    """Return the parameters of a query, the first of each name; clients send some that mean nothing here."""
+    found: dict[str, str] = {}
+    for name, value in urllib.parse.parse_qsl(query.decode("latin-1")):
+        found.setdefault(name, value)
+    return found
 
 
 def json_response(status: int, value: object, headers: Sequence[Header] = ()) -> Response:

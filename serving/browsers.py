@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from ..network.hosts import host_name, is_own_name
+from ..network.hosts import check_own_name
 from ..watchdog import FaashoundError, Header, Request, Response
 
 PREFLIGHT_AGE_S = 600  # how long browsers may remember a permission; Chromium takes two hours at most
@@ -29,17 +29,7 @@ PREFLIGHT_AGE_S = 600  # how long browsers may remember a permission; Chromium t
 EXPOSED_FIELDS = b"X-Call-Id, X-Start-Time, X-Duration-Seconds, Location, Retry-After"
 
 
-class PageRefused(FaashoundError):
-    """Root of what is refused because of a browser's page; worth a line in the log."""
-
-
-class UnknownHost(PageRefused):
-    """The request is for a host name that is none of ours (RFC 9110 15.5.20)."""
-
-    status = 421
-
-
-class ForeignPage(PageRefused):
+class ForeignPage(FaashoundError):
     """The request comes from a page of another origin."""
 
     status = 403
@@ -111,13 +101,8 @@ class BrowserRules:
 
         Where others reach us we cannot know all our names; so there it is checked only if the operator lists them.
         """
-        if not (self.on_loopback or self.hosts):
-            return
-        if not is_own_name(request.host, self.hosts):
-            raise UnknownHost(
-                f"{(host_name(request.host) or '')[:100]!r} is no name of this gateway; allowed: localhost, addresses,"
-                " and allowed_hosts"
-            )
+        if self.on_loopback or self.hosts:
+            check_own_name(request.host, self.hosts, "gateway")
 
     def check_call(self, request: Request) -> list[Header]:
         """Return what the answer to a function's call has to say to the page that makes it, if one does.

@@ -26,7 +26,7 @@ from functools import cache
 from pathlib import Path
 
 from ..calls.names import DEFAULT_NAMESPACE, FunctionName
-from ..draining.gateway import DIRECT_CALLS
+from ..draining.gateway_access import DIRECT_CALLS
 from ..functions.local import LocalStatus
 from ..functions.table import Function, Functions
 from ..network.machine import network_identity
@@ -45,13 +45,13 @@ from ..watchdog import (
     start_metrics,
 )
 from .access import Access
-from .answers import NotFound, allow, json_response
+from .answers import NotFound, allow, json_response, parse_parameters
 from .events import Events
 from .function_logs import FunctionLogs
 from .function_views import ELSEWHERE, Replicas, describe_function, describe_gateway
 from .history import History
 from .invocation_counts import InvocationCounts
-from .operations import NotOffered, Operations, parse_parameters
+from .operations import NotOffered, Operations
 from .usage import measure_usage
 
 EVERY_NAMESPACE = "*"

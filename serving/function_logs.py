@@ -22,8 +22,8 @@ from ..calls.names import DEFAULT_NAMESPACE, FunctionName
 from ..functions.logs import LogLine, LogStore, parse_log_query
 from ..functions.table import Functions
 from ..watchdog import Request, Response
-from .answers import NotFound, allow
-from .operations import NotOffered, parse_name, parse_parameters
+from .answers import NotFound, allow, parse_parameters
+from .operations import NotOffered, parse_name
 
 LOGS_OFF = "logs_keep=0, or state cannot be written to: the lines of functions are in the gateway's own log alone"
 

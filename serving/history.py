@@ -37,7 +37,7 @@ from ..calls.views import format_time
 from ..functions.documents import write_whole
 from ..queues import Queue
 from ..watchdog import Client, FaashoundError, Request, Response, Slot, Url, log, parse_positive_count
-from .answers import BadField, allow
+from .answers import BadField, allow, parse_parameters
 from .figures import (
     MINUTES_COUNT,
     NOTHING,
@@ -50,7 +50,6 @@ from .figures import (
     read_counters,
     sum_figures,
 )
-from .operations import parse_parameters
 
 SAMPLED_EVERY_S = 10.0
 SAVED_EVERY_S = 60.0

@@ -19,8 +19,7 @@ says how to turn it on.
 from __future__ import annotations
 
 import json
-import urllib.parse
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +27,7 @@ from ..calls.names import DEFAULT_NAMESPACE, BadFunctionName, FunctionName, pars
 from ..functions.control import Control
 from ..functions.scheduler import Scheduler
 from ..watchdog import FaashoundError, Request, Response, log
-from .answers import BadField, allow, json_response
+from .answers import BadField, allow, json_response, parse_parameters
 
 MAX_DOCUMENT_BYTES = 2 << 20  # of a request: a secret has at most half of it, in base64
 SCHEDULES_OFF = "schedules=off: scheduled calls are made by another program"
@@ -38,14 +37,6 @@ class NotOffered(FaashoundError):
     """This gateway has no such thing, or it is turned off (RFC 9110 15.6.2)."""
 
     status = 501
-
-
-def parse_parameters(query: bytes) -> Mapping[str, str]:
-    """Return the parameters of a query, the first of each name; clients send some that mean nothing here."""
-    found: dict[str, str] = {}
-    for name, value in urllib.parse.parse_qsl(query.decode("latin-1")):
-        found.setdefault(name, value)
-    return found
 
 
 async def read_document(request: Request) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..calls.callbacks import CALLBACK_PROOF
-from ..draining.gateway import WORKER_TOKEN
+from ..draining.gateway_access import WORKER_TOKEN
 from ..functions.table import Function, parse_upstream
 from ..network.paths import below, has_dot_segments
 from ..watchdog import FaashoundError, Header, Request, Url, end_to_end

@@ -4,7 +4,10 @@ A call that waits is one message that holds all of it.  From when it is first ta
 record decides, whatever the message says.  While the call is queued or running its record is short, since the message
 still has the rest; when it has ended the message goes, and the record is whole.
 
-Either is a JSON text behind its length in four bytes, then the bytes that it counts.
+Either is a JSON text behind its length in four bytes, then the bytes that it counts.  Programs of different versions
+read them while they are replaced one by one: a member that is not known is passed over, and one that is not there has
+its default.  So what a later version adds is a member of its own, which an earlier one may do without; the lists
+inside a member are as long as they are.
 """
 
 from __future__ import annotations
@@ -46,6 +49,8 @@ _PLAIN_FIELDS = (
     *("cancel_requested", "hold"),
 )
 _DEFAULTS = Record._field_defaults
+_OF_CALL = frozenset(each.name for each in fields(NewCall))
+_OF_RECORD = frozenset(Record._fields)
 _encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode  # `dumps` makes an encoder each time
 
 
@@ -117,7 +122,7 @@ def parse_waiting(data: bytes | memoryview) -> NewCall:
         facts["body"], _ = _parse_body(bytes_count, file, rest)
         facts["headers"] = _parse_headers(facts["headers"])
         facts["function"] = FunctionName(facts["function"])
-        return NewCall(**facts)
+        return NewCall(**_known(facts, _OF_CALL))
     except (KeyError, ValueError, TypeError) as error:
         raise QueueDamaged(f"a message of the queue cannot be read: {error!r}") from error
 
@@ -168,7 +173,7 @@ def parse_record(stored: Stored) -> Kept:
         facts, rest = _unpack(stored.data)
         size = facts.pop("request", 0)
         accepted = parse_waiting(rest[:size]) if size else None
-        record = Record(**(facts | _parse_parts(facts, rest[size:])))
+        record = Record(**(_known(facts, _OF_RECORD) | _parse_parts(facts, rest[size:])))
     except (KeyError, ValueError, TypeError) as error:
         raise QueueDamaged(
             f"the record of call {call_id} (revision {stored.revision}) cannot be read: {error!r}"
@@ -219,6 +224,10 @@ def _unpack(data: bytes | memoryview) -> tuple[Json, memoryview]:
     end = 4 + int.from_bytes(data[:4], "big")
     facts: Json = json.loads(bytes(data[4:end]))
     return facts, memoryview(data)[end:]
+
+
+def _known(facts: Json, names: frozenset[str]) -> Json:
+    return facts if facts.keys() <= names else {name: value for name, value in facts.items() if name in names}
 
 
 def _parse_body(bytes_count: int, file: str | None, rest: memoryview) -> tuple[StoredBody, memoryview]:

@@ -19,8 +19,6 @@ from faashound.calls.model import (
     CallbackState,
     CallFinished,
     CallNotDead,
-    Lease,
-    LeaseLost,
     NewCall,
     RunEnd,
     State,
@@ -244,22 +242,6 @@ def test_a_dead_letter_that_is_sent_again_is_as_new() -> None:
     after = steps.requeue_dead(dead, NOW_S + 9)
     new = steps.accept(new_call(due_s=NOW_S + 9))
     assert after == new._replace(status=500, error="failed", history=(ATTEMPT,))
-
-
-@pytest.mark.parametrize(
-    "lease",
-    [
-        pytest.param(("call", "w", 6), id="older-fence"),
-        pytest.param(("call", "other", 7), id="other-owner"),
-        pytest.param(("callback", "w", 7), id="other-kind"),
-    ],
-)
-def test_a_lease_that_does_not_match_is_lost(lease: tuple[Any, str, int]) -> None:
-    call = steps.build_call(new_call(), record_in(State.RUNNING))
-    steps.check_held(RUN, Lease(call, "call", "w", 7))
-    for hold in (RUN, None):
-        with pytest.raises(LeaseLost):
-            steps.check_held(hold, Lease(call, *lease))
 
 
 # -- what holds after any steps

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 
 import pytest
 
-from faashound.network.hosts import parse_hosts
-from faashound.serving.browsers import BrowserRules, UnknownHost, parse_origins
+from faashound.network.hosts import UnknownHost, parse_hosts
+from faashound.serving.browsers import BrowserRules, parse_origins
 from faashound.watchdog import Body, Request
 from testkit.harness import free_port, http_request, raw
 from testkit.system import Receiver, System, always

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from faashound.calls.names import parse_function_name
-from faashound.draining.metrics import Invocations
+from faashound.draining.metrics import InvocationCounters
 from faashound.serving.figures import (
     BUCKETS_COUNT,
     Counted,
@@ -56,7 +56,7 @@ def test_percentile_lies_in_the_bucket_that_holds_it(buckets: list[int], share: 
 @given(DURATIONS)
 def test_gateway_and_worker_count_the_same_of_the_same_calls(durations_s: list[float]) -> None:
     slot, registry = Slot(Scoreboard()), CollectorRegistry()
-    gateway, worker = GatewayMetrics(slot), Invocations(registry)
+    gateway, worker = GatewayMetrics(slot), InvocationCounters(registry)
     for index, duration_s in enumerate(durations_s):
         status = (200, 404, 408, 500)[index % 4]
         slot.values(f"started {CAT}", 1)[0] += 1

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from faashound.draining.functions import Upstream, parse_told_upstream
+from faashound.draining.known_functions import KnownAddress, parse_told_upstream
 from faashound.network.machine import network_identity
 from faashound.watchdog import Url
 from testkit.harness import free_port, http_request, wait_until
@@ -147,26 +147,26 @@ def test_call_takes_the_gateways_way_when_its_function_is_no_longer_where_it_was
 
 
 HERE = network_identity()
-TOLD: dict[str, tuple[dict[str, Any], Upstream | None]] = {
+TOLD: dict[str, tuple[dict[str, Any], KnownAddress | None]] = {
     "elsewhere": (
         {"local": False, "upstream": {"url": "http://10.0.0.7:8080/x", "guarded": False, "network": "a"}},
-        Upstream(Url("http", "10.0.0.7", 8080, "/x")),
+        KnownAddress(Url("http", "10.0.0.7", 8080, "/x")),
     ),
     "found by a pattern": (
         {"local": False, "upstream": {"url": "http://cat:8080", "guarded": True, "network": "a"}},
-        Upstream(Url("http", "cat", 8080, "/"), is_guarded=True),
+        KnownAddress(Url("http", "cat", 8080, "/"), is_guarded=True),
     ),
     "of which nothing is said is judged": (
         {"upstream": {"url": "http://cat:8080"}},
-        Upstream(Url("http", "cat", 8080, "/"), is_guarded=True),
+        KnownAddress(Url("http", "cat", 8080, "/"), is_guarded=True),
     ),
     "run by a gateway of this network": (
         {"local": True, "upstream": {"url": "http://127.0.0.1:4000", "guarded": False, "network": HERE}},
-        Upstream(Url("http", "127.0.0.1", 4000, "/"), ends_with_gateway=True),
+        KnownAddress(Url("http", "127.0.0.1", 4000, "/"), ends_with_gateway=True),
     ),
     "run by a gateway of this network, on a socket of its file system": (
         {"local": True, "upstream": {"url": "unix:/run/x/cat", "guarded": False, "network": HERE}},
-        Upstream(Url("http", "/run/x/cat", 80, "/"), ends_with_gateway=True),
+        KnownAddress(Url("http", "/run/x/cat", 80, "/"), ends_with_gateway=True),
     ),
     "run by a gateway of another machine": (
         {"local": True, "upstream": {"url": "http://127.0.0.1:4000", "guarded": False, "network": "a"}},
@@ -183,5 +183,5 @@ TOLD: dict[str, tuple[dict[str, Any], Upstream | None]] = {
 
 
 @pytest.mark.parametrize(("told", "upstream"), TOLD.values(), ids=TOLD)
-def test_worker_takes_an_address_that_means_the_same_to_it(told: dict[str, Any], upstream: Upstream | None) -> None:
+def test_worker_takes_an_address_that_means_the_same_to_it(told: dict[str, Any], upstream: KnownAddress | None) -> None:
     assert parse_told_upstream(told) == upstream

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from ..calls.names import FunctionName
 from ..calls.retries import AttemptOutcome, Concurrency
 from ..watchdog import log
-from .functions import MAX_KNOWN_COUNT
+from .known_functions import MAX_KNOWN_COUNT
 
 
 class FunctionLimits:

@@ -31,7 +31,7 @@ from ..functions.table import parse_upstream
 from ..network.addresses import parse_literal
 from ..network.machine import network_identity
 from ..watchdog import Client, FaashoundError, Url, log
-from .gateway import DIRECT_CALLS, GatewayAccess
+from .gateway_access import DIRECT_CALLS, GatewayAccess
 
 KEPT_S = 5.0  # how long the gateway's word, or its silence, is believed before it is asked again
 UNREACHABLE_S = 30.0  # how long an address at which nothing answered is not tried again
@@ -41,7 +41,7 @@ MAX_KNOWN_COUNT = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Upstream:
+class KnownAddress:
     """Where a function answers.
 
     `is_guarded`: a caller's word completes the host, so its address is judged before each connection.  `ends_with_
@@ -58,7 +58,7 @@ class Known:
     """What is known of one function; `asked_s` is when the gateway was asked last (monotonic)."""
 
     policy: RetryPolicy
-    upstream: Upstream | None = None
+    upstream: KnownAddress | None = None
     is_disabled: bool = False
     asked_s: float = float("-inf")
     avoided: Url | None = None
@@ -179,7 +179,7 @@ def annotations_of(told: Mapping[str, Any]) -> Mapping[str, str]:
     return {str(name): str(value) for name, value in found.items()} if isinstance(found, dict) else {}
 
 
-def parse_told_upstream(told: Mapping[str, Any]) -> Upstream | None:
+def parse_told_upstream(told: Mapping[str, Any]) -> KnownAddress | None:
     """Return where a function answers by the gateway's description of it; None if it does not say, or not to us."""
     found = told.get("upstream")
     if not isinstance(found, dict):
@@ -192,4 +192,4 @@ def parse_told_upstream(told: Mapping[str, Any]) -> Upstream | None:
     is_inner = bool(told.get("local")) or url.host == "localhost" or (literal is not None and literal.is_loopback)
     if is_inner and found.get("network") != network_identity():
         return None
-    return Upstream(url, found.get("guarded") is not False, bool(told.get("local")))
+    return KnownAddress(url, found.get("guarded") is not False, bool(told.get("local")))
