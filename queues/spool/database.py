@@ -7,7 +7,8 @@ import os
 import sqlite3
 from pathlib import Path
 
-from ...calls.model import QueueDamaged, QueueFull, destination_of
+from ...calls.destinations import destination_of
+from ...calls.model import QueueDamaged, QueueFull
 from .directory import SpoolDirectory, sync_directory
 from .errors import damaged_error, sqlite_error
 from .limits import BUSY_S, DATABASE
