@@ -1,6 +1,6 @@
 """What a call is: its states, the types that cross between gateways, queues and workers, and the errors of a queue.
 
-No I/O, and no behaviour: how a call comes from one state to the next stands in steps.py.
+No I/O, and no rules: how a call comes from one state to the next stands in steps.py.
 """
 
 from __future__ import annotations

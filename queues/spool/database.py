@@ -1,4 +1,12 @@
-"""The queue's file: connections, creating it whole or not at all, and refusing what is damaged, foreign or newer."""
+"""The queue's file: connections, creating it whole or not at all, and refusing what is damaged, foreign or newer.
+
+    db = open_database(directory, reserve)                 # under the writer lock
+
+An older file is brought to the newest version then, one version in each transaction (schema.py).
+
+What it refuses, with QueueDamaged: to start on a file that is not all there, not ours, or of a later version; it is
+left as it is, and `set_aside` is for the operator to call.
+"""
 
 from __future__ import annotations
 
