@@ -1054,6 +1054,8 @@ class Slot:
 #   * one leading empty line before a request is ignored (RFC 9112 2.2);
 #   * heads are limited in size whichever way they are cut into packets: 431.
 # A body whose length is known has no framing of its own: in both directions it passes by h11, which is told its size.
+# A plain head (HTTP/1.1, one length, nothing about the connection) has no more: h11 is shown it only if something comes
+# of the exchange that is not plain.  After a 101 there is no framing at all.
 # Bytes in, events and bytes out; no socket, no clock, no log below this line until the drivers.
 # ---------------------------------------------------------------------------------------------------------------
 
@@ -4813,8 +4815,10 @@ class Stderr:
 
 
 class Root:
-    """A process that was started, and by its mark and its session everything that it starts.  Reaper and sweeper
-    know no more of it than this."""
+    """A process that was started, and by its mark and its session everything that it starts.
+
+    Reaper and sweeper know no more of it than this.
+    """
 
     def __init__(self, sweeper: Sweeper, birth: Birth) -> None:
         self.pid = birth.pid

@@ -155,12 +155,20 @@ class Control:
                 last_error = str(error)
 
     async def _take_over(self) -> None:
+        """Have what other gateways have changed; a function whose new version is no good here stays as it is."""
         if self._namespaces is not None:
             await in_thread(self._namespaces.load)
         if self._files is not None:
             await in_thread(self._files.refresh_all)
+        before = self._deployed
         await self._load()
+        stored = set(self._deployments.names()) if self._deployments is not None else set[str]()
+        unusable = {name: each for name, each in before.items() if name in stored and name not in self._deployed}
+        self._deployed |= unusable
         await self._local.apply(self._in_force())
+        for name in (before.keys() & self._deployed.keys()) - self._declared.keys():
+            if not self._local.serves(self._deployed[name].function):  # it did not get healthy here
+                self._deployed[name] = before[name]
 
     def close(self) -> None:
         """Let another gateway have the state."""

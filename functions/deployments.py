@@ -289,6 +289,10 @@ class Deployments:
                 found[deployment.function.name] = deployment
         return found
 
+    def names(self) -> list[str]:
+        """Return the whole names of all that are kept, whether or not they can be used."""
+        return self._documents.names()
+
     def store(self, deployment: Deployment) -> None:
         """Keep a deployment, in place of an older one of its name; raises NotStored."""
         document = {"deployment": deployment.document, "created_s": deployment.created_s}

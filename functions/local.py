@@ -240,6 +240,10 @@ class LocalFunctions:
         if self._logs is not None:
             await in_thread(self._logs.prune, set(self.table))
 
+    def serves(self, function: Function) -> bool:
+        """Tell whether this version of a function is the one that serves."""
+        return not function.local or self._same_program(function)
+
     def _is_new(self, function: Function) -> bool:
         return function.local and function.name not in self._endpoints
 

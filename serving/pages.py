@@ -9,7 +9,8 @@ has typed into it.  So the files are given without one; a browser that was asked
 every page that a function of ours serves, and would keep it until it is closed.
 
 Contract: pure; a request names a file of a table, never a path.  The policy lets nothing of another origin in, no
-markup that a script has put together, and no page around it.
+markup that a script has put together, and no page around it; and a page that opens it, such as one that a function of
+ours serves from the same origin, gets no hold of it.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ FIELDS: tuple[Header, ...] = (
     (b"Content-Security-Policy", POLICY),
     (b"X-Content-Type-Options", b"nosniff"),
     (b"Referrer-Policy", b"no-referrer"),
-    (b"Cross-Origin-Opener-Policy", b"same-origin"),
+    (b"Cross-Origin-Opener-Policy", b"noopener-allow-popups"),
     (b"Cross-Origin-Resource-Policy", b"same-origin"),
     (b"Cache-Control", b"no-cache"),
 )

@@ -2,7 +2,8 @@
 
     usage = await measure_usage([pid])                       # takes SAMPLE_S
 
-Contract: a process that ends meanwhile counts as far as it was seen; nothing is remembered between two calls.
+Contract: memory that processes share counts once, divided among them (PSS, proc(5)): watchdogs are forked, and share
+most of theirs.  A process that ends meanwhile counts as far as it was seen; nothing is remembered between two calls.
 """
 
 from __future__ import annotations
@@ -36,5 +37,12 @@ def _look(pids: Sequence[int]) -> tuple[float, int]:
             for process in (root, *root.children(recursive=True)):
                 with suppress(psutil.Error):
                     total_s += sum(process.cpu_times()[:4])
-                    total_bytes += process.memory_info().rss
+                    total_bytes += _memory_bytes(process)
     return total_s, total_bytes
+
+
+def _memory_bytes(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_full_info().pss)
+    except psutil.AccessDenied:  # of another user, and we are not root
+        return int(process.memory_info().rss)

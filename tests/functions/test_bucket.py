@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -140,6 +141,27 @@ def test_two_gateways_serve_what_is_deployed_to_one(cluster: Cluster, tmp_path: 
         with gateway(cluster, "two", tmp_path / "1") as again:
             assert answers(again)[0] == 404, "removed while it was away"
             assert json.loads(again.request("GET", "/system/namespace/blue").body)["labels"] == {"a": "b"}
+
+
+def test_version_that_is_no_good_for_one_gateway_leaves_the_old_one_serving_there(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    program = tmp_path / "bin" / "only-here"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\necho two\n")
+    program.chmod(0o755)
+    path = f"{program.parent}:{os.environ['PATH']}"
+    with gateway(cluster, "uneven", tmp_path / "1", PATH=path) as one:
+        assert send(one, "POST", "functions", deployment()).status == 202
+        with gateway(cluster, "uneven", tmp_path / "2") as other:
+            update = {**deployment(), "envProcess": "only-here"}
+            assert send(one, "PUT", "functions", update).status == 200
+            assert one.request("POST", "/function/f").text == "two\n"
+            other.wait_log("the deployed function f.openfaas-fn is disabled: ")
+            assert other.request("POST", "/function/f").text == "one\n"
+            assert json.loads(other.request("GET", "/system/function/f").body)["envProcess"] == "sh -c 'echo one'"
+            assert send(one, "DELETE", "functions", {"functionName": "f"}).status == 202
+            wait_until(lambda: other.request("POST", "/function/f").status == 404, 15, "removed everywhere")
 
 
 def test_functions_serve_on_while_the_servers_are_away(tmp_path: Path) -> None:

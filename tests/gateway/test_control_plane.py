@@ -123,6 +123,14 @@ def test_client_is_told_what_a_function_takes_when_it_asks_for_usage(system: Sys
     assert "usage" not in ask(system, "/system/function/far?usage=1"), "of other machines nothing is known"
 
 
+def test_memory_that_is_shared_with_others_is_not_told_as_the_functions_own(system: System) -> None:
+    assert system.request("POST", "/function/cat").status == 200
+    usage = ask(system, "/system/function/cat?usage=1")["usage"]
+    processes = [psutil.Process(pid) for pid in system.survivors()]
+    resident_bytes = sum(process.memory_info().rss for process in processes if process.name() == "fw cat")
+    assert 0 < usage["totalMemoryBytes"] < 0.8 * resident_bytes
+
+
 def test_client_lists_namespaces(system: System) -> None:
     assert ask(system, "/system/namespaces") == ["openfaas-fn", "prod"]
     assert ask(system, "/system/namespace/prod") == {"name": "prod", "labels": {}, "annotations": {}}

@@ -35,6 +35,10 @@ combine_output = false
 [fail]
 fprocess = "sh -c 'cat; exit 1'"
 
+[site]  # serves a page, of the same origin
+fprocess = "echo hello"
+content_type = "text/html"
+
 [annotated]
 fprocess = "cat"
 annotations."<img src=x onerror=window.pwned=1>" = "<script>window.pwned=1</script>"
@@ -167,3 +171,21 @@ def test_policy_stops_markup_and_scripts_that_a_fault_of_ours_would_let_in(hosti
             MARKUP[0],
         )
         assert refused == [3, None]
+
+
+def test_page_that_a_function_serves_gets_no_hold_of_ours(hostile: Shown) -> None:
+    with Browser() as browser:
+        browser.open(f"http://127.0.0.1:{hostile.port}/function/site")
+        browser.see("hello")
+        browser.run("window.other = window.open('/ui/')")
+        browser.until(lambda: len(browser.driver.window_handles) == 2, "our page is open")
+        browser.until(lambda: browser.run("return window.other.closed"), "and out of reach of the one that opened it")
+        browser.run(
+            "document.body.append(Object.assign(document.createElement('iframe'), {src: '/ui/', id: 'framed'}))"
+        )
+        framed = (
+            "try { return document.getElementById('framed').contentDocument?.querySelector('main') ?? null }"
+            " catch { return null }"
+        )
+        browser.until(lambda: browser.complaints(), "the frame is refused, and the console says so")
+        assert browser.run(framed) is None

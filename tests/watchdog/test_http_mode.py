@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import sys
 import time
@@ -298,7 +299,7 @@ def test_all_that_a_server_started_is_gone_before_its_next_life() -> None:
         get(program, "/daemon")
         get(program, "/child")
         assert len(program.functions()) == 3
-        os.kill(server_pid(program), 9)
+        os.kill(server_pid(program), signal.SIGKILL)
         program.wait_log("the server ended (signal: killed)")
         wait_healthy(program)
         assert len(program.functions()) == 1
@@ -331,6 +332,43 @@ def test_server_and_all_that_it_started_end_with_the_watchdog(ending: str, worke
                 program.terminate()
             assert program.wait_exit() == 0
         wait_until(lambda: not program.survivors(), 2.0, "nothing left")
+
+
+def test_server_comes_again_with_the_worker_process_that_had_it() -> None:
+    with Program("watchdog", {**SETTINGS, "workers": "2"}) as program:
+        wait_healthy(program)
+        get(program, "/daemon")
+        before = server_pid(program)
+        holder = int(Path(f"/proc/{before}/stat").read_text().rpartition(")")[2].split()[1])
+        assert holder != program.pid
+        os.kill(holder, signal.SIGKILL)
+        wait_until(lambda: before not in program.functions(), 5.0, "the server has ended with it")
+        wait_healthy(program)
+        assert server_pid(program) != before
+        assert len(program.functions()) == 1
+
+
+def test_calls_in_flight_of_every_worker_process_finish_before_the_server_is_ended() -> None:
+    with Program("watchdog", {**SETTINGS, "workers": "2"}) as program:
+        wait_healthy(program)
+        clients = [connect(program.port) for _ in range(6)]
+        for client in clients:
+            client.sendall(b"POST /stream HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n")
+            read_until(client, b"begin\n\r\n")
+        program.terminate()
+        program.wait_log("No new connections allowed")
+        for client in clients:
+            client.sendall(b"3\r\none\r\n0\r\n\r\n")
+            assert read_all(client).endswith(b"one\r\n" + LAST_CHUNK)
+            client.close()
+        assert program.wait_exit() == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may change users")
+def test_server_runs_as_the_user_that_is_named_and_ends_with_the_watchdog() -> None:
+    with Program("watchdog", {**SETTINGS, "fprocess": "sleep 60", "user": "65534:65534"}) as program:
+        (pid,) = program.wait_started()
+        assert Path(f"/proc/{pid}").stat().st_uid == 65534
 
 
 def test_calls_in_flight_finish_before_the_server_is_ended() -> None:
