@@ -39,8 +39,8 @@ from .calls.model import (
     Lease,
     LeaseLost,
     QueueLimits,
-    parse_queue_names,
 )
+from .calls.queue_names import parse_queue_names
 from .calls.retries import (
     CALLBACK_POLICY,
     AttemptOutcome,

@@ -18,10 +18,11 @@ The order of use, and the caller's obligations:
                                                         a second look-up (rebinding), and keeps its connections apart
     url = policy.check_redirect(url, status, location)  then post again
 
-Nothing else may parse the URL: a second parser that reads it differently is how such checks are got round.
+Nothing else may parse the URL: a second parser that reads it differently is how such checks are got round.  (The queues
+read its receiver by `destination_of`, for taking turns, and decide nothing about an address.)
 
-Signatures are those of Standard Webhooks (https://www.standardwebhooks.com).  Everything here is pure; the one thing
-that reaches the network is the resolver given to `guard`.
+Signatures are those of Standard Webhooks (https://www.standardwebhooks.com).  Everything here is pure, but for what it
+is given: the resolver of `guard` reaches the network, and `own_addresses` asks the kernel.
 """
 
 from __future__ import annotations
@@ -53,9 +54,7 @@ from ..network.addresses import (
 from ..network.paths import has_dot_segments
 from ..watchdog import SECRET_FIELDS, VERSION, FaashoundError, Resolver, Url, end_to_end
 from ..watchdog import Address as SocketAddress
-
-Headers = tuple[tuple[str, str], ...]
-
+from .model import Headers
 
 MAX_URL_CHARS = 2048
 

@@ -1,4 +1,10 @@
-"""Call ids: UUIDs of version 7, so that they sort by age, and grow within a process whatever its clock does."""
+"""Call ids: UUIDs of version 7, so that they sort by age, and grow within a process whatever its clock does.
+
+    call_id = new_call_id()                    # "0190a1b2-..."
+    made_s(call_id)                            # seconds since the epoch
+
+The one module of calls/ that reads a clock and the kernel's random bits; `next_id`, which decides, is told the time.
+"""
 
 from __future__ import annotations
 

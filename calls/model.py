@@ -1,21 +1,18 @@
 """What a call is: its states, the types that cross between gateways, queues and workers, and the errors of a queue.
 
-No I/O, and no behaviour: how a call comes from one state to the next stands in steps.py.
+No I/O, and no rules: how a call comes from one state to the next stands in steps.py.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import (
     Mapping,
     Sequence,
 )
 from dataclasses import dataclass
 from enum import Enum
-from functools import lru_cache
 from typing import Literal
 
-from ..network.addresses import parse_address, parse_numeric_host
 from ..watchdog import FaashoundError
 from .names import FunctionName
 
@@ -310,7 +307,7 @@ class Swept:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """The queue in figures. Pending callbacks include those on their way; `commit_count` is of this Spool alone.
+    """The queue in figures. Pending callbacks include those on their way; `commit_count` is of this open queue alone.
 
     `waiting` are the calls that are queued and the callbacks that are pending, by the name of their queue.
     `free_bytes` of the queue's disk, and `reserve_bytes` of the room that is kept for ending calls; None: not known.
@@ -353,57 +350,3 @@ class Changes:
     calls: Sequence[Call]
     mark: str
     is_whole: bool
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Names: of queues, and of the queue that a program is to use
-# --------------------------------------------------------------------------------------------------------------------
-
-_QUEUE_NAME = re.compile(r"[a-zA-Z0-9](?:[-_.a-zA-Z0-9]{0,61}[a-zA-Z0-9])?", re.ASCII)
-
-
-QUEUE_NAME_HELP = "1 to 63 of a-z, A-Z, 0-9, '-', '_' and '.', with a letter or digit at both ends"
-
-
-def parse_queue_name(text: str) -> str:
-    """The name of a queue, such as `faas-request`; ValueError, saying what is allowed, for anything else."""
-    if not _QUEUE_NAME.fullmatch(text):
-        raise ValueError(f"{text!r} is not a queue's name; allowed: {QUEUE_NAME_HELP}")
-    return text
-
-
-def parse_queue_names(text: str) -> tuple[str, ...]:
-    """The names in `text`, separated by commas, each once; ValueError for a bad one."""
-    return tuple(dict.fromkeys(parse_queue_name(word.strip()) for word in text.split(",")))
-
-
-# The authority of a URL that has been checked when it was accepted (RFC 3986 3.2): a whole parser takes seven times
-# as long, for each call that asks for a callback.
-_AUTHORITY = re.compile(
-    r"(?P<scheme>https?)://(?P<host>\[[0-9a-f:.]+\]|[^][:/?#@\\]+?)\.?(?::(?P<port>[0-9]+))?(?:[/?#]|$)", re.ASCII
-)
-
-
-_PORTS = {"http": "80", "https": "443"}
-
-
-@lru_cache(256)  # what is called back is called back often
-def destination_of(url: str) -> str:
-    """The flow of a callback: its receiver as `host:port`, in lower case; "" for text that is no http(s) URL.
-
-    All callbacks to one receiver take turns as one. A receiver with many names is as many destinations: which of them
-    lead to one machine only a resolver could tell.
-    """
-    found = _AUTHORITY.match(url.lower())
-    return f"{_one_spelling(found['host'])}:{found['port'] or _PORTS[found['scheme']]}" if found else ""
-
-
-def _one_spelling(host: str) -> str:
-    """The host as it is, or the address that it spells: of many spellings, each would else have its own turn."""
-    try:
-        address = parse_address(host[1:-1]) if host.startswith("[") else parse_numeric_host(host)
-    except ValueError:
-        return host
-    if address is None:
-        return host
-    return f"[{address}]" if address.version == 6 else str(address)

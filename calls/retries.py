@@ -2,6 +2,10 @@
 
 Facts, the time and a source of chance go in, a decision comes out; nothing here reads a clock or touches a queue.
 
+    step = next_step(Progress(attempts), policy, outcome, now_s, random.random)     # of a call; next_callback_step
+    policy = policy_for(base, parse_annotations("resize", annotations))            # what the function asks for itself
+    limit = limit.after(outcome, started_s, now_s)                                 # Concurrency: calls of it at once
+
 An attempt is one try.  `max_retry_attempts` counts tries, the first included ("the amount of times to try sending
 a message to a function before discarding it", OpenFaaS's documentation), so 0 and 1 both mean: no retry.
 
@@ -12,9 +16,12 @@ a message to a function before discarding it", OpenFaaS's documentation), so 0 a
     broken off                         after an answer had begun: retry; in the end dead, reported as 502 with what came
     over call_timeout                  retry if 504 is to be; in the end dead, reported as 504 with what came
     unreadable                         dead at once, reported as 500: no further attempt would find the body again
+    unstored                           dead at once, reported as 500: it has run, and its answer cannot be kept
     failed                             by a fault of the worker's own: retry; in the end dead, reported as 500
     prevented                          handed back, and not counted: this machine has no descriptors, or no disk, and
                                        nothing has been sent
+    refused, held back                 callbacks only: dead at once, as only the operator can permit the address; and
+                                       one more failed attempt at a destination that has been out of reach for long
 
 A cancelled call has no outcome to judge: the queue ends it.
 

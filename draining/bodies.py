@@ -1,4 +1,8 @@
-"""Bodies as a worker handles them: received, stored, sent, shown in part, dropped."""
+"""Bodies as a worker handles them: received, stored, sent, shown in part, dropped.
+
+Contract: what is to be sent is opened before a request begins, so that a body that is lost uses up no attempt; of an
+answer that breaks off, what came is kept; what cannot be dropped now is left to the queue's sweep, and never an error.
+"""
 
 from __future__ import annotations
 

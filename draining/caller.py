@@ -7,8 +7,8 @@ answers in the function's place if it cannot reach it either.  So a gateway that
 runs elsewhere, and no call costs a second hop.  If the gateway is needed and away, the attempt was not made.
 
 Contract: `attempt` raises nothing but CancelledError, which cuts the connection and so ends the function.  An answer
-that cannot be stored is an outcome too, and what was stored of it is dropped.  Of one that breaks off, what came is
-kept.
+that cannot be stored is an outcome too, UNSTORED, after which the function does not run again; what was stored of it is
+dropped.  Of one that breaks off, what came is kept.
 """
 
 from __future__ import annotations
@@ -135,10 +135,10 @@ class Caller:
         except BodyTooLarge:
             text = f"the answer is longer than max_result, which is {limit_bytes} bytes"
             return AttemptOutcome(OutcomeKind.UNSTORED, error=text)
-        except ResultLost as error:
-            return AttemptOutcome(OutcomeKind.UNSTORED, error=str(error))
-        except (QueueUnavailable, QueueFull) as error:
-            return AttemptOutcome(OutcomeKind.UNREACHABLE, error=f"the answer could not be stored: {error}")
+        except (ResultLost, QueueUnavailable, QueueFull) as error:
+            # The queue waits for its disk or its servers by itself, for as long as it is open.  What it raises all the
+            # same is no reason to run the function again: it has run, and the caller was promised that once is enough.
+            return AttemptOutcome(OutcomeKind.UNSTORED, error=f"the answer could not be stored: {error}")
         headers = kept_headers(response.headers, call.headers)
         outcome = outcome_of_response(response)
         if received.error is not None:

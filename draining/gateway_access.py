@@ -1,4 +1,10 @@
-"""Where the gateway is, and how a worker makes itself known to it.  Pure."""
+"""Where the gateway is, and how a worker makes itself known to it.
+
+    gateway = GatewayAccess(parse_url("http://127.0.0.1:8080"), queue.token)
+    client.request("POST", gateway.function_url(call), [gateway.token_field], ...)
+
+Contract: pure.  Requests with the token are not judged as a stranger's, so it goes to the gateway and nowhere else.
+"""
 
 from __future__ import annotations
 

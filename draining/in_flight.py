@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
-from ..calls.model import Kind, Lease, destination_of
+from ..calls.destinations import destination_of
+from ..calls.model import Kind, Lease
 from ..queues import Queue
 from ..watchdog import FaashoundError, log
 from .shares import Slots

@@ -1,4 +1,12 @@
-"""What a worker counts, for its /metrics.  Functions beyond MAX_KNOWN_COUNT are counted together, as "other"."""
+"""What a worker counts, for its /metrics.
+
+    metrics.attempt(call.function, outcome)                # WorkerMetrics: of each attempt, by its outcome
+    label = counters.begin(call.function)                  # InvocationCounters: of a call that the gateway does not see
+    counters.end(label, status, duration_s)
+
+What it refuses: more than MAX_KNOWN_COUNT functions with a label of their own, since callers can make up names; all
+beyond are counted together, as "other".
+"""
 
 from __future__ import annotations
 

@@ -36,8 +36,8 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from ..calls.model import parse_queue_name
 from ..calls.names import DEFAULT_NAMESPACE, BadFunctionName, FunctionName, parse_function_name
+from ..calls.queue_names import parse_queue_name
 from ..calls.retries import BadAnnotations, parse_annotations
 from ..watchdog import (
     BadSettings,

@@ -1,6 +1,6 @@
 """/system/calls: what operators see of calls, and do with them.
 
-    GET     calls by ?state= ?function= ?callback= ?limit= ?before=; .../ID one of them whole
+    GET     calls by ?state= ?function= ?callback= ?id= ?limit= ?before=; .../ID one of them whole
     DELETE  deletes those of ?state= that have ended; .../ID one of them
     POST    .../cancel cancels what is queued, of one ?function= or of all; .../ID/retry queues a dead letter again
 

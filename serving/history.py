@@ -1,6 +1,6 @@
 """GET /system/metrics: rates, failures and durations of functions, and the depth of the queue, over the last hour.
 
-    history = History(place, sources)
+    history = History(sources, path, life)
     asyncio.create_task(history.run())
     await history.answer(request)                            # ?function=NAME&minutes=5
     history.save()                                           # at the end

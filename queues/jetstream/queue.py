@@ -11,7 +11,7 @@ No process keeps a list of calls, and none is elected.
 
 Contract:
 - What `put`, `finish` and the other writes have returned for has the stream's acknowledgement: it is with `replicas`
-  servers, and as safe as these keep it (README: sync_interval).
+  servers, and as safe as these keep it (docs/nats.md: sync_interval).
 - Each step is right when we die between its two halves: the record is written first, and a message that comes again is
   judged by it.  Final: it is acknowledged, and what was left to do is done.  Running: its owner is asked, and only if
   that is gone the call is taken over.  The fence of a lease is the revision that its claim wrote.

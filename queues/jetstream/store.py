@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 from nats.aio.msg import Msg
 
-from ...calls.model import FINAL, CallUnknown, NewCall, QueueDamaged, State, destination_of
+from ...calls.destinations import destination_of
+from ...calls.model import FINAL, CallUnknown, NewCall, QueueDamaged, State
 from ...calls.names import FunctionName
 from ...calls.steps import Record
 from .bodies import Bodies

@@ -19,7 +19,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from ...calls.model import Kind, NewCall, State, destination_of
+from ...calls.destinations import destination_of
+from ...calls.model import Kind, NewCall, State
 from ...calls.names import FunctionName
 
 Place = Literal[

@@ -1,4 +1,12 @@
-"""The queue's file: connections, creating it whole or not at all, and refusing what is damaged, foreign or newer."""
+"""The queue's file: connections, creating it whole or not at all, and refusing what is damaged, foreign or newer.
+
+    db = open_database(directory, reserve)                 # under the writer lock
+
+An older file is brought to the newest version then, one version in each transaction (schema.py).
+
+What it refuses, with QueueDamaged: to start on a file that is not all there, not ours, or of a later version; it is
+left as it is, and `set_aside` is for the operator to call.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +15,8 @@ import os
 import sqlite3
 from pathlib import Path
 
-from ...calls.model import QueueDamaged, QueueFull, destination_of
+from ...calls.destinations import destination_of
+from ...calls.model import QueueDamaged, QueueFull
 from .directory import SpoolDirectory, sync_directory
 from .errors import damaged_error, sqlite_error
 from .limits import BUSY_S, DATABASE

@@ -1,4 +1,11 @@
-"""The directory of a queue: checked before anything in it is trusted, and the lock by which writers take turns."""
+"""The directory of a queue: checked before anything in it is trusted, and the lock by which writers take turns.
+
+    directory = open_directory(path)                       # made if it is not there, 0700
+    with directory.writer_lock(): ...                      # LockHeld, which names the holder, after LOCK_S
+
+What it refuses, with QueueUnavailable and a remedy: a directory, or a file in it, that another user owns or may write
+to, and links in the place of either.  Every file is opened by the directory's descriptor, so none is swapped meanwhile.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""Which workers live: each holds a lock that the kernel lets go of when it dies, however it dies."""
+"""Which workers live: each holds a lock that the kernel lets go of when it dies, however it dies.
+
+    fd = lock_owner(directory, owner)                      # alive until `fd` is closed
+    is_dead(directory, owner)                              # its leases may be taken back
+
+Contract: all of it happens under the writer lock.  What it refuses: an owner's name that is in use.
+"""
 
 from __future__ import annotations
 

@@ -21,7 +21,8 @@ Contract:
   a result that finds no room waits for it: a queue that has filled its own disk drains.
 
 It refuses to: start on a file that is damaged, foreign or newer than this program (`set_aside` is the operator's
-remedy, never ours); empty or overwrite such a file; drop a dead letter or an undelivered callback unasked.
+remedy, never ours); empty or overwrite such a file; drop a dead letter or an undelivered callback that no bound
+(`Bounds`: keep_dead, keep_dead_bytes) and no operator gave up.
 
 In the directory (0700): `spool.sqlite3` and its `-wal` and `-shm`; `bodies/`, what is longer than `INLINE_BYTES`;
 `owners/`, one locked file per live worker; `bells/`, one datagram socket per open Spool; `writer.lock`; `token`;
@@ -423,7 +424,7 @@ class Spool:
         await self._write(partial(ends.end_callback, lease=lease, attempt=attempt, event=Event.RETRY, due_s=due_s))
 
     async def callback_dead(self, lease: Lease, attempt: Attempt) -> None:
-        """The delivery has failed for good; kept until an operator requeues or purges it."""
+        """The delivery has failed for good; kept until an operator requeues or purges it, or `Bounds` are passed."""
         await self._write(partial(ends.end_callback, lease=lease, attempt=attempt, event=Event.GIVE_UP))
 
     # -- waiting

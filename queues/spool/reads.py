@@ -1,4 +1,8 @@
-"""Reading: lists and counts for people, what a worker has to stop, who has ended, and when work falls due next."""
+"""Reading: lists and counts for people, what a worker has to stop, who has ended, and when work falls due next.
+
+Contract: each reads one state of the queue, changes nothing, and goes by an index: the cost of a list is that of its
+page, of a count that of what is not yet over (tests/queues/test_spool_plan.py looks at each statement's plan).
+"""
 
 from __future__ import annotations
 

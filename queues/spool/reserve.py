@@ -1,4 +1,11 @@
-"""Room on the disk that is kept for ending calls, so that a full queue can always be drained."""
+"""Room on the disk that is kept for ending calls, so that a full queue can always be drained.
+
+    if not reserve.has_room(len(body)): raise QueueFull    # new calls leave the reserve alone
+    reserve.release(); ...; reserve.refill()               # a step that ends something had no room
+
+Contract: results that wait for room may have half of it, steps that give room back all of it.  What it refuses: room to
+new calls while it is not whole, and to take more than an eighth (RESERVE_PART) of a small disk.
+"""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ from dataclasses import fields
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
+from ...calls.destinations import destination_of
 from ...calls.model import (
     EXCERPT_BYTES,
     HISTORY_COUNT,
@@ -34,7 +35,6 @@ from ...calls.model import (
     NewCall,
     State,
     StoredBody,
-    destination_of,
 )
 from ...calls.names import FunctionName
 from ...calls.steps import UNREAD_ANSWER, WAITING, Hold, Record, StoredAnswer

@@ -1,4 +1,11 @@
-"""What an operation writes with: the connection inside a transaction, and what is to be told once that is on disk."""
+"""What an operation writes with: the connection inside a transaction, and what is to be told once that is on disk.
+
+    def run(tx: Transaction) -> Call:
+        tx.db.execute(...)
+        tx.wake_up |= WakeUp.WORK                          # told to other processes after the commit, never before
+
+It refuses nothing, and knows no rule: those are the operation's (puts.py, claims.py, ends.py, housekeeping.py).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,13 @@
-"""The thread that writes: it commits for all callers of this process together, and in turn with other processes."""
+"""The thread that writes: it commits for all callers of this process together, and in turn with other processes.
+
+    writer = Writer(parts, on_wake_up)                     # begins at once
+    after = await writer.submit(run)                       # `run(tx)` was carried out, and is on the disk
+    writer.stop()                                          # ends what was submitted; in a thread, as it waits
+
+Contract: what `submit` returns is done when the disk has it, or raises QueueFull, QueueUnavailable or QueueDamaged and
+has changed nothing; `run` may be carried out more than once, and counts in the last transaction.  What it refuses: to
+wait longer than the lock's limit for another process, or to keep that from its turn.
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from faashound.calls.model import destination_of
+from faashound.calls.destinations import destination_of
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The rules of worker.py: what follows from an attempt, how long to wait, and how many calls may run at once."""
+"""The rules of calls/retries.py: what follows from an attempt, how long to wait, and how many calls may run at once."""
 
 from __future__ import annotations
 

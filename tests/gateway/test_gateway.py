@@ -1,4 +1,4 @@
-"""The gateway as its users see it: every sentence of the contract's section 3, on real processes and sockets."""
+"""The gateway as its users see it: what is promised of each route, on real processes and sockets."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ from testkit.system import (
 # Callbacks
 
 
-def test_callback_carries_the_answer_and_what_the_contract_names(system: System) -> None:
+def test_callback_carries_the_answer_and_the_facts_of_its_call(system: System) -> None:
     with Receiver() as receiver:
         headers = {"X-Callback-Url": receiver.url("/done?x=1"), "Content-Type": "text/csv"}
         call_id = system.submit("cat", b"a,b", headers)

@@ -86,7 +86,7 @@ def test_worker_tries_again_with_the_same_id_until_the_function_succeeds() -> No
         (408, {}, 3, "dead"),
     ],
 )
-def test_worker_retries_what_the_contract_names(
+def test_worker_retries_the_listed_codes_and_failures_of_the_gateway(
     status: int, headers: dict[str, str], attempts: int, state: str
 ) -> None:
     with Receiver(always(status, headers)) as receiver, System(functions_at(receiver)) as system:

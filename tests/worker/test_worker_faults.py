@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import json
 import os
 import resource
 import signal
 import subprocess
+import threading
 import time
 from contextlib import suppress
 from functools import partial
@@ -15,15 +17,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 
-from faashound.calls.callbacks import CallbackRefused
-from faashound.calls.model import QueueDamaged, QueueFull, QueueUnavailable
-from faashound.calls.retries import AttemptOutcome, OutcomeKind
+from faashound.calls.callbacks import CallbackRefused, build_policy
+from faashound.calls.model import INLINE_BYTES, QueueDamaged, QueueFull, QueueUnavailable
+from faashound.calls.retries import AttemptOutcome, Dead, OutcomeKind, Progress, RetryPolicy, next_step
+from faashound.draining.caller import Caller, CallLimits
+from faashound.draining.connections import Connections
+from faashound.draining.gateway_access import GatewayAccess
+from faashound.draining.known_functions import KnownAddress, KnownFunctions
+from faashound.draining.metrics import InvocationCounters
 from faashound.draining.outcomes import REFUSED_TEXT, outcome_of_error
-from faashound.watchdog import OutOfResources, PeerGone, Unreachable, UpstreamTimeout
+from faashound.queues.spool.queue import Spool
+from faashound.watchdog import OutOfResources, PeerGone, Unreachable, UpstreamTimeout, parse_url
 from testkit.harness import free_port, noise_s, run, wait_until
+from testkit.queue_kit import QUEUE, new_call
 from testkit.system import (
     NOTES_RUN,
+    Received,
+    Receiver,
     System,
     Worker,
     rows,
@@ -214,7 +226,7 @@ def test_call_uses_up_no_attempt_when_its_worker_has_no_descriptors(size: int) -
         assert (status["state"], status["status"], status["attempts"]) == ("done", 200, 1)
 
 
-def test_results_and_calls_are_kept_as_long_as_asked_and_dead_letters_for_ever() -> None:
+def test_results_and_calls_are_kept_as_long_as_asked_and_dead_letters_longer() -> None:
     with System(settings={"keep_results": "1s", "retention": "3s", "max_retry_attempts": "1"}) as system:
         done, dead = system.submit("cat", b"x"), system.submit("shell", b"exit 1")
         system.ended(done)
@@ -228,6 +240,39 @@ def test_results_and_calls_are_kept_as_long_as_asked_and_dead_letters_for_ever()
         assert system.status(done)["state"] == "done"
         wait_until(lambda: result_status(done) == 404, 8, "the call is forgotten")
         assert (system.status(dead)["state"], result_status(dead)) == ("dead", 410)
+
+
+def test_answer_that_cannot_be_stored_does_not_have_its_function_run_again(tmp_path: Path) -> None:
+    has_come, is_closed = threading.Event(), threading.Event()
+
+    def answer_when_the_queue_is_closed(_: Received) -> tuple[int, dict[str, str], bytes]:
+        has_come.set()
+        assert is_closed.wait(60)
+        return 200, {}, bytes(2 * INLINE_BYTES)
+
+    async def attempt(url: str) -> AttemptOutcome:
+        queue, connections = await Spool.open(tmp_path / "spool"), Connections(build_policy([]))
+        await queue.put(new_call())
+        (lease,) = await queue.claim([QUEUE], await queue.enlist(), 60.0, 1)
+        gateway = GatewayAccess(parse_url("http://127.0.0.1:9"), queue.token)
+        functions = KnownFunctions(connections.to_functions, gateway, RetryPolicy(), direct=True)
+        counters = InvocationCounters(CollectorRegistry())
+        caller = Caller(queue, connections, functions, CallLimits(0.0, 1 << 20), counters)
+        attempted = asyncio.create_task(caller.attempt(lease.call, KnownAddress(parse_url(url))))
+        assert await asyncio.to_thread(has_come.wait, 60)
+        await queue.close()
+        is_closed.set()
+        outcome = await attempted
+        await connections.close()
+        return outcome
+
+    with Receiver(answer_when_the_queue_is_closed) as receiver:
+        outcome = asyncio.run(attempt(receiver.url()))
+    assert (outcome.kind, outcome.error) == (
+        OutcomeKind.UNSTORED,
+        "the answer could not be stored: the queue is closed",
+    )
+    assert isinstance(next_step(Progress(1), RetryPolicy(), outcome, time.time(), lambda: 0.5), Dead)
 
 
 OUTCOMES = {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from faashound.calls.model import Callback, CallbackState, CallNotDead, Lease, State, destination_of
+from faashound.calls.destinations import destination_of
+from faashound.calls.model import Callback, CallbackState, CallNotDead, Lease, State
 from faashound.calls.steps import LOST_ERROR
 from testkit.queue_kit import LEASE_S, QUEUE, START_S, Desk, inline
 
