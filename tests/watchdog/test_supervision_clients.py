@@ -242,7 +242,7 @@ READ_S = 0.6 * crowding()  # a client of a busy machine is not always as quick a
 
 @pytest.fixture(scope="module")
 def large() -> Iterator[Program]:
-    """A watchdog whose answers are larger than all buffers, and which gives a client `READ_S` to read one."""
+    """A watchdog whose answers are larger than all buffers, and which gives a client READ_S to read one."""
     limits = {"write_timeout": f"{READ_S:.1f}s", "read_timeout": f"{READ_S:.1f}s", "max_inflight": "2"}
     with Program("watchdog", {"fprocess": "head -c 20000000 /dev/zero"} | limits) as program:
         yield program
