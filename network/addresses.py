@@ -1,6 +1,6 @@
 """What kind of place an address leads to, by what it is and not by how it is spelled.
 
-    classify_address(parse_address("::ffff:169.254.169.254")).kind     # Kind.LINK_LOCAL
+    classify_address(parse_address("::ffff:169.254.169.254")).kind     # AddressKind.LINK_LOCAL
     parse_numeric_host("0x7f.1")                                       # 127.0.0.1
     Client(guard_functions(strangers_names()))                         # for URLs whose host a stranger completes
 
@@ -49,7 +49,7 @@ class Level(IntEnum):
     FORBIDDEN = 2
 
 
-class Kind(StrEnum):
+class AddressKind(StrEnum):
     """What an address is for; the value is the word for it in error texts."""
 
     PUBLIC = "public"
@@ -70,13 +70,20 @@ class Kind(StrEnum):
     @property
     def level(self) -> Level:
         """How far addresses of this kind are trusted."""
-        if self is Kind.PUBLIC:
+        if self is AddressKind.PUBLIC:
             return Level.PUBLIC
         return Level.FORBIDDEN if self in _FORBIDDEN else Level.PRIVATE
 
 
 _FORBIDDEN = frozenset(
-    (Kind.LINK_LOCAL, Kind.METADATA, Kind.MULTICAST, Kind.BROADCAST, Kind.UNSPECIFIED, Kind.RESERVED)
+    (
+        AddressKind.LINK_LOCAL,
+        AddressKind.METADATA,
+        AddressKind.MULTICAST,
+        AddressKind.BROADCAST,
+        AddressKind.UNSPECIFIED,
+        AddressKind.RESERVED,
+    )
 )
 
 
@@ -84,7 +91,7 @@ _FORBIDDEN = frozenset(
 class Verdict:
     """What an address is, and the range that made it so."""
 
-    kind: Kind
+    kind: AddressKind
     network: Network
 
     @property
@@ -95,43 +102,43 @@ class Verdict:
 
 # The longest range that matches decides (IANA special-purpose registries, RFC 6890).
 _RANGES_AS_WRITTEN = (
-    ("0.0.0.0/0", Kind.PUBLIC),
-    ("0.0.0.0/8", Kind.UNSPECIFIED),  # Linux connects 0.0.0.0 to itself
-    ("10.0.0.0/8", Kind.PRIVATE),
-    ("100.64.0.0/10", Kind.CARRIER_NAT),
-    ("100.100.100.200/32", Kind.METADATA),  # Alibaba
-    ("127.0.0.0/8", Kind.LOOPBACK),
-    ("168.63.129.16/32", Kind.METADATA),  # Azure's, in a public range
-    ("169.254.0.0/16", Kind.LINK_LOCAL),  # with 169.254.169.254, most clouds' metadata
-    ("172.16.0.0/12", Kind.PRIVATE),
-    ("192.0.0.0/24", Kind.RESERVED),  # with 192.0.0.192, Oracle's metadata
-    ("192.0.2.0/24", Kind.DOCUMENTATION),
-    ("192.88.99.0/24", Kind.RESERVED),
-    ("192.168.0.0/16", Kind.PRIVATE),
-    ("198.18.0.0/15", Kind.BENCHMARKING),
-    ("198.51.100.0/24", Kind.DOCUMENTATION),
-    ("203.0.113.0/24", Kind.DOCUMENTATION),
-    ("224.0.0.0/4", Kind.MULTICAST),
-    ("240.0.0.0/4", Kind.RESERVED),
-    ("255.255.255.255/32", Kind.BROADCAST),
-    ("::/3", Kind.RESERVED),
-    ("::/128", Kind.UNSPECIFIED),
-    ("::1/128", Kind.LOOPBACK),
-    ("64:ff9b::/96", Kind.PUBLIC),  # NAT64, RFC 6052: the IPv4 address inside decides
-    ("2000::/3", Kind.PUBLIC),
-    ("2001::/23", Kind.RESERVED),  # with Teredo, a tunnel to the IPv4 address inside
-    ("2001:db8::/32", Kind.DOCUMENTATION),
-    ("2002::/16", Kind.RESERVED),  # 6to4, likewise; deprecated by RFC 7526
-    ("3fff::/20", Kind.DOCUMENTATION),
-    ("4000::/2", Kind.RESERVED),
-    ("8000::/1", Kind.RESERVED),
-    ("fc00::/7", Kind.PRIVATE),
-    ("fd00:42::42/128", Kind.METADATA),  # Scaleway
-    ("fd00:ec2::254/128", Kind.METADATA),  # Amazon
-    ("fd20:ce::254/128", Kind.METADATA),  # Google
-    ("fe80::/10", Kind.LINK_LOCAL),
-    ("fec0::/10", Kind.SITE_LOCAL),
-    ("ff00::/8", Kind.MULTICAST),
+    ("0.0.0.0/0", AddressKind.PUBLIC),
+    ("0.0.0.0/8", AddressKind.UNSPECIFIED),  # Linux connects 0.0.0.0 to itself
+    ("10.0.0.0/8", AddressKind.PRIVATE),
+    ("100.64.0.0/10", AddressKind.CARRIER_NAT),
+    ("100.100.100.200/32", AddressKind.METADATA),  # Alibaba
+    ("127.0.0.0/8", AddressKind.LOOPBACK),
+    ("168.63.129.16/32", AddressKind.METADATA),  # Azure's, in a public range
+    ("169.254.0.0/16", AddressKind.LINK_LOCAL),  # with 169.254.169.254, most clouds' metadata
+    ("172.16.0.0/12", AddressKind.PRIVATE),
+    ("192.0.0.0/24", AddressKind.RESERVED),  # with 192.0.0.192, Oracle's metadata
+    ("192.0.2.0/24", AddressKind.DOCUMENTATION),
+    ("192.88.99.0/24", AddressKind.RESERVED),
+    ("192.168.0.0/16", AddressKind.PRIVATE),
+    ("198.18.0.0/15", AddressKind.BENCHMARKING),
+    ("198.51.100.0/24", AddressKind.DOCUMENTATION),
+    ("203.0.113.0/24", AddressKind.DOCUMENTATION),
+    ("224.0.0.0/4", AddressKind.MULTICAST),
+    ("240.0.0.0/4", AddressKind.RESERVED),
+    ("255.255.255.255/32", AddressKind.BROADCAST),
+    ("::/3", AddressKind.RESERVED),
+    ("::/128", AddressKind.UNSPECIFIED),
+    ("::1/128", AddressKind.LOOPBACK),
+    ("64:ff9b::/96", AddressKind.PUBLIC),  # NAT64, RFC 6052: the IPv4 address inside decides
+    ("2000::/3", AddressKind.PUBLIC),
+    ("2001::/23", AddressKind.RESERVED),  # with Teredo, a tunnel to the IPv4 address inside
+    ("2001:db8::/32", AddressKind.DOCUMENTATION),
+    ("2002::/16", AddressKind.RESERVED),  # 6to4, likewise; deprecated by RFC 7526
+    ("3fff::/20", AddressKind.DOCUMENTATION),
+    ("4000::/2", AddressKind.RESERVED),
+    ("8000::/1", AddressKind.RESERVED),
+    ("fc00::/7", AddressKind.PRIVATE),
+    ("fd00:42::42/128", AddressKind.METADATA),  # Scaleway
+    ("fd00:ec2::254/128", AddressKind.METADATA),  # Amazon
+    ("fd20:ce::254/128", AddressKind.METADATA),  # Google
+    ("fe80::/10", AddressKind.LINK_LOCAL),
+    ("fec0::/10", AddressKind.SITE_LOCAL),
+    ("ff00::/8", AddressKind.MULTICAST),
 )
 
 
@@ -155,8 +162,8 @@ def classify_address(address: Address, own: Collection[Address] = ()) -> Verdict
     if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
         return classify_address(address.ipv4_mapped, own)
     verdict = next(verdict for verdict in _RANGES if address in verdict.network)
-    if address in own and verdict.kind is Kind.PUBLIC:
-        return Verdict(Kind.OWN, ip_network(address))
+    if address in own and verdict.kind is AddressKind.PUBLIC:
+        return Verdict(AddressKind.OWN, ip_network(address))
     carried = _carried_ipv4(address)
     return max(verdict, classify_address(carried, own), key=lambda each: each.level) if carried else verdict
 
@@ -298,7 +305,7 @@ def guard_functions(lookup: Resolver) -> Resolver:
 
 def _function_refusal(url: Url, address: Address) -> str | None:
     verdict = classify_address(address)
-    if verdict.kind is Kind.LOOPBACK or verdict.level is Level.FORBIDDEN:
+    if verdict.kind is AddressKind.LOOPBACK or verdict.level is Level.FORBIDDEN:
         return f"{address} is {verdict.kind}"
     return None
 

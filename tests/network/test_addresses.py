@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from faashound.network.addresses import (
+    AddressKind,
     AddressRefused,
-    Kind,
     Level,
     classify_address,
     guard_functions,
@@ -80,16 +80,16 @@ OWN = frozenset(map(ipaddress.ip_address, ("8.8.8.8", "2606:4700::1111", "10.0.0
 )
 def test_public_address_of_this_machine_counts_as_private_in_every_spelling(text: str) -> None:
     verdict = classify_address(ipaddress.ip_address(text), OWN)
-    assert (verdict.kind, verdict.level) == (Kind.OWN, Level.PRIVATE)
+    assert (verdict.kind, verdict.level) == (AddressKind.OWN, Level.PRIVATE)
 
 
 @pytest.mark.parametrize("text", ["8.8.4.4", "2606:4700::1112"])
 def test_neighbour_of_this_machine_stays_public(text: str) -> None:
-    assert classify_address(ipaddress.ip_address(text), OWN).kind is Kind.PUBLIC
+    assert classify_address(ipaddress.ip_address(text), OWN).kind is AddressKind.PUBLIC
 
 
 def test_private_address_of_this_machine_stays_private() -> None:
-    assert classify_address(ipaddress.ip_address("10.0.0.1"), OWN).kind is Kind.PRIVATE
+    assert classify_address(ipaddress.ip_address("10.0.0.1"), OWN).kind is AddressKind.PRIVATE
 
 
 def test_own_addresses_are_those_of_the_interfaces() -> None:
