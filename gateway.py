@@ -14,12 +14,17 @@ Routes, with the names, codes and headers of the OpenFaaS gateway, and the modul
     GET    /ui/                            pages          a page to look at; / leads browsers there
     GET    /system/info                    control_plane  what this gateway is
     GET    /system/functions               control_plane  functions of ?namespace=; /system/function/NAME for one
-    GET    /system/namespaces              control_plane  namespaces; /system/namespace/NAME for one
-    GET    /system/metrics                 history        the last hour in figures; /system/events: what changes
+    POST   /system/functions               operations     deploys; PUT updates, DELETE removes, .../scale-function scales
+    GET    /system/secrets                 operations     names of secrets; POST, PUT and DELETE change them
+    GET    /system/namespaces              control_plane  namespaces; /system/namespace/NAME for one, made and removed there
+    GET    /system/logs                    function_logs  lines of a function; ?follow=1 for those to come
+    GET    /system/schedules               operations     when functions are called by themselves
+    GET    /system/metrics                 history        the last hour in figures
+    GET    /system/events                  events         what changes, as it does
     GET    /system/calls                   call_admin     calls by ?state= ?function= ...; DELETE deletes
     POST   /system/calls/cancel            call_admin     cancels all that is queued, or with ?function= of one function
     GET    /system/calls/ID                call_admin     one call whole; POST .../retry for dead letters; DELETE
-    GET    /healthz                        Health         200 while all behind it works, else 503 and what does not
+    GET    /healthz                        health         200 while all behind it works, else 503 and what does not
 
 HEAD works wherever GET does.  What comes round through us again is answered with 508 (proxying), a page of another
 origin with 403, one that has bound its own name to our address with 421 (browsers).

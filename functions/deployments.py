@@ -81,7 +81,7 @@ class Deployment:
     def describe(self) -> dict[str, object]:
         """Return the members of FunctionStatus that come from the deployment alone.
 
-        `labels` and `annotations` are always objects; what was not sent, or is empty, is left out: clients compare.
+        What was not sent, or is empty, is left out: clients compare.
         """
         told = {name: self.document[name] for name in TOLD_FIELDS if self.document.get(name)}
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.created_s))
@@ -89,8 +89,6 @@ class Deployment:
             "name": self.function.name.name,
             "namespace": self.function.name.namespace,
             **told,
-            "labels": dict(self.function.labels),
-            "annotations": dict(self.function.annotations),
             "readOnlyRootFilesystem": False,
             "createdAt": created,
         }

@@ -25,7 +25,7 @@ import dataclasses
 import itertools
 import os
 import socket
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -362,8 +362,3 @@ def _status_of(endpoint: Endpoint) -> LocalStatus:
     wanted_count = max(asked_count, len(endpoint.processes))
     available_count = len(pids) or (wanted_count if not endpoint.processes else 0)
     return LocalStatus(pids, endpoint.restart_count, endpoint.path, wanted_count, available_count)
-
-
-def queues_of(table: Iterable[Function]) -> frozenset[str]:
-    """Return the queues that the functions of a table name."""
-    return frozenset(function.queue for function in table)

@@ -131,8 +131,6 @@ def test_what_was_sent_is_told_back_and_what_was_not_is_left_out() -> None:
         "image": "process",
         "envProcess": "/bin/sh",
         "requests": {"cpu": "1"},
-        "labels": {},
-        "annotations": {"a": "b"},
         "readOnlyRootFilesystem": False,
         "createdAt": "2023-11-14T22:13:20Z",
     }
