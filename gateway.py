@@ -14,9 +14,9 @@ Routes, with the names, codes and headers of the OpenFaaS gateway, and the modul
     GET    /ui/                            pages          a page to look at; / leads browsers there
     GET    /system/info                    control_plane  what this gateway is
     GET    /system/functions               control_plane  functions of ?namespace=; /system/function/NAME for one
-    POST   /system/functions               operations     deploys; PUT updates, DELETE removes, .../scale-function scales
+    POST   /system/functions               operations     deploys; PUT updates, DELETE removes, scale-function scales
     GET    /system/secrets                 operations     names of secrets; POST, PUT and DELETE change them
-    GET    /system/namespaces              control_plane  namespaces; /system/namespace/NAME for one, made and removed there
+    GET    /system/namespaces              control_plane  namespaces; /system/namespace/NAME for one, made and removed
     GET    /system/logs                    function_logs  lines of a function; ?follow=1 for those to come
     GET    /system/schedules               operations     when functions are called by themselves
     GET    /system/metrics                 history        the last hour in figures
