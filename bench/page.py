@@ -139,6 +139,7 @@ def measure_browser(system: System, minutes: float) -> None:
         print(f"{'functions view in the browser':42} {shown_ms:.0f} ms after navigation; files {files} bytes packed")
         browser.open(f"http://127.0.0.1:{system.port}/ui/#/calls")
         browser.find("tbody tr")
+        browser.tell("Network.disable", {})  # or DevTools would keep all that comes
         tell_memory(browser, "calls view, at rest", empty_bytes)
         thread = threading.Thread(target=load)
         thread.start()

@@ -11,9 +11,9 @@
     event: functions    {}; read /system/functions again
 
 Contract: the id of an event is a mark of the queue.  A client that comes back with it as Last-Event-ID, at whatever
-gateway, is told first what has changed meanwhile, or that it was too much to be told.  All readers share one look at
-the queue, twice a second and only while there are readers; what it finds is kept for a while in one place, so that a
-reader that stalls slows nobody, costs no memory, and is told `more` when it goes on.
+gateway, is told first what has changed meanwhile, or that it was too much to be told; some of it may be told twice.
+All readers share one look at the queue, twice a second and only while there are readers; what it finds is kept for a
+while in one place, so that a reader that stalls slows no other, costs no memory, and is told `more` when it goes on.
 
 What it refuses: more readers than MAX_READERS_COUNT (503; a client then asks /system/calls from time to time).
 """

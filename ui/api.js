@@ -17,7 +17,7 @@ export class Failure extends Error {
 
 export class Unreachable extends Failure {
   constructor() {
-    super(0, "The gateway cannot be reached. It is asked again every few seconds.");
+    super(0, "The gateway cannot be reached; it is asked again soon.");
   }
 }
 
@@ -42,7 +42,7 @@ export async function login(user, password) {
     await (await open("/system/info", {}, true)).text();
   } catch (error) {
     authorization = before;
-    if (error.status === 401) throw new Failure(401, "That name and password do not fit. They are those of basic-auth-user and basic-auth-password.");
+    if (error.status === 401) throw new Failure(401, "That name and password do not fit: basic-auth-user and basic-auth-password have them.");
     throw error;
   }
 }
@@ -95,10 +95,10 @@ export async function invoke(path, { method, headers, body, signal }) {
     });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Failure(0, "No answer came: the gateway cannot be reached, or it closed the connection before the function had answered.");
+    throw new Failure(0, "No answer came: the gateway cannot be reached, or the connection was cut.");
   }
   if (response.type === "opaqueredirect") {
-    return { status: "3xx", headers: [], text: "The function answered with a redirection, which is not followed here.", seconds: (performance.now() - started) / 1000, cut: false };
+    return { status: "3xx", headers: [], text: "A redirection, which is not followed here.", seconds: (performance.now() - started) / 1000, cut: false };
   }
   const { text, cut } = await readStart(response);
   return { status: response.status, headers: [...response.headers], text, cut, seconds: (performance.now() - started) / 1000 };

@@ -115,7 +115,7 @@ function askForLogin() {
     h("label", null, h("span", null, "Name"), h("input", { name: "user", autocomplete: "username", required: true })),
     h("label", null, h("span", null, "Password"), h("input", { name: "password", type: "password", autocomplete: "current-password", required: true })),
     h("div", { class: "actions" }, h("button", { class: "main", type: "submit" }, "Log in")),
-    h("p", { class: "hint" }, "It is kept until this page is closed or loaded anew, and nowhere else."));
+    h("p", { class: "hint" }, "It is kept until this page is closed or loaded anew."));
   show(main, h("div", { class: "login" }, head("Log in"), form));
   form.elements.user.focus();
 

@@ -77,7 +77,7 @@ function curve(points, { x, y }) {
 function blank(points, { x, y }) {
   const until = points.length ? x(points[0][0]) : width;
   return until > LEFT + 2 && s("rect", { class: "unknown", x: LEFT, y: TOP, width: (until - LEFT).toFixed(1), height: (y(0) - TOP).toFixed(1) },
-    s("title", null, "Not known: nothing was counted yet"));
+    s("title", null, "Not known: nothing was counted"));
 }
 
 // depth: [[epoch, queued, running, oldest], ...]

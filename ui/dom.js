@@ -7,6 +7,7 @@ const SVG = "http://www.w3.org/2000/svg";
 const LISTENER = /^on[a-z]+$/;
 const PROPERTIES = new Set(["value", "checked", "disabled", "hidden", "selected", "open"]);
 const SHOWN_CHARS = 2000;
+const FRESH_COUNT = 5; // rows that are pointed out when they change; more at once would only flicker
 
 function fill(element, options, children) {
   for (const [name, value] of Object.entries(options ?? {})) {
@@ -59,6 +60,7 @@ function nameOf(element) {
 // Put items into a parent, keeping the node of each that has not changed, and with it focus and selection.
 export function keyed(parent, items, key, draw) {
   const known = new Map([...parent.children].filter((node) => node.dataset.key).map((node) => [node.dataset.key, node]));
+  const fresh = [];
   const isFirst = parent.dataset.drawn !== "yes";
   const wanted = items.map((item) => {
     const id = String(key(item));
@@ -68,7 +70,7 @@ export function keyed(parent, items, key, draw) {
     const node = draw(item);
     node.dataset.key = id;
     node.dataset.print = print;
-    if (!isFirst) node.classList.add("fresh");
+    if (!isFirst) fresh.push(node);
     if (old) {
       const focused = old.contains(document.activeElement) ? document.activeElement.dataset.focus : null;
       old.replaceWith(node);
@@ -77,6 +79,7 @@ export function keyed(parent, items, key, draw) {
     return node;
   });
   parent.dataset.drawn = "yes";
+  if (fresh.length <= FRESH_COUNT) for (const node of fresh) node.classList.add("fresh");
   const keep = new Set(wanted);
   for (const node of [...parent.children]) if (!keep.has(node)) node.remove();
   wanted.forEach((node, index) => {

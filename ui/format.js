@@ -64,10 +64,11 @@ export function bytes(value) {
   return `${(value / 1024 / 1024).toFixed(1)} MiB`;
 }
 
-const CLOCK = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit", second: "2-digit", hour12: false });
-const DAY = new Intl.DateTimeFormat(undefined, { day: "2-digit", month: "short", hour: "2-digit", minute: "2-digit", hour12: false });
+const HOUR = { hour: "2-digit", minute: "2-digit", hour12: false };
+const CLOCK = new Intl.DateTimeFormat(undefined, { ...HOUR, second: "2-digit" });
+const DAY = new Intl.DateTimeFormat(undefined, { ...HOUR, day: "2-digit", month: "short" });
 const EXACT = new Intl.DateTimeFormat(undefined, { dateStyle: "full", timeStyle: "long" });
-const MINUTE = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit", hour12: false });
+const MINUTE = new Intl.DateTimeFormat(undefined, HOUR);
 
 export function clock(moment, now = new Date()) {
   return moment.toDateString() === now.toDateString() ? CLOCK.format(moment) : DAY.format(moment);

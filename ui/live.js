@@ -1,6 +1,6 @@
 // What changes, as it changes: one stream of server-sent events for all views, read by fetch, which can send the password
-// (EventSource cannot). Where the stream fails, views are told to read again every few seconds, until it works again.
-// A page that is not looked at lets go of its connection, of which a browser has six for each gateway.
+// (EventSource cannot). Where it fails, views are told to read again every few seconds. A page that is not looked at
+// lets go of its connection: a browser has six for each gateway.
 
 import { Unreachable, open } from "./api.js";
 

@@ -2,7 +2,7 @@
 
 import { Failure, send } from "./api.js";
 import { ask, copyButton, h, long, say, time } from "./dom.js";
-import { bytes, clip, count, duration, shortName } from "./format.js";
+import { bytes, clip, count, duration, percentile, rate, share, shortName } from "./format.js";
 
 export const STATES = ["queued", "running", "done", "dead", "cancelled", "expired"];
 const FINAL = new Set(["done", "dead", "cancelled", "expired"]);
@@ -35,6 +35,17 @@ export function figures(pairs) {
   return h("dl", { class: pairs.length === 6 ? "figures six" : "figures" }, pairs.filter(Boolean).map(([label, value, options = {}]) => h("div", { title: options.title },
     h("dt", null, label),
     h("dd", { class: value === "–" ? "none" : options.class }, value, options.unit && value !== "–" && h("small", null, options.unit)))));
+}
+
+// The first figures of an overview, and of a function.
+export function rates(each, over) {
+  return [
+    ["Calls / min", rate(each.per_minute), { title: `${count(each.calls)} calls ${over}` }],
+    ["Failed", share(each.errors, each.calls), { class: each.errors ? "bad" : "", title: `${count(each.errors)} of ${count(each.calls)} ${over}: status 408, or 500 and above` }],
+    ["p50", percentile(each.p50_seconds), { title: `Half of the calls ${over} took no longer` }],
+    ["p95", percentile(each.p95_seconds), { title: `95 of 100 calls ${over} took no longer` }],
+    ["In flight", count(each.in_flight)],
+  ];
 }
 
 export function facts(pairs) {
@@ -143,6 +154,12 @@ export async function attempt(work, word, done) {
 // was shown stays, and the line in the navigation says so. Anything else is a fault of ours, for the console.
 export function letGo(error) {
   if (error.status === undefined && error.name !== "AbortError") throw error;
+}
+
+// Keep a view up to date: read again, at most once in `ms`, when something happens that `wants` it.
+export function follow(context, refresh, ms, wants = () => true) {
+  const soon = throttled(() => refresh().catch(letGo), ms);
+  context.listen((event) => wants(event) && soon());
 }
 
 // Run `work` at most once in `ms`, the last time after the last wish.

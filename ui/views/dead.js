@@ -3,7 +3,7 @@
 import { send } from "../api.js";
 import { ask, h, keyed, say, show } from "../dom.js";
 import { count } from "../format.js";
-import { callRow, callTable, deeds, empty, head, letGo, throttled } from "../parts.js";
+import { callRow, callTable, deeds, empty, head, follow } from "../parts.js";
 
 const PAGE = 50;
 
@@ -21,8 +21,7 @@ export async function dead(context) {
   const actions = h("div", { class: "actions" });
   letters.after = results.after = refresh;
   await refresh();
-  const soon = throttled(() => refresh().catch(letGo), 1500);
-  context.listen((event) => { if (event.kind === "calls" || event.kind === "again") soon(); });
+  follow(context, refresh, 1500, (event) => event.kind === "calls" || event.kind === "again");
   return [head("Dead letters", { actions }), letters.node, results.node];
 }
 

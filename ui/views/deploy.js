@@ -53,7 +53,7 @@ export async function deploy(context) {
     h("label", null, h("span", null, "Labels"), h("textarea", { name: "labels", spellcheck: "false", value: lines(known.labels, ["faas_function"]) })),
     secrets.length > 0 && h("fieldset", null, h("legend", null, "Secrets"), h("div", { class: "radios" }, secrets.map((each) =>
       h("label", { class: "inline" }, h("input", { type: "checkbox", name: "secrets", value: each.name, checked: (known.secrets ?? []).includes(each.name) }), h("span", { class: "data" }, each.name))))),
-    h("p", { class: "hint" }, "It runs as the user that this gateway runs as. When it is deployed, a call works; when it cannot start, the old one serves on."),
+    h("p", { class: "hint" }, "It runs as this gateway's user. If it cannot start, the old one serves on."),
     h("div", { class: "actions" }, button));
 
   async function submit(event) {

@@ -3,8 +3,8 @@
 import { Failure, invoke, send } from "../api.js";
 import { minutesChart } from "../chart.js";
 import { ask, askForm, h, keyed, long, say, show, time } from "../dom.js";
-import { count, duration, percentile, rate, share } from "../format.js";
-import { attempt, callRow, callTable, empty, facts, fieldsTable, figures, head, letGo, note, state, throttled, to, withQuery } from "../parts.js";
+import { age, count, duration } from "../format.js";
+import { attempt, callRow, callTable, empty, facts, fieldsTable, figures, head, follow, rates, note, state, to, withQuery } from "../parts.js";
 import { deployingIsOff } from "./deploy.js";
 import { stateOf } from "./functions.js";
 import { logs } from "./logs.js";
@@ -26,11 +26,7 @@ export async function oneFunction(context) {
     const [metrics, list] = await Promise.all([context.get(`/system/metrics?${parameters}`), context.get(`/system/calls?${parameters}&limit=10`)]);
     const mine = metrics.functions[full] ?? { calls: 0, errors: 0, per_minute: 0, p50_seconds: null, p95_seconds: null, in_flight: 0, queued: 0 };
     show(strip, figures([
-      ["Calls / min", rate(mine.per_minute)],
-      ["Failed", share(mine.errors, mine.calls), { class: mine.errors ? "bad" : "", title: `${count(mine.errors)} of ${count(mine.calls)}` }],
-      ["p50", percentile(mine.p50_seconds)],
-      ["p95", percentile(mine.p95_seconds)],
-      ["In flight", count(mine.in_flight)],
+      ...rates(mine, `over the last ${age(metrics.window_seconds)}`),
       ["Waiting", count(metrics.queue ? mine.queued : null)],
     ]));
     show(picture, minutesChart(metrics.minutes, new Date(metrics.time) / 1000));
@@ -40,10 +36,7 @@ export async function oneFunction(context) {
 
   [described] = await Promise.all([context.get(`/system/function/${encodeURIComponent(full)}`), refresh()]);
   const off = await deployingIsOff(context);
-  const soon = throttled(() => refresh().catch(letGo), 1500);
-  context.listen((event) => {
-    if (event.kind !== "calls" || event.data.more || event.data.calls.some((call) => call.function === full)) soon();
-  });
+  follow(context, refresh, 1500, (event) => event.kind !== "calls" || event.data.more || event.data.calls.some((call) => call.function === full));
   const isDeployed = Boolean(described.createdAt);
   return [
     head(name, {
@@ -169,6 +162,6 @@ async function scale(described) {
 }
 
 async function remove(described) {
-  if (!await ask(`Remove ${described.name}?`, "Calls that run may finish; new ones are answered with 404, and those that wait will fail. Its deployment is gone.", "Remove")) return;
+  if (!await ask(`Remove ${described.name}?`, "Calls that run may finish; new ones get a 404, those that wait will fail. Its deployment is gone.", "Remove")) return;
   await attempt(() => send("DELETE", "/system/functions", { functionName: described.name, namespace: described.namespace }), "Removed", () => { location.hash = "#/functions"; });
 }

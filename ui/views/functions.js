@@ -2,7 +2,7 @@
 
 import { h, keyed, show } from "../dom.js";
 import { age, count, percentile, rate, share, shortName } from "../format.js";
-import { empty, functionLink, head, letGo, state, table, throttled } from "../parts.js";
+import { empty, functionLink, head, follow, state, table } from "../parts.js";
 import { deployingIsOff } from "./deploy.js";
 
 const SHOWN_COUNT = 100;
@@ -49,7 +49,7 @@ export async function functions(context) {
     });
     keyed(body, chosen.slice(0, limit), (row) => row.name, drawRow);
     show(more, chosen.length > limit && h("button", { type: "button", onclick: () => { limit += 10 * SHOWN_COUNT; draw(); } }, `Show the other ${count(chosen.length - limit)}`));
-    show(place, rows.length === 0 ? empty("No functions yet. Name some in the functions file, ", h("code", null, "functions.toml"), ", which is followed as it changes, or deploy one.")
+    show(place, rows.length === 0 ? empty("No functions yet. Name some in ", h("code", null, "functions.toml"), ", which is followed as it changes, or deploy one.")
       : chosen.length === 0 ? empty("No function has this in its name.") : whole, more);
   }
 
@@ -84,8 +84,7 @@ export async function functions(context) {
 
   await refresh();
   const off = await deployingIsOff(context);
-  const soon = throttled(() => refresh().catch(letGo), 3000);
-  context.listen(soon);
+  follow(context, refresh, 3000);
   return [
     head("Functions", { actions: off ? null : h("a", { class: "button", href: "#/deploy" }, "Deploy a function") }),
     h("div", { class: "filters" }, h("label", null, h("span", null, "Find"), search)),

@@ -3,7 +3,7 @@
 import { ageChart, depthChart, minutesChart } from "../chart.js";
 import { h, keyed, redraw, show } from "../dom.js";
 import { age, count, percentile, rate, share, shortName } from "../format.js";
-import { callRow, callTable, empty, figures, functionLink, head, letGo, table, throttled } from "../parts.js";
+import { callRow, callTable, empty, figures, functionLink, head, follow, rates, table } from "../parts.js";
 
 const FAILING_COUNT = 5;
 
@@ -30,10 +30,7 @@ export async function overview(context) {
   }
 
   await refresh();
-  const soon = throttled(() => refresh().catch(letGo), 2000);
-  context.listen((event) => {
-    if (event.kind !== "functions") soon();
-  });
+  follow(context, refresh, 2000, (event) => event.kind !== "functions");
   return [
     head("Overview"), wellness, strip, pictures,
     h("section", null, h("div", { class: "bar" }, h("h2", null, "Latest dead letters"), h("a", { href: "#/dead", class: "small" }, "All of them")), lettersPlace),
@@ -71,16 +68,12 @@ function drawFigures({ totals, queue, window_seconds: window, workers }) {
   const over = `over the last ${age(window)}`;
   return [
     figures([
-      ["Calls / min", rate(totals.per_minute), { title: `${count(totals.calls)} calls ${over}` }],
-      ["Failed", share(totals.errors, totals.calls), { class: totals.errors ? "bad" : "", title: `${count(totals.errors)} of ${count(totals.calls)} ${over}: status 408, or 500 and above` }],
-      ["p50", percentile(totals.p50_seconds), { title: `Half of the calls ${over} took no longer` }],
-      ["p95", percentile(totals.p95_seconds), { title: `95 of 100 calls ${over} took no longer` }],
-      ["In flight", count(totals.in_flight)],
+      ...rates(totals, over),
       ["Waiting", count(queue?.queued)],
       ["Running", count(queue?.running), { title: "Asynchronous calls" }],
       ["Oldest", queue ? (queue.oldest_due_seconds === null ? "0 s" : age(queue.oldest_due_seconds)) : "–"],
     ]),
-    workers === "unknown" && h("p", { class: "hint" }, "Calls that workers on other machines make are counted there, in their own /metrics, and are not in these figures."),
+    workers === "unknown" && h("p", { class: "hint" }, "Calls that workers elsewhere make are counted in their own /metrics, not here."),
   ];
 }
 

@@ -2,7 +2,7 @@
 
 import { h, keyed, show, time } from "../dom.js";
 import { shortName } from "../format.js";
-import { callLink, empty, functionLink, head, letGo, problem, table, throttled } from "../parts.js";
+import { callLink, empty, functionLink, head, follow, problem, table } from "../parts.js";
 
 export async function schedules(context) {
   const place = h("div");
@@ -22,7 +22,7 @@ export async function schedules(context) {
 
   try {
     await refresh();
-    context.listen(throttled(() => refresh().catch(letGo), 5000));
+    follow(context, refresh, 5000);
   } catch (error) {
     if (!error.isOff && error.status !== 404) throw error;
     show(place, problem(error));

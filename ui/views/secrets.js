@@ -17,7 +17,7 @@ export async function secrets(context) {
       h("td", { class: "num nowrap" },
         h("button", { type: "button", class: "quiet", onclick: () => edit(row) }, "New value"),
         h("button", { type: "button", class: "quiet danger", onclick: () => remove(row) }, "Delete"))));
-    show(place, rows.length ? whole : empty("No secrets. A function that names one finds it as a file, and its change at the next call."));
+    show(place, rows.length ? whole : empty("No secrets. A function that names one finds it as a file."));
   }
 
   async function edit(row) {
