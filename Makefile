@@ -1,7 +1,8 @@
 # Everything runs from .venv, which is made again only when setup.py changes.
 #   make run     start the system with the examples, here, now
 #   make demo    five calls and their answers, checked
-#   make test    all checks: lint, types, tests with a floor for coverage; as root it gets by apt what they want
+#   make test    all checks: lint, types, tests; as root it gets by apt what they want
+#   make coverage  the tests with a floor for the code that they reach; our programs need twice the time under it
 #   make quick   lint, types, and the tests that start no process
 #   make lint    lint and types only
 #   make clean   remove what these have made
@@ -12,7 +13,7 @@ BIN    := .venv/bin
 STATE  := .run
 URL    := http://127.0.0.1:8080
 
-.PHONY: help run demo test quick lint clean
+.PHONY: help run demo test coverage quick lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -28,6 +29,10 @@ demo: .venv/installed
 	@$(BIN)/python examples/demo.py
 
 test: lint
+	@$(get_needed)
+	@$(BIN)/python -m pytest -q -n 2 --timeout 300
+
+coverage: lint
 	@$(get_needed)
 	@$(BIN)/python -m pytest -q -n 2 --timeout 300 --cov --cov-report term
 
