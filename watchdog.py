@@ -1227,18 +1227,25 @@ def end_to_end(headers: Headers, *dropped: bytes) -> list[Header]:
     return [(name, value) for name, value in headers if name.lower() not in left_out]
 
 
-def upgrade_of(request: Request) -> bytes | None:
-    """Return the protocol that a request wants to switch to (RFC 9110 7.8), None if it wants none that is passed on.
+def tokens_of(headers: Headers, name: bytes) -> list[bytes]:
+    """Return the members of a list-based field (RFC 9110 5.6.1) in all of its lines; `name` and names in lower case."""
+    values = [value for key, value in headers if key == name]
+    return [token.strip() for token in b",".join(values).split(b",")] if values else []
 
-    Not h2c: its requests would pass us unseen (RFC 9113 has dropped it, 3.1).
+
+def upgrade_of(request: Request) -> bytes | None:
+    """Return the protocols that a request wants to switch to (RFC 9110 7.8), None if it wants none that is passed on.
+
+    Not h2c, wherever it stands: its requests would pass us unseen (RFC 9113 has dropped it, 3.1).  Not by HEAD, whose
+    answer has no body that the other protocol could be.
     """
-    protocol = request.header(b"upgrade")
+    protocols = tokens_of(request.headers, b"upgrade")
+    names = {protocol.partition(b"/")[0].lower() for protocol in protocols}
+    options = [option.lower() for option in tokens_of(request.headers, b"connection")]
     has_body = request.body.buffered_bytes or not request.body.complete
-    if protocol is None or has_body or protocol.lower().startswith(b"h2c"):
+    if not names or names & {b"", b"h2c"} or b"upgrade" not in options or has_body or request.method == "HEAD":
         return None
-    named = b",".join(value for name, value in request.headers if name == b"connection")
-    options = [option.strip().lower() for option in named.split(b",")]
-    return protocol if b"upgrade" in options else None
+    return b", ".join(protocols)
 
 
 class Body:
@@ -1806,6 +1813,8 @@ class ServerWire(Wire):
         if expect is not None and expect.lower() != b"100-continue":
             raise ExpectationFailed("unknown Expect; allowed: 100-continue")
         self.head_request = method == b"HEAD"
+        if version < b"1.1":  # RFC 9110 7.8: a server ignores its Upgrade
+            headers = [field for field in headers if field[0] != b"upgrade"]
         is_persistent = version == b"1.1" and names.isdisjoint(_PERSISTENCE_FIELDS)
         self._is_plain = is_persistent and not self.head_request
         return method, target, headers
@@ -1930,6 +1939,7 @@ class ClientWire(Wire):
         super()._begin_anew()
         self._interim_count = 0
         self._method: bytes | None = None  # of a request of which h11 has not been told
+        self._protocols: frozenset[bytes] = frozenset()  # that were asked for
 
     def build_whole(
         self, method: bytes, target: bytes, headers: Sequence[Header], body: bytes, length: int | None
@@ -1947,7 +1957,7 @@ class ClientWire(Wire):
         return b"%b %b HTTP/1.1\r\n%b%b\r\n%b" % (method, target, build_lines(headers), framing, body)
 
     def build_head(self, method: bytes, target: bytes, headers: Sequence[Header]) -> bytes:
-        """Return the bytes of a request's head; `headers` has Host and the framing field."""
+        """Return the bytes of a request's head; `headers` has Host and the framing field, or Upgrade."""
         return self._sent(h11.Request(method=method, target=target, headers=list(headers)))
 
     def feed(self, data: bytes) -> None:
@@ -1983,9 +1993,8 @@ class ClientWire(Wire):
         try:
             event = self._conn.next_event()
             while type(event) is h11.InformationalResponse:
-                if event.status_code == 101:  # which h11 lets pass if we have asked for it
-                    self._body = SwitchedReader(self._conn)
-                    return 101, [(name, value) for name, value in event.headers]
+                if event.status_code == 101:  # which h11 lets pass if we have asked for any protocol
+                    return self._switch([(name, value) for name, value in event.headers])
                 self._interim_count += 1
                 if self._interim_count > MAX_INTERIM_COUNT:
                     raise PeerGone(f"bad response: too many interim ones; allowed: {MAX_INTERIM_COUNT}")
@@ -2001,6 +2010,17 @@ class ClientWire(Wire):
             raise PeerGone(f"bad response: head too large; allowed: {MAX_HEAD_BYTES} bytes")
         self._body = body_reader(self._conn)
         return event.status_code, headers
+
+    def ask_for(self, protocols: bytes) -> None:
+        """Let the request that is built next be answered with a 101, for some of `protocols` (as Upgrade has them)."""
+        self._protocols = frozenset(tokens_of([(b"upgrade", protocols.lower())], b"upgrade"))
+
+    def _switch(self, headers: Headers) -> tuple[int, Headers]:
+        chosen = {protocol.lower() for protocol in tokens_of(headers, b"upgrade")}
+        if not chosen or not chosen <= self._protocols:
+            raise PeerGone("bad response: 101 for a protocol that was not asked for (RFC 9110 7.8)")
+        self._body = SwitchedReader(self._conn)
+        return 101, headers
 
     def next_cycle(self) -> bool:
         """Make ready for the next request; False when this connection cannot carry one."""
@@ -3271,7 +3291,7 @@ class Client:
 class Upgrade:
     """In place of a request's body: the wish to switch to another protocol (RFC 9110 7.8)."""
 
-    protocol: bytes
+    protocols: bytes  # as Upgrade has them
 
 
 # A body to send: its bytes, a stream that can be read once, or a function that opens a stream of it, time and again.
@@ -3424,7 +3444,8 @@ class ClientConnection(Connection):
         has_host = headers and headers[0][0].lower() == b"host"
         fields = [*headers] if has_host else [(b"Host", url.authority.encode()), *headers]
         if isinstance(body, Upgrade):
-            fields += [(b"Connection", b"Upgrade"), (b"Upgrade", body.protocol)]
+            self._wire.ask_for(body.protocols)
+            fields += [(b"Connection", b"Upgrade"), (b"Upgrade", body.protocols)]
             self._put(self._wire.build_head(method.encode(), url.target.encode(), fields) + self._wire.end())
             return
         known = len(body) if isinstance(body, bytes) else length
@@ -3595,15 +3616,15 @@ class ClientConnection(Connection):
 
 def sent_body(request: Request) -> SentBody:
     """Return what a proxy sends as the body of a request that it passes on: the wish to switch, if it has that."""
-    protocol = upgrade_of(request)
-    return body_if_complete(request.body) if protocol is None else Upgrade(protocol)
+    protocols = upgrade_of(request)
+    return body_if_complete(request.body) if protocols is None else Upgrade(protocols)
 
 
 def relayed(response: ClientResponse, headers: Sequence[Header], body: Stream) -> Response:
     """Return an answer as it is passed on while it comes, with `headers`; of a 101 both directions."""
     if response.status != 101:
         return Response(response.status, headers, body, response.body.length, is_live=True)
-    fields = [*headers, (b"Upgrade", response.header(b"upgrade") or b"")]
+    fields = [*headers, (b"Upgrade", b", ".join(tokens_of(response.headers, b"upgrade")))]
     return Response(101, fields, body, write_timeout_s=math.inf, switched=response.send)
 
 

@@ -420,9 +420,15 @@ def test_ready_asks_the_server_where_ready_path_says() -> None:
 # Upgrade.
 
 
-def upgrade(port: int, headers: str = "Connection: keep-alive, Upgrade\r\n") -> socket.socket:
+def upgrade(port: int, path: str = "/", headers: str = "") -> socket.socket:
     client = connect(port)
-    client.sendall(request_of("/", f"{headers}Upgrade: echo\r\n"))
+    client.sendall(request_of(path, f"Connection: keep-alive, Upgrade\r\nUpgrade: echo\r\n{headers}"))
+    return client
+
+
+def switched(port: int, path: str = "/", headers: str = "") -> socket.socket:
+    client = upgrade(port, path, headers)
+    assert read_until(client, b"\r\n\r\n").startswith(b"HTTP/1.1 101 ")
     return client
 
 
@@ -476,11 +482,45 @@ def test_upgrade_is_not_passed_on_when_connection_does_not_name_it(program: Prog
     assert "upgrade" not in {name.lower() for name, _ in json.loads(answer.body)["headers"]}
 
 
-def test_h2c_is_not_passed_on(program: Program) -> None:
-    head = "Connection: Upgrade, HTTP2-Settings, close\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
+@pytest.mark.parametrize(
+    "upgrade",
+    [
+        "Upgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n",
+        "Upgrade: echo, h2c\r\n",
+        "Upgrade: echo\r\nUpgrade: H2C\r\n",
+        "Upgrade: echo,h2c/14\r\n",
+        "Upgrade: , echo\r\n",
+        "Upgrade: echo,\r\n",
+        "Upgrade: \r\n",
+    ],
+)
+def test_h2c_and_what_names_no_protocol_is_not_passed_on(program: Program, upgrade: str) -> None:
+    head = f"Connection: Upgrade, HTTP2-Settings, close\r\n{upgrade}"
     (answer,) = parse(raw(program.port, request_of("/echo", head)))
     names = {name.lower() for name, _ in json.loads(answer.body)["headers"]}
     assert not names & {"upgrade", "http2-settings"}
+
+
+def test_server_may_choose_among_the_protocols_that_were_asked_for(program: Program) -> None:
+    with upgrade(program.port, "/as/ECHO/other", "Upgrade: more, other\r\n") as client:
+        assert b"\r\nupgrade: echo, other\r\n" in read_until(client, b"\r\n\r\n").lower()
+
+
+@pytest.mark.parametrize("names", ["evil", "echo/2", "echo/evil", ""])
+def test_switch_to_what_was_not_asked_for_is_a_502(program: Program, names: str) -> None:
+    with upgrade(program.port, f"/as/{names}", "X-Timeout: 10s\r\n") as client:
+        assert client.recv(65536).startswith(b"HTTP/1.1 502 ")
+    wait_until(lambda: is_free(program), 2.0, "the slot is free")
+
+
+def test_head_and_http_1_0_are_not_switched(program: Program) -> None:
+    wish = b"Host: h\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n"
+    (answer,) = parse(
+        raw(program.port, b"HEAD /echo HTTP/1.1\r\nX-A: b\r\n" + wish.replace(b"Up", b"close, Up", 1)), ["HEAD"]
+    )
+    assert answer.status == 200
+    (answer,) = parse(raw(program.port, b"GET /echo HTTP/1.0\r\n" + wish))  # RFC 9110 7.8: "MUST ignore"
+    assert "upgrade" not in {name.lower() for name, _ in json.loads(answer.body)["headers"]}
 
 
 def test_real_websockets_meet_through_the_watchdog() -> None:
