@@ -1914,6 +1914,40 @@ def split_target(target: bytes, host: bytes) -> tuple[bytes, bytes, bytes]:
     return path.partition(b"#")[0], query.partition(b"#")[0], host
 
 
+class BadPath(FaashoundError):
+    """The path would lead out of what it is put behind."""
+
+    status = 400
+
+
+DECODINGS_COUNT = 3  # of a path: upstreams decode once, careless ones twice
+
+# Segments as the widest of upstreams see them: `\\` separates like `/` (IIS), and `..;x` is `..` (Tomcat).
+_DOTS = re.compile(rb"[/\\]\.{1,2}(?=[/\\;]|$)")
+
+
+def has_dot_segments(path: bytes) -> bool:
+    """Tell whether a path has a segment `.` or `..`, plain or encoded: what is further on may resolve it.
+
+    Clients resolve such segments before they ask (RFC 3986 5.2.4), so an honest caller loses nothing.
+    """
+    if b"." not in path and b"%" not in path:
+        return False
+    for _ in range(DECODINGS_COUNT + 1):
+        if _DOTS.search(path):
+            return True
+        if b"%" not in path:
+            return False
+        path = urllib.parse.unquote_to_bytes(path)
+    return False
+
+
+def check_path(path: bytes) -> None:
+    """Raise BadPath for a path with dot segments; see `has_dot_segments`."""
+    if has_dot_segments(path):
+        raise BadPath("the path has dot segments; allowed: a path without . and .., encoded or not (RFC 3986 3.3)")
+
+
 CUT_SHORT = "the connection was closed before the response was complete"
 
 
@@ -5983,9 +6017,15 @@ class Http(Mode):
     async def _send(
         self, request: Request, body: SentBody, length: int | None, deadline_s: float | None
     ) -> ClientResponse:
-        """Send a request as soon as the server takes it; raises ServerFailure: ServerDown if it does not in time."""
+        """Send a request as soon as the server takes it; raises ServerFailure: ServerDown if it does not in time.
+
+        Raises BadPath for a path that would lead out of the upstream's.
+        """
         base, client = self._upstream.url, self._upstream.client
-        url = Url(base.scheme, base.host, base.port, base.target + origin_form(request) or "*")
+        target = origin_form(request)
+        if base.target:
+            check_path(target.partition("?")[0].encode())
+        url = Url(base.scheme, base.host, base.port, base.target + target or "*")
         headers = [(b"Host", request.host), *end_to_end(request.headers, b"host", b"expect")]
         limit_s = time.monotonic() + SERVER_WAIT_S if deadline_s is None else deadline_s
         while True:

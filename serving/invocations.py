@@ -34,6 +34,7 @@ from ..watchdog import (
     Unreachable,
     UpstreamTimeout,
     call_id_of,
+    check_path,
     end_to_end,
     error_response,
     format_duration,
@@ -43,7 +44,7 @@ from ..watchdog import (
 )
 from .gates import FunctionGate, check_enabled
 from .metrics import GatewayMetrics
-from .proxying import ID_FIELDS, OurVia, RequestIds, check_path, fields_of_worker, fields_passed_on, function_target
+from .proxying import ID_FIELDS, OurVia, RequestIds, fields_of_worker, fields_passed_on, function_target
 from .settings import Settings
 
 MOVES_WITHIN_S = 10.0  # a function whose process has died; what takes its place imports nothing and starts at once

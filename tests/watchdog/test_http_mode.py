@@ -125,6 +125,17 @@ def test_path_of_the_upstream_is_a_prefix() -> None:
         assert echo(program, path="/echo?x")["target"] == "/pre/fix/echo?x"
 
 
+@pytest.mark.parametrize(
+    "path", ["/%2e%2e/admin", "/a/..%2f../admin", "/..;/admin", "/../admin?x", "/.", "http://h/.."]
+)
+def test_path_that_would_lead_out_of_the_upstreams_is_a_400(path: str) -> None:
+    with Program("watchdog", {**SETTINGS, "upstream_url": "http://127.0.0.1:0/pre/fix"}) as program:
+        wait_healthy(program)
+        (answer,) = parse(raw(program.port, request_of(path, "Connection: close\r\n")))
+        assert (answer.status, "dot segments" in answer.text) == (400, True)
+        assert echo(program, path="/a.b/..c?/../")["target"] == "/pre/fix/a.b/..c?/../"
+
+
 def test_many_requests_have_one_process(program: Program) -> None:
     assert len({server_pid(program) for _ in range(5)}) == 1
     assert len(program.functions()) == 1
