@@ -19,7 +19,7 @@ PORT=5000 python -S -E -I app_server.py [WAIT_S]          # listens after so man
 any, with `Upgrade: echo`      101, and then what it is sent; `quit` has it close
 /as/NAME, with that            ... whose Upgrade is NAME, or missing; as/NAME/NAME has two such fields
 /deaf, with that               101, and then it reads nothing
-/talks, with that              101, and then zeros as fast as they are taken, while it reads nothing
+/talks, with that              101, and after what it is sent first zeros as fast as they are taken
 /ends-first, with that         101, and the end of its side; what it is sent it prints on stdout
 """
 
@@ -161,7 +161,7 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         if what == "deaf":
             time.sleep(60)
-        while what == "talks":
+        while what == "talks" and self.rfile.peek(1):
             self.wfile.write(bytes(65536))
         if what == "ends-first":
             self.connection.shutdown(socket.SHUT_WR)

@@ -6,9 +6,11 @@ import json
 import os
 import signal
 import socket
+import struct
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -478,13 +480,96 @@ def test_much_passes_in_the_other_protocol_when_both_sides_are_slow(program: Pro
         assert received == data
 
 
-def test_limit_does_not_cut_the_other_protocol(program: Program) -> None:
-    with connect(program.port) as client:
-        client.sendall(request_of("/", "Connection: Upgrade\r\nUpgrade: echo\r\nX-Timeout: 200ms\r\n"))
-        read_until(client, b"\r\n\r\n")
+def test_callers_limit_is_for_the_switch_and_not_for_what_follows(program: Program) -> None:
+    with switched(program.port, headers="X-Timeout: 200ms\r\n") as client:
         time.sleep(0.4)  # what is asserted is that nothing happens meanwhile
         client.sendall(b"still here")
         assert read_until(client, b"still here")
+
+
+def test_client_may_go_on_when_the_server_has_ended_its_side(program: Program) -> None:
+    with switched(program.port, "/ends-first") as client:
+        assert read_all(client) == b""
+        client.sendall(b"behind the end")
+        program.wait_log("stdout: behind the end")
+        assert in_flight(program) == 1
+    wait_until(lambda: is_free(program), 2.0, "the slot is free")
+
+
+def fill(client: socket.socket) -> None:
+    """Send until nothing is taken any more."""
+    client.settimeout(0.3)
+    with suppress(TimeoutError, ConnectionError):  # or it was cut already
+        while True:
+            client.send(bytes(65536))
+
+
+def reset(client: socket.socket) -> None:
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+
+
+@pytest.mark.parametrize("is_filled", [True, False], ids=["full", "empty"])
+@pytest.mark.parametrize("ends_first", [False, True], ids=["open", "half-closed"])
+def test_client_that_is_reset_is_let_go_while_the_server_does_not_read(
+    program: Program, is_filled: bool, ends_first: bool
+) -> None:
+    clients = [switched(program.port, "/deaf") for _ in range(2)]
+    for client in clients:
+        if is_filled:
+            fill(client)
+        if ends_first:
+            client.shutdown(socket.SHUT_WR)
+    assert not is_free(program)
+    for client in clients:
+        reset(client)
+    wait_until(lambda: is_free(program), 2.0 + noise_s(), "the slots are free")
+    wait_until(lambda: in_flight(program) == 0, 2.0 + noise_s(), "both are")
+
+
+@pytest.mark.parametrize(("path", "fills"), [("/deaf", True), ("/talks", False)])
+def test_side_that_takes_nothing_has_the_write_timeout(path: str, fills: bool) -> None:
+    settings = {**SETTINGS, "max_inflight": "1", "write_timeout": "500ms", "exec_timeout": "60s"}
+    with Program("watchdog", settings) as program:
+        wait_healthy(program)
+        with switched(program.port, path) as client:
+            client.sendall(b"go on")
+            if fills:
+                fill(client)
+            wait_until(lambda: is_free(program), 5.0 + noise_s(), "the slot is free")
+
+
+def test_silence_of_both_sides_has_the_exec_timeout() -> None:
+    with Program("watchdog", {**SETTINGS, "max_inflight": "1", "exec_timeout": "1s"}) as program:
+        wait_healthy(program)
+        with switched(program.port) as client:
+            for _ in range(5):
+                time.sleep(0.3)  # less than the limit, but all of them are more
+                client.sendall(b"ping")
+                assert read_until(client, b"ping")
+            start_s = time.monotonic()
+            assert read_all(client) == b""
+            assert 0.9 <= time.monotonic() - start_s < 1.0 + 0.3 + noise_s()
+        program.wait_log("a switched connection is closed: silent for 1s")
+        wait_until(lambda: is_free(program), 2.0, "the slot is free")
+
+
+def test_drain_does_not_wait_for_what_has_switched_but_for_requests_and_the_server_may_say_goodbye() -> None:
+    with Program("watchdog", SETTINGS) as program:
+        wait_healthy(program)
+        with switched(program.port) as client, switched(program.port, "/deaf"), connect(program.port) as other:
+            other.sendall(b"POST /stream HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n")
+            read_until(other, b"begin\n\r\n")
+            program.terminate()
+            program.wait_log("draining: 3 requests")
+            client.sendall(b"still here")
+            read_until(client, b"still here")
+            other.sendall(LAST_CHUNK)
+            assert read_all(other).endswith(LAST_CHUNK)
+            start_s = time.monotonic()
+            assert read_all(client) == b"bye"
+            assert program.wait_exit() == 0
+            assert time.monotonic() - start_s < 1.0 + 3.0 + noise_s()  # a farewell, and the server's own grace
 
 
 @pytest.mark.parametrize("options", ["close", "keep-alive, close"])
