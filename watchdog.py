@@ -640,10 +640,17 @@ class Settings:
         "read_timeout", "30s", parse_positive_duration, "time to receive a whole request, from its first byte"
     )
     write_timeout_s: float = setting(
-        "write_timeout", "30s", parse_positive_duration, "time to send a whole response, from its first byte"
+        "write_timeout",
+        "30s",
+        parse_positive_duration,
+        "time to send a whole response, from its first byte; after an Upgrade, for either side to take what is sent",
     )
     exec_timeout_s: float = setting(
-        "exec_timeout", "0", parse_duration, "life of the process and all that it started; 0 is no limit"
+        "exec_timeout",
+        "0",
+        parse_duration,
+        "life of the process and all that it started; with mode=http time of an answer, or of an Upgrade and then of"
+        " silence on both sides; 0 is no limit",
     )
     healthcheck_interval_s: float | None = setting(
         "healthcheck_interval",
@@ -1227,18 +1234,25 @@ def end_to_end(headers: Headers, *dropped: bytes) -> list[Header]:
     return [(name, value) for name, value in headers if name.lower() not in left_out]
 
 
-def upgrade_of(request: Request) -> bytes | None:
-    """Return the protocol that a request wants to switch to (RFC 9110 7.8), None if it wants none that is passed on.
+def tokens_of(headers: Headers, name: bytes) -> list[bytes]:
+    """Return the members of a list-based field (RFC 9110 5.6.1) in all of its lines; `name` and names in lower case."""
+    values = [value for key, value in headers if key == name]
+    return [token.strip() for token in b",".join(values).split(b",")] if values else []
 
-    Not h2c: its requests would pass us unseen (RFC 9113 has dropped it, 3.1).
+
+def upgrade_of(request: Request) -> bytes | None:
+    """Return the protocols that a request wants to switch to (RFC 9110 7.8), None if it wants none that is passed on.
+
+    Not h2c, wherever it stands: its requests would pass us unseen (RFC 9113 has dropped it, 3.1).  Not by HEAD, whose
+    answer has no body that the other protocol could be.
     """
-    protocol = request.header(b"upgrade")
+    protocols = tokens_of(request.headers, b"upgrade")
+    names = {protocol.partition(b"/")[0].lower() for protocol in protocols}
+    options = [option.lower() for option in tokens_of(request.headers, b"connection")]
     has_body = request.body.buffered_bytes or not request.body.complete
-    if protocol is None or has_body or protocol.lower().startswith(b"h2c"):
+    if not names or names & {b"", b"h2c"} or b"upgrade" not in options or has_body or request.method == "HEAD":
         return None
-    named = b",".join(value for name, value in request.headers if name == b"connection")
-    options = [option.strip().lower() for option in named.split(b",")]
-    return protocol if b"upgrade" in options else None
+    return b", ".join(protocols)
 
 
 class Body:
@@ -1403,7 +1417,7 @@ class Response:
     Framing fields (Content-Length, Transfer-Encoding, Connection) are the wire's business and not given here; `length`
     is what a GET would have in the answer to a HEAD.  `write_timeout_s` overrules the server's, infinity is none.
     `is_live`: the body is made while it is sent, for as long as the client keeps its side of the connection open.
-    `switched`, of a 101: takes what the client sends from then on; `body` is then what the other side of it sends.
+    `switch`, of a 101, says what becomes of what the client sends; `body` is then what the other side of it sends.
     """
 
     status: int
@@ -1412,7 +1426,18 @@ class Response:
     length: int | None = None
     write_timeout_s: float | None = None
     is_live: bool = False
-    switched: Callable[[Body], None] | None = None
+    switch: Switch | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Switch:
+    """What follows a 101: `send` passes on what the client sends, until its task ends; given the longest stall in s.
+
+    The connection is closed when nothing has come from either side for `idle_s`.
+    """
+
+    send: Callable[[Body, float], asyncio.Task[None]]
+    idle_s: float = math.inf
 
 
 _REASONS = {status.value: status.phrase.encode() for status in http.HTTPStatus}
@@ -1806,6 +1831,8 @@ class ServerWire(Wire):
         if expect is not None and expect.lower() != b"100-continue":
             raise ExpectationFailed("unknown Expect; allowed: 100-continue")
         self.head_request = method == b"HEAD"
+        if version < b"1.1":  # RFC 9110 7.8: a server ignores its Upgrade
+            headers = [field for field in headers if field[0] != b"upgrade"]
         is_persistent = version == b"1.1" and names.isdisjoint(_PERSISTENCE_FIELDS)
         self._is_plain = is_persistent and not self.head_request
         return method, target, headers
@@ -1905,6 +1932,40 @@ def split_target(target: bytes, host: bytes) -> tuple[bytes, bytes, bytes]:
     return path.partition(b"#")[0], query.partition(b"#")[0], host
 
 
+class BadPath(FaashoundError):
+    """The path would lead out of what it is put behind."""
+
+    status = 400
+
+
+DECODINGS_COUNT = 3  # of a path: upstreams decode once, careless ones twice
+
+# Segments as the widest of upstreams see them: `\\` separates like `/` (IIS), and `..;x` is `..` (Tomcat).
+_DOTS = re.compile(rb"[/\\]\.{1,2}(?=[/\\;]|$)")
+
+
+def has_dot_segments(path: bytes) -> bool:
+    """Tell whether a path has a segment `.` or `..`, plain or encoded: what is further on may resolve it.
+
+    Clients resolve such segments before they ask (RFC 3986 5.2.4), so an honest caller loses nothing.
+    """
+    if b"." not in path and b"%" not in path:
+        return False
+    for _ in range(DECODINGS_COUNT + 1):
+        if _DOTS.search(path):
+            return True
+        if b"%" not in path:
+            return False
+        path = urllib.parse.unquote_to_bytes(path)
+    return False
+
+
+def check_path(path: bytes) -> None:
+    """Raise BadPath for a path with dot segments; see `has_dot_segments`."""
+    if has_dot_segments(path):
+        raise BadPath("the path has dot segments; allowed: a path without . and .., encoded or not (RFC 3986 3.3)")
+
+
 CUT_SHORT = "the connection was closed before the response was complete"
 
 
@@ -1930,6 +1991,7 @@ class ClientWire(Wire):
         super()._begin_anew()
         self._interim_count = 0
         self._method: bytes | None = None  # of a request of which h11 has not been told
+        self._protocols: frozenset[bytes] = frozenset()  # that were asked for
 
     def build_whole(
         self, method: bytes, target: bytes, headers: Sequence[Header], body: bytes, length: int | None
@@ -1947,7 +2009,7 @@ class ClientWire(Wire):
         return b"%b %b HTTP/1.1\r\n%b%b\r\n%b" % (method, target, build_lines(headers), framing, body)
 
     def build_head(self, method: bytes, target: bytes, headers: Sequence[Header]) -> bytes:
-        """Return the bytes of a request's head; `headers` has Host and the framing field."""
+        """Return the bytes of a request's head; `headers` has Host and the framing field, or Upgrade."""
         return self._sent(h11.Request(method=method, target=target, headers=list(headers)))
 
     def feed(self, data: bytes) -> None:
@@ -1983,9 +2045,8 @@ class ClientWire(Wire):
         try:
             event = self._conn.next_event()
             while type(event) is h11.InformationalResponse:
-                if event.status_code == 101:  # which h11 lets pass if we have asked for it
-                    self._body = SwitchedReader(self._conn)
-                    return 101, [(name, value) for name, value in event.headers]
+                if event.status_code == 101:  # which h11 lets pass if we have asked for any protocol
+                    return self._switch([(name, value) for name, value in event.headers])
                 self._interim_count += 1
                 if self._interim_count > MAX_INTERIM_COUNT:
                     raise PeerGone(f"bad response: too many interim ones; allowed: {MAX_INTERIM_COUNT}")
@@ -2001,6 +2062,17 @@ class ClientWire(Wire):
             raise PeerGone(f"bad response: head too large; allowed: {MAX_HEAD_BYTES} bytes")
         self._body = body_reader(self._conn)
         return event.status_code, headers
+
+    def ask_for(self, protocols: bytes) -> None:
+        """Let the request that is built next be answered with a 101, for some of `protocols` (as Upgrade has them)."""
+        self._protocols = frozenset(tokens_of([(b"upgrade", protocols.lower())], b"upgrade"))
+
+    def _switch(self, headers: Headers) -> tuple[int, Headers]:
+        chosen = {protocol.lower() for protocol in tokens_of(headers, b"upgrade")}
+        if not chosen or not chosen <= self._protocols:
+            raise PeerGone("bad response: 101 for a protocol that was not asked for (RFC 9110 7.8)")
+        self._body = SwitchedReader(self._conn)
+        return 101, headers
 
     def next_cycle(self) -> bool:
         """Make ready for the next request; False when this connection cannot carry one."""
@@ -2069,6 +2141,9 @@ _try_h11_grammar()
 # Fairness: of one connection only so many heads and chunks are taken in one turn of the loop, the rest in the next.
 # Deadlines: `read` runs from a request's first byte to its last, but stands still while we do not read; `write`
 # from a response's first byte until the kernel has the last; `idle` between requests.
+# After a 101 each side may end alone, and what the other still sends is passed on.  `write` is then for each piece that
+# a side is to take, and the switch says how long both may be silent.  A client that is reset is seen at once, for a
+# set of the kernel's watches its connection whenever we do not read from it.
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -2152,6 +2227,17 @@ def confirm_at_once(sock: socket.socket) -> None:
     if sock.family in (socket.AF_INET, socket.AF_INET6):
         with suppress(OSError):  # it is closed already
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+
+
+def is_broken(sock: socket.socket, has_ended: bool) -> bool:
+    """Tell whether a connection is no more, as after a reset; `has_ended`: we have ended our side of it.
+
+    Then POLLHUP may mean that the other end has ended its own as well, in good order (tcp_poll() in Linux).
+    """
+    poller = select.poll()
+    poller.register(sock.fileno(), 0)
+    broken = select.POLLERR if has_ended else select.POLLERR | select.POLLHUP
+    return any(events & broken for _, events in poller.poll(0))
 
 
 _TCP_INFO = struct.Struct("=B119xQ")  # of linux/tcp.h: tcpi_state, tcpi_bytes_acked
@@ -2528,14 +2614,22 @@ class Server:
             connection.close_if_idle()
 
     async def drained(self, deadline_s: float) -> bool:
-        """Wait until no connection is left or `deadline_s` (loop time) has come; tell whether none is left."""
+        """Wait until no exchange is left or `deadline_s` (loop time) has come; tell whether none is left.
+
+        Connections that have switched to another protocol do not count: they need never end.
+        """
         try:
             async with asyncio.timeout_at(deadline_s):
-                while self.connections:
-                    await next(iter(self.connections)).closed.wait()
+                while left := self.unfinished():
+                    for connection in left:
+                        await connection.settled.wait()
         except TimeoutError:
             return False
         return True
+
+    def unfinished(self) -> list[ServerConnection]:
+        """Return the connections that are waited for at a drain."""
+        return [connection for connection in self.connections if not connection.settled.is_set()]
 
     @property
     def busy_count(self) -> int:
@@ -2543,10 +2637,17 @@ class Server:
         return sum(connection.is_busy for connection in self.connections)
 
     async def give_up(self) -> None:
-        """Answer 503 to every request whose answer has not begun, then cut what is left after FAREWELL_S."""
-        for connection in list(self.connections):
+        """Answer 503 to every request whose answer has not begun, then cut what is left after FAREWELL_S.
+
+        Of what has switched to another protocol the other side is told that the client has ended, and may say goodbye.
+        """
+        connections = list(self.connections)
+        for connection in connections:
             connection.give_up()
-        await self.drained(asyncio.get_running_loop().time() + FAREWELL_S)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(FAREWELL_S):
+                for connection in connections:
+                    await connection.closed.wait()
         self.abort()
 
     def abort(self) -> None:
@@ -2608,6 +2709,14 @@ class Connection(asyncio.Protocol):
         if self._transport.is_closing():
             raise PeerGone(self.closed_text)
 
+    async def _write_within(self, data: bytes, stall_s: float) -> None:
+        """Write `data`; raises PeerGone if the kernel has not taken it after `stall_s`, too."""
+        try:
+            async with asyncio.timeout(stall_s):
+                await self._write(data)
+        except TimeoutError:
+            raise PeerGone(self.closed_text) from None
+
     def _advance_later(self) -> None:
         self._advancing = True
         self._loop.call_soon(self._go_on)
@@ -2617,6 +2726,11 @@ class Connection(asyncio.Protocol):
 
     def _on_alarm(self) -> None:
         raise NotImplementedError
+
+    def _reset_on_close(self) -> None:
+        """Have the other end know at once that we close, also behind what it does not read (socket(7), SO_LINGER)."""
+        if not self._transport.is_closing():
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
     def abort(self) -> None:
         """Cut the connection now."""
@@ -2636,8 +2750,7 @@ class Intake:
         """Read no more, and call `on_hangup` when the client closes."""
         self.paused = True
         transport.pause_reading()
-        self._watched_fd = transport.get_extra_info("socket").fileno()
-        self._server.hangups.add(self._watched_fd, self._on_closed, select.EPOLLRDHUP)
+        self._watch(transport, select.EPOLLRDHUP)
 
     def resume(self, transport: asyncio.Transport) -> None:
         """Read on."""
@@ -2646,11 +2759,20 @@ class Intake:
             self.stop_watching()
             transport.resume_reading()
 
+    def watch_reset(self, transport: asyncio.Transport) -> None:
+        """Call `on_hangup` once more, when a client that has ended its side is reset, or we have ended ours too."""
+        self._watch(transport, 0)  # epoll_ctl(2): EPOLLERR and EPOLLHUP are always reported
+
     def stop_watching(self) -> None:
         """Call `on_hangup` no more."""
         if self._watched_fd >= 0:
             self._server.hangups.remove(self._watched_fd)
             self._watched_fd = -1
+
+    def _watch(self, transport: asyncio.Transport, events: int) -> None:
+        self.stop_watching()
+        self._watched_fd = transport.get_extra_info("socket").fileno()
+        self._server.hangups.add(self._watched_fd, self._on_closed, events)
 
     def _on_closed(self) -> None:
         self.stop_watching()
@@ -2691,6 +2813,7 @@ class ServerConnection(Connection):
         self.lines: tuple[OrderedDict[ServerConnection, None], ...] = ()  # the roster's, in which it may wait
         self.is_surplus = refusal is not None
         self.closed = asyncio.Event()
+        self.settled = asyncio.Event()  # it is closed, or has switched to another protocol
         self._server = server
         self._wire = ServerWire()
         self._intake = Intake(server, self._on_hangup)
@@ -2701,6 +2824,8 @@ class ServerConnection(Connection):
         self._request: Request | None = None
         self._handled = False
         self._is_live = False
+        self._silence_s = math.inf  # after a 101: how long both sides may be silent
+        self._has_ended = False  # ... the other side has, and so have we towards the client
         self._refusal = refusal
         self._discarded_bytes = 0
 
@@ -2729,18 +2854,17 @@ class ServerConnection(Connection):
         if self._phase is Phase.IDLE:
             self._begin_receiving()
         self._wire.feed(data)
+        if self._is_switched:
+            self._note_traffic()
         if self._advancing:
             self._throttle()
         else:
             self._advance()
 
     def eof_received(self) -> bool:
-        if (
-            self._wire.is_switched and self._phase is Phase.SENDING
-        ):  # that protocol knows what the end of one side means
-            self._wire.feed(b"")
-            if not self._advancing:
-                self._advance()
+        if self._is_switched:  # that protocol knows what the end of one side means
+            self._intake.watch_reset(self._transport)
+            self._end_clients_side()
             return True
         if self._phase is Phase.SENDING and not self._is_live:
             self._intake.paused = True  # by the transport; it will say so again when we read on after the answer
@@ -2754,6 +2878,7 @@ class ServerConnection(Connection):
         self._cancel()
         self.resume_writing()
         self._server.forget(self)
+        self.settled.set()
         self.closed.set()
 
     def _enter(self, phase: Phase) -> None:
@@ -2836,7 +2961,12 @@ class ServerConnection(Connection):
         self._alarm.go_on()
 
     def _on_hangup(self) -> None:
-        if self._phase is not Phase.SENDING or self._is_live:
+        if self._is_switched:
+            if is_broken(self._socket, self._has_ended):
+                self.abort()
+            elif not self._has_ended:
+                self._intake.watch_reset(self._transport)  # it has ended its side, and what it sent is still to be read
+        elif self._phase is not Phase.SENDING or self._is_live:
             self.abort()
 
     # Answering.
@@ -2868,6 +2998,9 @@ class ServerConnection(Connection):
 
     async def _send(self, response: Response) -> None:
         self._enter(Phase.SENDING)
+        if response.switch is not None:
+            await self._relay(response, response.switch)
+            return
         self._is_live = response.is_live
         limit_s = self._server.timeouts.write_s if response.write_timeout_s is None else response.write_timeout_s
         self._alarm.set(None if limit_s == math.inf else self._loop.time() + limit_s)
@@ -2881,8 +3014,6 @@ class ServerConnection(Connection):
             await self._write(self._wire.build_whole(response.status, headers, body, length, close))
             return
         head = partial(self._wire.build_head, response.status, headers, response.length, close)
-        if response.switched is not None:
-            head = partial(self._switch, response.headers, response.switched)
         if isinstance(body, FileBody):
             with body.file:
                 await self._write(head() + self._wire.build_chunk(body.prefix))
@@ -2894,14 +3025,48 @@ class ServerConnection(Connection):
                     await self._write(self._wire.build_chunk(data))
         await self._write(self._wire.end())
 
-    def _switch(self, headers: Sequence[Header], switched: Callable[[Body], None]) -> bytes:
-        """Return a 101, and let what the client sends from now on be a body without framing."""
-        head = self._wire.build_switch(headers)
-        cast(Request, self._request).body = body = Body(None, self._on_drained)
-        self._alarm.set(None)
-        switched(body)
-        self._advance()
-        return head
+    async def _relay(self, response: Response, switch: Switch) -> None:
+        """Send a 101, then pass on what comes from either side without framing, until both sides have ended."""
+        stall_s = self._server.timeouts.write_s
+        async with aclosing(cast(Stream, response.body)) as stream:
+            expect_stalls(self._socket, True)
+            head = self._wire.build_switch(response.headers)
+            cast(Request, self._request).body = body = Body(None, self._on_drained)
+            self._silence_s = switch.idle_s
+            self._note_traffic()
+            self.settled.set()
+            passing = switch.send(body, stall_s)
+            try:
+                self._advance()
+                await self._write_within(head, stall_s)
+                async for data in stream:
+                    self._note_traffic()
+                    await self._write_within(data, stall_s)
+                await self._end_our_side(passing)
+            finally:
+                passing.cancel()
+        if not body.complete:
+            raise PeerGone("the other side of the switched connection was closed")
+
+    async def _end_our_side(self, passing: asyncio.Task[None]) -> None:
+        """Tell the client that the other side has ended its own, and wait for what the client still sends."""
+        self._has_ended = True
+        self._transport.write_eof()
+        self._silence_s = min(self._silence_s, self._server.timeouts.read_s)
+        self._note_traffic()
+        await asyncio.wait((passing,))
+
+    def _end_clients_side(self) -> None:
+        self._wire.feed(b"")
+        if not self._advancing:
+            self._advance()
+
+    @property
+    def _is_switched(self) -> bool:
+        return self._wire.is_switched and self._phase is Phase.SENDING
+
+    def _note_traffic(self) -> None:
+        self._alarm.set(None if self._silence_s == math.inf else self._loop.time() + self._silence_s)
 
     async def _send_file(self, body: FileBody, count: int) -> None:
         """Have the kernel copy `count` bytes of a file, behind what it has got, in a thread: no disk stops the loop."""
@@ -2974,6 +3139,8 @@ class ServerConnection(Connection):
 
     def _on_alarm(self) -> None:
         if self._phase in (Phase.SENDING, Phase.LINGERING):
+            if self._is_switched:
+                log.info(f"a switched connection is closed: silent for {format_duration(self._silence_s)}")
             self.abort()
         elif self._phase in (Phase.HEAD, Phase.BODY):
             timeout = format_duration(self._server.timeouts.read_s)
@@ -3022,15 +3189,17 @@ class ServerConnection(Connection):
 
     def give_up(self) -> None:
         """Answer that we are stopping, where the answer has not begun; else cut the connection."""
-        if self._phase not in (Phase.HEAD, Phase.BODY, Phase.HANDLING):
+        if self._is_switched:
+            self._end_clients_side()
+        elif self._phase not in (Phase.HEAD, Phase.BODY, Phase.HANDLING):
             self.abort()
         elif self._refusal is None:
             self._refuse(Stopping(), at_once=True)  # a tree that was granted term_grace may outlast the farewell
 
     def _cut(self) -> None:
         """Cut an answer that has begun; where a client would take a mere close for its end, by a reset."""
-        if self._wire.peer_is_old and not self._transport.is_closing():
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        if self._wire.peer_is_old:
+            self._reset_on_close()
         self.abort()
 
     def _cancel(self) -> None:
@@ -3271,7 +3440,7 @@ class Client:
 class Upgrade:
     """In place of a request's body: the wish to switch to another protocol (RFC 9110 7.8)."""
 
-    protocol: bytes
+    protocols: bytes  # as Upgrade has them
 
 
 # A body to send: its bytes, a stream that can be read once, or a function that opens a stream of it, time and again.
@@ -3283,7 +3452,8 @@ class ClientResponse:
     """A response whose head is there: `status`, `headers` (lower-case names), and `body`, to be iterated.
 
     Leaving `async with` before the end of the body cuts the connection, which tells the server to stop.  After a 101,
-    which only an `Upgrade` is answered with, `body` is what the server sends, and `send` says what it is sent.
+    which only an `Upgrade` is answered with, `body` is what the server sends, and `send` says what it is sent; each may
+    end before the other.
     """
 
     def __init__(self, status: int, headers: Headers, body: Body, connection: ClientConnection) -> None:
@@ -3296,9 +3466,12 @@ class ClientResponse:
         """Return the first value of `name`, given in lower case."""
         return field_value(self.headers, name)
 
-    def send(self, body: Body) -> None:
-        """After a 101: send what comes out of `body`, and its end."""
-        self._connection.send_switched(body)
+    def send(self, body: Body, stall_s: float) -> asyncio.Task[None]:
+        """After a 101: send what comes out of `body`, and its end; the server has `stall_s` to take each piece.
+
+        The task ends when all is sent, or the connection is lost; to cancel it cuts the connection.
+        """
+        return self._connection.send_switched(body, stall_s)
 
     async def __aenter__(self) -> ClientResponse:
         return self
@@ -3370,6 +3543,8 @@ class ClientConnection(Connection):
             self._wire.feed(b"")
             if not self._advancing:
                 self._advance()
+            if self._wire.is_switched and self._transport.can_write_eof():
+                return True  # it may go on reading
         return self._advancing  # what has come is still to be parsed
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -3382,6 +3557,8 @@ class ClientConnection(Connection):
             self._on_closed_by_peer()
         self._fail(PeerGone(CUT_SHORT))
         self.resume_writing()
+        if self._wire.is_switched and self._sender is not None:
+            self._sender.cancel()
         if self._url is not None:
             self._client.forget(self, self._url)
 
@@ -3424,7 +3601,8 @@ class ClientConnection(Connection):
         has_host = headers and headers[0][0].lower() == b"host"
         fields = [*headers] if has_host else [(b"Host", url.authority.encode()), *headers]
         if isinstance(body, Upgrade):
-            fields += [(b"Connection", b"Upgrade"), (b"Upgrade", body.protocol)]
+            self._wire.ask_for(body.protocols)
+            fields += [(b"Connection", b"Upgrade"), (b"Upgrade", body.protocols)]
             self._put(self._wire.build_head(method.encode(), url.target.encode(), fields) + self._wire.end())
             return
         known = len(body) if isinstance(body, bytes) else length
@@ -3448,18 +3626,25 @@ class ClientConnection(Connection):
             self._put(head)
             self._sender = self._loop.create_task(self._send_body(body))
 
-    def send_switched(self, body: Body) -> None:
+    def send_switched(self, body: Body, stall_s: float) -> asyncio.Task[None]:
         """After a 101: see `ClientResponse.send`."""
-        self._stalls_expected = True
         expect_stalls(self._socket, True)
-        self._sender = self._loop.create_task(self._send_switched(body))
+        self._sender = self._loop.create_task(self._send_switched(body, stall_s))
+        self._sender.add_done_callback(lambda sender: self.abort() if sender.cancelled() else None)
+        return self._sender
 
-    async def _send_switched(self, body: Body) -> None:
-        with suppress(PeerGone):  # which the reader of its answer is told
+    async def _send_switched(self, body: Body, stall_s: float) -> None:
+        try:
             async for data in body:
-                await self._write(data)
-            if self._transport.can_write_eof():
-                self._transport.write_eof()
+                await self._write_within(data, stall_s)
+        except PeerGone:
+            self._fail(PeerGone("the other side closed the switched connection or took too long to read"))
+            self.abort()
+            return
+        if self._ended or not self._transport.can_write_eof():
+            self._transport.close()
+        else:
+            self._transport.write_eof()
 
     async def _send_body(self, body: AsyncIterator[bytes] | Callable[[], Stream]) -> None:
         if callable(body):
@@ -3539,10 +3724,14 @@ class ClientConnection(Connection):
 
     def _complete(self) -> None:
         self._alarm.set(None)
+        cast(Body, self._body).finish()
+        if self._wire.is_switched:
+            if self._sender is not None and self._sender.done():
+                self._transport.close()
+            return
         if self._sender is not None and not self._sender.done():
             self._sender.cancel()
         self._sender = self._head = None
-        cast(Body, self._body).finish()
         if not self._ended and self._wire.next_cycle() and not self._transport.is_closing():
             self._alarm.set(self._loop.time() + self._client.kept_s)
             self._client.keep(self, cast(Url, self._url))
@@ -3588,6 +3777,8 @@ class ClientConnection(Connection):
     def abort(self) -> None:
         """Cut the connection now."""
         self._alarm.stop_handle()
+        if self._wire.is_switched:
+            self._reset_on_close()
         if self._sender is not None:
             self._sender.cancel()
         self._transport.abort()
@@ -3595,16 +3786,16 @@ class ClientConnection(Connection):
 
 def sent_body(request: Request) -> SentBody:
     """Return what a proxy sends as the body of a request that it passes on: the wish to switch, if it has that."""
-    protocol = upgrade_of(request)
-    return body_if_complete(request.body) if protocol is None else Upgrade(protocol)
+    protocols = upgrade_of(request)
+    return body_if_complete(request.body) if protocols is None else Upgrade(protocols)
 
 
-def relayed(response: ClientResponse, headers: Sequence[Header], body: Stream) -> Response:
-    """Return an answer as it is passed on while it comes, with `headers`; of a 101 both directions."""
+def relayed(response: ClientResponse, headers: Sequence[Header], body: Stream, idle_s: float) -> Response:
+    """Return an answer as it is passed on while it comes, with `headers`; of a 101 both directions; see `Switch`."""
     if response.status != 101:
         return Response(response.status, headers, body, response.body.length, is_live=True)
-    fields = [*headers, (b"Upgrade", response.header(b"upgrade") or b"")]
-    return Response(101, fields, body, write_timeout_s=math.inf, switched=response.send)
+    fields = [*headers, (b"Upgrade", b", ".join(tokens_of(response.headers, b"upgrade")))]
+    return Response(101, fields, body, switch=Switch(response.send, idle_s))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -5943,13 +6134,13 @@ class Http(Mode):
             error.headers = (*error.headers, call.duration_field())
             raise
         headers = [*end_to_end(response.headers, b"date", b"x-duration-seconds"), call.duration_field()]
-        body = body_if_complete(response.body)
+        body = response.body if response.status == 101 else body_if_complete(response.body)
         if isinstance(body, bytes):
             whole = Response(response.status, headers, body, response.body.length)
             call.sent(whole, len(body))
             return whole
         live = ProxiedAnswer(response, call)
-        live.response = relayed(response, headers, live)
+        live.response = relayed(response, headers, live, self._settings.exec_timeout_s or math.inf)
         return live.response
 
     async def _body(self, request: Request) -> tuple[SentBody, int | None]:
@@ -5962,9 +6153,15 @@ class Http(Mode):
     async def _send(
         self, request: Request, body: SentBody, length: int | None, deadline_s: float | None
     ) -> ClientResponse:
-        """Send a request as soon as the server takes it; raises ServerFailure: ServerDown if it does not in time."""
+        """Send a request as soon as the server takes it; raises ServerFailure: ServerDown if it does not in time.
+
+        Raises BadPath for a path that would lead out of the upstream's.
+        """
         base, client = self._upstream.url, self._upstream.client
-        url = Url(base.scheme, base.host, base.port, base.target + origin_form(request) or "*")
+        target = origin_form(request)
+        if base.target:
+            check_path(target.partition("?")[0].encode())
+        url = Url(base.scheme, base.host, base.port, base.target + target or "*")
         headers = [(b"Host", request.host), *end_to_end(request.headers, b"host", b"expect")]
         limit_s = time.monotonic() + SERVER_WAIT_S if deadline_s is None else deadline_s
         while True:
@@ -6942,12 +7139,12 @@ async def drain(settings: Settings, signals: Signals, server: Server) -> int:
 async def drain_server(server: Server, signals: Signals, limit_s: float) -> int:
     """Stop accepting, let what is in flight finish within `limit_s` or until the second signal, give up the rest.
 
-    Returns 0 if nothing was given up, else 1: the exit status.
+    Returns 0 if nothing was given up but connections that had switched to another protocol, else 1: the exit status.
     """
     server.stop_accepting()
     log.info(f"No new connections allowed, draining: {server.busy_count} requests")
     await finished_first(server.drained(time.monotonic() + limit_s), signals.second.wait())
-    cut_count = len(server.connections)
+    cut_count = len(server.unfinished())
     await server.give_up()
     log.info(f"Exiting. Active connections: {cut_count}")
     return 1 if cut_count else 0

@@ -51,8 +51,7 @@ from ..network.addresses import (
     parse_literal,
     parse_numeric_host,
 )
-from ..network.paths import has_dot_segments
-from ..watchdog import SECRET_FIELDS, VERSION, FaashoundError, Resolver, Url, end_to_end
+from ..watchdog import SECRET_FIELDS, VERSION, FaashoundError, Resolver, Url, end_to_end, has_dot_segments
 from ..watchdog import Address as SocketAddress
 from .model import Headers
 

@@ -5,7 +5,7 @@
     await invocations.close()
 
 What it promises: status, headers and body as the function sent them, streamed both ways as they come, of a 101
-(WebSocket and the like) for as long as both sides like; every answer, ours too,
+(WebSocket and the like) until neither side has said a word for upstream_timeout; every answer, ours too,
 carries X-Call-Id and X-Start-Time, is counted, and is a line in the log.  A failure of ours bears X-OpenFaaS-Internal,
 by which a worker knows that not the function has spoken, and tells a stranger no address.
 
@@ -34,6 +34,7 @@ from ..watchdog import (
     Unreachable,
     UpstreamTimeout,
     call_id_of,
+    check_path,
     end_to_end,
     error_response,
     format_duration,
@@ -43,7 +44,7 @@ from ..watchdog import (
 )
 from .gates import FunctionGate, check_enabled
 from .metrics import GatewayMetrics
-from .proxying import ID_FIELDS, OurVia, RequestIds, check_path, fields_of_worker, fields_passed_on, function_target
+from .proxying import ID_FIELDS, OurVia, RequestIds, fields_of_worker, fields_passed_on, function_target
 from .settings import Settings
 
 MOVES_WITHIN_S = 10.0  # a function whose process has died; what takes its place imports nothing and starts at once
@@ -128,7 +129,7 @@ class Invocations:
         response = await self._send(request, function, rest, headers, by_worker)
         self._metrics.answered(function.name)
         fields = [*end_to_end(response.headers, *ID_FIELDS, b"date"), *ids.fields]
-        answer = relayed(response, fields, response.body)
+        answer = relayed(response, fields, response.body, self._upstream_timeout_s)
         if by_worker:
             answer.write_timeout_s = math.inf
         return answer

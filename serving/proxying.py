@@ -1,6 +1,5 @@
 """What a gateway checks and changes in a request that it passes on to a function.
 
-    check_path(rest)                                  # BadPath for what would leave the function's own paths
     our_via.check(request)                            # LoopDetected for what has come through us already
     fields = fields_passed_on(request, RequestIds("0190...", b"1700000000000000000"), our_via)
     url = function_target(function, request, rest)
@@ -24,26 +23,14 @@ from typing import NamedTuple
 from ..calls.callbacks import CALLBACK_PROOF
 from ..draining.gateway_access import WORKER_TOKEN
 from ..functions.table import Function, parse_upstream
-from ..network.paths import below, has_dot_segments
+from ..network.paths import below
 from ..watchdog import FaashoundError, Header, Request, Url, end_to_end
-
-
-class BadPath(FaashoundError):
-    """The path would lead out of the function's own."""
-
-    status = 400
 
 
 class LoopDetected(FaashoundError):
     """The request has been here before (RFC 5842 7.2).  Not marked as ours: to try again would be another round."""
 
     status = 508
-
-
-def check_path(path: bytes) -> None:
-    """Raise BadPath for a path with dot segments; see `network.paths.has_dot_segments`."""
-    if has_dot_segments(path):
-        raise BadPath("the path has dot segments; allowed: a path without . and .., encoded or not (RFC 3986 3.3)")
 
 
 def forwarded(request: Request) -> list[Header]:

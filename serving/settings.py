@@ -48,13 +48,17 @@ class Settings(SharedSettings):
         "read_timeout", "60s", parse_positive_duration, "time to receive a whole request, from its first byte"
     )
     write_timeout_s: float = setting(
-        "write_timeout", "60s", parse_positive_duration, "time to send a whole response, from its first byte"
+        "write_timeout",
+        "60s",
+        parse_positive_duration,
+        "time to send a whole response, from its first byte; after an Upgrade, for either side to take what is sent",
     )
     upstream_timeout_s: float = setting(
         "upstream_timeout",
         "60s",
         parse_positive_duration,
-        "time a caller waits for a function; calls of a worker do not",
+        "time a caller waits for a function, and of silence on both sides after an Upgrade; calls of a worker have no"
+        " limit",
     )
     functions: str = setting("functions", "functions.toml", parse_text, "path of the functions file")
     function_url: str | None = setting(

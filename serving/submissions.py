@@ -31,6 +31,7 @@ from ..watchdog import (
     Response,
     body_if_complete,
     call_id_of,
+    check_path,
     error_response,
     format_duration,
     log,
@@ -42,7 +43,7 @@ from .answers import BadField, NotFound, allow
 from .gates import FunctionGate
 from .health import Health
 from .metrics import GatewayMetrics
-from .proxying import OurVia, RequestIds, check_path, fields_passed_on
+from .proxying import OurVia, RequestIds, fields_passed_on
 from .settings import Settings
 from .shared_limit import SharedLimit
 

@@ -17,6 +17,10 @@ PORT=5000 python -S -E -I app_server.py [WAIT_S]          # listens after so man
 /zombie          leaves an orphan that ends at once
 /print/TEXT      prints TEXT on stdout, and TEXT in upper case on stderr
 any, with `Upgrade: echo`      101, and then what it is sent; `quit` has it close
+/as/NAME, with that            ... whose Upgrade is NAME, or missing; as/NAME/NAME has two such fields
+/deaf, with that               101, and then it reads nothing
+/talks, with that              101, and after what it is sent first zeros as fast as they are taken
+/ends-first, with that         101, and the end of its side; what it is sent it prints on stdout
 """
 
 import json
@@ -41,10 +45,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_any(self) -> None:
         """Answer any method."""
-        if self.headers.get("Upgrade") == "echo":
-            self.switch()
-            return
         words = self.path.partition("?")[0].strip("/").split("/")
+        if "echo" in self.headers.get("Upgrade", ""):
+            self.switch(*words)
+            return
         getattr(self, f"on_{words[0]}", self.on_echo)(*words[1:])
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_PROPFIND = do_any
@@ -146,15 +150,30 @@ class Handler(BaseHTTPRequestHandler):
         print(text.upper(), file=sys.stderr, flush=True)
         self.answer(b"")
 
-    def switch(self) -> None:
-        """Speak the protocol that sends back what it gets."""
-        self.wfile.write(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: echo\r\nX-A: b\r\n\r\n")
+    def switch(self, what: str, *names: str) -> None:
+        """Speak the protocol that sends back what it gets, or one that is worse."""
+        self.send_response_only(101)
+        self.send_header("Connection", "Upgrade")
+        for name in names if what == "as" else ("echo",):
+            self.send_header("Upgrade", name)
+        self.send_header("X-A", "b")
+        self.end_headers()
         self.close_connection = True
+        if what == "deaf":
+            time.sleep(60)
+        while what == "talks" and self.rfile.peek(1):
+            self.wfile.write(bytes(65536))
+        if what == "ends-first":
+            self.connection.shutdown(socket.SHUT_WR)
         while data := self.rfile.read1(65536):
             if data == b"quit":
                 return
-            self.wfile.write(data)
-        self.wfile.write(b"bye")
+            if what == "ends-first":
+                print(data.decode(), flush=True)
+            else:
+                self.wfile.write(data)
+        if what != "ends-first":
+            self.wfile.write(b"bye")
 
 
 def main(wait: str = "0") -> None:

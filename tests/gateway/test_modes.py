@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 import socket
+import struct
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -149,6 +151,53 @@ def test_other_protocol_passes_both_ways(system: System) -> None:
         read_until(client, b"hello")
         client.shutdown(socket.SHUT_WR)
         assert read_all(client) == b"bye"
+
+
+SWITCHING = FUNCTIONS.partition("[app]")[2].partition("[talk]")[0]
+
+
+def switched(system: System, path: str = "") -> socket.socket:
+    client = connect(system.port)
+    head = f"GET /function/app{path} HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n"
+    client.sendall(head.encode())
+    assert read_until(client, b"\r\n\r\n").startswith(b"HTTP/1.1 101 ")
+    return client
+
+
+@pytest.mark.parametrize("is_filled", [True, False], ids=["full", "empty"])
+def test_client_that_is_reset_is_let_go_while_the_server_does_not_read(is_filled: bool) -> None:
+    with System(f"[app]{SWITCHING}max_inflight = 1\n", {"max_inflight": "1"}) as system:
+        client = switched(system, "/deaf")
+        client.settimeout(0.5)
+        with suppress(TimeoutError):
+            while is_filled:
+                client.send(bytes(65536))
+        assert get(system, "/function/app/pid").status == 429
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+        wait_until(lambda: get(system, "/function/app/pid").status == 200, 3.0 + noise_s(), "the place is free")
+
+
+def test_silence_of_both_sides_has_the_upstream_timeout() -> None:
+    with System(f"[app]{SWITCHING}", {"upstream_timeout": "1s"}) as system:
+        wait_until(lambda: get(system, "/function/app/pid").status == 200, 10.0, "the server takes connections")
+        with switched(system) as client:
+            for _ in range(4):
+                time.sleep(0.3)  # less than the limit, but all of them are more
+                client.sendall(b"ping")
+                assert read_until(client, b"ping")
+            start_s = time.monotonic()
+            assert read_all(client) == b""
+            assert 0.9 <= time.monotonic() - start_s < 1.0 + 0.3 + noise_s()
+
+
+def test_gateway_does_not_wait_for_what_has_switched_when_it_stops() -> None:
+    with System(f"[app]{SWITCHING}") as system, switched(system) as client, switched(system, "/deaf"):
+        start_s = time.monotonic()
+        system.terminate()
+        assert read_all(client) == b"bye"
+        assert system.wait_exit() == 0
+        assert time.monotonic() - start_s < 1.0 + 5.0 + 2 * noise_s()  # a farewell, and the ends of worker and function
 
 
 def test_real_websockets_meet_through_gateway_and_watchdog(system: System) -> None:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from faashound.serving.proxying import BadPath, LoopDetected, build_via, check_path
-from faashound.watchdog import Body, Request
+from faashound.serving.proxying import LoopDetected, build_via
+from faashound.watchdog import BadPath, Body, Request, check_path
 from testkit.harness import free_port, wait_until
 from testkit.system import FUNCTIONS, Receiver, System, always
 

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from faashound.network.paths import below, has_dot_segments
-from faashound.watchdog import Url, parse_url
+from faashound.network.paths import below
+from faashound.watchdog import Url, has_dot_segments, parse_url
 
 BELOW: dict[str, tuple[str, str, str, str]] = {
     "the root": ("http://h:8080", "", "", "/"),

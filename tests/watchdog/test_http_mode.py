@@ -6,9 +6,11 @@ import json
 import os
 import signal
 import socket
+import struct
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +125,17 @@ def test_path_of_the_upstream_is_a_prefix() -> None:
     with Program("watchdog", {**SETTINGS, "upstream_url": "http://127.0.0.1:0/pre/fix/"}) as program:
         wait_healthy(program)
         assert echo(program, path="/echo?x")["target"] == "/pre/fix/echo?x"
+
+
+@pytest.mark.parametrize(
+    "path", ["/%2e%2e/admin", "/a/..%2f../admin", "/..;/admin", "/../admin?x", "/.", "http://h/.."]
+)
+def test_path_that_would_lead_out_of_the_upstreams_is_a_400(path: str) -> None:
+    with Program("watchdog", {**SETTINGS, "upstream_url": "http://127.0.0.1:0/pre/fix"}) as program:
+        wait_healthy(program)
+        (answer,) = parse(raw(program.port, request_of(path, "Connection: close\r\n")))
+        assert (answer.status, "dot segments" in answer.text) == (400, True)
+        assert echo(program, path="/a.b/..c?/../")["target"] == "/pre/fix/a.b/..c?/../"
 
 
 def test_many_requests_have_one_process(program: Program) -> None:
@@ -420,9 +433,15 @@ def test_ready_asks_the_server_where_ready_path_says() -> None:
 # Upgrade.
 
 
-def upgrade(port: int, headers: str = "Connection: keep-alive, Upgrade\r\n") -> socket.socket:
+def upgrade(port: int, path: str = "/", headers: str = "") -> socket.socket:
     client = connect(port)
-    client.sendall(request_of("/", f"{headers}Upgrade: echo\r\n"))
+    client.sendall(request_of(path, f"Connection: keep-alive, Upgrade\r\nUpgrade: echo\r\n{headers}"))
+    return client
+
+
+def switched(port: int, path: str = "/", headers: str = "") -> socket.socket:
+    client = upgrade(port, path, headers)
+    assert read_until(client, b"\r\n\r\n").startswith(b"HTTP/1.1 101 ")
     return client
 
 
@@ -461,13 +480,96 @@ def test_much_passes_in_the_other_protocol_when_both_sides_are_slow(program: Pro
         assert received == data
 
 
-def test_limit_does_not_cut_the_other_protocol(program: Program) -> None:
-    with connect(program.port) as client:
-        client.sendall(request_of("/", "Connection: Upgrade\r\nUpgrade: echo\r\nX-Timeout: 200ms\r\n"))
-        read_until(client, b"\r\n\r\n")
+def test_callers_limit_is_for_the_switch_and_not_for_what_follows(program: Program) -> None:
+    with switched(program.port, headers="X-Timeout: 200ms\r\n") as client:
         time.sleep(0.4)  # what is asserted is that nothing happens meanwhile
         client.sendall(b"still here")
         assert read_until(client, b"still here")
+
+
+def test_client_may_go_on_when_the_server_has_ended_its_side(program: Program) -> None:
+    with switched(program.port, "/ends-first") as client:
+        assert read_all(client) == b""
+        client.sendall(b"behind the end")
+        program.wait_log("stdout: behind the end")
+        assert in_flight(program) == 1
+    wait_until(lambda: is_free(program), 2.0, "the slot is free")
+
+
+def fill(client: socket.socket) -> None:
+    """Send until nothing is taken any more."""
+    client.settimeout(0.3)
+    with suppress(TimeoutError, ConnectionError):  # or it was cut already
+        while True:
+            client.send(bytes(65536))
+
+
+def reset(client: socket.socket) -> None:
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+
+
+@pytest.mark.parametrize("is_filled", [True, False], ids=["full", "empty"])
+@pytest.mark.parametrize("ends_first", [False, True], ids=["open", "half-closed"])
+def test_client_that_is_reset_is_let_go_while_the_server_does_not_read(
+    program: Program, is_filled: bool, ends_first: bool
+) -> None:
+    clients = [switched(program.port, "/deaf") for _ in range(2)]
+    for client in clients:
+        if is_filled:
+            fill(client)
+        if ends_first:
+            client.shutdown(socket.SHUT_WR)
+    assert not is_free(program)
+    for client in clients:
+        reset(client)
+    wait_until(lambda: is_free(program), 2.0 + noise_s(), "the slots are free")
+    wait_until(lambda: in_flight(program) == 0, 2.0 + noise_s(), "both are")
+
+
+@pytest.mark.parametrize(("path", "fills"), [("/deaf", True), ("/talks", False)])
+def test_side_that_takes_nothing_has_the_write_timeout(path: str, fills: bool) -> None:
+    settings = {**SETTINGS, "max_inflight": "1", "write_timeout": "500ms", "exec_timeout": "60s"}
+    with Program("watchdog", settings) as program:
+        wait_healthy(program)
+        with switched(program.port, path) as client:
+            client.sendall(b"go on")
+            if fills:
+                fill(client)
+            wait_until(lambda: is_free(program), 5.0 + noise_s(), "the slot is free")
+
+
+def test_silence_of_both_sides_has_the_exec_timeout() -> None:
+    with Program("watchdog", {**SETTINGS, "max_inflight": "1", "exec_timeout": "1s"}) as program:
+        wait_healthy(program)
+        with switched(program.port) as client:
+            for _ in range(5):
+                time.sleep(0.3)  # less than the limit, but all of them are more
+                client.sendall(b"ping")
+                assert read_until(client, b"ping")
+            start_s = time.monotonic()
+            assert read_all(client) == b""
+            assert 0.9 <= time.monotonic() - start_s < 1.0 + 0.3 + noise_s()
+        program.wait_log("a switched connection is closed: silent for 1s")
+        wait_until(lambda: is_free(program), 2.0, "the slot is free")
+
+
+def test_drain_does_not_wait_for_what_has_switched_but_for_requests_and_the_server_may_say_goodbye() -> None:
+    with Program("watchdog", SETTINGS) as program:
+        wait_healthy(program)
+        with switched(program.port) as client, switched(program.port, "/deaf"), connect(program.port) as other:
+            other.sendall(b"POST /stream HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n")
+            read_until(other, b"begin\n\r\n")
+            program.terminate()
+            program.wait_log("draining: 3 requests")
+            client.sendall(b"still here")
+            read_until(client, b"still here")
+            other.sendall(LAST_CHUNK)
+            assert read_all(other).endswith(LAST_CHUNK)
+            start_s = time.monotonic()
+            assert read_all(client) == b"bye"
+            assert program.wait_exit() == 0
+            assert time.monotonic() - start_s < 1.0 + 3.0 + noise_s()  # a farewell, and the server's own grace
 
 
 @pytest.mark.parametrize("options", ["close", "keep-alive, close"])
@@ -476,11 +578,45 @@ def test_upgrade_is_not_passed_on_when_connection_does_not_name_it(program: Prog
     assert "upgrade" not in {name.lower() for name, _ in json.loads(answer.body)["headers"]}
 
 
-def test_h2c_is_not_passed_on(program: Program) -> None:
-    head = "Connection: Upgrade, HTTP2-Settings, close\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
+@pytest.mark.parametrize(
+    "upgrade",
+    [
+        "Upgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n",
+        "Upgrade: echo, h2c\r\n",
+        "Upgrade: echo\r\nUpgrade: H2C\r\n",
+        "Upgrade: echo,h2c/14\r\n",
+        "Upgrade: , echo\r\n",
+        "Upgrade: echo,\r\n",
+        "Upgrade: \r\n",
+    ],
+)
+def test_h2c_and_what_names_no_protocol_is_not_passed_on(program: Program, upgrade: str) -> None:
+    head = f"Connection: Upgrade, HTTP2-Settings, close\r\n{upgrade}"
     (answer,) = parse(raw(program.port, request_of("/echo", head)))
     names = {name.lower() for name, _ in json.loads(answer.body)["headers"]}
     assert not names & {"upgrade", "http2-settings"}
+
+
+def test_server_may_choose_among_the_protocols_that_were_asked_for(program: Program) -> None:
+    with upgrade(program.port, "/as/ECHO/other", "Upgrade: more, other\r\n") as client:
+        assert b"\r\nupgrade: echo, other\r\n" in read_until(client, b"\r\n\r\n").lower()
+
+
+@pytest.mark.parametrize("names", ["evil", "echo/2", "echo/evil", ""])
+def test_switch_to_what_was_not_asked_for_is_a_502(program: Program, names: str) -> None:
+    with upgrade(program.port, f"/as/{names}", "X-Timeout: 10s\r\n") as client:
+        assert client.recv(65536).startswith(b"HTTP/1.1 502 ")
+    wait_until(lambda: is_free(program), 2.0, "the slot is free")
+
+
+def test_head_and_http_1_0_are_not_switched(program: Program) -> None:
+    wish = b"Host: h\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n"
+    (answer,) = parse(
+        raw(program.port, b"HEAD /echo HTTP/1.1\r\nX-A: b\r\n" + wish.replace(b"Up", b"close, Up", 1)), ["HEAD"]
+    )
+    assert answer.status == 200
+    (answer,) = parse(raw(program.port, b"GET /echo HTTP/1.0\r\n" + wish))  # RFC 9110 7.8: "MUST ignore"
+    assert "upgrade" not in {name.lower() for name, _ in json.loads(answer.body)["headers"]}
 
 
 def test_real_websockets_meet_through_the_watchdog() -> None:
