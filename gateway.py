@@ -70,6 +70,7 @@ from .serving.control_plane import (
 )
 from .serving.events import Events
 from .serving.function_logs import FunctionLogs
+from .serving.function_pages import check_place
 from .serving.gates import FunctionGate
 from .serving.health import Health
 from .serving.history import History, Sources
@@ -179,6 +180,7 @@ class Gateway:
 
     async def _route(self, request: Request) -> Response:
         self.access.check_host(request)
+        check_place(request)
         area, name, rest = split_path(request.path)
         if area == "function" or (area == "async-function" and not is_call_id(name)):
             return await self._call(request, area, name, rest)
