@@ -208,6 +208,26 @@ def test_no_more_passwords_wait_for_their_hash_than_may(secrets: Path) -> None:
     asyncio.run(test())
 
 
+def test_right_password_is_behind_no_wrong_one_after_a_change_of_others_in_the_file(secrets: Path) -> None:
+    path, right = secrets / "basic-auth-users", base64.b64encode(b"bob:b")
+
+    async def test() -> None:
+        hashes = Hashes(UserFile(path))
+        assert await hashes.check(right, "192.0.2.1") == User("bob", Role.READ)
+        path.write_text(f"{line('bob', 'b', 'read')}\n{line('carol', 'c')}\n")
+        numbers = range(MAX_HASHES_COUNT)
+        guesses = [hashes.check(base64.b64encode(b"bob:%d" % number), f"192.0.2.{number}") for number in numbers]
+        tasks = [asyncio.create_task(guess) for guess in guesses]
+        await asyncio.sleep(0)  # all wait for their turn
+        assert await hashes.check(right, "192.0.2.1") == User("bob", Role.READ)
+        assert not any(task.done() for task in tasks)
+        path.write_text(line("bob", "another", "read"))
+        assert hashes.known(right) is None
+        assert await asyncio.gather(*tasks) == [None] * MAX_HASHES_COUNT
+
+    asyncio.run(test())
+
+
 def test_pair_of_files_opens_besides(secrets: Path) -> None:
     (secrets / "basic-auth-user").write_text("admin")
     (secrets / "basic-auth-password").write_text("sesame")
