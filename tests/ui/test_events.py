@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
 
 from faashound.serving.followers import MAX_FOLLOWERS_COUNT, MAX_OF_ADDRESS_COUNT
 from testkit.harness import wait_until
-from tests.ui.kit import Shown
+from tests.ui.kit import FUNCTIONS, Shown
 
 Event = dict[str, str]
 
@@ -169,7 +169,7 @@ def test_readers_beyond_the_limit_are_told_to_ask_instead_and_places_are_given_b
         with reading(system) as reader:
             return reader.status() == 200
 
-    wait_until(has_place, 40.0, "a place is free again")
+    wait_until(has_place, 120.0, "a place is free again")
 
 
 def test_reader_that_stalls_holds_up_no_other(system: Shown) -> None:
@@ -180,6 +180,28 @@ def test_reader_that_stalls_holds_up_no_other(system: Shown) -> None:
             call_id = system.submit("cat", b"x")
         wait_until(lambda: reader.states_of(call_id)[-1:] == ["done"], 20.0, "the other is told all")
         wait_until(lambda: stalled.was_told_more() or stalled.states_of(call_id)[-1:] == ["done"], 10.0, "as is this")
+
+
+def test_reader_that_takes_nothing_loses_its_place() -> None:
+    talks = "yes xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx | head -c 400000 >&2"
+    program = f"combine_output = false\nfprocess = \"sh -c '{talks}'\""
+    functions, path = f"{FUNCTIONS}\n[talks]\n{program}\n", "/system/logs?name=talks&follow=1"
+    with ExitStack() as stack, Shown(functions, {"write_timeout": "2s"}) as system:
+        for _ in range(MAX_OF_ADDRESS_COUNT):
+            client = stack.enter_context(socket.socket())
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # which little fills
+            client.connect(("127.0.0.1", system.port))
+            client.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            assert client.recv(64).startswith(b"HTTP/1.1 200 ")
+        assert system.request("GET", path).status == 503
+
+        def has_place() -> bool:
+            system.request("POST", "/function/talks")
+            reader = Reader(system.port, path=path)
+            stack.callback(reader.close)
+            return reader.status() == 200
+
+        wait_until(has_place, 120.0, "a place of those who take nothing, and are still connected")
 
 
 def test_reader_is_told_when_functions_change_and_let_go_when_the_gateway_stops() -> None:
