@@ -74,7 +74,9 @@ from .serving.control_plane import (
     serve_control_plane,
 )
 from .serving.events import Events
+from .serving.followers import Followers
 from .serving.function_logs import FunctionLogs
+from .serving.function_pages import check_place
 from .serving.gates import FunctionGate
 from .serving.health import Health
 from .serving.history import History, Sources
@@ -184,6 +186,7 @@ class Gateway:
 
     async def _route(self, request: Request) -> Response:
         self.access.check_host(request)
+        check_place(request)
         area, name, rest = split_path(request.path)
         if area == "function" or (area == "async-function" and not is_call_id(name)):
             return await self._call(request, area, name, rest)
@@ -196,7 +199,9 @@ class Gateway:
             await self.access.authorize(request)
             if name == "calls":
                 return self._noted(request, await self.call_admin.answer(request, rest.decode("latin-1")))
-            return await self.control_plane.answer(request, name, rest.decode("latin-1"), self.access.asker_of(request))
+            asker = self.access.asker_of(request)
+            response = await self.control_plane.answer(request, name, rest.decode("latin-1"), asker)
+            return self.access.watch(request, response)
         if request.path == b"/healthz":
             return self._answer_health(request)
         if request.path == b"/oauth/token":
@@ -371,7 +376,9 @@ async def assemble(stack: AsyncExitStack, common: Common, slot: Slot) -> Gateway
         keep_counts(stack, counts, functions)
         local.count_made = lambda name: counts.totals().get(name, 0)
         history = keep_history(stack, common, queue, slot)
-        events = Events(queue, history)
+        limit_s = settings.write_timeout_s
+        events = Events(queue, history, Followers("events", "ask /system/calls instead", limit_s))
+        log_followers = Followers("lines of functions", "ask without follow", limit_s)
         stack.callback(asyncio.create_task(events.run()).cancel)
         common.on_change.append(events.functions_changed)
         control_plane = ControlPlane(
@@ -380,7 +387,7 @@ async def assemble(stack: AsyncExitStack, common: Common, slot: Slot) -> Gateway
             local.status,
             counts,
             operations,
-            FunctionLogs(common.logs, functions),
+            FunctionLogs(common.logs, functions, log_followers),
             history,
             events,
         )

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from ..calls.callbacks import CALLBACK_PROOF, build_proof
 from ..draining.gateway_access import WORKER_TOKEN
 from ..network.hosts import UnknownHost
-from ..watchdog import Request
+from ..watchdog import FileBody, Request, Response
 from .answers import Forbidden
 from .browsers import BrowserRules
+from .followers import Watched
 from .passwords import PasswordDoor
 from .users import Role
 
@@ -75,6 +76,13 @@ class Access:
                 await self.door.check(request)
         else:
             await self.authorize_change(request)
+
+    def watch(self, request: Request, response: Response) -> Response:
+        """Return an answer to an authorized request, which ends, if it is a stream, when its user is no longer one."""
+        body = response.body
+        if self.door is not None and not isinstance(body, bytes | FileBody) and not self.is_worker(request):
+            response.body = Watched(body, request, self.door.watch(request))
+        return response
 
     async def authorize_change(self, request: Request) -> None:
         """Return if a request may change something, whatever its method; raises as `authorize`."""

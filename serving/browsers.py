@@ -6,11 +6,13 @@
     fields = rules.check_call(request)         # ForeignPage, or what the answer has to say of it (CORS)
 
 Three ways lead from a page to us.  It may have its own name resolve to our address (DNS rebinding): then it is of the
-same origin as we are, and only the name in Host tells it from our user; so a gateway that answers nobody but this
-machine, and asks for no password, answers to `localhost`, to addresses, and to names that its operator lists.  It may
-send what needs no permission (a form, an image, text/plain) and not care for the answer: Origin and Sec-Fetch-Site,
-which no page can forge, say so.  Or it may ask for permission, as the Fetch standard has it: that is what
-`allowed_origins` gives, for calling functions and for nothing else.
+same origin as we are, and only the name in Host tells it from our user; so a gateway that only this machine reaches
+answers to `localhost`, to addresses, and to names that its operator lists, whether it asks operators for a password or
+not: to call functions takes none.  It may send what needs no permission (a form, an image, text/plain) and not care for
+the answer: Origin and Sec-Fetch-Site, which no page can forge, say so.  Or it may ask for permission, as the Fetch
+standard has it: that is what `allowed_origins` gives, for calling functions and for nothing else.
+
+A page that a function has served is foreign too, unless it is trusted (function_pages.py).
 
 Contract: pure.  Programs that are no browsers send neither Origin nor Sec-Fetch-Site and notice nothing but the names.
 """
@@ -63,11 +65,11 @@ def _parse_origin(word: str) -> bytes:
 def is_foreign(request: Request) -> bool:
     """Tell whether a page of another origin sent a request, as far as its browser says so."""
     site = request.header(b"sec-fetch-site")
-    if site in (b"same-origin", b"none"):
-        return False
+    if site is not None:
+        return site not in (b"same-origin", b"none")  # same-site is a page on another port of this machine
     origin = request.header(b"origin")
-    if site == b"cross-site" or origin is None:
-        return site == b"cross-site"
+    if origin is None:
+        return False
     # A proxy before us may have changed Host; no page can send X-Forwarded-Host without our permission.
     ours = (request.host, request.header(b"x-forwarded-host"))
     return origin.lower().partition(b"://")[2] not in (host.lower() for host in ours if host)
@@ -88,7 +90,7 @@ def check_own_page(request: Request) -> None:
 class BrowserRules:
     """What pages may do here.
 
-    `on_loopback`: only this machine reaches us, and we ask for no password, so that every page opened on it could.
+    `on_loopback`: only this machine reaches us, so that a page that is opened on it could what no stranger can.
     `hosts` are names that we answer to besides, in lower case; `origins` those of pages that may call functions.
     """
 

@@ -20,6 +20,7 @@ from ..queues.inspection import find_call
 from ..watchdog import FaashoundError, Request, Response, end_to_end, parse_duration
 from .access import Access
 from .answers import BadField, Conflict, Gone, NotFound, allow, json_response
+from .function_pages import fields_of_result
 
 MAX_WAIT_S = 600.0  # of ?wait: longer than proxies keep a silent connection
 LONG_POLL_RETRY_S = 5  # after so long a caller may try to wait again, if there are too many
@@ -97,7 +98,7 @@ class CallStatus:
             self._waits.discard(limit)
 
     async def _result(self, request: Request, call: Call) -> Response:
-        """Return what the function answered, as it answered."""
+        """Return what the function answered, as it answered, to be saved and not shown (function_pages.py)."""
         if call.state not in FINAL:
             raise Conflict(f"the call is {call.state.value}; ?wait=30s waits for its end")
         if call.result is None or call.status is None:
@@ -106,6 +107,6 @@ class CallStatus:
                 raise Gone("the result is no longer kept (keep_results)")
             raise NotFound(f"the call is {call.state.value} and has no result: {call.error or 'it never ran'}")
         fields = [(name.encode(), value.encode("latin-1")) for name, value in call.result_headers]
-        fields = [*end_to_end(fields, b"x-call-id", b"date"), (b"X-Call-Id", call.id.encode())]
+        fields = [*fields_of_result(end_to_end(fields, b"x-call-id", b"date")), (b"X-Call-Id", call.id.encode())]
         body = b"" if request.method == "HEAD" else self._queue.open_body(call.result)
         return Response(call.status, fields, body, call.result.bytes_count)

@@ -68,7 +68,7 @@ PATHS = (
     *("/system/calls", "/system/calls/CALL-ID"),
 )
 GIVES_NO_TOKENS = "this gateway gives no tokens: it takes a user and a password (basic_auth)"
-ASKER_FIELD = b"X-Faashound-Asker"  # between processes of one gateway
+ASKER_FIELD, PEER_FIELD = b"X-Faashound-Asker", b"X-Faashound-Peer"  # between processes of one gateway
 
 
 @cache
@@ -230,12 +230,13 @@ class ControlPlaneElsewhere:
     async def answer(self, request: Request, area: str, rest: str, asker: str) -> Response:
         """Have a request answered there; raises NotReady while that process is being replaced."""
         target = request.path.decode() + (f"?{request.query.decode()}" if request.query else "")
-        fields = end_to_end(request.headers, b"host", b"expect", ASKER_FIELD.lower())
+        fields = end_to_end(request.headers, b"host", b"expect", ASKER_FIELD.lower(), PEER_FIELD.lower())
+        fields += [(ASKER_FIELD, asker.encode("latin-1", "replace")), (PEER_FIELD, request.peer.encode())]
         try:
             response = await self.client.request(
                 request.method,
                 Url("http", str(self.socket_path), 80, target),
-                [*fields, (ASKER_FIELD, asker.encode("latin-1", "replace"))],
+                fields,
                 body_if_complete(request.body),
                 request.body.length,
             )
@@ -251,6 +252,7 @@ def serve_control_plane(stack: AsyncExitStack, control_plane: ControlPlane, path
     async def answer(request: Request) -> Response:
         area, _, rest = request.path.removeprefix(b"/system/").partition(b"/")
         asker = request.header(ASKER_FIELD.lower()) or b""
+        request.peer = (request.header(PEER_FIELD.lower()) or b"").decode("latin-1")
         return await control_plane.answer(
             request, area.decode("latin-1"), "/" + rest.decode("latin-1"), asker.decode("latin-1")
         )

@@ -1,6 +1,6 @@
 """GET /system/events: what changes, as it changes, in the form of server-sent events (HTML Living Standard 9.2).
 
-    events = Events(queue, history)
+    events = Events(queue, history, followers)
     asyncio.create_task(events.run())
     response = events.answer(request)
     events.functions_changed()
@@ -15,7 +15,7 @@ gateway, is told first what has changed meanwhile, or that it was too much to be
 All readers share one look at the queue, twice a second and only while there are readers; what it finds is kept for a
 while in one place, so that a reader that stalls slows no other, costs no memory, and is told `more` when it goes on.
 
-What it refuses: more readers than MAX_READERS_COUNT (503; a client then asks /system/calls from time to time).
+What it refuses: more readers than followers.py has places for (503; a client then asks /system/calls now and then).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from ..calls.views import describe_call
 from ..queues import Queue
 from ..watchdog import FaashoundError, Request, Response, log
 from .answers import allow
+from .followers import Followers
 from .history import History
 
 LOOKED_EVERY_S = 0.5
@@ -38,21 +39,9 @@ HEARTBEAT_S = 15.0  # proxies cut connections that are silent for a minute, and 
 CALLS_AT_ONCE_COUNT = 100  # in one event
 KEPT_COUNT = 64  # events that a reader may be behind
 LEASED_COUNT = 1000  # calls that ran when we began to look
-MAX_READERS_COUNT = 40  # those of other processes of ours come by a socket that takes 64 connections
-RETRY_S = 5
 OPENING = b"retry: 2000\n\n"
 
 Shown = tuple[object, ...]
-
-
-class TooManyReaders(FaashoundError):
-    """As many clients as may follow what changes already do."""
-
-    status = 503
-    headers = ((b"Retry-After", b"%d" % RETRY_S),)
-
-    def __init__(self) -> None:
-        super().__init__(f"{MAX_READERS_COUNT} clients follow what changes already; ask /system/calls instead")
 
 
 def build_event(kind: str, data: object, mark: str | None) -> bytes:
@@ -79,7 +68,7 @@ def _shown(call: Call) -> Shown:
 class Events:
     """What has changed lately in one queue, for any number of readers."""
 
-    def __init__(self, queue: Queue, history: History) -> None:
+    def __init__(self, queue: Queue, history: History, readers: Followers) -> None:
         self._queue = queue
         self._history = history
         self._kept: deque[bytes] = deque(maxlen=KEPT_COUNT)
@@ -88,7 +77,7 @@ class Events:
         self._leased: set[str] = set()
         self._told: dict[str, Shown] = {}
         self._depth = history.depth
-        self._readers_count = 0
+        self._readers = readers
         self._wanted = asyncio.Event()
         self._news = asyncio.Event()
         self._draining = False
@@ -103,39 +92,35 @@ class Events:
         self._add(build_event("functions", {}, None))
 
     def answer(self, request: Request) -> Response:
-        """Answer GET /system/events; raises TooManyReaders."""
+        """Answer GET /system/events; raises TooManyFollowers."""
         allow(request, "GET")
-        if self._readers_count >= MAX_READERS_COUNT:
-            raise TooManyReaders
         mark = (request.header(b"last-event-id") or b"").decode("latin-1") or None
         fields = (
             (b"Content-Type", b"text/event-stream"),
             (b"Cache-Control", b"no-store"),
             (b"X-Accel-Buffering", b"no"),
         )
-        body = b"" if request.method == "HEAD" else self._follow(mark)
+        if request.method == "HEAD":
+            return Response(200, fields)
+        body = self._readers.join(request, self._follow(mark))
+        self._wanted.set()
         return Response(200, fields, body, None, math.inf, is_live=True)
 
     async def _follow(self, mark: str | None) -> AsyncGenerator[bytes, None]:
-        self._readers_count += 1
-        self._wanted.set()
-        try:
-            position = self._count
-            yield OPENING + await self._catch_up(mark)
-            while not self._draining:
-                if position == self._count:
-                    if await self._is_silent():
-                        yield b":\n\n"
-                    continue
-                missed = self._count - position > len(self._kept)
-                if missed:
-                    position = self._count
-                    yield build_calls((), self._mark or "", more=True)
-                else:
-                    position += 1
-                    yield self._kept[position - self._count - 1]
-        finally:
-            self._readers_count -= 1
+        position = self._count
+        yield OPENING + await self._catch_up(mark)
+        while not self._draining:
+            if position == self._count:
+                if await self._is_silent():
+                    yield b":\n\n"
+                continue
+            missed = self._count - position > len(self._kept)
+            if missed:
+                position = self._count
+                yield build_calls((), self._mark or "", more=True)
+            else:
+                position += 1
+                yield self._kept[position - self._count - 1]
 
     async def _is_silent(self) -> bool:
         """Wait for news; return True if there have been none for so long that a client should hear that we live."""
@@ -162,7 +147,7 @@ class Events:
         while True:
             await self._wanted.wait()
             await self._begin()
-            while self._readers_count:
+            while self._readers.count:
                 await asyncio.sleep(LOOKED_EVERY_S)
                 await self._look()
             self._wanted.clear()

@@ -1,13 +1,14 @@
 """GET /system/logs: the lines of a function, one JSON object a line, as OpenFaaS' log providers send them.
 
-    logs = FunctionLogs(store, functions)
+    logs = FunctionLogs(store, functions, followers)
     response = await logs.answer(request)                    # ?name=&namespace=&since=&tail=&follow=&call=&instance=
     logs.drain()
 
 Contract: each line is sent as soon as it is known; a client that reads slowly, or not at all, holds up no function.
 Whoever follows is let go when the gateway begins to drain.
 
-What it refuses: a function that is not there and has left no lines (404), parameters that make no sense (422).
+What it refuses: more clients that follow than followers.py has places for (503); a function that is not there and has
+left no lines (404), parameters that make no sense (422).
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from contextlib import aclosing
 from ..calls.names import DEFAULT_NAMESPACE, FunctionName
 from ..functions.logs import LogLine, LogStore, parse_log_query
 from ..functions.table import Functions
-from ..watchdog import Request, Response
+from ..watchdog import Request, Response, Stream
 from .answers import NotFound, allow, parse_parameters
+from .followers import Followers
 from .operations import NotOffered, parse_name
 
 LOGS_OFF = "logs_keep=0, or state cannot be written to: the lines of functions are in the gateway's own log alone"
@@ -31,7 +33,8 @@ LOGS_OFF = "logs_keep=0, or state cannot be written to: the lines of functions a
 class FunctionLogs:
     """Shows the lines of functions; `store` is None where none are kept."""
 
-    def __init__(self, store: LogStore | None, functions: Functions) -> None:
+    def __init__(self, store: LogStore | None, functions: Functions, followers: Followers) -> None:
+        self._followers = followers
         self._store = store
         self._functions = functions
         self._draining = asyncio.Event()
@@ -50,8 +53,13 @@ class FunctionLogs:
         if name not in self._functions and not self._store.knows(name):
             raise NotFound(f"there is no function {name.short}")
         query = parse_log_query(request.query)
-        body = b"" if request.method == "HEAD" else self._sent(await self._store.read(name, query), name)
-        return Response(200, ((b"Content-Type", b"application/x-ndjson"),), body, None, math.inf)
+        fields = ((b"Content-Type", b"application/x-ndjson"), (b"X-Content-Type-Options", b"nosniff"))
+        if request.method == "HEAD":
+            return Response(200, fields)
+        body: Stream = self._sent(await self._store.read(name, query), name)
+        if query.follow:
+            body = self._followers.join(request, body)
+        return Response(200, fields, body, None, math.inf)
 
     async def _sent(self, found: AsyncGenerator[LogLine, None], name: FunctionName) -> AsyncGenerator[bytes, None]:
         stop = asyncio.create_task(self._draining.wait())

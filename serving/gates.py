@@ -7,7 +7,8 @@
 Contract: workers of ours are let in, and so is who has the gateway's password and the role `deploy`; besides, where an
 annotation names a secret, who carries it as a bearer token.  A function never gets the credentials that were meant for
 us: `admit` returns the fields that are not passed on.  Tokens are compared in constant time, and guessing them is as
-slow as guessing passwords.
+slow as guessing passwords, for each address and function: so a wrong token holds up no caller of another function, and
+none at all whose token is right and long (passwords.py).
 
 What it refuses: callbacks of ours, which a stranger may have sent here, unless they carry a token like any caller.
 """
@@ -21,7 +22,7 @@ from ..functions.table import Function
 from ..watchdog import FaashoundError, Request
 from .access import Access
 from .answers import Forbidden
-from .passwords import Guesses
+from .passwords import Guesses, is_long
 
 DISABLED_RETRY_S = 30  # after so long a caller may see whether the function is enabled again
 
@@ -67,10 +68,12 @@ class FunctionGate:
         refused = TokenWanted(f"{function.name.short} wants its bearer token (com.faashound.auth)")
         if not token:
             raise refused
-        self._guesses.check(request)
-        wanted = function.token_digest
-        if wanted is None or not hmac.compare_digest(digest_token(token), wanted):
-            await self._guesses.note(request, "token")
+        wanted, about = function.token_digest, str(function.name)
+        is_right = wanted is not None and hmac.compare_digest(digest_token(token), wanted)
+        if not (is_right and is_long(token)):
+            self._guesses.check(request, about)
+        if not is_right:
+            await self._guesses.note(request, "token", about)
             raise refused
 
 

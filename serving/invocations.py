@@ -4,10 +4,10 @@
     response = await invocations.answer(request, "cat", b"/path")
     await invocations.close()
 
-What it promises: status, headers and body as the function sent them, streamed both ways as they come, of a 101
-(WebSocket and the like) until neither side has said a word for upstream_timeout; every answer, ours too,
-carries X-Call-Id and X-Start-Time, is counted, and is a line in the log.  A failure of ours bears X-OpenFaaS-Internal,
-by which a worker knows that not the function has spoken, and tells a stranger no address.
+What it promises: status, headers (but see function_pages.py) and body as the function sent them, streamed both ways as
+they come, of a 101 (WebSocket and the like) until neither side has said a word for upstream_timeout; every answer, ours
+too, carries X-Call-Id and X-Start-Time, is counted, and is a line in the log.  A failure of ours bears
+X-OpenFaaS-Internal, by which a worker knows that not the function has spoken, and tells a stranger no address.
 
 What it refuses to do: retry, follow redirects, or cut a worker's call, which waits for as long as it likes.
 """
@@ -19,6 +19,7 @@ import math
 import time
 
 from ..calls.ids import new_call_id
+from ..functions.exposure import TRUST
 from ..functions.table import Function, Functions, completes_host
 from ..network.addresses import AddressRefused, guard_functions
 from ..network.lookups import strangers_names, system_names
@@ -42,6 +43,7 @@ from ..watchdog import (
     relayed,
     sent_body,
 )
+from .function_pages import fields_for_browsers, place_of_pages
 from .gates import FunctionGate, check_enabled
 from .metrics import GatewayMetrics
 from .proxying import ID_FIELDS, OurVia, RequestIds, fields_of_worker, fields_passed_on, function_target
@@ -70,6 +72,7 @@ class Invocations:
         self, settings: Settings, functions: Functions, gate: FunctionGate, via: OurVia, metrics: GatewayMetrics
     ) -> None:
         self._upstream_timeout_s = settings.upstream_timeout_s
+        self._pages = settings.function_pages
         self._functions = functions
         self._gate = gate
         self._via = via
@@ -121,6 +124,10 @@ class Invocations:
             self._via.check(request)
         dropped = await self._gate.admit(request, function)
         check_enabled(function)
+        is_trusted = (function.exposure.pages or self._pages) == TRUST
+        leads = None if is_trusted else place_of_pages(request)
+        if leads is not None:
+            return leads
         headers = (
             fields_of_worker(request, ids, self._via)
             if by_worker
@@ -129,6 +136,8 @@ class Invocations:
         response = await self._send(request, function, rest, headers, by_worker)
         self._metrics.answered(function.name)
         fields = [*end_to_end(response.headers, *ID_FIELDS, b"date"), *ids.fields]
+        if not by_worker:
+            fields = fields_for_browsers(request, fields, is_trusted=is_trusted)
         answer = relayed(response, fields, response.body, self._upstream_timeout_s)
         if by_worker:
             answer.write_timeout_s = math.inf

@@ -2,16 +2,18 @@
 
     door = PasswordDoor(Credentials("admin", "..."), UserFile(path))
     user = await door.check(request)           # Unauthorized, or TooManyGuesses
+    is_still = door.watch(request)             # is_still() is False once the file has that user otherwise
 
 What it promises: a right password opens at once.  A wrong one is logged with the address it came from, and from the
 fourth on answered late, each time later; while as many wrong answers to one address are under way as may be, nothing
 more from there is looked at.  So an address has two guesses a second at most, however many connections it makes, and
 never learns from the pace of an answer what the answer will be.  Who shares an address with one who guesses (a proxy
-before us, a network behind NAT) may be asked to come again.
+before us, a network behind NAT) may be asked to come again, unless what he knows is so long that no pace of guessing
+finds it (LONG_SECRET_BYTES): a long one that is right is let in before anything is counted.
 
 A hash is made to be slow, so it is computed once for each right password: it is known by a digest from then on, until
-the file of users changes.  One hash is computed at a time, in a thread, and few wait for their turn; what is not the
-name of a user costs the same.
+the file has another line for its user, and waits for no other hash.  One hash is computed at a time, in a thread, and
+few wait for their turn; what is not the name of a user costs the same.
 
 What it refuses: to remember more than MAX_ADDRESSES_COUNT addresses, or any of them for long; and to count what is no
 attempt: no credentials, or the empty `Bearer` of a client that is not logged in.
@@ -25,7 +27,9 @@ import hashlib
 import hmac
 import secrets
 from collections import Counter, OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from ipaddress import ip_address, ip_network
 
 from ..watchdog import FaashoundError, Request, in_thread, log
@@ -53,6 +57,9 @@ MAX_HASHES_COUNT = 16  # passwords that wait for their hash, or have it computed
 
 
 MAX_HASHES_OF_ADDRESS_COUNT = 2
+
+
+LONG_SECRET_BYTES = 20  # 120 bits where they are random base64, and more than people choose
 
 
 MAX_VERIFIED_COUNT = 1024  # right passwords that are known by their digest
@@ -139,20 +146,29 @@ def network_of(peer: str) -> str:
     return str(address) if address.version == 4 else str(ip_network((address, 64), strict=False))
 
 
+def _counted(request: Request, about: str) -> str:
+    return f"{network_of(request.peer)} {about}"
+
+
+def is_long(secret: bytes) -> bool:
+    """Tell whether a secret is too long to be guessed, at whatever pace."""
+    return len(secret) >= LONG_SECRET_BYTES
+
+
 class Guesses:
     """Makes guessing slow; see the head of this module."""
 
     def __init__(self) -> None:
         self._failures = FailureLog()
 
-    def check(self, request: Request) -> None:
-        """Raise TooManyGuesses where nothing more from an address is to be looked at."""
-        if self._failures.is_busy(network_of(request.peer)):
+    def check(self, request: Request, about: str = "") -> None:
+        """Raise TooManyGuesses where nothing more from an address is to be looked at, of what `about` names."""
+        if self._failures.is_busy(_counted(request, about)):
             raise TooManyGuesses
 
-    async def note(self, request: Request, what: str) -> None:
+    async def note(self, request: Request, what: str, about: str = "") -> None:
         """Take note of a wrong `what`, and return when its sender may be told."""
-        address = network_of(request.peer)
+        address = _counted(request, about)
         count, delay_s = self._failures.add(address, asyncio.get_running_loop().time())
         log.warning(
             f"wrong {what} for [{request.method[:20]}] {request.path[:100].decode('latin-1')}",
@@ -179,23 +195,31 @@ class Hashes:
     def __init__(self, file: UserFile) -> None:
         self._file = file
         self._key = secrets.token_bytes(32)  # digests of passwords mean nothing without it
-        self._verified: OrderedDict[bytes, User] = OrderedDict()
-        self._version = file.version
+        self._verified: OrderedDict[bytes, Account] = OrderedDict()
         self._checking: dict[bytes, asyncio.Task[User | None]] = {}
         self._addresses: Counter[str] = Counter()
         self._turn = asyncio.Lock()
         self._nobody: Account | None = None
 
+    def known(self, encoded: bytes) -> Account | None:
+        """Return whose name and password these are, if they were right lately, and the file says the same of them."""
+        account = self._verified.get(self._digest(encoded))
+        return account if account is not None and self.is_still(account) else None
+
+    def is_still(self, account: Account) -> bool:
+        """Tell whether the file has a user as it was: with that password, and that role."""
+        self._file.look()
+        return self._file.find(account.user.name) == account
+
+    def _digest(self, encoded: bytes) -> bytes:
+        return hashlib.blake2b(encoded, key=self._key).digest()
+
     async def check(self, encoded: bytes, address: str) -> User | None:
         """Return the user whose name and password these are, None if they are wrong; raises TooManyGuesses."""
-        self._file.look()
-        if self._file.version != self._version:
-            self._version = self._file.version
-            self._verified.clear()
-        digest = hashlib.blake2b(encoded, key=self._key).digest()
-        known = self._verified.get(digest)
+        known = self.known(encoded)
         if known is not None:
-            return known
+            return known.user
+        digest = self._digest(encoded)
         task = self._checking.get(digest)
         if task is None:
             if len(self._checking) >= MAX_HASHES_COUNT or self._addresses[address] >= MAX_HASHES_OF_ADDRESS_COUNT:
@@ -207,7 +231,6 @@ class Hashes:
     async def _verify(self, encoded: bytes, digest: bytes, address: str) -> User | None:
         try:
             async with self._turn:
-                version = self._version
                 account, is_right = await in_thread(self._hash, encoded)
         finally:
             self._checking.pop(digest, None)
@@ -215,10 +238,9 @@ class Hashes:
             self._addresses += Counter()  # without those that have none
         if not is_right:
             return None
-        if version == self._version:
-            self._verified[digest] = account.user
-            if len(self._verified) > MAX_VERIFIED_COUNT:
-                self._verified.popitem(last=False)
+        self._verified[digest] = account
+        if len(self._verified) > MAX_VERIFIED_COUNT:
+            self._verified.popitem(last=False)
         return account.user
 
     def _hash(self, encoded: bytes) -> tuple[Account, bool]:
@@ -244,16 +266,40 @@ class PasswordDoor:
 
     async def check(self, request: Request) -> User:
         """Return the user whose credentials a request carries; raises Unauthorized, TooManyGuesses."""
-        scheme, _, given = (request.header(b"authorization") or b"").partition(b" ")
-        given = given.strip()
+        is_basic, given = _given(request)
         if not given:
             raise Unauthorized
-        self._guesses.check(request)
-        if scheme.lower() == b"basic":
-            if self._credentials is not None and self._credentials.match(given):
-                return self._credentials.user
-            user = None if self._hashes is None else await self._hashes.check(given, network_of(request.peer))
-            if user is not None:
-                return user
-        await self._guesses.note(request, "password")
-        raise Unauthorized
+        user = self._known(given) if is_basic else None
+        if user is None or not _has_long_password(given):
+            self._guesses.check(request)
+        if user is None and is_basic and self._hashes is not None:
+            user = await self._hashes.check(given, network_of(request.peer))
+        if user is None:
+            await self._guesses.note(request, "password")
+            raise Unauthorized
+        return user
+
+    def _known(self, given: bytes) -> User | None:
+        """Return the user whose credentials these are, if that is to be had without a hash."""
+        if self._credentials is not None and self._credentials.match(given):
+            return self._credentials.user
+        account = None if self._hashes is None else self._hashes.known(given)
+        return None if account is None else account.user
+
+    def watch(self, request: Request) -> Callable[[], bool]:
+        """Return what tells whether the user of a request that was checked just now is still as then."""
+        hashes, (_, given) = self._hashes, _given(request)
+        account = None if hashes is None else hashes.known(given)
+        if hashes is None or account is None:
+            return lambda: self._known(given) is not None
+        return partial(hashes.is_still, account)
+
+
+def _given(request: Request) -> tuple[bool, bytes]:
+    """Return whether the credentials of a request are a user and a password, and the credentials; b"" for none."""
+    scheme, _, given = (request.header(b"authorization") or b"").partition(b" ")
+    return scheme.lower() == b"basic", given.strip()
+
+
+def _has_long_password(encoded: bytes) -> bool:
+    return is_long(parse_credentials(encoded)[1].encode())

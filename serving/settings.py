@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..calls.names import DEFAULT_NAMESPACE, parse_namespaces
+from ..functions.exposure import PAGES, SANDBOX
 from ..functions.table import parse_function_url
 from ..network.hosts import parse_hosts
 from ..queues.settings import SharedSettings
@@ -117,14 +118,14 @@ class Settings(SharedSettings):
         "",
         parse_hosts,
         "host names that we answer to, by commas, besides localhost and addresses",
-        default_note="none on loopback without basic_auth, else any",
+        default_note="none on loopback, else any",
     )
     allowed_origins: frozenset[bytes] | None = setting(
         "allowed_origins",
         "",
         parse_origins,
         "origins of web pages that may call functions, by commas",
-        default_note="none on loopback without basic_auth, else as functions say",
+        default_note="none on loopback, else as functions say",
     )
     max_long_polls: int = setting(
         "max_long_polls", "1000", parse_positive_count, "callers that wait for a call by ?wait= at once; above it 503"
@@ -149,6 +150,12 @@ class Settings(SharedSettings):
     )
     schedules: str = setting(
         "schedules", "on", parse_choice("on", "off"), "on: functions are called by the schedules in their annotations"
+    )
+    function_pages: str = setting(
+        "function_pages",
+        SANDBOX,
+        parse_choice(*PAGES),
+        "what web pages of functions may do in a browser; trust: all that this gateway's own page may",
     )
     ui: str = setting("ui", "on", parse_choice("on", "off"), "on: a page to look at, /ui/, shows what the gateway does")
     basic_auth: bool = setting(

@@ -210,7 +210,7 @@ def is_open_to_others(sockets: Iterable[socket.socket]) -> bool:
 
 def browser_rules(settings: Settings, sockets: Sequence[socket.socket]) -> BrowserRules:
     """Return what browsers' pages may do at the gateway of `sockets`."""
-    on_loopback = local_url(sockets) is not None and not is_open_to_others(sockets) and not settings.basic_auth
+    on_loopback = local_url(sockets) is not None and not is_open_to_others(sockets)
     names = settings.allowed_hosts or frozenset()
     if on_loopback and settings.host and parse_literal(settings.host) is None:
         names |= {settings.host.lower()}  # that it listens on this name is the operator's word

@@ -182,11 +182,6 @@ class UserFile:
         except (OSError, BadUsers) as error:
             raise CannotStart(f"the users cannot be read: {_reason(path, error)}") from None
 
-    @property
-    def version(self) -> tuple[int, ...]:
-        """What is another after each change of the file."""
-        return self._seen
-
     def find(self, name: str) -> Account | None:
         """Return a user as the file has it; None if it has none of this name."""
         return self._users.get(name)

@@ -31,6 +31,8 @@ import sys
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BufferedReader
+from typing import cast
 
 SLEEP = ["sleep", "60"]
 
@@ -161,7 +163,7 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         if what == "deaf":
             time.sleep(60)
-        while what == "talks" and self.rfile.peek(1):
+        while what == "talks" and cast(BufferedReader, self.rfile).peek(1):
             self.wfile.write(bytes(65536))
         if what == "ends-first":
             self.connection.shutdown(socket.SHUT_WR)

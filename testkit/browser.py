@@ -42,7 +42,7 @@ FLAGS = (
     "--disable-gpu",
     "--disable-search-engine-choice-screen",
     "--hide-scrollbars",
-    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost, EXCLUDE *.localhost",
     "--js-flags=--expose-gc",
     "--no-first-run",
 )

@@ -90,14 +90,22 @@ def test_gateway_answers_a_request_of_http_1_0_without_host(system: System) -> N
     assert raw(system.port, b"GET /healthz HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200 ")
 
 
-@pytest.mark.parametrize("settings", [{"host": "0.0.0.0"}, {"basic_auth": "true"}])
-def test_gateway_with_a_password_or_for_others_answers_to_every_name(settings: dict[str, str]) -> None:
-    system = System(settings=settings | {"worker": "none"})
+def test_gateway_for_others_answers_to_every_name() -> None:
+    with System(settings={"host": "0.0.0.0", "worker": "none"}) as system:
+        assert status(system, "POST", "/function/cat", {"Host": "faas.example.com"}) == 200
+
+
+def test_password_before_calls_does_not_open_functions_on_loopback_to_pages() -> None:
+    system = System(settings={"basic_auth": "true", "worker": "none", "allowed_hosts": "faas.internal"})
     for name in ("basic-auth-user", "basic-auth-password"):
         (system.temporary / name).write_text("x")
     system.environment["secret_mount_path"] = str(system.temporary)
     with system:
-        assert status(system, "POST", "/function/cat", {"Host": "faas.example.com"}) == 200
+        for path in ("/function/cat", "/async-function/cat"):
+            assert status(system, "POST", path, {"Host": "rebind.example"}) == 421
+            assert status(system, "POST", path, EVIL) == 403
+            assert status(system, "POST", path, {"Host": "faas.internal"}) // 100 == 2
+            assert status(system, "POST", path, {}) // 100 == 2
 
 
 def test_gateway_for_others_answers_only_to_listed_names_when_there_is_a_list() -> None:
@@ -119,6 +127,8 @@ def test_gateway_for_others_answers_only_to_listed_names_when_there_is_a_list() 
         ({"Origin": "https://faas.example", "X-Forwarded-Host": "faas.example"}, 200),
         ({"Sec-Fetch-Site": "cross-site"}, 403),
         ({"Sec-Fetch-Site": "same-site", "Origin": "http://localhost:1"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),
+        ({"Sec-Fetch-Site": "same-site", "Origin": APP}, 403),
         ({"Origin": "http://localhost:1"}, 403),
         ({"Origin": "null"}, 403),
         ({"Origin": APP}, 403),
@@ -172,8 +182,11 @@ def test_system_takes_a_body_only_as_json(system: System, headers: dict[str, str
 @pytest.mark.parametrize("path", ["/function/cat", "/async-function/cat"])
 @pytest.mark.parametrize(
     "headers",
-    [EVIL, {"Origin": "https://evil.example"}, {"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"}],
-    ids=["both", "origin", "null", "site"],
+    [
+        *(EVIL, {"Origin": "https://evil.example"}, {"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"}),
+        *({"Sec-Fetch-Site": "same-site"}, {"Sec-Fetch-Site": "same-site", "Origin": "http://127.0.0.1:3000"}),
+    ],
+    ids=["both", "origin", "null", "site", "same site", "another port"],
 )
 def test_foreign_page_cannot_call_functions_on_loopback(system: System, path: str, headers: dict[str, str]) -> None:
     answer = system.request("POST", path, b"x", {**headers, "Content-Type": "text/plain"})
@@ -181,8 +194,9 @@ def test_foreign_page_cannot_call_functions_on_loopback(system: System, path: st
     assert "access-control-allow-origin" not in answer.headers
 
 
-def test_page_of_an_allowed_origin_calls_functions_and_reads_the_answers(system: System) -> None:
-    headers = {"Origin": APP, "Sec-Fetch-Site": "cross-site", "Content-Type": "text/plain"}
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+def test_page_of_an_allowed_origin_calls_functions_and_reads_the_answers(system: System, site: str) -> None:
+    headers = {"Origin": APP, "Sec-Fetch-Site": site, "Content-Type": "text/plain"}
     for method, path, expected in (
         ("POST", "/function/cat", 200),
         ("POST", "/async-function/cat", 202),

@@ -6,13 +6,14 @@ import base64
 import json
 import signal
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from faashound.functions.exposure import BadExposure, Exposure, digest_token, parse_exposure
-from faashound.serving.passwords import FREE_FAILURES_COUNT
-from testkit.harness import Answer, wait_until
+from faashound.serving.passwords import FREE_FAILURES_COUNT, MAX_LATE_COUNT
+from testkit.harness import Answer, InBackground, wait_until
 from testkit.system import System
 
 FUNCTIONS = """
@@ -27,10 +28,15 @@ annotations = { "com.faashound.auth" = "internal" }
 fprocess = "env"
 annotations = { "com.faashound.auth" = "caller-token" }
 
+[other]
+fprocess = "cat"
+annotations = { "com.faashound.auth" = "long-token" }
+
 [lost]
 fprocess = "cat"
 annotations = { "com.faashound.auth" = "no-such-token" }
 """
+LONG_TOKEN = "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 DISABLED = '[open]\nfprocess = "cat"\n[switch]\nfprocess = "cat"\nannotations = {{ "com.faashound.disabled" = "{}" }}\n'
 
 
@@ -48,6 +54,7 @@ def guarded(secrets: Path, functions: str = FUNCTIONS, **settings: str) -> Syste
         ("basic-auth-user", "admin"),
         ("basic-auth-password", "sesame"),
         ("caller-token", "let-me-in\n"),
+        ("long-token", LONG_TOKEN),
     ):
         (secrets / name).write_text(text)
     return System(functions, {"basic_auth": "true", "secret_mount_path": str(secrets), **settings})
@@ -142,6 +149,18 @@ def test_guesses_of_a_token_are_slow(tmp_path: Path) -> None:
         assert answers[-1].elapsed_s >= 0.4
         assert "guess-" not in system.log()
         system.wait_log("wrong token for [POST] /function/keyed peer=127.0.0.1")
+
+
+def test_wrong_tokens_lock_out_no_caller_of_another_function_and_none_with_a_long_token(tmp_path: Path) -> None:
+    with guarded(tmp_path, worker="none") as system:
+        for name in ("keyed", "other"):
+            held = [InBackground(partial(call, system, name, bearer("guess"))) for _ in range(4 * MAX_LATE_COUNT)]
+            wait_until(lambda: call(system, name, bearer("guess")).status == 429, 20, "too many guesses")  # noqa: B023
+            assert call(system, "other", bearer(LONG_TOKEN)).status == 200
+            if name == "keyed":
+                assert call(system, "other", bearer("guess")).status == 401, "which is counted for itself"
+            for each in held:
+                each.result()
 
 
 def test_internal_function_without_a_password_is_for_workers_alone() -> None:

@@ -18,7 +18,7 @@ from faashound.serving.passwords import (
     FailureLog,
     network_of,
 )
-from testkit.harness import Answer, InBackground, noise_s
+from testkit.harness import Answer, InBackground, noise_s, wait_until
 from testkit.system import System
 
 
@@ -125,6 +125,23 @@ def test_right_password_opens_at_once_after_failures(guarded: System) -> None:
     answer = guarded.request("GET", "/system/calls", headers=basic("admin:secret"))
     assert answer.status == 200
     assert answer.elapsed_s < noise_s()
+
+
+def test_long_password_opens_while_too_many_are_guessed_at_its_address() -> None:
+    system = System(settings={"basic_auth": "true", "worker": "none"})
+    (system.temporary / "basic-auth-user").write_text("admin")
+    (system.temporary / "basic-auth-password").write_text("correct horse battery staple")
+    system.environment["secret_mount_path"] = str(system.temporary)
+
+    def ask(password: str) -> Answer:
+        return system.request("GET", "/system/calls", headers=basic(f"admin:{password}"))
+
+    with system:
+        held = [InBackground(lambda: ask("guess")) for _ in range(4 * MAX_LATE_COUNT)]
+        wait_until(lambda: ask("guess").status == 429, 20, "too many guesses")
+        assert ask("correct horse battery staple").status == 200
+        for each in held:
+            each.result()
 
 
 def test_metrics_are_not_where_the_password_is_asked_for(guarded: System) -> None:

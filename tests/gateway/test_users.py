@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -29,7 +30,7 @@ from faashound.serving.users import (
     parse_users,
 )
 from faashound.watchdog import CannotStart
-from testkit.harness import Answer, run
+from testkit.harness import Answer, run, wait_until
 from testkit.system import System
 
 # The cheapest that is taken: costs are checked, and these are the tests'.
@@ -172,6 +173,45 @@ def test_file_is_followed_and_a_bad_one_changes_nothing(system: System, secrets:
     assert "secret" not in system.log()
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("path", ["/system/events", "/system/logs?name=cat&follow=1"], ids=["events", "logs"])
+def test_stream_ends_for_a_user_who_is_struck_and_goes_on_for_others(secrets: Path, path: str, workers: str) -> None:
+    settings = {"basic_auth": "true", "secret_mount_path": str(secrets), "worker": "none", "workers": workers}
+    users = secrets / "basic-auth-users"
+    with System(settings=settings | {"state": str(secrets / "state")}) as system:
+        for kept, struck in (("alice:a", "bob:b"), ("carol:c", "alice:a")):
+            if kept == "carol:c":  # a role that is lost ends it too
+                users.write_text(f"{line('alice', 'a', 'deploy')}\n{line('carol', 'c')}\n")
+            with following(system, path, kept) as stays, following(system, path, struck) as goes:
+                left = line("alice", "a", "deploy") if kept == "alice:a" else line("alice", "a", "read")
+                users.write_text(f"{left}\n{line('carol', 'c')}\n")
+                wait_until(lambda: has_ended(goes), 15, "the stream has ended")
+                assert not has_ended(stays)
+
+
+@contextlib.contextmanager
+def following(system: System, path: str, text: str) -> Iterator[socket.socket]:
+    """Yield the connection of a user that follows, once the answer has begun."""
+    with socket.create_connection(("127.0.0.1", system.port), 20) as client:
+        field = basic(text)["Authorization"]
+        client.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: {field}\r\n\r\n".encode())
+        assert client.recv(65536).startswith(b"HTTP/1.1 200 ")
+        client.setblocking(False)
+        yield client
+
+
+def has_ended(client: socket.socket) -> bool:
+    """Read what has come; tell whether that was all."""
+    try:
+        while client.recv(65536):
+            pass
+    except BlockingIOError:
+        return False
+    except ConnectionResetError:
+        return True
+    return True
+
+
 def test_right_password_costs_its_hash_once(system: System) -> None:
     first = system.request("GET", "/system/functions", headers=basic("bob:b"))
     again = [system.request("GET", "/system/functions", headers=basic("bob:b")) for _ in range(20)]
@@ -204,6 +244,26 @@ def test_no_more_passwords_wait_for_their_hash_than_may(secrets: Path) -> None:
         guesses = [hashes.check(base64.b64encode(b"bob:%d" % number), f"192.0.2.{number}") for number in numbers]
         found = await asyncio.gather(*guesses, return_exceptions=True)
         assert [isinstance(each, TooManyGuesses) for each in found].count(False) == MAX_HASHES_COUNT
+
+    asyncio.run(test())
+
+
+def test_right_password_is_behind_no_wrong_one_after_a_change_of_others_in_the_file(secrets: Path) -> None:
+    path, right = secrets / "basic-auth-users", base64.b64encode(b"bob:b")
+
+    async def test() -> None:
+        hashes = Hashes(UserFile(path))
+        assert await hashes.check(right, "192.0.2.1") == User("bob", Role.READ)
+        path.write_text(f"{line('bob', 'b', 'read')}\n{line('carol', 'c')}\n")
+        numbers = range(MAX_HASHES_COUNT)
+        guesses = [hashes.check(base64.b64encode(b"bob:%d" % number), f"192.0.2.{number}") for number in numbers]
+        tasks = [asyncio.create_task(guess) for guess in guesses]
+        await asyncio.sleep(0)  # all wait for their turn
+        assert await hashes.check(right, "192.0.2.1") == User("bob", Role.READ)
+        assert not any(task.done() for task in tasks)
+        path.write_text(line("bob", "another", "read"))
+        assert hashes.known(right) is None
+        assert await asyncio.gather(*tasks) == [None] * MAX_HASHES_COUNT
 
     asyncio.run(test())
 

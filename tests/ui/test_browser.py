@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from selenium.webdriver.common.keys import Keys
 
-from faashound.serving.events import MAX_READERS_COUNT
+from faashound.serving.followers import MAX_OF_ADDRESS_COUNT
 from testkit.browser import Browser, tabs_to
 from testkit.harness import free_port, wait_until
 from tests.ui.kit import PASSWORD, Shown, with_password
@@ -240,7 +240,7 @@ def test_times_are_the_readers_and_the_exact_ones_are_told_beside(browser: Brows
 @pytest.fixture
 def crowd(system: Shown) -> Iterator[list[Reader]]:
     """As many readers of events as there may be."""
-    readers = [Reader(system.port) for _ in range(MAX_READERS_COUNT)]
+    readers = [Reader(system.port) for _ in range(MAX_OF_ADDRESS_COUNT)]
     yield readers
     for reader in readers:
         reader.close()

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
 
-from faashound.serving.events import MAX_READERS_COUNT
+from faashound.serving.followers import MAX_FOLLOWERS_COUNT, MAX_OF_ADDRESS_COUNT
 from testkit.harness import wait_until
-from tests.ui.kit import Shown
+from tests.ui.kit import FUNCTIONS, Shown
 
 Event = dict[str, str]
 
@@ -20,10 +20,12 @@ Event = dict[str, str]
 class Reader:
     """A client of the stream, with nothing but a socket."""
 
-    def __init__(self, port: int, mark: str | None = None) -> None:
-        self._socket = socket.create_connection(("127.0.0.1", port), 5.0)
+    def __init__(
+        self, port: int, mark: str | None = None, *, source: str = "127.0.0.1", path: str = "/system/events"
+    ) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", port), 5.0, (source, 0))
         last = "" if mark is None else f"Last-Event-ID: {mark}\r\n"
-        self._socket.sendall(f"GET /system/events HTTP/1.1\r\nHost: localhost\r\n{last}\r\n".encode())
+        self._socket.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n{last}\r\n".encode())
         self._socket.settimeout(0.05)
         self._data = b""
 
@@ -119,8 +121,41 @@ def test_reader_with_a_mark_of_another_making_is_told_to_read_again(system: Show
         wait_until(reader.was_told_more, 5.0, "more")
 
 
+LOGS = "/system/logs?name=cat&follow=1"
+
+
+@pytest.mark.parametrize("path", ["/system/events", LOGS], ids=["events", "logs"])
+def test_one_address_has_no_more_than_its_share_of_the_places(system: Shown, path: str) -> None:
+    readers = [Reader(system.port, path=path) for _ in range(MAX_OF_ADDRESS_COUNT)]
+    try:
+        assert [reader.status() for reader in readers] == [200] * MAX_OF_ADDRESS_COUNT
+        answer = system.request("GET", path)
+        assert (answer.status, answer.headers["retry-after"]) == (503, "5")
+        assert answer.text.startswith(f"{MAX_OF_ADDRESS_COUNT} clients of this address follow ")
+        forged = system.request("GET", path, headers={"X-Faashound-Peer": "127.0.0.9"})
+        assert forged.status == 503
+        other = Reader(system.port, path=path, source="127.0.0.2")
+        readers.append(other)
+        assert other.status() == 200
+        assert system.request("GET", "/system/logs?name=cat").status == 200, "who does not follow needs no place"
+    finally:
+        for reader in readers:
+            reader.close()
+    wait_until(lambda: system.request("HEAD", path).status == 200, 5.0, "an answer to HEAD, which needs none either")
+
+
 def test_readers_beyond_the_limit_are_told_to_ask_instead_and_places_are_given_back(system: Shown) -> None:
-    readers = [Reader(system.port) for _ in range(MAX_READERS_COUNT)]
+    sources = [f"127.0.0.{2 + number // MAX_OF_ADDRESS_COUNT}" for number in range(MAX_FOLLOWERS_COUNT)]
+
+    def all_have_places() -> list[Reader]:
+        readers = [Reader(system.port, source=source) for source in sources]
+        if all(reader.status() == 200 for reader in readers):
+            return readers
+        for reader in readers:
+            reader.close()
+        return []
+
+    readers = wait_until(all_have_places, 40.0, "places are free")
     try:
         for reader in readers:
             reader.mark()
@@ -135,7 +170,7 @@ def test_readers_beyond_the_limit_are_told_to_ask_instead_and_places_are_given_b
         with reading(system) as reader:
             return reader.status() == 200
 
-    wait_until(has_place, 40.0, "a place is free again")
+    wait_until(has_place, 120.0, "a place is free again")
 
 
 def test_reader_that_stalls_holds_up_no_other(system: Shown) -> None:
@@ -146,6 +181,28 @@ def test_reader_that_stalls_holds_up_no_other(system: Shown) -> None:
             call_id = system.submit("cat", b"x")
         wait_until(lambda: reader.states_of(call_id)[-1:] == ["done"], 20.0, "the other is told all")
         wait_until(lambda: stalled.was_told_more() or stalled.states_of(call_id)[-1:] == ["done"], 10.0, "as is this")
+
+
+def test_reader_that_takes_nothing_loses_its_place() -> None:
+    talks = "yes xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx | head -c 400000 >&2"
+    program = f"combine_output = false\nfprocess = \"sh -c '{talks}'\""
+    functions, path = f"{FUNCTIONS}\n[talks]\n{program}\n", "/system/logs?name=talks&follow=1"
+    with ExitStack() as stack, Shown(functions, {"write_timeout": "2s"}) as system:
+        for _ in range(MAX_OF_ADDRESS_COUNT):
+            client = stack.enter_context(socket.socket())
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # which little fills
+            client.connect(("127.0.0.1", system.port))
+            client.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            assert client.recv(64).startswith(b"HTTP/1.1 200 ")
+        assert system.request("GET", path).status == 503
+
+        def has_place() -> bool:
+            system.request("POST", "/function/talks")
+            reader = Reader(system.port, path=path)
+            stack.callback(reader.close)
+            return reader.status() == 200
+
+        wait_until(has_place, 120.0, "a place of those who take nothing, and are still connected")
 
 
 def test_reader_is_told_when_functions_change_and_let_go_when_the_gateway_stops() -> None:

@@ -35,9 +35,10 @@ combine_output = false
 [fail]
 fprocess = "sh -c 'cat; exit 1'"
 
-[site]  # serves a page, of the same origin
+[site]  # serves a page, of the same origin since it is trusted
 fprocess = "echo hello"
 content_type = "text/html"
+annotations."com.faashound.pages" = "trust"
 
 [annotated]
 fprocess = "cat"
