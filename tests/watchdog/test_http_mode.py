@@ -311,7 +311,7 @@ def test_all_that_a_server_started_is_gone_before_its_next_life() -> None:
         wait_healthy(program)
         get(program, "/daemon")
         get(program, "/child")
-        assert len(program.functions()) == 3
+        wait_until(lambda: len(program.functions()) == 3, 5.0, "all have begun")
         os.kill(server_pid(program), signal.SIGKILL)
         program.wait_log("the server ended (signal: killed)")
         wait_healthy(program)

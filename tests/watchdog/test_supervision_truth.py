@@ -58,6 +58,14 @@ def send_broken(program: Program) -> Answer:
         return parse(read_all(client))[-1]
 
 
+def send_too_much(program: Program) -> Answer:
+    with connect(program.port) as client:
+        client.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n1\r\n\n\r\n")
+        program.wait_started()  # what has come whole at once, and is too much, starts none
+        client.sendall(b"7d0\r\n" + b"\n" * 2000 + b"\r\n0\r\n\r\n")
+        return parse(read_all(client))[-1]
+
+
 def leave(program: Program) -> None:
     with connect(program.port) as client:
         client.sendall(HEAD + b"Content-Length: 9\r\n\r\nsleep 60\n")
@@ -95,10 +103,9 @@ OUTCOMES = {
         lambda p: send(p, HEAD + b"Content-Length: 20\r\n\r\necho half\n"), 408, "signal: killed", 10
     ),
     "body-is-broken": Outcome(send_broken, 400, "signal: killed", 5),
-    "body-too-large-in-chunks": Outcome(
-        lambda p: send(p, HEAD + b"Transfer-Encoding: chunked\r\n\r\n7d1\r\n" + b"\n" * 2001 + b"\r\n0\r\n\r\n"),
-        413,
-        "signal: killed",
+    "body-too-large-in-chunks": Outcome(send_too_much, 413, "signal: killed"),
+    "body-too-large-in-a-chunk": Outcome(
+        lambda p: send(p, HEAD + b"Transfer-Encoding: chunked\r\n\r\n7d1\r\n" + b"\n" * 2001 + b"\r\n0\r\n\r\n"), 413
     ),
     "body-too-large": Outcome(lambda p: send(p, HEAD + b"Content-Length: 2001\r\n\r\n" + b"\n" * 2001), 413),
     "too-many": Outcome(second, 429),
