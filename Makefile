@@ -21,7 +21,7 @@ help:
 
 run: .venv/installed
 	@mkdir -p $(STATE)/tmp
-	@echo "Starting the system at $(URL); its queue is $(STATE)/spool, Ctrl-C stops it.  To try from another terminal:"
+	@echo "Starting the system at $(URL); its queue is $(STATE)/spool, Ctrl-C stops it.  What it does is shown at $(URL)/ui/.  To try from another terminal:"
 	@$(BIN)/python examples/demo.py --lines $(URL)
 	@exec env TMPDIR="$$PWD/$(STATE)/tmp" functions=examples/functions.toml queue_url=spool:$(STATE)/spool state=$(STATE)/state $(BIN)/fgateway
 
