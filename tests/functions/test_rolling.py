@@ -6,6 +6,7 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
@@ -78,12 +79,14 @@ def test_no_call_fails_when_a_function_is_updated_fifty_times_under_load() -> No
     run(test())
 
 
-def test_old_version_finishes_its_call_and_ends_when_a_new_one_serves() -> None:
+def test_old_version_finishes_its_call_and_ends_when_a_new_one_serves(tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+
     async def test() -> None:
         async with running(real(version("old"))) as local:
             pid = int((await call(local, "f", b"echo $PPID")).body)
-            calling = asyncio.create_task(call(local, "f", b"sleep 0.7; echo $VERSION"))
-            await asyncio.sleep(0.2)
+            calling = asyncio.create_task(call(local, "f", f"touch {begun}; sleep 0.5; echo $VERSION".encode()))
+            await until(begun.exists, "the call has begun")
             await local.put(parse(version("new"))[F])
             assert (await call(local, "f", b"echo $VERSION")).body == b"new\n"
             assert (await calling).body == b"old\n"
@@ -142,13 +145,15 @@ def test_annotations_change_without_another_process() -> None:
     run(test())
 
 
-def test_removed_function_finishes_its_call_and_leaves_nothing() -> None:
+def test_removed_function_finishes_its_call_and_leaves_nothing(tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+
     async def test() -> None:
         async with running(real(version(1))) as local:
             pid = int((await call(local, "f", b"echo $PPID")).body)
             path = local.path(F)
-            calling = asyncio.create_task(call(local, "f", b"sleep 0.5; echo whole"))
-            await asyncio.sleep(0.2)
+            calling = asyncio.create_task(call(local, "f", f"touch {begun}; sleep 0.5; echo whole".encode()))
+            await until(begun.exists, "the call has begun")
             await local.remove(F)
             assert F not in local.table
             assert (await calling).body == b"whole\n"
