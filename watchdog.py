@@ -4867,12 +4867,14 @@ class Stdout:
             widen_pipe(self._fd)
             await loop.run_in_executor(None, self.output.spill)
             while not (self.at_eof or self._discarding):
+                was_stopped = self._stopped
                 try:
                     self.at_eof = not await loop.run_in_executor(None, self.output.splice, self._fd)
                 except BlockingIOError:
-                    if self._stopped:
+                    if was_stopped:
                         return
-                    await self._readable.wait()
+                    if not self._stopped:  # else more may have been written between that look and the stop
+                        await self._readable.wait()
         except OSError as error:
             self._on_lost(OutputLost(f"the output could not be kept: {_strerror(error)}"))
         if self.at_eof and not self._stopped:

@@ -75,10 +75,16 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Count in the last line of a run the tests that were left out, and say what they would have taken."""
+    """Name at the end of a run the tests that failed, a line each; then count those left out, and say why.
+
+    In CI pytest prints values whole, however long, so its own summary may be far up.
+    """
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     if reporter is None:  # a process of pytest-xdist: its reports are with the one that started it
         return
+    for report in (*reporter.getreports("failed"), *reporter.getreports("error")):
+        message = getattr(getattr(report.longrepr, "reprcrash", None), "message", str(report.longrepr))
+        print(f"failed: {report.nodeid}: {message[:200].splitlines()[0]}")
     reasons = Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in reporter.getreports("skipped"))
     if reasons:
         each = "; ".join(f"{count} ({reason})" for reason, count in reasons.most_common())

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
 import resource
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
+from faashound import watchdog
 from testkit.harness import (
     Answer,
     InBackground,
@@ -236,6 +239,54 @@ def test_answer_is_one_of_two_and_whole_when_exit_and_deadline_meet(shell: Progr
         return sum("Duration: " in line for line in shell.log_lines()[logged:])
 
     wait_until(lambda: ends() == total, 2.0, "one line for each")
+
+
+class WritesBetween(ThreadPoolExecutor):
+    """Threads as they are; but what `write` writes comes after their first look at an empty pipe, before it is told."""
+
+    def __init__(self, write: Callable[[], None]) -> None:
+        super().__init__(1)
+        self._write: Callable[[], None] | None = write
+
+    def submit(self, function: Any, /, *arguments: Any, **named: Any) -> Future[Any]:
+        """As the base, but wait for the end: the loop stands still meanwhile, as it does on a busy machine."""
+        future = super().submit(function, *arguments, **named)
+        if isinstance(future.exception(), BlockingIOError) and self._write is not None:
+            self._write()
+            self._write = None
+        return future
+
+
+def test_output_is_whole_when_its_end_and_a_stop_come_before_the_loop_hears_of_an_empty_pipe() -> None:
+    async def collect() -> int:
+        loop = asyncio.get_running_loop()
+        ready = watchdog.EpollSet(loop)
+        read_end, write_end = os.pipe()
+        os.set_blocking(read_end, False)
+        ended = asyncio.Event()
+        stdout = watchdog.Stdout(ready, read_end, ended.set, lambda error: pytest.fail(str(error)))
+
+        def end() -> None:
+            os.write(write_end, b"x" * 50_000)
+            os.close(write_end)
+            stdout.stop(discarding=False)
+            ended.set()
+
+        loop.set_default_executor(WritesBetween(end))
+        for written_bytes in range(50_000, watchdog.SPILL_BYTES + 50_000, 50_000):
+            os.write(write_end, b"x" * 50_000)
+            while stdout.output.bytes_count < written_bytes:  # noqa: ASYNC110 - it tells nobody of each read
+                await asyncio.sleep(0)
+        await ended.wait()
+        await stdout.settled()
+        count = stdout.output.bytes_count
+        stdout.drop()
+        stdout.close()
+        ready.close()
+        return count
+
+    with asyncio.Runner() as runner:
+        assert runner.run(collect()) == (watchdog.SPILL_BYTES // 50_000 + 2) * 50_000
 
 
 def test_answer_is_one_of_two_when_exit_and_hang_up_meet(shell: Program) -> None:
