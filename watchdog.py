@@ -3097,7 +3097,9 @@ class ServerConnection(Connection):
 
     def _end_exchange(self) -> None:
         self._task = self._request = None
-        if self._refusal is not None or self._server.draining or not self._wire.next_cycle():
+        # Who was told to go on may have asked again already: of what we have read, nothing is dropped unanswered.
+        is_over = self._refusal is not None or (self._server.draining and not self._wire.waiting_bytes)
+        if is_over or not self._wire.next_cycle():
             self._linger()
             return
         self._enter(Phase.IDLE)

@@ -20,6 +20,7 @@ from testkit.harness import (
     free_port,
     http_request,
     noise_s,
+    parse,
     read_all,
     read_until,
     run,
@@ -130,6 +131,20 @@ def test_next_request_of_a_connection_is_its_last_when_draining() -> None:
         received = read_all(client)
         assert received.endswith(b"went\n")
         assert b"connection: close" in received.lower()
+        assert program.wait_exit(3) == 0
+
+
+def test_request_that_has_come_behind_an_answer_told_to_keep_the_connection_is_answered_when_draining() -> None:
+    """Over a Unix socket its client would see an end that looks as if a function had been at it."""
+    settings_ = {"fprocess": "head -c 50000000 /dev/zero", "healthcheck_interval": "0"}
+    with Program("watchdog", settings_) as program, connect(program.port) as client:
+        client.sendall(GET + GET)
+        begun = client.recv(1)
+        program.terminate()
+        wait_until(lambda: refuses(program), 3.0, "no more connections accepted")
+        first, second = parse(begun + read_all(client))
+        assert (len(first.body), len(second.body)) == (50_000_000, 50_000_000)
+        assert ("connection" in first.headers, second.headers.get("connection")) == (False, "close")
         assert program.wait_exit(3) == 0
 
 
