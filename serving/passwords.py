@@ -203,8 +203,9 @@ class Hashes:
 
     def known(self, encoded: bytes) -> Account | None:
         """Return whose name and password these are, if they were right lately, and the file says the same of them."""
+        self._file.look()
         account = self._verified.get(self._digest(encoded))
-        return account if account is not None and self.is_still(account) else None
+        return account if account is not None and self._file.find(account.user.name) == account else None
 
     def is_still(self, account: Account) -> bool:
         """Tell whether the file has a user as it was: with that password, and that role."""

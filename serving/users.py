@@ -25,6 +25,7 @@ import hmac
 import os
 import re
 import stat
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -39,6 +40,7 @@ ROLE_RULE = "read or deploy"
 SALT_BYTES = KEY_BYTES = 16
 COST_LOG2, BLOCK_SIZE, PARALLELISM = 15, 8, 3  # 32 MiB
 MAX_FILE_BYTES = 1 << 20
+SETTLED_NS = 100_000_000  # longer than any tick of a file system's clock
 
 _NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}", re.ASCII)
 _HASH = re.compile(
@@ -176,9 +178,11 @@ class UserFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._seen = self._stat()
+        self._seen: tuple[int, ...] = (-1,)
+        self._data = b""
+        self._users: Mapping[str, Account] = {}
         try:
-            self._users = self._read()
+            self._take()
         except (OSError, BadUsers) as error:
             raise CannotStart(f"the users cannot be read: {_reason(path, error)}") from None
 
@@ -188,19 +192,31 @@ class UserFile:
 
     def look(self) -> None:
         """See whether the file has changed; two microseconds if not."""
-        found = self._stat()
-        if found == self._seen:
-            return
-        self._seen = found
         try:
-            self._users = self._read()
+            if self._take():
+                log.info(f"{len(self._users)} users are in {self._path}")
         except FileNotFoundError:
-            self._users = {}
+            self._data, self._users = b"", {}
             log.warning(f"{self._path} is gone, and its users with it")
         except (OSError, BadUsers) as error:
             log.error(f"the users are those of before: {_reason(self._path, error)}")
-        else:
-            log.info(f"{len(self._users)} users are in {self._path}")
+
+    def _take(self) -> bool:
+        """Take what the file says if that may have changed; tell whether it has."""
+        found = self._stat()
+        if found == self._seen:
+            return False
+        # A change that is this young may be followed by another that looks the same.
+        self._seen = (-1,) if found and found[-1] > time.time_ns() - SETTLED_NS else found
+        data = self._read()
+        if data == self._data:
+            return False
+        self._data = data
+        try:
+            self._users = parse_users(data.decode(), str(self._path))
+        except UnicodeDecodeError:
+            raise BadUsers([f"{self._path}: not UTF-8"]) from None
+        return True
 
     def _stat(self) -> tuple[int, ...]:
         try:
@@ -209,17 +225,14 @@ class UserFile:
             return ()
         return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
-    def _read(self) -> Mapping[str, Account]:
+    def _read(self) -> bytes:
         with self._path.open("rb") as file:
             if stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o022:
                 raise BadUsers([f"{self._path}: others may write it; allowed: a mode such as 0600"])
             data = file.read(MAX_FILE_BYTES + 1)
         if len(data) > MAX_FILE_BYTES:
             raise BadUsers([f"{self._path}: longer than {MAX_FILE_BYTES} bytes"])
-        try:
-            return parse_users(data.decode(), str(self._path))
-        except UnicodeDecodeError:
-            raise BadUsers([f"{self._path}: not UTF-8"]) from None
+        return data
 
 
 def _reason(path: Path, error: OSError | BadUsers) -> str:

@@ -106,6 +106,17 @@ def test_whatever_stands_in_the_file_is_users_or_a_problem(text: str) -> None:
         assert all(account.user.name for account in parse_users(text, "users").values())
 
 
+def test_change_is_seen_that_comes_within_a_tick_of_the_one_before(tmp_path: Path) -> None:
+    path = tmp_path / "users"
+    path.write_text(line("alice", "a"))
+    path.chmod(0o600)
+    users, tick_ns = UserFile(path), path.stat().st_mtime_ns
+    path.write_text(line("carol", "a"))
+    os.utime(path, ns=(tick_ns, tick_ns))
+    users.look()
+    assert (users.find("alice"), users.find("carol") is not None) == (None, True)
+
+
 def test_file_that_others_may_write_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "users"
     path.write_text("")
@@ -167,6 +178,8 @@ def test_file_is_followed_and_a_bad_one_changes_nothing(system: System, secrets:
     path.write_text(f"{line('alice', 'a', 'deploy')}\n{line('carol', 'c')}\n")
     assert status("bob:b") == 401, "who was known a moment ago"
     assert status("carol:c") == 200
+    path.write_text(f"{line('carol', 'c')}\n{line('dave', 'd')}\n")
+    assert status("dave:d") == 200, "who is new and asks first"
     path.write_text("carol:secret\n")
     assert status("carol:c") == 200
     system.wait_log("the users are those of before: ")
