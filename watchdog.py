@@ -3587,6 +3587,10 @@ class ClientConnection(Connection):
     ) -> ClientResponse:
         """Send a request and wait for the response's head; see `Client.request`."""
         self._url, self.silent = url, True
+        if self._ended or self._transport.is_closing():  # since it was made: what is told from now on is not of this
+            self.untouched = True
+            self.abort()
+            raise PeerGone(CUT_SHORT)
         head: asyncio.Future[ClientResponse] = self._loop.create_future()
         self._head = head
         self._body = None

@@ -418,6 +418,33 @@ def test_post_over_a_unix_socket_was_not_sent_when_a_new_connection_is_closed_un
         runner.run(post())
 
 
+@MAKE_LOOPS
+def test_post_over_a_unix_socket_was_not_sent_when_its_connection_is_closed_as_soon_as_it_is_there(
+    make_loop: MakeLoop, tmp_path: Path
+) -> None:
+    """Before or after the client has begun to write: of many, some meet each."""
+
+    async def post_often() -> list[watchdog.ClientResponse | BaseException]:
+        client, url = Client(), Url("http", str(tmp_path / "s"), 80, "/")
+        posts = (client.request("POST", url, (), b"whole", deadline_s=time.monotonic() + 20) for _ in range(500))
+        found = await asyncio.gather(*posts, return_exceptions=True)
+        await client.close()
+        return found
+
+    def serve(listener: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                listener.accept()[0].close()
+
+    with socket.socket(socket.AF_UNIX) as listener, asyncio.Runner(loop_factory=make_loop) as runner:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen(500)
+        threading.Thread(target=serve, args=[listener], daemon=True).start()
+        found = runner.run(post_often())
+        listener.shutdown(socket.SHUT_RDWR)
+    assert [type(each) for each in found] == [Unreachable] * 500
+
+
 def test_body_is_closed_each_time_that_it_was_opened() -> None:
     opened, closed = [], []
 
