@@ -153,13 +153,18 @@ def processes_marked(mark: str) -> set[int]:
     return found
 
 
+def command_line_of(pid: int) -> list[bytes]:
+    """Return the words that process `pid` was started with; none once it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return []
+
+
 def runs_our_program(pid: int) -> bool:
     """Tell whether process `pid` runs one of our programs (or is a fork of one), or has ended."""
-    try:
-        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return True
-    return any(argument.startswith(b"faashound.") or argument.endswith(b"watchdog.py") for argument in arguments)
+    words = command_line_of(pid)
+    return not words or any(word.startswith(b"faashound.") or word.endswith(b"watchdog.py") for word in words)
 
 
 class Program:

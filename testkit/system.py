@@ -17,7 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Self
 
-from testkit.harness import MARK_NAME, Answer, Program, http_request, wait_until
+from testkit.harness import MARK_NAME, Answer, Program, command_line_of, http_request, wait_until
 
 GATEWAY_READY = r"^\S+ \S+ Listening on port: (\d+)"  # without a name before it: those are the watchdogs of functions
 WORKER_READY = r"Draining .* of "
@@ -78,7 +78,7 @@ class System(Program):
         """Wait until its local worker runs; return the number of that process."""
 
         def found() -> list[int]:
-            return [pid for pid in self.survivors() if b"faashound.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+            return [pid for pid in self.survivors() if b"faashound.worker" in command_line_of(pid)]
 
         return wait_until(found, 5.0, "there is a local worker")[0]
 

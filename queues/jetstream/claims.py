@@ -80,13 +80,39 @@ def is_written(found: Record, wanted: Record) -> bool:
     return bool(new) and found.hold is None and (found.state, found.history[-1:]) == (wanted.state, new)
 
 
+@dataclass(slots=True)
+class Room:
+    """What a claim may still take: `count` in all, and of each name in `capacity` so many."""
+
+    count: int
+    capacity: dict[str, int]
+
+    def take(self, name: str) -> bool:
+        """Take the place of one of a name; False if there is none."""
+        left_count = self.capacity.get(name, 1)
+        if self.count <= 0 or left_count <= 0:
+            return False
+        self._change(name, -1)
+        return True
+
+    def give_back(self, name: str) -> None:
+        """The place is not needed."""
+        self._change(name, 1)
+
+    def _change(self, name: str, by: int) -> None:
+        self.count += by
+        if name in self.capacity:
+            self.capacity[name] += by
+
+
 @dataclass(frozen=True, slots=True)
 class Claimant:
-    """Who claims what, and for how long."""
+    """Who claims what, for how long, and how many."""
 
     kind: Kind
     owner: str
     lease_s: float
+    room: Room
 
 
 class Claims:
@@ -101,12 +127,14 @@ class Claims:
 
     # -- taking
 
-    async def claim(self, claimant: Claimant, wanted: Wanted) -> list[Lease]:
+    async def claim(self, kind: Kind, owner: str, wanted: Wanted) -> list[Lease]:
         """Lease what there is, up to the limit."""
         leases: list[Lease] = []
+        room = Room(wanted.limit, dict(wanted.capacity))
+        claimant = Claimant(kind, owner, wanted.lease_s, room)
         count = wanted.limit
-        while len(leases) < wanted.limit:
-            deliveries = await self._flows.fetch(replace(wanted, limit=count))
+        while room.count:
+            deliveries = await self._flows.fetch(replace(wanted, limit=count, capacity=room.capacity))
             takes = (self._take(each, claimant) for each in deliveries)
             outcomes = await asyncio.gather(*takes, return_exceptions=True)
             new = [outcome for outcome in outcomes if isinstance(outcome, Lease)]
@@ -116,7 +144,7 @@ class Claims:
                 raise failed[0]
             if failed or len(deliveries) < count or (leases and not new):
                 break  # what is due does not wait for a long look at what is not
-            count = wanted.limit - len(leases) if new else min(2 * count, MAX_FETCH_COUNT)
+            count = room.count if new else min(2 * count, MAX_FETCH_COUNT)
         return leases
 
     async def _take(self, delivery: Delivery, claimant: Claimant) -> Lease | None:
@@ -155,7 +183,10 @@ class Claims:
             record = take_back(record, now_s)
             verdict = judge(record, kind, now_s)
         if verdict is Verdict.TAKE:
-            return await self._lease(standing, record, delivery, claimant)
+            if claimant.room.take(delivery.flow.name.name):
+                return await self._lease(standing, record, delivery, claimant)
+            await self._flows.nak(delivery)  # it was fetched behind many that wait, for fear that it waits too
+            return None
         if verdict is Verdict.EXPIRE:
             record = expire(record, now_s)
         if record is not standing.record:
@@ -165,7 +196,11 @@ class Claims:
 
     async def _lease(self, standing: Standing, record: Record, delivery: Delivery, claimant: Claimant) -> Lease:
         hold = Hold(claimant.kind, claimant.owner, standing.revision)
-        taken = await self._store.save(standing, claim(record, hold, self._now()))
+        try:
+            taken = await self._store.save(standing, claim(record, hold, self._now()))
+        except BaseException:
+            claimant.room.give_back(delivery.flow.name.name)
+            raise
         until_s = self._loop.time() + claimant.lease_s
         held = Held(taken, delivery, claimant.kind, claimant.owner, until_s, claimant.lease_s)
         self._owners.held[taken.revision] = held

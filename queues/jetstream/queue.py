@@ -82,7 +82,7 @@ from ...calls.steps import (
 )
 from ...calls.views import CallFilter
 from .bodies import CHUNK_BYTES, Bodies
-from .claims import Claimant, Claims
+from .claims import Claims
 from .connection import WRITE_S, Conflict, Connection, Options, Write, connect, end_tasks
 from .flows import Flows, Wanted
 from .owners import Held, Owners
@@ -370,7 +370,7 @@ class JetStream:
         if wanted.limit <= 0:
             return []
         self._check_open()
-        task = self._do(self._claims.claim(Claimant(kind, owner, wanted.lease_s), wanted))
+        task = self._do(self._claims.claim(kind, owner, wanted))
         try:
             leases: list[Lease] = await asyncio.shield(task)
         except asyncio.CancelledError:

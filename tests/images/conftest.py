@@ -29,7 +29,7 @@ from testkit.harness import ROOT, http_request, said, wait_until
 from testkit.needed import tool, want_root
 
 ENGINE_DEADLINE_S = 30.0
-BUILD_DEADLINE_S = 300.0
+BUILD_DEADLINE_S = 600.0
 IMAGE_TEST_S = 900  # of pytest-timeout: the first test waits for bases, wheels and builds
 DEBIAN, DEBIAN_PYTHON = "bookworm", "3.11"
 PROGRAMS = ("mmdebstrap", "dockerd", "docker", "runc")

@@ -26,6 +26,7 @@ from faashound.calls.model import FINAL, Lease, LeaseLost, QueueFull, QueueUnava
 from faashound.queues.jetstream.connection import WRITE_S, Options, connect
 from faashound.queues.jetstream.queue import JetStream
 from faashound.watchdog import finished_first
+from testkit.harness import crowding
 from testkit.nats_servers import Cluster
 from testkit.queue_kit import QUEUE, finish, inline, new_call
 
@@ -430,11 +431,11 @@ def test_delayed_calls_survive_a_restart_of_all_servers(cluster: Cluster) -> Non
     async def scenario() -> tuple[int, int]:
         options = cluster.options(prefix())
         queue = await JetStream.open(options)
-        owner, now_s = await queue.enlist(), time.time()
-        for start in range(0, count, 250):
-            soon = 20 if start < 250 else 3600
-            calls = [new_call(due_s=now_s + soon, accepted_s=now_s) for _ in range(250)]
-            await asyncio.gather(*(queue.put(call) for call in calls))
+        owner, soon_s = await queue.enlist(), 20 * crowding()
+        for start in range(250, count + 250, 250):
+            now_s = time.time()
+            due_s = now_s + (3600 if start < count else soon_s)
+            await asyncio.gather(*(queue.put(new_call(due_s=due_s, accepted_s=now_s)) for _ in range(250)))
         assert await queue.claim([QUEUE], owner, LEASE_S, 8) == []  # the servers keep the delays from now on
         for server in cluster.servers:
             server.kill()
@@ -442,7 +443,7 @@ def test_delayed_calls_survive_a_restart_of_all_servers(cluster: Cluster) -> Non
             server.start()
         await asyncio.to_thread(cluster.wait_until_healthy)
         ended = 0
-        deadline_s = time.monotonic() + RECOVERY_S
+        deadline_s = time.monotonic() + RECOVERY_S + soon_s
         while ended < 250 and time.monotonic() < deadline_s:
             leases = await insist(partial(queue.claim, [QUEUE], owner, LEASE_S, 64))
             await asyncio.gather(*(insist(partial(finish, queue, lease, State.DONE, None)) for lease in leases))

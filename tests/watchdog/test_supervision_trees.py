@@ -334,7 +334,8 @@ def test_functions_of_a_function_are_gone_when_it_is_a_watchdog(shell: Program) 
     port = free_port()
     variables = f"fprocess='sleep 600' port={port} metrics_port=0 suppress_lock=true"
     inner = f"exec env {variables} {shlex.join(command_of('watchdog'))}"
-    outer = InBackground(lambda: http_request(shell.port, "POST", "/", {"X-Timeout": "3s"}, inner.encode()))
+    limit = {"X-Timeout": f"{3 * crowding():.1f}s"}  # by then the inner one is to have started its functions
+    outer = InBackground(lambda: http_request(shell.port, "POST", "/", limit, inner.encode(), 300))
     wait_until(lambda: serves(port), 3.0, "the inner watchdog serves")
     calls = [InBackground(lambda: http_request(port)) for _ in range(3)]
     shell.wait_started(3)

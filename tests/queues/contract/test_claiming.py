@@ -53,6 +53,21 @@ def test_claim_takes_no_more_than_the_limit(desk: Desk) -> None:
     assert [len(desk.claim(limit)) for limit in (0, 2, 2, 2)] == [0, 2, 2, 1]
 
 
+def test_claim_takes_no_more_than_the_limit_behind_as_many_that_wait(desk: Desk) -> None:
+    for _ in range(8):
+        desk.put(due_s=START_S + 3600)
+    for _ in range(40):
+        desk.put()
+    assert len(desk.claim(8)) == 8
+
+
+def test_claim_takes_no_more_of_a_function_than_its_capacity_beside_another_that_waits(desk: Desk) -> None:
+    for _ in range(10):
+        desk.put("waiting", due_s=START_S + 3600)
+        desk.put("busy")
+    assert [lease.call.function.name for lease in desk.claim(8, capacity=by_function({"busy": 1}))] == ["busy"]
+
+
 def test_claim_looks_only_into_the_queues_named(desk: Desk) -> None:
     desk.put(queue="slow")
     assert desk.claim() == []
