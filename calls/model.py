@@ -260,9 +260,12 @@ class RunEnd:
 
 @dataclass(frozen=True, slots=True)
 class Renewal:
-    """What a worker learns by renewing: ids whose lease is gone, and ids of calls that are to be cancelled."""
+    """What a worker learns by renewing: the fences of leases that are gone, and ids of calls that are to be cancelled.
 
-    lost: frozenset[str]
+    Not by ids: a worker may hold a call's run and, from before it was queued again, its callback.
+    """
+
+    lost: frozenset[int]
     cancelled: frozenset[str]
 
 

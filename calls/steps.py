@@ -309,9 +309,10 @@ def release(record: Record, now_s: float) -> Record:
     """What was claimed and not tried goes back into its old place, the attempt not counted."""
     if record.hold is not None and record.hold.kind == "callback":
         callback, state = _callback_after(record, Event.HAND_BACK)
-        untried = Callback(state, callback.attempts - 1, callback.due_s, callback.status, callback.error)
+        due_s = min(callback.due_s, now_s)
+        untried = Callback(state, callback.attempts - 1, due_s, callback.status, callback.error)
         return record._replace(callback=untried, hold=None)
-    again = _waiting_again(record, Event.HAND_BACK, now_s)
+    again = _handed_back(record, now_s)
     return again._replace(attempts=record.attempts - 1)
 
 
@@ -324,7 +325,7 @@ def take_back(record: Record, now_s: float) -> Record:
         due_s = now_s + lost_wait_s(callback.attempts)
         return record._replace(callback=Callback(state, callback.attempts, due_s, None, LOST_ERROR), hold=None)
     started_s = now_s if record.started_s is None else record.started_s
-    again = _waiting_again(record, Event.HAND_BACK, now_s)
+    again = _handed_back(record, now_s)
     lost = Attempt(started_s, now_s, None, LOST_ERROR)
     return again._replace(status=None, error=LOST_ERROR, history=_remembered(record, lost))
 
@@ -336,6 +337,11 @@ def lost_wait_s(attempts: int) -> float:
     the worker that gives it up in the end, by the attempts that were begun.
     """
     return min(2.0 ** (min(attempts, 60) - 2), LOST_WAIT_S) if attempts > 1 else 0.0
+
+
+def _handed_back(record: Record, now_s: float) -> Record:
+    """What was due when it was claimed is due, even if the clock has been set back meanwhile."""
+    return _waiting_again(record._replace(due_s=min(record.due_s, now_s)), Event.HAND_BACK, now_s)
 
 
 def _waiting_again(record: Record, event: Event, now_s: float) -> Record:

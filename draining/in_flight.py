@@ -122,10 +122,10 @@ class InFlightTable:
             except FaashoundError as error:
                 log.error(f"leases could not be renewed: {error}")
                 continue
-            for lease in leases:
-                if lease.call.id in renewal.lost and lease.fence in self._entries:
-                    log.warning("the lease was lost; another worker has the call", call_id=lease.call.id)
-                    self._entries[lease.fence].end(EarlyEnd.LOST)
+            for fence in renewal.lost & self._entries.keys():
+                entry = self._entries[fence]
+                log.warning("the lease was lost; another worker has the call", call_id=entry.lease.call.id)
+                entry.end(EarlyEnd.LOST)
             self._end_cancelled(renewal.cancelled)
 
     async def watch_cancels(self, timeout_s: float) -> None:

@@ -93,7 +93,10 @@ class Owners:
             await message.respond(b"here")
 
     async def _on_census(self, message: Msg) -> None:
-        running = [held.standing.accepted for held in self.held.values() if held.kind == "call"]
+        now_s = self._loop.time()
+        running = [
+            held.standing.accepted for held in self.held.values() if held.kind == "call" and held.until_s > now_s
+        ]
         await message.respond(json.dumps([[call.id, call.function, call.queue] for call in running]).encode())
 
     def find(self, call_id: str, fence: int) -> Held | None:

@@ -391,25 +391,29 @@ class JetStream:
     async def renew(self, leases: Sequence[Lease], lease_s: float) -> Renewal:
         """Let the leases last `lease_s` seconds from now; tell which are lost and which calls to cancel."""
         self._check_open()
-        held = {lease.call.id: self._owners.get(lease) for lease in leases}
-        known = [each for each in held.values() if each is not None]
+        held = [self._owners.get(lease) for lease in leases]
+        known = [each for each in held if each is not None]
         for each in known:
             each.until_s, each.lease_s = self._loop.time() + lease_s, lease_s
             await self._flows.progress(each.delivery)
-        lost = {call_id for call_id, each in held.items() if each is None}
-        cancelled = self._owners.cancelled & {each.standing.id for each in known if each.kind == "call"}
-        for call_id, is_lost in await asyncio.gather(*map(self._look, known)):
-            (lost if is_lost else cancelled).update({call_id} if call_id else ())
-        return Renewal(frozenset(lost), frozenset(cancelled - lost))
+        for each in self._owners.drop_lapsed():  # which nobody renews: its work ended without a word
+            await self._flows.nak(each.delivery)
+        lost = {lease.fence for lease, each in zip(leases, held, strict=True) if each is None}
+        cancelled = set[str]()
+        for each, (is_lost, is_cancelled) in zip(known, await asyncio.gather(*map(self._look, known)), strict=True):
+            if is_lost:
+                lost.add(each.standing.revision)
+                self._owners.held.pop(each.standing.revision, None)
+            elif each.kind == "call" and (is_cancelled or each.standing.id in self._owners.cancelled):
+                cancelled.add(each.standing.id)
+        return Renewal(frozenset(lost), frozenset(cancelled))
 
-    async def _look(self, held: Held) -> tuple[str, bool]:
-        """See whether a lease has passed on (the id, True), or its call is to be cancelled (the id, False)."""
+    async def _look(self, held: Held) -> tuple[bool, bool]:
+        """See whether a lease has passed on, and whether the end of its call is wanted."""
         kept = await self._store.find_near(held.standing.id)
         if kept is None or kept.revision <= held.standing.revision:
-            return "", False
-        if kept.record.hold != held.standing.record.hold:
-            return held.standing.id, True
-        return (held.standing.id if kept.record.cancel_requested and held.kind == "call" else ""), False
+            return False, False
+        return kept.record.hold != held.standing.record.hold, kept.record.cancel_requested
 
     async def cancelled_ids(self, owner: str) -> frozenset[str]:
         """The calls that `owner` runs and someone wants cancelled."""

@@ -130,14 +130,14 @@ def _walk_flows(
 
 def renew(tx: Transaction, leases: Sequence[Lease], boot: str, until_s: float) -> Renewal:
     """Let leases last until `until_s`, by the clock of this boot; tell which are gone, and what is to be cancelled."""
-    lost, cancelled = set(), set()
+    lost, cancelled = set[int](), set[str]()
     for lease in leases:
         cursor = tx.db.execute(
             "UPDATE leases SET boot = ?, until_s = ? WHERE fence = ? AND owner = ?",
             (boot, until_s, lease.fence, lease.owner),
         )
         if cursor.rowcount == 0:
-            lost.add(lease.call.id)
+            lost.add(lease.fence)
         elif lease.kind == "call":
             row = tx.db.execute("SELECT cancel_requested FROM calls WHERE id = ?", (lease.call.id,)).fetchone()
             cancelled |= {lease.call.id} if row[0] else set()

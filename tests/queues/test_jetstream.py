@@ -367,9 +367,13 @@ def test_lease_that_is_not_renewed_passes_to_another_worker_though_its_owner_liv
         await worker.put(new_call(due_s=0.0))
         (lease,) = await sleeper.claim([QUEUE], slow, 1.0, 1)
         began_s = time.monotonic()
-        assert (await claim_one(worker, owner)).call.attempts == 2
+        again = await claim_one(worker, owner)
+        assert again.call.attempts == 2
         assert time.monotonic() - began_s > 0.9
-        assert (await sleeper.renew([lease], LEASE_S)).lost == {lease.call.id}
+        assert (await sleeper.renew([lease], LEASE_S)).lost == {lease.fence}
+        await finish(worker, again, State.DONE, None)
+        by_state = (await worker.stats()).by_state
+        assert (by_state[State.DONE], by_state[State.RUNNING]) == (1, 0)
         with pytest.raises(LeaseLost):
             await sleeper.release(lease)
 
@@ -559,7 +563,7 @@ def test_delayed_calls_cost_a_claim_nothing_until_they_are_due(options: Options)
             assert (await connection.insist(consumer))["delivered"]["consumer_seq"] < 1000  # what is due came first
             assert await queue.claim([QUEUE], owner, LEASE_S, 5) == []
             before = (await connection.insist(consumer))["delivered"]["consumer_seq"], await commits(queue)
-            assert before[0] == count
+            assert count <= before[0] < 1.1 * count  # on a busy machine some wait here for too long, and come again
             for _ in range(20):
                 due = await queue.put(new_call("g", due_s=0.0))
                 (lease,) = await queue.claim([QUEUE], owner, LEASE_S, 5)
@@ -567,7 +571,7 @@ def test_delayed_calls_cost_a_claim_nothing_until_they_are_due(options: Options)
                 await finish(queue, lease, State.DONE, None)
                 assert await queue.claim([QUEUE], owner, LEASE_S, 5) == []
             after = (await connection.insist(consumer))["delivered"]["consumer_seq"], await commits(queue)
-        assert after == (count, before[1] + 20 * 3)
+        assert after == (before[0], before[1] + 20 * 3)
         assert (await queue.stats()).by_state[State.QUEUED] == count
 
     with_queues(options, 1, scenario)

@@ -30,7 +30,7 @@ from faashound.queues.spool.limits import DATABASE, STEP_COUNT
 from faashound.queues.spool.notifier import WakeUp
 from testkit.harness import eventually, wait_until
 from testkit.needed import want_root
-from testkit.queue_kit import inline, read_all
+from testkit.queue_kit import LEASE_S, inline, read_all
 from testkit.spool_kit import START_S, Desk, new_call, writer_has_all
 
 NOBODY = 65534
@@ -43,6 +43,30 @@ def desk(tmp_path: Path) -> Iterator[Desk]:
     desk = Desk(tmp_path / "spool")
     yield desk
     desk.close()
+
+
+# -- a clock that is set back
+
+
+@pytest.mark.parametrize("way", ["released", "taken back"])
+def test_call_that_is_handed_back_is_due_though_the_clock_was_set_back_meanwhile(desk: Desk, way: str) -> None:
+    desk.put()
+    lease = desk.claim_one(lease_s=0.0 if way == "taken back" else LEASE_S)
+    desk.clock.now_s -= 3600
+    if way == "released":
+        desk.do(desk.spool.release(lease))
+    else:
+        assert desk.do(desk.spool.reclaim()) == 1
+    assert desk.claim_one().call.id == lease.call.id
+
+
+def test_callback_that_is_handed_back_is_due_though_the_clock_was_set_back_meanwhile(desk: Desk) -> None:
+    desk.put(callback_url="http://127.0.0.1:1/")
+    desk.finish(desk.claim_one())
+    (lease,) = desk.claim_callbacks()
+    desk.clock.now_s -= 3600
+    desk.do(desk.spool.release(lease))
+    assert len(desk.claim_callbacks()) == 1
 
 
 # -- putting

@@ -319,7 +319,7 @@ class SpoolMachine(RuleBasedStateMachine):
         row = self.model.rows.get(lease.call.id)
         alive = row is not None and row.fence == lease.fence
         renewal = self.remote.call("renew", [lease], LEASE_S)
-        assert renewal.lost == (frozenset() if alive else {lease.call.id})
+        assert renewal.lost == (frozenset() if alive else {lease.fence})
         assert renewal.cancelled == ({lease.call.id} if alive and row is not None and row.cancel else frozenset())
 
     # -- what people do

@@ -253,8 +253,17 @@ def test_renew_keeps_a_lease_from_lapsing_and_names_those_that_have(desk: Desk) 
     kept, lost = desk.claim(2, lease_s=0.0)
     assert desk.do(desk.queue.renew([kept], LEASE_S)).lost == frozenset()
     assert desk.do(desk.queue.reclaim()) == 1
-    assert desk.do(desk.queue.renew([kept, lost], LEASE_S)).lost == {lost.call.id}
+    assert desk.do(desk.queue.renew([kept, lost], LEASE_S)).lost == {lost.fence}
     desk.finish(kept)
+
+
+def test_renew_tells_a_lost_callback_from_the_run_of_the_same_call(desk: Desk) -> None:
+    call = desk.put(callback_url="http://127.0.0.1:1/")
+    desk.finish(desk.claim_one(), State.DEAD)
+    (callback,) = desk.claim_callbacks()
+    desk.do(desk.queue.requeue_dead(call.id))
+    run = desk.claim_one()
+    assert desk.do(desk.queue.renew([callback, run], LEASE_S)).lost == {callback.fence}
 
 
 def test_owner_that_closed_its_queue_holds_nothing(desk: Desk) -> None:
