@@ -19,6 +19,7 @@ from ...calls.model import (
     Call,
     CallUnknown,
     Changes,
+    QueueDamaged,
     State,
     Stats,
     StoredBody,
@@ -27,6 +28,7 @@ from ...calls.model import (
 from ...calls.names import FunctionName
 from ...calls.steps import expire, may_forget, may_purge
 from ...calls.views import CallFilter
+from ...watchdog import log
 from .bodies import Bodies
 from .connection import PAGE_COUNT, STEP_COUNT, Conflict, Connection, Stored, gather_in_steps
 from .flows import Delivery, Flows, Wanted
@@ -369,6 +371,14 @@ class People:
         return count
 
     async def _expire(self, timer: Delivery) -> bool:
+        try:
+            return await self._expire_readable(timer)
+        except QueueDamaged as error:  # the other calls expire all the same
+            log.error(f"it cannot be told whether the call {timer.call_id} has expired: {error}")
+            await self._flows.nak(timer, TIMER_PAUSE_S)
+            return False
+
+    async def _expire_readable(self, timer: Delivery) -> bool:
         while True:
             standing = await self._store.load(timer.call_id)
             record = None if standing is None else standing.record
@@ -399,13 +409,21 @@ class People:
         """Remove old bodies that no call names; one that is still to be read is named by its call."""
         count = 0
         async for body, call_id in self._bodies.walk_old():
-            standing = None if call_id is None else await self._store.load(call_id)
-            answer = None if standing is None else standing.record.answer
-            named = [standing and standing.accepted.body, answer and answer.result]
-            if body.file not in {each.file for each in named if each is not None}:
+            if body.file not in await self._files_of(call_id, body.file):
                 await self._bodies.drop(body)
                 count += 1
         return count
+
+    async def _files_of(self, call_id: str | None, file: str | None) -> set[str | None]:
+        """The bodies that a call names; one that cannot be read may name `file`."""
+        try:
+            standing = None if call_id is None else await self._store.load(call_id)
+        except QueueDamaged as error:
+            log.error(f"the body of a call that cannot be read is kept: {error}")
+            return {file}
+        answer = None if standing is None else standing.record.answer
+        named = [standing and standing.accepted.body, answer and answer.result]
+        return {each.file for each in named if each is not None}
 
 
 def _id_of(stored: Stored) -> str:

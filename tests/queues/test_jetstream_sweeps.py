@@ -1,0 +1,80 @@
+"""What a sweep of the queue on NATS leaves alone: what is being written beside it, and what it cannot read."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+import uvloop
+
+from faashound.calls.model import Call, State
+from faashound.queues.jetstream import bodies as bodies_module
+from faashound.queues.jetstream.connection import Connection, Options, Write, connect
+from faashound.queues.jetstream.queue import JetStream
+from testkit.queue_kit import QUEUE, new_call, read_all
+
+LONG_S = 20.0
+BODY = bytes(100_000)
+
+
+def with_queues(options: Options, count: int, scenario: Callable[..., Awaitable[Any]]) -> Any:
+    """What `scenario` returns, given a bare connection and so many queues of their own on the same streams."""
+
+    async def run() -> Any:
+        async with contextlib.AsyncExitStack() as stack:
+            queues: list[JetStream] = []
+            for _ in range(count):
+                queues.append(await JetStream.open(options))
+                stack.push_async_callback(queues[-1].close)
+            connection = await connect(options)
+            stack.push_async_callback(connection.close)
+            return await scenario(connection, *queues)
+
+    return uvloop.run(run())
+
+
+async def put_expired(queue: JetStream, **changes: Any) -> Call:
+    """A call that a sweep is to end."""
+    return await queue.put(new_call(due_s=0.0, expires_s=time.time() - 1, **changes))
+
+
+async def damage(connection: Connection, call: Call) -> None:
+    """Have something else stand where the call waits."""
+    names = connection.names
+    await connection.purge(names.queue, names.waiting_of("call", call.id))
+    await connection.publish(Write(names.waiting("call", call.id, QUEUE, call.function), b"?"))
+
+
+def test_sweep_expires_all_calls_but_one_that_cannot_be_read(
+    options: Options, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async def scenario(connection: Connection, queue: JetStream) -> None:
+        odd, call = await put_expired(queue), await put_expired(queue)
+        await damage(connection, odd)
+        assert (await queue.sweep(60, 60)).expired_count == 1
+        expired = await queue.get(call.id)
+        assert expired is not None
+        assert expired.state is State.EXPIRED
+        assert capfd.readouterr().err.count(f"whether the call {odd.id} has expired") == 1
+        assert await connection.count(connection.names.timer(odd.id)) == 1  # it may be mended
+
+    with_queues(options, 1, scenario)
+
+
+def test_sweep_drops_all_orphans_and_keeps_the_body_of_a_call_that_cannot_be_read(
+    options: Options, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bodies_module, "ORPHAN_S", -1.0)
+
+    async def scenario(connection: Connection, queue: JetStream) -> None:
+        odd = await queue.put(new_call(body=await queue.store_body(BODY)))
+        await queue.store_body(BODY)
+        await damage(connection, odd)
+        assert (await queue.sweep(60, 60)).file_count == 1
+        assert await read_all(queue, odd.body) == BODY
+        assert capfd.readouterr().err.count("the body of a call that cannot be read is kept") == 1
+
+    with_queues(options, 1, scenario)
