@@ -30,7 +30,7 @@ from ...calls.steps import expire, may_forget, may_purge
 from ...calls.views import CallFilter
 from ...watchdog import log
 from .bodies import Bodies
-from .connection import PAGE_COUNT, STEP_COUNT, Conflict, Connection, Stored, gather_in_steps
+from .connection import PAGE_COUNT, STEP_COUNT, WRITE_S, Conflict, Connection, Stored, gather_in_steps
 from .flows import Delivery, Flows, Wanted
 from .owners import Owners
 from .records import Kept, Standing, join, parse_record, parse_waiting, readable
@@ -40,6 +40,8 @@ from .subjects import PLACES, TIMERS, UNDELIVERED, FlowName, Place, parse_token
 WINDOW_COUNT = 256  # revisions that are looked at together, to begin with
 TIMER_COUNT = 256  # calls whose expiry is looked at together
 TIMER_PAUSE_S = 60.0  # before a call that was running when it should have expired is looked at again
+PUT_S = 60.0  # that a timer stays though its call is not there: it is written first, and WRITE_S lies between at most
+PUT_PAUSE_S = WRITE_S  # before such a timer is looked at again
 IDLE_FLOW_S = 86400.0  # after which a flow that nobody puts into is forgotten
 ID_PLACES = 2, 3  # of a call's id in the subjects of what waits and of records
 FRONT_COUNT = 64  # messages that are looked at to find the oldest one of a flow that waits
@@ -381,8 +383,11 @@ class People:
     async def _expire_readable(self, timer: Delivery) -> bool:
         while True:
             standing = await self._store.load(timer.call_id)
-            record = None if standing is None else standing.record
-            if standing is None or record is None or record.state in FINAL or record.expires_s is None:
+            if standing is None or (standing.place == "held" and standing.record.expires_s is None):
+                await self._await_call(timer)
+                return False
+            record = standing.record
+            if record.state in FINAL or record.expires_s is None:
                 await self._flows.ack(timer)
                 return False
             left_s = record.expires_s - self._now()
@@ -396,6 +401,14 @@ class People:
             await self._store.follow_end(standing, expired)
             await self._flows.ack(timer)
             return True
+
+    async def _await_call(self, timer: Delivery) -> None:
+        """Keep a timer whose call may be on its way, put or let go; drop one of a call that is gone, or never came."""
+        stored = await self._connection.load(self._names.timer(timer.call_id))
+        if stored is not None and time.time() - stored.stored_s < PUT_S:
+            await self._flows.nak(timer, PUT_PAUSE_S)
+        else:
+            await self._flows.ack(timer)
 
     async def _old(self, before_s: float) -> AsyncIterator[Kept]:
         for place in places_of([State.DONE, State.CANCELLED, State.EXPIRED]):

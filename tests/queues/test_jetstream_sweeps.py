@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import dataclasses
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import pytest
 import uvloop
 
-from faashound.calls.model import Call, State
+from faashound.calls.ids import new_call_id
+from faashound.calls.model import Call, NewCall, State
 from faashound.queues.jetstream import bodies as bodies_module
+from faashound.queues.jetstream import people as people_module
 from faashound.queues.jetstream.connection import Connection, Options, Write, connect
 from faashound.queues.jetstream.queue import JetStream
+from testkit.harness import eventually
 from testkit.queue_kit import QUEUE, new_call, read_all
 
 LONG_S = 20.0
@@ -76,5 +81,56 @@ def test_sweep_drops_all_orphans_and_keeps_the_body_of_a_call_that_cannot_be_rea
         assert (await queue.sweep(60, 60)).file_count == 1
         assert await read_all(queue, odd.body) == BODY
         assert capfd.readouterr().err.count("the body of a call that cannot be read is kept") == 1
+
+    with_queues(options, 1, scenario)
+
+
+async def put(queue: JetStream, call: NewCall) -> None:
+    await queue.put(call)
+
+
+async def put_and_let_go(queue: JetStream, call: NewCall) -> None:
+    await queue.put_held(dataclasses.replace(call, expires_s=None))
+    await queue.let_go(call.id, call.due_s, call.expires_s)
+
+
+@pytest.mark.parametrize("way", [put, put_and_let_go])
+def test_call_expires_though_a_sweep_has_met_its_timer_before_its_message(
+    options: Options, monkeypatch: pytest.MonkeyPatch, way: Callable[[JetStream, NewCall], Coroutine[Any, Any, None]]
+) -> None:
+    monkeypatch.setattr(people_module, "PUT_PAUSE_S", 0.01)
+    publish, is_swept = Connection.publish, asyncio.Event()
+
+    async def publish_late(self: Connection, write: Write) -> int:
+        if write.subject.split(".")[1] == "call":
+            await is_swept.wait()
+        return await publish(self, write)
+
+    async def scenario(connection: Connection, submitter: JetStream, sweeper: JetStream) -> None:
+        call = new_call(due_s=0.0, expires_s=time.time() - 1)
+        monkeypatch.setattr(Connection, "publish", publish_late)
+        putting = asyncio.create_task(way(submitter, call))
+        await eventually(lambda: connection.count(connection.names.timer(call.id)), LONG_S, "a timer")
+        assert (await sweeper.sweep(60, 60)).expired_count == 0
+        is_swept.set()
+        await putting
+
+        async def expired_count() -> int:
+            return (await sweeper.sweep(60, 60)).expired_count
+
+        await eventually(expired_count, LONG_S, "the call has expired")
+
+    with_queues(options, 2, scenario)
+
+
+def test_timer_of_a_call_that_never_came_is_dropped_in_time(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(people_module, "PUT_S", -1.0)
+
+    async def scenario(connection: Connection, queue: JetStream) -> None:
+        timer = connection.names.timer(new_call_id())
+        await connection.publish(Write(timer, b""))
+        await queue.sweep(60, 60)
+        await queue.stats()  # the servers have heard what was acknowledged before
+        assert await connection.count(timer) == 0
 
     with_queues(options, 1, scenario)
