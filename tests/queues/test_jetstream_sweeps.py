@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +19,8 @@ from faashound.queues.jetstream import bodies as bodies_module
 from faashound.queues.jetstream import people as people_module
 from faashound.queues.jetstream.connection import Connection, Options, Write, connect
 from faashound.queues.jetstream.queue import JetStream
-from testkit.harness import eventually
-from testkit.queue_kit import QUEUE, new_call, read_all
+from testkit.harness import crowding, eventually
+from testkit.queue_kit import QUEUE, finish, new_call, read_all
 
 LONG_S = 20.0
 BODY = bytes(100_000)
@@ -132,5 +133,90 @@ def test_timer_of_a_call_that_never_came_is_dropped_in_time(options: Options, mo
         await queue.sweep(60, 60)
         await queue.stats()  # the servers have heard what was acknowledged before
         assert await connection.count(timer) == 0
+
+    with_queues(options, 1, scenario)
+
+
+async def slow_result(started: asyncio.Event, go_on: asyncio.Event) -> AsyncIterator[bytes]:
+    yield 2 * BODY
+    started.set()
+    await go_on.wait()
+    yield 2 * BODY
+
+
+def test_result_that_comes_slowly_is_not_swept_while_it_comes(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bodies_module, "SIGN_S", crowding())
+
+    async def scenario(connection: Connection, worker: JetStream, sweeper: JetStream) -> None:
+        started, go_on = asyncio.Event(), asyncio.Event()
+        storing = asyncio.create_task(worker.store_result(slow_result(started, go_on)))
+        await started.wait()
+        sign = connection.names.subject("meta", "*")
+        before = await connection.count(sign)
+        await eventually(lambda: has_more(connection, sign, before), LONG_S, "a sign")
+        with monkeypatch.context() as later:
+            later.setattr(bodies_module, "ORPHAN_S", -1.0)
+            assert (await sweeper.sweep(60, 60)).file_count == 0
+        go_on.set()
+        assert await read_all(worker, await storing) == 4 * BODY
+
+    with_queues(options, 2, scenario)
+
+
+async def has_more(connection: Connection, subject: str, than: int) -> bool:
+    return await connection.count(subject) > than
+
+
+def test_result_that_waits_for_room_is_not_swept_while_it_waits(
+    options: Options, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bodies_module, "SIGN_S", crowding())
+    monkeypatch.setattr(bodies_module, "ROOM_PAUSE_S", 0.02)
+
+    async def scenario(connection: Connection, worker: JetStream, sweeper: JetStream) -> None:
+        await sweeper.sweep(60, 60)  # tells how long calls are kept: that is a message of the same kind
+        ballast = await worker.store_body(5 * BODY)
+        owner = await worker.enlist()
+        call = await worker.put(new_call(due_s=0.0, body=ballast))
+        (lease,) = await worker.claim([QUEUE], owner, LONG_S, 1)
+        storing = asyncio.create_task(worker.store_result(in_pieces(8)))
+        sign = connection.names.subject("meta", "*")
+        before = await connection.count(sign)
+        await eventually(lambda: has_more(connection, sign, before), LONG_S, "a sign")
+        with monkeypatch.context() as later:
+            later.setattr(bodies_module, "ORPHAN_S", -1.0)
+            assert (await sweeper.sweep(60, 60)).file_count == 0
+        assert "a result waits to be stored" in capfd.readouterr().err
+        assert not storing.done()
+        await finish(worker, lease, State.DONE, None)
+        assert await worker.purge(state=State.DONE, call_id=call.id) == 1
+        assert await read_all(worker, await storing) == 8 * BODY
+
+    with_queues(dataclasses.replace(options, max_bytes=1_000_000), 2, scenario)
+
+
+async def in_pieces(count: int) -> AsyncIterator[bytes]:
+    for _ in range(count):
+        yield BODY
+
+
+def test_old_body_that_was_named_just_now_is_not_swept_before_its_call_says_so(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(connection: Connection, queue: JetStream) -> None:
+        body = await queue.store_body(BODY)
+        (head,) = await connection.read_batch(connection.names.subject("body", "*", 0), 1, 1)
+        subject = connection.names.subject("body", body.file, "ref")
+        await connection.publish(Write(subject, new_call_id().encode()))
+        named = await connection.load(subject)
+        assert named is not None
+        between_s = (head.stored_s + named.stored_s) / 2
+        clock = SimpleNamespace(time=lambda: between_s + bodies_module.ORPHAN_S)
+        monkeypatch.setattr(bodies_module, "time", clock)
+        assert (await queue.sweep(60, 60)).file_count == 0
+        between_s = named.stored_s
+        assert (await queue.sweep(60, 60)).file_count == 1
 
     with_queues(options, 1, scenario)
