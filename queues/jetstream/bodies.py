@@ -108,18 +108,21 @@ class Bodies:
     @contextlib.asynccontextmanager
     async def _signs(self, name: str) -> AsyncIterator[None]:
         """Tell those who sweep that this body is being written, from when it takes long."""
-        signing = asyncio.ensure_future(self._sign(name))
+        signing = asyncio.ensure_future(self._keep_signing(name))
         try:
             yield
         finally:
             await end_tasks([signing])
 
-    async def _sign(self, name: str) -> None:
+    async def _keep_signing(self, name: str) -> None:
         while True:
             await asyncio.sleep(SIGN_S)
-            with contextlib.suppress(QueueUnavailable, QueueFull):
-                headers = {TTL_HEADER: f"{math.ceil(SIGNS_COUNT * SIGN_S)}s"}
-                await self._connection.publish(Write(self._sign_of(name), b"", headers))
+            await self._sign(name)
+
+    async def _sign(self, name: str) -> None:
+        headers = {TTL_HEADER: f"{math.ceil(SIGNS_COUNT * SIGN_S)}s"}
+        with contextlib.suppress(QueueUnavailable, QueueFull):
+            await self._connection.publish(Write(self._sign_of(name), b"", headers))
 
     def _sign_of(self, name: str) -> str:
         return self._names.subject("meta", f"writing-{name}")
@@ -154,8 +157,13 @@ class Bodies:
 
     async def name(self, body: StoredBody | None, call_id: str) -> None:
         """Say which call is going to name this body."""
-        if body is not None and body.file is not None:
+        if body is None or body.file is None:
+            return
+        try:
             await self._connection.publish(Write(self._names.subject("body", body.file, _REFERENCE), call_id.encode()))
+        except QueueFull:  # a result is kept until there is room: its worker tries again
+            await self._sign(body.file)
+            raise
 
     async def drop(self, body: StoredBody | None) -> None:
         """Remove a body that no call names."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import pytest
 import uvloop
 
 from faashound.calls.ids import new_call_id
-from faashound.calls.model import Call, NewCall, State
+from faashound.calls.model import Attempt, Call, NewCall, QueueFull, RunEnd, State
 from faashound.queues.jetstream import bodies as bodies_module
 from faashound.queues.jetstream import people as people_module
 from faashound.queues.jetstream.connection import Connection, Options, Write, connect
@@ -220,3 +221,32 @@ def test_old_body_that_was_named_just_now_is_not_swept_before_its_call_says_so(
         assert (await queue.sweep(60, 60)).file_count == 1
 
     with_queues(options, 1, scenario)
+
+
+async def fill(connection: Connection, kind: str, *tokens: str) -> None:
+    """Leave no room in the stream of these subjects."""
+    numbers, start = itertools.count(1), connection.names.subject(kind, *tokens)
+    for size in (10_000, 1000, 1):
+        with contextlib.suppress(QueueFull):
+            while True:
+                await connection.publish(Write(f"{start}{next(numbers)}", bytes(size)))
+
+
+def test_result_that_cannot_be_named_for_want_of_room_is_not_swept(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(connection: Connection, queue: JetStream) -> None:
+        owner, _ = await queue.enlist(), await queue.put(new_call(due_s=0.0))
+        (lease,) = await queue.claim([QUEUE], owner, LONG_S, 1)
+        result = await queue.store_result(in_pieces(2))
+        await fill(connection, "body", "ballast", "n")
+        end = RunEnd(State.DONE, Attempt(0.0, 1.0, 200, None), 200, 1.0, result)
+        with pytest.raises(QueueFull):
+            await queue.finish(lease, end)
+        monkeypatch.setattr(bodies_module, "ORPHAN_S", -1.0)
+        assert (await queue.sweep(60, 60)).file_count == 0
+        await connection.purge(connection.names.bodies, connection.names.subject("body", "ballast", "*"))
+        await queue.finish(lease, end)
+        assert await read_all(queue, result) == 2 * BODY
+
+    with_queues(dataclasses.replace(options, max_bytes=1_000_000), 1, scenario)
