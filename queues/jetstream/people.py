@@ -353,9 +353,9 @@ class People:
     async def sweep(self, results_s: float, calls_s: float) -> Swept:
         """Drop what is old and was not dropped by the servers, and bodies of no call."""
         now_s, before_bytes = self._now(), await self._size_bytes()
+        calls = await self._forget_all(self._old(now_s - calls_s))  # first: what follows writes, and needs room
         await self._store.tell_retention(results_s, calls_s)
         expired = await self.expire_due()
-        calls = await self._forget_all(self._old(now_s - calls_s))
         files = await self._drop_orphans()
         await self._flows.forget_idle(time.time() - IDLE_FLOW_S)
         return Swept(expired, 0, calls, files, max(0, before_bytes - await self._size_bytes()))

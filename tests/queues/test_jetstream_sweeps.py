@@ -21,7 +21,7 @@ from faashound.queues.jetstream import people as people_module
 from faashound.queues.jetstream.connection import Connection, Options, Write, connect
 from faashound.queues.jetstream.queue import JetStream
 from testkit.harness import crowding, eventually
-from testkit.queue_kit import QUEUE, finish, new_call, read_all
+from testkit.queue_kit import QUEUE, finish, inline, new_call, read_all
 
 LONG_S = 20.0
 BODY = bytes(100_000)
@@ -250,3 +250,19 @@ def test_result_that_cannot_be_named_for_want_of_room_is_not_swept(
         assert await read_all(queue, result) == 2 * BODY
 
     with_queues(dataclasses.replace(options, max_bytes=1_000_000), 1, scenario)
+
+
+def test_sweep_makes_room_in_a_full_stream_of_records_when_less_is_to_be_kept(options: Options) -> None:
+    async def scenario(connection: Connection, queue: JetStream) -> None:
+        owner = await queue.enlist()
+        await queue.sweep(3600, 3600)
+        for _ in range(2):
+            await queue.put(new_call(due_s=0.0))
+        for lease in await queue.claim([QUEUE], owner, LONG_S, 2):
+            await finish(queue, lease, State.DONE, inline(bytes(5000)))
+        await put_expired(queue)
+        await fill(connection, "meta", "n")
+        swept = await queue.sweep(0, 0)
+        assert (swept.call_count, swept.expired_count) == (2, 1)
+
+    with_queues(dataclasses.replace(options, max_bytes=300_000), 1, scenario)
