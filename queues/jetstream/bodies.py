@@ -1,7 +1,9 @@
 """Long bodies: cut into messages of a stream of their own, written and read a few at a time.
 
 A body is safe before the call that names it is put.  `name` tells, beside the pieces, which call that is: a body that
-is old and that no call names is what a crash has left.
+is old and that no call names is what a crash has left.  Old is one that has got nothing new for ORPHAN_S.  A body may
+come slowly, or wait for room, for longer than that, so its writer gives signs: a message beside the records, where
+there is room when none is left for bodies, and that the servers forget by themselves.
 """
 
 from __future__ import annotations
@@ -9,19 +11,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import math
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
 from ...calls.model import QueueDamaged, QueueFull, QueueUnavailable, ResultLost, StoredBody
 from ...watchdog import BodyTooLarge, FaashoundError, log
-from .connection import Connection, Write, end_tasks
+from .connection import TTL_HEADER, Connection, Stored, Write, end_tasks
 
 INLINE_BYTES = 16 * 1024  # up to here a body is part of its message, and written again with the call's end
 CHUNK_BYTES = 128 * 1024  # longer bodies are cut into messages of this size (max_payload is 1 MiB, seldom less)
 CHUNKS_IN_FLIGHT_COUNT = 4  # of one body: bounds its memory
 ROOM_PAUSE_S = 1.0  # before a result that has no room is tried again
 ORPHAN_S = 3600.0  # a stored body that no call names after this time is a crash's leftover
+SIGN_S = 900.0  # between two signs that a body is being written
+SIGNS_COUNT = 4  # as many may be missed, while the servers are away
 
 _REFERENCE = "ref"
 Writer = Callable[[Write], Awaitable[object]]
@@ -48,7 +53,7 @@ class Bodies:
             return StoredBody(len(first), first, None)
         name, total, numbers, tasks = uuid.uuid4().hex, 0, itertools.count(), set[asyncio.Future[object]]()
         at_once, write = (1, write) if write is not None else (CHUNKS_IN_FLIGHT_COUNT, self._connection.publish)
-        async with contextlib.AsyncExitStack() as stack:
+        async with self._signs(name), contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(self._discard, name)
             stack.push_async_callback(end_tasks, tasks)
             async for piece in _chain(first, pieces):
@@ -100,6 +105,28 @@ class Bodies:
                     raise
                 raise ResultLost(f"the answer broke off while it waited for room in the queue: {error}") from error
 
+    @contextlib.asynccontextmanager
+    async def _signs(self, name: str) -> AsyncIterator[None]:
+        """Tell those who sweep that this body is being written, from when it takes long."""
+        signing = asyncio.ensure_future(self._keep_signing(name))
+        try:
+            yield
+        finally:
+            await end_tasks([signing])
+
+    async def _keep_signing(self, name: str) -> None:
+        while True:
+            await asyncio.sleep(SIGN_S)
+            await self._sign(name)
+
+    async def _sign(self, name: str) -> None:
+        headers = {TTL_HEADER: f"{math.ceil(SIGNS_COUNT * SIGN_S)}s"}
+        with contextlib.suppress(QueueUnavailable, QueueFull):
+            await self._connection.publish(Write(self._sign_of(name), b"", headers))
+
+    def _sign_of(self, name: str) -> str:
+        return self._names.subject("meta", f"writing-{name}")
+
     async def _discard(self, name: str) -> None:
         """Remove what was written; what cannot be removed now is an orphan that `sweep` finds."""
         with contextlib.suppress(QueueUnavailable, QueueFull):
@@ -130,8 +157,13 @@ class Bodies:
 
     async def name(self, body: StoredBody | None, call_id: str) -> None:
         """Say which call is going to name this body."""
-        if body is not None and body.file is not None:
+        if body is None or body.file is None:
+            return
+        try:
             await self._connection.publish(Write(self._names.subject("body", body.file, _REFERENCE), call_id.encode()))
+        except QueueFull:  # a result is kept until there is room: its worker tries again
+            await self._sign(body.file)
+            raise
 
     async def drop(self, body: StoredBody | None) -> None:
         """Remove a body that no call names."""
@@ -142,13 +174,27 @@ class Bodies:
         await self._connection.purge(self._names.bodies, self._names.subject("body", name, "*"))
 
     async def walk_old(self) -> AsyncIterator[tuple[StoredBody, str | None]]:
-        """Yield the bodies that have been there for ORPHAN_S, and the call that was to name each, oldest first."""
+        """Yield the bodies that have got nothing new for ORPHAN_S, and the call that was to name each, oldest first."""
         async for head in self._connection.walk(self._names.subject("body", "*", 0)):
-            if time.time() - head.stored_s < ORPHAN_S:
+            if _is_young(head):
                 return
             name = head.subject.split(".")[2]
-            reference = await self._connection.load(self._names.subject("body", name, _REFERENCE))
-            yield StoredBody(0, None, name), None if reference is None else reference.data.decode()
+            last = await self._connection.load(self._names.subject("body", name, "*"))
+            if last is None or _is_young(last):
+                continue
+            if last.subject.endswith(f".{_REFERENCE}"):  # it is whole
+                yield StoredBody(0, None, name), last.data.decode()
+            elif await self._connection.load(self._sign_of(name)) is None:
+                yield StoredBody(0, None, name), await self._find_reference(name)
+
+    async def _find_reference(self, name: str) -> str | None:
+        """The call that was to name a body; a piece that was sent twice may have come behind that."""
+        reference = await self._connection.load(self._names.subject("body", name, _REFERENCE))
+        return None if reference is None else reference.data.decode()
+
+
+def _is_young(stored: Stored) -> bool:
+    return time.time() - stored.stored_s < ORPHAN_S
 
 
 async def _once(body: bytes) -> AsyncIterator[bytes]:

@@ -19,6 +19,7 @@ from ...calls.model import (
     Call,
     CallUnknown,
     Changes,
+    QueueDamaged,
     State,
     Stats,
     StoredBody,
@@ -27,8 +28,9 @@ from ...calls.model import (
 from ...calls.names import FunctionName
 from ...calls.steps import expire, may_forget, may_purge
 from ...calls.views import CallFilter
+from ...watchdog import log
 from .bodies import Bodies
-from .connection import PAGE_COUNT, STEP_COUNT, Conflict, Connection, Stored, gather_in_steps
+from .connection import PAGE_COUNT, STEP_COUNT, WRITE_S, Conflict, Connection, Stored, gather_in_steps
 from .flows import Delivery, Flows, Wanted
 from .owners import Owners
 from .records import Kept, Standing, join, parse_record, parse_waiting, readable
@@ -38,6 +40,8 @@ from .subjects import PLACES, TIMERS, UNDELIVERED, FlowName, Place, parse_token
 WINDOW_COUNT = 256  # revisions that are looked at together, to begin with
 TIMER_COUNT = 256  # calls whose expiry is looked at together
 TIMER_PAUSE_S = 60.0  # before a call that was running when it should have expired is looked at again
+PUT_S = 60.0  # that a timer stays though its call is not there: it is written first, and WRITE_S lies between at most
+PUT_PAUSE_S = WRITE_S  # before such a timer is looked at again
 IDLE_FLOW_S = 86400.0  # after which a flow that nobody puts into is forgotten
 ID_PLACES = 2, 3  # of a call's id in the subjects of what waits and of records
 FRONT_COUNT = 64  # messages that are looked at to find the oldest one of a flow that waits
@@ -349,9 +353,9 @@ class People:
     async def sweep(self, results_s: float, calls_s: float) -> Swept:
         """Drop what is old and was not dropped by the servers, and bodies of no call."""
         now_s, before_bytes = self._now(), await self._size_bytes()
+        calls = await self._forget_all(self._old(now_s - calls_s))  # first: what follows writes, and needs room
         await self._store.tell_retention(results_s, calls_s)
         expired = await self.expire_due()
-        calls = await self._forget_all(self._old(now_s - calls_s))
         files = await self._drop_orphans()
         await self._flows.forget_idle(time.time() - IDLE_FLOW_S)
         return Swept(expired, 0, calls, files, max(0, before_bytes - await self._size_bytes()))
@@ -369,10 +373,21 @@ class People:
         return count
 
     async def _expire(self, timer: Delivery) -> bool:
+        try:
+            return await self._expire_readable(timer)
+        except QueueDamaged as error:  # the other calls expire all the same
+            log.error(f"it cannot be told whether the call {timer.call_id} has expired: {error}")
+            await self._flows.nak(timer, TIMER_PAUSE_S)
+            return False
+
+    async def _expire_readable(self, timer: Delivery) -> bool:
         while True:
             standing = await self._store.load(timer.call_id)
-            record = None if standing is None else standing.record
-            if standing is None or record is None or record.state in FINAL or record.expires_s is None:
+            if standing is None or (standing.place == "held" and standing.record.expires_s is None):
+                await self._await_call(timer)
+                return False
+            record = standing.record
+            if record.state in FINAL or record.expires_s is None:
                 await self._flows.ack(timer)
                 return False
             left_s = record.expires_s - self._now()
@@ -387,6 +402,14 @@ class People:
             await self._flows.ack(timer)
             return True
 
+    async def _await_call(self, timer: Delivery) -> None:
+        """Keep a timer whose call may be on its way, put or let go; drop one of a call that is gone, or never came."""
+        stored = await self._connection.load(self._names.timer(timer.call_id))
+        if stored is not None and time.time() - stored.stored_s < PUT_S:
+            await self._flows.nak(timer, PUT_PAUSE_S)
+        else:
+            await self._flows.ack(timer)
+
     async def _old(self, before_s: float) -> AsyncIterator[Kept]:
         for place in places_of([State.DONE, State.CANCELLED, State.EXPIRED]):
             async for kept in self._store.walk(place):
@@ -399,13 +422,21 @@ class People:
         """Remove old bodies that no call names; one that is still to be read is named by its call."""
         count = 0
         async for body, call_id in self._bodies.walk_old():
-            standing = None if call_id is None else await self._store.load(call_id)
-            answer = None if standing is None else standing.record.answer
-            named = [standing and standing.accepted.body, answer and answer.result]
-            if body.file not in {each.file for each in named if each is not None}:
+            if body.file not in await self._files_of(call_id, body.file):
                 await self._bodies.drop(body)
                 count += 1
         return count
+
+    async def _files_of(self, call_id: str | None, file: str | None) -> set[str | None]:
+        """The bodies that a call names; one that cannot be read may name `file`."""
+        try:
+            standing = None if call_id is None else await self._store.load(call_id)
+        except QueueDamaged as error:
+            log.error(f"the body of a call that cannot be read is kept: {error}")
+            return {file}
+        answer = None if standing is None else standing.record.answer
+        named = [standing and standing.accepted.body, answer and answer.result]
+        return {each.file for each in named if each is not None}
 
 
 def _id_of(stored: Stored) -> str:
