@@ -108,6 +108,7 @@ from .serving.startup import (
 from .serving.submissions import Submissions, is_call_id
 from .serving.user_command import write_user
 from .watchdog import (
+    FAREWELL_S,
     LONGEST_DURATION_S,
     TEXT_PLAIN,
     BadSettings,
@@ -118,6 +119,7 @@ from .watchdog import (
     Program,
     Request,
     Response,
+    Scoreboard,
     Server,
     ServerTimeouts,
     Signals,
@@ -266,10 +268,11 @@ class Gateway:
 
 # ---------------------------------------------------------------------------------------------------------------
 # Lifecycle.  SIGTERM: unhealthy; the local worker drains while we still serve, since its calls come through us;
-# then no more connections, what is in flight finishes within upstream_timeout, and the local functions end.
+# then no more connections, what is in flight finishes within upstream_timeout, in every process, and the local
+# functions end.
 # ---------------------------------------------------------------------------------------------------------------
 
-WORKER_GONE_POLL_S = 0.05
+WORKER_GONE_POLL_S = OTHERS_POLL_S = 0.05
 FUNCTIONS_GRACE_S = 10.0  # for watchdogs whose requests are over already
 DESCRIPTORS_EACH_COUNT = 3  # of a caller's connection: its own, the function's, a file of the queue
 INVOCATIONS_FILE, SCHEDULES_FILE, HISTORY_FILE = "invocations.json", "schedules.json", "history.json"
@@ -337,7 +340,7 @@ async def serve(common: Common, context: WorkerContext) -> int:
             server.stop_accepting()
             metrics_server.stop_accepting()
         await supervisor.stop(0.0)
-        return await drain_server(server, signals, settings.upstream_timeout_s)
+        return await drain_all(server, signals, settings.upstream_timeout_s, context.slot)
 
 
 def follow_queues(workers: LocalWorkers, local: LocalFunctions) -> None:
@@ -351,6 +354,23 @@ async def worker_gone(gateway: Gateway, supervisor: Supervisor, slot: Slot) -> N
     await supervisor.stop(LONGEST_DURATION_S)
     while not slot.is_first and slot.scoreboard.serving[0]:  # noqa: ASYNC110 - another process sets no event of ours
         await asyncio.sleep(WORKER_GONE_POLL_S)
+
+
+async def drain_all(server: Server, signals: Signals, limit_s: float, slot: Slot) -> int:
+    """Drain this process; the one that runs the functions goes last.  Return the exit status."""
+    end_s = time.monotonic() + limit_s + FAREWELL_S
+    status = await drain_server(server, signals, limit_s)
+    if slot.is_first and not slot.is_alone:
+        await finished_first(others_drained(slot.scoreboard, end_s), signals.second.wait())
+    return status
+
+
+async def others_drained(scoreboard: Scoreboard, end_s: float) -> None:
+    """Wait until no process has a connection, or can get one; or until `end_s`, by when all should have cut theirs."""
+    is_drained = False
+    while not is_drained and time.monotonic() < end_s:
+        await asyncio.sleep(OTHERS_POLL_S)
+        is_drained = not (any(scoreboard.serving) or any(scoreboard.connections))
 
 
 async def assemble(stack: AsyncExitStack, common: Common, slot: Slot) -> Gateway:

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import signal
+import socket
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
-from testkit.harness import connect, read_all, wait_read, wait_until
+from testkit.harness import connect, parse, read_all, wait_read, wait_until
+from testkit.inspection import children_of, has_loop
 from testkit.system import System
 
 POLLS_COUNT = 20
+FUNCTIONS = """
+[wait]
+fprocess = "sh -c 'while [ ! -e go ]; do sleep 0.02; done; echo went'"
+
+[long]
+fprocess = "head -c 50000000 /dev/zero"
+
+[cat]
+fprocess = "cat"
+"""
+LONG_BYTES = 50_000_000
 
 
 def get(path: str, *fields: str) -> bytes:
@@ -33,3 +48,58 @@ def test_gateway_drains_when_it_is_told_to_stop_as_the_wait_for_a_call_runs_out(
         assert [each[9:12] for each in answers] == [b"200"] * POLLS_COUNT, system.log()
         assert system.wait_exit() == 0
         assert "Traceback" not in system.log()
+
+
+def test_functions_outlast_the_requests_of_every_process_when_draining() -> None:
+    with two_processes() as (system, first), ExitStack() as stack:
+        client = connection_beside(system, first, stack)
+        client.sendall(get("/function/long") + get("/function/cat"))
+        begun = client.recv(1)  # so this answer says nothing of a drain, and the next request will be answered
+        system.terminate()
+        system.wait_log("Exiting. Active connections: 0")  # of the first, which has no request of its own
+        end_s = time.monotonic() + 1
+        wait_until(lambda: time.monotonic() > end_s, 10, "functions that are ended too early are gone")
+        long, next_one = parse(begun + read_all(client))
+        assert (long.status, len(long.body), next_one.status) == (200, LONG_BYTES, 200), system.log()
+        assert system.wait_exit() == 0
+
+
+def test_second_signal_ends_the_requests_of_every_process_at_once_when_draining() -> None:
+    with two_processes() as (system, first), ExitStack() as stack:
+        client = connection_beside(system, first, stack)
+        client.sendall(get("/function/wait"))
+        system.wait_started()
+        system.terminate()
+        system.wait_log("Exiting. Active connections: 0")
+        system.terminate()
+        assert b" 503 " in read_all(client)[:20]
+        assert system.wait_exit(5) == 1
+        assert system.functions() == set()
+
+
+@contextmanager
+def two_processes() -> Iterator[tuple[System, int]]:
+    """Yield a gateway of two processes, and the number of the one that runs the functions."""
+    with System(FUNCTIONS, {"worker": "none", "workers": "2", "upstream_timeout": "60s"}) as system:
+        (first,) = [pid for pid in serving(system) if children_of(pid)]
+        yield system, first
+
+
+def serving(system: System) -> list[int]:
+    return [pid for pid in system.children() if has_loop(pid)]
+
+
+def connection_beside(system: System, first: int, stack: ExitStack) -> socket.socket:
+    """Return a connection to the process that does not run the functions; those share what comes."""
+    (beside,) = set(serving(system)) - {first}
+    while True:
+        before = sockets_of(beside)
+        client = stack.enter_context(connect(system.port))
+        client.sendall(get("/healthz"))
+        assert client.recv(65536).startswith(b"HTTP/1.1 200 ")
+        if sockets_of(beside) > before:
+            return client
+
+
+def sockets_of(pid: int) -> int:
+    return sum(str(fd.readlink()).startswith("socket:") for fd in Path(f"/proc/{pid}/fd").iterdir())
