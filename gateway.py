@@ -269,7 +269,7 @@ class Gateway:
 # ---------------------------------------------------------------------------------------------------------------
 # Lifecycle.  SIGTERM: unhealthy; the local worker drains while we still serve, since its calls come through us;
 # then no more connections, what is in flight finishes within upstream_timeout, in every process, and the local
-# functions end.
+# functions end.  SIGHUP: the process that runs the functions reads their file again.
 # ---------------------------------------------------------------------------------------------------------------
 
 WORKER_GONE_POLL_S = OTHERS_POLL_S = 0.05
@@ -542,16 +542,24 @@ def run(start: StartConfiguration, environ: Mapping[str, str]) -> int:
     local.open()
     before = load_counts(None if state is None else state / INVOCATIONS_FILE)
     common = Common(start, local, logs, sockets, environ, state, before)
-    signal.signal(signal.SIGHUP, lambda number, frame: None)  # the process that runs the functions looks by itself
+    survive_reload()
 
     def on_serving() -> None:
         sockets.announce()
         tell_what_is_served(start, sockets.own)
 
     def serve_in_loop(context: WorkerContext) -> int:
+        survive_reload()
         return uvloop.run(serve(common, context))
 
-    return run_workers(settings.workers, Program(serve_in_loop, sockets, on_serving), environ)
+    program = Program(serve_in_loop, sockets, on_serving, passed_on=(signal.SIGHUP,))
+    return run_workers(settings.workers, program, environ)
+
+
+def survive_reload() -> None:
+    """Let SIGHUP pass, until the functions run and their file is read at it: in one process, if there are several."""
+    signal.signal(signal.SIGHUP, lambda number, frame: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGHUP,))  # blocked by our supervisor, if we have one
 
 
 if __name__ == "__main__":

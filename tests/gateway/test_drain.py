@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import time
@@ -75,6 +76,23 @@ def test_second_signal_ends_the_requests_of_every_process_at_once_when_draining(
         assert b" 503 " in read_all(client)[:20]
         assert system.wait_exit(5) == 1
         assert system.functions() == set()
+
+
+def test_functions_file_is_read_again_at_sighup_whichever_process_runs_the_functions() -> None:
+    with two_processes() as (system, _):
+        Path(system.environment["functions"]).write_text("[cat]\nfprocess = 1\nurl = 2")
+        system.wait_log("the functions file is not applied")
+        told_count = told(system)
+        system.process.send_signal(signal.SIGHUP)  # to say again what is wrong, the file must have been read again
+        wait_until(lambda: told(system) > told_count, 5.0, "the file has been read again")
+        for pid in serving(system):
+            os.kill(pid, signal.SIGHUP)
+        assert system.request("POST", "/function/cat", b"on").text == "on"
+        assert system.process.poll() is None
+
+
+def told(system: System) -> int:
+    return sum("the functions file is not applied" in line for line in system.log_lines())
 
 
 @contextmanager
