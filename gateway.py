@@ -273,7 +273,7 @@ class Gateway:
 # ---------------------------------------------------------------------------------------------------------------
 
 WORKER_GONE_POLL_S = OTHERS_POLL_S = 0.05
-FUNCTIONS_GRACE_S = 10.0  # for watchdogs whose requests are over already
+FUNCTIONS_GRACE_S = 10.0  # for watchdogs whose requests are over already, or are to be cut
 DESCRIPTORS_EACH_COUNT = 3  # of a caller's connection: its own, the function's, a file of the queue
 INVOCATIONS_FILE, SCHEDULES_FILE, HISTORY_FILE = "invocations.json", "schedules.json", "history.json"
 CONTROL_SOCKET = "control"
@@ -340,7 +340,7 @@ async def serve(common: Common, context: WorkerContext) -> int:
             server.stop_accepting()
             metrics_server.stop_accepting()
         await supervisor.stop(0.0)
-        return await drain_all(server, signals, settings.upstream_timeout_s, context.slot)
+        return await drain_all(server, signals, common.local, settings.upstream_timeout_s, context.slot)
 
 
 def follow_queues(workers: LocalWorkers, local: LocalFunctions) -> None:
@@ -356,13 +356,20 @@ async def worker_gone(gateway: Gateway, supervisor: Supervisor, slot: Slot) -> N
         await asyncio.sleep(WORKER_GONE_POLL_S)
 
 
-async def drain_all(server: Server, signals: Signals, limit_s: float, slot: Slot) -> int:
+async def drain_all(server: Server, signals: Signals, local: LocalFunctions, limit_s: float, slot: Slot) -> int:
     """Drain this process; the one that runs the functions goes last.  Return the exit status."""
     end_s = time.monotonic() + limit_s + FAREWELL_S
     status = await drain_server(server, signals, limit_s)
-    if slot.is_first and not slot.is_alone:
-        await finished_first(others_drained(slot.scoreboard, end_s), signals.second.wait())
+    if slot.is_first:
+        await finished_first(end_functions(local, slot, end_s), signals.second.wait())
     return status
+
+
+async def end_functions(local: LocalFunctions, slot: Slot, end_s: float) -> None:
+    """End the local functions once no process has requests for them; what workers elsewhere have may last as long."""
+    if not slot.is_alone:
+        await others_drained(slot.scoreboard, end_s)
+    await local.stop(max(end_s - time.monotonic(), FUNCTIONS_GRACE_S))
 
 
 async def others_drained(scoreboard: Scoreboard, end_s: float) -> None:

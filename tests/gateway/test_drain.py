@@ -9,10 +9,14 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from faashound.gateway import FUNCTIONS_GRACE_S
 from testkit.harness import connect, parse, read_all, wait_read, wait_until
 from testkit.inspection import children_of, has_loop
-from testkit.system import System
+from testkit.system import System, Worker, rows
 
 POLLS_COUNT = 20
 FUNCTIONS = """
@@ -26,6 +30,7 @@ fprocess = "head -c 50000000 /dev/zero"
 fprocess = "cat"
 """
 LONG_BYTES = 50_000_000
+UPSTREAM_TIMEOUT_S = 60
 
 
 def get(path: str, *fields: str) -> bytes:
@@ -78,6 +83,41 @@ def test_second_signal_ends_the_requests_of_every_process_at_once_when_draining(
         assert system.functions() == set()
 
 
+def test_call_that_a_worker_elsewhere_makes_finishes_when_the_gateway_drains(called: System) -> None:
+    called.terminate()
+    called.wait_log("Exiting. Active connections: 0")  # none of ours: it calls the function where that is
+    end_s = time.monotonic() + FUNCTIONS_GRACE_S + 1
+    wait_until(lambda: time.monotonic() > end_s, 20, "as long has passed as functions without a request get")
+    (called.temporary / "go").touch()
+    assert called.wait_exit() == 0
+    wait_until(lambda: call_of(called)["state"] == "done", 10, "the worker has noted its end")
+    assert call_of(called)["attempts"] == 1
+
+
+def test_second_signal_ends_functions_that_a_worker_elsewhere_calls_at_once(called: System) -> None:
+    called.terminate()
+    called.wait_log("Exiting. Active connections: 0")
+    start_s = time.monotonic()
+    called.terminate()
+    called.wait_exit(5)
+    assert time.monotonic() - start_s < UPSTREAM_TIMEOUT_S / 2
+    assert called.functions() == set()
+
+
+def call_of(system: System) -> dict[str, Any]:
+    return rows(system.spool, "SELECT state, attempts FROM calls")[0]
+
+
+@pytest.fixture
+def called() -> Iterator[System]:
+    """Yield a gateway whose function is called by a worker that is not its own."""
+    settings = {"worker": "none", "upstream_timeout": f"{UPSTREAM_TIMEOUT_S}s"}
+    with System(FUNCTIONS, settings) as system, Worker(system):
+        system.submit("wait")
+        system.wait_started()
+        yield system
+
+
 def test_functions_file_is_read_again_at_sighup_whichever_process_runs_the_functions() -> None:
     with two_processes() as (system, _):
         Path(system.environment["functions"]).write_text("[cat]\nfprocess = 1\nurl = 2")
@@ -98,7 +138,7 @@ def told(system: System) -> int:
 @contextmanager
 def two_processes() -> Iterator[tuple[System, int]]:
     """Yield a gateway of two processes, and the number of the one that runs the functions."""
-    with System(FUNCTIONS, {"worker": "none", "workers": "2", "upstream_timeout": "60s"}) as system:
+    with System(FUNCTIONS, {"worker": "none", "workers": "2", "upstream_timeout": f"{UPSTREAM_TIMEOUT_S}s"}) as system:
         (first,) = [pid for pid in serving(system) if children_of(pid)]
         yield system, first
 
