@@ -108,6 +108,7 @@ from .serving.startup import (
 from .serving.submissions import Submissions, is_call_id
 from .serving.user_command import write_user
 from .watchdog import (
+    FAREWELL_S,
     LONGEST_DURATION_S,
     TEXT_PLAIN,
     BadSettings,
@@ -118,6 +119,7 @@ from .watchdog import (
     Program,
     Request,
     Response,
+    Scoreboard,
     Server,
     ServerTimeouts,
     Signals,
@@ -266,11 +268,12 @@ class Gateway:
 
 # ---------------------------------------------------------------------------------------------------------------
 # Lifecycle.  SIGTERM: unhealthy; the local worker drains while we still serve, since its calls come through us;
-# then no more connections, what is in flight finishes within upstream_timeout, and the local functions end.
+# then no more connections, what is in flight finishes within upstream_timeout, in every process, and the local
+# functions end.  SIGHUP: the process that runs the functions reads their file again.
 # ---------------------------------------------------------------------------------------------------------------
 
-WORKER_GONE_POLL_S = 0.05
-FUNCTIONS_GRACE_S = 10.0  # for watchdogs whose requests are over already
+WORKER_GONE_POLL_S = OTHERS_POLL_S = 0.05
+FUNCTIONS_GRACE_S = 10.0  # for watchdogs whose requests are over already, or are to be cut
 DESCRIPTORS_EACH_COUNT = 3  # of a caller's connection: its own, the function's, a file of the queue
 INVOCATIONS_FILE, SCHEDULES_FILE, HISTORY_FILE = "invocations.json", "schedules.json", "history.json"
 CONTROL_SOCKET = "control"
@@ -337,7 +340,7 @@ async def serve(common: Common, context: WorkerContext) -> int:
             server.stop_accepting()
             metrics_server.stop_accepting()
         await supervisor.stop(0.0)
-        return await drain_server(server, signals, settings.upstream_timeout_s)
+        return await drain_all(server, signals, common.local, settings.upstream_timeout_s, context.slot)
 
 
 def follow_queues(workers: LocalWorkers, local: LocalFunctions) -> None:
@@ -351,6 +354,30 @@ async def worker_gone(gateway: Gateway, supervisor: Supervisor, slot: Slot) -> N
     await supervisor.stop(LONGEST_DURATION_S)
     while not slot.is_first and slot.scoreboard.serving[0]:  # noqa: ASYNC110 - another process sets no event of ours
         await asyncio.sleep(WORKER_GONE_POLL_S)
+
+
+async def drain_all(server: Server, signals: Signals, local: LocalFunctions, limit_s: float, slot: Slot) -> int:
+    """Drain this process; the one that runs the functions goes last.  Return the exit status."""
+    end_s = time.monotonic() + limit_s + FAREWELL_S
+    status = await drain_server(server, signals, limit_s)
+    if slot.is_first:
+        await finished_first(end_functions(local, slot, end_s), signals.second.wait())
+    return status
+
+
+async def end_functions(local: LocalFunctions, slot: Slot, end_s: float) -> None:
+    """End the local functions once no process has requests for them; what workers elsewhere have may last as long."""
+    if not slot.is_alone:
+        await others_drained(slot.scoreboard, end_s)
+    await local.stop(max(end_s - time.monotonic(), FUNCTIONS_GRACE_S))
+
+
+async def others_drained(scoreboard: Scoreboard, end_s: float) -> None:
+    """Wait until no process has a connection, or can get one; or until `end_s`, by when all should have cut theirs."""
+    is_drained = False
+    while not is_drained and time.monotonic() < end_s:
+        await asyncio.sleep(OTHERS_POLL_S)
+        is_drained = not (any(scoreboard.serving) or any(scoreboard.connections))
 
 
 async def assemble(stack: AsyncExitStack, common: Common, slot: Slot) -> Gateway:
@@ -522,16 +549,24 @@ def run(start: StartConfiguration, environ: Mapping[str, str]) -> int:
     local.open()
     before = load_counts(None if state is None else state / INVOCATIONS_FILE)
     common = Common(start, local, logs, sockets, environ, state, before)
-    signal.signal(signal.SIGHUP, lambda number, frame: None)  # the process that runs the functions looks by itself
+    survive_reload()
 
     def on_serving() -> None:
         sockets.announce()
         tell_what_is_served(start, sockets.own)
 
     def serve_in_loop(context: WorkerContext) -> int:
+        survive_reload()
         return uvloop.run(serve(common, context))
 
-    return run_workers(settings.workers, Program(serve_in_loop, sockets, on_serving), environ)
+    program = Program(serve_in_loop, sockets, on_serving, passed_on=(signal.SIGHUP,))
+    return run_workers(settings.workers, program, environ)
+
+
+def survive_reload() -> None:
+    """Let SIGHUP pass, until the functions run and their file is read at it: in one process, if there are several."""
+    signal.signal(signal.SIGHUP, lambda number, frame: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGHUP,))  # blocked by our supervisor, if we have one
 
 
 if __name__ == "__main__":

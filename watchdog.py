@@ -6922,13 +6922,15 @@ def bind_metrics_sockets(host: str | None, port: int) -> list[socket.socket]:
 class Program:
     """What worker processes run: `run`, which returns the exit status, on `sockets`, with `hooks`.
 
-    `on_serving` is called once, in the process that was started, as soon as all of them accept connections.
+    `on_serving` is called once, in the process that was started, as soon as all of them accept connections.  They get
+    the signals `passed_on` as well, which they find blocked and at their default.
     """
 
     run: Callable[[WorkerContext], int]
     sockets: ListenSockets
     on_serving: Callable[[], None]
     hooks: Hooks = Hooks()
+    passed_on: Sequence[signal.Signals] = ()
 
 
 class WorkerProcess:
@@ -6970,7 +6972,7 @@ class Supervisor:
         self._status = 0
         self._death_fd, self._death_end_fd = os.pipe2(os.O_CLOEXEC)
         self._status_fd, self._status_end_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        self._signal_fd = open_signalfd(signal.SIGCHLD, *STOP_SIGNALS)
+        self._signal_fd = open_signalfd(signal.SIGCHLD, *STOP_SIGNALS, *program.passed_on)
 
     def run(self, parent_death: int | None) -> int:
         """Run until all worker processes have ended; return the worst of their exit statuses."""
@@ -7047,7 +7049,7 @@ class Supervisor:
         siginfo = os.read(self._signal_fd, _SIGINFO_BYTES)
         number = signal.Signals(int.from_bytes(siginfo[:4], sys.byteorder))  # ssi_signo of signalfd(2)
         if number != signal.SIGCHLD:
-            self._stop(number)
+            self._pass_on(number) if number in self._program.passed_on else self._stop(number)
             return
         with suppress(ChildProcessError):
             while (found := os.waitpid(-1, os.WNOHANG))[0]:
@@ -7074,6 +7076,9 @@ class Supervisor:
 
     def _stop(self, *numbers: signal.Signals) -> None:
         self._stopping = True
+        self._pass_on(*numbers)
+
+    def _pass_on(self, *numbers: signal.Signals) -> None:
         for worker in self._workers:
             for number in numbers:
                 if worker.pid:

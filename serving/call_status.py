@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import urllib.parse
+from contextlib import suppress
 
 from ..calls.model import FINAL, Call, State
 from ..calls.views import describe_call
@@ -66,7 +67,8 @@ class CallStatus:
         """Let no caller wait any longer for a call to end."""
         self._draining = True
         for limit in self._waits:
-            limit.reschedule(asyncio.get_running_loop().time())
+            if not limit.expired():  # its task may be yet to find out, and then it can be set no more
+                limit.reschedule(asyncio.get_running_loop().time())
 
     async def answer(self, request: Request, call_id: str, rest: bytes) -> Response:
         """GET status or result, DELETE: of one call."""
@@ -90,12 +92,12 @@ class CallStatus:
         limit = asyncio.timeout(wait_s)
         self._waits.add(limit)
         try:
-            async with limit:
-                return await self._queue.wait(call_id, wait_s)
-        except TimeoutError:
-            return await find_call(self._queue, call_id)
+            with suppress(TimeoutError):
+                async with limit:
+                    return await self._queue.wait(call_id, wait_s)
         finally:
             self._waits.discard(limit)
+        return await find_call(self._queue, call_id)
 
     async def _result(self, request: Request, call: Call) -> Response:
         """Return what the function answered, as it answered, to be saved and not shown (function_pages.py)."""

@@ -179,6 +179,7 @@ class UserFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._seen: tuple[int, ...] = (-1,)
+        self._trouble = ""  # that has been told
         self._data = b""
         self._users: Mapping[str, Account] = {}
         try:
@@ -195,11 +196,20 @@ class UserFile:
         try:
             if self._take():
                 log.info(f"{len(self._users)} users are in {self._path}")
+            self._trouble = ""
         except FileNotFoundError:
             self._data, self._users = b"", {}
             log.warning(f"{self._path} is gone, and its users with it")
-        except (OSError, BadUsers) as error:
-            log.error(f"the users are those of before: {_reason(self._path, error)}")
+        except OSError as error:  # it may pass, and leaves no trace in the file
+            self._seen = (-1,)
+            self._tell(_reason(self._path, error))
+        except BadUsers as error:
+            self._tell(_reason(self._path, error))
+
+    def _tell(self, trouble: str) -> None:
+        if trouble != self._trouble:
+            log.error(f"the users are those of before: {trouble}")
+        self._trouble = trouble
 
     def _take(self) -> bool:
         """Take what the file says if that may have changed; tell whether it has."""
@@ -219,11 +229,12 @@ class UserFile:
         return True
 
     def _stat(self) -> tuple[int, ...]:
+        """Return what tells one state of the file from another: its mode changes st_ctime alone (inode(7))."""
         try:
             found = os.stat(self._path)  # noqa: PTH116 - half of what Path takes
         except OSError:
             return ()
-        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
     def _read(self) -> bytes:
         with self._path.open("rb") as file:

@@ -8,9 +8,11 @@ import contextlib
 import hashlib
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from hypothesis import strategies as st
 
 from faashound.serving.passwords import MAX_HASHES_COUNT, MAX_HASHES_OF_ADDRESS_COUNT, Hashes, TooManyGuesses
 from faashound.serving.users import (
+    SETTLED_NS,
     BadUsers,
     PasswordHash,
     Role,
@@ -29,7 +32,7 @@ from faashound.serving.users import (
     parse_hash,
     parse_users,
 )
-from faashound.watchdog import CannotStart
+from faashound.watchdog import CannotStart, log
 from testkit.harness import Answer, run, wait_until
 from testkit.system import System
 
@@ -115,6 +118,59 @@ def test_change_is_seen_that_comes_within_a_tick_of_the_one_before(tmp_path: Pat
     os.utime(path, ns=(tick_ns, tick_ns))
     users.look()
     assert (users.find("alice"), users.find("carol") is not None) == (None, True)
+
+
+@pytest.fixture
+def followed(tmp_path: Path) -> tuple[Path, UserFile]:
+    """Return a file with one user that has not changed for a while, and what follows it."""
+    path = tmp_path / "users"
+    path.write_text(line("alice", "a"))
+    path.chmod(0o600)
+    wait_until(lambda: is_settled(path), 5.0, "the file is old")
+    return path, UserFile(path)
+
+
+def is_settled(path: Path) -> bool:
+    return path.stat().st_ctime_ns < time.time_ns() - SETTLED_NS
+
+
+def test_file_is_taken_once_its_mode_is_mended(followed: tuple[Path, UserFile]) -> None:
+    path, users = followed
+    path.write_text(f"{line('alice', 'a')}\n{line('bob', 'b')}\n")
+    path.chmod(0o664)
+    wait_until(lambda: is_settled(path), 5.0, "the file is old")
+    users.look()
+    assert users.find("bob") is None
+    path.chmod(0o600)
+    users.look()
+    assert users.find("bob") is not None
+
+
+def test_file_that_cannot_be_read_is_read_as_soon_as_it_can_and_told_of_once(
+    followed: tuple[Path, UserFile], capfd: pytest.CaptureFixture[str]
+) -> None:
+    path, users = followed
+    path.write_text(line("bob", "b"))
+    wait_until(lambda: is_settled(path), 5.0, "the file is old")
+    with no_descriptors():
+        users.look()
+        users.look()
+    assert (users.find("alice") is not None, users.find("bob")) == (True, None)
+    users.look()
+    assert (users.find("alice"), users.find("bob") is not None) == (None, True)
+    log.flush()
+    assert capfd.readouterr().err.count("the users are those of before: ") == 1
+
+
+@contextlib.contextmanager
+def no_descriptors() -> Iterator[None]:
+    """Let this process open nothing: 0, 1 and 2 are taken."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_file_that_others_may_write_is_refused(tmp_path: Path) -> None:
