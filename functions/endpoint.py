@@ -219,6 +219,17 @@ class Endpoint:
         self.stop_watching()
         self.close_socket()
 
+    async def abandon(self) -> None:
+        """End and close; its address was never in the table.
+
+        What waits there is our own asking for its health, which a version that does not accept leaves there for good:
+        to `retire` it would be a call, and one start after the other would follow.
+        """
+        ending, self.processes = self.processes, []
+        self.stop_watching()
+        await self._end(ending)
+        self.close_socket()
+
     def stop_watching(self) -> None:
         """Wake no more, and put nothing to rest; the supervisor is about to end the watchdogs."""
         self._set_look(None)

@@ -282,7 +282,7 @@ class LocalFunctions:
             await new.become_healthy()
             await commit()
         except BaseException:
-            self._retire(new)
+            self._retire(new, was_served=False)
             raise
         old = self._endpoints.get(function.name)
         self._endpoints[function.name] = new
@@ -293,14 +293,14 @@ class LocalFunctions:
                 new.wake()
             self._retire(old)
 
-    def _retire(self, endpoint: Endpoint) -> None:
+    def _retire(self, endpoint: Endpoint, *, was_served: bool = True) -> None:
         if not self._is_stopping:
-            task = asyncio.create_task(self._retired(endpoint))
+            task = asyncio.create_task(self._retired(endpoint, was_served))
             self._retiring.add(task)
             task.add_done_callback(self._retiring.discard)
 
-    async def _retired(self, endpoint: Endpoint) -> None:
-        await endpoint.retire()
+    async def _retired(self, endpoint: Endpoint, was_served: bool) -> None:
+        await (endpoint.retire() if was_served else endpoint.abandon())
         self._open.discard(endpoint)
 
     def _set_table(self, table: Mapping[FunctionName, Function]) -> None:

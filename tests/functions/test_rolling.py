@@ -111,6 +111,18 @@ def test_old_version_serves_on_when_the_new_one_does_not_get_healthy(log: Log, m
     assert "the old version of f goes on" in log
 
 
+def test_refused_version_is_not_started_again_and_leaves_nothing() -> None:
+    async def test() -> None:
+        async with running(real(version("old"))) as local:
+            with pytest.raises(NotHealthy):
+                await local.put(local_that_refuses(local)[F])
+            paths = {local.path(F), local.path(CAT)}
+            await until(lambda: {path for path in local.directory.iterdir() if path.is_socket()} == paths, "its end")
+            assert (await call(local, "f", b"echo $VERSION")).body == b"old\n"
+
+    run(test())
+
+
 def local_that_refuses(local: LocalFunctions) -> dict:  # type: ignore[type-arg]
     """Return a table whose `f` our watchdog refuses, though its settings can be read."""
     table = parse(version("new"))
