@@ -3,8 +3,9 @@
     secrets = Secrets(DocumentShelves(Path("state/secrets")))
     secrets.create("openfaas-fn", "token", b"...")     # update, delete, names
     desk = SecretFiles(directory, secrets)
-    desk.directory_of(function)                        # its own, with a file for each secret that it names
+    desk.directory_of(function, "1.1")                 # its own, with a file for each secret that it names
     desk.refresh("openfaas-fn", "token")               # after a change: the next call reads the new value
+    desk.forget("1.1")                                 # when the last call of this version has ended
 
 A value leaves this module in files for functions only: no listing, no log line and no error text has one.  The files
 of a function are in a directory of its own, whose owner is the user that it runs as; a changed value takes the old
@@ -133,16 +134,20 @@ def parse_secret_value(document: Mapping[str, Any]) -> bytes:
 
 
 class SecretFiles:
-    """The directories of functions, below `directory`, which is gone when the gateway is."""
+    """The directories of functions, below `directory`, which is gone when the gateway is.
+
+    Each version of a function that is at work has one under a name of its own, `place`: versions that name other
+    secrets are at work at once while one takes the place of the other, and the new one may yet be refused.
+    """
 
     def __init__(self, directory: Path, secrets: Secrets) -> None:
         self._directory = directory
         self._secrets = secrets
-        self._users: dict[FunctionName, Function] = {}
+        self._users: dict[str, Function] = {}
 
-    def directory_of(self, function: Function) -> Path:
-        """Return the directory of a function's secrets, written anew; raises OSError."""
-        path = self._directory / str(function.name)
+    def directory_of(self, function: Function, place: str) -> Path:
+        """Return the directory of a version's secrets, written anew; raises OSError.  `forget` is to follow."""
+        path = self._directory / place
         owner = _owner_of(function)
         if owner is not None:
             self._directory.parent.chmod(0o711)  # its files are for one user, who has to get there
@@ -154,14 +159,14 @@ class SecretFiles:
             (path / stale).unlink(missing_ok=True)
         if owner is not None:
             os.chown(path, owner.uid, owner.gid)
-        self._users[function.name] = function
+        self._users[place] = function
         return path
 
     def refresh(self, namespace: str, name: str) -> None:
         """A secret has changed: have the functions that name it see so."""
-        for function in self._users.values():
+        for place, function in self._users.items():
             if function.name.namespace == namespace and name in function.secrets:
-                path, value = self._directory / str(function.name), self._secrets.read(namespace, name)
+                path, value = self._directory / place, self._secrets.read(namespace, name)
                 try:
                     self._write(path, name, value, _owner_of(function))
                 except OSError as error:  # its own doing, perhaps; others are to have theirs
@@ -174,10 +179,10 @@ class SecretFiles:
         }:
             self.refresh(namespace, name)
 
-    def forget(self, name: FunctionName) -> None:
-        """A function has gone."""
-        if self._users.pop(name, None) is not None:
-            shutil.rmtree(self._directory / str(name), ignore_errors=True)
+    def forget(self, place: str) -> None:
+        """A version has gone, and its calls with it."""
+        if self._users.pop(place, None) is not None:
+            shutil.rmtree(self._directory / place, ignore_errors=True)
 
     def _write(self, path: Path, name: str, value: bytes | None, owner: Identity | None) -> None:
         if value is None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import dataclasses
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from faashound.functions.control import Control
 from faashound.functions.documents import DocumentShelves
+from faashound.functions.endpoint import NotHealthy
+from faashound.functions.local import LocalFunctions
 from faashound.functions.secrets import (
     BadSecret,
     SecretExists,
@@ -20,7 +26,7 @@ from faashound.functions.secrets import (
 )
 from testkit.needed import want_root
 from tests.functions.conftest import Log
-from tests.functions.kit import F, call, run
+from tests.functions.kit import F, call, run, until
 from tests.functions.test_deployments import controlled, shell
 
 READ = b"cat $secret_mount_path/*; ls $secret_mount_path"
@@ -106,6 +112,77 @@ def test_trap_of_a_function_in_its_directory_gets_no_secret_elsewhere_and_stops_
 
     run(test())
     assert elsewhere.read_text() == ""
+
+
+def test_version_that_serves_keeps_its_secrets_when_a_new_one_with_others_is_refused(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with controlled(tmp_path) as (control, local):
+            await control.create_secret(secret("first"))
+            await control.create_secret(secret("hidden", "other"))
+            await control.create(shell(secrets=["token"]))
+            old = local.table[F]
+            settings = {**(old.settings or {}), "exec_timeout": "banana"}  # what no deployment could say
+            with pytest.raises(NotHealthy):
+                await local.put(dataclasses.replace(old, settings=settings, secrets=("other",)))
+            assert (await call(local, "f", READ)).body == b"firsttoken\n"
+            await control.update_secret(secret("second"))
+            assert (await call(local, "f", READ)).body == b"secondtoken\n"
+            await until(lambda: len(directories(local)) == 1, "the end of what the refused version had")
+
+    run(test())
+
+
+async def read_late(control: Control, local: LocalFunctions, change: Callable[[], Awaitable[object]]) -> bytes:
+    """Return what a call reads of its secret after `change`, before which it has begun."""
+    begun, released = local.directory / "begun", local.directory / "released"
+    reads = f"touch {begun}; while ! [ -e {released} ]; do sleep 0.05; done; cat $secret_mount_path/token"
+    await control.create_secret(secret("first"))
+    await control.create_secret(secret("hidden", "other"))
+    await control.create(shell(secrets=["token"]))
+    calling = asyncio.create_task(call(local, "f", reads.encode()))
+    await until(begun.exists, "the call has begun")
+    await change()
+    released.touch()
+    return (await calling).body
+
+
+def directories(local: LocalFunctions) -> list[Path]:
+    """Return those that functions have of their secrets."""
+    return list((local.directory / "secrets").iterdir())
+
+
+def test_call_of_an_old_version_reads_its_secret_after_the_update_and_a_new_value_of_it(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with controlled(tmp_path) as (control, local):
+
+            async def change() -> None:
+                await control.update(shell(secrets=["other"]))
+                assert (await call(local, "f", READ)).body == b"hiddenother\n"
+                await control.update_secret(secret("second"))
+
+            assert await read_late(control, local, change) == b"second"
+            await until(lambda: len(directories(local)) == 1, "the end of what the old version had")
+            assert (await call(local, "f", READ)).body == b"hiddenother\n"
+
+    run(test())
+
+
+@pytest.mark.parametrize("way", ["deleted", "gone from what is in force"])
+def test_running_call_of_a_removed_function_reads_its_secret_which_is_gone_afterwards(tmp_path: Path, way: str) -> None:
+    async def test() -> None:
+        async with controlled(tmp_path) as (control, local):
+
+            async def change() -> None:
+                if way == "deleted":
+                    await control.remove({"functionName": "f"})
+                else:
+                    await local.apply({})
+                assert F not in local.table
+
+            assert await read_late(control, local, change) == b"first"
+            await until(lambda: not directories(local), "the end of what the function had")
+
+    run(test())
 
 
 def readable_for_others(*directories: Path) -> list[Path]:
