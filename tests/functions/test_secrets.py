@@ -5,28 +5,34 @@ from __future__ import annotations
 import asyncio
 import base64
 import dataclasses
+import itertools
+import threading
 from collections.abc import Awaitable, Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from faashound.calls.names import parse_function_name
 from faashound.functions.control import Control
-from faashound.functions.documents import DocumentShelves
+from faashound.functions.documents import Documents, DocumentShelves
 from faashound.functions.endpoint import NotHealthy
 from faashound.functions.local import LocalFunctions
 from faashound.functions.secrets import (
     BadSecret,
     SecretExists,
+    SecretFiles,
     SecretInUse,
     Secrets,
     UnknownSecret,
     parse_secret_name,
     parse_secret_value,
 )
+from faashound.functions.table import Function
 from testkit.needed import want_root
 from tests.functions.conftest import Log
-from tests.functions.kit import F, call, run, until
+from tests.functions.kit import DEADLINE_S, F, call, run, until
 from tests.functions.test_deployments import controlled, shell
 
 READ = b"cat $secret_mount_path/*; ls $secret_mount_path"
@@ -183,6 +189,87 @@ def test_running_call_of_a_removed_function_reads_its_secret_which_is_gone_after
             await until(lambda: not directories(local), "the end of what the function had")
 
     run(test())
+
+
+def function_named(name: str) -> Function:
+    return Function(parse_function_name(name), settings={"fprocess": "cat"}, secrets=("token",))
+
+
+def test_changed_secret_reaches_every_function_while_others_wake(tmp_path: Path) -> None:
+    secrets = Secrets(DocumentShelves(tmp_path / "state"))
+    secrets.create("openfaas-fn", "token", b"0")
+    (tmp_path / "run").mkdir()
+    files, made = SecretFiles(tmp_path / "run" / "secrets", secrets), itertools.count()
+
+    def wake(name: str = "f") -> Path:
+        return files.directory_of(function_named(name), f"1.{next(made)}")
+
+    paths = [wake() for _ in range(40)]
+
+    def change() -> None:
+        for number in range(1, 4):
+            secrets.update("openfaas-fn", "token", b"%d" % number)
+            files.refresh("openfaas-fn", "token")
+            files.refresh_all()
+
+    with ThreadPoolExecutor(1) as pool:
+        changing = pool.submit(change)
+        while not changing.done():
+            paths.append(wake())
+            files.directory_of(function_named("f"), "1.0")  # another watchdog of a version that is awake
+            files.forget(paths.pop(1).name)
+        changing.result()
+    assert {(path / "token").read_bytes() for path in paths} == {b"3"}
+
+
+class ShelvesThatChange(DocumentShelves):
+    """Has `change` go on when a document was read, and before the reader has it."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.change: Callable[[], None] | None = None
+
+    def space(self, name: str) -> Documents:
+        return DocumentsThatChange(self, super().space(name).directory)
+
+
+class DocumentsThatChange(Documents):
+    def __init__(self, shelves: ShelvesThatChange, directory: Path) -> None:
+        super().__init__(directory)
+        self._shelves = shelves
+
+    def read(self, name: str) -> bytes | None:
+        found = super().read(name)
+        change, self._shelves.change = self._shelves.change, None
+        if change is not None:
+            change()
+        return found
+
+
+def test_function_that_wakes_while_its_secret_changes_has_the_new_value(tmp_path: Path) -> None:
+    shelves = ShelvesThatChange(tmp_path / "state")
+    secrets = Secrets(shelves)
+    secrets.create("openfaas-fn", "token", b"first")
+    (tmp_path / "run").mkdir()
+    files, stored = SecretFiles(tmp_path / "run" / "secrets", secrets), threading.Event()
+
+    def change() -> None:
+        secrets.update("openfaas-fn", "token", b"second")
+        stored.set()
+        files.refresh("openfaas-fn", "token")
+
+    with ThreadPoolExecutor(1) as pool:
+        changes: list[Future[None]] = []
+
+        def begin() -> None:
+            changes.append(pool.submit(change))
+            assert stored.wait(DEADLINE_S)
+            wait(changes, timeout=0.2)  # it may well be told before we go on, and need not be
+
+        shelves.change = begin
+        path = files.directory_of(function_named("f"), "1.1")
+        changes[0].result()
+    assert (path / "token").read_bytes() == b"second"
 
 
 def readable_for_others(*directories: Path) -> list[Path]:
