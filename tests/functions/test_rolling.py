@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from faashound.functions.endpoint import NotHealthy
 from faashound.functions.local import LocalFunctions, UnknownFunction
-from faashound.functions.published import PublishedTable
+from faashound.functions.published import PublishedTable, publish
 from faashound.functions.table import parse_upstream
 from faashound.watchdog import Client, Url
 from tests.functions.conftest import Log
@@ -187,6 +189,23 @@ def test_connection_to_an_old_address_is_still_served_right_after_a_change() -> 
             writer.close()
 
     run(test())
+
+
+def test_other_processes_see_each_change_on_a_file_system_with_a_coarse_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stat, path = os.stat, tmp_path / "table"
+
+    def coarse_stat(*arguments: Any, **options: Any) -> os.stat_result:
+        """Return what a file system tells that keeps whole seconds, and gives the number of a file to the next."""
+        found = stat(*arguments, **options)
+        return os.stat_result((found.st_mode, 1, *found[2:]), {"st_mtime_ns": found[8] * 1_000_000_000})
+
+    monkeypatch.setattr(os, "stat", coarse_stat)
+    seen = PublishedTable(path)
+    for number in range(10):
+        publish(path, parse(version(number)))
+        assert seen[F].environment == {"VERSION": str(number)}
 
 
 def test_other_processes_see_the_table_in_force_at_their_next_look() -> None:
