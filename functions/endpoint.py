@@ -213,17 +213,17 @@ class Endpoint:
         quiet_since_s = time.monotonic()
         while time.monotonic() < quiet_since_s + QUIET_S:
             await asyncio.sleep(QUIET_S / 10)
+            if any(process.last_exit for process in self.processes):
+                break  # it serves nobody, and what waits would have it started again and again
             if self.processes:
                 await self.rest()
                 quiet_since_s = time.monotonic()
-        self.stop_watching()
-        self.close_socket()
+        await self.abandon()
 
     async def abandon(self) -> None:
-        """End and close; its address was never in the table.
+        """End and close, whatever waits: nobody is served here, and where it never was in the table nobody asks but us.
 
-        What waits there is our own asking for its health, which a version that does not accept leaves there for good:
-        to `retire` it would be a call, and one start after the other would follow.
+        A version that does not accept leaves our asking for its health there for good, which `rest` would wake it for.
         """
         ending, self.processes = self.processes, []
         self.stop_watching()

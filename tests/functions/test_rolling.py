@@ -125,6 +125,21 @@ def test_refused_version_is_not_started_again_and_leaves_nothing() -> None:
     run(test())
 
 
+def test_removed_function_that_never_served_leaves_nothing_though_a_caller_waits() -> None:
+    async def test() -> None:
+        async with running(real(version("old"))) as local:
+            broken = local_that_refuses(local)[F]
+            await local.remove(F)
+            await local.apply({F: broken})
+            path = local.path(F)
+            _, writer = await asyncio.open_unix_connection(path)
+            await local.remove(F)
+            await until(lambda: not path.exists(), "its end")
+            writer.close()
+
+    run(test())
+
+
 def local_that_refuses(local: LocalFunctions) -> dict:  # type: ignore[type-arg]
     """Return a table whose `f` our watchdog refuses, though its settings can be read."""
     table = parse(version("new"))
