@@ -213,10 +213,21 @@ class Endpoint:
         quiet_since_s = time.monotonic()
         while time.monotonic() < quiet_since_s + QUIET_S:
             await asyncio.sleep(QUIET_S / 10)
+            if any(process.last_exit for process in self.processes):
+                break  # it serves nobody, and what waits would have it started again and again
             if self.processes:
                 await self.rest()
                 quiet_since_s = time.monotonic()
+        await self.abandon()
+
+    async def abandon(self) -> None:
+        """End and close, whatever waits: nobody is served here, and where it never was in the table nobody asks but us.
+
+        A version that does not accept leaves our asking for its health there for good, which `rest` would wake it for.
+        """
+        ending, self.processes = self.processes, []
         self.stop_watching()
+        await self._end(ending)
         self.close_socket()
 
     def stop_watching(self) -> None:

@@ -27,6 +27,7 @@ import os
 import socket
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ..calls.names import FunctionName
@@ -222,8 +223,6 @@ class LocalFunctions:
             self._set_table({each: function for each, function in self.table.items() if each != name})
             if endpoint is not None:
                 self._retire(endpoint)
-            if self.secrets is not None:
-                self.secrets.forget(name)
             await self._prune_logs()
 
     async def scale(self, name: FunctionName, count: int) -> None:
@@ -257,7 +256,8 @@ class LocalFunctions:
 
     def _new_endpoint(self, function: Function) -> Endpoint:
         path = self.directory / f"{os.getpid()}.{next(self._numbers)}"
-        return Endpoint(function, path, self._program, self._logs, lambda name: self.count_made(name))
+        program_of = partial(self._program, path.name)
+        return Endpoint(function, path, program_of, self._logs, lambda name: self.count_made(name))
 
     def _add(self, function: Function) -> Endpoint:
         endpoint = self._new_endpoint(function)
@@ -282,7 +282,7 @@ class LocalFunctions:
             await new.become_healthy()
             await commit()
         except BaseException:
-            self._retire(new)
+            self._retire(new, was_served=False)
             raise
         old = self._endpoints.get(function.name)
         self._endpoints[function.name] = new
@@ -293,15 +293,17 @@ class LocalFunctions:
                 new.wake()
             self._retire(old)
 
-    def _retire(self, endpoint: Endpoint) -> None:
+    def _retire(self, endpoint: Endpoint, *, was_served: bool = True) -> None:
         if not self._is_stopping:
-            task = asyncio.create_task(self._retired(endpoint))
+            task = asyncio.create_task(self._retired(endpoint, was_served))
             self._retiring.add(task)
             task.add_done_callback(self._retiring.discard)
 
-    async def _retired(self, endpoint: Endpoint) -> None:
-        await endpoint.retire()
+    async def _retired(self, endpoint: Endpoint, was_served: bool) -> None:
+        await (endpoint.retire() if was_served else endpoint.abandon())
         self._open.discard(endpoint)
+        if self.secrets is not None:
+            self.secrets.forget(endpoint.path.name)  # not before: its last calls read them
 
     def _set_table(self, table: Mapping[FunctionName, Function]) -> None:
         """Let `table`, with the addresses of what is run here, be in force."""
@@ -331,11 +333,13 @@ class LocalFunctions:
 
     # What is run.
 
-    def _program(self, function: Function, listener: socket.socket, stderr_fd: int | None) -> ManagedProgram:
+    def _program(
+        self, place: str, function: Function, listener: socket.socket, stderr_fd: int | None
+    ) -> ManagedProgram:
         command = self._watchdog or ("fwatchdog",)
         secrets = None
         if self.secrets is not None and function.secrets:
-            secrets = str(self.secrets.directory_of(function))
+            secrets = str(self.secrets.directory_of(function, place))
         name, environ = f"the watchdog of {function.name.short}", self._environ_of(function, secrets)
         return ManagedProgram(name, command, environ, listener, stderr_fd, function.directory, secrets)
 

@@ -1,6 +1,6 @@
 """A directory seen under a second name by this process and what it starts, and by no other (mount_namespaces(7)).
 
-    bind("/run/faashound.run.x/secrets/cat.openfaas-fn", "/var/openfaas/secrets")
+    bind("/run/faashound.run.x/secrets/42.1", "/var/openfaas/secrets")
 
 Programs that were written for OpenFaaS look for their secrets at one fixed path.  A link there would show each function
 the secrets of all; a mount in a namespace of the function's own shows it its own, at no cost.

@@ -4,7 +4,9 @@
     table = PublishedTable(path)        # the others: a Mapping that is always that of the last `publish`
 
 The file is replaced whole, so it is never read half.  A reader looks at each use whether it is another file by now,
-which costs two microseconds: nobody has to be told of a change, and nobody misses one.
+which costs two microseconds: nobody has to be told of a change, and nobody misses one.  What tells files apart is their
+time of change, which we set: no two have the same.  The clock's would be that of the one before within a tick of the
+kernel, or for a second on some file systems; and a new file may get the number of the one before the last.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,16 @@ def publish(path: Path, table: Mapping[FunctionName, Function]) -> None:
     new = path.with_suffix(".new")
     with open(new, "w", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
         json.dump([dataclasses.asdict(function) for function in table.values()], file)
+    changed_s = max(int(time.time()), _changed_s(path) + 1)  # whole seconds: every file system keeps them
+    os.utime(new, (changed_s, changed_s))
     new.rename(path)
+
+
+def _changed_s(path: Path) -> int:
+    try:
+        return int(path.stat().st_mtime)
+    except FileNotFoundError:
+        return 0
 
 
 class PublishedTable(Mapping[FunctionName, Function]):
@@ -33,7 +45,7 @@ class PublishedTable(Mapping[FunctionName, Function]):
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._seen: tuple[int, int] | None = None
+        self._seen_ns = -1
         self._table: Mapping[FunctionName, Function] = {}
 
     def __getitem__(self, name: FunctionName) -> Function:
@@ -50,12 +62,11 @@ class PublishedTable(Mapping[FunctionName, Function]):
             found = os.stat(self._path)  # noqa: PTH116 - half of what Path takes
         except FileNotFoundError:
             return self._table
-        seen = found.st_ino, found.st_mtime_ns
-        if seen != self._seen:
+        if found.st_mtime_ns != self._seen_ns:
             documents = json.loads(self._path.read_text(encoding="utf-8"))
             functions = [_function_of(document) for document in documents]
             self._table = {function.name: function for function in functions}
-            self._seen = seen
+            self._seen_ns = found.st_mtime_ns
         return self._table
 
 

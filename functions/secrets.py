@@ -3,8 +3,9 @@
     secrets = Secrets(DocumentShelves(Path("state/secrets")))
     secrets.create("openfaas-fn", "token", b"...")     # update, delete, names
     desk = SecretFiles(directory, secrets)
-    desk.directory_of(function)                        # its own, with a file for each secret that it names
+    desk.directory_of(function, "1.1")                 # its own, with a file for each secret that it names
     desk.refresh("openfaas-fn", "token")               # after a change: the next call reads the new value
+    desk.forget("1.1")                                 # when the last call of this version has ended
 
 A value leaves this module in files for functions only: no listing, no log line and no error text has one.  The files
 of a function are in a directory of its own, whose owner is the user that it runs as; a changed value takes the old
@@ -18,6 +19,7 @@ import binascii
 import contextlib
 import os
 import shutil
+import threading
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -133,16 +135,29 @@ def parse_secret_value(document: Mapping[str, Any]) -> bytes:
 
 
 class SecretFiles:
-    """The directories of functions, below `directory`, which is gone when the gateway is."""
+    """The directories of functions, below `directory`, which is gone when the gateway is.
+
+    Each version of a function that is at work has one under a name of its own, `place`: versions that name other
+    secrets are at work at once while one takes the place of the other, and the new one may yet be refused.
+
+    Threads may use it at once: functions wake in the loop while a change is told in a thread.  The lock is held from
+    the reading of a value until it is written, so that an old value never takes the place of a new one; and for one
+    directory at a time, so that the loop does not wait for all of them.
+    """
 
     def __init__(self, directory: Path, secrets: Secrets) -> None:
         self._directory = directory
         self._secrets = secrets
-        self._users: dict[FunctionName, Function] = {}
+        self._users: dict[str, Function] = {}
+        self._lock = threading.Lock()
 
-    def directory_of(self, function: Function) -> Path:
-        """Return the directory of a function's secrets, written anew; raises OSError."""
-        path = self._directory / str(function.name)
+    def directory_of(self, function: Function, place: str) -> Path:
+        """Return the directory of a version's secrets, written anew; raises OSError.  `forget` is to follow."""
+        with self._lock:
+            self._users[place] = function
+            return self._write_all(function, self._directory / place)
+
+    def _write_all(self, function: Function, path: Path) -> Path:
         owner = _owner_of(function)
         if owner is not None:
             self._directory.parent.chmod(0o711)  # its files are for one user, who has to get there
@@ -154,30 +169,37 @@ class SecretFiles:
             (path / stale).unlink(missing_ok=True)
         if owner is not None:
             os.chown(path, owner.uid, owner.gid)
-        self._users[function.name] = function
         return path
 
     def refresh(self, namespace: str, name: str) -> None:
         """A secret has changed: have the functions that name it see so."""
-        for function in self._users.values():
+        for place, function in self._known():
             if function.name.namespace == namespace and name in function.secrets:
-                path, value = self._directory / str(function.name), self._secrets.read(namespace, name)
                 try:
-                    self._write(path, name, value, _owner_of(function))
+                    self._renew(place, function, name)
                 except OSError as error:  # its own doing, perhaps; others are to have theirs
                     log.error(f"{function.name.short} does not see the new {name}: {error.strerror}")
 
     def refresh_all(self) -> None:
         """Any secret may have changed: have every function see so."""
-        for namespace, name in {
-            (each.name.namespace, secret) for each in self._users.values() for secret in each.secrets
-        }:
+        for namespace, name in {(each.name.namespace, secret) for _, each in self._known() for secret in each.secrets}:
             self.refresh(namespace, name)
 
-    def forget(self, name: FunctionName) -> None:
-        """A function has gone."""
-        if self._users.pop(name, None) is not None:
-            shutil.rmtree(self._directory / str(name), ignore_errors=True)
+    def forget(self, place: str) -> None:
+        """A version has gone, and its calls with it."""
+        with self._lock:
+            if self._users.pop(place, None) is not None:
+                shutil.rmtree(self._directory / place, ignore_errors=True)
+
+    def _known(self) -> list[tuple[str, Function]]:
+        with self._lock:
+            return list(self._users.items())
+
+    def _renew(self, place: str, function: Function, name: str) -> None:
+        with self._lock:
+            if place in self._users:  # it may have gone since we were told of it
+                value = self._secrets.read(function.name.namespace, name)
+                self._write(self._directory / place, name, value, _owner_of(function))
 
     def _write(self, path: Path, name: str, value: bytes | None, owner: Identity | None) -> None:
         if value is None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from faashound.functions.endpoint import NotHealthy
 from faashound.functions.local import LocalFunctions, UnknownFunction
-from faashound.functions.published import PublishedTable
+from faashound.functions.published import PublishedTable, publish
 from faashound.functions.table import parse_upstream
 from faashound.watchdog import Client, Url
 from tests.functions.conftest import Log
@@ -111,6 +113,33 @@ def test_old_version_serves_on_when_the_new_one_does_not_get_healthy(log: Log, m
     assert "the old version of f goes on" in log
 
 
+def test_refused_version_is_not_started_again_and_leaves_nothing() -> None:
+    async def test() -> None:
+        async with running(real(version("old"))) as local:
+            with pytest.raises(NotHealthy):
+                await local.put(local_that_refuses(local)[F])
+            paths = {local.path(F), local.path(CAT)}
+            await until(lambda: {path for path in local.directory.iterdir() if path.is_socket()} == paths, "its end")
+            assert (await call(local, "f", b"echo $VERSION")).body == b"old\n"
+
+    run(test())
+
+
+def test_removed_function_that_never_served_leaves_nothing_though_a_caller_waits() -> None:
+    async def test() -> None:
+        async with running(real(version("old"))) as local:
+            broken = local_that_refuses(local)[F]
+            await local.remove(F)
+            await local.apply({F: broken})
+            path = local.path(F)
+            _, writer = await asyncio.open_unix_connection(path)
+            await local.remove(F)
+            await until(lambda: not path.exists(), "its end")
+            writer.close()
+
+    run(test())
+
+
 def local_that_refuses(local: LocalFunctions) -> dict:  # type: ignore[type-arg]
     """Return a table whose `f` our watchdog refuses, though its settings can be read."""
     table = parse(version("new"))
@@ -175,6 +204,23 @@ def test_connection_to_an_old_address_is_still_served_right_after_a_change() -> 
             writer.close()
 
     run(test())
+
+
+def test_other_processes_see_each_change_on_a_file_system_with_a_coarse_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stat, path = os.stat, tmp_path / "table"
+
+    def coarse_stat(*arguments: Any, **options: Any) -> os.stat_result:
+        """Return what a file system tells that keeps whole seconds, and gives the number of a file to the next."""
+        found = stat(*arguments, **options)
+        return os.stat_result((found.st_mode, 1, *found[2:]), {"st_mtime_ns": found[8] * 1_000_000_000})
+
+    monkeypatch.setattr(os, "stat", coarse_stat)
+    seen = PublishedTable(path)
+    for number in range(10):
+        publish(path, parse(version(number)))
+        assert seen[F].environment == {"VERSION": str(number)}
 
 
 def test_other_processes_see_the_table_in_force_at_their_next_look() -> None:

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import dataclasses
+import itertools
+import threading
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from faashound.functions.documents import DocumentShelves
+from faashound.calls.names import parse_function_name
+from faashound.functions.control import Control
+from faashound.functions.documents import Documents, DocumentShelves
+from faashound.functions.endpoint import NotHealthy
+from faashound.functions.local import LocalFunctions
 from faashound.functions.secrets import (
     BadSecret,
     SecretExists,
+    SecretFiles,
     SecretInUse,
     Secrets,
     UnknownSecret,
     parse_secret_name,
     parse_secret_value,
 )
+from faashound.functions.table import Function
 from testkit.needed import want_root
 from tests.functions.conftest import Log
-from tests.functions.kit import F, call, run
+from tests.functions.kit import DEADLINE_S, F, call, run, until
 from tests.functions.test_deployments import controlled, shell
 
 READ = b"cat $secret_mount_path/*; ls $secret_mount_path"
@@ -106,6 +118,158 @@ def test_trap_of_a_function_in_its_directory_gets_no_secret_elsewhere_and_stops_
 
     run(test())
     assert elsewhere.read_text() == ""
+
+
+def test_version_that_serves_keeps_its_secrets_when_a_new_one_with_others_is_refused(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with controlled(tmp_path) as (control, local):
+            await control.create_secret(secret("first"))
+            await control.create_secret(secret("hidden", "other"))
+            await control.create(shell(secrets=["token"]))
+            old = local.table[F]
+            settings = {**(old.settings or {}), "exec_timeout": "banana"}  # what no deployment could say
+            with pytest.raises(NotHealthy):
+                await local.put(dataclasses.replace(old, settings=settings, secrets=("other",)))
+            assert (await call(local, "f", READ)).body == b"firsttoken\n"
+            await control.update_secret(secret("second"))
+            assert (await call(local, "f", READ)).body == b"secondtoken\n"
+            await until(lambda: len(directories(local)) == 1, "the end of what the refused version had")
+
+    run(test())
+
+
+async def read_late(control: Control, local: LocalFunctions, change: Callable[[], Awaitable[object]]) -> bytes:
+    """Return what a call reads of its secret after `change`, before which it has begun."""
+    begun, released = local.directory / "begun", local.directory / "released"
+    reads = f"touch {begun}; while ! [ -e {released} ]; do sleep 0.05; done; cat $secret_mount_path/token"
+    await control.create_secret(secret("first"))
+    await control.create_secret(secret("hidden", "other"))
+    await control.create(shell(secrets=["token"]))
+    calling = asyncio.create_task(call(local, "f", reads.encode()))
+    await until(begun.exists, "the call has begun")
+    await change()
+    released.touch()
+    return (await calling).body
+
+
+def directories(local: LocalFunctions) -> list[Path]:
+    """Return those that functions have of their secrets."""
+    return list((local.directory / "secrets").iterdir())
+
+
+def test_call_of_an_old_version_reads_its_secret_after_the_update_and_a_new_value_of_it(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with controlled(tmp_path) as (control, local):
+
+            async def change() -> None:
+                await control.update(shell(secrets=["other"]))
+                assert (await call(local, "f", READ)).body == b"hiddenother\n"
+                await control.update_secret(secret("second"))
+
+            assert await read_late(control, local, change) == b"second"
+            await until(lambda: len(directories(local)) == 1, "the end of what the old version had")
+            assert (await call(local, "f", READ)).body == b"hiddenother\n"
+
+    run(test())
+
+
+@pytest.mark.parametrize("way", ["deleted", "gone from what is in force"])
+def test_running_call_of_a_removed_function_reads_its_secret_which_is_gone_afterwards(tmp_path: Path, way: str) -> None:
+    async def test() -> None:
+        async with controlled(tmp_path) as (control, local):
+
+            async def change() -> None:
+                if way == "deleted":
+                    await control.remove({"functionName": "f"})
+                else:
+                    await local.apply({})
+                assert F not in local.table
+
+            assert await read_late(control, local, change) == b"first"
+            await until(lambda: not directories(local), "the end of what the function had")
+
+    run(test())
+
+
+def function_named(name: str) -> Function:
+    return Function(parse_function_name(name), settings={"fprocess": "cat"}, secrets=("token",))
+
+
+def test_changed_secret_reaches_every_function_while_others_wake(tmp_path: Path) -> None:
+    secrets = Secrets(DocumentShelves(tmp_path / "state"))
+    secrets.create("openfaas-fn", "token", b"0")
+    (tmp_path / "run").mkdir()
+    files, made = SecretFiles(tmp_path / "run" / "secrets", secrets), itertools.count()
+
+    def wake(name: str = "f") -> Path:
+        return files.directory_of(function_named(name), f"1.{next(made)}")
+
+    paths = [wake() for _ in range(40)]
+
+    def change() -> None:
+        for number in range(1, 4):
+            secrets.update("openfaas-fn", "token", b"%d" % number)
+            files.refresh("openfaas-fn", "token")
+            files.refresh_all()
+
+    with ThreadPoolExecutor(1) as pool:
+        changing = pool.submit(change)
+        while not changing.done():
+            paths.append(wake())
+            files.directory_of(function_named("f"), "1.0")  # another watchdog of a version that is awake
+            files.forget(paths.pop(1).name)
+        changing.result()
+    assert {(path / "token").read_bytes() for path in paths} == {b"3"}
+
+
+class ShelvesThatChange(DocumentShelves):
+    """Has `change` go on when a document was read, and before the reader has it."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.change: Callable[[], None] | None = None
+
+    def space(self, name: str) -> Documents:
+        return DocumentsThatChange(self, super().space(name).directory)
+
+
+class DocumentsThatChange(Documents):
+    def __init__(self, shelves: ShelvesThatChange, directory: Path) -> None:
+        super().__init__(directory)
+        self._shelves = shelves
+
+    def read(self, name: str) -> bytes | None:
+        found = super().read(name)
+        change, self._shelves.change = self._shelves.change, None
+        if change is not None:
+            change()
+        return found
+
+
+def test_function_that_wakes_while_its_secret_changes_has_the_new_value(tmp_path: Path) -> None:
+    shelves = ShelvesThatChange(tmp_path / "state")
+    secrets = Secrets(shelves)
+    secrets.create("openfaas-fn", "token", b"first")
+    (tmp_path / "run").mkdir()
+    files, stored = SecretFiles(tmp_path / "run" / "secrets", secrets), threading.Event()
+
+    def change() -> None:
+        secrets.update("openfaas-fn", "token", b"second")
+        stored.set()
+        files.refresh("openfaas-fn", "token")
+
+    with ThreadPoolExecutor(1) as pool:
+        changes: list[Future[None]] = []
+
+        def begin() -> None:
+            changes.append(pool.submit(change))
+            assert stored.wait(DEADLINE_S)
+            wait(changes, timeout=0.2)  # it may well be told before we go on, and need not be
+
+        shelves.change = begin
+        path = files.directory_of(function_named("f"), "1.1")
+        changes[0].result()
+    assert (path / "token").read_bytes() == b"second"
 
 
 def readable_for_others(*directories: Path) -> list[Path]:
