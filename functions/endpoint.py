@@ -54,6 +54,8 @@ DRAIN_GRACE_S = 3600.0  # a watchdog bounds its own drain: by exec_timeout, or w
 
 LOAD_LOOK_S = 1.0  # between two looks at the load of a function that may have more watchdogs
 
+WAKE_AGAIN_S = 1.0  # after a start that failed for want of descriptors, or of room on a disk
+
 LISTENING_FLAGS = b"00010000"  # __SO_ACCEPTCON in /proc/net/unix
 
 
@@ -91,6 +93,7 @@ class Endpoint:
         self._supervisor: Supervisor | None = None
         self._listener: socket.socket
         self._is_watched = False
+        self._wake_again: asyncio.TimerHandle | None = None
         self._look: asyncio.TimerHandle | None = None
         self._load_look: asyncio.TimerHandle | None = None
         self._ending: set[asyncio.Task[None]] = set()
@@ -124,26 +127,27 @@ class Endpoint:
         """Start as many watchdogs as are to be there before a call, or watch for one; inside the running loop."""
         self._supervisor = supervisor
         if self.scale.started_count:
-            self.wake()
+            self._wake_or_tell()
         else:
             self._watch(True)
 
     def wake(self) -> None:
-        """Have as many watchdogs as it should have when it is awake."""
-        self._watch(False)
+        """Have as many watchdogs as it should have when it is awake.  Raises OSError; it is watched on, then."""
         self._grow(max(self.scaled_count or 0, self.scale.woken_count))
+        self._watch(False)
         self._note_use()
         self._look_at_load()
 
     async def set_count(self, count: int) -> None:
         """Have `count` watchdogs; 0: none, until a call comes."""
-        self.scaled_count = count
         if count:
-            self._watch(False)
             self._grow(count)
+            self.scaled_count = count
+            self._watch(False)
             self._note_use()
             await self._shrink(count)
         else:
+            self.scaled_count = 0
             await self.rest()
 
     def _grow(self, count: int) -> None:
@@ -238,6 +242,9 @@ class Endpoint:
     # Watching for the first connection, and for the last.
 
     def _watch(self, wanted: bool) -> None:
+        if self._wake_again is not None:
+            self._wake_again.cancel()
+            self._wake_again = None
         if wanted == self._is_watched:
             return
         loop = asyncio.get_running_loop()
@@ -249,8 +256,17 @@ class Endpoint:
 
     def _on_connection(self) -> None:
         if has_backlog(self._listener):
-            self.wake()
+            self._wake_or_tell()
         # else a watchdog that is just ending has taken it
+
+    def _wake_or_tell(self) -> None:
+        """Wake it; if that cannot be now, say so and try again: those who have connected wait."""
+        try:
+            self.wake()
+        except OSError as error:
+            log.error(f"{self.function.name.short} cannot be started: {error}; next start in {WAKE_AGAIN_S:g} s")
+            self._watch(False)  # what waits would call us again and again
+            self._wake_again = asyncio.get_running_loop().call_later(WAKE_AGAIN_S, self._wake_or_tell)
 
     def _note_use(self) -> None:
         self._used_s = time.monotonic()
@@ -274,7 +290,10 @@ class Endpoint:
         self._load.look(time.monotonic(), self._count_made(self.function.name), in_flight_count)
         wanted_count = scale.count_for(self._load.in_flight_count, self._load.calls_per_s)
         count = max(wanted_count, self.scaled_count or 0)
-        self._grow(count)
+        try:
+            self._grow(count)
+        except OSError as error:  # the next look tries again
+            log.error(f"{self.function.name.short} gets no more watchdogs now: {error}")
         if count < len(self.processes):
             self._later(self._shrink(count))
         self._load_look = asyncio.get_running_loop().call_later(LOAD_LOOK_S, self._look_at_load)
@@ -290,7 +309,7 @@ class Endpoint:
         spent_ns, limit_s = {pid: read_spent_ns(pid) for pid in self.pids}, self.scale.zero_duration_s
         idle_s = time.monotonic() - self._used_s
         # The list of all connections is long where many functions are awake: it is read only before a decision.
-        if spent_ns != self._spent_ns or (idle_s >= limit_s and count_connections(self.path)):
+        if spent_ns != self._spent_ns or (idle_s >= limit_s and may_have_connections(self.path)):
             self._spent_ns = spent_ns
             self._note_use()
             return
@@ -314,6 +333,14 @@ def count_connections(path: Path) -> int:
     with open("/proc/net/unix", "rb") as file:
         found = [words for words in map(bytes.split, file) if words[-1] == wanted]
     return sum(words[3] != LISTENING_FLAGS for words in found)
+
+
+def may_have_connections(path: Path) -> bool:
+    """Tell whether there are connections to the socket at `path`, or that cannot be seen: we are out of descriptors."""
+    try:
+        return count_connections(path) > 0
+    except OSError:
+        return True
 
 
 def count_calls(pid: int) -> int:

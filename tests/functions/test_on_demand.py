@@ -3,22 +3,58 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import itertools
 import os
+import resource
 import signal
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from faashound.functions.local import BadScale, UnknownFunction
+from faashound.functions import endpoint
+from faashound.functions.local import BadScale, LocalFunctions, UnknownFunction
+from faashound.functions.logs import LogStore
 from faashound.functions.runtime import open_runtime_directory
 from faashound.functions.scaling import LOAD_WINDOW_S, BadLabels, Load, Scale, parse_scale
 from tests.functions.conftest import Log
-from tests.functions.kit import CAT, F, call, exists, real, run, running, until
+from tests.functions.kit import CAT, F, call, exists, parse, real, run, running, until
 
 SHORT = 'labels."com.openfaas.scale.zero-duration" = "200ms"'
 SHELL = '[f]\nfprocess = "/bin/sh"\n'
+
+
+@contextlib.contextmanager
+def no_descriptors() -> Iterator[None]:
+    """Have this process open but one descriptor more, for the one that connects."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken: list[int] = []
+    with contextlib.ExitStack() as stack:
+        stack.callback(lambda: [os.close(fd) for fd in taken])
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 2, hard))
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        os.close(taken.pop())
+        yield
+
+
+def logged(directory: Path) -> LocalFunctions:
+    """Return functions whose lines are kept: a start wants a pipe for them."""
+    return LocalFunctions(parse(SHELL + SHORT), environ={"PATH": os.environ["PATH"]}, logs=LogStore(directory, 1 << 20))
+
+
+def connect_to(local: LocalFunctions) -> socket.socket:
+    """Return a connection to `f`, which nobody has accepted."""
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(str(local.path(F)))
+    return connection
 
 
 def fork_server() -> psutil.Process:
@@ -67,6 +103,44 @@ def test_function_is_not_put_to_rest_when_a_call_takes_longer_than_the_zero_dura
     async def test() -> None:
         async with running(real(SHELL + SHORT)) as local:
             assert (await call(local, "f", b"sleep 1; echo whole")).body == b"whole\n"
+
+    run(test())
+
+
+def test_function_is_woken_by_the_call_that_waits_when_descriptors_were_scarce_at_first(
+    tmp_path: Path, log: Log
+) -> None:
+    async def test() -> None:
+        async with running(logged(tmp_path)) as local:
+            with no_descriptors():
+                waiting = connect_to(local)
+                await until(lambda: "f cannot be started: [Errno 24] Too many open files" in log, "the failure")
+            with waiting:
+                await until(lambda: local.status()[F].pids, "a watchdog for the call that waits")
+            assert (await call(local, "f", b"echo here")).body == b"here\n"
+            await until(lambda: not local.status()[F].pids, "it is put to rest")
+            assert (await call(local, "f", b"echo again")).body == b"again\n"
+
+    run(test())
+
+
+def test_function_is_put_to_rest_when_descriptors_were_scarce_as_it_was_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks = itertools.count()
+    real_look = endpoint.count_connections
+
+    def look(path: Path) -> int:  # at the boundary to the kernel: the first look fails
+        if next(looks) == 0:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return real_look(path)
+
+    async def test() -> None:
+        monkeypatch.setattr(endpoint, "count_connections", look)
+        async with running(real(SHELL + SHORT)) as local:
+            first = int((await call(local, "f", b"echo $PPID")).body)
+            await until(lambda: not exists(first), "the watchdog's end")
+        assert next(looks) > 1
 
     run(test())
 
