@@ -119,9 +119,13 @@ class Endpoint:
         """Listen; connections wait from now on.  Raises OSError."""
         with socket.socket(socket.AF_UNIX) as low:
             low.bind(str(self.path))
-            self.path.chmod(0o600)  # its directory may be open for passing through, see secrets.py
-            low.listen(BACKLOG)
-            self._listener = socket.socket(fileno=lift(low.fileno()))
+            try:
+                self.path.chmod(0o600)  # its directory may be open for passing through, see secrets.py
+                low.listen(BACKLOG)
+                self._listener = socket.socket(fileno=lift(low.fileno()))
+            except OSError:
+                self.path.unlink()
+                raise
 
     def start(self, supervisor: Supervisor) -> None:
         """Start as many watchdogs as are to be there before a call, or watch for one; inside the running loop."""

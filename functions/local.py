@@ -184,18 +184,20 @@ class LocalFunctions:
         """Make `table` the one in force: new functions are there, others gone, changed ones rolled.
 
         A function that does not change keeps its processes.  One whose new version does not get healthy keeps the old
-        version; the log says why.
+        version; the log says why.  Raises OSError: apply it again, then.
         """
         async with self._changing:
             rolling = [function for function in table.values() if self._is_other_version(function)]
             kept = {function.name: self.table[function.name] for function in rolling}
-            added = [self._add(function) for function in table.values() if self._is_new(function)]
+            added = self._add_all([function for function in table.values() if self._is_new(function)])
             gone = [name for name in self._endpoints if name not in table or not table[name].local]
             removed = [self._endpoints.pop(name) for name in gone]
             self._endpoints |= {endpoint.function.name: endpoint for endpoint in added}
-            self._set_table({**table, **kept})
-            for endpoint in removed:
-                self._retire(endpoint)
+            try:
+                self._set_table({**table, **kept})
+            finally:
+                for endpoint in removed:
+                    self._retire(endpoint)
             limit = asyncio.Semaphore(ROLLS_COUNT)
             await asyncio.gather(*(self._roll_or_tell(function, limit) for function in rolling))
             await self._prune_logs()
@@ -266,6 +268,16 @@ class LocalFunctions:
         if self._supervisor is not None:
             endpoint.start(self._supervisor)
         return endpoint
+
+    def _add_all(self, functions: Sequence[Function]) -> list[Endpoint]:
+        """Add each of `functions`, or none; raises OSError."""
+        added: list[Endpoint] = []
+        with contextlib.ExitStack() as stack:
+            for function in functions:
+                added.append(self._add(function))
+                stack.callback(self._retire, added[-1])
+            stack.pop_all()
+        return added
 
     async def _roll_or_tell(self, function: Function, limit: asyncio.Semaphore) -> None:
         async with limit:

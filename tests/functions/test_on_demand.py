@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import itertools
 import os
-import resource
 import signal
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -22,27 +19,10 @@ from faashound.functions.logs import LogStore
 from faashound.functions.runtime import open_runtime_directory
 from faashound.functions.scaling import LOAD_WINDOW_S, BadLabels, Load, Scale, parse_scale
 from tests.functions.conftest import Log
-from tests.functions.kit import CAT, F, call, exists, parse, real, run, running, until
+from tests.functions.kit import CAT, F, call, exists, few_descriptors, parse, real, run, running, until
 
 SHORT = 'labels."com.openfaas.scale.zero-duration" = "200ms"'
 SHELL = '[f]\nfprocess = "/bin/sh"\n'
-
-
-@contextlib.contextmanager
-def no_descriptors() -> Iterator[None]:
-    """Have this process open but one descriptor more, for the one that connects."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    taken: list[int] = []
-    with contextlib.ExitStack() as stack:
-        stack.callback(lambda: [os.close(fd) for fd in taken])
-        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
-        highest = max(int(name) for name in os.listdir("/proc/self/fd"))
-        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 2, hard))
-        with contextlib.suppress(OSError):
-            while True:
-                taken.append(os.dup(0))
-        os.close(taken.pop())
-        yield
 
 
 def logged(directory: Path) -> LocalFunctions:
@@ -112,7 +92,7 @@ def test_function_is_woken_by_the_call_that_waits_when_descriptors_were_scarce_a
 ) -> None:
     async def test() -> None:
         async with running(logged(tmp_path)) as local:
-            with no_descriptors():
+            with few_descriptors(1):
                 waiting = connect_to(local)
                 await until(lambda: "f cannot be started: [Errno 24] Too many open files" in log, "the failure")
             with waiting:
