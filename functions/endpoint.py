@@ -25,7 +25,7 @@ import os
 import select
 import socket
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -142,17 +142,17 @@ class Endpoint:
         self._note_use()
         self._look_at_load()
 
-    async def set_count(self, count: int) -> None:
-        """Have `count` watchdogs; 0: none, until a call comes."""
+    def set_count(self, count: int) -> None:
+        """Have `count` watchdogs; 0: none, until a call comes.  Those too many end when their calls have ended."""
         if count:
             self._grow(count)
             self.scaled_count = count
             self._watch(False)
             self._note_use()
-            await self._shrink(count)
+            self._shrink(count)
         else:
             self.scaled_count = 0
-            await self.rest()
+            self.rest()
 
     def _grow(self, count: int) -> None:
         if self._supervisor is None:
@@ -163,27 +163,40 @@ class Endpoint:
             fd = None if self._log_pipe is None else self._log_pipe.fd
             self.processes.append(self._supervisor.start(self._program_of(self.function, self._listener, fd)))
 
-    async def _shrink(self, count: int) -> None:
+    def _shrink(self, count: int) -> None:
         surplus = self.processes[count:]
         del self.processes[count:]
-        await self._end(surplus)
+        if surplus:
+            self._later(self._end(surplus))
 
-    async def rest(self) -> None:
-        """End the watchdogs, each when its calls have ended; what comes meanwhile wakes it again."""
+    def rest(self) -> asyncio.Task[None]:
+        """End the watchdogs, each when its calls have ended; what comes meanwhile wakes it again.
+
+        They write to the pipe of the log until then: it is closed by the task returned, which nobody has to wait for.
+        """
         ending, self.processes = self.processes, []
         log_pipe, self._log_pipe = self._log_pipe, None
+        earlier = tuple(self._ending)
         self._set_look(None)
         self._watch(True)
+        return self._later(self._end(ending, earlier, log_pipe))
+
+    async def _end(
+        self,
+        processes: list[ManagedProcess],
+        earlier: Collection[asyncio.Task[None]] = (),
+        log_pipe: LogPipe | None = None,
+    ) -> None:
+        """End `processes`; close `log_pipe` when all that write to it have ended, those that `earlier` ends as well."""
         try:
-            await self._end(ending)
+            if self._supervisor is not None:
+                supervisor = self._supervisor
+                await asyncio.gather(*(supervisor.end(process, DRAIN_GRACE_S) for process in processes))
+            if earlier:
+                await asyncio.wait(earlier)
         finally:
             if log_pipe is not None:
                 log_pipe.close()
-
-    async def _end(self, processes: list[ManagedProcess]) -> None:
-        if self._supervisor is not None and processes:
-            supervisor = self._supervisor
-            await asyncio.gather(*(supervisor.end(process, DRAIN_GRACE_S) for process in processes))
 
     async def become_healthy(self) -> None:
         """Wake it and wait until a watchdog answers; raises NotHealthy with the reason."""
@@ -299,13 +312,14 @@ class Endpoint:
         except OSError as error:  # the next look tries again
             log.error(f"{self.function.name.short} gets no more watchdogs now: {error}")
         if count < len(self.processes):
-            self._later(self._shrink(count))
+            self._shrink(count)
         self._load_look = asyncio.get_running_loop().call_later(LOAD_LOOK_S, self._look_at_load)
 
-    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+    def _later(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
+        return task
 
     def _on_look(self) -> None:
         """See whether the watchdogs were used since the last look; if not for long enough, put it to rest."""
@@ -321,7 +335,7 @@ class Endpoint:
             self._set_look(min(max(limit_s - idle_s, 0.01), LONGEST_LOOK_S))
             return
         log.info(f"{self.function.name.short} had no call for {idle_s:.0f} s and is put to rest")
-        self._later(self.rest())
+        self.rest()
 
 
 def has_backlog(listener: socket.socket) -> bool:

@@ -235,7 +235,7 @@ class LocalFunctions:
             raise UnknownFunction(f"no function that is run here is called {name.short}")
         if not 0 <= count <= endpoint.scale.max_count:
             raise BadScale(f"replicas: {count}; allowed: 0 to {endpoint.scale.max_count} (com.openfaas.scale.max)")
-        await endpoint.set_count(count)
+        endpoint.set_count(count)
 
     async def _prune_logs(self) -> None:
         """Keep the lines of functions that are no more within bounds; no function is made meanwhile."""
