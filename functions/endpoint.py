@@ -150,6 +150,8 @@ class Endpoint:
             self._watch(False)
             self._note_use()
             self._shrink(count)
+            if self._load_look is None:  # it has slept; the load of one that is awake is looked at already
+                self._look_at_load_later()
         else:
             self.scaled_count = 0
             self.rest()
@@ -313,6 +315,9 @@ class Endpoint:
             log.error(f"{self.function.name.short} gets no more watchdogs now: {error}")
         if count < len(self.processes):
             self._shrink(count)
+        self._look_at_load_later()
+
+    def _look_at_load_later(self) -> None:
         self._load_look = asyncio.get_running_loop().call_later(LOAD_LOOK_S, self._look_at_load)
 
     def _later(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

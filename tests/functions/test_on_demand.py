@@ -177,6 +177,23 @@ def test_function_gets_more_replicas_when_more_calls_are_in_flight_and_fewer_whe
     run(test())
 
 
+def test_function_that_was_woken_by_hand_gets_more_replicas_when_more_calls_are_in_flight(tmp_path: Path) -> None:
+    text = SHELL + 'labels = { com.openfaas.scale.max = "3", com.openfaas.scale.target = "1" }'
+    gate = tmp_path / "gate"
+    script = f"while [ ! -e {gate} ]; do sleep 0.05; done".encode()
+
+    async def test() -> None:
+        async with running(real(text)) as local:
+            await local.scale(F, 0)
+            await local.scale(F, 1)
+            calls = [asyncio.create_task(call(local, "f", script)) for _ in range(3)]
+            await until(lambda: len(local.status()[F].pids) == 3, "three")
+            gate.touch()
+            assert {answer.status for answer in await asyncio.gather(*calls)} == {200}
+
+    run(test())
+
+
 def test_function_gets_more_replicas_when_it_is_called_often_and_no_target_is_set() -> None:
     made = itertools.count(0, 1000)  # at each look, however late a busy machine makes it
 
