@@ -137,10 +137,27 @@ class Endpoint:
 
     def wake(self) -> None:
         """Have as many watchdogs as it should have when it is awake.  Raises OSError; it is watched on, then."""
-        self._grow(max(self.scaled_count or 0, self.scale.woken_count))
+        self._grow(self._woken_count)
         self._watch(False)
         self._note_use()
         self._look_at_load()
+
+    @property
+    def _woken_count(self) -> int:
+        return max(self.scaled_count or 0, self.scale.woken_count)
+
+    def follow(self, function: Function) -> None:
+        """Be for `function`, which runs the same program; have what its labels ask for otherwise than before."""
+        before, self.function = self.scale, function
+        if self.scale == before or self._supervisor is None:
+            return
+        if self.scaled_count is not None:
+            self.scaled_count = min(self.scaled_count, self.scale.max_count)
+        self._set_look(None)  # it was for the zero-duration before, or is not wanted any more
+        if self.processes or self.scale.started_count:
+            self._wake_or_tell()
+            if not self.scale.grows:  # else the load decides
+                self._shrink(self._woken_count)
 
     def set_count(self, count: int) -> None:
         """Have `count` watchdogs; 0: none, until a call comes.  Those too many end when their calls have ended."""

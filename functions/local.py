@@ -328,7 +328,7 @@ class LocalFunctions:
         if not function.local or endpoint is None:
             return function
         if _runs(endpoint.function) == _runs(function):
-            endpoint.function = function
+            endpoint.follow(function)
         return dataclasses.replace(function, url=f"{UNIX_PREFIX}{endpoint.path}")
 
     def _with_token(self, function: Function) -> Function:

@@ -138,6 +138,44 @@ def test_function_keeps_its_process_when_its_label_says_so() -> None:
     run(test())
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "count"),
+    [
+        pytest.param({"zero": "false"}, {"zero": "true", "zero-duration": "200ms"}, 0, id="rests now"),
+        pytest.param({"zero-duration": "1h"}, {"zero-duration": "200ms"}, 0, id="rests sooner"),
+        pytest.param({}, {"min": "3"}, 3, id="more"),
+        pytest.param({"min": "3"}, {}, 1, id="fewer"),
+        pytest.param({"min": "3"}, {"max": "5"}, 1, id="fewer, by its load"),
+    ],
+)
+def test_labels_that_change_hold_for_a_function_that_is_awake(
+    before: dict[str, str], after: dict[str, str], count: int
+) -> None:
+    async def test() -> None:
+        async with running(real(scaled(before))) as local:
+            pid = int((await call(local, "f", b"echo $PPID")).body)
+            await local.apply(parse(scaled(after)))
+            await until(lambda: len(local.status()[F].pids) == count, f"{count} watchdogs")
+            assert count != 3 or exists(pid), "those that were there stay"
+            assert (await call(local, "f", b"echo here")).body == b"here\n"
+
+    run(test())
+
+
+def test_function_that_sleeps_is_started_when_its_labels_say_so() -> None:
+    async def test() -> None:
+        async with running(real(scaled({}))) as local:
+            await local.apply(parse(scaled({"zero": "false", "min": "2"})))
+            await until(lambda: len(local.status()[F].pids) == 2, "processes without a call")
+
+    run(test())
+
+
+def scaled(labels: dict[str, str]) -> str:
+    """Return a functions file whose function has these labels of its scale."""
+    return SHELL + "labels = { " + ", ".join(f'com.openfaas.scale.{name} = "{labels[name]}"' for name in labels) + " }"
+
+
 def test_replicas_are_as_many_as_asked_for() -> None:
     text = SHELL + 'labels = { com.openfaas.scale.min = "2", com.openfaas.scale.max = "3" }'
 
