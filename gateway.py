@@ -476,7 +476,9 @@ async def run_functions(stack: AsyncExitStack, common: Common, queue: Queue) -> 
         common.on_change.append(scheduler.wake)
         stack.callback(asyncio.create_task(scheduler.run()).cancel)
     local.on_change = common.changed
-    return Operations(control, scheduler, off)
+    operations = Operations(control, scheduler, off)
+    stack.push_async_callback(operations.close)
+    return operations
 
 
 def keep_counts(stack: AsyncExitStack, counts: InvocationCounts, functions: Functions) -> None:

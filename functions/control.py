@@ -38,7 +38,7 @@ from .namespaces import (
     parse_namespace,
 )
 from .secrets import SecretFiles, Secrets, parse_secret_name, parse_secret_value
-from .table import BadFunctions, Function, read_functions, read_images
+from .table import BadFunctions, Function, UnreadableFunctions, read_functions, read_images
 
 if TYPE_CHECKING:  # which wants nats-py, an extra
     from ..queues.jetstream.bucket import Bucket
@@ -121,7 +121,8 @@ class Control:
         self._files = None if self._secrets is None else SecretFiles(local.directory / "secrets", self._secrets)
         self._operator_secrets = operator_secrets
         self._closed: set[FunctionName] = set()  # functions whose callers' token is not there, which has been told
-        self._applied: tuple[int, ...] = ()
+        self._applied: tuple[int, ...] | None = ()  # None: what was seen last is to be tried again
+        self._told_trouble = ""
         self._changing = asyncio.Lock()
         self._told = asyncio.Event()
         local.secrets, local.token_of = self._files, self._token_of
@@ -141,15 +142,16 @@ class Control:
 
     async def follow_bucket(self) -> None:
         """Apply what other gateways change, for ever; while the bucket cannot be asked, what is known holds."""
-        last_error = ""
+        last_error, changed = "", False
         while self._bucket is not None:
             await asyncio.sleep(LOOK_S)
             try:
                 async with self._changing:
-                    if await self._bucket.look():
+                    changed = await self._bucket.look() or changed
+                    if changed:
                         await self._take_over()
-                last_error = ""
-            except FaashoundError as error:
+                last_error, changed = "", False
+            except (FaashoundError, OSError) as error:
                 if str(error) != last_error:
                     log.error(f"what other gateways deploy is not seen: {error}")
                 last_error = str(error)
@@ -165,7 +167,11 @@ class Control:
         stored = set(self._deployments.names()) if self._deployments is not None else set[str]()
         unusable = {name: each for name, each in before.items() if name in stored and name not in self._deployed}
         self._deployed |= unusable
-        await self._local.apply(self._in_force())
+        try:
+            await self._local.apply(self._in_force())
+        except OSError:
+            self._deployed = before  # so that the next try knows what serves
+            raise
         for name in (before.keys() & self._deployed.keys()) - self._declared.keys():
             if not self._local.serves(self._deployed[name].function):  # it did not get healthy here
                 self._deployed[name] = before[name]
@@ -188,9 +194,25 @@ class Control:
                 await asyncio.wait_for(self._told.wait(), LOOK_S)
             found = self._stat()
             if self._told.is_set() or (found == seen and found != self._applied):
+                if self._told.is_set():
+                    self._told_trouble = ""
                 self._told.clear()
-                await self.reload()
+                await self._reload_or_tell()
             seen = found
+
+    async def _reload_or_tell(self) -> None:
+        """Apply the file; where the machine has no descriptors or no room for it, try again at the next look."""
+        try:
+            await self.reload()
+        except OSError as error:
+            self._try_again(f"the functions file is not applied, and is tried again: {error}")
+
+    def _try_again(self, trouble: str) -> None:
+        """Read the file at the next look as well; say why, once."""
+        self._applied = None
+        if trouble != self._told_trouble:
+            log.error(trouble)
+        self._told_trouble = trouble
 
     def _stat(self) -> tuple[int, ...]:
         try:
@@ -200,17 +222,25 @@ class Control:
         return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
     async def reload(self) -> bool:
-        """Read the file and apply what has changed; tell whether it could be used."""
+        """Read the file and apply what has changed; tell whether it could be used.  Raises OSError."""
         async with self._changing:
             self._applied = self._stat()  # before it is read: what changes meanwhile is seen as a change
             try:
                 declared = await in_thread(self._read_file)
+            except UnreadableFunctions as error:
+                self._try_again(f"the functions file is not applied, and is tried again: {'; '.join(error.problems)}")
+                return False
             except BadFunctions as error:
                 for problem in error.problems:
                     log.error(f"the functions file is not applied: {problem}")
                 return False
-            self._declared = declared
-            await self._local.apply(self._in_force())
+            before, self._declared = self._declared, declared
+            try:
+                await self._local.apply(self._in_force())
+            except OSError:
+                self._declared = before
+                raise
+            self._told_trouble = ""
             return True
 
     def _read_file(self) -> Mapping[FunctionName, Function]:

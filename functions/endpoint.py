@@ -25,7 +25,7 @@ import os
 import select
 import socket
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,8 @@ LONGEST_LOOK_S = 30.0
 DRAIN_GRACE_S = 3600.0  # a watchdog bounds its own drain: by exec_timeout, or write_timeout if that is longer
 
 LOAD_LOOK_S = 1.0  # between two looks at the load of a function that may have more watchdogs
+
+WAKE_AGAIN_S = 1.0  # after a start that failed for want of descriptors, or of room on a disk
 
 LISTENING_FLAGS = b"00010000"  # __SO_ACCEPTCON in /proc/net/unix
 
@@ -91,6 +93,7 @@ class Endpoint:
         self._supervisor: Supervisor | None = None
         self._listener: socket.socket
         self._is_watched = False
+        self._wake_again: asyncio.TimerHandle | None = None
         self._look: asyncio.TimerHandle | None = None
         self._load_look: asyncio.TimerHandle | None = None
         self._ending: set[asyncio.Task[None]] = set()
@@ -116,35 +119,59 @@ class Endpoint:
         """Listen; connections wait from now on.  Raises OSError."""
         with socket.socket(socket.AF_UNIX) as low:
             low.bind(str(self.path))
-            self.path.chmod(0o600)  # its directory may be open for passing through, see secrets.py
-            low.listen(BACKLOG)
-            self._listener = socket.socket(fileno=lift(low.fileno()))
+            try:
+                self.path.chmod(0o600)  # its directory may be open for passing through, see secrets.py
+                low.listen(BACKLOG)
+                self._listener = socket.socket(fileno=lift(low.fileno()))
+            except OSError:
+                self.path.unlink()
+                raise
 
     def start(self, supervisor: Supervisor) -> None:
         """Start as many watchdogs as are to be there before a call, or watch for one; inside the running loop."""
         self._supervisor = supervisor
         if self.scale.started_count:
-            self.wake()
+            self._wake_or_tell()
         else:
             self._watch(True)
 
     def wake(self) -> None:
-        """Have as many watchdogs as it should have when it is awake."""
+        """Have as many watchdogs as it should have when it is awake.  Raises OSError; it is watched on, then."""
+        self._grow(self._woken_count)
         self._watch(False)
-        self._grow(max(self.scaled_count or 0, self.scale.woken_count))
         self._note_use()
         self._look_at_load()
 
-    async def set_count(self, count: int) -> None:
-        """Have `count` watchdogs; 0: none, until a call comes."""
-        self.scaled_count = count
+    @property
+    def _woken_count(self) -> int:
+        return max(self.scaled_count or 0, self.scale.woken_count)
+
+    def follow(self, function: Function) -> None:
+        """Be for `function`, which runs the same program; have what its labels ask for otherwise than before."""
+        before, self.function = self.scale, function
+        if self.scale == before or self._supervisor is None:
+            return
+        if self.scaled_count is not None:
+            self.scaled_count = min(self.scaled_count, self.scale.max_count)
+        self._set_look(None)  # it was for the zero-duration before, or is not wanted any more
+        if self.processes or self.scale.started_count:
+            self._wake_or_tell()
+            if not self.scale.grows:  # else the load decides
+                self._shrink(self._woken_count)
+
+    def set_count(self, count: int) -> None:
+        """Have `count` watchdogs; 0: none, until a call comes.  Those too many end when their calls have ended."""
         if count:
-            self._watch(False)
             self._grow(count)
+            self.scaled_count = count
+            self._watch(False)
             self._note_use()
-            await self._shrink(count)
+            self._shrink(count)
+            if self._load_look is None:  # it has slept; the load of one that is awake is looked at already
+                self._look_at_load_later()
         else:
-            await self.rest()
+            self.scaled_count = 0
+            self.rest()
 
     def _grow(self, count: int) -> None:
         if self._supervisor is None:
@@ -155,27 +182,40 @@ class Endpoint:
             fd = None if self._log_pipe is None else self._log_pipe.fd
             self.processes.append(self._supervisor.start(self._program_of(self.function, self._listener, fd)))
 
-    async def _shrink(self, count: int) -> None:
+    def _shrink(self, count: int) -> None:
         surplus = self.processes[count:]
         del self.processes[count:]
-        await self._end(surplus)
+        if surplus:
+            self._later(self._end(surplus))
 
-    async def rest(self) -> None:
-        """End the watchdogs, each when its calls have ended; what comes meanwhile wakes it again."""
+    def rest(self) -> asyncio.Task[None]:
+        """End the watchdogs, each when its calls have ended; what comes meanwhile wakes it again.
+
+        They write to the pipe of the log until then: it is closed by the task returned, which nobody has to wait for.
+        """
         ending, self.processes = self.processes, []
         log_pipe, self._log_pipe = self._log_pipe, None
+        earlier = tuple(self._ending)
         self._set_look(None)
         self._watch(True)
+        return self._later(self._end(ending, earlier, log_pipe))
+
+    async def _end(
+        self,
+        processes: list[ManagedProcess],
+        earlier: Collection[asyncio.Task[None]] = (),
+        log_pipe: LogPipe | None = None,
+    ) -> None:
+        """End `processes`; close `log_pipe` when all that write to it have ended, those that `earlier` ends as well."""
         try:
-            await self._end(ending)
+            if self._supervisor is not None:
+                supervisor = self._supervisor
+                await asyncio.gather(*(supervisor.end(process, DRAIN_GRACE_S) for process in processes))
+            if earlier:
+                await asyncio.wait(earlier)
         finally:
             if log_pipe is not None:
                 log_pipe.close()
-
-    async def _end(self, processes: list[ManagedProcess]) -> None:
-        if self._supervisor is not None and processes:
-            supervisor = self._supervisor
-            await asyncio.gather(*(supervisor.end(process, DRAIN_GRACE_S) for process in processes))
 
     async def become_healthy(self) -> None:
         """Wake it and wait until a watchdog answers; raises NotHealthy with the reason."""
@@ -249,6 +289,9 @@ class Endpoint:
     # Watching for the first connection, and for the last.
 
     def _watch(self, wanted: bool) -> None:
+        if self._wake_again is not None:
+            self._wake_again.cancel()
+            self._wake_again = None
         if wanted == self._is_watched:
             return
         loop = asyncio.get_running_loop()
@@ -260,8 +303,17 @@ class Endpoint:
 
     def _on_connection(self) -> None:
         if has_backlog(self._listener):
-            self.wake()
+            self._wake_or_tell()
         # else a watchdog that is just ending has taken it
+
+    def _wake_or_tell(self) -> None:
+        """Wake it; if that cannot be now, say so and try again: those who have connected wait."""
+        try:
+            self.wake()
+        except OSError as error:
+            log.error(f"{self.function.name.short} cannot be started: {error}; next start in {WAKE_AGAIN_S:g} s")
+            self._watch(False)  # what waits would call us again and again
+            self._wake_again = asyncio.get_running_loop().call_later(WAKE_AGAIN_S, self._wake_or_tell)
 
     def _note_use(self) -> None:
         self._used_s = time.monotonic()
@@ -285,15 +337,22 @@ class Endpoint:
         self._load.look(time.monotonic(), self._count_made(self.function.name), in_flight_count)
         wanted_count = scale.count_for(self._load.in_flight_count, self._load.calls_per_s)
         count = max(wanted_count, self.scaled_count or 0)
-        self._grow(count)
+        try:
+            self._grow(count)
+        except OSError as error:  # the next look tries again
+            log.error(f"{self.function.name.short} gets no more watchdogs now: {error}")
         if count < len(self.processes):
-            self._later(self._shrink(count))
+            self._shrink(count)
+        self._look_at_load_later()
+
+    def _look_at_load_later(self) -> None:
         self._load_look = asyncio.get_running_loop().call_later(LOAD_LOOK_S, self._look_at_load)
 
-    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+    def _later(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
+        return task
 
     def _on_look(self) -> None:
         """See whether the watchdogs were used since the last look; if not for long enough, put it to rest."""
@@ -301,7 +360,7 @@ class Endpoint:
         spent_ns, limit_s = {pid: read_spent_ns(pid) for pid in self.pids}, self.scale.zero_duration_s
         idle_s = time.monotonic() - self._used_s
         # The list of all connections is long where many functions are awake: it is read only before a decision.
-        if spent_ns != self._spent_ns or (idle_s >= limit_s and count_connections(self.path)):
+        if spent_ns != self._spent_ns or (idle_s >= limit_s and may_have_connections(self.path)):
             self._spent_ns = spent_ns
             self._note_use()
             return
@@ -309,7 +368,7 @@ class Endpoint:
             self._set_look(min(max(limit_s - idle_s, 0.01), LONGEST_LOOK_S))
             return
         log.info(f"{self.function.name.short} had no call for {idle_s:.0f} s and is put to rest")
-        self._later(self.rest())
+        self.rest()
 
 
 def has_backlog(listener: socket.socket) -> bool:
@@ -325,6 +384,14 @@ def count_connections(path: Path) -> int:
     with open("/proc/net/unix", "rb") as file:
         found = [words for words in map(bytes.split, file) if words[-1] == wanted]
     return sum(words[3] != LISTENING_FLAGS for words in found)
+
+
+def may_have_connections(path: Path) -> bool:
+    """Tell whether there are connections to the socket at `path`, or that cannot be seen: we are out of descriptors."""
+    try:
+        return count_connections(path) > 0
+    except OSError:
+        return True
 
 
 def count_calls(pid: int) -> int:

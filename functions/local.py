@@ -185,18 +185,20 @@ class LocalFunctions:
         """Make `table` the one in force: new functions are there, others gone, changed ones rolled.
 
         A function that does not change keeps its processes.  One whose new version does not get healthy keeps the old
-        version; the log says why.
+        version; the log says why.  Raises OSError: apply it again, then.
         """
         async with self._changing:
             rolling = [function for function in table.values() if self._is_other_version(function)]
             kept = {function.name: self.table[function.name] for function in rolling}
-            added = [self._add(function) for function in table.values() if self._is_new(function)]
+            added = self._add_all([function for function in table.values() if self._is_new(function)])
             gone = [name for name in self._endpoints if name not in table or not table[name].local]
             removed = [self._endpoints.pop(name) for name in gone]
             self._endpoints |= {endpoint.function.name: endpoint for endpoint in added}
-            self._set_table({**table, **kept})
-            for endpoint in removed:
-                self._retire(endpoint)
+            try:
+                self._set_table({**table, **kept})
+            finally:
+                for endpoint in removed:
+                    self._retire(endpoint)
             limit = asyncio.Semaphore(ROLLS_COUNT)
             await asyncio.gather(*(self._roll_or_tell(function, limit) for function in rolling))
             await self._prune_logs()
@@ -232,7 +234,7 @@ class LocalFunctions:
             raise UnknownFunction(f"no function that is run here is called {name.short}")
         if not 0 <= count <= endpoint.scale.max_count:
             raise BadScale(f"replicas: {count}; allowed: 0 to {endpoint.scale.max_count} (com.openfaas.scale.max)")
-        await endpoint.set_count(count)
+        endpoint.set_count(count)
 
     async def _prune_logs(self) -> None:
         """Keep the lines of functions that are no more within bounds; no function is made meanwhile."""
@@ -266,6 +268,16 @@ class LocalFunctions:
         if self._supervisor is not None:
             endpoint.start(self._supervisor)
         return endpoint
+
+    def _add_all(self, functions: Sequence[Function]) -> list[Endpoint]:
+        """Add each of `functions`, or none; raises OSError."""
+        added: list[Endpoint] = []
+        with contextlib.ExitStack() as stack:
+            for function in functions:
+                added.append(self._add(function))
+                stack.callback(self._retire, added[-1])
+            stack.pop_all()
+        return added
 
     async def _roll_or_tell(self, function: Function, limit: asyncio.Semaphore) -> None:
         async with limit:
@@ -318,7 +330,7 @@ class LocalFunctions:
         if not function.local or endpoint is None:
             return function
         if _runs(endpoint.function) == _runs(function):
-            endpoint.function = function
+            endpoint.follow(function)
         return dataclasses.replace(function, url=f"{UNIX_PREFIX}{endpoint.path}")
 
     def _with_token(self, function: Function) -> Function:

@@ -265,8 +265,9 @@ class LogStore:
 
     def open_pipe(self, function: Function, instance: str) -> LogPipe:
         """Return a pipe for the watchdogs of a function, which `instance` names; inside the running loop."""
+        pipe = LogPipe(self, function, instance)
         self._pipes[function.name] += 1
-        return LogPipe(self, function, instance)
+        return pipe
 
     def on_pipe_closed(self, name: FunctionName) -> None:
         """One pipe of a function less: without any, its file is not held open."""

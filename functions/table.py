@@ -63,6 +63,10 @@ class BadFunctions(FaashoundError):
         super().__init__("bad functions file:\n" + "\n".join(f"  {problem}" for problem in self.problems))
 
 
+class UnreadableFunctions(BadFunctions):
+    """The functions file could not be read now, whatever is in it."""
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # URLs.  What is put into them besides is a FunctionName, which has been checked.
 # ---------------------------------------------------------------------------------------------------------------
@@ -283,7 +287,7 @@ def read_functions(path: Path, *, missing_ok: bool = False) -> dict[FunctionName
     except UnicodeDecodeError as error:
         raise BadFunctions([f"{path}: not UTF-8 at byte {error.start}"]) from None
     except OSError as error:
-        raise BadFunctions([f"{path}: {error.strerror}"]) from None
+        raise UnreadableFunctions([f"{path}: {error.strerror}"]) from None
     return parse_functions(text, str(path))
 
 

@@ -10,7 +10,7 @@
 Contract: the codes that clients of OpenFaaS' gateway need (functions: POST and DELETE 202, PUT 200; secrets: POST 201,
 PUT 200, DELETE 202; namespaces: POST 201, PUT and DELETE 202); the namespace stands in the body or in the query, where
 the body's counts.  Every change, and every attempt at one that was refused, is a line in the log that tells who asked
-for what, from where.
+for what, from where.  A change that has begun goes on when its client hangs up: what is stored is in force as well.
 
 What it refuses: a body that is no JSON object, or longer than MAX_DOCUMENT_BYTES.  What is turned off is a 501 that
 says how to turn it on.
@@ -18,9 +18,10 @@ says how to turn it on.
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Awaitable
-from dataclasses import dataclass
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..calls.names import DEFAULT_NAMESPACE, BadFunctionName, FunctionName, parse_function_name
@@ -55,12 +56,19 @@ async def read_document(request: Request) -> dict[str, Any]:
 class Operations:
     """Changes functions and secrets by `control`; `off` says why that cannot be, None if it can.
 
-    `scheduler` is None where schedules are off.
+    `scheduler` is None where schedules are off.  Obligation: `close`, before what `control` works with is closed.
     """
 
     control: Control
     scheduler: Scheduler | None
     off: str | None
+    _running: set[asyncio.Task[None]] = field(default_factory=set, init=False)
+
+    async def close(self) -> None:
+        """Break off the changes that nobody waits for any more; the next start has what they have stored."""
+        for task in self._running:
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
 
     async def change_function(self, request: Request, asker: str) -> Response:
         """Deploy, update or remove the function that the body describes."""
@@ -127,8 +135,18 @@ class Operations:
         if self.off is not None:
             raise NotOffered(self.off)
 
-    async def _log(self, what: str, asker: str, work: Awaitable[object]) -> None:
-        """Do `work`, with a line in the log that says so, or why it was refused."""
+    async def _log(self, what: str, asker: str, work: Coroutine[Any, Any, object]) -> None:
+        """Do `work`, with a line in the log that says so, or why it was refused.
+
+        A client that hangs up ends this wait, and not the work: broken off between the store and the table it would
+        leave something that is kept and not served.
+        """
+        task = asyncio.create_task(self._do(what, asker, work))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        await asyncio.shield(task)
+
+    async def _do(self, what: str, asker: str, work: Coroutine[Any, Any, object]) -> None:
         try:
             await work
         except FaashoundError as error:

@@ -7,10 +7,11 @@ import contextlib
 import http.client
 import json
 import os
+import resource
 import socket
 import sys
 import textwrap
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 
 from faashound.calls.names import FunctionName, parse_function_name
@@ -128,6 +129,25 @@ def run(test: Awaitable[None]) -> None:
         await asyncio.wait_for(test, 3 * DEADLINE_S)
 
     asyncio.run(bounded())
+
+
+@contextlib.contextmanager
+def few_descriptors(count: int) -> Iterator[None]:
+    """Have this process open no more than `count` descriptors besides those that it has open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+    with contextlib.ExitStack() as stack:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1 + count, hard))
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        taken: list[int] = []
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        for fd in taken[count:]:
+            stack.callback(os.close, fd)
+        for fd in taken[:count]:
+            os.close(fd)
+        yield
 
 
 def exists(pid: int) -> bool:

@@ -175,3 +175,46 @@ def test_functions_serve_on_while_the_servers_are_away(tmp_path: Path) -> None:
         cluster.servers[0].start()
         wait_until(lambda: send(system, "PUT", "functions", deployment("echo two")).status == 200, 30, "it is stored")
         assert system.request("POST", "/function/f").text == "two\n"
+
+
+def hang_up_on(cluster: Cluster, system: System, method: str, what: str, document: object) -> None:
+    """Ask for a change that the servers do not store before its client has hung up."""
+    server, headers = cluster.servers[0], JSON_TYPE
+    server.pause()
+    try:
+        with pytest.raises(TimeoutError):
+            system.request(method, f"/system/{what}", json.dumps(document).encode(), headers, timeout_s=1.0)
+    finally:
+        server.resume()
+
+
+def test_change_is_in_force_when_its_client_hangs_up_while_it_is_stored(tmp_path: Path) -> None:
+    reads = deployment("cat $secret_mount_path/token", secrets=["token"])
+    with (
+        Cluster() as cluster,
+        gateway(cluster, "gone", tmp_path / "1") as one,
+        gateway(cluster, "gone", tmp_path / "2") as other,
+    ):
+
+        def answers(status: int, text: str) -> None:
+            for system in (one, other):
+
+                def found(system: System = system) -> bool:
+                    answer = system.request("POST", "/function/f")
+                    return answer.status == status and text in answer.text
+
+                wait_until(found, 15, f"{status} {text}")
+
+        hang_up_on(cluster, one, "POST", "functions", deployment())
+        answers(200, "one")
+        hang_up_on(cluster, one, "POST", "secrets", {"name": "token", "value": "first"})
+        wait_until(lambda: send(one, "PUT", "functions", reads).status == 200, 15, "the secret is kept")
+        answers(200, "first")
+        hang_up_on(cluster, one, "PUT", "secrets", {"name": "token", "value": "second"})
+        answers(200, "second")
+        hang_up_on(cluster, one, "PUT", "functions", deployment("echo three"))
+        answers(200, "three")
+        hang_up_on(cluster, one, "DELETE", "functions", {"functionName": "f"})
+        answers(404, "")
+        assert send(one, "POST", "functions", deployment("echo four")).status == 202
+        answers(200, "four")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Mapping
@@ -21,7 +22,7 @@ from faashound.functions.local import LocalFunctions, UnknownFunction
 from faashound.functions.table import Image
 from faashound.watchdog import CannotStart
 from tests.functions.conftest import Log
-from tests.functions.kit import F, call, exists, parse, real, run, running, until
+from tests.functions.kit import F, call, exists, few_descriptors, parse, real, run, running, until
 
 RULES = Rules(images={"functions/alpine": Image()})
 SHELL: Mapping[str, Any] = {"service": "f", "image": "process", "envProcess": "/bin/sh"}
@@ -276,6 +277,31 @@ def test_file_is_followed_and_a_bad_one_changes_nothing(tmp_path: Path, log: Log
             following.cancel()
 
     run(test())
+
+
+@pytest.mark.parametrize("room", [0, 12], ids=["the file cannot be opened", "the sockets cannot all be opened"])
+def test_file_is_applied_when_there_are_descriptors_again(tmp_path: Path, log: Log, room: int) -> None:
+    file, old = tmp_path / "functions.toml", '[f]\nfprocess = "/bin/sh"\n'
+    many = old + "".join(f'[new{number}]\nfprocess = "cat"\n' for number in range(20))
+
+    async def test() -> None:
+        async with controlled(tmp_path, old) as (control, local):
+            following = asyncio.create_task(control.follow())
+            with few_descriptors(room):
+                file.write_text(many) if room else control.look_now()
+                await until(lambda: "the functions file is not applied" in log, "the failure")
+                assert list(local.table) == [F]
+            file.write_text(many)
+            await until(lambda: len(local.table) == 21, "the change")
+            assert (await call(local, "new19", b"here")).body == b"here"
+            file.write_text(old)
+            control.look_now()
+            await until(lambda: len(local.table) == 1, "the next change")
+            await until(lambda: len(list(local.directory.glob(f"{os.getpid()}.*"))) == 1, "no socket but one")
+            following.cancel()
+
+    run(test())
+    assert room or str(log).count("the functions file is not applied") == 1
 
 
 def test_deployed_functions_stay_when_the_file_changes(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,7 @@ from faashound.functions.logs import (
     parse_record,
 )
 from faashound.functions.table import Function
+from testkit.harness import eventually
 from tests.functions.conftest import Log
 from tests.functions.kit import DEADLINE_S, F, call_at, parse, run, running, until
 
@@ -229,6 +230,38 @@ def test_update_and_removal_lose_no_line(tmp_path: Path) -> None:
             await local.remove(F)
         found = await texts(LogStore(tmp_path, 1 << 20))
         assert [text for text in found if text.startswith("stderr")] == ["stderr: old", "stderr: new"]
+
+    run(test())
+
+
+@pytest.mark.parametrize("counts", [(0,), (2, 1, 0)], ids=["to none", "down step by step"])
+def test_lines_of_a_call_are_kept_when_its_function_is_scaled_down_meanwhile(
+    tmp_path: Path, counts: Sequence[int]
+) -> None:
+    gate, logs = tmp_path / "gate", tmp_path / "logs"
+    script = f"echo first >&2; while [ ! -e {gate} ]; do sleep 0.05; done; echo second >&2".encode()
+
+    async def test() -> None:
+        local = logged(logs)
+        async with running(local):
+            await local.scale(F, 2)
+            calls = [asyncio.create_task(call_with_id(local, script, "an-id")) for _ in range(3)]
+            store = LogStore(logs, 1 << 20)
+
+            async def all_run() -> bool:
+                return (await texts(store)).count("stderr: first") == len(calls)
+
+            await eventually(all_run, DEADLINE_S, "the calls")
+            for count in counts:  # the client need not wait for the calls
+                await local.scale(F, count)
+            await call_with_id(local, b"echo awake >&2", "another")
+            gate.touch()
+            await asyncio.gather(*calls)
+
+            async def all_told() -> bool:
+                return (await texts(store)).count("stderr: second") == len(calls)
+
+            await eventually(all_told, DEADLINE_S, "the last lines")
 
     run(test())
 

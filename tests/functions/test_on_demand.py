@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
 import os
 import signal
+import socket
 from pathlib import Path
 
 import psutil
 import pytest
 
-from faashound.functions.local import BadScale, UnknownFunction
+from faashound.functions import endpoint
+from faashound.functions.local import BadScale, LocalFunctions, UnknownFunction
+from faashound.functions.logs import LogStore
 from faashound.functions.runtime import open_runtime_directory
 from faashound.functions.scaling import LOAD_WINDOW_S, BadLabels, Load, Scale, parse_scale
 from tests.functions.conftest import Log
-from tests.functions.kit import CAT, F, call, exists, real, run, running, until
+from tests.functions.kit import CAT, F, call, exists, few_descriptors, parse, real, run, running, until
 
 SHORT = 'labels."com.openfaas.scale.zero-duration" = "200ms"'
 SHELL = '[f]\nfprocess = "/bin/sh"\n'
+
+
+def logged(directory: Path) -> LocalFunctions:
+    """Return functions whose lines are kept: a start wants a pipe for them."""
+    return LocalFunctions(parse(SHELL + SHORT), environ={"PATH": os.environ["PATH"]}, logs=LogStore(directory, 1 << 20))
+
+
+def connect_to(local: LocalFunctions) -> socket.socket:
+    """Return a connection to `f`, which nobody has accepted."""
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(str(local.path(F)))
+    return connection
 
 
 def fork_server() -> psutil.Process:
@@ -71,6 +87,44 @@ def test_function_is_not_put_to_rest_when_a_call_takes_longer_than_the_zero_dura
     run(test())
 
 
+def test_function_is_woken_by_the_call_that_waits_when_descriptors_were_scarce_at_first(
+    tmp_path: Path, log: Log
+) -> None:
+    async def test() -> None:
+        async with running(logged(tmp_path)) as local:
+            with few_descriptors(1):
+                waiting = connect_to(local)
+                await until(lambda: "f cannot be started: [Errno 24] Too many open files" in log, "the failure")
+            with waiting:
+                await until(lambda: local.status()[F].pids, "a watchdog for the call that waits")
+            assert (await call(local, "f", b"echo here")).body == b"here\n"
+            await until(lambda: not local.status()[F].pids, "it is put to rest")
+            assert (await call(local, "f", b"echo again")).body == b"again\n"
+
+    run(test())
+
+
+def test_function_is_put_to_rest_when_descriptors_were_scarce_as_it_was_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks = itertools.count()
+    real_look = endpoint.count_connections
+
+    def look(path: Path) -> int:  # at the boundary to the kernel: the first look fails
+        if next(looks) == 0:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return real_look(path)
+
+    async def test() -> None:
+        monkeypatch.setattr(endpoint, "count_connections", look)
+        async with running(real(SHELL + SHORT)) as local:
+            first = int((await call(local, "f", b"echo $PPID")).body)
+            await until(lambda: not exists(first), "the watchdog's end")
+        assert next(looks) > 1
+
+    run(test())
+
+
 def test_function_keeps_its_process_when_its_label_says_so() -> None:
     text = SHELL + 'labels = { com.openfaas.scale.zero = "false", com.openfaas.scale.zero-duration = "50ms" }'
 
@@ -82,6 +136,47 @@ def test_function_keeps_its_process_when_its_label_says_so() -> None:
             assert local.status()[F].pids == before
 
     run(test())
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "count"),
+    [
+        pytest.param({"zero": "false"}, {"zero": "true", "zero-duration": "200ms"}, 0, id="rests now"),
+        pytest.param({"zero-duration": "1h"}, {"zero-duration": "200ms"}, 0, id="rests sooner"),
+        pytest.param({}, {"min": "3"}, 3, id="more"),
+        pytest.param({"min": "3"}, {}, 1, id="fewer"),
+        pytest.param({"min": "3"}, {"max": "5"}, 1, id="fewer, by its load"),
+    ],
+)
+def test_labels_that_change_hold_for_a_function_that_is_awake(
+    before: dict[str, str], after: dict[str, str], count: int
+) -> None:
+    async def test() -> None:
+        async with running(real(scaled(before))) as local:
+            await call(local, "f", b"true")
+            pids = set(local.status()[F].pids)
+            await local.apply(parse(scaled(after)))
+            await until(lambda: len(local.status()[F].pids) == count, f"{count} watchdogs")
+            gone = pids.difference(local.status()[F].pids)
+            await until(lambda: not any(map(exists, gone)), "the end of those that are too many")
+            assert len(gone) == max(len(pids) - count, 0), "the others stay"
+            assert (await call(local, "f", b"echo here")).body == b"here\n"
+
+    run(test())
+
+
+def test_function_that_sleeps_is_started_when_its_labels_say_so() -> None:
+    async def test() -> None:
+        async with running(real(scaled({}))) as local:
+            await local.apply(parse(scaled({"zero": "false", "min": "2"})))
+            await until(lambda: len(local.status()[F].pids) == 2, "processes without a call")
+
+    run(test())
+
+
+def scaled(labels: dict[str, str]) -> str:
+    """Return a functions file whose function has these labels of its scale."""
+    return SHELL + "labels = { " + ", ".join(f'com.openfaas.scale.{name} = "{labels[name]}"' for name in labels) + " }"
 
 
 def test_replicas_are_as_many_as_asked_for() -> None:
@@ -119,6 +214,23 @@ def test_function_gets_more_replicas_when_more_calls_are_in_flight_and_fewer_whe
             await until(lambda: len(local.status()[F].pids) == 1, "one is enough again")
             assert local.status()[F].wanted_count == 1
             assert (await call(local, "f", b"echo still here")).body == b"still here\n"
+
+    run(test())
+
+
+def test_function_that_was_woken_by_hand_gets_more_replicas_when_more_calls_are_in_flight(tmp_path: Path) -> None:
+    text = SHELL + 'labels = { com.openfaas.scale.max = "3", com.openfaas.scale.target = "1" }'
+    gate = tmp_path / "gate"
+    script = f"while [ ! -e {gate} ]; do sleep 0.05; done".encode()
+
+    async def test() -> None:
+        async with running(real(text)) as local:
+            await local.scale(F, 0)
+            await local.scale(F, 1)
+            calls = [asyncio.create_task(call(local, "f", script)) for _ in range(3)]
+            await until(lambda: len(local.status()[F].pids) == 3, "three")
+            gate.touch()
+            assert {answer.status for answer in await asyncio.gather(*calls)} == {200}
 
     run(test())
 
