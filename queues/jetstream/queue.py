@@ -525,8 +525,7 @@ class JetStream:
         record = requeue_dead(standing.record, self._now())
         accepted = dataclasses.replace(standing.accepted, due_s=record.due_s, expires_s=None)
         await self._store.end_callback(call_id)
-        with contextlib.suppress(Conflict):  # an earlier try has come so far
-            await self._store.put_waiting(accepted, standing.revision)
+        await self._store.put_waiting(accepted, standing.revision)
         again = await self._revive(standing, record)
         if standing.record.answer is not None:
             await self._bodies.drop(standing.record.answer.result)

@@ -9,10 +9,11 @@ lease, and the record tells what is left to do.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nats.aio.msg import Msg
 
@@ -174,12 +175,16 @@ class Store:
                 continue
 
     async def put_waiting(self, call: NewCall, revives: int | None = None) -> None:
-        """Let a call wait to be run; `revives` is the dead record that it had.  Raises Conflict if it waits already."""
+        """Let a call wait to be run; `revives` is the dead record that it had.
+
+        Raises Conflict if a new call waits already.
+        """
         await self._flows.announce(FlowName("call", call.queue, call.function))
         subject = self._names.waiting("call", call.id, call.queue, call.function)
         headers = _headers(call.due_s, revives)
         among = self._names.waiting_of("call", call.id)
-        await self._connection.publish(Write(subject, build_waiting(call), headers, 0, among))
+        write = Write(subject, build_waiting(call), headers, 0, among)
+        await (self._connection.publish(write) if revives is None else self._put_again(write, among, revives))
 
     async def put_callback(self, accepted: NewCall, record: Record, revives: int | None = None) -> None:
         """Let the outcome of a call wait to be delivered; nothing happens if it does already."""
@@ -189,11 +194,30 @@ class Store:
         await self._flows.announce(FlowName("callback", accepted.queue, destination))
         subject = self._names.waiting("callback", accepted.id, accepted.queue, destination)
         headers = _headers(record.callback.due_s, revives)
-        try:
-            among = self._names.waiting_of("callback", accepted.id)
-            await self._connection.publish(Write(subject, b"", headers, 0, among))
-        except Conflict:
+        among = self._names.waiting_of("callback", accepted.id)
+        if revives is not None:  # its bytes differ from those of its former life, as `publish` needs
+            await self._put_again(Write(subject, str(revives).encode(), headers, 0, among), among, revives)
             return
+        with contextlib.suppress(Conflict):
+            await self._connection.publish(Write(subject, b"", headers, 0, among))
+
+    async def _put_again(self, write: Write, among: str, revives: int) -> None:
+        """Let wait again what was dead; nothing happens if somebody has come so far already.
+
+        The message of its former life may still be there: its worker writes that it is dead first, and acknowledges
+        last.  Ours is put behind that message, which is then removed, so the acknowledgement finds nothing.
+        """
+        former: Stored | None = None
+        while True:
+            try:
+                await self._connection.publish(replace(write, expected=former.revision if former else 0))
+                break
+            except Conflict:
+                former = await self._connection.load(among)
+            if former is not None and int(former.headers.get(REVIVES_HEADER, 0)) >= revives:
+                return
+        if former is not None:
+            await self._connection.erase(self._names.queue, former.revision)
 
     async def put_timer(self, call: NewCall) -> None:
         """Have a sweep look whether the call has expired, when it may have."""

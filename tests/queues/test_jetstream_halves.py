@@ -1,0 +1,119 @@
+"""Two processes at one call: what the other one does while the first is between the two halves of a step.
+
+The first is stopped where it talks to the servers, by `stopped`, and goes on when the other has done.  Nothing may be
+lost by that, and nothing done twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextvars import ContextVar, copy_context
+from typing import Any
+
+import pytest
+import uvloop
+
+from faashound.calls.model import Attempt, CallbackState, Lease, State
+from faashound.queues.jetstream.connection import Connection, Options
+from faashound.queues.jetstream.queue import JetStream
+from testkit.queue_kit import LEASE_S, QUEUE, finish, inline, new_call
+
+LONG_S = 30.0
+FAILED = Attempt(1.0, 2.0, 500, "e")
+
+_IS_STOPPED: ContextVar[bool] = ContextVar("_IS_STOPPED", default=False)
+
+
+@contextlib.asynccontextmanager
+async def stopped(
+    monkeypatch: pytest.MonkeyPatch, method: str, is_there: Callable[..., bool], work: Coroutine[Any, Any, Any]
+) -> AsyncIterator[asyncio.Task[Any]]:
+    """Begin `work`; yield it when it is about to say what `is_there` knows, and let it go on to its end afterwards."""
+    original, reached, go_on = getattr(Connection, method), asyncio.Event(), asyncio.Event()
+
+    async def stop(self: Connection, *arguments: Any) -> Any:
+        if _IS_STOPPED.get() and is_there(*arguments):
+            reached.set()
+            await go_on.wait()
+        return await original(self, *arguments)
+
+    context = copy_context()
+    context.run(_IS_STOPPED.set, True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Connection, method, stop)
+        task = asyncio.get_running_loop().create_task(work, context=context)
+        async with asyncio.timeout(LONG_S):
+            await reached.wait()
+    try:
+        yield task
+    finally:
+        go_on.set()
+        await task
+
+
+def is_ack(_: str, payload: bytes = b"", *__: str) -> bool:
+    return payload == b"+ACK"
+
+
+def with_two(options: Options, scenario: Callable[[JetStream, JetStream], Coroutine[Any, Any, None]]) -> None:
+    """Run a scenario with two queues of their own on the same streams."""
+
+    async def run() -> None:
+        one, other = await JetStream.open(options), await JetStream.open(options)
+        try:
+            await scenario(one, other)
+        finally:
+            await other.close()
+            await one.close()
+
+    uvloop.run(run())
+
+
+async def claim_one(queue: JetStream, owner: str, kind: str = "call", lease_s: float = LEASE_S) -> Lease:
+    claim = queue.claim if kind == "call" else queue.claim_callbacks
+    async with asyncio.timeout(LONG_S):
+        while not (leases := await claim([QUEUE], owner, lease_s, 1)):
+            await queue.wait_for_work(1.0)
+    return leases[0]
+
+
+# -- the message of an end that is still to be acknowledged
+
+
+def test_dead_letter_runs_again_when_it_is_requeued_before_its_message_is_acknowledged(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(worker: JetStream, other: JetStream) -> None:
+        owner = await worker.enlist()
+        call = await worker.put(new_call(due_s=0.0))
+        lease = await claim_one(worker, owner)
+        async with stopped(monkeypatch, "tell", is_ack, finish(worker, lease, State.DEAD, None)):
+            assert (await other.requeue_dead(call.id)).state is State.QUEUED
+        again = await claim_one(other, await other.enlist())
+        assert (again.call.id, again.call.attempts) == (call.id, 1)
+        await finish(other, again, State.DONE, None)
+        stats = await other.stats()
+        assert (stats.by_state[State.DONE], stats.by_state[State.QUEUED]) == (1, 0)
+
+    with_two(options, scenario)
+
+
+def test_callback_is_due_again_when_it_is_requeued_before_its_message_is_acknowledged(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(worker: JetStream, other: JetStream) -> None:
+        owner = await worker.enlist()
+        call = await worker.put(new_call(due_s=0.0, callback_url="http://caller/"))
+        await finish(worker, await claim_one(worker, owner), State.DONE, inline(b"out"))
+        lease = await claim_one(worker, owner, "callback")
+        async with stopped(monkeypatch, "tell", is_ack, worker.callback_dead(lease, FAILED)):
+            again = (await other.requeue_callback(call.id)).callback
+            assert again is not None
+            assert again.state is CallbackState.PENDING
+        again_lease = await claim_one(other, await other.enlist(), "callback")
+        await other.callback_done(again_lease, Attempt(3.0, 4.0, 200, None))
+        assert (await other.stats()).callback_pending_count == 0
+
+    with_two(options, scenario)
