@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import uvloop
 
-from faashound.calls.model import Attempt, CallbackState, Lease, State
+from faashound.calls.model import Attempt, CallbackState, Lease, QueueUnavailable, State
 from faashound.queues.jetstream.connection import Connection, Options
 from faashound.queues.jetstream.queue import JetStream
+from testkit.nats_servers import Cluster
 from testkit.queue_kit import LEASE_S, QUEUE, finish, inline, new_call
 
 LONG_S = 30.0
@@ -117,3 +118,27 @@ def test_callback_is_due_again_when_it_is_requeued_before_its_message_is_acknowl
         assert (await other.stats()).callback_pending_count == 0
 
     with_two(options, scenario)
+
+
+ONE_TOO_FEW = """accounts { A { jetstream { max_consumers: 2 }, users: [ {user: u, password: p} ] } }
+no_auth_user: u"""
+
+
+def test_flow_whose_consumer_cannot_be_made_keeps_no_other_from_its_turn(capfd: pytest.CaptureFixture[str]) -> None:
+    async def scenario(gateway: JetStream, worker: JetStream) -> None:
+        owner = await worker.enlist()
+        served = {(await gateway.put(new_call(name, due_s=0.0))).id for name in "fg"}
+        leases = await worker.claim([QUEUE], owner, LEASE_S, 8)
+        assert {lease.call.id for lease in leases} == served
+        await gateway.put(new_call("h", due_s=0.0))
+        with pytest.raises(QueueUnavailable, match="maximum consumers"):
+            await worker.claim([QUEUE], owner, LEASE_S, 8)
+        for _ in range(2):
+            waiting = asyncio.create_task(worker.wait_for_work(LONG_S))
+            more = await gateway.put(new_call("f", due_s=0.0))
+            assert await waiting
+            assert [each.call.id for each in await worker.claim([QUEUE], owner, LEASE_S, 8)] == [more.id]
+
+    with Cluster(config=ONE_TOO_FEW) as cluster:
+        with_two(cluster.options("p"), scenario)
+    assert capfd.readouterr().err.count("what waits for h.openfaas-fn in the queue faas-request cannot be fetched") == 1
