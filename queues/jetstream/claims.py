@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -27,7 +27,7 @@ from ...calls.model import (
 from ...calls.steps import Hold, Record, claim, expire, is_expired, requeue_callback, requeue_dead, take_back
 from ...watchdog import log
 from .connection import Conflict
-from .flows import LOOK_LEASE_S, Delivery, Flows, Wanted
+from .flows import LOOK_LEASE_S, MIN_LEASE_S, Delivery, Flows, Wanted
 from .owners import Held, Owners
 from .records import REVIVES_HEADER, Standing, join, parse_waiting
 from .store import Store
@@ -36,6 +36,7 @@ UNKNOWN_S = 1.0  # before an owner that could not be asked is asked again
 MAX_DELAY_S = 30 * 86400.0  # longest delay that is asked of the servers at once
 DAMAGED_S = 60.0  # before a message that cannot be read is looked at again
 MAX_FETCH_COUNT = 256  # messages that are looked at together
+LATER_S = 3.0  # for all that a claim fetches when it has leased something: that is not to wait, or its lease runs out
 
 
 class Verdict(Enum):
@@ -133,19 +134,34 @@ class Claims:
         room = Room(wanted.limit, dict(wanted.capacity))
         claimant = Claimant(kind, owner, wanted.lease_s, room)
         count = wanted.limit
+        deadline_s: float | None = None
         while room.count:
-            deliveries = await self._flows.fetch(replace(wanted, limit=count, capacity=room.capacity))
-            takes = (self._take(each, claimant) for each in deliveries)
-            outcomes = await asyncio.gather(*takes, return_exceptions=True)
-            new = [outcome for outcome in outcomes if isinstance(outcome, Lease)]
-            failed = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+            try:
+                async with asyncio.timeout_at(deadline_s):
+                    deliveries = await self._flows.fetch(replace(wanted, limit=count, capacity=dict(room.capacity)))
+            except (QueueUnavailable, QueueFull, TimeoutError):
+                if leases:
+                    break  # nobody else knows of them
+                raise
+            new, failed = await self._take_all(deliveries, claimant)
             leases += new
             if failed and not leases:
                 raise failed[0]
             if failed or len(deliveries) < count or (leases and not new):
                 break  # what is due does not wait for a long look at what is not
+            if new and deadline_s is None:
+                deadline_s = self._loop.time() + min(LATER_S, max(wanted.lease_s, MIN_LEASE_S) / 4)
             count = room.count if new else min(2 * count, MAX_FETCH_COUNT)
         return leases
+
+    async def _take_all(
+        self, deliveries: Sequence[Delivery], claimant: Claimant
+    ) -> tuple[list[Lease], list[BaseException]]:
+        """Return the leases that messages have given, and what has failed."""
+        takes = (self._take(each, claimant) for each in deliveries)
+        outcomes = await asyncio.gather(*takes, return_exceptions=True)
+        new = [outcome for outcome in outcomes if isinstance(outcome, Lease)]
+        return new, [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
 
     async def _take(self, delivery: Delivery, claimant: Claimant) -> Lease | None:
         """Do with a message what its record says; return a lease if that is to take it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextvars import ContextVar, copy_context
 from typing import Any
@@ -116,6 +117,37 @@ def test_callback_is_due_again_when_it_is_requeued_before_its_message_is_acknowl
         again_lease = await claim_one(other, await other.enlist(), "callback")
         await other.callback_done(again_lease, Attempt(3.0, 4.0, 200, None))
         assert (await other.stats()).callback_pending_count == 0
+
+    with_two(options, scenario)
+
+
+# -- a claim that asks more than once
+
+
+async def refuse(self: Connection, *_: Any) -> Any:
+    raise QueueUnavailable("no NATS server can be reached")
+
+
+async def hang(self: Connection, *_: Any) -> Any:
+    await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("way", [refuse, hang])
+def test_lease_of_a_claim_is_returned_when_its_next_look_comes_to_nothing(
+    options: Options, monkeypatch: pytest.MonkeyPatch, way: Callable[..., Any]
+) -> None:
+    """The first look has brought one call to run and one that waits; so the claim looks for another in its stead."""
+
+    async def scenario(worker: JetStream, _: JetStream) -> None:
+        owner = await worker.enlist()
+        await worker.put(new_call(due_s=time.time() + 3600))
+        call = await worker.put(new_call(due_s=0.0))
+        with monkeypatch.context() as patch:
+            patch.setattr(Connection, "read_batch", way)
+            async with asyncio.timeout(LONG_S):
+                leases = await worker.claim([QUEUE], owner, LEASE_S, 2)
+        assert [lease.call.id for lease in leases] == [call.id]
+        await finish(worker, leases[0], State.DONE, None)
 
     with_two(options, scenario)
 
