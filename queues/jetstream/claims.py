@@ -186,8 +186,11 @@ class Claims:
         if kind == "callback":
             return await self._store.load(delivery.call_id)
         accepted = parse_waiting(delivery.data)
-        is_new = delivery.count == 1 and REVIVES_HEADER not in delivery.headers
-        return join(None if is_new else await self._store.find_record(delivery.call_id), accepted)
+        revives = REVIVES_HEADER in delivery.headers
+        kept = None if delivery.count == 1 and not revives else await self._store.find_record(delivery.call_id)
+        if kept is None and revives:
+            return None  # its dead letter was deleted while it was queued again
+        return join(kept, accepted)
 
     async def _act(self, standing: Standing, delivery: Delivery, claimant: Claimant) -> Lease | None:
         kind, now_s = claimant.kind, self._now()

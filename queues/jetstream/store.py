@@ -106,6 +106,8 @@ class Store:
                 kept = await self.find_record(call_id)  # it may have gone from the one to the other
                 if kept is None:
                     return None
+            if kept is None and waiting is not None and REVIVES_HEADER in waiting.headers:
+                return None  # its dead letter was deleted while it was queued again
             if waiting is not None:
                 return self._as_kept(join(kept, parse_waiting(waiting.data)))
             if kept is not None and kept.accepted is not None:
@@ -246,16 +248,40 @@ class Store:
             await self.end_timer(after.accepted)
             await self.end_waiting(after.id)
 
-    async def forget(self, kept: Kept | Standing) -> None:
-        """Delete the record of a call, and all that hangs on it."""
+    async def forget(self, kept: Kept | Standing) -> bool:
+        """Delete the record of a call and all that hangs on it; False if the call has gone on since it was read.
+
+        Who queues a dead letter again writes behind its record.  So once that is removed it is decided: either there
+        is a newer record, or there will be none.
+        """
         accepted, answer = kept.accepted, kept.record.answer
-        if accepted is not None and accepted.idempotency_key is not None:
-            key = await self._connection.load(self._names.key(accepted.function, accepted.idempotency_key))
-            if key is not None and key.data == accepted.id.encode():
-                await self._connection.erase(self._names.records, key.revision)
+        call_id = kept.id if isinstance(kept, Standing) else kept.call_id
+        has_key = accepted is not None and await self._drop_key(accepted)
         await self._connection.erase(self._names.records, kept.revision)
+        if await self.find_record(call_id) is not None:
+            if accepted is not None and has_key:
+                await self._put_key(accepted)
+            return False
         await self._bodies.drop(None if accepted is None else accepted.body)
         await self._bodies.drop(None if answer is None else answer.result)
+        return True
+
+    async def _drop_key(self, accepted: NewCall) -> bool:
+        """Let the key of a call stand for the next one; False if it does not stand for this call."""
+        if accepted.idempotency_key is None:
+            return False
+        key = await self._connection.load(self._names.key(accepted.function, accepted.idempotency_key))
+        if key is None or key.data != accepted.id.encode():
+            return False
+        await self._connection.erase(self._names.records, key.revision)
+        return True
+
+    async def _put_key(self, accepted: NewCall) -> None:
+        """Let the key stand for this call again, unless it stands for another by now."""
+        if accepted.idempotency_key is not None:
+            subject = self._names.key(accepted.function, accepted.idempotency_key)
+            with contextlib.suppress(Conflict):
+                await self._connection.publish(Write(subject, accepted.id.encode(), {}, 0))
 
 
 def _headers(due_s: float, revives: int | None) -> dict[str, str]:

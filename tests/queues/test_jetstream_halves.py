@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import uvloop
 
-from faashound.calls.model import Attempt, CallbackState, Lease, QueueUnavailable, State
-from faashound.queues.jetstream.connection import Connection, Options
+from faashound.calls.model import Attempt, Call, CallbackState, CallUnknown, Lease, QueueUnavailable, State
+from faashound.queues.jetstream.connection import Connection, Options, Write
 from faashound.queues.jetstream.queue import JetStream
 from testkit.nats_servers import Cluster
-from testkit.queue_kit import LEASE_S, QUEUE, finish, inline, new_call
+from testkit.queue_kit import LEASE_S, QUEUE, finish, inline, new_call, read_all
 
 LONG_S = 30.0
 FAILED = Attempt(1.0, 2.0, 500, "e")
@@ -117,6 +117,54 @@ def test_callback_is_due_again_when_it_is_requeued_before_its_message_is_acknowl
         again_lease = await claim_one(other, await other.enlist(), "callback")
         await other.callback_done(again_lease, Attempt(3.0, 4.0, 200, None))
         assert (await other.stats()).callback_pending_count == 0
+
+    with_two(options, scenario)
+
+
+# -- a dead letter that one deletes and another queues again
+
+
+def is_record(write: Write) -> bool:
+    return ".rec." in write.subject
+
+
+async def bury(queue: JetStream, owner: str, **changes: Any) -> Call:
+    """A dead letter with a body that is stored apart."""
+    body = await queue.store_body(bytes(50_000))
+    call = await queue.put(new_call(due_s=0.0, body=body, **changes))
+    await finish(queue, await claim_one(queue, owner), State.DEAD, None)
+    return call
+
+
+def test_dead_letter_that_is_requeued_while_it_is_deleted_keeps_its_body_and_its_key(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(one: JetStream, other: JetStream) -> None:
+        owner = await one.enlist()
+        call = await bury(one, owner, idempotency_key="k")
+        async with stopped(monkeypatch, "erase", lambda *_: True, one.purge(state=State.DEAD)):
+            await other.requeue_dead(call.id)
+        lease = await claim_one(one, owner)
+        assert await read_all(one, lease.call.body) == bytes(50_000)
+        assert (await other.put(new_call(body=call.body, idempotency_key="k"))).id == call.id
+
+    with_two(options, scenario)
+
+
+def test_dead_letter_that_is_deleted_while_it_is_requeued_is_gone(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its message waits already when its record goes: it is not to run without its body."""
+
+    async def scenario(one: JetStream, other: JetStream) -> None:
+        owner = await one.enlist()
+        call = await bury(one, owner)
+        with pytest.raises(CallUnknown):
+            async with stopped(monkeypatch, "publish", is_record, one.requeue_dead(call.id)):
+                assert await other.purge(state=State.DEAD) == 1
+        assert await other.get(call.id) is None
+        assert await other.claim([QUEUE], await other.enlist(), LEASE_S, 1) == []
+        assert (await other.stats()).by_state[State.QUEUED] == 0
 
     with_two(options, scenario)
 
