@@ -75,10 +75,17 @@ def revive(standing: Standing, kind: Kind, revives: str | None, now_s: float) ->
         return standing.record
 
 
-def is_written(found: Record, wanted: Record) -> bool:
-    """Tell whether a record is what our step has made, in an earlier try whose acknowledgement was lost."""
+def is_written(found: Record, wanted: Record, kind: Kind) -> bool:
+    """Tell whether a record is what our step has made, in an earlier try whose acknowledgement was lost.
+
+    Of a call its last attempt tells, whose times are ours, also when its callback is under way by now.  A callback's
+    attempts are not kept: it is as we have left it, or it is another's.
+    """
+    if kind == "callback":
+        return found.hold is None and (found.state, found.callback) == (wanted.state, wanted.callback)
     new = wanted.history[-1:]
-    return bool(new) and found.hold is None and (found.state, found.history[-1:]) == (wanted.state, new)
+    is_ended = found.hold is None or found.hold.kind == "callback"
+    return bool(new) and is_ended and (found.state, found.history[-1:]) == (wanted.state, new)
 
 
 @dataclass(slots=True)
@@ -274,7 +281,7 @@ class Claims:
         standing: Standing | None = held.standing
         wanted = step(held.standing.record)
         while True:
-            if standing is not None and is_written(standing.record, wanted):
+            if standing is not None and is_written(standing.record, wanted, kind):
                 ended = standing
                 break
             if standing is None or standing.record.hold != held.standing.record.hold:

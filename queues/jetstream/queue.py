@@ -430,15 +430,22 @@ class JetStream:
         return await self._claims.end(lease, kind, step)
 
     async def finish(self, lease: Lease, end: RunEnd) -> None:
-        """The call has ended, also when a cancel came too late. On LeaseLost the result's file is dropped."""
+        """The call has ended, also when a cancel came too late. On LeaseLost a result of no record is dropped."""
         excerpt = await self._read_excerpt(end.result)
         await self._bodies.name(end.result, lease.call.id)
         try:
             await self._end(lease, "call", partial(end_run, end=end, excerpt=excerpt, now_s=self._now()))
         except LeaseLost:
-            if end.result is not None:
-                await self.drop_body(end.result)
+            if end.result is not None and end.result.file is not None:
+                await self._drop_unnamed(end.result, lease.call.id)
             raise
+
+    async def _drop_unnamed(self, result: StoredBody, call_id: str) -> None:
+        """Remove a result, unless the call names it: an earlier try was heard, and its acknowledgement lost."""
+        standing = await self._store.load(call_id)
+        answer = None if standing is None else standing.record.answer
+        if answer is None or answer.result is None or answer.result.file != result.file:
+            await self.drop_body(result)
 
     async def _read_excerpt(self, result: StoredBody | None) -> bytes | None:
         if result is None:

@@ -9,16 +9,28 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextvars import ContextVar, copy_context
 from typing import Any
 
 import pytest
 import uvloop
 
-from faashound.calls.model import Attempt, Call, CallbackState, CallUnknown, Lease, QueueUnavailable, State
+from faashound.calls.model import (
+    Attempt,
+    Call,
+    CallbackState,
+    CallUnknown,
+    Lease,
+    LeaseLost,
+    QueueUnavailable,
+    RunEnd,
+    State,
+)
+from faashound.calls.steps import LOST_ERROR
 from faashound.queues.jetstream.connection import Connection, Options, Write
 from faashound.queues.jetstream.queue import JetStream
+from testkit.harness import eventually
 from testkit.nats_servers import Cluster
 from testkit.queue_kit import LEASE_S, QUEUE, finish, inline, new_call, read_all
 
@@ -165,6 +177,112 @@ def test_dead_letter_that_is_deleted_while_it_is_requeued_is_gone(
         assert await other.get(call.id) is None
         assert await other.claim([QUEUE], await other.enlist(), LEASE_S, 1) == []
         assert (await other.stats()).by_state[State.QUEUED] == 0
+
+    with_two(options, scenario)
+
+
+# -- an end whose acknowledgement is lost
+
+
+@contextlib.contextmanager
+def deaf(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Records that are written are stored, but their writers do not hear of it."""
+    original = Connection.publish
+
+    async def publish(self: Connection, write: Write) -> int:
+        revision = await original(self, write)
+        if is_record(write):
+            raise QueueUnavailable("no acknowledgement")
+        return revision
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Connection, "publish", publish)
+        yield
+
+
+async def end_of(queue: JetStream) -> RunEnd:
+    """The end of a run whose result is stored apart."""
+    return RunEnd(State.DONE, Attempt(1.0, 2.0, 200, None), 200, 1.0, await queue.store_body(bytes(50_000)))
+
+
+def test_end_that_is_told_again_keeps_its_result_when_its_callback_is_under_way(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(worker: JetStream, other: JetStream) -> None:
+        owner, helper = await worker.enlist(), await other.enlist()
+        await worker.put(new_call(due_s=0.0, callback_url="http://caller/"))
+        lease = await claim_one(worker, owner, lease_s=1.0)
+        end = await end_of(worker)
+        with deaf(monkeypatch), pytest.raises(QueueUnavailable):
+            await worker.finish(lease, end)
+
+        async def callback() -> list[Lease]:
+            await other.claim([QUEUE], helper, 1.0, 1)  # the message comes again, and the callback follows
+            return await other.claim_callbacks([QUEUE], helper, LEASE_S, 1)
+
+        (delivery,) = await eventually(callback, LONG_S, "the callback of the end that was heard")
+        await worker.finish(lease, end)
+        assert delivery.call.result is not None
+        assert await read_all(other, delivery.call.result) == bytes(50_000)
+
+    with_two(options, scenario)
+
+
+def test_end_that_is_told_again_keeps_its_result_when_its_lease_has_run_out(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(worker: JetStream, other: JetStream) -> None:
+        owner = await worker.enlist()
+        await worker.put(new_call(due_s=0.0))
+        lease = await claim_one(worker, owner, lease_s=0.0)
+        end = await end_of(worker)
+        with deaf(monkeypatch), pytest.raises(QueueUnavailable):
+            await worker.finish(lease, end)
+        await worker.reclaim()
+        with pytest.raises(LeaseLost):
+            await worker.finish(lease, end)
+        call = await other.get(lease.call.id)
+        assert call is not None
+        assert call.result is not None
+        assert await read_all(other, call.result) == bytes(50_000)
+
+    with_two(options, scenario)
+
+
+def test_callback_that_another_has_taken_back_is_not_taken_for_delivered(options: Options) -> None:
+    async def scenario(worker: JetStream, other: JetStream) -> None:
+        owner, helper = await worker.enlist(), await other.enlist()
+        call = await worker.put(new_call(due_s=0.0, callback_url="http://caller/"))
+        await finish(worker, await claim_one(worker, owner), State.DONE, None)
+        await worker.callback_retry(await claim_one(worker, owner, "callback", 1.0), FAILED, 0.0)
+        lease = await claim_one(worker, owner, "callback", 1.0)  # the second attempt: taken back, it waits a second
+
+        async def is_taken_back() -> bool:
+            await other.claim_callbacks([QUEUE], helper, 1.0, 1)
+            found = await other.get(call.id)
+            return found is not None and found.callback is not None and found.callback.error == LOST_ERROR
+
+        await eventually(is_taken_back, LONG_S, "the callback taken back")
+        with pytest.raises(LeaseLost):
+            await worker.callback_done(lease, Attempt(3.0, 4.0, 200, None))
+
+    with_two(options, scenario)
+
+
+def test_callback_that_is_told_again_is_delivered_once(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(worker: JetStream, _: JetStream) -> None:
+        owner = await worker.enlist()
+        call = await worker.put(new_call(due_s=0.0, callback_url="http://caller/"))
+        await finish(worker, await claim_one(worker, owner), State.DONE, None)
+        lease = await claim_one(worker, owner, "callback")
+        with deaf(monkeypatch), pytest.raises(QueueUnavailable):
+            await worker.callback_done(lease, Attempt(3.0, 4.0, 200, None))
+        await worker.callback_done(lease, Attempt(3.0, 4.0, 200, None))
+        found = await worker.get(call.id)
+        assert found is not None
+        assert found.callback is not None
+        assert found.callback.state is CallbackState.DELIVERED
+        assert (await worker.stats()).callback_pending_count == 0
 
     with_two(options, scenario)
 
