@@ -132,6 +132,7 @@ class Claims:
         self._owners = owners
         self._now = now
         self._loop = asyncio.get_running_loop()
+        self.coming: list[str] = []  # the calls whose claim is being written: who reads it may want them cancelled
 
     # -- taking
 
@@ -222,15 +223,20 @@ class Claims:
 
     async def _lease(self, standing: Standing, record: Record, delivery: Delivery, claimant: Claimant) -> Lease:
         hold = Hold(claimant.kind, claimant.owner, standing.revision)
+        self._owners.cancelled.discard(standing.id)  # of an earlier lease; from now on a cancel is of this one
+        self.coming.append(standing.id)
         try:
             taken = await self._store.save(standing, claim(record, hold, self._now()))
+            until_s = self._loop.time() + claimant.lease_s
+            held = Held(taken, delivery, claimant.kind, claimant.owner, until_s, claimant.lease_s)
+            self._owners.held[taken.revision] = held
         except BaseException:
             claimant.room.give_back(delivery.flow.name.name)
             raise
-        until_s = self._loop.time() + claimant.lease_s
-        held = Held(taken, delivery, claimant.kind, claimant.owner, until_s, claimant.lease_s)
-        self._owners.held[taken.revision] = held
-        self._owners.cancelled.discard(taken.id)
+        finally:
+            self.coming.remove(standing.id)
+        if taken.id in self._owners.cancelled:
+            self._owners.cancel.set()  # who was woken by the cancel has not found the lease yet
         return Lease(taken.call, claimant.kind, claimant.owner, taken.revision)
 
     async def _is_gone(self, standing: Standing, delivery: Delivery) -> bool:

@@ -414,7 +414,7 @@ class JetStream:
     async def cancelled_ids(self, owner: str) -> frozenset[str]:
         """The calls that `owner` runs and someone wants cancelled."""
         held = self._owners.held.values()
-        self._owners.cancelled &= {each.standing.id for each in held}
+        self._owners.cancelled &= {each.standing.id for each in held}.union(self._claims.coming)
         mine = {each.standing.id for each in held if (each.owner, each.kind) == (owner, "call")}
         return frozenset(mine & self._owners.cancelled)
 

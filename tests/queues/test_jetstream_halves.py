@@ -287,6 +287,32 @@ def test_callback_that_is_told_again_is_delivered_once(options: Options, monkeyp
     with_two(options, scenario)
 
 
+# -- a claim that has been written, and is not known to its owner yet
+
+
+def is_purge(operation: str, *_: Any) -> bool:
+    return operation.startswith("STREAM.PURGE")
+
+
+def test_cancel_reaches_a_call_whose_claim_has_just_been_written(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It runs for the second time, so its record has an old place to be removed from: there its worker is stopped."""
+
+    async def scenario(worker: JetStream, other: JetStream) -> None:
+        owner = await worker.enlist()
+        call = await worker.put(new_call(due_s=0.0))
+        await worker.retry(await claim_one(worker, owner), attempt=FAILED, due_s=0.0)
+        async with stopped(monkeypatch, "insist", is_purge, claim_one(worker, owner)):
+            assert await other.cancel(call.id) is State.RUNNING
+            assert await worker.wait_for_cancel(LONG_S)
+            assert await worker.cancelled_ids(owner) == frozenset()
+        assert await worker.wait_for_cancel(LONG_S)
+        assert await worker.cancelled_ids(owner) == {call.id}
+
+    with_two(options, scenario)
+
+
 # -- a claim that asks more than once
 
 
