@@ -529,14 +529,21 @@ class JetStream:
         """A dead letter is queued as if new."""
         self._check_open()
         standing = await self._load(call_id)
-        record = requeue_dead(standing.record, self._now())
-        accepted = dataclasses.replace(standing.accepted, due_s=record.due_s, expires_s=None)
-        await self._store.end_callback(call_id)
-        await self._store.put_waiting(accepted, standing.revision)
-        again = await self._revive(standing, record)
+        while True:
+            again = await self._requeue(standing)
+            if (again.record.state, again.record.finished_s) != (State.DEAD, standing.record.finished_s):
+                break
+            standing = again  # its callback was claimed meanwhile, which wrote behind the record that we had
         if standing.record.answer is not None:
             await self._bodies.drop(standing.record.answer.result)
         return again.call
+
+    async def _requeue(self, standing: Standing) -> Standing:
+        record = requeue_dead(standing.record, self._now())
+        accepted = dataclasses.replace(standing.accepted, due_s=record.due_s, expires_s=None)
+        await self._store.end_callback(standing.id)
+        await self._store.put_waiting(accepted, standing.revision)
+        return await self._revive(standing, record)
 
     async def requeue_callback(self, call_id: str) -> Call:
         """A dead callback is due now, attempts from 0."""

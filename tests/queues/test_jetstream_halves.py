@@ -71,6 +71,10 @@ def is_ack(_: str, payload: bytes = b"", *__: str) -> bool:
     return payload == b"+ACK"
 
 
+def is_record(write: Write) -> bool:
+    return ".rec." in write.subject
+
+
 def with_two(options: Options, scenario: Callable[[JetStream, JetStream], Coroutine[Any, Any, None]]) -> None:
     """Run a scenario with two queues of their own on the same streams."""
 
@@ -133,11 +137,27 @@ def test_callback_is_due_again_when_it_is_requeued_before_its_message_is_acknowl
     with_two(options, scenario)
 
 
+def test_dead_letter_is_requeued_though_its_callback_is_claimed_meanwhile(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(one: JetStream, other: JetStream) -> None:
+        owner, helper = await one.enlist(), await other.enlist()
+        call = await one.put(new_call(due_s=0.0, callback_url="http://caller/"))
+        await finish(one, await claim_one(one, owner), State.DEAD, None)
+        async with contextlib.AsyncExitStack() as claim:
+            claiming = stopped(monkeypatch, "publish", is_record, claim_one(other, helper, "callback"))
+            delivery = await claim.enter_async_context(claiming)
+            async with stopped(monkeypatch, "publish", is_record, one.requeue_dead(call.id)) as requeue:
+                await claim.aclose()
+            assert (await requeue).state is State.QUEUED
+        await finish(one, await claim_one(one, owner), State.DONE, None)
+        with pytest.raises(LeaseLost):
+            await other.callback_done(await delivery, Attempt(3.0, 4.0, 200, None))
+
+    with_two(options, scenario)
+
+
 # -- a dead letter that one deletes and another queues again
-
-
-def is_record(write: Write) -> bool:
-    return ".rec." in write.subject
 
 
 async def bury(queue: JetStream, owner: str, **changes: Any) -> Call:
