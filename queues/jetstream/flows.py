@@ -403,7 +403,10 @@ class Flows:
             "inactive_threshold": int(IDLE_S * _NS),
         }
         operation = f"CONSUMER.CREATE.{stream}.{flow.consumer}.{config['filter_subject']}"
-        await self._connection.insist(operation, {"stream_name": stream, "action": "", "config": config})
+        try:
+            await self._connection.insist(operation, {"stream_name": stream, "action": "", "config": config})
+        except NotFoundError as error:
+            raise QueueUnavailable(f"the stream {stream} is gone") from error
         flow.lease_s = lease_s
 
     def _on_pulled(self, message: Msg) -> None:

@@ -1,7 +1,7 @@
 """Two processes at one call: what the other one does while the first is between the two halves of a step.
 
 The first is stopped where it talks to the servers, by `stopped`, and goes on when the other has done.  Nothing may be
-lost by that, and nothing done twice.
+lost by that, and nothing done twice.  And claims that come half-way, since servers do not answer or refuse.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from faashound.calls.model import (
     State,
 )
 from faashound.calls.steps import LOST_ERROR
-from faashound.queues.jetstream.connection import Connection, Options, Write
+from faashound.queues.jetstream.connection import Connection, Options, Write, connect
 from faashound.queues.jetstream.queue import JetStream
 from testkit.harness import eventually
 from testkit.nats_servers import Cluster
@@ -386,3 +386,16 @@ def test_flow_whose_consumer_cannot_be_made_keeps_no_other_from_its_turn(capfd: 
     with Cluster(config=ONE_TOO_FEW) as cluster:
         with_two(cluster.options("p"), scenario)
     assert capfd.readouterr().err.count("what waits for h.openfaas-fn in the queue faas-request cannot be fetched") == 1
+
+
+def test_claim_tells_that_the_stream_is_gone(options: Options) -> None:
+    async def scenario(worker: JetStream, _: JetStream) -> None:
+        owner = await worker.enlist()
+        await worker.put(new_call(due_s=0.0))
+        connection = await connect(options)
+        await connection.call_api(f"STREAM.DELETE.{connection.names.queue}")
+        await connection.close()
+        with pytest.raises(QueueUnavailable, match=r"-queue is gone"):
+            await worker.claim([QUEUE], owner, LEASE_S, 1)
+
+    with_two(options, scenario)
