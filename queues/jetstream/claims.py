@@ -217,8 +217,8 @@ class Claims:
         if verdict is Verdict.EXPIRE:
             record = expire(record, now_s)
         if record is not standing.record:
-            await self._store.save(standing, record)
-        await self.settle(standing._replace(record=record), delivery, kind)
+            standing = await self._store.save(standing, record)
+        await self.settle(standing, delivery, kind)
         return None
 
     async def _lease(self, standing: Standing, record: Record, delivery: Delivery, claimant: Claimant) -> Lease:
@@ -264,7 +264,7 @@ class Claims:
                 await self._delay(record, delivery, kind)
                 return
             if kind == "call" and pending:
-                await self._store.put_callback(standing.accepted, record)
+                await self._store.put_callback(standing)
             if kind == "call":
                 await self._store.end_timer(standing.accepted)
             if delivery.count > 1 or record.attempts != 1 or REVIVES_HEADER in delivery.headers:

@@ -550,7 +550,7 @@ class JetStream:
         self._check_open()
         standing = await self._load(call_id)
         record = requeue_callback(standing.record, self._now())
-        await self._store.put_callback(standing.accepted, record, standing.revision)
+        await self._store.put_callback(standing._replace(record=record), standing.revision)
         return (await self._revive(standing, record)).call
 
     async def _revive(self, standing: Standing, record: Record) -> Standing:

@@ -40,6 +40,7 @@ from .records import (
 )
 from .subjects import FlowName, Place
 
+FOLLOWS_HEADER = "Faashound-Follows"  # the revision of the record that a callback's message follows
 FOREVER_S = 10 * 365 * 86400.0
 READ_PAUSE_S = 0.05  # between two looks at a call that is on its way from one place to another
 READ_COUNT = 40  # of them: a record that is short, and whose message is gone, is damaged
@@ -186,28 +187,26 @@ class Store:
         headers = _headers(call.due_s, revives)
         among = self._names.waiting_of("call", call.id)
         write = Write(subject, build_waiting(call), headers, 0, among)
-        await (self._connection.publish(write) if revives is None else self._put_again(write, among, revives))
+        await (self._connection.publish(write) if revives is None else self._put_behind(write, among, revives))
 
-    async def put_callback(self, accepted: NewCall, record: Record, revives: int | None = None) -> None:
+    async def put_callback(self, standing: Standing, revives: int | None = None) -> None:
         """Let the outcome of a call wait to be delivered; nothing happens if it does already."""
-        if record.callback is None or accepted.callback_url is None:
+        accepted, callback = standing.accepted, standing.record.callback
+        if callback is None or accepted.callback_url is None:
             raise AssertionError(f"the call {accepted.id} has no callback")
         destination = destination_of(accepted.callback_url)
         await self._flows.announce(FlowName("callback", accepted.queue, destination))
         subject = self._names.waiting("callback", accepted.id, accepted.queue, destination)
-        headers = _headers(record.callback.due_s, revives)
-        among = self._names.waiting_of("callback", accepted.id)
-        if revives is not None:  # its bytes differ from those of its former life, as `publish` needs
-            await self._put_again(Write(subject, str(revives).encode(), headers, 0, among), among, revives)
-            return
-        with contextlib.suppress(Conflict):
-            await self._connection.publish(Write(subject, b"", headers, 0, among))
+        among, revision = self._names.waiting_of("callback", accepted.id), standing.revision
+        headers = _headers(callback.due_s, revives) | {FOLLOWS_HEADER: str(revision)}
+        await self._put_behind(Write(subject, str(revision).encode(), headers, 0, among), among, revision)
 
-    async def _put_again(self, write: Write, among: str, revives: int) -> None:
-        """Let wait again what was dead; nothing happens if somebody has come so far already.
+    async def _put_behind(self, write: Write, among: str, revision: int) -> None:
+        """Let wait what follows from a revision of the record; nothing happens if somebody has come so far already.
 
-        The message of its former life may still be there: its worker writes that it is dead first, and acknowledges
-        last.  Ours is put behind that message, which is then removed, so the acknowledgement finds nothing.
+        What followed from an earlier one may still be there: its worker writes the record first, and acknowledges
+        last.  Ours is put behind that message, which is then removed, so the acknowledgement finds nothing.  The bytes
+        of the two must differ, as `publish` needs.
         """
         former: Stored | None = None
         while True:
@@ -216,7 +215,7 @@ class Store:
                 break
             except Conflict:
                 former = await self._connection.load(among)
-            if former is not None and int(former.headers.get(REVIVES_HEADER, 0)) >= revives:
+            if former is not None and _followed(former) >= revision:
                 return
         if former is not None:
             await self._connection.erase(self._names.queue, former.revision)
@@ -243,7 +242,7 @@ class Store:
     async def follow_end(self, before: Standing, after: Standing) -> None:
         """Do what follows from an end that its worker has not made."""
         if after.record.callback is not None:
-            await self.put_callback(after.accepted, after.record)
+            await self.put_callback(after)
         if before.record.state is State.QUEUED:
             await self.end_timer(after.accepted)
             await self.end_waiting(after.id)
@@ -282,6 +281,11 @@ class Store:
             subject = self._names.key(accepted.function, accepted.idempotency_key)
             with contextlib.suppress(Conflict):
                 await self._connection.publish(Write(subject, accepted.id.encode(), {}, 0))
+
+
+def _followed(waiting: Stored) -> int:
+    """Return the revision of the record that a message follows; 0 of a new call's, and of an earlier version's."""
+    return int(waiting.headers.get(FOLLOWS_HEADER) or waiting.headers.get(REVIVES_HEADER) or 0)
 
 
 def _headers(due_s: float, revives: int | None) -> dict[str, str]:

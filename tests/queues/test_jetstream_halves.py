@@ -157,6 +157,32 @@ def test_dead_letter_is_requeued_though_its_callback_is_claimed_meanwhile(
     with_two(options, scenario)
 
 
+def is_callback(write: Write) -> bool:
+    return ".callback." in write.subject
+
+
+def test_callback_of_an_end_is_not_lost_with_that_of_an_earlier_one(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an end that does not count any more a callback comes late, and is acknowledged behind the next end."""
+
+    async def scenario(one: JetStream, other: JetStream) -> None:
+        owner, helper = await one.enlist(), await other.enlist()
+        call = await one.put(new_call(due_s=0.0, callback_url="http://caller/"))
+        dying = finish(one, await claim_one(one, owner), State.DEAD, None)
+        async with stopped(monkeypatch, "publish", is_callback, dying):
+            await other.requeue_dead(call.id)
+        lease = await claim_one(one, owner)
+        async with stopped(monkeypatch, "tell", is_ack, claim_one(other, helper, "callback")) as claim:
+            await finish(one, lease, State.DONE, None)
+        delivery = await claim
+        assert delivery.call.state is State.DONE
+        await other.callback_done(delivery, Attempt(3.0, 4.0, 200, None))
+        assert (await other.stats()).callback_pending_count == 0
+
+    with_two(options, scenario)
+
+
 # -- a dead letter that one deletes and another queues again
 
 
