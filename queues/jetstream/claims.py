@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -27,7 +27,7 @@ from ...calls.model import (
 from ...calls.steps import Hold, Record, claim, expire, is_expired, requeue_callback, requeue_dead, take_back
 from ...watchdog import log
 from .connection import Conflict
-from .flows import LOOK_LEASE_S, Delivery, Flows, Wanted
+from .flows import LOOK_LEASE_S, MIN_LEASE_S, Delivery, Flows, Wanted
 from .owners import Held, Owners
 from .records import REVIVES_HEADER, Standing, join, parse_waiting
 from .store import Store
@@ -36,6 +36,7 @@ UNKNOWN_S = 1.0  # before an owner that could not be asked is asked again
 MAX_DELAY_S = 30 * 86400.0  # longest delay that is asked of the servers at once
 DAMAGED_S = 60.0  # before a message that cannot be read is looked at again
 MAX_FETCH_COUNT = 256  # messages that are looked at together
+LATER_S = 3.0  # for all that a claim fetches when it has leased something: that is not to wait, or its lease runs out
 
 
 class Verdict(Enum):
@@ -74,10 +75,17 @@ def revive(standing: Standing, kind: Kind, revives: str | None, now_s: float) ->
         return standing.record
 
 
-def is_written(found: Record, wanted: Record) -> bool:
-    """Tell whether a record is what our step has made, in an earlier try whose acknowledgement was lost."""
+def is_written(found: Record, wanted: Record, kind: Kind) -> bool:
+    """Tell whether a record is what our step has made, in an earlier try whose acknowledgement was lost.
+
+    Of a call its last attempt tells, whose times are ours, also when its callback is under way by now.  A callback's
+    attempts are not kept: it is as we have left it, or it is another's.
+    """
+    if kind == "callback":
+        return found.hold is None and (found.state, found.callback) == (wanted.state, wanted.callback)
     new = wanted.history[-1:]
-    return bool(new) and found.hold is None and (found.state, found.history[-1:]) == (wanted.state, new)
+    is_ended = found.hold is None or found.hold.kind == "callback"
+    return bool(new) and is_ended and (found.state, found.history[-1:]) == (wanted.state, new)
 
 
 @dataclass(slots=True)
@@ -124,6 +132,7 @@ class Claims:
         self._owners = owners
         self._now = now
         self._loop = asyncio.get_running_loop()
+        self.coming: list[str] = []  # the calls whose claim is being written: who reads it may want them cancelled
 
     # -- taking
 
@@ -133,19 +142,34 @@ class Claims:
         room = Room(wanted.limit, dict(wanted.capacity))
         claimant = Claimant(kind, owner, wanted.lease_s, room)
         count = wanted.limit
+        deadline_s: float | None = None
         while room.count:
-            deliveries = await self._flows.fetch(replace(wanted, limit=count, capacity=room.capacity))
-            takes = (self._take(each, claimant) for each in deliveries)
-            outcomes = await asyncio.gather(*takes, return_exceptions=True)
-            new = [outcome for outcome in outcomes if isinstance(outcome, Lease)]
-            failed = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+            try:
+                async with asyncio.timeout_at(deadline_s):
+                    deliveries = await self._flows.fetch(replace(wanted, limit=count, capacity=dict(room.capacity)))
+            except (QueueUnavailable, QueueFull, TimeoutError):
+                if leases:
+                    break  # nobody else knows of them
+                raise
+            new, failed = await self._take_all(deliveries, claimant)
             leases += new
             if failed and not leases:
                 raise failed[0]
             if failed or len(deliveries) < count or (leases and not new):
                 break  # what is due does not wait for a long look at what is not
+            if new and deadline_s is None:
+                deadline_s = self._loop.time() + min(LATER_S, max(wanted.lease_s, MIN_LEASE_S) / 4)
             count = room.count if new else min(2 * count, MAX_FETCH_COUNT)
         return leases
+
+    async def _take_all(
+        self, deliveries: Sequence[Delivery], claimant: Claimant
+    ) -> tuple[list[Lease], list[BaseException]]:
+        """Return the leases that messages have given, and what has failed."""
+        takes = (self._take(each, claimant) for each in deliveries)
+        outcomes = await asyncio.gather(*takes, return_exceptions=True)
+        new = [outcome for outcome in outcomes if isinstance(outcome, Lease)]
+        return new, [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
 
     async def _take(self, delivery: Delivery, claimant: Claimant) -> Lease | None:
         """Do with a message what its record says; return a lease if that is to take it."""
@@ -170,8 +194,11 @@ class Claims:
         if kind == "callback":
             return await self._store.load(delivery.call_id)
         accepted = parse_waiting(delivery.data)
-        is_new = delivery.count == 1 and REVIVES_HEADER not in delivery.headers
-        return join(None if is_new else await self._store.find_record(delivery.call_id), accepted)
+        revives = REVIVES_HEADER in delivery.headers
+        kept = None if delivery.count == 1 and not revives else await self._store.find_record(delivery.call_id)
+        if kept is None and revives:
+            return None  # its dead letter was deleted while it was queued again
+        return join(kept, accepted)
 
     async def _act(self, standing: Standing, delivery: Delivery, claimant: Claimant) -> Lease | None:
         kind, now_s = claimant.kind, self._now()
@@ -190,21 +217,26 @@ class Claims:
         if verdict is Verdict.EXPIRE:
             record = expire(record, now_s)
         if record is not standing.record:
-            await self._store.save(standing, record)
-        await self.settle(standing._replace(record=record), delivery, kind)
+            standing = await self._store.save(standing, record)
+        await self.settle(standing, delivery, kind)
         return None
 
     async def _lease(self, standing: Standing, record: Record, delivery: Delivery, claimant: Claimant) -> Lease:
         hold = Hold(claimant.kind, claimant.owner, standing.revision)
+        self._owners.cancelled.discard(standing.id)  # of an earlier lease; from now on a cancel is of this one
+        self.coming.append(standing.id)
         try:
             taken = await self._store.save(standing, claim(record, hold, self._now()))
+            until_s = self._loop.time() + claimant.lease_s
+            held = Held(taken, delivery, claimant.kind, claimant.owner, until_s, claimant.lease_s)
+            self._owners.held[taken.revision] = held
         except BaseException:
             claimant.room.give_back(delivery.flow.name.name)
             raise
-        until_s = self._loop.time() + claimant.lease_s
-        held = Held(taken, delivery, claimant.kind, claimant.owner, until_s, claimant.lease_s)
-        self._owners.held[taken.revision] = held
-        self._owners.cancelled.discard(taken.id)
+        finally:
+            self.coming.remove(standing.id)
+        if taken.id in self._owners.cancelled:
+            self._owners.cancel.set()  # who was woken by the cancel has not found the lease yet
         return Lease(taken.call, claimant.kind, claimant.owner, taken.revision)
 
     async def _is_gone(self, standing: Standing, delivery: Delivery) -> bool:
@@ -232,7 +264,7 @@ class Claims:
                 await self._delay(record, delivery, kind)
                 return
             if kind == "call" and pending:
-                await self._store.put_callback(standing.accepted, record)
+                await self._store.put_callback(standing)
             if kind == "call":
                 await self._store.end_timer(standing.accepted)
             if delivery.count > 1 or record.attempts != 1 or REVIVES_HEADER in delivery.headers:
@@ -255,7 +287,7 @@ class Claims:
         standing: Standing | None = held.standing
         wanted = step(held.standing.record)
         while True:
-            if standing is not None and is_written(standing.record, wanted):
+            if standing is not None and is_written(standing.record, wanted, kind):
                 ended = standing
                 break
             if standing is None or standing.record.hold != held.standing.record.hold:

@@ -23,7 +23,8 @@ from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 from nats.js.errors import NotFoundError
 
-from ...calls.model import TooManyQueued
+from ...calls.model import QueueFull, QueueUnavailable, TooManyQueued
+from ...watchdog import log
 from .connection import TRY_S, Connection, Write, parse_status
 from .subjects import TIMERS, FlowKind, FlowName, Names, parse_token
 
@@ -69,6 +70,7 @@ class Flow:
     polls: list[Callable[[], None]] = field(default_factory=list)  # told of each message
     acked: str = ""  # the last message that was acknowledged
     watched: bool = False
+    trouble: str = ""  # why it cannot be asked, as the log was told
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,10 @@ def parse_delivery(flow: Flow, message: Msg) -> Delivery:
     return Delivery(flow, call_id, due_s, message.reply, message.data, headers, revision, count, more_count)
 
 
+def _turn_of(delivery: Delivery) -> tuple[float, str]:
+    return delivery.due_s, delivery.call_id
+
+
 def deal(ring: Iterable[Flow], wanted: Wanted, left: dict[str, int], count: int) -> list[Delivery]:
     """Take up to `count` messages from the stashes, in turns; `left` is the capacity of names, and shrinks."""
     taken: list[Delivery] = []
@@ -105,6 +111,14 @@ def deal(ring: Iterable[Flow], wanted: Wanted, left: dict[str, int], count: int)
                     left[flow.name.name] -= 1  # one name in two queues shares one capacity
         flows = [flow for flow in flows if flow.stash and left.get(flow.name.name, 1) > 0]
     return taken
+
+
+def tell_trouble(failed: Mapping[Flow, Exception]) -> None:
+    """Log which flows cannot be asked, each once while its trouble lasts."""
+    for flow, error in failed.items():
+        if flow.trouble != str(error):
+            flow.trouble = str(error)
+            log.error(f"what waits for {flow.name.name} in the queue {flow.name.queue} cannot be fetched: {error}")
 
 
 class Flows:
@@ -192,15 +206,28 @@ class Flows:
     # -- taking
 
     async def fetch(self, wanted: Wanted) -> list[Delivery]:
-        """Return up to `limit` messages, in turns between flows; fewer only if there are no more."""
+        """Return up to `limit` messages, in turns between flows; fewer only if there are no more.
+
+        A flow that cannot be asked keeps no other from its turn; QueueUnavailable or QueueFull if none has anything.
+        """
         if wanted.kind != "timer":
             self._wanted[wanted.kind] = wanted
         ahead = self._ahead.pop(wanted.kind, None)
         if ahead is not None:
             await ahead
+        taken: list[Delivery] = []
+        try:
+            await self._fill(taken, wanted)
+        except BaseException:
+            self._put_back(taken)
+            raise
+        return taken
+
+    async def _fill(self, taken: list[Delivery], wanted: Wanted) -> None:
         left = dict(wanted.capacity)
-        taken = deal(self._ring(wanted), wanted, left, wanted.limit)
+        taken += deal(self._ring(wanted), wanted, left, wanted.limit)
         dry: set[Flow] = set()
+        failed: dict[Flow, Exception] = {}
         looked_again = False
         while len(taken) < wanted.limit:
             ring = [flow for flow in self._ring(wanted, left) if flow not in dry and not flow.watched]
@@ -208,15 +235,13 @@ class Flows:
                 if taken or looked_again:
                     break
                 looked_again = True
-                await self._look_again(wanted, left, dry)
+                await self._look_again(wanted, left, dry, failed)
             else:
                 need = wanted.limit - len(taken)
                 share = -(-need // len(ring))
                 asked = ring[:need]
-                counts = await asyncio.gather(
-                    *(self._poll(flow, min(share, left.get(flow.name.name, share)), wanted.lease_s) for flow in asked)
-                )
-                dry.update(flow for flow, is_dry in zip(asked, counts, strict=True) if is_dry)
+                counts = {flow: min(share, left.get(flow.name.name, share)) for flow in asked}
+                dry |= await self._poll_all(counts, wanted.lease_s, failed)
             taken += deal(self._ring(wanted), wanted, left, wanted.limit - len(taken))
         if taken:
             self._last[wanted.kind] = taken[-1].flow.name.queue, taken[-1].flow.name.name
@@ -225,7 +250,15 @@ class Flows:
         self._look_ahead(wanted, taken)
         if not any(flow.stash for flow in self._flows.values()):
             self.arrived.clear()
-        return taken
+        if failed and not taken:
+            raise next(iter(failed.values()))
+        tell_trouble(failed)
+
+    def _put_back(self, taken: Iterable[Delivery]) -> None:
+        """What was taken out of the stashes waits there once more: its fetch comes to nothing."""
+        for delivery in taken:
+            self._keep(delivery)
+            delivery.flow.stash.sort(key=_turn_of)
 
     def _look_ahead(self, wanted: Wanted, taken: Sequence[Delivery]) -> None:
         """A worker that comes for more all the time: ask in advance, while it works, where there is a backlog."""
@@ -239,7 +272,9 @@ class Flows:
         if polls:
             self._ahead[wanted.kind] = asyncio.gather(*polls, return_exceptions=True)
 
-    async def _look_again(self, wanted: Wanted, left: Mapping[str, int], dry: set[Flow]) -> None:
+    async def _look_again(
+        self, wanted: Wanted, left: Mapping[str, int], dry: set[Flow], failed: dict[Flow, Exception]
+    ) -> None:
         """Nothing was found: look for flows that are new, and ask all once more, also those that are watched.
 
         An answer comes behind what has been delivered to the watcher; and the servers may have acknowledged a message
@@ -247,9 +282,9 @@ class Flows:
         """
         await self.refresh()
         ring = self._ring(wanted, left)
-        answers = await asyncio.gather(*(self._poll(flow, 1, wanted.lease_s) for flow in ring))
-        for flow, is_dry in zip(ring, answers, strict=True):
-            (dry.add if is_dry and not flow.stash else dry.discard)(flow)
+        found = await self._poll_all(dict.fromkeys(ring, 1), wanted.lease_s, failed)
+        for flow in ring:
+            (dry.add if flow in found and not flow.stash else dry.discard)(flow)
 
     def _ring(self, wanted: Wanted, left: Mapping[str, int] | None = None) -> list[Flow]:
         """The flows that may be served, beginning behind the one that was served last."""
@@ -266,6 +301,23 @@ class Flows:
         last = self._last[wanted.kind]
         after = [flow for flow in flows if (flow.name.queue, flow.name.name) > last]
         return after + flows[: len(flows) - len(after)]
+
+    async def _poll_all(self, counts: Mapping[Flow, int], lease_s: float, failed: dict[Flow, Exception]) -> set[Flow]:
+        """Ask flows for so many messages each; return those that had fewer, and those that have `failed`."""
+        polls = (self._poll(flow, count, lease_s) for flow, count in counts.items())
+        outcomes = await asyncio.gather(*polls, return_exceptions=True)
+        dry: set[Flow] = set()
+        for flow, outcome in zip(counts, outcomes, strict=True):
+            if isinstance(outcome, QueueUnavailable | QueueFull):
+                failed[flow] = outcome
+            elif isinstance(outcome, BaseException):
+                raise outcome
+            else:
+                flow.trouble = ""
+                failed.pop(flow, None)
+            if outcome:
+                dry.add(flow)
+        return dry
 
     async def _poll(self, flow: Flow, count: int, lease_s: float) -> bool:
         """Ask for up to `count` messages that are there now; tell whether there were fewer."""
@@ -301,7 +353,7 @@ class Flows:
             timer.cancel()
             flow.polls.remove(on_message)
             self._connection.unlisten(inbox)
-        flow.stash.sort(key=lambda each: (each.due_s, each.call_id))
+        flow.stash.sort(key=_turn_of)
         return received < count
 
     async def _watch(self, flow: Flow) -> None:
@@ -351,7 +403,10 @@ class Flows:
             "inactive_threshold": int(IDLE_S * _NS),
         }
         operation = f"CONSUMER.CREATE.{stream}.{flow.consumer}.{config['filter_subject']}"
-        await self._connection.insist(operation, {"stream_name": stream, "action": "", "config": config})
+        try:
+            await self._connection.insist(operation, {"stream_name": stream, "action": "", "config": config})
+        except NotFoundError as error:
+            raise QueueUnavailable(f"the stream {stream} is gone") from error
         flow.lease_s = lease_s
 
     def _on_pulled(self, message: Msg) -> None:
@@ -359,13 +414,15 @@ class Flows:
         flow = self._by_consumer.get(tokens[3 if len(tokens) == 9 else 5])
         if flow is None:
             return
-        delivery = parse_delivery(flow, message)
-        flow.stash.append(delivery)
-        self.arrived.set()
-        self._loop.call_later(STASH_S, self._give_back, delivery)
+        self._keep(parse_delivery(flow, message))
         flow.watched = False  # by this message, unless it has come by a poll: then the next look asks once more
         for told in flow.polls:
             told()
+
+    def _keep(self, delivery: Delivery) -> None:
+        delivery.flow.stash.append(delivery)
+        self.arrived.set()
+        self._loop.call_later(STASH_S, self._give_back, delivery)
 
     def _give_back(self, delivery: Delivery) -> None:
         if delivery in delivery.flow.stash and not self._closed:
@@ -407,9 +464,13 @@ class Flows:
             for flow in self._ring(wanted)
             if not flow.watched and not flow.stash
         ]
-        await asyncio.gather(*(self._poll(flow, 1, lease_s) for flow, lease_s in asked))
+        failed: dict[Flow, Exception] = {}
+        await asyncio.gather(*(self._poll_all({flow: 1}, lease_s, failed) for flow, lease_s in asked))
         for flow, _ in asked:
             await self._watch(flow)
+        if failed and not any(flow.watched or flow.stash for flow in self._flows.values()):
+            raise next(iter(failed.values()))
+        tell_trouble(failed)
 
     # -- acknowledging: none of these is sure to arrive, and what is lost comes again after its lease
 

@@ -418,7 +418,7 @@ class JetStream:
     async def cancelled_ids(self, owner: str) -> frozenset[str]:
         """The calls that `owner` runs and someone wants cancelled."""
         held = self._owners.held.values()
-        self._owners.cancelled &= {each.standing.id for each in held}
+        self._owners.cancelled &= {each.standing.id for each in held}.union(self._claims.coming)
         mine = {each.standing.id for each in held if (each.owner, each.kind) == (owner, "call")}
         return frozenset(mine & self._owners.cancelled)
 
@@ -434,15 +434,22 @@ class JetStream:
         return await self._claims.end(lease, kind, step)
 
     async def finish(self, lease: Lease, end: RunEnd) -> None:
-        """The call has ended, also when a cancel came too late. On LeaseLost the result's file is dropped."""
+        """The call has ended, also when a cancel came too late. On LeaseLost a result of no record is dropped."""
         excerpt = await self._read_excerpt(end.result)
         await self._bodies.name(end.result, lease.call.id)
         try:
             await self._end(lease, "call", partial(end_run, end=end, excerpt=excerpt, now_s=self._now()))
         except LeaseLost:
-            if end.result is not None:
-                await self.drop_body(end.result)
+            if end.result is not None and end.result.file is not None:
+                await self._drop_unnamed(end.result, lease.call.id)
             raise
+
+    async def _drop_unnamed(self, result: StoredBody, call_id: str) -> None:
+        """Remove a result, unless the call names it: an earlier try was heard, and its acknowledgement lost."""
+        standing = await self._store.load(call_id)
+        answer = None if standing is None else standing.record.answer
+        if answer is None or answer.result is None or answer.result.file != result.file:
+            await self.drop_body(result)
 
     async def _read_excerpt(self, result: StoredBody | None) -> bytes | None:
         if result is None:
@@ -526,22 +533,28 @@ class JetStream:
         """A dead letter is queued as if new."""
         self._check_open()
         standing = await self._load(call_id)
-        record = requeue_dead(standing.record, self._now())
-        accepted = dataclasses.replace(standing.accepted, due_s=record.due_s, expires_s=None)
-        await self._store.end_callback(call_id)
-        with contextlib.suppress(Conflict):  # an earlier try has come so far
-            await self._store.put_waiting(accepted, standing.revision)
-        again = await self._revive(standing, record)
+        while True:
+            again = await self._requeue(standing)
+            if (again.record.state, again.record.finished_s) != (State.DEAD, standing.record.finished_s):
+                break
+            standing = again  # its callback was claimed meanwhile, which wrote behind the record that we had
         if standing.record.answer is not None:
             await self._bodies.drop(standing.record.answer.result)
         return again.call
+
+    async def _requeue(self, standing: Standing) -> Standing:
+        record = requeue_dead(standing.record, self._now())
+        accepted = dataclasses.replace(standing.accepted, due_s=record.due_s, expires_s=None)
+        await self._store.end_callback(standing.id)
+        await self._store.put_waiting(accepted, standing.revision)
+        return await self._revive(standing, record)
 
     async def requeue_callback(self, call_id: str) -> Call:
         """A dead callback is due now, attempts from 0."""
         self._check_open()
         standing = await self._load(call_id)
         record = requeue_callback(standing.record, self._now())
-        await self._store.put_callback(standing.accepted, record, standing.revision)
+        await self._store.put_callback(standing._replace(record=record), standing.revision)
         return (await self._revive(standing, record)).call
 
     async def _revive(self, standing: Standing, record: Record) -> Standing:

@@ -9,10 +9,11 @@ lease, and the record tells what is left to do.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nats.aio.msg import Msg
 
@@ -39,6 +40,7 @@ from .records import (
 )
 from .subjects import FlowName, Place
 
+FOLLOWS_HEADER = "Faashound-Follows"  # the revision of the record that a callback's message follows
 FOREVER_S = 10 * 365 * 86400.0
 READ_PAUSE_S = 0.05  # between two looks at a call that is on its way from one place to another
 READ_COUNT = 40  # of them: a record that is short, and whose message is gone, is damaged
@@ -105,6 +107,8 @@ class Store:
                 kept = await self.find_record(call_id)  # it may have gone from the one to the other
                 if kept is None:
                     return None
+            if kept is None and waiting is not None and REVIVES_HEADER in waiting.headers:
+                return None  # its dead letter was deleted while it was queued again
             if waiting is not None:
                 return self._as_kept(join(kept, parse_waiting(waiting.data)))
             if kept is not None and kept.accepted is not None:
@@ -174,26 +178,47 @@ class Store:
                 continue
 
     async def put_waiting(self, call: NewCall, revives: int | None = None) -> None:
-        """Let a call wait to be run; `revives` is the dead record that it had.  Raises Conflict if it waits already."""
+        """Let a call wait to be run; `revives` is the dead record that it had.
+
+        Raises Conflict if a new call waits already.
+        """
         await self._flows.announce(FlowName("call", call.queue, call.function))
         subject = self._names.waiting("call", call.id, call.queue, call.function)
         headers = _headers(call.due_s, revives)
         among = self._names.waiting_of("call", call.id)
-        await self._connection.publish(Write(subject, build_waiting(call), headers, 0, among))
+        write = Write(subject, build_waiting(call), headers, 0, among)
+        await (self._connection.publish(write) if revives is None else self._put_behind(write, among, revives))
 
-    async def put_callback(self, accepted: NewCall, record: Record, revives: int | None = None) -> None:
+    async def put_callback(self, standing: Standing, revives: int | None = None) -> None:
         """Let the outcome of a call wait to be delivered; nothing happens if it does already."""
-        if record.callback is None or accepted.callback_url is None:
+        accepted, callback = standing.accepted, standing.record.callback
+        if callback is None or accepted.callback_url is None:
             raise AssertionError(f"the call {accepted.id} has no callback")
         destination = destination_of(accepted.callback_url)
         await self._flows.announce(FlowName("callback", accepted.queue, destination))
         subject = self._names.waiting("callback", accepted.id, accepted.queue, destination)
-        headers = _headers(record.callback.due_s, revives)
-        try:
-            among = self._names.waiting_of("callback", accepted.id)
-            await self._connection.publish(Write(subject, b"", headers, 0, among))
-        except Conflict:
-            return
+        among, revision = self._names.waiting_of("callback", accepted.id), standing.revision
+        headers = _headers(callback.due_s, revives) | {FOLLOWS_HEADER: str(revision)}
+        await self._put_behind(Write(subject, str(revision).encode(), headers, 0, among), among, revision)
+
+    async def _put_behind(self, write: Write, among: str, revision: int) -> None:
+        """Let wait what follows from a revision of the record; nothing happens if somebody has come so far already.
+
+        What followed from an earlier one may still be there: its worker writes the record first, and acknowledges
+        last.  Ours is put behind that message, which is then removed, so the acknowledgement finds nothing.  The bytes
+        of the two must differ, as `publish` needs.
+        """
+        former: Stored | None = None
+        while True:
+            try:
+                await self._connection.publish(replace(write, expected=former.revision if former else 0))
+                break
+            except Conflict:
+                former = await self._connection.load(among)
+            if former is not None and _followed(former) >= revision:
+                return
+        if former is not None:
+            await self._connection.erase(self._names.queue, former.revision)
 
     async def put_timer(self, call: NewCall) -> None:
         """Have a sweep look whether the call has expired, when it may have."""
@@ -217,21 +242,50 @@ class Store:
     async def follow_end(self, before: Standing, after: Standing) -> None:
         """Do what follows from an end that its worker has not made."""
         if after.record.callback is not None:
-            await self.put_callback(after.accepted, after.record)
+            await self.put_callback(after)
         if before.record.state is State.QUEUED:
             await self.end_timer(after.accepted)
             await self.end_waiting(after.id)
 
-    async def forget(self, kept: Kept | Standing) -> None:
-        """Delete the record of a call, and all that hangs on it."""
+    async def forget(self, kept: Kept | Standing) -> bool:
+        """Delete the record of a call and all that hangs on it; False if the call has gone on since it was read.
+
+        Who queues a dead letter again writes behind its record.  So once that is removed it is decided: either there
+        is a newer record, or there will be none.
+        """
         accepted, answer = kept.accepted, kept.record.answer
-        if accepted is not None and accepted.idempotency_key is not None:
-            key = await self._connection.load(self._names.key(accepted.function, accepted.idempotency_key))
-            if key is not None and key.data == accepted.id.encode():
-                await self._connection.erase(self._names.records, key.revision)
+        call_id = kept.id if isinstance(kept, Standing) else kept.call_id
+        has_key = accepted is not None and await self._drop_key(accepted)
         await self._connection.erase(self._names.records, kept.revision)
+        if await self.find_record(call_id) is not None:
+            if accepted is not None and has_key:
+                await self._put_key(accepted)
+            return False
         await self._bodies.drop(None if accepted is None else accepted.body)
         await self._bodies.drop(None if answer is None else answer.result)
+        return True
+
+    async def _drop_key(self, accepted: NewCall) -> bool:
+        """Let the key of a call stand for the next one; False if it does not stand for this call."""
+        if accepted.idempotency_key is None:
+            return False
+        key = await self._connection.load(self._names.key(accepted.function, accepted.idempotency_key))
+        if key is None or key.data != accepted.id.encode():
+            return False
+        await self._connection.erase(self._names.records, key.revision)
+        return True
+
+    async def _put_key(self, accepted: NewCall) -> None:
+        """Let the key stand for this call again, unless it stands for another by now."""
+        if accepted.idempotency_key is not None:
+            subject = self._names.key(accepted.function, accepted.idempotency_key)
+            with contextlib.suppress(Conflict):
+                await self._connection.publish(Write(subject, accepted.id.encode(), {}, 0))
+
+
+def _followed(waiting: Stored) -> int:
+    """Return the revision of the record that a message follows; 0 of a new call's, and of an earlier version's."""
+    return int(waiting.headers.get(FOLLOWS_HEADER) or waiting.headers.get(REVIVES_HEADER) or 0)
 
 
 def _headers(due_s: float, revives: int | None) -> dict[str, str]:
