@@ -3308,8 +3308,8 @@ class Client:
         try:
             return await connection.exchange(method, url, headers, body_if_complete(body), length, deadline_s)
         except PeerGone:
-            if not connection.untouched:
-                raise
+            if not connection.untouched or (once and connection.has_begun_to_stream):
+                raise  # what is left of such a body would be taken for all of it
         # As a server does that stops with connections which it has not looked at yet.
         raise Unreachable(f"cannot connect to {url.authority}: it closed the connection unread")
 
@@ -3504,7 +3504,8 @@ class ClientConnection(Connection):
         self._stalls_expected = False
         self._is_counted = True  # what is sent is what we write: no TLS in between
         self._sent_bytes = 1  # a SYN counts as one
-        self._confirmed_bytes = 0  # of what we sent before this request
+        self._confirmed_bytes = 1  # of what we sent before this request
+        self._puts_count = 0  # of this request
         self.silent = True  # nothing has been answered
         self.untouched = False  # ... and nothing of the request had arrived when the other end closed the connection
 
@@ -3553,8 +3554,10 @@ class ClientConnection(Connection):
         while self._advancing:  # reset, or the end of TLS, which waits for nothing
             self._go_on()
         if isinstance(exc, BrokenPipeError | ConnectionResetError) and self._socket.family is socket.AF_UNIX:
-            # Reset: closed with our request unread.  One this short is in one buffer, which our servers read whole.
-            self.untouched = self.silent and self._sent_bytes - self._confirmed_bytes <= UNIX_WHOLE_BYTES
+            # Closed with our request unread, if it was written at once: one this short is in one buffer, which our
+            # servers read whole.  Of several writes the first may have been read before the last was refused.
+            is_whole = self._puts_count <= 1 and self._sent_bytes - self._confirmed_bytes <= UNIX_WHOLE_BYTES
+            self.untouched = self.silent and is_whole
         elif isinstance(exc, BrokenPipeError):  # in Linux: after an end of stream; a peer that cuts is ECONNRESET
             self._on_closed_by_peer()
         self._fail(PeerGone(CUT_SHORT))
@@ -3576,6 +3579,11 @@ class ClientConnection(Connection):
 
     # One exchange.
 
+    @property
+    def has_begun_to_stream(self) -> bool:
+        """Whether pieces of the request's body may have been taken from where they come from."""
+        return self._sender is not None
+
     async def exchange(
         self,
         method: str,
@@ -3586,7 +3594,7 @@ class ClientConnection(Connection):
         deadline_s: float | None,
     ) -> ClientResponse:
         """Send a request and wait for the response's head; see `Client.request`."""
-        self._url, self.silent = url, True
+        self._url, self.silent, self._puts_count = url, True, 0
         if self._ended or self._transport.is_closing():  # since it was made: what is told from now on is not of this
             self.untouched = True
             self.abort()
@@ -3670,6 +3678,7 @@ class ClientConnection(Connection):
 
     def _put(self, data: bytes) -> None:
         self._sent_bytes += len(data)
+        self._puts_count += 1
         super()._put(data)
 
     def _advance(self) -> None:
