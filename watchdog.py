@@ -3553,19 +3553,44 @@ class ClientConnection(Connection):
     def connection_lost(self, exc: Exception | None) -> None:
         while self._advancing:  # reset, or the end of TLS, which waits for nothing
             self._go_on()
-        if isinstance(exc, BrokenPipeError | ConnectionResetError) and self._socket.family is socket.AF_UNIX:
-            # Closed with our request unread, if it was written at once: one this short is in one buffer, which our
-            # servers read whole.  Of several writes the first may have been read before the last was refused.
-            is_whole = self._puts_count <= 1 and self._sent_bytes - self._confirmed_bytes <= UNIX_WHOLE_BYTES
-            self.untouched = self.silent and is_whole
-        elif isinstance(exc, BrokenPipeError):  # in Linux: after an end of stream; a peer that cuts is ECONNRESET
-            self._on_closed_by_peer()
+        if isinstance(exc, BrokenPipeError | ConnectionResetError):
+            self._on_write_refused(exc)
         self._fail(PeerGone(CUT_SHORT))
         self.resume_writing()
         if self._wire.is_switched and self._sender is not None:
             self._sender.cancel()
         if self._url is not None:
             self._client.forget(self, self._url)
+
+    def _on_write_refused(self, exc: BrokenPipeError | ConnectionResetError) -> None:
+        if self._is_counted:
+            self._read_rest(has_ended=isinstance(exc, BrokenPipeError))
+        if self._socket.family is socket.AF_UNIX:
+            # Closed with our request unread, if it was written at once: one this short is in one buffer, which our
+            # servers read whole.  Of several writes the first may have been read before the last was refused.
+            is_whole = self._puts_count <= 1 and self._sent_bytes - self._confirmed_bytes <= UNIX_WHOLE_BYTES
+            self.untouched = self.silent and is_whole
+        elif isinstance(exc, BrokenPipeError):  # in Linux: after an end of stream; a peer that cuts is ECONNRESET
+            self._on_closed_by_peer()
+
+    def _read_rest(self, has_ended: bool) -> None:
+        """Take what the kernel still has: an answer that came before the end of the request, and closed it (413).
+
+        No loop reads on when a write has failed, but Linux keeps what was received until the descriptor is closed.
+        `has_ended`: the other end sent its end of stream, which is also that of a body without a length.
+        """
+        with suppress(OSError):
+            while self._head is not None and not self._is_full:
+                data = os.read(self._socket.fileno(), PIPE_BYTES)
+                if data:
+                    self.data_received(data)
+                elif has_ended and not self.silent and not self._wire.is_switched:
+                    self._wire.feed(b"")
+                    self._advance()
+                while self._advancing:
+                    self._go_on()
+                if not data:
+                    return
 
     def _on_closed_by_peer(self) -> None:
         """Note whether its end of stream was sent before anything of our request had arrived.
@@ -3669,7 +3694,8 @@ class ClientConnection(Connection):
                 await self._write(self._wire.build_chunk(chunk))
             await self._write(self._wire.end())
         except FaashoundError as error:
-            self._fail(error)
+            if not (isinstance(error, PeerGone) and self._transport.is_closing()):
+                self._fail(error)  # else `connection_lost` tells, when it has looked whether there is an answer
             self.abort()
         except h11.LocalProtocolError as error:
             # The body is longer or shorter than announced: the upstream must not take it for whole.
@@ -3713,11 +3739,14 @@ class ClientConnection(Connection):
             self._advance_later()
         else:
             confirm_at_once(self._socket)
-        is_full = self._body is not None and self._body.buffered_bytes >= BUFFERED_BYTES
-        if (is_rest or is_full) and self._transport.is_reading():
+        if (is_rest or self._is_full) and self._transport.is_reading():
             self._transport.pause_reading()
-        elif not (is_rest or is_full):
+        elif not (is_rest or self._is_full):
             self._on_drained()
+
+    @property
+    def _is_full(self) -> bool:
+        return self._body is not None and self._body.buffered_bytes >= BUFFERED_BYTES
 
     def _go_on(self) -> None:
         """Take the rest, unless that was done when the connection ended."""

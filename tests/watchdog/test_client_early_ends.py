@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import select
 import socket
+import struct
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -17,6 +18,7 @@ import uvloop
 from faashound import watchdog
 from faashound.watchdog import Body, Client, PeerGone, Unreachable, Url, parse_url
 from testkit.harness import eventually
+from testkit.scripted import body_of
 
 MakeLoop = Callable[[], asyncio.AbstractEventLoop]
 Serve = Callable[[socket.socket], object]
@@ -158,3 +160,67 @@ def test_post_was_not_sent_when_a_new_connection_had_ended_before_the_loop_saw_i
     listener, url = listening(socket.AF_INET, tmp_path)
     with peer(listener, reads()):
         run_on(make_loop, test())
+
+
+TOO_LARGE = b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\nConnection: close\r\n\r\nno"
+UNTIL_CLOSE = b"HTTP/1.0 413 Too Large\r\n\r\nno"
+
+
+@pytest.mark.parametrize("answer", [TOO_LARGE, UNTIL_CLOSE], ids=["length", "until-close"])
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_UNIX], ids=["tcp", "unix"])
+@MAKE_LOOPS
+def test_early_answer_is_read_when_its_sender_has_closed_before_the_next_piece_is_written(
+    make_loop: MakeLoop, family: socket.AddressFamily, answer: bytes, tmp_path: Path
+) -> None:
+    listener, url = listening(family, tmp_path)
+
+    async def test(server: Peer) -> None:
+        client = Client()
+        response = await client.request("POST", url, (), lambda: pieces_across_the_end(server), 30)
+        assert (response.status, await body_of(response)) == (413, b"no")
+        await client.close()
+
+    with peer(listener, reads(b"\r\n\r\n", b"first", answer=answer)) as server:
+        run_on(make_loop, test(server))
+    assert server.count == 1
+
+
+@MAKE_LOOPS
+def test_early_answer_is_read_when_its_sender_has_left_a_part_of_the_request_unread(
+    make_loop: MakeLoop, tmp_path: Path
+) -> None:
+    """Closed so, the connection is reset behind the answer; over loopback some find it out by their own write."""
+
+    async def large() -> AsyncGenerator[bytes, None]:
+        for _ in range(200):
+            yield bytes(16384)
+
+    async def test() -> None:
+        client = Client()
+        for _ in range(200):
+            response = await client.request("POST", url, (), large, 200 * 16384)
+            assert (response.status, await body_of(response)) == (413, b"no")
+        await client.close()
+
+    listener, url = listening(socket.AF_UNIX, tmp_path)
+    with peer(listener, reads(b"\r\n\r\n", answer=TOO_LARGE)):
+        run_on(make_loop, test())
+
+
+@MAKE_LOOPS
+def test_early_answer_without_a_length_is_not_said_to_be_whole_when_its_connection_was_reset(
+    make_loop: MakeLoop, tmp_path: Path
+) -> None:
+    def serve(server: Peer, connection: socket.socket) -> None:
+        reads(b"\r\n\r\n", b"first", answer=UNTIL_CLOSE)(server, connection)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    async def test(server: Peer) -> None:
+        client = Client()
+        with pytest.raises(PeerGone):
+            await body_of(await client.request("POST", url, (), lambda: pieces_across_the_end(server), 30))
+        await client.close()
+
+    listener, url = listening(socket.AF_INET, tmp_path)
+    with peer(listener, serve) as server:
+        run_on(make_loop, test(server))
