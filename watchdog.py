@@ -153,7 +153,7 @@ REFILL_PAUSE_S = 0.002  # after a call has ended: its answer, and the next reque
 LONGEST_REFILL_PAUSE_S = 30.0  # between two starts of a function that ends before it has a request
 ROOTS_COUNT = 16384  # processes of functions at once that the guard can know of
 SESSIONS_COUNT = 4096  # ended calls whose session numbers are remembered, for orphans that wiped their environment
-CHILDREN_BYTES = 4096  # of a list of our children, at the first reading: some hundred of them
+CHILDREN_BYTES = 65536  # of a list of our children, at one reading: more than the kernel gives at once
 SWEEP_PAUSE_S = 0.001  # between two sweeps while trees die: each level that dies uncovers the next
 LONGEST_SWEEP_PAUSE_S = 0.05
 FREEZE_AFTER_COUNT = 3  # sweeps that have found something: then it forks faster than we follow, or is a deep tree
@@ -4348,9 +4348,9 @@ class Reaper:
 
     def orphans(self) -> list[tuple[int, Orphan]]:
         """Return the children that we have adopted (the `children` file of proc(5); sweeps are repeated)."""
-        size = CHILDREN_BYTES
-        while len(children := os.pread(self._children_fd, size, 0)) == size:
-            size *= 16
+        children = b""
+        while piece := os.pread(self._children_fd, CHILDREN_BYTES, len(children)):  # of a page at most, whatever fits
+            children += piece
         known = self.roots.keys() | self._foreign.keys()
         pids = [pid for pid in map(int, children.split()) if pid not in known]
         return [(pid, self._orphans.setdefault(pid, Orphan())) for pid in pids]

@@ -330,6 +330,21 @@ def test_sidecar_lives_on_when_calls_end() -> None:
         os.kill(sidecar, signal.SIGKILL)
 
 
+def test_daemon_is_gone_when_the_list_of_children_is_longer_than_what_one_read_returns() -> None:
+    """A read returns a page less a byte; numbers below 1000 take four bytes, most take more."""
+    prefix = ["/bin/sh", "-c", 'for i in $(seq 1100); do sleep 600 & done; exec "$@"', "sh"]
+    with Program("watchdog", {"fprocess": "sh", "exec_timeout": "300ms"}, prefix=prefix) as program:
+        sidecars = program.wait_started(1100)
+        try:
+            for script in (b"setsid -f sleep 60; echo hi", b"setsid -f sleep 60; exec sleep 60"):
+                http_request(program.port, "POST", body=script)
+                wait_until(lambda: program.functions() <= sidecars, GONE_S, "nothing of the calls left")
+            assert program.functions() == sidecars
+        finally:
+            for pid in sidecars:
+                os.kill(pid, signal.SIGKILL)
+
+
 def test_functions_of_a_function_are_gone_when_it_is_a_watchdog(shell: Program) -> None:
     port = free_port()
     variables = f"fprocess='sleep 600' port={port} metrics_port=0 suppress_lock=true"
