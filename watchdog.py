@@ -3103,6 +3103,9 @@ class ServerConnection(Connection):
             self._linger()
             return
         self._enter(Phase.IDLE)
+        if self._server.draining and not self._wire.started:  # what waited was the empty line before a request
+            self._transport.close()
+            return
         Roster.wait(self)
         self._alarm.set(self._loop.time() + self._server.timeouts.idle_s)
         if self._wire.started:
