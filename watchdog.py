@@ -4516,19 +4516,21 @@ class Sweeper:
     async def _sweep_out(self) -> None:
         """Sweep until two sweeps in a row were clean and no tree is dying any more: one task for all calls."""
         pause_s, found_count = SWEEP_PAUSE_S, 0
-        while self._dying or self._clean_count < 2:
-            await asyncio.sleep(pause_s)
-            present = self._sweep()
-            found_count = found_count + 1 if present else 0
-            if found_count >= FREEZE_AFTER_COUNT:
-                found_count = 0
-                await self._freeze()
-            for dying in self._dying:
-                self._look_after(dying, present)
-            self._dying = [dying for dying in self._dying if not dying.gone.done()]
-            self._clean_count = 0 if present else self._clean_count + 1
-            pause_s = SWEEP_PAUSE_S if present else min(pause_s * 2, LONGEST_SWEEP_PAUSE_S)
-        self._sweeping = None
+        try:
+            while self._dying or self._clean_count < 2:
+                await asyncio.sleep(pause_s)
+                present = self._sweep()
+                found_count = found_count + 1 if present else 0
+                if found_count >= FREEZE_AFTER_COUNT:
+                    found_count = 0
+                    await self._freeze()
+                for dying in self._dying:
+                    self._look_after(dying, present)
+                self._dying = [dying for dying in self._dying if not dying.gone.done()]
+                self._clean_count = 0 if present else self._clean_count + 1
+                pause_s = SWEEP_PAUSE_S if present else min(pause_s * 2, LONGEST_SWEEP_PAUSE_S)
+        finally:
+            self._sweeping = None  # also after a failure: then the next call's end begins anew
 
     def _look_after(self, dying: Dying, present: set[bytes | None]) -> None:
         """Note whether anything is left of a dying call: twice in a row nothing is nothing."""
@@ -4548,8 +4550,11 @@ class Sweeper:
         present = set()
         for pid, orphan in self._condemned():
             if not orphan.killed:
-                _kill_orphan(pid)
                 orphan.killed = True
+                if not _kill_orphan(pid):  # to go on would keep us busy, and a stop waiting, while it runs
+                    log.error("a process is left that runs as a user whom we may not signal", pid=pid)
+                    self.reaper.ignore(pid)
+                    continue
             present.add(orphan.mark)
         return present
 
@@ -4576,7 +4581,8 @@ class Sweeper:
         while time.monotonic() < limit_s:
             roots = [pid for pid, _ in self._condemned()]
             for pid in roots:  # at once, they are our children: there is less to read then, and we get a processor
-                os.kill(pid, signal.SIGSTOP)
+                with suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGSTOP)
             roots += [each.process.pid for each in self._dying if each.process.pid in self.reaper.roots]
             found = set(read_family(roots)) - stopped
             for each in found:
@@ -4597,15 +4603,21 @@ class Sweeper:
             task.cancel()
         gone = [self.kill(process, 0.0) for process in processes]
         self._start_sweeping()
-        await asyncio.wait([*gone, cast(asyncio.Task[None], self._sweeping)])
+        limit_s = SWEEP_LIMIT_S + FREEZE_LIMIT_S  # what does not die is reported before, and left
+        await asyncio.wait([*gone, cast(asyncio.Task[None], self._sweeping)], timeout=limit_s)
 
 
-def _kill_orphan(pid: int) -> None:
-    """SIGKILL an adopted child, and its group if it leads one."""
-    with suppress(ProcessLookupError, PermissionError):
+def _kill_orphan(pid: int) -> bool:
+    """SIGKILL an adopted child, and its group if it leads one; tell whether we may."""
+    try:
         if os.getpgid(pid) == pid:
             os.killpg(pid, signal.SIGKILL)
         os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return True
 
 
 def _read_mark(pid: int) -> bytes | None:
