@@ -1006,6 +1006,11 @@ class Slot:
         """The requests in flight in all processes."""
         return sum(self.scoreboard.in_flight)
 
+    @property
+    def others_connections_count(self) -> int:
+        """The connections of all other processes."""
+        return sum(self.scoreboard.connections) - self.scoreboard.connections[self.index]
+
     def set_serving(self, serving: bool) -> None:
         """Note whether this process accepts connections."""
         self.scoreboard.serving[self.index] = serving
@@ -6247,7 +6252,8 @@ class Http(Mode):
         slot, is_drained = self._parts.slot, False
         while not is_drained:
             await asyncio.sleep(SERVER_POLL_S)
-            is_drained = not (any(slot.scoreboard.serving) or slot.in_flight_count)
+            # A request whose head is still arriving is not in flight yet; its connection is there.
+            is_drained = not (any(slot.scoreboard.serving) or slot.in_flight_count or slot.others_connections_count)
 
 
 def origin_form(request: Request) -> str:
