@@ -4941,6 +4941,8 @@ class Stdout:
                         await self._readable.wait()
         except OSError as error:
             self._on_lost(OutputLost(f"the output could not be kept: {_strerror(error)}"))
+        except RuntimeError as error:  # no thread to be had
+            self._on_lost(OutputLost(f"the output could not be kept: {error}"))
         if self.at_eof and not self._stopped:
             self._on_eof()
 

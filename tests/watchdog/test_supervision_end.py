@@ -189,6 +189,7 @@ def test_other_functions_are_gone_and_the_watchdog_ends_when_a_function_left_a_c
             waiting = InBackground(lambda: call(program, b"sleep 60"))
             program.wait_started(2)
             program.terminate()
+            program.wait_log("SIGTERM: draining")
             program.terminate()
             assert program.wait_exit(3) == 1
             assert waiting.result().status == 503
