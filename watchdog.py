@@ -5194,6 +5194,7 @@ class Process(Root):
         """Kill the tree unless the answer is decided already; `run` raises `error`."""
         if self.state in (ProcessState.RUNNING, ProcessState.CLOSED):
             self._error = error
+        self._drain_if_exited()
         self._happens(ProcessEvent.ABANDON)
 
     def discard(self) -> None:
@@ -5211,8 +5212,14 @@ class Process(Root):
         self._sweeper.reaper.reap()  # an exit that the loop has not seen yet came before the deadline
         if self.state in (ProcessState.RUNNING, ProcessState.CLOSED):
             self._error = DeadlineReached()
+        self._drain_if_exited()
         if not self._answerable.done():
             self._happens(ProcessEvent.DEADLINE)
+
+    def _drain_if_exited(self) -> None:
+        """Take what a descendant has written meanwhile: an answer that is decided by the exit is to have it."""
+        if self.state is ProcessState.EXITED:
+            self.stdout.drain()
 
     def _on_eof(self) -> None:
         self._happens(ProcessEvent.EOF)
@@ -5222,8 +5229,8 @@ class Process(Root):
         self._error = error  # also if the process has exited: its answer is not whole
 
     def _on_grace(self) -> None:
+        self._drain_if_exited()
         if self.state is ProcessState.EXITED:
-            self.stdout.drain()
             self._happens(ProcessEvent.EOF if self.stdout.at_eof else ProcessEvent.GRACE)
 
     def _happens(self, event: ProcessEvent) -> None:
