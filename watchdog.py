@@ -153,7 +153,7 @@ REFILL_PAUSE_S = 0.002  # after a call has ended: its answer, and the next reque
 LONGEST_REFILL_PAUSE_S = 30.0  # between two starts of a function that ends before it has a request
 ROOTS_COUNT = 16384  # processes of functions at once that the guard can know of
 SESSIONS_COUNT = 4096  # ended calls whose session numbers are remembered, for orphans that wiped their environment
-CHILDREN_BYTES = 4096  # of a list of our children, at the first reading: some hundred of them
+CHILDREN_BYTES = 65536  # of a list of our children, at one reading: more than the kernel gives at once
 SWEEP_PAUSE_S = 0.001  # between two sweeps while trees die: each level that dies uncovers the next
 LONGEST_SWEEP_PAUSE_S = 0.05
 FREEZE_AFTER_COUNT = 3  # sweeps that have found something: then it forks faster than we follow, or is a deep tree
@@ -1005,6 +1005,11 @@ class Slot:
     def in_flight_count(self) -> int:
         """The requests in flight in all processes."""
         return sum(self.scoreboard.in_flight)
+
+    @property
+    def others_connections_count(self) -> int:
+        """The connections of all other processes."""
+        return sum(self.scoreboard.connections) - self.scoreboard.connections[self.index]
 
     def set_serving(self, serving: bool) -> None:
         """Note whether this process accepts connections."""
@@ -3103,6 +3108,9 @@ class ServerConnection(Connection):
             self._linger()
             return
         self._enter(Phase.IDLE)
+        if self._server.draining and not self._wire.started:  # what waited was the empty line before a request
+            self._transport.close()
+            return
         Roster.wait(self)
         self._alarm.set(self._loop.time() + self._server.timeouts.idle_s)
         if self._wire.started:
@@ -3308,8 +3316,8 @@ class Client:
         try:
             return await connection.exchange(method, url, headers, body_if_complete(body), length, deadline_s)
         except PeerGone:
-            if not connection.untouched:
-                raise
+            if not connection.untouched or (once and connection.has_begun_to_stream):
+                raise  # what is left of such a body would be taken for all of it
         # As a server does that stops with connections which it has not looked at yet.
         raise Unreachable(f"cannot connect to {url.authority}: it closed the connection unread")
 
@@ -3504,7 +3512,8 @@ class ClientConnection(Connection):
         self._stalls_expected = False
         self._is_counted = True  # what is sent is what we write: no TLS in between
         self._sent_bytes = 1  # a SYN counts as one
-        self._confirmed_bytes = 0  # of what we sent before this request
+        self._confirmed_bytes = 1  # of what we sent before this request
+        self._puts_count = 0  # of this request
         self.silent = True  # nothing has been answered
         self.untouched = False  # ... and nothing of the request had arrived when the other end closed the connection
 
@@ -3552,17 +3561,44 @@ class ClientConnection(Connection):
     def connection_lost(self, exc: Exception | None) -> None:
         while self._advancing:  # reset, or the end of TLS, which waits for nothing
             self._go_on()
-        if isinstance(exc, BrokenPipeError | ConnectionResetError) and self._socket.family is socket.AF_UNIX:
-            # Reset: closed with our request unread.  One this short is in one buffer, which our servers read whole.
-            self.untouched = self.silent and self._sent_bytes - self._confirmed_bytes <= UNIX_WHOLE_BYTES
-        elif isinstance(exc, BrokenPipeError):  # in Linux: after an end of stream; a peer that cuts is ECONNRESET
-            self._on_closed_by_peer()
+        if isinstance(exc, BrokenPipeError | ConnectionResetError):
+            self._on_write_refused(exc)
         self._fail(PeerGone(CUT_SHORT))
         self.resume_writing()
         if self._wire.is_switched and self._sender is not None:
             self._sender.cancel()
         if self._url is not None:
             self._client.forget(self, self._url)
+
+    def _on_write_refused(self, exc: BrokenPipeError | ConnectionResetError) -> None:
+        if self._is_counted:
+            self._read_rest(has_ended=isinstance(exc, BrokenPipeError))
+        if self._socket.family is socket.AF_UNIX:
+            # Closed with our request unread, if it was written at once: one this short is in one buffer, which our
+            # servers read whole.  Of several writes the first may have been read before the last was refused.
+            is_whole = self._puts_count <= 1 and self._sent_bytes - self._confirmed_bytes <= UNIX_WHOLE_BYTES
+            self.untouched = self.silent and is_whole
+        elif isinstance(exc, BrokenPipeError):  # in Linux: after an end of stream; a peer that cuts is ECONNRESET
+            self._on_closed_by_peer()
+
+    def _read_rest(self, has_ended: bool) -> None:
+        """Take what the kernel still has: an answer that came before the end of the request, and closed it (413).
+
+        No loop reads on when a write has failed, but Linux keeps what was received until the descriptor is closed.
+        `has_ended`: the other end sent its end of stream, which is also that of a body without a length.
+        """
+        with suppress(OSError):
+            while self._head is not None and not self._is_full:
+                data = os.read(self._socket.fileno(), PIPE_BYTES)
+                if data:
+                    self.data_received(data)
+                elif has_ended and not self.silent and not self._wire.is_switched:
+                    self._wire.feed(b"")
+                    self._advance()
+                while self._advancing:
+                    self._go_on()
+                if not data:
+                    return
 
     def _on_closed_by_peer(self) -> None:
         """Note whether its end of stream was sent before anything of our request had arrived.
@@ -3576,6 +3612,11 @@ class ClientConnection(Connection):
 
     # One exchange.
 
+    @property
+    def has_begun_to_stream(self) -> bool:
+        """Whether pieces of the request's body may have been taken from where they come from."""
+        return self._sender is not None
+
     async def exchange(
         self,
         method: str,
@@ -3586,7 +3627,7 @@ class ClientConnection(Connection):
         deadline_s: float | None,
     ) -> ClientResponse:
         """Send a request and wait for the response's head; see `Client.request`."""
-        self._url, self.silent = url, True
+        self._url, self.silent, self._puts_count = url, True, 0
         if self._ended or self._transport.is_closing():  # since it was made: what is told from now on is not of this
             self.untouched = True
             self.abort()
@@ -3661,7 +3702,8 @@ class ClientConnection(Connection):
                 await self._write(self._wire.build_chunk(chunk))
             await self._write(self._wire.end())
         except FaashoundError as error:
-            self._fail(error)
+            if not (isinstance(error, PeerGone) and self._transport.is_closing()):
+                self._fail(error)  # else `connection_lost` tells, when it has looked whether there is an answer
             self.abort()
         except h11.LocalProtocolError as error:
             # The body is longer or shorter than announced: the upstream must not take it for whole.
@@ -3670,6 +3712,7 @@ class ClientConnection(Connection):
 
     def _put(self, data: bytes) -> None:
         self._sent_bytes += len(data)
+        self._puts_count += 1
         super()._put(data)
 
     def _advance(self) -> None:
@@ -3704,11 +3747,14 @@ class ClientConnection(Connection):
             self._advance_later()
         else:
             confirm_at_once(self._socket)
-        is_full = self._body is not None and self._body.buffered_bytes >= BUFFERED_BYTES
-        if (is_rest or is_full) and self._transport.is_reading():
+        if (is_rest or self._is_full) and self._transport.is_reading():
             self._transport.pause_reading()
-        elif not (is_rest or is_full):
+        elif not (is_rest or self._is_full):
             self._on_drained()
+
+    @property
+    def _is_full(self) -> bool:
+        return self._body is not None and self._body.buffered_bytes >= BUFFERED_BYTES
 
     def _go_on(self) -> None:
         """Take the rest, unless that was done when the connection ended."""
@@ -4310,9 +4356,9 @@ class Reaper:
 
     def orphans(self) -> list[tuple[int, Orphan]]:
         """Return the children that we have adopted (the `children` file of proc(5); sweeps are repeated)."""
-        size = CHILDREN_BYTES
-        while len(children := os.pread(self._children_fd, size, 0)) == size:
-            size *= 16
+        children = b""
+        while piece := os.pread(self._children_fd, CHILDREN_BYTES, len(children)):  # of a page at most, whatever fits
+            children += piece
         known = self.roots.keys() | self._foreign.keys()
         pids = [pid for pid in map(int, children.split()) if pid not in known]
         return [(pid, self._orphans.setdefault(pid, Orphan())) for pid in pids]
@@ -4475,19 +4521,21 @@ class Sweeper:
     async def _sweep_out(self) -> None:
         """Sweep until two sweeps in a row were clean and no tree is dying any more: one task for all calls."""
         pause_s, found_count = SWEEP_PAUSE_S, 0
-        while self._dying or self._clean_count < 2:
-            await asyncio.sleep(pause_s)
-            present = self._sweep()
-            found_count = found_count + 1 if present else 0
-            if found_count >= FREEZE_AFTER_COUNT:
-                found_count = 0
-                await self._freeze()
-            for dying in self._dying:
-                self._look_after(dying, present)
-            self._dying = [dying for dying in self._dying if not dying.gone.done()]
-            self._clean_count = 0 if present else self._clean_count + 1
-            pause_s = SWEEP_PAUSE_S if present else min(pause_s * 2, LONGEST_SWEEP_PAUSE_S)
-        self._sweeping = None
+        try:
+            while self._dying or self._clean_count < 2:
+                await asyncio.sleep(pause_s)
+                present = self._sweep()
+                found_count = found_count + 1 if present else 0
+                if found_count >= FREEZE_AFTER_COUNT:
+                    found_count = 0
+                    await self._freeze()
+                for dying in self._dying:
+                    self._look_after(dying, present)
+                self._dying = [dying for dying in self._dying if not dying.gone.done()]
+                self._clean_count = 0 if present else self._clean_count + 1
+                pause_s = SWEEP_PAUSE_S if present else min(pause_s * 2, LONGEST_SWEEP_PAUSE_S)
+        finally:
+            self._sweeping = None  # also after a failure: then the next call's end begins anew
 
     def _look_after(self, dying: Dying, present: set[bytes | None]) -> None:
         """Note whether anything is left of a dying call: twice in a row nothing is nothing."""
@@ -4507,8 +4555,11 @@ class Sweeper:
         present = set()
         for pid, orphan in self._condemned():
             if not orphan.killed:
-                _kill_orphan(pid)
                 orphan.killed = True
+                if not _kill_orphan(pid):  # to go on would keep us busy, and a stop waiting, while it runs
+                    log.error("a process is left that runs as a user whom we may not signal", pid=pid)
+                    self.reaper.ignore(pid)
+                    continue
             present.add(orphan.mark)
         return present
 
@@ -4535,7 +4586,8 @@ class Sweeper:
         while time.monotonic() < limit_s:
             roots = [pid for pid, _ in self._condemned()]
             for pid in roots:  # at once, they are our children: there is less to read then, and we get a processor
-                os.kill(pid, signal.SIGSTOP)
+                with suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGSTOP)
             roots += [each.process.pid for each in self._dying if each.process.pid in self.reaper.roots]
             found = set(read_family(roots)) - stopped
             for each in found:
@@ -4556,15 +4608,21 @@ class Sweeper:
             task.cancel()
         gone = [self.kill(process, 0.0) for process in processes]
         self._start_sweeping()
-        await asyncio.wait([*gone, cast(asyncio.Task[None], self._sweeping)])
+        limit_s = SWEEP_LIMIT_S + FREEZE_LIMIT_S  # what does not die is reported before, and left
+        await asyncio.wait([*gone, cast(asyncio.Task[None], self._sweeping)], timeout=limit_s)
 
 
-def _kill_orphan(pid: int) -> None:
-    """SIGKILL an adopted child, and its group if it leads one."""
-    with suppress(ProcessLookupError, PermissionError):
+def _kill_orphan(pid: int) -> bool:
+    """SIGKILL an adopted child, and its group if it leads one; tell whether we may."""
+    try:
         if os.getpgid(pid) == pid:
             os.killpg(pid, signal.SIGKILL)
         os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return True
 
 
 def _read_mark(pid: int) -> bytes | None:
@@ -4883,6 +4941,8 @@ class Stdout:
                         await self._readable.wait()
         except OSError as error:
             self._on_lost(OutputLost(f"the output could not be kept: {_strerror(error)}"))
+        except RuntimeError as error:  # no thread to be had
+            self._on_lost(OutputLost(f"the output could not be kept: {error}"))
         if self.at_eof and not self._stopped:
             self._on_eof()
 
@@ -5134,6 +5194,7 @@ class Process(Root):
         """Kill the tree unless the answer is decided already; `run` raises `error`."""
         if self.state in (ProcessState.RUNNING, ProcessState.CLOSED):
             self._error = error
+        self._drain_if_exited()
         self._happens(ProcessEvent.ABANDON)
 
     def discard(self) -> None:
@@ -5151,8 +5212,14 @@ class Process(Root):
         self._sweeper.reaper.reap()  # an exit that the loop has not seen yet came before the deadline
         if self.state in (ProcessState.RUNNING, ProcessState.CLOSED):
             self._error = DeadlineReached()
+        self._drain_if_exited()
         if not self._answerable.done():
             self._happens(ProcessEvent.DEADLINE)
+
+    def _drain_if_exited(self) -> None:
+        """Take what a descendant has written meanwhile: an answer that is decided by the exit is to have it."""
+        if self.state is ProcessState.EXITED:
+            self.stdout.drain()
 
     def _on_eof(self) -> None:
         self._happens(ProcessEvent.EOF)
@@ -5162,8 +5229,8 @@ class Process(Root):
         self._error = error  # also if the process has exited: its answer is not whole
 
     def _on_grace(self) -> None:
+        self._drain_if_exited()
         if self.state is ProcessState.EXITED:
-            self.stdout.drain()
             self._happens(ProcessEvent.EOF if self.stdout.at_eof else ProcessEvent.GRACE)
 
     def _happens(self, event: ProcessEvent) -> None:
@@ -6194,7 +6261,8 @@ class Http(Mode):
         slot, is_drained = self._parts.slot, False
         while not is_drained:
             await asyncio.sleep(SERVER_POLL_S)
-            is_drained = not (any(slot.scoreboard.serving) or slot.in_flight_count)
+            # A request whose head is still arriving is not in flight yet; its connection is there.
+            is_drained = not (any(slot.scoreboard.serving) or slot.in_flight_count or slot.others_connections_count)
 
 
 def origin_form(request: Request) -> str:

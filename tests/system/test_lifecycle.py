@@ -148,6 +148,19 @@ def test_request_that_has_come_behind_an_answer_told_to_keep_the_connection_is_a
         assert program.wait_exit(3) == 0
 
 
+def test_connection_is_closed_when_only_an_empty_line_has_come_behind_its_answer_when_draining() -> None:
+    """Old clients send one behind the body of a POST (RFC 9112 2.2); it is no request."""
+    settings_ = {"fprocess": "head -c 50000000 /dev/zero", "healthcheck_interval": "0", "read_timeout": "30s"}
+    with Program("watchdog", settings_) as program, connect(program.port) as client:
+        client.sendall(b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 2\r\n\r\nhi\r\n")
+        begun = client.recv(1)
+        program.terminate()
+        wait_until(lambda: refuses(program), 3.0, "no more connections accepted")
+        (answer,) = parse(begun + read_all(client))
+        assert len(answer.body) == 50_000_000
+        assert program.wait_exit(3) == 0
+
+
 @pytest.mark.parametrize("used", [False, True], ids=["new", "used"])
 def test_idle_connection_does_not_hold_up_the_end_when_draining(used: bool) -> None:
     settings_ = {"fprocess": "echo hi", "healthcheck_interval": "0"}

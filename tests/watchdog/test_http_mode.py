@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from websockets.sync.client import connect as connect_websocket
 
@@ -374,6 +375,38 @@ def test_calls_in_flight_of_every_worker_process_finish_before_the_server_is_end
             client.sendall(b"3\r\none\r\n0\r\n\r\n")
             assert read_all(client).endswith(b"one\r\n" + LAST_CHUNK)
             client.close()
+        assert program.wait_exit() == 0
+
+
+def serves_client(pid: int, client: socket.socket) -> bool:
+    """Tell whether `pid` has the other end of a connection."""
+    ports = {each.raddr.port for each in psutil.Process(pid).net_connections("tcp") if each.raddr}
+    return client.getsockname()[1] in ports
+
+
+def test_request_that_has_begun_to_arrive_at_another_worker_process_is_answered_before_the_server_is_ended() -> None:
+    with Program("watchdog", {**SETTINGS, "workers": "2", "exec_timeout": "5s"}) as program:
+        wait_healthy(program)
+        server = server_pid(program)
+        holder = psutil.Process(server).ppid()
+        clients = [connect(program.port) for _ in range(6)]
+        for client in clients:
+            client.sendall(request_of("/pid") + request_of("/pid")[:-4])
+            read_until(client, b"%d" % server)  # so the second has begun, which came with the first
+        others = [client for client in clients if not serves_client(holder, client)]
+        for client in clients:
+            if client not in others:
+                client.close()
+        program.terminate()
+        program.wait_log("Exiting. Active connections: 0")  # says the holder
+        for _ in range(20):  # in which it looks for the others
+            assert server in program.functions()
+            time.sleep(0.01)
+        for client in others:
+            client.sendall(b"\r\n\r\n")
+            assert read_all(client).startswith(b"HTTP/1.1 200")
+            client.close()
+        assert len(others) > 0
         assert program.wait_exit() == 0
 
 

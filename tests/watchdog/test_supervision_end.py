@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -28,6 +30,7 @@ from testkit.harness import (
 from testkit.inspection import guard_of, serves
 
 GONE_S = 1.0  # after the end of the watchdog: nothing of its functions is left
+NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
 HEAD = b"POST / HTTP/1.1\r\nHost: h\r\n"
 
 # Scripts for /bin/sh, and how many processes each is once it is up.
@@ -148,9 +151,8 @@ def test_daemon_is_gone_when_it_was_left_by_a_call_and_the_watchdog_is_killed_ri
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="everything here runs as somebody else already")
 def test_functions_are_gone_when_the_watchdog_is_not_root() -> None:
-    nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
     limits = {"fprocess": "sh", "healthcheck_interval": "0", "suppress_lock": "true"}
-    program = Program("watchdog", limits, prefix=nobody)
+    program = Program("watchdog", limits, prefix=NOBODY)
     program.temporary.chmod(0o777)
     with program:
         for script, _ in FUNCTIONS.values():
@@ -164,6 +166,36 @@ def test_functions_are_gone_when_the_watchdog_is_not_root() -> None:
         for each in running:
             with pytest.raises(ConnectionError):
                 each.result()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may make a program that is run as root")
+def test_other_functions_are_gone_and_the_watchdog_ends_when_a_function_left_a_child_of_another_user() -> None:
+    """As `sudo daemon &` does: nothing of ours may signal it."""
+    limits = {"fprocess": "sh", "healthcheck_interval": "0", "suppress_lock": "true"}
+    program = Program("watchdog", limits, prefix=NOBODY)
+    program.temporary.chmod(0o777)
+    with program:
+        sudo = shutil.copy(cast(str, shutil.which("setpriv")), program.temporary / "sudo")
+        Path(sudo).chmod(0o4755)
+        if os.statvfs(sudo).f_flag & os.ST_NOSUID:
+            pytest.skip("no program here is run as another user than who starts it")
+        left = b"setsid -f ./sudo --reuid=0 sleep 60 >&- 2>&-; sleep 0.2"
+        assert http_request(program.port, "POST", body=left).status == 200
+        roots = program.wait_started()
+        try:
+            for script in (b"setsid -f sleep 60; :", b"setsid -f sleep 60; exec sleep 60"):
+                http_request(program.port, "POST", "/", {"X-Timeout": "300ms"}, script)
+                wait_until(lambda: program.functions() == roots, GONE_S, "nothing left of the other functions")
+            waiting = InBackground(lambda: call(program, b"sleep 60"))
+            program.wait_started(2)
+            program.terminate()
+            program.wait_log("SIGTERM: draining")
+            program.terminate()
+            assert program.wait_exit(3) == 1
+            assert waiting.result().status == 503
+        finally:
+            for pid in roots:
+                os.kill(pid, signal.SIGKILL)
 
 
 def test_calls_run_and_are_not_cut_when_the_watchdog_is_started_without_standard_streams() -> None:

@@ -10,6 +10,7 @@ import resource
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -287,6 +288,44 @@ def test_output_is_whole_when_its_end_and_a_stop_come_before_the_loop_hears_of_a
 
     with asyncio.Runner() as runner:
         assert runner.run(collect()) == (watchdog.SPILL_BYTES // 50_000 + 2) * 50_000
+
+
+class NoThreads(ThreadPoolExecutor):
+    """As where a limit of processes is reached."""
+
+    def submit(self, function: Any, /, *arguments: Any, **named: Any) -> Future[Any]:
+        raise RuntimeError("can't start new thread")
+
+
+def test_output_is_said_to_be_lost_when_there_is_no_thread_to_write_it_to_a_file() -> None:
+    async def collect() -> watchdog.FaashoundError:
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(NoThreads())
+        ready = watchdog.EpollSet(loop)
+        read_end, write_end = os.pipe()
+        os.set_blocking(read_end, False)
+        lost: asyncio.Future[watchdog.FaashoundError] = loop.create_future()
+        stdout = watchdog.Stdout(ready, read_end, lambda: None, lost.set_result)
+        while not lost.done():
+            with suppress(BlockingIOError):
+                os.set_blocking(write_end, False)
+                os.write(write_end, b"x" * 50_000)
+            await asyncio.sleep(0)
+        stdout.stop(discarding=True)
+        await stdout.settled()
+        stdout.drop()
+        stdout.close()
+        os.close(write_end)
+        ready.close()
+        return lost.result()
+
+    async def bounded() -> watchdog.FaashoundError:
+        async with asyncio.timeout(10):
+            return await collect()
+
+    with asyncio.Runner() as runner:
+        error = runner.run(bounded())
+    assert str(error) == "the output could not be kept: can't start new thread"
 
 
 def test_answer_is_one_of_two_when_exit_and_hang_up_meet(shell: Program) -> None:
