@@ -332,9 +332,9 @@ def test_sidecar_lives_on_when_calls_end() -> None:
 
 def test_daemon_is_gone_when_the_list_of_children_is_longer_than_what_one_read_returns() -> None:
     """A read returns a page less a byte; numbers below 1000 take four bytes, most take more."""
-    prefix = ["/bin/sh", "-c", 'for i in $(seq 1100); do sleep 600 & done; exec "$@"', "sh"]
+    prefix = ["/bin/sh", "-c", 'for i in $(seq 900); do sleep 600 & done; exec "$@"', "sh"]
     with Program("watchdog", {"fprocess": "sh", "exec_timeout": "300ms"}, prefix=prefix) as program:
-        sidecars = program.wait_started(1100)
+        sidecars = program.wait_started(900)
         try:
             for script in (b"setsid -f sleep 60; echo hi", b"setsid -f sleep 60; exec sleep 60"):
                 http_request(program.port, "POST", body=script)
