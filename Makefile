@@ -30,11 +30,11 @@ demo: .venv/installed
 
 test: lint
 	@$(get_needed)
-	@$(BIN)/python -m pytest -q -n 3 --timeout 600
+	@$(BIN)/python -m pytest -q -n 3 --dist worksteal --timeout 600
 
 coverage: lint
 	@$(get_needed)
-	@$(BIN)/python -m pytest -q -n 3 --timeout 600 --cov --cov-report term
+	@$(BIN)/python -m pytest -q -n 3 --dist worksteal --timeout 600 --cov --cov-report term
 
 quick: lint
 	@$(BIN)/python -m pytest -q -n 2 --no-processes
