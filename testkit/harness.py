@@ -43,7 +43,7 @@ STOP_DEADLINE_S = 15.0
 REPLY_DEADLINE_S = 15.0
 NOISE_S = 0.6  # what a machine of two cores that runs these tests and nothing else may add to any measured time
 TICK_S = 0.001  # of libuv's clock, which knows whole milliseconds only: so much before its time may a timer ring
-OWN_CROWD = 1.0  # processes for each core that the tests are themselves, two at a time, and their programs
+OWN_CROWD = 1.0  # processes for each core that the tests are themselves, three at a time, and their programs
 TCP_ESTABLISHED = 1
 MARK_NAME = "HARNESS_MARK"  # not FAASHOUND_...: what is named so is not passed on to functions
 
