@@ -154,12 +154,7 @@ def test_result_that_comes_slowly_is_not_swept_while_it_comes(
         started, go_on = asyncio.Event(), asyncio.Event()
         storing = asyncio.create_task(worker.store_result(slow_result(started, go_on)))
         await started.wait()
-        sign = connection.names.subject("meta", "*")
-        before = await connection.count(sign)
-        await eventually(lambda: has_more(connection, sign, before), LONG_S, "a sign")
-        with monkeypatch.context() as later:
-            later.setattr(bodies_module, "ORPHAN_S", -1.0)
-            assert (await sweeper.sweep(60, 60)).file_count == 0
+        await spared_by_a_sign(connection, sweeper, monkeypatch)
         go_on.set()
         assert await read_all(worker, await storing) == 4 * BODY
 
@@ -168,6 +163,16 @@ def test_result_that_comes_slowly_is_not_swept_while_it_comes(
 
 async def has_more(connection: Connection, subject: str, than: int) -> bool:
     return await connection.count(subject) > than
+
+
+async def spared_by_a_sign(connection: Connection, sweeper: JetStream, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait for a sign of the body that is being written; see that a sweep of all that is old leaves the body."""
+    sign = connection.names.subject("meta", "*")
+    before = await connection.count(sign)
+    await eventually(lambda: has_more(connection, sign, before), LONG_S, "a sign")
+    with monkeypatch.context() as later:
+        later.setattr(bodies_module, "ORPHAN_S", -1.0)
+        assert (await sweeper.sweep(60, 60)).file_count == 0
 
 
 def test_result_that_waits_for_room_is_not_swept_while_it_waits(
@@ -183,12 +188,7 @@ def test_result_that_waits_for_room_is_not_swept_while_it_waits(
         call = await worker.put(new_call(due_s=0.0, body=ballast))
         (lease,) = await worker.claim([QUEUE], owner, LONG_S, 1)
         storing = asyncio.create_task(worker.store_result(in_pieces(8)))
-        sign = connection.names.subject("meta", "*")
-        before = await connection.count(sign)
-        await eventually(lambda: has_more(connection, sign, before), LONG_S, "a sign")
-        with monkeypatch.context() as later:
-            later.setattr(bodies_module, "ORPHAN_S", -1.0)
-            assert (await sweeper.sweep(60, 60)).file_count == 0
+        await spared_by_a_sign(connection, sweeper, monkeypatch)
         assert "a result waits to be stored" in capfd.readouterr().err
         assert not storing.done()
         await finish(worker, lease, State.DONE, None)
