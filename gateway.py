@@ -273,6 +273,7 @@ class Gateway:
 # ---------------------------------------------------------------------------------------------------------------
 
 WORKER_GONE_POLL_S = OTHERS_POLL_S = 0.05
+GIVE_UP_S = 1.0  # for the other processes to answer for what they cut, after the second signal
 FUNCTIONS_GRACE_S = 10.0  # for watchdogs whose requests are over already, or are to be cut
 DESCRIPTORS_EACH_COUNT = 3  # of a caller's connection: its own, the function's, a file of the queue
 INVOCATIONS_FILE, SCHEDULES_FILE, HISTORY_FILE = "invocations.json", "schedules.json", "history.json"
@@ -361,15 +362,20 @@ async def drain_all(server: Server, signals: Signals, local: LocalFunctions, lim
     end_s = time.monotonic() + limit_s + FAREWELL_S
     status = await drain_server(server, signals, limit_s)
     if slot.is_first:
-        await finished_first(end_functions(local, slot, end_s), signals.second.wait())
+        await finished_first(end_functions(local, slot, end_s, FUNCTIONS_GRACE_S), signals.second.wait())
+        if signals.second.is_set():
+            await end_functions(local, slot, time.monotonic() + GIVE_UP_S, 0.0)
     return status
 
 
-async def end_functions(local: LocalFunctions, slot: Slot, end_s: float) -> None:
-    """End the local functions once no process has requests for them; what workers elsewhere have may last as long."""
+async def end_functions(local: LocalFunctions, slot: Slot, end_s: float, grace_s: float) -> None:
+    """End the local functions once no process has requests for them; what workers elsewhere have may last as long.
+
+    That is until `end_s`, and `grace_s` seconds at least.
+    """
     if not slot.is_alone:
         await others_drained(slot.scoreboard, end_s)
-    await local.stop(max(end_s - time.monotonic(), FUNCTIONS_GRACE_S))
+    await local.stop(max(end_s - time.monotonic(), grace_s))
 
 
 async def others_drained(scoreboard: Scoreboard, end_s: float) -> None:

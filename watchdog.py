@@ -7116,8 +7116,12 @@ class Supervisor:
     def _on_signal(self) -> None:
         siginfo = os.read(self._signal_fd, _SIGINFO_BYTES)
         number = signal.Signals(int.from_bytes(siginfo[:4], sys.byteorder))  # ssi_signo of signalfd(2)
+        if number in self._program.passed_on:
+            self._pass_on(number)
+            return
         if number != signal.SIGCHLD:
-            self._pass_on(number) if number in self._program.passed_on else self._stop(number)
+            # Two, for one that has not had the first yet: of those that wait, the kernel keeps one of each number.
+            self._stop(*(STOP_SIGNALS if self._stopping else (number,)))
             return
         with suppress(ChildProcessError):
             while (found := os.waitpid(-1, os.WNOHANG))[0]:

@@ -154,11 +154,12 @@ def processes_marked(mark: str) -> set[int]:
 
 
 def command_line_of(pid: int) -> list[bytes]:
-    """Return the words that process `pid` was started with; none once it has ended."""
+    """Return the words that process `pid` was started with; none once it has ended, be it a zombie."""
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        text = Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return []
+    return text.split(b"\0") if text else []
 
 
 def runs_our_program(pid: int) -> bool:
