@@ -173,6 +173,9 @@ class ForkServer:
             return
         answer = self._launching.get(number)
         wanted = answer is not None and not answer.done()
+        if kind == LAUNCHED and not fds:  # we are out of descriptors: what cannot be watched must not run
+            os.kill(value, signal.SIGKILL)  # the server has not reaped it unless it has ended within this moment
+            kind, value = FAILED, errno.EMFILE
         if kind == LAUNCHED:
             status = self._statuses[number] = asyncio.get_running_loop().create_future()
             process = ForkedProcess(value, fds[0], status)

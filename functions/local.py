@@ -185,20 +185,15 @@ class LocalFunctions:
         """Make `table` the one in force: new functions are there, others gone, changed ones rolled.
 
         A function that does not change keeps its processes.  One whose new version does not get healthy keeps the old
-        version; the log says why.  Raises OSError: apply it again, then.
+        version; the log says why.  Raises OSError: nothing has changed.
         """
         async with self._changing:
             rolling = [function for function in table.values() if self._is_other_version(function)]
             kept = {function.name: self.table[function.name] for function in rolling}
             added = self._add_all([function for function in table.values() if self._is_new(function)])
             gone = [name for name in self._endpoints if name not in table or not table[name].local]
-            removed = [self._endpoints.pop(name) for name in gone]
-            self._endpoints |= {endpoint.function.name: endpoint for endpoint in added}
-            try:
-                self._set_table({**table, **kept})
-            finally:
-                for endpoint in removed:
-                    self._retire(endpoint)
+            changes = dict.fromkeys(gone) | {endpoint.function.name: endpoint for endpoint in added}
+            self._serve_by(changes, {**table, **kept})
             limit = asyncio.Semaphore(ROLLS_COUNT)
             await asyncio.gather(*(self._roll_or_tell(function, limit) for function in rolling))
             await self._prune_logs()
@@ -221,10 +216,8 @@ class LocalFunctions:
         async with self._changing:
             if name not in self.table:
                 raise UnknownFunction(f"there is no function {name.short}")
-            endpoint = self._endpoints.pop(name, None)
-            self._set_table({each: function for each, function in self.table.items() if each != name})
-            if endpoint is not None:
-                self._retire(endpoint)
+            left = {each: function for each, function in self.table.items() if each != name}
+            self._serve_by({name: None} if name in self._endpoints else {}, left)
             await self._prune_logs()
 
     async def scale(self, name: FunctionName, count: int) -> None:
@@ -297,13 +290,31 @@ class LocalFunctions:
             self._retire(new, was_served=False)
             raise
         old = self._endpoints.get(function.name)
-        self._endpoints[function.name] = new
-        self._set_table({**self.table, function.name: function})
-        if old is not None:
-            if old.scaled_count:
-                new.scaled_count = old.scaled_count
-                new.wake()
-            self._retire(old)
+        if old is not None and old.scaled_count:
+            new.scaled_count = old.scaled_count
+            new.wake()
+        self._serve_by({function.name: new}, {**self.table, function.name: function})
+
+    def _serve_by(
+        self, changes: Mapping[FunctionName, Endpoint | None], table: Mapping[FunctionName, Function]
+    ) -> None:
+        """Let `table` be in force with other endpoints (None: no more), and retire those of before.
+
+        Raises OSError: those of before serve on, and the others are retired.
+        """
+        before = {name: self._endpoints.pop(name, None) for name in changes}
+        try:
+            self._endpoints |= _only_endpoints(changes)
+            self._set_table(table)
+        except BaseException:
+            for name in changes:
+                self._endpoints.pop(name, None)
+            self._endpoints |= _only_endpoints(before)
+            for endpoint in _only_endpoints(changes).values():
+                self._retire(endpoint, was_served=False)
+            raise
+        for endpoint in _only_endpoints(before).values():
+            self._retire(endpoint)
 
     def _retire(self, endpoint: Endpoint, *, was_served: bool = True) -> None:
         if not self._is_stopping:
@@ -318,11 +329,11 @@ class LocalFunctions:
             self.secrets.forget(endpoint.path.name)  # not before: its last calls read them
 
     def _set_table(self, table: Mapping[FunctionName, Function]) -> None:
-        """Let `table`, with the addresses of what is run here, be in force."""
+        """Let `table`, with the addresses of what is run here, be in force.  Raises OSError: nothing has changed."""
         new = {name: self._with_token(self._with_url(function)) for name, function in table.items()}
+        publish(self.directory / "table", new)
         self.table.clear()
         self.table.update(new)
-        publish(self.directory / "table", self.table)
         self.on_change()
 
     def _with_url(self, function: Function) -> Function:
@@ -364,6 +375,10 @@ class LocalFunctions:
         names = {"OPENFAAS_NAME": function.name.name, "OPENFAAS_NAMESPACE": function.name.namespace}
         log_settings = {} if self._logs is None else SETTINGS
         return {**self._base, **settings, **given, **names, **log_settings}
+
+
+def _only_endpoints(changes: Mapping[FunctionName, Endpoint | None]) -> dict[FunctionName, Endpoint]:
+    return {name: endpoint for name, endpoint in changes.items() if endpoint is not None}
 
 
 def _runs(function: Function) -> tuple[object, ...]:

@@ -476,12 +476,16 @@ class Connection:
 
     async def purge(self, stream: str, subject: str, keep: int = 0) -> None:
         """Remove all messages of a subject, which may have wildcards, but the last `keep`."""
-        await self.insist(f"STREAM.PURGE.{stream}", {"filter": subject} | ({"keep": keep} if keep else {}))
+        await self._of_stream(stream, f"STREAM.PURGE.{stream}", {"filter": subject} | ({"keep": keep} if keep else {}))
 
     async def info(self, stream: str) -> Json:
         """Return what the servers know of a stream."""
+        return await self._of_stream(stream, f"STREAM.INFO.{stream}")
+
+    async def _of_stream(self, stream: str, operation: str, payload: Mapping[str, Any] | None = None) -> Json:
+        """As `insist`; the stream is there, or there is no queue."""
         try:
-            return await self.insist(f"STREAM.INFO.{stream}")
+            return await self.insist(operation, payload)
         except NotFoundError as error:
             raise QueueUnavailable(f"the stream {stream} is gone") from error
 

@@ -27,6 +27,7 @@ environment = {{ VERSION = "{}" }}
 [cat]
 fprocess = "cat"
 """
+ADDED = '[g]\nfprocess = "cat"\n'
 REFUSED = '[f]\nfprocess = "cat"\nuser = "4000000000:1"\n[cat]\nfprocess = "cat"\n'
 
 
@@ -111,6 +112,28 @@ def test_old_version_serves_on_when_the_new_one_does_not_get_healthy(log: Log, m
 
     run(test())
     assert "the old version of f goes on" in log
+
+
+def test_old_version_serves_on_when_the_other_processes_cannot_be_told_of_the_new_one() -> None:
+    async def test() -> None:
+        async with running(real(version("old"))) as local:
+            in_the_way = local.directory / "table.new"
+            in_the_way.mkdir()
+            changed = parse(version("new"))
+            with pytest.raises(OSError, match=r"table\.new"):
+                await local.put(changed[F])
+            with pytest.raises(OSError, match=r"table\.new"):
+                await local.apply(parse(version("new") + ADDED))
+            with pytest.raises(OSError, match=r"table\.new"):
+                await local.apply({F: local.table[F]})
+            assert local.table.keys() == {F, CAT}
+            assert (await call(local, "f", b"echo $VERSION")).body == b"old\n"
+            assert (await call(local, "cat", b"here")).body == b"here"
+            in_the_way.rmdir()
+            await local.put(changed[F])
+            assert (await call(local, "f", b"echo $VERSION")).body == b"new\n"
+
+    run(test())
 
 
 def test_refused_version_is_not_started_again_and_leaves_nothing() -> None:

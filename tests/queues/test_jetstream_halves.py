@@ -420,6 +420,8 @@ def test_claim_tells_that_the_stream_is_gone(options: Options) -> None:
         await worker.put(new_call(due_s=0.0))
         connection = await connect(options)
         await connection.call_api(f"STREAM.DELETE.{connection.names.queue}")
+        with pytest.raises(QueueUnavailable, match=r"-queue is gone"):
+            await connection.purge(connection.names.queue, connection.names.waiting_of("callback", "x"))
         await connection.close()
         with pytest.raises(QueueUnavailable, match=r"-queue is gone"):
             await worker.claim([QUEUE], owner, LEASE_S, 1)
