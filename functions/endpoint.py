@@ -248,15 +248,18 @@ class Endpoint:
             await client.close()
 
     async def retire(self) -> None:
-        """Serve what is on its way, then end and close; another version has its name already."""
-        await self.rest()
+        """Serve what is on its way, then end and close; another version has its name already.
+
+        When cancelled, what was told to end does so all the same: `ended` waits for it.
+        """
+        await asyncio.wait((self.rest(),))
         quiet_since_s = time.monotonic()
         while time.monotonic() < quiet_since_s + QUIET_S:
             await asyncio.sleep(QUIET_S / 10)
             if any(process.last_exit for process in self.processes):
                 break  # it serves nobody, and what waits would have it started again and again
             if self.processes:
-                await self.rest()
+                await asyncio.wait((self.rest(),))
                 quiet_since_s = time.monotonic()
         await self.abandon()
 
@@ -276,6 +279,11 @@ class Endpoint:
         if self._load_look is not None:
             self._load_look.cancel()
         self._watch(False)
+
+    async def ended(self) -> None:
+        """Wait until the watchdogs that were told to end have done so, and their last lines are in the log."""
+        if self._ending:
+            await asyncio.wait(self._ending)
 
     def close_socket(self) -> None:
         """Close the socket, and the pipe of its log.  Repeatable."""

@@ -174,7 +174,8 @@ class LocalFunctions:
             await self._supervisor.stop(grace_s)
         if self._fork_server is not None:
             await self._fork_server.stop()
-        for endpoint in self._open:
+        for endpoint in list(self._open):
+            await endpoint.ended()
             endpoint.close_socket()
         self._open.clear()
         self._cleanup.close()

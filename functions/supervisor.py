@@ -232,11 +232,11 @@ class Supervisor:
         self._cleanup.close()
 
     def _ask_to_end(self, process: ManagedProcess) -> None:
-        process.is_ending = True
         if process.pid is None:
             self._tasks[process].cancel()
-        else:
+        elif not process.is_ending:  # a second signal would cut what it finishes
             process.signal(signal.SIGTERM)
+        process.is_ending = True
 
     async def _ended(self, timeout_s: float | None) -> None:
         if self._tasks:

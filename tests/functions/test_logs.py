@@ -8,6 +8,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -230,6 +231,31 @@ def test_update_and_removal_lose_no_line(tmp_path: Path) -> None:
             await local.remove(F)
         found = await texts(LogStore(tmp_path, 1 << 20))
         assert [text for text in found if text.startswith("stderr")] == ["stderr: old", "stderr: new"]
+
+    run(test())
+
+
+def test_call_of_an_old_version_finishes_and_its_lines_are_kept_when_all_is_stopped_meanwhile(tmp_path: Path) -> None:
+    gate, logs = tmp_path / "gate", tmp_path / "logs"
+    script = f"echo first >&2; while [ ! -e {gate} ]; do sleep 0.05; done; echo second >&2".encode()
+
+    async def test() -> None:
+        store = LogStore(logs, 1 << 20)
+
+        async def tells(part: str) -> bool:
+            return any(part in text for text in await texts(store))
+
+        async with running(logged(logs)) as local:
+            calling = asyncio.create_task(call_with_id(local, script, "an-id"))
+            await eventually(partial(tells, "stderr: first"), DEADLINE_S, "the call")
+            await local.put(parse(TALKS + 'environment = { V = "2" }')[F])
+            await eventually(partial(tells, "draining"), DEADLINE_S, "the end of the old version")
+            stopping = asyncio.create_task(local.stop(DEADLINE_S))
+            await asyncio.sleep(0)  # it has asked all to end
+            gate.touch()
+            await calling
+            await stopping
+        assert "stderr: second" in await texts(store)
 
     run(test())
 

@@ -18,7 +18,7 @@ from testkit.apart import UNSHARE_PIDS
 from testkit.harness import TICK_S, InBackground, Program, connect, crowding, http_request, wait_until
 from testkit.inspection import children_of, state_of
 
-GONE_S = 1.0
+GONE_S = 3.0
 UNSHARE = UNSHARE_PIDS  # or none, where a container is one anyway
 pytestmark = pytest.mark.skipif(
     subprocess.run([*UNSHARE, "true"], capture_output=True, check=False).returncode != 0,

@@ -35,7 +35,7 @@ from testkit.harness import (
 )
 from testkit.inspection import in_flight, is_free, serves
 
-GONE_S = 1.0  # after a hang-up: the tree is gone and the slot is free
+GONE_S = 3.0  # after a hang-up: the tree is gone and the slot is free
 HEAD = b"POST / HTTP/1.1\r\nHost: h\r\n"
 TREE = "sh -c 'setsid -f sleep 60; sleep 60 & sleep 60; echo never'"
 Leave = Callable[[socket.socket], None]

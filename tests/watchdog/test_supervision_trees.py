@@ -35,7 +35,7 @@ from testkit.harness import (
 from testkit.inspection import children_of, guard_of, serves
 
 GRACE_S = 0.1  # what the program may take to answer once a deadline has passed or a process has exited
-GONE_S = 1.0  # after the answer: nothing of the call is left
+GONE_S = 3.0  # after the answer: nothing of the call is left
 Node = dict[str, Any]
 
 

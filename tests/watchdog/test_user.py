@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root may change 
 
 UID, GID = 100_000 + os.getpid(), 54322  # a user of this run alone
 USER = f"{UID}:{GID}"
-GONE_S = 1.0
+GONE_S = 3.0
 LIBRARY_SIGNALS = 0b11 << 31  # 32 and 33 are the C library's own: what was ignored at our start stays so
 
 
