@@ -26,7 +26,7 @@ from ...calls.model import (
 )
 from ...calls.steps import Hold, Record, claim, expire, is_expired, requeue_callback, requeue_dead, take_back
 from ...watchdog import log
-from .connection import Conflict
+from .connection import RevisionChanged
 from .flows import LOOK_LEASE_S, MIN_LEASE_S, Delivery, Flows, Wanted
 from .owners import Held, Owners
 from .records import REVIVES_HEADER, Standing, join, parse_waiting
@@ -178,7 +178,7 @@ class Claims:
             while standing is not None:
                 try:
                     return await self._act(standing, delivery, claimant)
-                except Conflict:
+                except RevisionChanged:
                     standing = await self._store.load(delivery.call_id)
         except QueueDamaged as error:  # it keeps no other from its run
             log.error(str(error), call_id=delivery.call_id)
@@ -296,7 +296,7 @@ class Claims:
             try:
                 ended = await self._store.save(standing, step(standing.record))
                 break
-            except Conflict:
+            except RevisionChanged:
                 standing = await self._store.load(lease.call.id)
         self._owners.held.pop(lease.fence, None)
         await self.settle(ended, held.delivery, kind)
@@ -319,7 +319,7 @@ class Claims:
         if standing is None or judge(standing.record, kind, self._now()) is not Verdict.ASK:
             await self._flows.nak(delivery)
         elif await self._is_gone(standing, delivery):
-            with contextlib.suppress(Conflict):
+            with contextlib.suppress(RevisionChanged):
                 back = await self._store.save(standing, take_back(standing.record, self._now()))
                 await self.settle(back, delivery, kind)
                 return True

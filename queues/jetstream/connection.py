@@ -54,7 +54,7 @@ _NO_PEERS = 10005  # for a stream or a consumer: a server of the cluster is not 
 _NOTHING_THERE = (10037, 10043, 10057)  # no message found; message delete failed: it is not there
 
 
-class Conflict(Exception):
+class RevisionChanged(Exception):
     """Another process has written the subject since it was read."""
 
 
@@ -350,7 +350,7 @@ class Connection:
     # -- streams
 
     async def publish(self, write: Write) -> int:
-        """Store a message; return its revision.  Raises Conflict, QueueUnavailable, QueueFull."""
+        """Store a message; return its revision.  Raises RevisionChanged, QueueUnavailable, QueueFull."""
         fields, tries = write.fields(), 0
 
         async def send(timeout_s: float) -> int:
@@ -362,7 +362,7 @@ class Connection:
                 if error.err_code not in (_LAST_SEQUENCE, _SEQUENCE_UNDER_WAY):
                     raise
                 if tries == 1 and error.err_code == _LAST_SEQUENCE:
-                    raise Conflict from error
+                    raise RevisionChanged from error
                 return await self._find_own(write)
             return answer
 
@@ -371,7 +371,9 @@ class Connection:
         return revision
 
     async def _find_own(self, write: Write) -> int:
-        """Return the revision of an earlier try that was heard after all; Conflict if another process was faster.
+        """Return the revision of an earlier try that was heard after all.
+
+        Raises RevisionChanged if another process was faster.
 
         No two processes write the same bytes in the same place, unless they want the same: clocks and owners are in
         them.  QueueUnavailable while a write is on its way through the cluster, and it is not known whose it will be.
@@ -381,7 +383,7 @@ class Connection:
             return stored.revision
         if (0 if stored is None else stored.revision) == write.expected:
             raise QueueUnavailable("a write to this subject is still on its way through the cluster")
-        raise Conflict
+        raise RevisionChanged
 
     def _stream_of(self, subject: str) -> str:
         kind = subject.split(".", 2)[1]

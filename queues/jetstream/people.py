@@ -30,7 +30,7 @@ from ...calls.steps import expire, may_forget, may_purge
 from ...calls.views import CallFilter
 from ...watchdog import log
 from .bodies import Bodies
-from .connection import PAGE_COUNT, STEP_COUNT, WRITE_S, Conflict, Connection, Stored, gather_in_steps
+from .connection import PAGE_COUNT, STEP_COUNT, WRITE_S, Connection, RevisionChanged, Stored, gather_in_steps
 from .flows import Delivery, Flows, Wanted
 from .owners import Owners
 from .records import Kept, Standing, join, parse_record, parse_waiting, readable
@@ -396,7 +396,7 @@ class People:
                 return False
             try:
                 expired = await self._store.save(standing, expire(record, self._now()))
-            except Conflict:
+            except RevisionChanged:
                 continue
             await self._store.follow_end(standing, expired)
             await self._flows.ack(timer)

@@ -83,7 +83,7 @@ from ...calls.steps import (
 from ...calls.views import CallFilter
 from .bodies import CHUNK_BYTES, Bodies
 from .claims import Claims
-from .connection import WRITE_S, Conflict, Connection, Options, Write, connect, end_tasks
+from .connection import WRITE_S, Connection, Options, RevisionChanged, Write, connect, end_tasks
 from .flows import Flows, Wanted
 from .owners import Held, Owners
 from .people import People
@@ -229,7 +229,7 @@ class JetStream:
             await self._store.put_timer(call)
         try:
             await self._store.put_waiting(call)
-        except Conflict:
+        except RevisionChanged:
             raise CallExists(f"the call id {call.id} is in use") from None
 
     async def _put_keyed(self, call: NewCall, key: str, create: Callable[[NewCall], Awaitable[None]]) -> Call:
@@ -261,7 +261,7 @@ class JetStream:
     async def _claim_key(self, subject: str, call_id: str) -> tuple[str, int]:
         """The id that a key stands for, ours if it is new, and the key's revision."""
         while True:
-            with contextlib.suppress(Conflict):
+            with contextlib.suppress(RevisionChanged):
                 return call_id, await self._connection.publish(Write(subject, call_id.encode(), {}, 0))
             stored = await self._connection.load(subject)
             if stored is not None:
@@ -561,7 +561,7 @@ class JetStream:
         """Write what the message that waits by now says as well; a worker that has seen it has done so."""
         try:
             return await self._store.save(standing, record)
-        except Conflict:
+        except RevisionChanged:
             return await self._load(standing.id)
 
     async def _load(self, call_id: str) -> Standing:
@@ -599,7 +599,7 @@ class JetStream:
             raise CallExists(f"the call id {call.id} is in use")
         try:
             await self._store.save(Standing(call, accept(call)), accept(call), "held")
-        except Conflict:
+        except RevisionChanged:
             raise CallExists(f"the call id {call.id} is in use") from None
 
     async def held_ids(self) -> list[str]:
@@ -619,6 +619,6 @@ class JetStream:
         call = dataclasses.replace(kept.accepted, due_s=due_s, expires_s=expires_s)
         if expires_s is not None:
             await self._store.put_timer(call)
-        with contextlib.suppress(Conflict):  # an earlier run of the migration has come so far
+        with contextlib.suppress(RevisionChanged):  # an earlier run of the migration has come so far
             await self._store.put_waiting(call)
         await self._connection.erase(self._names.records, kept.revision)

@@ -2,8 +2,8 @@
 
 Law of a change: the record first, then what follows from it (the callback's message, the end of the waiting one).  A
 record is written behind the revision that was read, of whatever subject it is on, so of two who would take the same
-step one gets Conflict and reads again.  If we die between the two halves, the message is delivered again after its
-lease, and the record tells what is left to do.
+step one gets RevisionChanged and reads again.  If we die between the two halves, the message is delivered again after
+its lease, and the record tells what is left to do.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ...calls.model import FINAL, CallUnknown, NewCall, QueueDamaged, State
 from ...calls.names import FunctionName
 from ...calls.steps import Record
 from .bodies import Bodies
-from .connection import TTL_HEADER, Conflict, Connection, Stored, Write
+from .connection import TTL_HEADER, Connection, RevisionChanged, Stored, Write
 from .flows import DUE_HEADER, Flows
 from .records import (
     REVIVES_HEADER,
@@ -132,7 +132,7 @@ class Store:
     # -- writing
 
     async def save(self, standing: Standing, record: Record, place: Place | None = None) -> Standing:
-        """Write what a step has made of a call, behind the revision that it had.  Raises Conflict."""
+        """Write what a step has made of a call, behind the revision that it had.  Raises RevisionChanged."""
         accepted, place = standing.accepted, place or place_of(record)
         changed = Standing(accepted, record, standing.revision, place)
         headers = await self._prepare_end(accepted, record) if is_settled(record) else {}
@@ -174,13 +174,13 @@ class Store:
                 raise CallUnknown(f"no call has the id {call_id}")
             try:
                 return standing, await self.save(standing, step(standing.record))
-            except Conflict:
+            except RevisionChanged:
                 continue
 
     async def put_waiting(self, call: NewCall, revives: int | None = None) -> None:
         """Let a call wait to be run; `revives` is the dead record that it had.
 
-        Raises Conflict if a new call waits already.
+        Raises RevisionChanged if a new call waits already.
         """
         await self._flows.announce(FlowName("call", call.queue, call.function))
         subject = self._names.waiting("call", call.id, call.queue, call.function)
@@ -213,7 +213,7 @@ class Store:
             try:
                 await self._connection.publish(replace(write, expected=former.revision if former else 0))
                 break
-            except Conflict:
+            except RevisionChanged:
                 former = await self._connection.load(among)
             if former is not None and _followed(former) >= revision:
                 return
@@ -279,7 +279,7 @@ class Store:
         """Let the key stand for this call again, unless it stands for another by now."""
         if accepted.idempotency_key is not None:
             subject = self._names.key(accepted.function, accepted.idempotency_key)
-            with contextlib.suppress(Conflict):
+            with contextlib.suppress(RevisionChanged):
                 await self._connection.publish(Write(subject, accepted.id.encode(), {}, 0))
 
 

@@ -15,7 +15,7 @@ from nats.js.errors import NotFoundError
 
 from ...calls.model import QueueFull, QueueUnavailable
 from ...watchdog import log
-from .connection import Conflict, Connection, Json, Options, Write
+from .connection import Connection, Json, Options, RevisionChanged, Write
 
 QUEUE_PART, RECORDS_PART = 0.4, 0.6  # of nats_max_bytes; the record of a call that has ended is longer than its message
 
@@ -135,5 +135,5 @@ async def read_token(connection: Connection) -> str:
         stored = await connection.load(subject)
         if stored is not None:
             return stored.data.decode("ascii")
-        with contextlib.suppress(Conflict):
+        with contextlib.suppress(RevisionChanged):
             await connection.publish(Write(subject, secrets.token_urlsafe(32).encode(), {}, 0))
