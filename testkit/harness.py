@@ -41,6 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 START_DEADLINE_S = 20.0
 STOP_DEADLINE_S = 15.0
 REPLY_DEADLINE_S = 15.0
+GONE_DEADLINE_S = 10.0  # of what is killed; it may wait for a processor as long as anything else does
 NOISE_S = 0.6  # what a machine of two cores that runs these tests and nothing else may add to any measured time
 TICK_S = 0.001  # of libuv's clock, which knows whole milliseconds only: so much before its time may a timer ring
 OWN_CROWD = 1.0  # processes for each core that the tests are themselves, three at a time, and their programs
@@ -224,7 +225,7 @@ class Program:
         try:
             if kind is None:
                 self._stop()
-                wait_until(lambda: not self.survivors(), 1.0, f"every process of {self._argv} gone")
+                wait_until(lambda: not self.survivors(), GONE_DEADLINE_S, f"every process of {self._argv} gone")
         finally:
             self._clean_up()
 

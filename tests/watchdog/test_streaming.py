@@ -10,12 +10,12 @@ from collections.abc import Iterator
 import pytest
 
 from testkit.harness import (
+    TICK_S,
     Program,
     connect,
     crowding,
     free_port,
     http_request,
-    noise_s,
     parse,
     raw,
     read_all,
@@ -27,7 +27,7 @@ from testkit.harness import (
 from testkit.inspection import in_flight, is_free
 
 LAST_CHUNK = b"0\r\n\r\n"
-CUT_S = 0.3  # from a deadline or a hang-up until all is gone, on an idle machine
+GONE_S = 10.0  # after a deadline or a hang-up: all is gone, which would run for a minute
 DAEMON = "setsid -f sleep 60; sleep 60 & "
 ENDLESS = "exec cat /dev/zero"
 MIB = 1 << 20
@@ -54,8 +54,8 @@ def send(program: Program, script: str, headers: str = "", version: str = "1.1")
 
 def wait_over(program: Program) -> None:
     """Wait until nothing is left of a call: neither its processes nor its place."""
-    program.wait_idle(CUT_S)
-    wait_until(lambda: is_free(program), CUT_S, "the slot is free")
+    program.wait_idle(GONE_S)
+    wait_until(lambda: is_free(program), GONE_S, "the slot is free")
 
 
 def counted(program: Program, code: int) -> int:
@@ -73,13 +73,19 @@ def test_client_reads_each_line_while_the_function_runs(program: Program) -> Non
     wait_over(program)
 
 
-def test_line_is_with_the_client_soon_after_it_was_printed(program: Program) -> None:
-    script = "while read -r _; do date +%s%N; done <<E\n" + "x\n" * 20 + "E\n"
+def test_line_is_with_the_client_soon_after_it_was_printed() -> None:
+    settings = {"fprocess": "sh -c 'while read -r _; do date +%s%N; done'", "mode": "streaming"}
     late_s = []
-    with send(program, script.replace("; done", "; sleep 0.02; done"), "Connection: close\r\n") as client:
-        while piece := client.recv(65536):
-            late_s += [time.time() - int(line) / 1e9 for line in re.findall(rb"^(\d{19})$", piece, re.MULTILINE)]
-    assert len(late_s) == 20
+    with Program("watchdog", settings) as program, connect(program.port) as client:
+        client.sendall(b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for _ in range(20):  # each when the one before has come: who stands still makes one late, and not all
+            client.sendall(b"2\r\nx\n\r\n")
+            received = b""
+            while (printed := re.search(rb"(\d{19})\n\r\n$", received)) is None:
+                piece = client.recv(65536)
+                assert piece, received
+                received += piece
+            late_s.append(time.time() - int(printed[1]) / 1e9)
     assert sorted(late_s)[10] < 0.02 * crowding()
 
 
@@ -126,13 +132,13 @@ def test_connection_is_cut_when_the_process_ends_badly_after_output(program: Pro
 @pytest.mark.parametrize("reads", [True, False], ids=["reads", "does-not-read"])
 @pytest.mark.parametrize("script", [f"{DAEMON}echo half; sleep 60", f"{DAEMON}{ENDLESS}"], ids=["silent", "endless"])
 def test_deadline_cuts_the_stream_and_kills_the_tree(program: Program, script: str, reads: bool) -> None:
-    start_s = time.monotonic()
-    with send(program, script, "X-Timeout: 500ms\r\n") as client:
+    start_s, limit_s = time.monotonic(), round(crowding(), 1)  # by then the answer is to have begun
+    with send(program, script, f"X-Timeout: {limit_s}s\r\n") as client:
         if reads:
             assert not read_all(client).endswith(LAST_CHUNK)
         else:
-            wait_closed(client, 5.0)
-        assert 0.5 <= time.monotonic() - start_s < 0.5 + CUT_S + noise_s()
+            wait_closed(client, GONE_S)
+        assert limit_s - TICK_S <= time.monotonic() - start_s < limit_s + GONE_S * crowding()
     wait_over(program)
 
 
@@ -225,7 +231,7 @@ def test_streams_end_with_the_watchdog(ends: str) -> None:
             program.wait_exit()
         else:
             program.kill()
-        wait_until(lambda: not program.survivors(), 2.0, "functions and guard gone")
+        wait_until(lambda: not program.survivors(), GONE_S, "functions and guard gone")
 
 
 def test_unknown_mode_is_refused_at_the_start() -> None:

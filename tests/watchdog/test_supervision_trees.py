@@ -34,8 +34,8 @@ from testkit.harness import (
 )
 from testkit.inspection import children_of, guard_of, serves
 
-GRACE_S = 0.1  # what the program may take to answer once a deadline has passed or a process has exited
-GONE_S = 3.0  # after the answer: nothing of the call is left
+GRACE_S = 5.0  # in which a call is answered once its deadline has passed or its process has exited
+GONE_S = 10.0  # after the answer: nothing of the call is left, which would live for a minute
 Node = dict[str, Any]
 
 
@@ -58,7 +58,7 @@ class Forest:
         return tree.alive(self.directory) | (functions if len(functions) > self._prewarm else set())
 
     def wait_gone(self) -> None:
-        """Fail unless nothing is left within a second; make sure of it either way, and forget."""
+        """Fail unless nothing is left soon; make sure of it either way, and forget."""
         try:
             wait_until(lambda: not self.left(), GONE_S, "every process of the calls gone and reaped")
         finally:
@@ -106,7 +106,7 @@ def check(node: Node, limit_s: float, answer: Answer) -> None:
     said = "" if "close-output" in node["traits"] else "started\n"
     if answer.status == 408:
         assert answer.text == "Killed process.\n"
-        assert answer.elapsed_s >= limit_s
+        assert answer.elapsed_s >= limit_s - TICK_S
     else:
         assert (answer.status, answer.text) == (200, said)
         assert "exit" in node["traits"]
@@ -147,7 +147,7 @@ def check_batch(forest: Forest, batch: list[tuple[Node, float]]) -> None:
 def test_children_are_gone_when_they_have_a_trait(forest: Forest, trait: str, root: str) -> None:
     children = {"traits": [trait], "children": [{"traits": [trait]}, {"traits": ["setsid", "orphan"]}]}
     node = {"traits": [root], "children": [children, children]}
-    answer = forest.call(node, 0.5 * crowding() if root == "exit" else 0.5)
+    answer = forest.call(node, 10 * crowding() if root == "exit" else 0.5)
     forest.wait_gone()
     assert (answer.status, answer.text) == ((200, "started\n") if root == "exit" else (408, "Killed process.\n"))
     if root == "exit":
@@ -186,7 +186,8 @@ ROWS = {
 
 @pytest.mark.parametrize(("script", "status", "text"), ROWS.values(), ids=ROWS)
 def test_nothing_is_left_when_a_known_watchdog_fails(shell: Program, script: bytes, status: int, text: str) -> None:
-    answer = http_request(shell.port, "POST", "/", {"X-Timeout": "1s"}, script)
+    limit = {"X-Timeout": "1s" if status == 408 else f"{20 * crowding():.0f}s"}  # what exits is to be done before it
+    answer = http_request(shell.port, "POST", "/", limit, script, 60 * crowding())
     shell.wait_idle(GONE_S)
     wait_until(lambda: not children_of(shell.pid) - {guard_of(shell)}, GONE_S, "no zombie left")
     assert (answer.status, answer.text) == (status, text)
@@ -195,7 +196,7 @@ def test_nothing_is_left_when_a_known_watchdog_fails(shell: Program, script: byt
 
 COMET = """
 import os
-end = os.times().elapsed + 5
+end = os.times().elapsed + 60
 while os.times().elapsed < end:
     if os.fork():
         os._exit(0)
@@ -204,7 +205,7 @@ while os.times().elapsed < end:
 
 
 def test_process_is_gone_when_it_is_a_new_one_each_moment(shell: Program) -> None:
-    """It forks, leaves the session and exits in a loop (five seconds at most): it is always just being forked."""
+    """It forks, leaves the session and exits in a loop (for a minute at most): it is always just being forked."""
     script = f"{sys.executable} -SEIc '{COMET}' & exec sleep 60".encode()
     assert http_request(shell.port, "POST", "/", {"X-Timeout": "400ms"}, script).status == 408
     shell.wait_idle(GONE_S)
@@ -253,7 +254,7 @@ def older(forest: Forest) -> Iterator[set[int]]:
     tree_of_two = {"children": [{}, {"traits": ["orphan", "setsid"]}]}
     with connect(forest.program.port) as client:
         client.sendall(tree_request(tree_of_two, 60_000))
-        grown = wait_until(lambda: now if len(now := tree.alive(forest.directory)) == 3 else None, 2.0, "tree grown")
+        grown = wait_until(lambda: now if len(now := tree.alive(forest.directory)) == 3 else None, 10.0, "tree grown")
         yield grown
         assert tree.alive(forest.directory) >= grown
     forest.wait_gone()
@@ -268,7 +269,7 @@ def older(forest: Forest) -> Iterator[set[int]]:
 def test_tree_is_gone_and_the_other_lives_when_an_older_call_runs(forest: Forest, traits: list[str], end: str) -> None:
     with older(forest) as others:
         node = {"traits": [end], "children": [{"traits": traits, "children": [{"traits": traits}]}]}
-        answer = forest.call(node, 0.5)
+        answer = forest.call(node, 10 * crowding() if end == "exit" else 0.5)
         wait_until(lambda: not tree.alive(forest.directory) - others, GONE_S, "the tree of the younger call gone")
         assert answer.status == (200 if end == "exit" else 408)
 
@@ -277,7 +278,7 @@ def test_daemon_without_a_mark_is_gone_when_the_calls_beside_it_have_ended(fores
     """The one thing that is nobody's for certain only then: it wiped its environment and left its session."""
     with older(forest):
         node = {"traits": ["exit"], "children": [{"traits": ["orphan", "setsid", "wipe"]}]}
-        assert forest.call(node, 0.5).status == 200
+        assert forest.call(node, 10 * crowding()).status == 200
 
 
 def test_daemons_without_a_mark_are_gone_when_calls_follow_each_other_at_once(shell: Program, tmp_path: Path) -> None:
@@ -308,7 +309,7 @@ def tree_request(node: Node, limit_ms: int) -> bytes:
 
 def test_callers_are_answered_in_time_when_many_trees_reach_their_deadline_at_once(shell: Program) -> None:
     script = b"for i in 1 2 3 4 5; do setsid -f sleep 60; done; exec sleep 60"
-    limit_s = 3 * crowding()  # by then all of them are to have been started
+    limit_s = 6 * crowding()  # by then all of them are to have been started
     limit = {"X-Timeout": f"{limit_s:.3f}s"}
     calls = [InBackground(lambda: http_request(shell.port, "POST", "/", limit, script, 300)) for _ in range(60)]
     shell.wait_started(60 * 6)
@@ -349,9 +350,9 @@ def test_functions_of_a_function_are_gone_when_it_is_a_watchdog(shell: Program) 
     port = free_port()
     variables = f"fprocess='sleep 600' port={port} metrics_port=0 suppress_lock=true"
     inner = f"exec env {variables} {shlex.join(command_of('watchdog'))}"
-    limit = {"X-Timeout": f"{3 * crowding():.1f}s"}  # by then the inner one is to have started its functions
+    limit = {"X-Timeout": f"{6 * crowding():.1f}s"}  # by then the inner one is to have started its functions
     outer = InBackground(lambda: http_request(shell.port, "POST", "/", limit, inner.encode(), 300))
-    wait_until(lambda: serves(port), 3.0, "the inner watchdog serves")
+    wait_until(lambda: serves(port), 5.0, "the inner watchdog serves")
     calls = [InBackground(lambda: http_request(port)) for _ in range(3)]
     shell.wait_started(3)
     assert outer.result().status == 408
@@ -382,7 +383,7 @@ LIMIT = {"X-Timeout": "300ms"}
 
 
 def test_function_may_tidy_up_when_term_grace_is_set() -> None:
-    limit = {"X-Timeout": f"{0.3 * crowding():.1f}s"}  # the shells must have set their traps by then
+    limit = {"X-Timeout": f"{2 * crowding():.1f}s"}  # the shells must have set their traps by then
     with Program("watchdog", {"fprocess": "sh", "term_grace": "10s"}) as polite:
         tidied = polite.temporary / "tidied"
         script = f"trap 'touch {tidied}; exit' TERM; (trap 'touch {tidied}-too; exit' TERM; sleep 60 & wait) & wait"
@@ -422,9 +423,12 @@ def test_each_process_gets_one_sigterm_and_its_time_when_it_has_left_the_session
 
 
 def test_caller_does_not_wait_for_the_grace_when_function_ignores_sigterm(polite: Program) -> None:
-    answer = http_request(polite.port, "POST", "/", LIMIT, b"trap '' TERM; setsid -f sleep 60; sleep 60; sleep 60")
-    assert answer.status == 408
-    assert 0.3 - TICK_S <= answer.elapsed_s <= 0.3 + GRACE_S + noise_s()
+    script = b"trap '' TERM; setsid -f sleep 60; sleep 60; sleep 60"
+    with Program("watchdog", {"fprocess": "sh", "term_grace": "30s"}) as program:
+        answer = http_request(program.port, "POST", "/", LIMIT, script)
+        assert answer.status == 408
+        assert 0.3 - TICK_S <= answer.elapsed_s <= 0.3 + GRACE_S + noise_s()
+    assert http_request(polite.port, "POST", "/", LIMIT, script).status == 408
     polite.wait_idle(0.7 + GONE_S)
 
 
