@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
@@ -18,8 +19,10 @@ import psutil
 import pytest
 from websockets.sync.client import connect as connect_websocket
 
+from faashound.watchdog import SERVER_GRACE_S
 from testkit import app_server, websocket_echo
 from testkit.harness import (
+    TICK_S,
     Answer,
     InBackground,
     Program,
@@ -35,12 +38,13 @@ from testkit.harness import (
     run,
     wait_until,
 )
-from testkit.inspection import in_flight, is_free
+from testkit.inspection import in_flight, is_free, state_of
 
 SERVER = f"{sys.executable} -S -E -I {app_server.__file__}"
 SETTINGS = {"fprocess": SERVER, "mode": "http", "upstream_url": "http://127.0.0.1:$PORT", "healthcheck_interval": "0"}
 LAST_CHUNK = b"0\r\n\r\n"
 MIB = 1 << 20
+SOON_S = 10.0  # until what follows an answer or a signal has happened
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +123,8 @@ def test_status_is_the_servers(program: Program, status: int) -> None:
 
 
 def test_answer_has_its_duration(program: Program) -> None:
-    assert 0 < float(get(program, "/pid").headers["x-duration-seconds"]) < 5
+    answer = get(program, "/pid")
+    assert 0 < float(answer.headers["x-duration-seconds"]) <= answer.elapsed_s
 
 
 def test_path_of_the_upstream_is_a_prefix() -> None:
@@ -150,7 +155,7 @@ def test_several_workers_have_one_server() -> None:
         assert len({server_pid(program) for _ in range(12)}) == 1
         program.terminate()
         assert program.wait_exit() == 0
-        wait_until(lambda: not program.survivors(), 2.0, "nothing left")
+        wait_until(lambda: not program.survivors(), SOON_S, "nothing left")
 
 
 def test_body_is_sent_with_its_length_when_it_is_buffered() -> None:
@@ -195,15 +200,17 @@ def test_call_counts_as_in_flight_until_its_stream_ends(program: Program) -> Non
             read_until(client, b"half\n\r\n")
         assert in_flight(program) == 2
         assert get(program, "/pid").status == 429
-    wait_until(lambda: is_free(program), 2.0, "the slots are free")
+    wait_until(lambda: is_free(program), SOON_S, "the slots are free")
 
 
 def test_server_learns_that_the_client_has_gone(program: Program) -> None:
+    told = "the other end has gone"
+    before = program.log().count(told)
     with connect(program.port) as client:
         client.sendall(request_of("/half"))
         read_until(client, b"half\n\r\n")
-    program.wait_log("the other end has gone")
-    wait_until(lambda: is_free(program), 2.0, "the slot is free")
+    wait_until(lambda: program.log().count(told) > before, SOON_S, "it has heard of it")
+    wait_until(lambda: is_free(program), SOON_S, "the slot is free")
 
 
 def test_answer_is_cut_when_the_servers_breaks_off(program: Program) -> None:
@@ -235,19 +242,19 @@ def test_limit_of_the_caller_is_a_504(program: Program) -> None:
     answer = get(program, "/hang", X_Timeout="200ms")
     assert (answer.status, is_ours(answer)) == (504, True)
     assert float(answer.headers["x-duration-seconds"]) >= 0.2
-    assert answer.elapsed_s < 0.2 + noise_s()
+    assert answer.elapsed_s < 0.2 + SOON_S * crowding()
 
 
 def test_limit_cuts_a_stream(program: Program) -> None:
-    start_s = time.monotonic()
-    received = raw(program.port, request_of("/half", "X-Timeout: 300ms\r\n"))
+    start_s, limit_s = time.monotonic(), round(2 * crowding(), 1)  # by then the answer is to have begun
+    received = raw(program.port, request_of("/half", f"X-Timeout: {limit_s}s\r\n"))
     assert b"half\n" in received
     assert not received.endswith(LAST_CHUNK)
-    assert 0.3 <= time.monotonic() - start_s < 0.3 + noise_s()
+    assert limit_s - TICK_S <= time.monotonic() - start_s < limit_s + SOON_S * crowding()
 
 
 def test_exec_timeout_is_a_504_and_the_server_lives_on() -> None:
-    with Program("watchdog", {**SETTINGS, "exec_timeout": "300ms"}) as program:
+    with Program("watchdog", {**SETTINGS, "exec_timeout": f"{2 * crowding():.1f}s"}) as program:
         wait_healthy(program)
         pid = server_pid(program)
         assert get(program, "/hang", X_Timeout="60s").status == 504
@@ -267,7 +274,7 @@ def test_bad_limit_is_a_400(program: Program) -> None:
 
 
 def test_health_and_calls_wait_for_a_server_that_is_slow() -> None:
-    with Program("watchdog", {**SETTINGS, "fprocess": f"{SERVER} 1"}) as program:
+    with Program("watchdog", {**SETTINGS, "fprocess": f"{SERVER} 3"}) as program:
         answer = health(program)
         assert answer.status == 503
         assert answer.text == "the function's server runs, but takes no connections yet\n"
@@ -290,8 +297,13 @@ def test_server_that_dies_is_started_again_with_growing_delay_and_the_reason(fpr
     with Program("watchdog", {**SETTINGS, "fprocess": fprocess}) as program:
         for delay in ("0.1", "0.2", "0.4"):
             assert reason in program.wait_log(f"next start in {delay} s")
-        answer = get(program, "/", X_Timeout="100ms")
-        assert (answer.status, answer.text[:39]) == (503, "the function's server is not running, a"[:39])
+
+        def is_not_running() -> bool:  # unless the call's limit falls into the moment before it dies once more
+            answer = get(program, "/", X_Timeout="100ms")
+            assert answer.status == 503
+            return answer.text.startswith("the function's server is not running, a")
+
+        wait_until(is_not_running, SOON_S, "a call is told so")
 
 
 def test_calls_wait_for_the_next_life_of_a_server() -> None:
@@ -300,6 +312,7 @@ def test_calls_wait_for_the_next_life_of_a_server() -> None:
         before = server_pid(program)
         http_request(program.port, "POST", "/exit/3")
         assert server_pid(program) != before
+        program.wait_log("exit status 3")
         lines = [line for line in program.log_lines() if "about to exit" in line or "exit status 3" in line]
         assert [line[20:] for line in lines] == [
             "stdout: about to exit",
@@ -322,12 +335,12 @@ def test_all_that_a_server_started_is_gone_before_its_next_life() -> None:
 def test_what_a_server_orphans_is_reaped_and_otherwise_left_in_peace(program: Program) -> None:
     get(program, "/zombie")
     get(program, "/daemon")
+    wait_until(lambda: len(program.functions()) == 2, SOON_S, "the server and a sleeper are what is left")
     (sleeper,) = program.functions() - {server_pid(program)}
     for _ in range(20):
         get(program, "/pid")
     assert sleeper in program.functions()
-    zombies = [pid for pid in program.children() if Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"]
-    assert zombies == []
+    wait_until(lambda: "Z" not in map(state_of, program.children()), SOON_S, "no zombies")
 
 
 @pytest.mark.parametrize("ending", ["terminated", "twice", "killed"])
@@ -345,7 +358,7 @@ def test_server_and_all_that_it_started_end_with_the_watchdog(ending: str, worke
                 program.wait_log("SIGTERM: draining")
                 program.terminate()
             assert program.wait_exit() == 0
-        wait_until(lambda: not program.survivors(), 2.0, "nothing left")
+        wait_until(lambda: not program.survivors(), SOON_S, "nothing left")
 
 
 def test_server_comes_again_with_the_worker_process_that_had_it() -> None:
@@ -356,7 +369,8 @@ def test_server_comes_again_with_the_worker_process_that_had_it() -> None:
         holder = int(Path(f"/proc/{before}/stat").read_text().rpartition(")")[2].split()[1])
         assert holder != program.pid
         os.kill(holder, signal.SIGKILL)
-        wait_until(lambda: before not in program.functions(), 5.0, "the server has ended with it")
+        # Not its environment, which is gone a moment before the socket that it listens on.
+        wait_until(lambda: state_of(before) in ("X", "Z"), SOON_S, "the server has ended with it")
         wait_healthy(program)
         assert server_pid(program) != before
         assert len(program.functions()) == 1
@@ -385,15 +399,20 @@ def serves_client(pid: int, client: socket.socket) -> bool:
 
 
 def test_request_that_has_begun_to_arrive_at_another_worker_process_is_answered_before_the_server_is_ended() -> None:
-    with Program("watchdog", {**SETTINGS, "workers": "2", "exec_timeout": "5s"}) as program:
+    with Program("watchdog", {**SETTINGS, "workers": "2", "exec_timeout": "1m"}) as program:
         wait_healthy(program)
         server = server_pid(program)
         holder = psutil.Process(server).ppid()
-        clients = [connect(program.port) for _ in range(6)]
-        for client in clients:
+        others: list[socket.socket] = []
+        clients: list[socket.socket] = []
+        while len(clients) < 6 or not others:  # a process that stands still gets none meanwhile
+            assert len(clients) < 100
+            client = connect(program.port)
             client.sendall(request_of("/pid") + request_of("/pid")[:-4])
             read_until(client, b"%d" % server)  # so the second has begun, which came with the first
-        others = [client for client in clients if not serves_client(holder, client)]
+            clients.append(client)
+            if not serves_client(holder, client):
+                others.append(client)
         for client in clients:
             if client not in others:
                 client.close()
@@ -406,7 +425,6 @@ def test_request_that_has_begun_to_arrive_at_another_worker_process_is_answered_
             client.sendall(b"\r\n\r\n")
             assert read_all(client).startswith(b"HTTP/1.1 200")
             client.close()
-        assert len(others) > 0
         assert program.wait_exit() == 0
 
 
@@ -419,7 +437,7 @@ def test_server_runs_as_the_user_that_is_named_and_ends_with_the_watchdog() -> N
 
 def test_calls_in_flight_finish_before_the_server_is_ended() -> None:
     script = 'trap "echo ending; exit 0" TERM; '
-    settings = {**SETTINGS, "fprocess": f"sh -c '{script}{SERVER} & wait; wait'", "term_grace": "5s"}
+    settings = {**SETTINGS, "fprocess": f"sh -c '{script}{SERVER} & wait; wait'", "term_grace": "30s"}
     with Program("watchdog", settings) as program, connect(program.port) as client:
         wait_healthy(program)
         client.sendall(b"POST /stream HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n")
@@ -429,7 +447,7 @@ def test_calls_in_flight_finish_before_the_server_is_ended() -> None:
         client.sendall(b"3\r\none\r\n0\r\n\r\n")
         assert read_all(client).endswith(b"one\r\n" + LAST_CHUNK)
         assert program.wait_exit() == 0
-        assert "stdout: ending" in program.log()
+        program.wait_log("stdout: ending")
 
 
 def test_server_that_does_not_heed_sigterm_is_killed_after_its_grace() -> None:
@@ -439,7 +457,7 @@ def test_server_that_does_not_heed_sigterm_is_killed_after_its_grace() -> None:
         start_s = time.monotonic()
         program.terminate()
         assert program.wait_exit() == 0
-        assert 0.3 <= time.monotonic() - start_s < 0.3 + 1.0 + noise_s()
+        assert 0.3 <= time.monotonic() - start_s < max(SERVER_GRACE_S, 1.3 + noise_s())  # which it has unless told
 
 
 # What it prints, and readiness.
@@ -490,7 +508,7 @@ def test_other_protocol_passes_both_ways_once_the_server_has_switched(program: P
         assert in_flight(program) == 1
         client.shutdown(socket.SHUT_WR)
         assert read_all(client) == b"bye"
-    wait_until(lambda: is_free(program), 2.0, "the slot is free")
+    wait_until(lambda: is_free(program), SOON_S, "the slot is free")
 
 
 def test_connection_is_closed_when_the_server_ends_the_other_protocol(program: Program) -> None:
@@ -498,7 +516,7 @@ def test_connection_is_closed_when_the_server_ends_the_other_protocol(program: P
         read_until(client, b"\r\n\r\n")
         client.sendall(b"quit")
         assert read_all(client) == b""
-    wait_until(lambda: is_free(program), 2.0, "the slot is free")
+    wait_until(lambda: is_free(program), SOON_S, "the slot is free")
 
 
 def test_much_passes_in_the_other_protocol_when_both_sides_are_slow(program: Program) -> None:
@@ -514,8 +532,9 @@ def test_much_passes_in_the_other_protocol_when_both_sides_are_slow(program: Pro
 
 
 def test_callers_limit_is_for_the_switch_and_not_for_what_follows(program: Program) -> None:
-    with switched(program.port, headers="X-Timeout: 200ms\r\n") as client:
-        time.sleep(0.4)  # what is asserted is that nothing happens meanwhile
+    limit_s = 1.5 * crowding()  # in which to switch
+    with switched(program.port, headers=f"X-Timeout: {limit_s:.1f}s\r\n") as client:
+        time.sleep(limit_s + 0.4)  # what is asserted is that nothing happens meanwhile
         client.sendall(b"still here")
         assert read_until(client, b"still here")
 
@@ -526,7 +545,7 @@ def test_client_may_go_on_when_the_server_has_ended_its_side(program: Program) -
         client.sendall(b"behind the end")
         program.wait_log("stdout: behind the end")
         assert in_flight(program) == 1
-    wait_until(lambda: is_free(program), 2.0, "the slot is free")
+    wait_until(lambda: is_free(program), SOON_S, "the slot is free")
 
 
 def fill(client: socket.socket) -> None:
@@ -556,8 +575,8 @@ def test_client_that_is_reset_is_let_go_while_the_server_does_not_read(
     assert not is_free(program)
     for client in clients:
         reset(client)
-    wait_until(lambda: is_free(program), 2.0 + noise_s(), "the slots are free")
-    wait_until(lambda: in_flight(program) == 0, 2.0 + noise_s(), "both are")
+    wait_until(lambda: is_free(program), SOON_S, "the slots are free")
+    wait_until(lambda: in_flight(program) == 0, SOON_S, "both are")
 
 
 @pytest.mark.parametrize(("path", "fills"), [("/deaf", True), ("/talks", False)])
@@ -567,24 +586,29 @@ def test_side_that_takes_nothing_has_the_write_timeout(path: str, fills: bool) -
         wait_healthy(program)
         with switched(program.port, path) as client:
             client.sendall(b"go on")
-            if fills:
-                fill(client)
-            wait_until(lambda: is_free(program), 5.0 + noise_s(), "the slot is free")
+
+            def is_cut() -> bool:
+                if fills:  # again and again: who stands still takes more later
+                    fill(client)
+                return is_free(program)
+
+            wait_until(is_cut, SOON_S, "the slot is free")
 
 
 def test_silence_of_both_sides_has_the_exec_timeout() -> None:
-    with Program("watchdog", {**SETTINGS, "max_inflight": "1", "exec_timeout": "1s"}) as program:
+    limit_s = math.ceil(3 * crowding())
+    with Program("watchdog", {**SETTINGS, "max_inflight": "1", "exec_timeout": f"{limit_s}s"}) as program:
         wait_healthy(program)
         with switched(program.port) as client:
-            for _ in range(5):
-                time.sleep(0.3)  # less than the limit, but all of them are more
+            for _ in range(4):
+                time.sleep(0.27 * limit_s)  # by far less than the limit, but all of them are more
+                start_s = time.monotonic()
                 client.sendall(b"ping")
                 assert read_until(client, b"ping")
-            start_s = time.monotonic()
-            assert read_all(client) == b""
-            assert 0.9 <= time.monotonic() - start_s < 1.0 + 0.3 + noise_s()
-        program.wait_log("a switched connection is closed: silent for 1s")
-        wait_until(lambda: is_free(program), 2.0, "the slot is free")
+            assert read_all(client, 2 * limit_s + SOON_S) == b""
+            assert limit_s - TICK_S <= time.monotonic() - start_s < limit_s + SOON_S * crowding()
+        program.wait_log(f"a switched connection is closed: silent for {limit_s}s")
+        wait_until(lambda: is_free(program), SOON_S, "the slot is free")
 
 
 def test_drain_does_not_wait_for_what_has_switched_but_for_requests_and_the_server_may_say_goodbye() -> None:
@@ -602,7 +626,9 @@ def test_drain_does_not_wait_for_what_has_switched_but_for_requests_and_the_serv
             start_s = time.monotonic()
             assert read_all(client) == b"bye"
             assert program.wait_exit() == 0
-            assert time.monotonic() - start_s < 1.0 + 3.0 + noise_s()  # a farewell, and the server's own grace
+            assert (
+                time.monotonic() - start_s < 1.0 + 3.0 + SOON_S * crowding()
+            )  # a farewell, and the server's own grace
 
 
 @pytest.mark.parametrize("options", ["close", "keep-alive, close"])
@@ -639,7 +665,7 @@ def test_server_may_choose_among_the_protocols_that_were_asked_for(program: Prog
 def test_switch_to_what_was_not_asked_for_is_a_502(program: Program, names: str) -> None:
     with upgrade(program.port, f"/as/{names}", "X-Timeout: 10s\r\n") as client:
         assert client.recv(65536).startswith(b"HTTP/1.1 502 ")
-    wait_until(lambda: is_free(program), 2.0, "the slot is free")
+    wait_until(lambda: is_free(program), SOON_S, "the slot is free")
 
 
 def test_head_and_http_1_0_are_not_switched(program: Program) -> None:
