@@ -20,6 +20,7 @@ import http.client
 import io
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -31,6 +32,7 @@ import threading
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Generic, Self, TypeVar
@@ -562,7 +564,8 @@ def parse(received: bytes, methods: Sequence[str] = ()) -> list[Answer]:
 
 
 def free_port() -> int:
-    """Return a port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port that was free a moment ago, and that is nobody's who asks for any: those are above (ip(7))."""
+    while True:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", 10_000 + secrets.randbelow(10_000)))  # not of `random`: Hypothesis seeds that for all alike
+            return int(probe.getsockname()[1])

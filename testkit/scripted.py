@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, cast
 
 from faashound.watchdog import ClientResponse, Url, parse_url
+from testkit.harness import crowding
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 HELLO = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nX-A: b\r\n\r\nhello"
@@ -18,7 +19,7 @@ def run(work: Coroutine[Any, Any, None]) -> None:
     """Run a test, which must end soon."""
 
     async def bounded() -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(20 * crowding()):
             await work
 
     asyncio.run(bounded())

@@ -22,6 +22,7 @@ from faashound import watchdog
 from faashound.network.addresses import AddressRefused, guard_functions
 from faashound.watchdog import (
     ATTEMPT_DELAY_S,
+    ATTEMPT_TIMEOUT_S,
     SILENT_S,
     WATCH_IDLE_S,
     Address,
@@ -35,7 +36,7 @@ from faashound.watchdog import (
     take_turns,
 )
 from testkit.apart import lo_up, run_apart
-from testkit.harness import free_port, noise_s, probe_due_s
+from testkit.harness import free_port, probe_due_s
 from testkit.scripted import HELLO, answering, body_of, read_head, run, serving
 
 MakeLoop = Callable[[], asyncio.AbstractEventLoop]
@@ -103,17 +104,20 @@ def test_client_reaches_the_last_address_when_those_before_it_are_silent(
                     started_s = time.monotonic()
                     assert await body_of(await client.request("GET", url)) == b"hello"
                     took_s = time.monotonic() - started_s
-        assert dead_count * ATTEMPT_DELAY_S <= took_s < dead_count * ATTEMPT_DELAY_S + noise_s()
+        assert dead_count * ATTEMPT_DELAY_S <= took_s < ATTEMPT_TIMEOUT_S  # which the first alone would take
 
     run(test())
 
 
-def test_client_goes_on_at_once_when_an_address_refuses() -> None:
+def test_client_goes_on_at_once_when_an_address_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    delay_s = 4.0  # longer than a busy machine takes
+    monkeypatch.setattr(watchdog, "ATTEMPT_DELAY_S", delay_s)
+
     async def test() -> None:
         async with serving(answering(HELLO)) as url, client_of("127.0.0.2", "::1", "127.0.0.1") as client:
             started_s = time.monotonic()
             assert await body_of(await client.request("GET", url)) == b"hello"
-            assert time.monotonic() - started_s < 2 * ATTEMPT_DELAY_S  # which two silent ones would take
+            assert time.monotonic() - started_s < 2 * delay_s  # which two silent ones would take
 
     run(test())
 
@@ -158,7 +162,7 @@ def test_client_leaves_no_connection_behind_when_one_has_won(
                 before = len(os.listdir("/proc/self/fd"))
                 assert await body_of(await client.request("GET", url)) == b"hello"
                 await client.close()
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(20):
                     while len(os.listdir("/proc/self/fd")) > before:  # noqa: ASYNC110 - the kernel's list
                         await asyncio.sleep(0.01)
 
@@ -308,12 +312,12 @@ class Events:
     def close(self) -> None:
         """Have it closed.  The loop stands still meanwhile, and does not see that."""
         self.close_now.set()
-        assert self.closed.wait(5)
+        assert self.closed.wait(20)
 
 
 def closes_when_told(events: Events) -> End:
     def end(connection: socket.socket) -> None:
-        events.close_now.wait(5)
+        events.close_now.wait(20)
         connection.close()
         events.closed.set()
 
@@ -524,7 +528,7 @@ def inside_vanished_peer() -> None:
                 started_s = time.monotonic()
                 with pytest.raises((PeerGone, Unreachable)):
                     await waiting
-                assert time.monotonic() - started_s < 4 + noise_s()
+                assert time.monotonic() - started_s < 15
                 lo_up()
                 await client.close()
 
@@ -594,10 +598,10 @@ def descriptors_left(count: int) -> Iterator[None]:
 
 def answer_one(listener: socket.socket) -> None:
     """Answer the first request of a connection that waits, and close it."""
-    listener.settimeout(5)  # or a failure would last for ever
+    listener.settimeout(20)  # or a failure would last for ever
     client, _ = listener.accept()
     with client:
-        client.settimeout(5)
+        client.settimeout(20)
         client.recv(65536)
         client.sendall(HELLO)
 
@@ -609,7 +613,7 @@ def test_client_uses_its_connection_or_says_why_it_has_none_when_few_descriptors
 ) -> None:
     async def test(listener: socket.socket) -> None:
         url = parse_url(f"http://127.0.0.1:{listener.getsockname()[1]}/")
-        async with client_of("127.0.0.1") as client, asyncio.timeout(5):
+        async with client_of("127.0.0.1") as client, asyncio.timeout(20):
             with descriptors_left(count):
                 asking = asyncio.create_task(client.request("GET", url))
                 while not asking.done() and not select.select([listener], [], [], 0)[0]:  # noqa: ASYNC110 - the kernel

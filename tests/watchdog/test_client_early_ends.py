@@ -17,7 +17,7 @@ import uvloop
 
 from faashound import watchdog
 from faashound.watchdog import Body, Client, PeerGone, Unreachable, Url, parse_url
-from testkit.harness import eventually
+from testkit.harness import crowding, eventually
 from testkit.scripted import body_of
 
 MakeLoop = Callable[[], asyncio.AbstractEventLoop]
@@ -29,7 +29,7 @@ MAKE_LOOPS = pytest.mark.parametrize(
 
 def run_on(make_loop: MakeLoop, work: Coroutine[Any, Any, None]) -> None:
     async def bounded() -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(20 * crowding()):
             await work
 
     with asyncio.Runner(loop_factory=make_loop) as runner:

@@ -334,7 +334,7 @@ def test_connection_is_given_up_when_client_goes_between_requests(cat: Program, 
             client.sendall(posted(b"hello"))
             read_until(client, b"hello")
         client.close()
-    wait_until(lambda: cat.descriptors() <= before, 2.0, "the descriptors of the connections closed")
+    wait_until(lambda: cat.descriptors() <= before, 10.0, "the descriptors of the connections closed")
 
 
 # Expect: 100-continue
