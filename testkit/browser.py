@@ -34,7 +34,7 @@ from testkit.needed import tool
 
 T = TypeVar("T")
 
-SEEN_WITHIN_S = 10.0
+SEEN_WITHIN_S = 20.0
 FLAGS = (
     "--headless=new",
     "--disable-background-networking",

@@ -18,9 +18,9 @@ import asyncio
 import errno
 import http.client
 import io
+import itertools
 import os
 import re
-import secrets
 import shutil
 import signal
 import socket
@@ -32,7 +32,6 @@ import threading
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Generic, Self, TypeVar
@@ -43,13 +42,16 @@ ROOT = Path(__file__).resolve().parent.parent
 START_DEADLINE_S = 20.0
 STOP_DEADLINE_S = 15.0
 REPLY_DEADLINE_S = 15.0
-GONE_DEADLINE_S = 10.0  # of what is killed; it may wait for a processor as long as anything else does
+SOON_S = 15.0  # for what comes at once, unless the process that brings it stands still: seconds, now and then
 NOISE_S = 0.6  # what a machine of two cores that runs these tests and nothing else may add to any measured time
 TICK_S = 0.001  # of libuv's clock, which knows whole milliseconds only: so much before its time may a timer ring
 OWN_CROWD = 1.0  # processes for each core that the tests are themselves, three at a time, and their programs
 TCP_ESTABLISHED = 1
+FIRST_PORT = 10000  # that tests are given: below are those of services
+PORTS_EACH_COUNT = 1000
 MARK_NAME = "HARNESS_MARK"  # not FAASHOUND_...: what is named so is not passed on to functions
 
+_PORT_NUMBERS = itertools.count()
 _PASSED_ON = re.compile(r"PATH|PYTHONPATH|COVERAGE_.*|COV_CORE_.*")
 
 
@@ -88,12 +90,16 @@ async def eventually(condition: Callable[[], Awaitable[T | None]], deadline_s: f
 
 
 def _pauses(start_s: float, deadline_s: float, what: str) -> Iterator[float]:
-    """Yield how long to pause before each look but the first; AssertionError once the time is over."""
-    pause_s = 0.0002
+    """Yield how long to pause before each look but the first; AssertionError once the time is over.
+
+    The last look begins when it is over: we may ourselves have stood still for all of it after the one before.
+    """
+    pause_s, is_over = 0.0002, False
     while True:
         elapsed_s = time.monotonic() - start_s
-        if elapsed_s > deadline_s and elapsed_s > deadline_s * crowding():
+        if is_over:
             raise AssertionError(f"not within {elapsed_s:.1f} s ({deadline_s} s when the machine is idle): {what}")
+        is_over = elapsed_s > deadline_s and elapsed_s > deadline_s * crowding()
         yield pause_s
         pause_s = min(pause_s * 2, 0.02)
 
@@ -116,7 +122,7 @@ def run(name: str, arguments: Sequence[str] = (), settings: Mapping[str, str] = 
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=START_DEADLINE_S,
+        timeout=START_DEADLINE_S * crowding(),
         check=False,
     )
 
@@ -227,7 +233,7 @@ class Program:
         try:
             if kind is None:
                 self._stop()
-                wait_until(lambda: not self.survivors(), GONE_DEADLINE_S, f"every process of {self._argv} gone")
+                wait_until(lambda: not self.survivors(), SOON_S, f"every process of {self._argv} gone")
         finally:
             self._clean_up()
 
@@ -295,7 +301,7 @@ class Program:
         """Return what it has written so far as one text."""
         return "\n".join(self.log_lines())
 
-    def wait_log(self, substring: str, deadline_s: float = 5.0) -> str:
+    def wait_log(self, substring: str, deadline_s: float = SOON_S) -> str:
         """Return the first line with `substring`, waiting for it up to `deadline_s`."""
         return wait_until(
             lambda: next((line for line in self.log_lines() if substring in line), None),
@@ -314,10 +320,12 @@ class Program:
     def wait_started(self, count: int = 1) -> set[int]:
         """Wait until at least `count` processes of functions live; return their ids."""
         return wait_until(
-            lambda: found if len(found := self.functions()) >= count else None, 5.0, f"{count} processes of functions"
+            lambda: found if len(found := self.functions()) >= count else None,
+            SOON_S,
+            f"{count} processes of functions",
         )
 
-    def wait_idle(self, deadline_s: float = 5.0) -> None:
+    def wait_idle(self, deadline_s: float = SOON_S) -> None:
         """Wait until no process of a function lives."""
         wait_until(lambda: not self.functions(), deadline_s, "no process of a function left")
 
@@ -429,9 +437,9 @@ class InBackground(Generic[T]):
         return self._results[0]
 
 
-def connect(port: int, host: str = "127.0.0.1", timeout_s: float = REPLY_DEADLINE_S) -> socket.socket:
+def connect(port: int, host: str = "127.0.0.1", timeout_s: float | None = None) -> socket.socket:
     """Return a connected socket that sends each piece at once."""
-    client = socket.create_connection((host, port), timeout=timeout_s)
+    client = socket.create_connection((host, port), timeout=timeout_s or REPLY_DEADLINE_S * crowding())
     client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return client
 
@@ -475,7 +483,7 @@ def inspect_server_side(client: socket.socket) -> bytes | None:
     return None
 
 
-def wait_read(client: socket.socket, deadline_s: float = 5.0) -> None:
+def wait_read(client: socket.socket, deadline_s: float = SOON_S) -> None:
     """Wait until the server has read all that `client` sent, or has closed."""
 
     def is_read() -> bool:
@@ -495,9 +503,9 @@ def wait_closed(client: socket.socket, deadline_s: float) -> None:
     wait_until(is_closed, deadline_s, "the server closed the connection")
 
 
-def read_all(client: socket.socket, timeout_s: float = REPLY_DEADLINE_S) -> bytes:
+def read_all(client: socket.socket, timeout_s: float | None = None) -> bytes:
     """Return all that comes until the server closes; TimeoutError if it has not closed in time."""
-    end_s = time.monotonic() + timeout_s
+    end_s = time.monotonic() + (timeout_s or REPLY_DEADLINE_S * crowding())
     received = bytearray()
     while True:
         client.settimeout(max(end_s - time.monotonic(), 0.001))
@@ -510,9 +518,9 @@ def read_all(client: socket.socket, timeout_s: float = REPLY_DEADLINE_S) -> byte
         received += piece
 
 
-def read_until(client: socket.socket, ending: bytes, timeout_s: float = REPLY_DEADLINE_S) -> bytes:
+def read_until(client: socket.socket, ending: bytes, timeout_s: float | None = None) -> bytes:
     """Return what comes until it ends with `ending`; AssertionError if the server closes first."""
-    client.settimeout(timeout_s)
+    client.settimeout(timeout_s or REPLY_DEADLINE_S * crowding())
     received = bytearray()
     while not received.endswith(ending):
         piece = client.recv(65536)
@@ -521,7 +529,7 @@ def read_until(client: socket.socket, ending: bytes, timeout_s: float = REPLY_DE
     return bytes(received)
 
 
-def raw(port: int, pieces: bytes | Iterable[bytes], timeout_s: float = REPLY_DEADLINE_S) -> bytes:
+def raw(port: int, pieces: bytes | Iterable[bytes], timeout_s: float | None = None) -> bytes:
     """Send `pieces`, each once the server has read the one before; return all it says until it closes.
 
     It must close by itself (the last request says `Connection: close`, or was refused): else TimeoutError.
@@ -564,8 +572,19 @@ def parse(received: bytes, methods: Sequence[str] = ()) -> list[Answer]:
 
 
 def free_port() -> int:
-    """Return a port that was free a moment ago, and that is nobody's who asks for any: those are above (ip(7))."""
-    while True:
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("", 10_000 + secrets.randbelow(10_000)))  # not of `random`: Hypothesis seeds that for all alike
-            return int(probe.getsockname()[1])
+    """Return a port that is free, and stays so: the kernel gives it to nobody who asks for any (ip(7)).
+
+    It is of a part of all ports that no other process of tests takes from, unless there are many.
+    """
+    lowest, highest = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()
+    below = range(FIRST_PORT, int(lowest))
+    ports = below if len(below) >= PORTS_EACH_COUNT else range(int(highest) + 1, 65536)
+    for number in _PORT_NUMBERS:
+        port = ports[(os.getpid() * PORTS_EACH_COUNT + number) % len(ports)]
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:  # a service of this machine
+                continue
+            return port
+    raise AssertionError("the numbers have no end")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from faashound.queues.jetstream.connection import Options
-from testkit.harness import wait_until
+from testkit.harness import free_port, wait_until
 
 START_S = 20.0
 
@@ -31,14 +30,8 @@ def find_program() -> str:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that are free; all are held while they are picked, so they differ."""
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports: list[int] = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+    """Ports that are free, and differ."""
+    return [free_port() for _ in range(count)]
 
 
 class NatsServer:

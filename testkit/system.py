@@ -8,7 +8,9 @@ with System('[cat]\\nfprocess = "cat"', {"max_retry_attempts": "3"}) as system, 
 
 from __future__ import annotations
 
+import fcntl
 import json
+import signal
 import sqlite3
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +19,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Self
 
-from testkit.harness import MARK_NAME, Answer, Program, command_line_of, http_request, wait_until
+from testkit.harness import (
+    MARK_NAME,
+    SOON_S,
+    Answer,
+    Program,
+    command_line_of,
+    crowding,
+    http_request,
+    wait_until,
+)
+from testkit.inspection import state_of
 
 GATEWAY_READY = r"^\S+ \S+ Listening on port: (\d+)"  # without a name before it: those are the watchdogs of functions
 WORKER_READY = r"Draining .* of "
@@ -69,10 +81,10 @@ class System(Program):
         path: str,
         body: bytes | None = None,
         headers: Mapping[str, str] | None = None,
-        timeout_s: float = 20.0,
+        timeout_s: float | None = None,
     ) -> Answer:
         """Send one request to the gateway."""
-        return http_request(self.port, method, path, headers, body, timeout_s)
+        return http_request(self.port, method, path, headers, body, timeout_s or 20.0 * crowding())
 
     def worker_pid(self) -> int:
         """Wait until its local worker runs; return the number of that process."""
@@ -80,7 +92,7 @@ class System(Program):
         def found() -> list[int]:
             return [pid for pid in self.survivors() if b"faashound.worker" in command_line_of(pid)]
 
-        return wait_until(found, 5.0, "there is a local worker")[0]
+        return wait_until(found, SOON_S, "there is a local worker")[0]
 
     def submit(self, function: str, body: bytes = b"", headers: Mapping[str, str] | None = None) -> str:
         """Submit an asynchronous call and return its id; `function` may have a path and a query behind it."""
@@ -95,20 +107,29 @@ class System(Program):
         found: dict[str, Any] = json.loads(answer.body)
         return found
 
-    def ended(self, call_id: str, within: str = "15s") -> dict[str, Any]:
+    def ended(self, call_id: str, within_s: float = 15.0) -> dict[str, Any]:
         """Return what the gateway says of a call when it has ended."""
-        status = self.status(call_id, f"?wait={within}")
-        assert status["state"] not in ("queued", "running"), status
-        return status
+        return self._until(call_id, has_ended, within_s, "?wait=5s")
 
-    def until(self, call_id: str, condition: Callable[[dict[str, Any]], object], deadline_s: float = 10.0) -> Any:
+    def until(self, call_id: str, condition: Callable[[dict[str, Any]], object], deadline_s: float = SOON_S) -> Any:
         """Return the status of a call once it meets `condition`."""
+        return self._until(call_id, condition, deadline_s, "")
 
-        def look() -> dict[str, Any] | None:
-            status = self.status(call_id)
-            return status if condition(status) else None
+    def _until(
+        self, call_id: str, condition: Callable[[dict[str, Any]], object], deadline_s: float, query: str
+    ) -> dict[str, Any]:
+        status: dict[str, Any] = {}
 
-        return wait_until(look, deadline_s, f"condition on {call_id}")
+        def look() -> bool:
+            nonlocal status
+            status = self.status(call_id, query)
+            return bool(condition(status))
+
+        try:
+            wait_until(look, deadline_s, f"condition on {call_id}")
+        except AssertionError as error:
+            raise AssertionError(f"{error}; it is {status}") from None
+        return status
 
     def row(self, call_id: str) -> dict[str, Any]:
         """Return the row of a call, by a reader that shares nothing with the system."""
@@ -117,6 +138,11 @@ class System(Program):
     def metrics(self) -> str:
         """Return what the gateway's /metrics says."""
         return http_request(self.metrics_port, "GET", "/metrics").text
+
+
+def has_ended(status: Mapping[str, Any]) -> bool:
+    """Tell whether the call of which the gateway says `status` has ended."""
+    return status["state"] not in ("queued", "running")
 
 
 def runs(system: System) -> list[str]:
@@ -146,6 +172,23 @@ class Worker(Program):
         }
         self.environment |= dict(settings or {})
         assert MARK_NAME in self.environment
+        self._lock = system.spool / "writer.lock"
+
+    def suspend(self) -> None:
+        """Stop it while it does not write: with the queue's lock in its hands it would stop all the others."""
+
+        def stopped_between_two_writes() -> bool:
+            self.process.send_signal(signal.SIGSTOP)
+            wait_until(lambda: state_of(self.pid) == "T", SOON_S, "the worker is stopped")
+            with self._lock.open("r+b") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    self.process.send_signal(signal.SIGCONT)
+                    return False
+                return True
+
+        wait_until(stopped_between_two_writes, SOON_S, "the worker does not write")
 
 
 @dataclass(frozen=True)
@@ -220,7 +263,7 @@ class Receiver:
         """Return what has come so far."""
         return list(self._received)
 
-    def wait_for(self, count: int, deadline_s: float = 10.0) -> Sequence[Received]:
+    def wait_for(self, count: int, deadline_s: float = SOON_S) -> Sequence[Received]:
         """Return what has come, once it is `count` requests."""
         wait_until(lambda: len(self._received) >= count, deadline_s, f"{count} requests, got {self._received}")
         return self.received()

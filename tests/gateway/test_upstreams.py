@@ -55,8 +55,9 @@ class OddServer:
         if kind in self._kinds:
             return self._kinds[kind](client, head, rest)
         _read_body(client, head, rest)
-        client.sendall(ANSWERS[kind][0])
-        return not ANSWERS[kind][1]
+        answer, closes, *_ = ANSWERS[kind]
+        client.sendall(answer, socket.MSG_MORE if closes else 0)  # its last bytes wait for the end, and go with it
+        return not closes
 
     def _early(self, client: socket.socket, head: bytes, rest: bytes) -> bool:
         client.sendall(OK)

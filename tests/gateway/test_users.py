@@ -20,6 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from faashound.functions.documents import write_whole
 from faashound.serving.passwords import MAX_HASHES_COUNT, MAX_HASHES_OF_ADDRESS_COUNT, Hashes, TooManyGuesses
 from faashound.serving.users import (
     SETTLED_NS,
@@ -253,7 +254,7 @@ def test_stream_ends_for_a_user_who_is_struck_and_goes_on_for_others(secrets: Pa
                 users.write_text(f"{line('alice', 'a', 'deploy')}\n{line('carol', 'c')}\n")
             with following(system, path, kept) as stays, following(system, path, struck) as goes:
                 left = line("alice", "a", "deploy") if kept == "alice:a" else line("alice", "a", "read")
-                users.write_text(f"{left}\n{line('carol', 'c')}\n")
+                write_whole(users, f"{left}\n{line('carol', 'c')}\n".encode())  # half of it would strike others
                 wait_until(lambda: has_ended(goes), 15, "the stream has ended")
                 assert not has_ended(stays)
 

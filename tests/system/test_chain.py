@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from testkit.harness import ROOT, START_DEADLINE_S, clean_environment, http_request, wait_until
+from testkit.harness import ROOT, START_DEADLINE_S, clean_environment, crowding, http_request, wait_until
 from testkit.system import FUNCTIONS, Received, Receiver, Reply, System, rows
 
 NEXT = FUNCTIONS + "[next]\nfprocess = 'sh -c \"cat >>$TMPDIR/next; echo >>$TMPDIR/next\"'"
@@ -98,7 +98,7 @@ def test_demonstration_finds_every_answer_right() -> None:
         env=clean_environment({}),
         capture_output=True,
         text=True,
-        timeout=2 * START_DEADLINE_S,
+        timeout=3 * START_DEADLINE_S * crowding(),
         check=False,
     )
     assert shown.returncode == 0, shown.stdout + shown.stderr

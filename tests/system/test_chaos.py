@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import fcntl
 import http.client
 import random
 import signal
@@ -19,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from bench.chaos.faults import DECK, VICTIMS, deck, is_stopped
+from bench.chaos.faults import DECK, VICTIMS, deck
 from bench.chaos.ledger import Answer, Books, Fault, Found, Order, Post, Run, audit, cuts, parse_runs, table
 from bench.chaos.rig import Disk
 from bench.chaos.run import Verdict, run_chaos
@@ -166,40 +165,23 @@ def test_worker_that_wakes_up_past_its_lease_overwrites_nothing_and_delivers_not
         b'until [ -e "$TMPDIR/go" ]; do sleep 0.05; done\n'
         b'wc -l <"$TMPDIR/$Http_X_Call_Id"'
     )
-    lease = {"ack_wait": "1s"}
+    lease = {"ack_wait": "3s"}  # of the sleeper alone: the other's lasts, whatever time it gets
     with Receiver() as receiver, System(settings={"worker": "none"}) as system, Worker(system, lease) as sleeper:
         calls = [system.submit("shell", script, {"X-Callback-Url": receiver.url()}) for _ in range(6)]
-        wait_until(lambda: all((system.temporary / call_id).exists() for call_id in calls), 10.0, "all run")
-        suspend(sleeper, system.spool)
+        wait_until(lambda: all((system.temporary / call_id).exists() for call_id in calls), 15.0, "all run")
+        sleeper.suspend()
         (system.temporary / "go").touch()
-        with Worker(system, lease):
+        with Worker(system):
             assert {system.ended(call_id)["attempts"] for call_id in calls} == {2}
             receiver.wait_for(len(calls))
             delivered = [system.until(call_id, is_delivered) for call_id in calls]
             sleeper.process.send_signal(signal.SIGCONT)
             for call_id in calls:
-                wait_until(lambda: has_given_up(sleeper, call_id), 5.0, f"{call_id} is given up")  # noqa: B023
+                wait_until(lambda: has_given_up(sleeper, call_id), 15.0, f"{call_id} is given up")  # noqa: B023
             assert [system.status(call_id) for call_id in calls] == delivered
             results = [system.request("GET", f"/async-function/{call_id}/result").text.strip() for call_id in calls]
         assert results == ["2"] * len(calls)
         assert [got.body.strip() for got in receiver.received()] == [b"2"] * len(calls)
-
-
-def suspend(worker: Worker, spool: Path) -> None:
-    """Stop a worker while it does not write: with the queue's lock in its hands it would stop all the others."""
-
-    def stopped_between_two_writes() -> bool:
-        worker.process.send_signal(signal.SIGSTOP)
-        wait_until(lambda: is_stopped(worker.pid), 5.0, "the worker is stopped")
-        with (spool / "writer.lock").open("r+b") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                worker.process.send_signal(signal.SIGCONT)
-                return False
-            return True
-
-    wait_until(stopped_between_two_writes, 5.0, "the worker does not write")
 
 
 def is_delivered(status: dict[str, Any]) -> bool:
@@ -270,7 +252,7 @@ def test_every_call_that_got_a_202_is_there_whole_and_once_when_the_gateway_is_k
         with System(settings={"worker": "none"}, spool=tmp_path / "spool") as system:
             callers = Callers(system.port)
             enough = random.randrange(100)
-            wait_until(lambda: len(callers.accepted) >= enough, 10.0, f"{enough} calls accepted")  # noqa: B023
+            wait_until(lambda: len(callers.accepted) >= enough, 30.0, f"{enough} calls accepted")  # noqa: B023
             system.kill()
             callers.wait()
             wait_until(lambda: not system.survivors(), 10.0, "its functions are gone too")

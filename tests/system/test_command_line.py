@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from faashound.calls.model import State
-from testkit.harness import START_DEADLINE_S, clean_environment, command_of
+from testkit.harness import START_DEADLINE_S, clean_environment, command_of, crowding
 from testkit.queue_kit import SpoolDesk
 
 SIGPIPE_STATUS = 141  # what a shell tells of a program that SIGPIPE ended
@@ -47,7 +47,7 @@ class Letters:
             stdout=stdout,
             stderr=subprocess.PIPE,
             text=True,
-            timeout=START_DEADLINE_S,
+            timeout=START_DEADLINE_S * crowding(),
             check=False,
         )
 

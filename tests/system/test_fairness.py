@@ -22,6 +22,7 @@ GET = b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n"
 ATTACK_S = 0.6
 LONGEST_TURN_MS = 50.0  # of processor time: what one client may do to another's call
 HELD_KB = 2048  # of memory, for one connection
+TRIES_COUNT = 3  # now and then a virtual machine counts as ours the time that it did not get; a client can do it always
 
 
 @dataclass(frozen=True)
@@ -100,12 +101,15 @@ def send_flood(client: socket.socket, flood: Flood, limit_s: float) -> None:
 
 @pytest.mark.parametrize("flood", FLOODS.values(), ids=FLOODS)
 def test_client_keeps_no_other_waiting_and_has_little_held_when_it_floods(port: int, flood: Flood) -> None:
-    _, before_kb = ask_turns(port)
-    with connect(port) as client:
-        send_flood(client, flood, ATTACK_S)
-        longest_ms, held_kb = ask_turns(port)
-    assert longest_ms < LONGEST_TURN_MS
-    assert held_kb - before_kb < HELD_KB
+    def longest_turn_ms() -> float:
+        _, before_kb = ask_turns(port)
+        with connect(port) as client:
+            send_flood(client, flood, ATTACK_S)
+            longest_ms, held_kb = ask_turns(port)
+        assert held_kb - before_kb < HELD_KB
+        return longest_ms
+
+    assert any(longest_turn_ms() < LONGEST_TURN_MS for _ in range(TRIES_COUNT))
 
 
 # The other side: an upstream, or a receiver of callbacks, that answers so
@@ -124,11 +128,14 @@ ANSWERS = {
 
 @pytest.mark.parametrize(("answer", "outcome"), ANSWERS.values(), ids=ANSWERS)
 def test_upstream_keeps_no_other_waiting_when_it_floods_us(port: int, answer: bytes, outcome: str) -> None:
-    ask_turns(port)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        fetch = InBackground(lambda: http_request(port, "GET", f"/fetch?{listener.getsockname()[1]}"))
-        with listener.accept()[0] as upstream, suppress(ConnectionError):
-            upstream.recv(65536)
-            upstream.sendall(answer)
-        assert fetch.result().text.startswith(outcome)
-    assert ask_turns(port)[0] < LONGEST_TURN_MS
+    def longest_turn_ms() -> float:
+        ask_turns(port)
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            fetch = InBackground(lambda: http_request(port, "GET", f"/fetch?{listener.getsockname()[1]}"))
+            with listener.accept()[0] as upstream, suppress(ConnectionError):
+                upstream.recv(65536)
+                upstream.sendall(answer)
+            assert fetch.result().text.startswith(outcome)
+        return ask_turns(port)[0]
+
+    assert any(longest_turn_ms() < LONGEST_TURN_MS for _ in range(TRIES_COUNT))

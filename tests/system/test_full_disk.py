@@ -59,11 +59,11 @@ def test_call_is_a_dead_letter_after_one_run_when_its_answer_is_longer_than_max_
 
 
 def test_dead_letter_goes_with_a_line_and_a_count_when_keep_dead_is_over() -> None:
-    settings = {"keep_dead": "1s", "keep_results": "1s", "retention": "2s", "metrics_port": str(free_port())}
+    settings = {"keep_dead": "4s", "keep_results": "1s", "retention": "5s", "metrics_port": str(free_port())}
     with System(settings=settings | {"max_retry_attempts": "1"}) as system:
         dead = system.submit("shell", b"exit 1")
         assert system.ended(dead)["state"] == "dead"
-        wait_until(lambda: system.request("GET", f"/async-function/{dead}").status == 404, 10, "the letter is gone")
+        wait_until(lambda: system.request("GET", f"/async-function/{dead}").status == 404, 20, "the letter is gone")
         assert dead in system.wait_log("a dead letter was dropped: keep_dead is over")
         wait_until(lambda: "gateway_queue_dropped_letters_total 1.0" in system.metrics(), 5, "it is counted")
 
@@ -76,7 +76,7 @@ def test_system_drains_a_full_disk_and_runs_no_function_twice(small_disk: Path) 
         ballast = fill(small_disk)
         os.truncate(ballast, ballast.stat().st_size - (400 << 10))
         call_id = system.submit("counted")
-        wait_until(lambda: "a result waits" in system.log(), 10, "the result waits for room")
+        system.wait_log("a result waits")
         body = os.urandom(50_000)
         for shorter in (body, body[:100]):
             while system.request("POST", "/async-function/cat", shorter, {"X-Delay": "1h"}).status != 507:

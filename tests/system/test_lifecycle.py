@@ -19,7 +19,6 @@ from testkit.harness import (
     connect,
     free_port,
     http_request,
-    noise_s,
     parse,
     read_all,
     read_until,
@@ -29,6 +28,7 @@ from testkit.harness import (
 )
 
 GET = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
+LONGEST_INTERVAL_S = 5.0  # that is not asked for
 WAIT_FOR_GO = 'while [ ! -e "$TMPDIR/go" ]; do sleep 0.02; done; echo went'
 
 
@@ -54,7 +54,7 @@ def draining() -> Iterator[Program]:
     """A watchdog that has just got SIGTERM and stays up, unhealthy, for longer than a test lasts."""
     with Program("watchdog", {"fprocess": "cat", "healthcheck_interval": "1m"}) as program:
         program.terminate()
-        wait_until(lambda: health(program) == 503, 2.0, "unhealthy")
+        wait_until(lambda: health(program) == 503, 15.0, "unhealthy")
         yield program
 
 
@@ -69,7 +69,7 @@ def test_watchdog_is_unhealthy_but_serves_when_told_to_stop(draining: Program) -
 def test_watchdog_is_unhealthy_when_told_to_stop_without_a_lock_file() -> None:
     with Program("watchdog", {"fprocess": "cat", "healthcheck_interval": "1m", "suppress_lock": "true"}) as program:
         program.terminate()
-        wait_until(lambda: health(program) == 503, 2.0, "unhealthy")
+        wait_until(lambda: health(program) == 503, 15.0, "unhealthy")
 
 
 @pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT]], ids=["TERM", "INT-INT"])
@@ -78,9 +78,9 @@ def test_watchdog_stops_at_once_when_told_again(draining: Program, signals: list
     for each in signals:
         draining.process.send_signal(each)
         # Two pending signals of one kind are one to the kernel: the next waits until this one was taken.
-        wait_until(lambda: draining.process.poll() is not None or not pending(draining), 2.0, "signal taken")
-    draining.wait_exit(3)
-    assert time.monotonic() - start_s < noise_s() + 1
+        wait_until(lambda: draining.process.poll() is not None or not pending(draining), 15.0, "signal taken")
+    draining.wait_exit()
+    assert time.monotonic() - start_s < 30, "the interval is a minute"
 
 
 def pending(program: Program) -> bool:
@@ -94,16 +94,16 @@ def test_watchdog_exits_0_after_the_interval_when_idle() -> None:
     with Program("watchdog", {"fprocess": "cat", "healthcheck_interval": "700ms"}) as program:
         start_s = time.monotonic()
         program.terminate()
-        assert program.wait_exit(5) == 0
-        assert 0.7 - TICK_S <= time.monotonic() - start_s < 0.7 + noise_s()
+        assert program.wait_exit() == 0
+        assert 0.7 - TICK_S <= time.monotonic() - start_s < LONGEST_INTERVAL_S
 
 
 def test_interval_is_the_write_timeout_when_that_is_shorter_than_5_s() -> None:
     with Program("watchdog", {"fprocess": "cat", "write_timeout": "300ms"}) as program:
         start_s = time.monotonic()
         program.terminate()
-        assert program.wait_exit(4) == 0
-        assert 0.3 - TICK_S <= time.monotonic() - start_s < 0.3 + noise_s()
+        assert program.wait_exit() == 0
+        assert 0.3 - TICK_S <= time.monotonic() - start_s < LONGEST_INTERVAL_S
 
 
 def test_running_call_is_answered_after_accepting_ended_when_draining() -> None:
@@ -111,11 +111,11 @@ def test_running_call_is_answered_after_accepting_ended_when_draining() -> None:
         call = InBackground(lambda: http_request(program.port))
         program.wait_started()
         program.terminate()
-        wait_until(lambda: refuses(program), 3.0, "no more connections accepted")
+        wait_until(lambda: refuses(program), 15.0, "no more connections accepted")
         assert program.process.poll() is None
         (program.temporary / "go").touch()
         assert call.result().text == "went\n"
-        assert program.wait_exit(3) == 0
+        assert program.wait_exit() == 0
 
 
 def test_next_request_of_a_connection_is_its_last_when_draining() -> None:
@@ -126,12 +126,12 @@ def test_next_request_of_a_connection_is_its_last_when_draining() -> None:
         client.sendall(GET)
         program.wait_started()
         program.terminate()
-        wait_until(lambda: refuses(program), 3.0, "no more connections accepted")
+        wait_until(lambda: refuses(program), 15.0, "no more connections accepted")
         (program.temporary / "go").touch()
         received = read_all(client)
         assert received.endswith(b"went\n")
         assert b"connection: close" in received.lower()
-        assert program.wait_exit(3) == 0
+        assert program.wait_exit() == 0
 
 
 def test_request_that_has_come_behind_an_answer_told_to_keep_the_connection_is_answered_when_draining() -> None:
@@ -141,11 +141,11 @@ def test_request_that_has_come_behind_an_answer_told_to_keep_the_connection_is_a
         client.sendall(GET + GET)
         begun = client.recv(1)
         program.terminate()
-        wait_until(lambda: refuses(program), 3.0, "no more connections accepted")
+        wait_until(lambda: refuses(program), 15.0, "no more connections accepted")
         first, second = parse(begun + read_all(client))
         assert (len(first.body), len(second.body)) == (50_000_000, 50_000_000)
         assert ("connection" in first.headers, second.headers.get("connection")) == (False, "close")
-        assert program.wait_exit(3) == 0
+        assert program.wait_exit() == 0
 
 
 def test_connection_is_closed_when_only_an_empty_line_has_come_behind_its_answer_when_draining() -> None:
@@ -155,10 +155,10 @@ def test_connection_is_closed_when_only_an_empty_line_has_come_behind_its_answer
         client.sendall(b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 2\r\n\r\nhi\r\n")
         begun = client.recv(1)
         program.terminate()
-        wait_until(lambda: refuses(program), 3.0, "no more connections accepted")
+        wait_until(lambda: refuses(program), 15.0, "no more connections accepted")
         (answer,) = parse(begun + read_all(client))
         assert len(answer.body) == 50_000_000
-        assert program.wait_exit(3) == 0
+        assert program.wait_exit() == 0
 
 
 @pytest.mark.parametrize("used", [False, True], ids=["new", "used"])
@@ -169,7 +169,7 @@ def test_idle_connection_does_not_hold_up_the_end_when_draining(used: bool) -> N
             client.sendall(GET)
             read_until(client, b"hi\n")
         program.terminate()
-        assert program.wait_exit(3) == 0
+        assert program.wait_exit() == 0
         wait_closed(client, 1.0)
 
 
@@ -179,7 +179,7 @@ def test_stalled_reader_does_not_hold_up_the_end_when_draining() -> None:
         client.sendall(GET)
         assert client.recv(1) == b"H"
         program.terminate()
-        program.wait_exit(5)  # 0 or 1: its limit and that of the drain pass at the same time
+        program.wait_exit()  # 0 or 1: its limit and that of the drain pass at the same time
 
 
 @pytest.mark.parametrize("exec_timeout", ["0", "500ms"])
@@ -189,8 +189,8 @@ def test_drain_is_bounded_when_a_function_does_not_end(exec_timeout: str) -> Non
         client.sendall(GET)
         program.wait_started()
         program.terminate()
-        program.wait_exit(1 + noise_s() + 1)
-        assert not program.functions()
+        program.wait_exit()
+        program.wait_idle()
         client.recv(65536)
 
 
@@ -206,8 +206,8 @@ def test_client_gets_a_503_when_its_function_outlasts_the_drain(signals_count: i
         answer = call.result()
         assert (answer.status, answer.headers["connection"]) == (503, "close")
         assert "stopping" in answer.text
-        assert program.wait_exit(3) == 1
-        program.wait_idle(0.5)  # what is killed needs a turn of the processor to be gone
+        assert program.wait_exit() == 1
+        program.wait_idle()  # what is killed needs a turn of the processor to be gone
 
 
 def test_client_gets_a_503_when_its_request_has_not_arrived_whole_by_the_end_of_the_drain() -> None:
@@ -217,7 +217,7 @@ def test_client_gets_a_503_when_its_request_has_not_arrived_whole_by_the_end_of_
         program.wait_started()
         program.terminate()
         assert read_all(client).startswith(b"HTTP/1.1 503 ")
-        program.wait_exit(3)
+        program.wait_exit()
 
 
 def test_log_counts_the_requests_in_flight_and_no_idle_connection_when_draining() -> None:
@@ -233,13 +233,17 @@ def test_log_counts_the_requests_in_flight_and_no_idle_connection_when_draining(
 
 
 def test_drain_lasts_as_long_as_a_function_may_when_exec_timeout_is_the_larger() -> None:
-    limits = {"exec_timeout": "1500ms", "write_timeout": "100ms", "healthcheck_interval": "0"}
-    with Program("watchdog", settings("sleep 0.8; echo went") | limits) as program:
+    limits = {"exec_timeout": "1m", "write_timeout": "100ms", "healthcheck_interval": "0"}
+    with Program("watchdog", settings(WAIT_FOR_GO) | limits) as program:
         call = InBackground(lambda: http_request(program.port))
         program.wait_started()
         program.terminate()
+        wait_until(lambda: refuses(program), 15.0, "no more connections accepted")
+        end_s = time.monotonic() + 0.5
+        wait_until(lambda: time.monotonic() > end_s, 15.0, "longer has passed than an answer may take to be sent")
+        (program.temporary / "go").touch()
         assert call.result().text == "went\n"
-        assert program.wait_exit(3) == 0
+        assert program.wait_exit() == 0
 
 
 def test_running_functions_are_killed_when_told_to_stop_twice() -> None:
@@ -249,10 +253,10 @@ def test_running_functions_are_killed_when_told_to_stop_twice() -> None:
             client.sendall(GET)
         program.wait_started(6)
         program.terminate()
-        wait_until(lambda: health(program) == 503, 2.0, "unhealthy")
+        wait_until(lambda: health(program) == 503, 15.0, "unhealthy")
         program.terminate()
-        program.wait_exit(3)
-        program.wait_idle(1.0)  # SIGKILL has been sent; on a busy machine the kernel needs a turn to carry it out
+        program.wait_exit()
+        program.wait_idle()  # SIGKILL has been sent; on a busy machine the kernel needs a turn to carry it out
         for client in clients:
             client.close()
 
@@ -260,7 +264,7 @@ def test_running_functions_are_killed_when_told_to_stop_twice() -> None:
 def test_one_interrupt_is_a_wish_to_stop_when_typed() -> None:
     with Program("watchdog", {"fprocess": "cat", "healthcheck_interval": "300ms"}) as program:
         program.process.send_signal(signal.SIGINT)
-        assert program.wait_exit(3) == 0
+        assert program.wait_exit() == 0
         assert "Traceback" not in program.log()
 
 
@@ -292,10 +296,10 @@ def started_with(code: str) -> list[str]:
 def test_watchdog_serves_and_stops_when_its_parent_left_it_a_mess(prefix: list[str]) -> None:
     settings_ = {"fprocess": "ls /proc/self/fd", "healthcheck_interval": "0"}
     with Program("watchdog", settings_, prefix=prefix) as program:
-        answer = http_request(program.port, timeout_s=5)
+        answer = http_request(program.port)
         assert (answer.status, answer.text) == (200, "0\n1\n2\n3\n")
         program.terminate()
-        assert program.wait_exit(3) == 0
+        assert program.wait_exit() == 0
 
 
 def test_function_ignores_a_signal_only_when_the_parent_of_the_watchdog_did() -> None:
@@ -313,7 +317,7 @@ def test_function_ignores_a_signal_only_when_the_parent_of_the_watchdog_did() ->
 def test_log_tells_the_stages_when_told_to_stop() -> None:
     with Program("watchdog", {"fprocess": "cat", "healthcheck_interval": "100ms"}) as program:
         program.terminate()
-        assert program.wait_exit(3) == 0
+        assert program.wait_exit() == 0
         program.wait_log("SIGTERM")
         program.wait_log("raining")
 

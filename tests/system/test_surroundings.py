@@ -8,16 +8,19 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from faashound import watchdog
 from testkit.harness import (
+    STOP_DEADLINE_S,
     Program,
     clean_environment,
+    command_line_of,
     command_of,
+    crowding,
     free_port,
     http_request,
     wait_until,
@@ -45,7 +48,7 @@ def started_without_streams(name: str, closing: str, environment: dict[str, str]
             assert taken == [Path("/dev/null")] * 3
         finally:
             process.terminate()
-            assert process.wait(15) == 0
+            assert process.wait(STOP_DEADLINE_S * crowding()) == 0
 
 
 @pytest.mark.parametrize("closing", CLOSINGS.values(), ids=CLOSINGS)
@@ -61,7 +64,7 @@ def test_gateway_and_its_worker_serve_when_started_without_standard_streams(tmp_
         accepted = http_request(port, "POST", "/async-function/cat", {}, body)
         assert accepted.status == 202
         status = f"/async-function/{accepted.headers['x-call-id']}"
-        assert b'"done"' in http_request(port, "GET", f"{status}?wait=10s").body
+        wait_until(lambda: b'"done"' in http_request(port, "GET", f"{status}?wait=5s").body, 15.0, "the call is done")
         assert http_request(port, "GET", f"{status}/result").body == body
 
 
@@ -160,17 +163,15 @@ def test_variable_reaches_the_function_only_when_it_would_change_its_watchdog(
     functions = f"[f]\nfprocess = \"sh -c 'echo ${name}'\"\nenvironment = {{ {name} = '{value}' }}\n"
     with System(functions, {"worker": "none"}) as system:
         assert system.request("POST", "/function/f", b"x").text.splitlines()[-1] == value
-        watchdogs = [pid for pid in system.survivors() if command_line(pid).count("faashound.functions.forkserver")]
+        watchdogs = [pid for pid in system.survivors() if b"faashound.functions.forkserver" in command_line_of(pid)]
         assert len(watchdogs) > 1  # the fork server, and what it has forked
         assert all(f"\0{name}={value}" not in variables(pid) for pid in watchdogs)
 
 
-def command_line(pid: int) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_text()
-
-
 def variables(pid: int) -> str:
-    return "\0" + Path(f"/proc/{pid}/environ").read_text()
+    with suppress(OSError):  # it has ended
+        return "\0" + Path(f"/proc/{pid}/environ").read_text()
+    return ""
 
 
 OURS_ALONE = {

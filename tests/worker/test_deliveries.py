@@ -6,15 +6,16 @@ import os
 import signal
 import threading
 import uuid
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import standardwebhooks
 
 from faashound.draining.breakers import FAILURES_COUNT
 from faashound.draining.outcomes import REFUSED_TEXT
-from faashound.draining.shares import LEND_AFTER_S
-from testkit.harness import free_port, noise_s
+from testkit.harness import free_port
 from testkit.system import (
     NOTES_RUN,
     SIGNING_SECRET,
@@ -80,11 +81,17 @@ def test_failing_callback_is_repeated_and_the_function_is_not(system: System) ->
     with Receiver(in_turn(500, 200)) as receiver:
         call_id = system.submit("shell", NOTES_RUN, {"X-Callback-Url": receiver.url()})
         assert system.ended(call_id)["state"] == "done"
-        first, second = receiver.wait_for(2)
+        first, second = receiver.wait_for(2, 30)
         assert first.headers["x-call-id"] == second.headers["x-call-id"] == call_id
         status = system.until(call_id, lambda status: status["callback"]["state"] == "delivered")
         assert (status["attempts"], status["callback"]["attempts"]) == (1, 2)
     assert runs(system).count(call_id) == 1
+
+
+def has_failed(error: str, status: dict[str, Any]) -> bool:
+    """Tell whether a callback has failed with `error` and waits for its next attempt."""
+    callback = status.get("callback", {})
+    return callback.get("state") == "pending" and error in (callback.get("error") or "")
 
 
 def test_callback_that_is_not_answered_in_time_or_at_all_is_tried_again() -> None:
@@ -98,9 +105,8 @@ def test_callback_that_is_not_answered_in_time_or_at_all_is_tried_again() -> Non
         late = system.submit("cat", b"", {"X-Callback-Url": receiver.url()})
         lost = system.submit("cat", b"", {"X-Callback-Url": f"http://127.0.0.1:{free_port()}/"})
         for call_id, error in ((late, "before the deadline"), (lost, "cannot connect")):
-            status = system.until(call_id, lambda status: status.get("callback", {}).get("error"))
-            assert error in status["callback"]["error"]
-            assert (status["state"], status["callback"]["state"]) == ("done", "pending")
+            status = system.until(call_id, partial(has_failed, error), 60)  # one may be late that could not connect
+            assert status["state"] == "done"
         waits.set()
 
 
@@ -118,9 +124,8 @@ def test_callback_follows_a_redirect_that_keeps_method_and_body(system: System, 
 def test_callback_follows_no_other_redirect_and_is_tried_again(system: System) -> None:
     with Receiver(always(302, {"Location": "/new"})) as receiver:
         call_id = system.submit("cat", b"hello", {"X-Callback-Url": receiver.url("/old")})
-        status = system.until(call_id, lambda status: status.get("callback", {}).get("status") == 302)
-        assert status["callback"]["state"] == "pending"
-        assert [got.path for got in receiver.received()] == ["/old"]
+        system.until(call_id, partial(has_failed, "302"))
+        assert {got.path for got in receiver.received()} == {"/old"}
 
 
 @pytest.mark.parametrize(
@@ -180,7 +185,7 @@ def test_callback_whose_stored_result_is_lost_is_given_up_with_the_reason_after_
     settled = System(settings={"callback_retry_attempts": "2"})
     with Receiver(lose) as receiver, settled as system:
         call_id = system.submit("cat", b"x" * 200_000, {"X-Callback-Url": receiver.url()})
-        status = system.until(call_id, lambda status: status.get("callback", {}).get("state") == "dead")
+        status = system.until(call_id, lambda status: status.get("callback", {}).get("state") == "dead", 30)
         assert (status["state"], status["status"], status["callback"]["attempts"]) == ("done", 200, 2)
         assert status["callback"]["error"] == "gave up after 2 attempts: the file of a stored body is gone"
         assert len(receiver.received()) == 1, "nothing goes out under the function's status that is not its answer"
@@ -201,7 +206,7 @@ def test_callback_is_delivered_at_once_beside_a_receiver_that_hangs() -> None:
         for count in range(1, 4):
             call_id = system.submit("cat", b"", {"X-Callback-Url": healthy.url()})
             assert system.ended(call_id)["state"] == "done"
-            healthy.wait_for(count, LEND_AFTER_S + noise_s())
+            healthy.wait_for(count, 15)  # the hanging ones have half a minute
         assert len(hanging.received()) == 4
         waits.set()
 
@@ -213,14 +218,14 @@ def test_callbacks_to_a_receiver_that_hangs_wait_until_it_answers_again() -> Non
         answers.wait(60)
         return 200, {}, b""
 
-    with Receiver(stalls) as receiver, System(settings={"callback_timeout": "200ms"}) as system:
+    with Receiver(stalls) as receiver, System(settings={"callback_timeout": "2s"}) as system:
         for _ in range(FAILURES_COUNT):
             system.submit("cat", b"", {"X-Callback-Url": receiver.url()})
         system.wait_log(f"callbacks to 127.0.0.1:{receiver.port} are held back")
         call_id = system.submit("cat", b"", {"X-Callback-Url": receiver.url("/later")})
         assert system.ended(call_id)["state"] == "done"
         answers.set()
-        status = system.until(call_id, lambda status: status["callback"]["state"] == "delivered", 15)
+        status = system.until(call_id, lambda status: status["callback"]["state"] == "delivered", 30)
         assert status["callback"]["attempts"] == 1
         system.wait_log(f"callbacks to 127.0.0.1:{receiver.port} are sent again")
         assert [got.path for got in receiver.received()].count("/later") == 1
@@ -236,7 +241,7 @@ def test_callback_that_kills_each_worker_is_given_up() -> None:
     with Receiver(stalls) as receiver, System(settings={"callback_retry_attempts": "1"}) as system:
         call_id = system.submit("cat", b"", {"X-Callback-Url": receiver.url()})
         for begun in range(1, 5):
-            receiver.wait_for(begun)
+            receiver.wait_for(begun, 30)
             os.kill(system.worker_pid(), signal.SIGKILL)
         status = system.until(call_id, lambda status: status["callback"]["state"] == "dead")
         assert (status["state"], status["attempts"], status["callback"]["attempts"]) == ("done", 1, 5)

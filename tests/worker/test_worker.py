@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from testkit.harness import free_port, http_request, run
+from testkit.harness import free_port, http_request, run, wait_until
 from testkit.system import (
     SIGNING_SECRET,
     System,
@@ -51,9 +51,10 @@ def test_worker_answers_healthz_and_metrics() -> None:
         assert http_request(port, "GET", "/healthz").text == "OK"
         assert http_request(port, "HEAD", "/healthz").status == 200
         assert http_request(port, "POST", "/healthz").status == 405
+        idle = 'worker_in_flight{kind="call"} 0.0'  # a moment after its end is known
+        wait_until(lambda: idle in http_request(port, "GET", "/metrics").text, 15, "nothing in flight")
         text = http_request(port, "GET", "/metrics").text
     assert 'worker_attempts_total{function_name="cat.openfaas-fn",outcome="200"} 1.0' in text
-    assert 'worker_in_flight{kind="call"} 0.0' in text
 
 
 @pytest.mark.parametrize("path", ["/metrics", "/healthz"])

@@ -30,7 +30,7 @@ from faashound.draining.metrics import InvocationCounters
 from faashound.draining.outcomes import REFUSED_TEXT, outcome_of_error
 from faashound.queues.spool.queue import Spool
 from faashound.watchdog import OutOfResources, PeerGone, Unreachable, UpstreamTimeout, parse_url
-from testkit.harness import free_port, noise_s, run, wait_until
+from testkit.harness import free_port, run, wait_until
 from testkit.queue_kit import QUEUE, new_call
 from testkit.system import (
     NOTES_RUN,
@@ -57,11 +57,13 @@ def test_several_workers_run_each_call_once() -> None:
 
 def test_sigterm_lets_what_runs_finish_and_claims_nothing_more() -> None:
     with System(settings={"worker": "none"}) as system:
-        running = system.submit("shell", b"sleep 1")
+        running = system.submit("shell", b'until [ -e "$TMPDIR/go" ]; do sleep 0.02; done')
         with Worker(system, {"max_inflight": "1"}) as worker:
             system.until(running, lambda status: status["state"] == "running")
             waiting = system.submit("cat")
             worker.terminate()
+            worker.wait_log("draining: 1 at work")
+            (system.temporary / "go").touch()
             assert worker.wait_exit() == 0
         assert system.status(running)["state"] == "done"
         assert system.status(waiting)["state"] == "queued"
@@ -73,7 +75,7 @@ def test_worker_hands_back_what_does_not_finish_in_time_and_another_runs_it() ->
         with Worker(system, {"drain_timeout": "200ms"}) as worker:
             system.wait_started(2)
             worker.terminate()
-            assert worker.wait_exit(5) == 0
+            assert worker.wait_exit() == 0
         status = system.status(call_id)
         assert (status["state"], status["attempts"]) == ("queued", 0)
         system.wait_idle()
@@ -87,14 +89,14 @@ def test_idle_worker_stops_at_once() -> None:
         started_s = time.monotonic()
         worker.terminate()
         assert worker.wait_exit() == 0
-        assert time.monotonic() - started_s < noise_s()
+        assert time.monotonic() - started_s < 25, "neither for drain_timeout nor for the next look"
 
 
 def test_call_that_kills_each_worker_ends_as_a_dead_letter_and_blocks_no_other() -> None:
     with System(settings={"max_retry_attempts": "1"}) as system:
         poison = system.submit("shell", b"exec sleep 60")
         for begun in range(1, 5):
-            system.until(poison, partial(has_begun, begun))
+            system.until(poison, partial(has_begun, begun), 30)
             os.kill(system.worker_pid(), signal.SIGKILL)
         assert system.ended(system.submit("cat", b"hello"))["state"] == "done"
         ended = system.ended(poison)
@@ -134,12 +136,13 @@ def has_begun(count: int, status: dict[str, Any]) -> bool:
 
 
 def test_suspended_worker_does_not_overwrite_what_its_successor_recorded() -> None:
-    script = NOTES_RUN + b'wc -l <"$TMPDIR/runs"; sleep 0.5'
-    with System(settings={"worker": "none"}) as system, Worker(system, {"ack_wait": "1s"}) as first:
+    script = NOTES_RUN + b'until [ -e "$TMPDIR/go" ]; do sleep 0.02; done; wc -l <"$TMPDIR/runs"'
+    with System(settings={"worker": "none"}) as system, Worker(system, {"ack_wait": "3s"}) as first:
         call_id = system.submit("shell", script)
-        system.wait_started(2)
-        first.process.send_signal(signal.SIGSTOP)
-        with Worker(system, {"ack_wait": "1s"}):
+        wait_until(lambda: runs(system), 15, "it runs")
+        first.suspend()
+        (system.temporary / "go").touch()
+        with Worker(system):
             status = system.ended(call_id)
             assert (status["state"], status["attempts"]) == ("done", 2)
             first.process.send_signal(signal.SIGCONT)
@@ -150,12 +153,12 @@ def test_suspended_worker_does_not_overwrite_what_its_successor_recorded() -> No
 
 def test_worker_that_slept_past_its_own_lease_ends_the_earlier_run() -> None:
     script = NOTES_RUN + b'[ "$(wc -l <"$TMPDIR/runs")" -gt 1 ] || sleep 60; echo second'
-    with System(settings={"worker": "none"}) as system, Worker(system, {"ack_wait": "1s"}) as worker:
+    with System(settings={"worker": "none"}) as system, Worker(system, {"ack_wait": "3s"}) as worker:
         call_id = system.submit("shell", script)
         system.wait_started(2)
-        worker.process.send_signal(signal.SIGSTOP)
+        worker.suspend()
         until_s = rows(system.spool, "SELECT until_s FROM leases")[0]["until_s"]
-        wait_until(lambda: time.clock_gettime(time.CLOCK_BOOTTIME) > until_s, 5, "the lease has run out")
+        wait_until(lambda: time.clock_gettime(time.CLOCK_BOOTTIME) > until_s, 15, "the lease has run out")
         run("worker", ["dead", "list"], {"queue_url": f"spool:{system.spool}"})  # opening takes back
         assert rows(system.spool, "SELECT * FROM leases") == []
         worker.process.send_signal(signal.SIGCONT)
@@ -181,7 +184,7 @@ def test_outcome_is_recorded_when_the_queue_comes_back_and_the_call_does_not_run
     with System() as system:
         call_id = system.submit("shell", NOTES_RUN + b'until [ -e "$TMPDIR/go" ]; do sleep 0.05; done; echo done')
         system.until(call_id, lambda status: status["state"] == "running")
-        wait_until(lambda: runs(system), 5, "it runs")
+        wait_until(lambda: runs(system), 15, "it runs")
         path = system.spool / "spool.sqlite3"
         path.rename(system.spool / "away")
         (system.temporary / "go").touch()
@@ -227,7 +230,7 @@ def test_call_uses_up_no_attempt_when_its_worker_has_no_descriptors(size: int) -
 
 
 def test_results_and_calls_are_kept_as_long_as_asked_and_dead_letters_longer() -> None:
-    with System(settings={"keep_results": "1s", "retention": "3s", "max_retry_attempts": "1"}) as system:
+    with System(settings={"keep_results": "4s", "retention": "9s", "max_retry_attempts": "1"}) as system:
         done, dead = system.submit("cat", b"x"), system.submit("shell", b"exit 1")
         system.ended(done)
         assert system.ended(dead)["state"] == "dead"
@@ -236,9 +239,9 @@ def test_results_and_calls_are_kept_as_long_as_asked_and_dead_letters_longer() -
             return system.request("GET", f"/async-function/{call_id}/result").status
 
         assert result_status(done) == 200
-        wait_until(lambda: result_status(done) == 410, 5, "the result is gone")
+        wait_until(lambda: result_status(done) == 410, 20, "the result is gone")
         assert system.status(done)["state"] == "done"
-        wait_until(lambda: result_status(done) == 404, 8, "the call is forgotten")
+        wait_until(lambda: result_status(done) == 404, 25, "the call is forgotten")
         assert (system.status(dead)["state"], result_status(dead)) == ("dead", 410)
 
 
