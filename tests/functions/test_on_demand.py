@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from faashound.functions import endpoint
+from faashound.functions.forkserver import STATUS_LIMIT_S
 from faashound.functions.local import BadScale, LocalFunctions, UnknownFunction
 from faashound.functions.logs import LogStore
 from faashound.functions.runtime import open_runtime_directory
@@ -295,6 +296,23 @@ def test_calls_go_on_when_the_fork_server_is_killed(log: Log) -> None:
 
     run(test())
     assert "the fork server was ended by SIGKILL" in log
+
+
+def test_why_a_watchdog_has_ended_is_told_though_the_fork_server_is_late(log: Log) -> None:
+    async def test() -> None:
+        async with running(real(SHELL)) as local:
+            first = int((await call(local, "f", b"echo $PPID")).body)
+            server = await fork_server()
+            server.suspend()
+            try:
+                os.kill(first, signal.SIGKILL)
+                await asyncio.sleep(STATUS_LIMIT_S + 0.3)
+            finally:
+                server.resume()
+            await until(lambda: "the watchdog of f " in log, "the end")
+
+    run(test())
+    assert "the watchdog of f was ended by SIGKILL" in log
 
 
 def test_forked_watchdog_leads_its_group_and_holds_no_descriptor_of_the_server() -> None:
