@@ -39,7 +39,8 @@ import socket
 import struct
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NoReturn
 
 from .. import watchdog
@@ -48,6 +49,7 @@ from .supervisor import (
     LISTEN_FD,
     PARENT_DEATH_FD,
     UNKNOWN_STATUS,
+    ManagedProcess,
     ManagedProgram,
     Supervisor,
     kill_child,
@@ -64,7 +66,7 @@ MAX_FDS = 4
 
 ANSWER_LIMIT_S = 10.0  # a fork takes milliseconds; a server that has died is started again meanwhile
 
-STATUS_LIMIT_S = 1.0  # between a process's exit and the word of the server that has reaped it
+STATUS_LIMIT_S = 1.0  # without a word of a process's exit, after which the server that is to reap it is looked at
 
 STDERR_FD = 2
 
@@ -82,18 +84,22 @@ ABOVE_FD = 16  # descriptors that came with a request are lifted above those tha
 class ForkedProcess:
     """A watchdog that the server has forked; see `supervisor.Running`."""
 
-    def __init__(self, pid: int, pidfd: int, status: asyncio.Future[int]) -> None:
+    def __init__(self, pid: int, pidfd: int, status: asyncio.Future[int], server_lives: Callable[[], bool]) -> None:
         self.pid = pid
         self.pidfd = pidfd
         self._status = status
+        self._server_lives = server_lives
 
     async def exited(self) -> int:
         """Wait for its end and return its status, or UNKNOWN_STATUS if the server has died before it."""
         await readable(self.pidfd)
-        try:
-            return await asyncio.wait_for(self._status, STATUS_LIMIT_S)
-        except TimeoutError:
-            return UNKNOWN_STATUS
+        for _ in range(int(ANSWER_LIMIT_S / STATUS_LIMIT_S)):
+            told, _ = await asyncio.wait((self._status,), timeout=STATUS_LIMIT_S)
+            if told:
+                return self._status.result()
+            if not self._server_lives():
+                break
+        return UNKNOWN_STATUS
 
     def close(self) -> None:
         """Kill it if it still runs; the server reaps it."""
@@ -112,6 +118,7 @@ class ForkServer:
         self._statuses: dict[int, asyncio.Future[int]] = {}
         self._cleanup = contextlib.ExitStack()
         self._supervisor: Supervisor | None = None
+        self._server: ManagedProcess | None = None
         self._socket: socket.socket
 
     def start(self) -> None:
@@ -125,7 +132,7 @@ class ForkServer:
         self._cleanup.callback(loop.remove_reader, self._socket)
         self._supervisor = Supervisor()
         command = python_command("faashound.functions.forkserver")
-        self._supervisor.start(ManagedProgram("the fork server", command, self._environ, theirs))
+        self._server = self._supervisor.start(ManagedProgram("the fork server", command, self._environ, theirs))
 
     async def stop(self) -> None:
         """End the server."""
@@ -160,6 +167,14 @@ class ForkServer:
             request = REQUEST.pack(number, program.listener is not None, program.stderr_fd is not None)
             socket.send_fds(self._socket, [request], fds)
 
+    @property
+    def _server_pid(self) -> int | None:
+        return None if self._server is None else self._server.pid
+
+    def _lives(self, server_pid: int | None) -> bool:
+        """Tell whether the server that had this number lives, and is only late with what it has to tell."""
+        return server_pid is not None and server_pid == self._server_pid
+
     def _on_answer(self) -> None:
         try:
             message, fds, _, _ = socket.recv_fds(self._socket, ANSWER.size, 1)
@@ -178,7 +193,7 @@ class ForkServer:
             kind, value = FAILED, errno.EMFILE
         if kind == LAUNCHED:
             status = self._statuses[number] = asyncio.get_running_loop().create_future()
-            process = ForkedProcess(value, fds[0], status)
+            process = ForkedProcess(value, fds[0], status, partial(self._lives, self._server_pid))
             if answer is not None and wanted:
                 answer.set_result(process)
             else:  # the one that asked for it has been cancelled

@@ -17,7 +17,7 @@ from typing import Any, Self
 from faashound.queues.jetstream.connection import Options
 from testkit.harness import free_port, wait_until
 
-START_S = 20.0
+START_S = 60.0  # for what is waited for, since without it nothing goes on
 
 
 def find_program() -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
+
+from nats.js.errors import NotFoundError
 
 from faashound.calls.ids import new_call_id
 from faashound.calls.model import INLINE_BYTES, Attempt, Call, Lease, NewCall, RunEnd, State, StoredBody
@@ -151,7 +154,7 @@ class JetDesk(Desk):
     async def stored_bodies(self) -> set[str]:
         connection = await connect(self.options)
         stream = connection.names.bodies
-        info = await connection.call_api(f"STREAM.INFO.{stream}", {"subjects_filter": ">"})
+        info = await connection.insist(f"STREAM.INFO.{stream}", {"subjects_filter": ">"})
         await connection.close()
         return {subject.split(".")[2] for subject in info["state"].get("subjects") or {}}
 
@@ -159,9 +162,10 @@ class JetDesk(Desk):
         """The servers keep the delays, by their own clock: without a consumer they deliver everything."""
         connection = await connect(self.options)
         stream = connection.names.queue
-        names = await connection.call_api(f"CONSUMER.NAMES.{stream}")
+        names = await connection.insist(f"CONSUMER.NAMES.{stream}")
         for name in names["consumers"] or ():
-            await connection.call_api(f"CONSUMER.DELETE.{stream}.{name}")
+            with contextlib.suppress(NotFoundError):  # an earlier try was heard
+                await connection.insist(f"CONSUMER.DELETE.{stream}.{name}")
         await connection.close()
 
 

@@ -25,7 +25,7 @@ from .flows import Delivery
 from .records import Standing
 
 ASK_COUNT = 4  # questions within TRY_S to an owner
-ANSWERS_S = 0.1  # of silence after which no more answers are awaited
+ANSWERS_S = 0.1  # of silence behind an answer, after which no more are awaited
 
 
 @dataclass(slots=True)
@@ -66,11 +66,11 @@ class Owners:
     async def enlist(self, name: str) -> None:
         """Answer for an owner from now on.  QueueUnavailable if another process does."""
         try:
-            at_work = await self._ask(name, {})
-        except NatsError as error:
-            raise queue_error(error) from error
-        except TimeoutError:
-            raise QueueUnavailable(f"the owner {name} is there but does not answer, or NATS does not") from None
+            at_work = await self._connection.with_retries(lambda _: self._ask(name, {}))
+        except QueueUnavailable as error:
+            raise QueueUnavailable(
+                f"the owner {name} is there but does not answer, or NATS does not: {error}"
+            ) from error
         if at_work is not None:
             raise QueueUnavailable(f"the owner {name} is at work already")
         if not self._owners:
@@ -160,11 +160,13 @@ class Owners:
         inbox = self._connection.listen(on_answer)
         try:
             await self._connection.client.publish(self._names.subject("owners"), b"", inbox)
+            wait_s = TRY_S  # somebody listens, or the servers would have said so
             with contextlib.suppress(TimeoutError):
                 while not nobody:
-                    async with asyncio.timeout(ANSWERS_S):
+                    async with asyncio.timeout(wait_s):
                         await heard.wait()
                     heard.clear()
+                    wait_s = ANSWERS_S
         except NatsError as error:
             raise queue_error(error) from error
         finally:

@@ -17,7 +17,7 @@ from pathlib import Path
 from faashound.calls.names import FunctionName, parse_function_name
 from faashound.functions.local import LocalFunctions
 from faashound.functions.table import Function, parse_functions
-from testkit.harness import Answer, eventually, http_over
+from testkit.harness import Answer, crowding, eventually, http_over
 
 DEADLINE_S = 20.0
 CAT, F = parse_function_name("cat"), parse_function_name("f")
@@ -88,7 +88,7 @@ async def until(condition: Callable[[], object], what: str) -> None:
 async def ask(local: LocalFunctions, name: str) -> dict[str, object]:
     """Return what the stand-in tells of itself."""
     reader, writer = await asyncio.open_unix_connection(local.path(parse_function_name(name)))
-    answer = json.loads(await asyncio.wait_for(reader.read(), DEADLINE_S))
+    answer = json.loads(await asyncio.wait_for(reader.read(), DEADLINE_S * crowding()))
     writer.close()
     await writer.wait_closed()
     assert isinstance(answer, dict)
@@ -98,13 +98,13 @@ async def ask(local: LocalFunctions, name: str) -> dict[str, object]:
 class UnixConnection(http.client.HTTPConnection):
     """An HTTP connection to a Unix socket."""
 
-    def __init__(self, path: Path, timeout_s: float = DEADLINE_S) -> None:
-        super().__init__("localhost", timeout=timeout_s)
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost")
         self._path = path
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(DEADLINE_S)
+        self.sock.settimeout(DEADLINE_S * crowding())
         self.sock.connect(str(self._path))
 
 
@@ -126,7 +126,7 @@ def run(test: Awaitable[None]) -> None:
     """Run a test's coroutine, within bounds."""
 
     async def bounded() -> None:
-        await asyncio.wait_for(test, 3 * DEADLINE_S)
+        await asyncio.wait_for(test, 3 * DEADLINE_S * crowding())
 
     asyncio.run(bounded())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 from collections.abc import AsyncIterator, Iterator
@@ -14,7 +15,7 @@ from faashound.calls.model import QueueUnavailable
 from faashound.functions.bucket import BucketDocuments, BucketShelves
 from faashound.queues.jetstream.bucket import Bucket, ChangedMeanwhile
 from faashound.watchdog import in_thread
-from testkit.harness import Answer, wait_until
+from testkit.harness import Answer, wait_read, wait_until
 from testkit.nats_servers import Cluster
 from testkit.system import System
 from tests.functions.kit import run
@@ -111,7 +112,7 @@ def gateway(cluster: Cluster, prefix: str, state: Path, **settings: str) -> Syst
 
 
 def send(system: System, method: str, what: str, document: object) -> Answer:
-    return system.request(method, f"/system/{what}", json.dumps(document).encode(), JSON_TYPE)
+    return system.request(method, f"/system/{what}", json.dumps(document).encode(), JSON_TYPE, 60.0)
 
 
 def deployment(script: str = "echo one", **more: object) -> dict[str, object]:
@@ -157,7 +158,7 @@ def test_version_that_is_no_good_for_one_gateway_leaves_the_old_one_serving_ther
             update = {**deployment(), "envProcess": "only-here"}
             assert send(one, "PUT", "functions", update).status == 200
             assert one.request("POST", "/function/f").text == "two\n"
-            other.wait_log("the deployed function f.openfaas-fn is disabled: ")
+            other.wait_log("the deployed function f.openfaas-fn is disabled: ", 15)
             assert other.request("POST", "/function/f").text == "one\n"
             assert json.loads(other.request("GET", "/system/function/f").body)["envProcess"] == "sh -c 'echo one'"
             assert send(one, "DELETE", "functions", {"functionName": "f"}).status == 202
@@ -179,12 +180,16 @@ def test_functions_serve_on_while_the_servers_are_away(tmp_path: Path) -> None:
 
 def hang_up_on(cluster: Cluster, system: System, method: str, what: str, document: object) -> None:
     """Ask for a change that the servers do not store before its client has hung up."""
-    server, headers = cluster.servers[0], JSON_TYPE
+    server, client = cluster.servers[0], http.client.HTTPConnection("127.0.0.1", system.port)
     server.pause()
     try:
+        client.request(method, f"/system/{what}", json.dumps(document).encode(), JSON_TYPE)
+        wait_read(client.sock)
+        client.sock.settimeout(1.0)
         with pytest.raises(TimeoutError):
-            system.request(method, f"/system/{what}", json.dumps(document).encode(), headers, timeout_s=1.0)
+            client.getresponse()
     finally:
+        client.close()
         server.resume()
 
 

@@ -152,7 +152,7 @@ def test_stop_ends_every_watchdog_however_it_takes_signals(
         assert not exists(pid)  # not even as a zombie
 
     run(test())
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before  # what another test has left may have gone
     assert "error" not in log
 
 
@@ -181,7 +181,7 @@ def test_start_that_runs_out_of_descriptors_closes_what_it_opened(stand_in: tupl
                 local.open()
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert len(os.listdir("/proc/self/fd")) <= before  # what another test has left may have gone
 
     run(test())
 

@@ -84,7 +84,7 @@ def test_directory_is_bound_with_and_without_privileges_and_the_user_stays(
     (tmp_path / "token").write_text("secret\n")
     python = os.path.realpath(sys.executable)  # not the environment's, for the same reason
     command = [*machine(), *prefix, python, "-I", "-c", BINDS, str(tmp_path), SECRETS_PATH]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert ran.returncode == 0, ran.stderr
     secret, uid, gid, permitted = ran.stdout.splitlines()
     assert secret == "secret"
@@ -105,4 +105,4 @@ def test_functions_log_says_where_the_secrets_are_not(tmp_path: Path) -> None:
         document = {"service": "f", "image": "process", "envProcess": "/bin/sh", "secrets": ["one"]}
         assert send(system, "POST", "functions", document).status == 202
         assert system.request("POST", "/function/f", b"cat $secret_mount_path/one").text == "x"
-        system.wait_log(f"the secrets are where secret_mount_path says, and not at {SECRETS_PATH}: ")
+        system.wait_log(f"the secrets are where secret_mount_path says, and not at {SECRETS_PATH}: ", 15)

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from faashound.functions import endpoint
+from faashound.functions.forkserver import STATUS_LIMIT_S
 from faashound.functions.local import BadScale, LocalFunctions, UnknownFunction
 from faashound.functions.logs import LogStore
 from faashound.functions.runtime import open_runtime_directory
@@ -37,9 +38,14 @@ def connect_to(local: LocalFunctions) -> socket.socket:
     return connection
 
 
-def fork_server() -> psutil.Process:
-    """Return the fork server of this process."""
-    (found,) = psutil.Process().children()
+async def fork_server(but: psutil.Process | None = None) -> psutil.Process:
+    """Return the fork server of this process, once there is one beside the one that is `but` just ending."""
+
+    def others() -> list[psutil.Process]:
+        return [each for each in psutil.Process().children() if each != but]
+
+    await until(others, "a fork server")
+    (found,) = others()
     return found
 
 
@@ -201,14 +207,20 @@ def test_replicas_are_as_many_as_asked_for() -> None:
     run(test())
 
 
-def test_function_gets_more_replicas_when_more_calls_are_in_flight_and_fewer_when_they_have_ended() -> None:
+def test_function_gets_more_replicas_when_more_calls_are_in_flight_and_fewer_when_they_have_ended(
+    tmp_path: Path,
+) -> None:
     text = SHELL + 'labels = { com.openfaas.scale.max = "3", com.openfaas.scale.target = "2" }'
+    gate = tmp_path / "gate"
+    script = f"while [ ! -e {gate} ]; do sleep 0.05; done".encode()
 
     async def test() -> None:
         async with running(real(text)) as local:
-            calls = [asyncio.create_task(call(local, "f", b"sleep 2; echo $PPID")) for _ in range(8)]
-            await until(lambda: len(local.status()[F].pids) == 3, "three, and no fourth")
-            assert local.status()[F].wanted_count == 3
+            calls = [asyncio.create_task(call(local, "f", script)) for _ in range(8)]
+            await until(lambda: len(local.status()[F].pids) == 3, "three")
+            await asyncio.sleep(2 * endpoint.LOAD_LOOK_S)  # in which there is no fourth
+            assert len(local.status()[F].pids) == local.status()[F].wanted_count == 3
+            gate.touch()
             assert {answer.status for answer in await asyncio.gather(*calls)} == {200}
             assert len(local.status()[F].pids) == 3
             await until(lambda: len(local.status()[F].pids) == 1, "one is enough again")
@@ -274,16 +286,33 @@ def test_calls_go_on_when_the_fork_server_is_killed(log: Log) -> None:
     async def test() -> None:
         async with running(real(SHELL + '[cat]\nfprocess = "cat"')) as local:
             first = int((await call(local, "f", b"echo $PPID")).body)
-            server = fork_server()
+            server = await fork_server()
             server.kill()
             assert int((await call(local, "f", b"echo $PPID")).body) == first
             assert (await call(local, "cat", b"from the next server")).body == b"from the next server"
-            assert fork_server() != server
+            assert await fork_server(but=server) != server
             os.kill(first, signal.SIGKILL)
             assert int((await call(local, "f", b"echo $PPID")).body) != first
 
     run(test())
     assert "the fork server was ended by SIGKILL" in log
+
+
+def test_why_a_watchdog_has_ended_is_told_though_the_fork_server_is_late(log: Log) -> None:
+    async def test() -> None:
+        async with running(real(SHELL)) as local:
+            first = int((await call(local, "f", b"echo $PPID")).body)
+            server = await fork_server()
+            server.suspend()
+            try:
+                os.kill(first, signal.SIGKILL)
+                await asyncio.sleep(STATUS_LIMIT_S + 0.3)
+            finally:
+                server.resume()
+            await until(lambda: "the watchdog of f " in log, "the end")
+
+    run(test())
+    assert "the watchdog of f was ended by SIGKILL" in log
 
 
 def test_forked_watchdog_leads_its_group_and_holds_no_descriptor_of_the_server() -> None:

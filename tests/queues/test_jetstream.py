@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -21,6 +22,7 @@ import nkeys  # type: ignore[import-untyped]
 import pytest
 import uvloop
 from hypothesis import given
+from nats.aio.msg import Msg
 
 from faashound.calls.ids import new_call_id
 from faashound.calls.model import (
@@ -62,7 +64,7 @@ from faashound.queues.jetstream.subjects import FlowName, Names, build_token, pa
 from faashound.queues.nats_settings import NatsSettings
 from faashound.queues.urls import NatsUrl, parse_queue_url
 from faashound.watchdog import BadSettings, CannotStart, PeerGone, parse_settings
-from testkit.harness import ROOT
+from testkit.harness import ROOT, crowding
 from testkit.nats_servers import Cluster
 from testkit.needed import tool
 from testkit.queue_kit import LEASE_S, QUEUE, finish, inline, new_call, read_all
@@ -120,7 +122,7 @@ async def bare(options: Options) -> AsyncIterator[Connection]:
 
 
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(LONG_S):
+    async with asyncio.timeout(LONG_S * crowding()):
         while not await condition():  # noqa: ASYNC110 - nothing announces it
             await asyncio.sleep(0.02)
 
@@ -306,7 +308,7 @@ def test_key_is_free_again_when_its_call_is_deleted(options: Options) -> None:
 
 
 async def claim_one(queue: JetStream, owner: str, lease_s: float = LEASE_S) -> Lease:
-    async with asyncio.timeout(LONG_S):
+    async with asyncio.timeout(LONG_S * crowding()):
         while not (leases := await queue.claim([QUEUE], owner, lease_s, 1)):
             await queue.wait_for_work(LONG_S)
     return leases[0]
@@ -365,8 +367,8 @@ def test_lease_that_is_not_renewed_passes_to_another_worker_though_its_owner_liv
     async def scenario(worker: JetStream, sleeper: JetStream) -> None:
         owner, slow = await worker.enlist(), await sleeper.enlist()
         await worker.put(new_call(due_s=0.0))
-        (lease,) = await sleeper.claim([QUEUE], slow, 1.0, 1)
         began_s = time.monotonic()
+        (lease,) = await sleeper.claim([QUEUE], slow, 1.0, 1)
         again = await claim_one(worker, owner)
         assert again.call.attempts == 2
         assert time.monotonic() - began_s > 0.9
@@ -386,9 +388,9 @@ def test_call_whose_owner_renews_is_not_taken_over_when_the_servers_deliver_it_a
         await worker.put(new_call(due_s=0.0))
         lease = await claim_one(worker, owner, LEASE_S)
         connection = await connect(options)
-        names = await connection.call_api(f"CONSUMER.NAMES.{connection.names.queue}")
+        names = await connection.insist(f"CONSUMER.NAMES.{connection.names.queue}")
         for name in names["consumers"]:  # with it goes what the servers know of the lease
-            await connection.call_api(f"CONSUMER.DELETE.{connection.names.queue}.{name}")
+            await connection.insist(f"CONSUMER.DELETE.{connection.names.queue}.{name}")
         await connection.close()
         assert await other.claim([QUEUE], idle, LEASE_S, 1) == []
         await finish(worker, lease, State.DONE, None)
@@ -442,7 +444,7 @@ def test_leases_that_lapse_together_are_taken_back_once_by_many(options: Options
         assert all(isinstance(end, LeaseLost) for end in failed)
         await one.put(new_call(due_s=0.0))
         runs = 0
-        async with asyncio.timeout(LONG_S):
+        async with asyncio.timeout(LONG_S * crowding()):
             while (await one.stats()).by_state[State.DONE] < 21:
                 for lease in await one.claim([QUEUE], owner, LEASE_S, 30):
                     await finish(one, lease, State.DONE, None)
@@ -453,27 +455,58 @@ def test_leases_that_lapse_together_are_taken_back_once_by_many(options: Options
     with_queues(options, 2, scenario)
 
 
-def test_wake_up_reaches_a_worker_of_the_right_queue(options: Options) -> None:
+def test_wake_up_reaches_a_worker_of_the_right_queue(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flows_module, "WATCH_S", 6 * LONG_S)  # what is not told is not found by another look either
+
     async def scenario(one: JetStream, other: JetStream, gateway: JetStream) -> None:
         owners = {"a": await one.enlist(), "b": await other.enlist()}
         for queue, worker in (("a", one), ("b", other)):
             await gateway.put(new_call(queue=queue, due_s=0.0))
             await finish(worker, (await worker.claim([queue], owners[queue], LEASE_S, 1))[0], State.DONE, None)
             assert await worker.claim([queue], owners[queue], LEASE_S, 1) == []
-        slowest_s = 0.0
         for _ in range(30):
             waiting = asyncio.create_task(other.wait_for_work(LONG_S))
             idle = asyncio.create_task(one.wait_for_work(LONG_S))
-            began_s = time.monotonic()
             await gateway.put(new_call(queue="b", due_s=0.0))
             assert await waiting
             (lease,) = await other.claim(["b"], owners["b"], LEASE_S, 1)
-            slowest_s = max(slowest_s, time.monotonic() - began_s)
             await finish(other, lease, State.DONE, None)
             idle.cancel()
-        assert slowest_s < 1.0
 
     with_queues(options, 3, scenario)
+
+
+def test_owner_is_enlisted_though_the_servers_stand_still_for_longer_than_a_try(
+    server: Cluster, options: Options
+) -> None:
+    async def scenario(queue: JetStream) -> None:
+        server.servers[0].pause()
+        try:
+            enlisting = asyncio.create_task(queue.enlist())
+            await asyncio.sleep(connection_module.TRY_S + 0.2)
+        finally:
+            server.servers[0].resume()
+        await queue.put(new_call(due_s=0.0))
+        assert (await claim_one(queue, await enlisting)).call.attempts == 1
+
+    with_queues(options, 1, scenario)
+
+
+def test_call_counts_as_running_though_its_worker_is_slow_to_say_so(options: Options) -> None:
+    async def scenario(gateway: JetStream) -> None:
+        call = await gateway.put(new_call(due_s=0.0))
+
+        async def answer_late(question: Msg) -> None:
+            await asyncio.sleep(0.5)
+            await question.respond(json.dumps([[call.id, call.function, call.queue]]).encode())
+
+        async with bare(options) as connection:
+            await connection.subscribe(connection.names.subject("owners"), answer_late)
+            await connection.client.flush()
+            by_state = (await gateway.stats()).by_state
+        assert (by_state[State.QUEUED], by_state[State.RUNNING]) == (0, 1)
+
+    with_queues(options, 1, scenario)
 
 
 def test_function_that_appears_is_served_by_workers_that_wait(options: Options) -> None:
@@ -538,10 +571,13 @@ def test_worker_serves_three_hundred_functions(options: Options) -> None:
         owner = await worker.enlist()
         await asyncio.gather(*(gateway.put(new_call(f"f{number}", due_s=0.0)) for number in range(300)))
         served: set[str] = set()
-        while leases := await worker.claim([QUEUE], owner, LEASE_S, 16):
-            served |= {lease.call.function for lease in leases}
-            await asyncio.gather(*(finish(worker, lease, State.DONE, None) for lease in leases))
-        assert len(served) == 300
+        async with asyncio.timeout(LONG_S * crowding()):
+            while len(served) < 300:
+                leases = await worker.claim([QUEUE], owner, LEASE_S, 16)
+                served |= {lease.call.function for lease in leases}
+                await asyncio.gather(*(finish(worker, lease, State.DONE, None) for lease in leases))
+                if not leases:  # what waited here for too long is on its way back to the servers
+                    await worker.wait_for_work(1.0)
 
     with_queues(options, 2, scenario)
 
@@ -650,8 +686,10 @@ def test_what_has_ended_is_forgotten_by_the_servers(options: Options) -> None:
         owner = await queue.enlist()
         await queue.sweep(1, 1)  # tells how long
         call = await queue.put(new_call(due_s=0.0, idempotency_key="k"))
-        await finish(queue, await claim_one(queue, owner), State.DONE, None)
-        assert (await queue.stats()).by_state[State.DONE] == 1
+        lease, ending_s = await claim_one(queue, owner), time.monotonic()
+        await finish(queue, lease, State.DONE, None)
+        is_done = (await queue.stats()).by_state[State.DONE] == 1
+        assert is_done or time.monotonic() - ending_s > 1  # we were so slow that it is forgotten already
 
         async def is_forgotten() -> bool:
             return await queue.get(call.id) is None
@@ -763,7 +801,7 @@ def test_results_wait_for_room_and_are_stored_one_after_another(
         await results_wait(capfd, 2)
         assert not storing.done()
         await queue.drop_body(ballast)
-        async with asyncio.timeout(LONG_S):
+        async with asyncio.timeout(LONG_S * crowding()):
             assert list(await storing) == [RESULT_BYTES, RESULT_BYTES]
         await queue.close()
 
@@ -841,8 +879,8 @@ def test_stream_that_differs_is_told_and_left_as_it_is(options: Options) -> None
         await (await JetStream.open(options)).close()
         name = connection.names.records
         config = await stream_config(connection, name) | {"max_msgs_per_subject": 5}
-        await connection.call_api(f"STREAM.DELETE.{name}")
-        await connection.call_api(f"STREAM.CREATE.{name}", config)
+        await connection.insist(f"STREAM.DELETE.{name}")
+        await connection.insist(f"STREAM.CREATE.{name}", config)
         with pytest.raises(QueueUnavailable, match="max_msgs_per_subject 5, wanted is 1"):
             await JetStream.open(options)
         assert (await stream_config(connection, name))["max_msgs_per_subject"] == 5
@@ -863,8 +901,8 @@ def test_queue_of_an_earlier_version_is_told_and_left_as_it_is(options: Options)
     async def scenario(connection: Connection) -> None:
         name, prefix = connection.names.old_calls, options.prefix
         subjects = [f"{prefix}.{kind}.*" for kind in ("call", "key", "meta")]
-        await connection.call_api(f"STREAM.CREATE.{name}", {"name": name, "subjects": subjects, "storage": "file"})
-        await connection.request(f"{prefix}.call.x", b"a record")
+        await connection.insist(f"STREAM.CREATE.{name}", {"name": name, "subjects": subjects, "storage": "file"})
+        await connection.request(f"{prefix}.call.x", b"a record", LONG_S)
         with pytest.raises(
             QueueUnavailable, match=rf"{name} is the queue of an earlier version \(1 messages\).*drain it"
         ):
@@ -972,7 +1010,6 @@ def test_queue_opens_with_what_the_settings_say_and_not_without(
     if way is login_tls:
         tool("openssl")
     config, environ = way(tmp_path)
-    monkeypatch.setattr(connection_module, "CONNECT_S", 3.0)
     with Cluster(1, config) as cluster:
         scheme = "tls" if way is login_tls else "nats"
         url = parse_queue_url(cluster.servers[0].url.replace("nats:", f"{scheme}:"))
@@ -982,6 +1019,7 @@ def test_queue_opens_with_what_the_settings_say_and_not_without(
             assert trouble_of(queue) is None
             await queue.put(new_call())
             await queue.close()
+            monkeypatch.setattr(connection_module, "CONNECT_S", 3.0)
             with pytest.raises(QueueUnavailable) as caught:
                 await open_queue(url)
             assert SECRET not in str(caught.value)

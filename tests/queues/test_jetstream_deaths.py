@@ -22,7 +22,7 @@ from faashound.calls.ids import new_call_id
 from faashound.calls.model import CallbackState, State
 from faashound.queues.jetstream.connection import Options, connect
 from faashound.queues.jetstream.queue import JetStream
-from testkit.harness import ROOT
+from testkit.harness import ROOT, crowding
 from testkit.nats_servers import Cluster
 from testkit.queue_kit import QUEUE, finish, new_call
 
@@ -130,7 +130,7 @@ async def go_on(options: Options, call_id: str) -> tuple[State, int, CallbackSta
     queue, connection = await JetStream.open(options), await connect(options)
     try:
         owner, runs = await queue.enlist(), 0
-        async with asyncio.timeout(LONG_S):
+        async with asyncio.timeout(LONG_S * crowding()):
             while True:
                 for lease in await queue.claim([QUEUE], owner, LEASE_S, 8):
                     runs += 1
@@ -163,7 +163,7 @@ def test_call_goes_on_when_a_process_dies_between_two_halves(server: Cluster, na
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=LONG_S,
+        timeout=LONG_S * crowding(),
     )
     assert (child.returncode, child.stderr) == (-signal.SIGKILL, "")
     if name == "put: key, not the call":  # nothing was accepted: the caller's next try is the same call

@@ -26,12 +26,14 @@ from faashound.calls.model import FINAL, Lease, LeaseLost, QueueFull, QueueUnava
 from faashound.queues.jetstream.connection import WRITE_S, Options, connect
 from faashound.queues.jetstream.queue import JetStream
 from faashound.watchdog import finished_first
-from testkit.harness import crowding
+from testkit.harness import crowding, eventually
 from testkit.nats_servers import Cluster
 from testkit.queue_kit import QUEUE, finish, inline, new_call
 
 LEASE_S = 12.0
 RECOVERY_S = 60.0  # longest time until everything is well again
+LONGEST_TROUBLE_S = 3 * RECOVERY_S  # a fault lasts, servers start, and then everything is to be well
+PUT_S = WRITE_S + 7.0  # by which a put has an answer, though we stand still for a while; a second WRITE_S is longer
 BATCH = 60  # calls accepted before a fault, and after it
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # nats-py drops connections that come to nothing
@@ -148,7 +150,7 @@ class Traffic:
         self._submitting = False
         left = set(self.ledger.accepted)
         looker = await self.open()
-        deadline_s = time.monotonic() + RECOVERY_S
+        deadline_s = time.monotonic() + RECOVERY_S * crowding()
         while left and time.monotonic() < deadline_s:
             for call_id in list(left):
                 call = await insist(lambda call_id=call_id: looker.get(call_id))  # type: ignore[misc]
@@ -176,21 +178,22 @@ def tell_failure(task: asyncio.Task[None]) -> None:
 
 
 async def insist(work: Callable[[], Awaitable[Any]]) -> Any:
-    """What a worker does: whatever the queue's trouble, again until it is over."""
+    """What a worker does: whatever the queue's trouble, again until it is over; AssertionError if it never is."""
+    end_s = time.monotonic() + LONGEST_TROUBLE_S * crowding()
     while True:
         try:
             return await work()
-        except (QueueUnavailable, QueueFull):
+        except (QueueUnavailable, QueueFull) as error:
+            if time.monotonic() > end_s:
+                raise AssertionError(f"for {LONGEST_TROUBLE_S} s the queue says: {error}") from error
             await asyncio.sleep(0.1)
 
 
-async def until(condition: Callable[[], bool], what: str, deadline_s: float = RECOVERY_S) -> None:
-    try:
-        async with asyncio.timeout(deadline_s):
-            while not condition():  # noqa: ASYNC110 - counts and servers announce nothing
-                await asyncio.sleep(0.02)
-    except TimeoutError:
-        raise AssertionError(f"not within {deadline_s} s: {what}") from None
+async def until(condition: Callable[[], bool], what: str) -> None:
+    async def look() -> bool:
+        return condition()
+
+    await eventually(look, RECOVERY_S, what)
 
 
 @contextlib.asynccontextmanager
@@ -213,7 +216,7 @@ def check(name: str, ledger: Ledger, repeated_count: int = 0) -> None:
     assert not ledger.lost
     assert ledger.accepted <= ledger.runs.keys() | ledger.dead
     assert ledger.repeated_count <= repeated_count
-    assert ledger.slowest_put_s < WRITE_S + 2
+    assert ledger.slowest_put_s < PUT_S
 
 
 class Proxy:
@@ -322,7 +325,7 @@ async def put_one(queue: JetStream, function: str) -> str:
 
 def test_queue_goes_on_when_a_server_is_killed_and_comes_back(cluster: Cluster) -> None:
     async def kill_one(under_way: Traffic, stream: str) -> None:
-        leader = cluster.leader(stream)
+        leader = await asyncio.to_thread(cluster.leader, stream)
         other = next(server for server in cluster.servers if server is not leader)
         other.kill()
         await under_way.reach(BATCH)
@@ -334,7 +337,7 @@ def test_queue_goes_on_when_a_server_is_killed_and_comes_back(cluster: Cluster) 
 
 def test_queue_goes_on_when_the_leader_of_its_stream_is_killed(cluster: Cluster) -> None:
     async def kill_leader(under_way: Traffic, stream: str) -> None:
-        leader = cluster.leader(stream)
+        leader = await asyncio.to_thread(cluster.leader, stream)
         leader.kill()
         await under_way.reach(BATCH)
         leader.start()
@@ -371,7 +374,7 @@ def test_queue_recovers_when_all_servers_are_restarted(cluster: Cluster) -> None
 
 def test_queue_goes_on_when_the_leader_of_its_stream_hangs(cluster: Cluster) -> None:
     async def hang(under_way: Traffic, stream: str) -> None:
-        leader = cluster.leader(stream)
+        leader = await asyncio.to_thread(cluster.leader, stream)
         leader.pause()
         try:
             await under_way.reach(BATCH)
@@ -425,6 +428,28 @@ async def leader_of_consumer(options: Options, stream: str) -> str:
     return leader
 
 
+async def end_due(queue: JetStream, owner: str) -> int:
+    """Run what is due, until there is no more; return how many calls that were."""
+    count = 0
+    while leases := await insist(partial(queue.claim, [QUEUE], owner, LEASE_S, 64)):
+        assert all(lease.call.due_s <= time.time() for lease in leases)
+        await asyncio.gather(
+            *(insist(partial(finish, queue, lease, State.DONE, inline(b"a result"))) for lease in leases)
+        )
+        count += len(leases)
+    return count
+
+
+async def count_queued(queue: JetStream, expected: int) -> int:
+    """How many calls wait; a server that is asked may be behind the others for a moment."""
+    end_s = time.monotonic() + RECOVERY_S
+    while True:
+        found: int = (await insist(queue.stats)).by_state[State.QUEUED]
+        if found == expected or time.monotonic() > end_s:
+            return found
+        await asyncio.sleep(0.1)
+
+
 def test_delayed_calls_survive_a_restart_of_all_servers(cluster: Cluster) -> None:
     count = 10_000
 
@@ -436,22 +461,18 @@ def test_delayed_calls_survive_a_restart_of_all_servers(cluster: Cluster) -> Non
             now_s = time.time()
             due_s = now_s + (3600 if start < count else soon_s)
             await asyncio.gather(*(queue.put(new_call(due_s=due_s, accepted_s=now_s)) for _ in range(250)))
-        assert await queue.claim([QUEUE], owner, LEASE_S, 8) == []  # the servers keep the delays from now on
+        ended = await end_due(queue, owner)  # none, unless we are slow; the servers keep the delays from now on
         for server in cluster.servers:
             server.kill()
         for server in cluster.servers:
             server.start()
         await asyncio.to_thread(cluster.wait_until_healthy)
-        ended = 0
-        deadline_s = time.monotonic() + RECOVERY_S + soon_s
+        deadline_s = time.monotonic() + RECOVERY_S * crowding() + soon_s
         while ended < 250 and time.monotonic() < deadline_s:
-            leases = await insist(partial(queue.claim, [QUEUE], owner, LEASE_S, 64))
-            await asyncio.gather(*(insist(partial(finish, queue, lease, State.DONE, None)) for lease in leases))
-            assert all(lease.call.due_s <= time.time() for lease in leases)
-            ended += len(leases)
-            if not leases:
+            ended += await end_due(queue, owner)
+            if ended < 250:
                 await insist(lambda: queue.wait_for_work(0.5))
-        left = (await queue.stats()).by_state[State.QUEUED]
+        left = await count_queued(queue, count - ended)
         await queue.close()
         return ended, left
 
@@ -472,7 +493,10 @@ def test_worker_that_was_blocked_past_its_lease_changes_nothing_and_goes_on(clus
         sleeper, worker = await JetStream.open(options), await JetStream.open(options)
         owner, other = await sleeper.enlist(), await worker.enlist()
         call = await sleeper.put(new_call(due_s=0.0))
-        (old,) = await sleeper.claim([QUEUE], owner, 1.0, 1)
+        async with asyncio.timeout(RECOVERY_S):
+            while not (held := await sleeper.claim([QUEUE], owner, 1.0, 1)):  # a server may be behind
+                await sleeper.wait_for_work(1)
+        (old,) = held
         asyncio.get_running_loop().call_later(0.05, time.sleep, 2.5)  # it neither renews nor answers for the call
         await asyncio.sleep(0.1)
         async with asyncio.timeout(RECOVERY_S):
@@ -504,15 +528,28 @@ def test_full_stream_refuses_calls_and_goes_on_with_those_it_has(cluster: Cluste
     async def scenario() -> tuple[int, int, int]:
         queue = await JetStream.open(cluster.options(prefix(), max_bytes=300_000))
         accepted = await put_until_full(queue)
-        owner = await queue.enlist()
-        ended = 0
-        while leases := await queue.claim([QUEUE], owner, LEASE_S, 16):
-            await asyncio.gather(*(finish(queue, lease, State.DONE, inline(b"a result")) for lease in leases))
-            ended += len(leases)
-        swept = await queue.sweep(0.0, 0.0)
-        await insist(lambda: queue.put(new_call()))  # as soon as the room is known
+        owner = await insist(queue.enlist)
+        ended = swept = 0
+
+        async def is_empty() -> bool:
+            """Go on as a worker does: a server may be behind, and what was acknowledged in vain comes once more."""
+            nonlocal ended, swept
+            ended += await end_due(queue, owner)
+            if ended >= accepted:  # what ends behind a sweep the servers forget by themselves
+                swept += (await insist(partial(queue.sweep, 0.0, 0.0))).call_count
+            return swept >= accepted
+
+        async def has_room() -> bool:
+            await is_empty()
+            with contextlib.suppress(QueueFull):
+                await queue.put(new_call(due_s=time.time() + 3600))
+                return True
+            return False
+
+        await eventually(is_empty, RECOVERY_S, f"{accepted} calls ended and swept")
+        await eventually(has_room, RECOVERY_S, "room for another call")  # as soon as it is known
         await queue.close()
-        return accepted, ended, swept.call_count
+        return accepted, ended, swept
 
     accepted, ended, swept = uvloop.run(scenario())
     assert accepted == ended == swept

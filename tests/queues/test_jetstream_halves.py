@@ -30,7 +30,7 @@ from faashound.calls.model import (
 from faashound.calls.steps import LOST_ERROR
 from faashound.queues.jetstream.connection import Connection, Options, Write, connect
 from faashound.queues.jetstream.queue import JetStream
-from testkit.harness import eventually
+from testkit.harness import crowding, eventually
 from testkit.nats_servers import Cluster
 from testkit.queue_kit import LEASE_S, QUEUE, finish, inline, new_call, read_all
 
@@ -58,7 +58,7 @@ async def stopped(
     with monkeypatch.context() as patch:
         patch.setattr(Connection, method, stop)
         task = asyncio.get_running_loop().create_task(work, context=context)
-        async with asyncio.timeout(LONG_S):
+        async with asyncio.timeout(LONG_S * crowding()):
             await reached.wait()
     try:
         yield task
@@ -91,7 +91,7 @@ def with_two(options: Options, scenario: Callable[[JetStream, JetStream], Corout
 
 async def claim_one(queue: JetStream, owner: str, kind: str = "call", lease_s: float = LEASE_S) -> Lease:
     claim = queue.claim if kind == "call" else queue.claim_callbacks
-    async with asyncio.timeout(LONG_S):
+    async with asyncio.timeout(LONG_S * crowding()):
         while not (leases := await claim([QUEUE], owner, lease_s, 1)):
             await queue.wait_for_work(1.0)
     return leases[0]
@@ -382,7 +382,7 @@ def test_lease_of_a_claim_is_returned_when_its_next_look_comes_to_nothing(
         call = await worker.put(new_call(due_s=0.0))
         with monkeypatch.context() as patch:
             patch.setattr(Connection, "read_batch", way)
-            async with asyncio.timeout(LONG_S):
+            async with asyncio.timeout(LONG_S * crowding()):
                 leases = await worker.claim([QUEUE], owner, LEASE_S, 2)
         assert [lease.call.id for lease in leases] == [call.id]
         await finish(worker, leases[0], State.DONE, None)
@@ -419,7 +419,7 @@ def test_claim_tells_that_the_stream_is_gone(options: Options) -> None:
         owner = await worker.enlist()
         await worker.put(new_call(due_s=0.0))
         connection = await connect(options)
-        await connection.call_api(f"STREAM.DELETE.{connection.names.queue}")
+        await connection.insist(f"STREAM.DELETE.{connection.names.queue}")
         with pytest.raises(QueueUnavailable, match=r"-queue is gone"):
             await connection.purge(connection.names.queue, connection.names.waiting_of("callback", "x"))
         await connection.close()

@@ -20,7 +20,7 @@ from faashound.queues.jetstream import bodies as bodies_module
 from faashound.queues.jetstream import people as people_module
 from faashound.queues.jetstream.connection import Connection, Options, Write, connect
 from faashound.queues.jetstream.queue import JetStream
-from testkit.harness import crowding, eventually
+from testkit.harness import eventually
 from testkit.queue_kit import QUEUE, finish, inline, new_call, read_all
 
 LONG_S = 20.0
@@ -148,7 +148,8 @@ async def slow_result(started: asyncio.Event, go_on: asyncio.Event) -> AsyncIter
 def test_result_that_comes_slowly_is_not_swept_while_it_comes(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bodies_module, "SIGN_S", crowding())
+    monkeypatch.setattr(bodies_module, "SIGN_S", 1.0)
+    monkeypatch.setattr(bodies_module, "SIGNS_COUNT", 60)  # that the servers keep it for is no matter of this test
 
     async def scenario(connection: Connection, worker: JetStream, sweeper: JetStream) -> None:
         started, go_on = asyncio.Event(), asyncio.Event()
@@ -161,15 +162,14 @@ def test_result_that_comes_slowly_is_not_swept_while_it_comes(
     with_queues(options, 2, scenario)
 
 
-async def has_more(connection: Connection, subject: str, than: int) -> bool:
-    return await connection.count(subject) > than
+async def has_sign(connection: Connection) -> bool:
+    found = await connection.read_batch(connection.names.subject("meta", "*"), 1)
+    return any(".writing-" in each.subject for each in found)
 
 
 async def spared_by_a_sign(connection: Connection, sweeper: JetStream, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wait for a sign of the body that is being written; see that a sweep of all that is old leaves the body."""
-    sign = connection.names.subject("meta", "*")
-    before = await connection.count(sign)
-    await eventually(lambda: has_more(connection, sign, before), LONG_S, "a sign")
+    await eventually(lambda: has_sign(connection), LONG_S, "a sign")
     with monkeypatch.context() as later:
         later.setattr(bodies_module, "ORPHAN_S", -1.0)
         assert (await sweeper.sweep(60, 60)).file_count == 0
@@ -178,7 +178,8 @@ async def spared_by_a_sign(connection: Connection, sweeper: JetStream, monkeypat
 def test_result_that_waits_for_room_is_not_swept_while_it_waits(
     options: Options, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bodies_module, "SIGN_S", crowding())
+    monkeypatch.setattr(bodies_module, "SIGN_S", 1.0)
+    monkeypatch.setattr(bodies_module, "SIGNS_COUNT", 60)  # that the servers keep it for is no matter of this test
     monkeypatch.setattr(bodies_module, "ROOM_PAUSE_S", 0.02)
 
     async def scenario(connection: Connection, worker: JetStream, sweeper: JetStream) -> None:
@@ -188,8 +189,12 @@ def test_result_that_waits_for_room_is_not_swept_while_it_waits(
         call = await worker.put(new_call(due_s=0.0, body=ballast))
         (lease,) = await worker.claim([QUEUE], owner, LONG_S, 1)
         storing = asyncio.create_task(worker.store_result(in_pieces(8)))
+
+        async def waits() -> bool:
+            return "a result waits to be stored" in capfd.readouterr().err
+
+        await eventually(waits, LONG_S, "a result that waits")
         await spared_by_a_sign(connection, sweeper, monkeypatch)
-        assert "a result waits to be stored" in capfd.readouterr().err
         assert not storing.done()
         await finish(worker, lease, State.DONE, None)
         assert await worker.purge(state=State.DONE, call_id=call.id) == 1

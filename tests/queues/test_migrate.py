@@ -116,7 +116,7 @@ import asyncio, sys
 from pathlib import Path
 from faashound.queues.jetstream.connection import Options
 from faashound.queues.jetstream.queue import JetStream
-from faashound.migrate import migrate
+from faashound.queues.migrate import migrate
 async def main():
     target = await JetStream.open(Options((sys.argv[2],), prefix=sys.argv[3]))
     print("ready", flush=True)
@@ -147,7 +147,7 @@ def test_migrate_neither_loses_nor_doubles_a_call_when_it_is_killed_again_and_ag
         )
         assert mover.stdout is not None
         with mover.stdout:
-            mover.stdout.readline()
+            assert mover.stdout.readline() == b"ready\n"
             time.sleep(chance.uniform(0.05, 0.3))  # somewhere in the middle of it
             mover.kill()
             mover.wait()

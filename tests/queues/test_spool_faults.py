@@ -546,10 +546,13 @@ def test_sweep_does_not_wait_for_a_reader(desk: Desk) -> None:
     reader = sqlite3.connect(desk.directory / DATABASE, isolation_level=None)
     reader.execute("BEGIN")
     reader.execute("SELECT * FROM calls").fetchone()
-    desk.put()
-    began_s = time.monotonic()
-    desk.do(desk.spool.sweep(3600, DAY_S))
-    assert time.monotonic() - began_s < BUSY_S / 2
+    took_s = []
+    for _ in range(3):  # one that waits for the reader does so each time
+        desk.put()
+        began_s = time.monotonic()
+        desk.do(desk.spool.sweep(3600, DAY_S))
+        took_s.append(time.monotonic() - began_s)
+    assert min(took_s) < BUSY_S / 2
     reader.close()
 
 
@@ -563,19 +566,23 @@ def test_reading_does_not_wait_for_a_writer(desk: Desk) -> None:
 def test_writes_that_come_while_another_waits_for_the_lock_fail_with_it_and_name_the_holder(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(directory, "LOCK_S", 2.0)
+    monkeypatch.setattr(directory, "LOCK_S", 60.0)
     call = new_call(body=desk.do(desk.spool.store_body(BIG)))
 
     async def scenario() -> list[object]:
         first = asyncio.create_task(desk.spool.put(new_call()))
         await writer_has_all(desk.spool)
-        return [*await asyncio.gather(first, desk.spool.put(call), desk.spool.reclaim(), return_exceptions=True)]
+        others = [asyncio.create_task(desk.spool.put(call)), asyncio.create_task(desk.spool.reclaim())]
+        for _ in range(2):  # they submit, and the writer is handed what they have submitted
+            await asyncio.sleep(0)
+        monkeypatch.setattr(directory, "LOCK_S", 0.5)
+        return [*await asyncio.gather(first, *others, return_exceptions=True)]
 
     with (desk.directory / "writer.lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         error, *others = desk.do(scenario())
     assert isinstance(error, QueueUnavailable)
-    assert f"held for 2 s by process {os.getpid()}" in str(error)
+    assert f"held for 0.5 s by process {os.getpid()}" in str(error)
     assert all(other is error for other in others)
     assert desk.body_files() == set()
     assert desk.get(desk.put().id).state is State.QUEUED
@@ -599,12 +606,12 @@ def test_queue_can_be_closed_while_its_lock_is_held(desk: Desk, monkeypatch: pyt
 
 def test_open_and_close_leave_no_descriptors_and_no_threads(tmp_path: Path) -> None:
     Desk(tmp_path / "spool").close()
-    before = sorted(os.listdir("/proc/self/fd")), threading.enumerate()
+    before = {*os.listdir("/proc/self/fd"), *threading.enumerate()}
     desk = Desk(tmp_path / "spool")
     desk.open()
     desk.put()
     desk.close()
-    assert (sorted(os.listdir("/proc/self/fd")), threading.enumerate()) == before
+    assert {*os.listdir("/proc/self/fd"), *threading.enumerate()} <= before  # what another test has left may have gone
     assert sorted(path.name for path in (tmp_path / "spool").iterdir()) == sorted(
         [DATABASE, "bells", "bodies", "owners", "reserve", "token", "writer.lock"]
     )
@@ -614,8 +621,8 @@ def test_open_and_close_leave_no_descriptors_and_no_threads(tmp_path: Path) -> N
 def test_failed_open_leaves_no_descriptors(tmp_path: Path) -> None:
     Desk(tmp_path / "spool").close()
     make_foreign(tmp_path / "spool" / DATABASE)
-    before = sorted(os.listdir("/proc/self/fd"))
+    before = set(os.listdir("/proc/self/fd"))
     for _ in range(3):
         with pytest.raises(QueueDamaged):
             asyncio.run(Spool.open(tmp_path / "spool"))
-    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert set(os.listdir("/proc/self/fd")) <= before
