@@ -20,6 +20,7 @@ from typing import Any, Self
 from faashound.queues.jetstream.connection import Options
 from testkit.harness import wait_until
 
+LEAST_PORTS_COUNT = 20_000
 START_S = 60.0  # for what is waited for, since without it nothing goes on
 
 
@@ -34,9 +35,10 @@ def find_program() -> str:
 
 def free_ports(count: int) -> list[int]:
     """Ports that are free and that the kernel gives to nobody who asks for any: a server that is down keeps its own."""
-    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()[0])
+    given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()[0])
+    lowest = max(given, LEAST_PORTS_COUNT)  # where the kernel gives nearly all of them, some of those
     ports: list[int] = []
-    for port in random.sample(range(lowest // 2, lowest), lowest // 2):
+    for port in random.SystemRandom().sample(range(lowest // 2, lowest), lowest // 2):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             ports.append(port)
