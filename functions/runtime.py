@@ -37,16 +37,33 @@ def open_runtime_directory(environ: Mapping[str, str]) -> Iterator[Path]:
     """Make a directory, and remove it at the end; remove what killed gateways have left.  Raises OSError."""
     parent = parent_directory(environ)
     remove_abandoned(parent)
-    path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-    fd = -1
+    fd = None
+    while fd is None:
+        path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+        try:
+            fd = _hold(path)
+        except OSError:
+            shutil.rmtree(path, ignore_errors=True)
+            raise
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        fcntl.flock(fd, fcntl.LOCK_SH)
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
-        if fd >= 0:
-            os.close(fd)
+        os.close(fd)
+
+
+def _hold(path: Path) -> int | None:
+    """Lock a new directory; None if another gateway has found it before that, and removed it as abandoned."""
+    with contextlib.ExitStack() as stack:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, fd)
+            fcntl.flock(fd, fcntl.LOCK_SH)  # waits until that has done
+            path.stat()
+        except FileNotFoundError:
+            return None
+        stack.pop_all()
+    return fd
 
 
 def remove_abandoned(parent: Path) -> None:

@@ -47,11 +47,10 @@ NOISE_S = 0.6  # what a machine of two cores that runs these tests and nothing e
 TICK_S = 0.001  # of libuv's clock, which knows whole milliseconds only: so much before its time may a timer ring
 OWN_CROWD = 1.0  # processes for each core that the tests are themselves, three at a time, and their programs
 TCP_ESTABLISHED = 1
-FIRST_PORT = 10000  # that tests are given: below are those of services
-PORTS_EACH_COUNT = 1000
+PORTS = range(10_000, 20_000)  # below those that watchdogs choose for servers, and those that the kernel gives
 MARK_NAME = "HARNESS_MARK"  # not FAASHOUND_...: what is named so is not passed on to functions
 
-_PORT_NUMBERS = itertools.count()
+_PORT_NUMBERS = itertools.count(int.from_bytes(os.urandom(2)))  # not of `random`: Hypothesis seeds that for all alike
 _PASSED_ON = re.compile(r"PATH|PYTHONPATH|COVERAGE_.*|COV_CORE_.*")
 
 
@@ -572,19 +571,16 @@ def parse(received: bytes, methods: Sequence[str] = ()) -> list[Answer]:
 
 
 def free_port() -> int:
-    """Return a port that is free, and stays so: the kernel gives it to nobody who asks for any (ip(7)).
+    """Return a port that is free, and that the kernel gives to nobody who asks for any (ip(7)).
 
-    It is of a part of all ports that no other process of tests takes from, unless there are many.
+    Each process of tests goes through them from a place of its own: two that look at once find different ones.
     """
-    lowest, highest = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()
-    below = range(FIRST_PORT, int(lowest))
-    ports = below if len(below) >= PORTS_EACH_COUNT else range(int(highest) + 1, 65536)
-    for number in _PORT_NUMBERS:
-        port = ports[(os.getpid() * PORTS_EACH_COUNT + number) % len(ports)]
+    for _ in PORTS:
+        port = PORTS[next(_PORT_NUMBERS) % len(PORTS)]
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
-            except OSError:  # a service of this machine
+            except OSError:  # somebody has it
                 continue
             return port
-    raise AssertionError("the numbers have no end")
+    raise AssertionError(f"none of {PORTS} is free")

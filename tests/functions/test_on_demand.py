@@ -8,7 +8,9 @@ import itertools
 import os
 import signal
 import socket
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -17,7 +19,7 @@ from faashound.functions import endpoint
 from faashound.functions.forkserver import STATUS_LIMIT_S
 from faashound.functions.local import BadScale, LocalFunctions, UnknownFunction
 from faashound.functions.logs import LogStore
-from faashound.functions.runtime import open_runtime_directory
+from faashound.functions.runtime import open_runtime_directory, parent_directory, remove_abandoned
 from faashound.functions.scaling import LOAD_WINDOW_S, BadLabels, Load, Scale, parse_scale
 from tests.functions.conftest import Log
 from tests.functions.kit import CAT, F, call, exists, few_descriptors, parse, real, run, running, until
@@ -357,6 +359,23 @@ def test_directory_of_a_killed_gateway_is_removed_by_the_next(tmp_path: Path) ->
         assert second.exists()
         assert not abandoned.exists()
     assert not first.exists()
+
+
+def test_directory_that_another_gateway_removes_as_it_is_made_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environ = {"TMPDIR": str(tmp_path)} if len(str(tmp_path)) < 60 else {}
+    made, make = list[str](), tempfile.mkdtemp
+
+    def make_and_remove(**options: Any) -> str:
+        made.append(make(**options))
+        if len(made) == 1:  # another gateway starts before this one holds what it has made
+            remove_abandoned(parent_directory(environ))
+        return made[-1]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", make_and_remove)
+    with open_runtime_directory(environ) as directory:
+        assert (str(directory), directory.exists()) == (made[1], True)
 
 
 @pytest.mark.parametrize(

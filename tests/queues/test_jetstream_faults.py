@@ -89,7 +89,7 @@ class Traffic:
         self._submitting = True
 
     async def open(self, options: Options | None = None) -> JetStream:
-        self.queues.append(await JetStream.open(options or self.options))
+        self.queues.append(await insist(partial(JetStream.open, options or self.options)))
         return self.queues[-1]
 
     async def start(self, submitter: Options | None = None, worker: Options | None = None) -> None:
@@ -455,8 +455,8 @@ def test_delayed_calls_survive_a_restart_of_all_servers(cluster: Cluster) -> Non
 
     async def scenario() -> tuple[int, int]:
         options = cluster.options(prefix())
-        queue = await JetStream.open(options)
-        owner, soon_s = await queue.enlist(), 20 * crowding()
+        queue: JetStream = await insist(partial(JetStream.open, options))
+        owner, soon_s = await insist(queue.enlist), 20 * crowding()
         for start in range(250, count + 250, 250):
             now_s = time.time()
             due_s = now_s + (3600 if start < count else soon_s)
@@ -490,8 +490,8 @@ def test_delayed_calls_survive_a_restart_of_all_servers(cluster: Cluster) -> Non
 def test_worker_that_was_blocked_past_its_lease_changes_nothing_and_goes_on(cluster: Cluster) -> None:
     async def scenario() -> tuple[int, State]:
         options = cluster.options(prefix())
-        sleeper, worker = await JetStream.open(options), await JetStream.open(options)
-        owner, other = await sleeper.enlist(), await worker.enlist()
+        sleeper, worker = [await insist(partial(JetStream.open, options)) for _ in range(2)]
+        owner, other = await insist(sleeper.enlist), await insist(worker.enlist)
         call = await sleeper.put(new_call(due_s=0.0))
         async with asyncio.timeout(RECOVERY_S):
             while not (held := await sleeper.claim([QUEUE], owner, 1.0, 1)):  # a server may be behind
@@ -509,7 +509,8 @@ def test_worker_that_was_blocked_past_its_lease_changes_nothing_and_goes_on(clus
         assert ended is not None
         await worker.close()
         await sleeper.close()
-        return leases[0].call.attempts, ended.state
+        found: tuple[int, State] = leases[0].call.attempts, ended.state
+        return found
 
     assert uvloop.run(scenario()) == (2, State.DONE)
 
@@ -526,7 +527,7 @@ async def put_until_full(queue: JetStream) -> int:
 
 def test_full_stream_refuses_calls_and_goes_on_with_those_it_has(cluster: Cluster) -> None:
     async def scenario() -> tuple[int, int, int]:
-        queue = await JetStream.open(cluster.options(prefix(), max_bytes=300_000))
+        queue: JetStream = await insist(partial(JetStream.open, cluster.options(prefix(), max_bytes=300_000)))
         accepted = await put_until_full(queue)
         owner = await insist(queue.enlist)
         ended = swept = 0
