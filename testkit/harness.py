@@ -429,9 +429,9 @@ class InBackground(Generic[T]):
         return self._results[0]
 
 
-def connect(port: int, host: str = "127.0.0.1", timeout_s: float = REPLY_DEADLINE_S) -> socket.socket:
+def connect(port: int, host: str = "127.0.0.1", timeout_s: float | None = None) -> socket.socket:
     """Return a connected socket that sends each piece at once."""
-    client = socket.create_connection((host, port), timeout=timeout_s)
+    client = socket.create_connection((host, port), timeout=timeout_s or REPLY_DEADLINE_S * crowding())
     client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return client
 
@@ -495,9 +495,9 @@ def wait_closed(client: socket.socket, deadline_s: float) -> None:
     wait_until(is_closed, deadline_s, "the server closed the connection")
 
 
-def read_all(client: socket.socket, timeout_s: float = REPLY_DEADLINE_S) -> bytes:
+def read_all(client: socket.socket, timeout_s: float | None = None) -> bytes:
     """Return all that comes until the server closes; TimeoutError if it has not closed in time."""
-    end_s = time.monotonic() + timeout_s
+    end_s = time.monotonic() + (timeout_s or REPLY_DEADLINE_S * crowding())
     received = bytearray()
     while True:
         client.settimeout(max(end_s - time.monotonic(), 0.001))
@@ -510,9 +510,9 @@ def read_all(client: socket.socket, timeout_s: float = REPLY_DEADLINE_S) -> byte
         received += piece
 
 
-def read_until(client: socket.socket, ending: bytes, timeout_s: float = REPLY_DEADLINE_S) -> bytes:
+def read_until(client: socket.socket, ending: bytes, timeout_s: float | None = None) -> bytes:
     """Return what comes until it ends with `ending`; AssertionError if the server closes first."""
-    client.settimeout(timeout_s)
+    client.settimeout(timeout_s or REPLY_DEADLINE_S * crowding())
     received = bytearray()
     while not received.endswith(ending):
         piece = client.recv(65536)
@@ -521,7 +521,7 @@ def read_until(client: socket.socket, ending: bytes, timeout_s: float = REPLY_DE
     return bytes(received)
 
 
-def raw(port: int, pieces: bytes | Iterable[bytes], timeout_s: float = REPLY_DEADLINE_S) -> bytes:
+def raw(port: int, pieces: bytes | Iterable[bytes], timeout_s: float | None = None) -> bytes:
     """Send `pieces`, each once the server has read the one before; return all it says until it closes.
 
     It must close by itself (the last request says `Connection: close`, or was refused): else TimeoutError.
