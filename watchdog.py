@@ -159,6 +159,7 @@ LONGEST_SWEEP_PAUSE_S = 0.05
 FREEZE_AFTER_COUNT = 3  # sweeps that have found something: then it forks faster than we follow, or is a deep tree
 FREEZE_LIMIT_S = 2.0  # for stopping all of it before it is killed
 SWEEP_LIMIT_S = 5.0  # after that, what SIGKILL does not end (uninterruptible sleep) is reported and left
+GUARD_LOOKS_COUNT = 50  # of the guard's in each of both at least: a fork bomb leaves it little of a processor
 MAX_EXEC_STRING_BYTES = 131072  # one argument or variable (execve(2), MAX_ARG_STRLEN)
 MAX_LOG_LINE_BYTES = 8192  # a longer line of a function's stderr is cut into pieces
 LINES_AT_ONCE_COUNT = 64  # lines of a function's stderr in one turn of the loop
@@ -6809,21 +6810,30 @@ def kill_left(mark_prefix: bytes, sessions: frozenset[int]) -> None:
     """Kill every process that has one of our marks or belongs to one of `sessions`, until two looks find none."""
     is_left = partial(_is_left, mark_prefix=mark_prefix, sessions=sessions)
     stopped: set[int] = set()
-    limit_s = time.monotonic() + FREEZE_LIMIT_S
-    while time.monotonic() < limit_s:  # see `Reaper._freeze`
+    for _ in _guard_looks(FREEZE_LIMIT_S):  # see `Sweeper._freeze`
         found = [pid for pid in _list_processes() if pid not in stopped and is_left(pid)]
         for pid in found:
             signal_if(pid, signal.SIGSTOP, is_left)
         stopped.update(found)
         if not found:
             break
-    empty_count, limit_s = 0, time.monotonic() + SWEEP_LIMIT_S
-    while empty_count < 2 and time.monotonic() < limit_s:
+    empty_count = 0
+    for _ in _guard_looks(SWEEP_LIMIT_S):
         found = [pid for pid in _list_processes() if is_left(pid)]
         for pid in found:
             signal_if(pid, signal.SIGKILL, is_left)
         empty_count = 0 if found else empty_count + 1
+        if empty_count == 2:
+            break
         time.sleep(0.005)
+
+
+def _guard_looks(limit_s: float) -> Iterator[int]:
+    """Yield the numbers of looks from 0 on, for `limit_s` seconds and GUARD_LOOKS_COUNT looks, both."""
+    end_s, number = time.monotonic() + limit_s, 0
+    while number < GUARD_LOOKS_COUNT or time.monotonic() < end_s:
+        yield number
+        number += 1
 
 
 def _is_left(pid: int, mark_prefix: bytes, sessions: frozenset[int]) -> bool:

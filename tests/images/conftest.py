@@ -243,7 +243,8 @@ def call_later(port: int, headers: Mapping[str, str] = {}) -> str:
     accepted = http_request(port, "POST", "/async-function/wordcount", body=b"two words")
     assert accepted.status == 202, accepted
     location = accepted.headers["location"]
-    assert json.loads(http_request(port, "GET", f"{location}?wait=10s", headers).body)["state"] == "done"
+    ended = http_request(port, "GET", f"{location}?wait=40s", headers, timeout_s=60)
+    assert json.loads(ended.body)["state"] == "done"
     return http_request(port, "GET", f"{location}/result", headers).text
 
 

@@ -55,7 +55,7 @@ class Container:
 
     def stop(self) -> None:
         """Stop it by one SIGTERM; it ends in good order."""
-        self._engine.docker("stop", self.id)
+        self._engine.docker("stop", "-t", "30", self.id)
         assert self.inspect("{{.State.ExitCode}}") == "0"
 
 

@@ -16,7 +16,7 @@ from testkit.harness import ROOT, free_port, http_request, said, wait_until
 from testkit.needed import tool
 from tests.images.conftest import Engine, Images, call_later
 
-UP_DEADLINE_S = 60.0
+UP_DEADLINE_S = 180.0
 SERVICES = ("gateway", "worker", "nats", "example-shell", "example-chain", "example-python", "example-picture")
 
 
@@ -39,7 +39,7 @@ class Stack:
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
             check=False,
         )
         assert done.returncode == 0, f"{arguments}:\n{done.stdout}\n{done.stderr}"

@@ -24,14 +24,14 @@ from dataclasses import dataclass
 
 import pytest
 
-from testkit.harness import Program
+from testkit.harness import START_DEADLINE_S, Program
 from testkit.needed import want_root
 from testkit.system import FUNCTIONS, System
 
 CLONE_NEWNET = 0x40000000  # linux/sched.h
 SIOCGIFFLAGS, SIOCSIFFLAGS, SIOCSIFADDR, IFF_UP = 0x8913, 0x8914, 0x8916, 0x1  # linux/sockios.h, net/if.h
 FORBIDDEN = ("169.254.169.254", "10.0.0.1", "192.168.1.1", "100.100.100.200")  # metadata services, private networks
-FLOOD_S = 1.5  # of sending what has no end
+FLOOD_S = 60.0  # of sending what has no end, at the most: until the test has seen enough
 NAME_SERVER = "127.0.0.53"
 NAMES = "127.0.0.1 localhost\n169.254.169.254 rebound\n10.0.0.1 inner\n"  # of /etc/hosts
 WITH_NAMES = 'mount --bind "$0/hosts" /etc/hosts && mount --bind "$0/resolv.conf" /etc/resolv.conf && exec "$@"'
@@ -104,7 +104,8 @@ class Peer:
 
     def __init__(self) -> None:
         self.script: bytes = b""
-        self.repeat: bytes = b""  # said again and again behind it, for FLOOD_S or until the other side has had enough
+        self.repeat: bytes = b""  # said again and again behind it, until `enough` or the other side has had enough
+        self.enough = threading.Event()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self._thread = threading.Thread(target=self._serve, daemon=True)
@@ -122,13 +123,19 @@ class Peer:
             client.recv(65536)
             client.sendall(self.script)
             end_s = time.monotonic() + FLOOD_S
-            while self.repeat and time.monotonic() < end_s:
+            while self.repeat and not self.enough.is_set() and time.monotonic() < end_s:
                 client.sendall(self.repeat)
             client.shutdown(socket.SHUT_WR)
             while client.recv(65536):
                 pass
 
+    def say(self, script: bytes, repeat: bytes) -> None:
+        """Say this from now on."""
+        self.script, self.repeat = script, repeat
+        self.enough.clear()
+
     def close(self) -> None:
+        self.enough.set()
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self._thread.join()
@@ -176,5 +183,5 @@ def world(network: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[W
         stack.callback(forbidden.close)
         stack.enter_context(gateway)
         watchdog = stack.enter_context(Program("watchdog", {"fprocess": "cat"}, prefix=prefix))
-        gateway.wait_log("Draining")
+        gateway.wait_log("Draining", START_DEADLINE_S)
         yield World(gateway, watchdog, forbidden, peer)

@@ -12,6 +12,7 @@ import http.client
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
@@ -24,6 +25,7 @@ from testkit.system import Receiver
 from tests.strangers.conftest import FLOOD_S, World
 
 CPU_S = 1.0  # of processor time that one input may cost its server; the worst ones of old took 26 s
+WATCHED_S = 1.5  # how long others are looked after while something has no end
 OTHERS_S = 0.5  # within which another client is answered meanwhile, on an idle machine
 
 
@@ -39,11 +41,11 @@ SERVERS = tuple(HEALTH)
 
 
 def others_are_served(world: World) -> None:
-    """Fail unless both servers answer another client soon."""
+    """Fail unless both servers answer another client soon: most of the time, as each may stand still for a moment."""
     for name, path in HEALTH.items():
-        answer = http_request(world.program(name).port, "GET", path)
-        assert answer.status == 200, f"{name}: {answer}"
-        assert answer.elapsed_s < OTHERS_S * crowding(), name
+        answers = [http_request(world.program(name).port, "GET", path) for _ in range(5)]
+        assert {answer.status for answer in answers} == {200}, f"{name}: {answers}"
+        assert sorted(answer.elapsed_s for answer in answers)[2] < OTHERS_S * crowding(), name
 
 
 @pytest.fixture(autouse=True)
@@ -117,12 +119,12 @@ FLOODS = {
 }
 
 
-def flood(port: int, start: bytes, unit: bytes) -> None:
-    """Send `unit` again and again for a while, reading nothing."""
+def flood(port: int, start: bytes, unit: bytes, enough: threading.Event) -> None:
+    """Send `unit` again and again until it is `enough`, reading nothing."""
     end_s, piece = time.monotonic() + FLOOD_S, unit * (65536 // len(unit))
     with connect(port, timeout_s=0.2) as client, suppress(OSError):
         client.sendall(start)
-        while time.monotonic() < end_s:
+        while not enough.is_set() and time.monotonic() < end_s:
             with suppress(TimeoutError):
                 client.send(piece)
 
@@ -130,9 +132,13 @@ def flood(port: int, start: bytes, unit: bytes) -> None:
 @pytest.mark.parametrize("server", SERVERS)
 @pytest.mark.parametrize("row", FLOODS)
 def test_others_are_served_when_one_client_sends_without_end(world: World, server: str, row: str) -> None:
-    flooding = InBackground(lambda: flood(world.program(server).port, *FLOODS[row]))
-    while not flooding.done():
-        others_are_served(world)
+    enough, start_s = threading.Event(), time.monotonic()
+    flooding = InBackground(lambda: flood(world.program(server).port, *FLOODS[row], enough))
+    try:
+        while time.monotonic() - start_s < WATCHED_S:
+            others_are_served(world)
+    finally:
+        enough.set()
     flooding.result()
 
 
@@ -212,7 +218,7 @@ def test_callback_of_others_is_delivered_when_names_do_not_resolve(world: World)
         world.gateway.submit("cat", b"x", {"X-Callback-Url": f"http://nowhere-{number}.example/"})
     with Receiver() as receiver:
         world.gateway.submit("cat", b"x", {"X-Callback-Url": receiver.url()})
-        receiver.wait_for(1, 5.0)
+        receiver.wait_for(1, 5.0)  # a name that nobody answers for is given up after ten
 
 
 # What a function elsewhere, or a receiver of callbacks, answers to us.
@@ -246,11 +252,14 @@ REPLIES = {
 
 @pytest.mark.parametrize("row", REPLIES)
 def test_caller_gets_no_whole_answer_and_others_theirs_when_a_function_answers(world: World, row: str) -> None:
-    world.peer.script, world.peer.repeat = REPLIES[row].script, REPLIES[row].repeat
-    before_s = cpu_s(world.gateway.pid)
+    world.peer.say(REPLIES[row].script, REPLIES[row].repeat)
+    before_s, start_s = cpu_s(world.gateway.pid), time.monotonic()
     calling = InBackground(lambda: world.gateway.request("POST", "/function/far", b"x"))
-    while not calling.done():
-        others_are_served(world)
+    try:
+        while not calling.done() and time.monotonic() - start_s < WATCHED_S:
+            others_are_served(world)
+    finally:
+        world.peer.enough.set()
     with suppress(http.client.HTTPException, OSError):  # its beginning was passed on, its end was not
         assert calling.result().status in (502, 504)
     if not REPLIES[row].repeat:
@@ -259,11 +268,12 @@ def test_caller_gets_no_whole_answer_and_others_theirs_when_a_function_answers(w
 
 @pytest.mark.parametrize("row", REPLIES)
 def test_calls_of_others_are_made_when_a_receiver_answers(world: World, row: str) -> None:
-    world.peer.script, world.peer.repeat = REPLIES[row].script, REPLIES[row].repeat
+    world.peer.say(REPLIES[row].script, REPLIES[row].repeat)
     with Receiver() as receiver:
         bad = world.gateway.submit("cat", b"x", {"X-Callback-Url": f"http://127.0.0.1:{world.peer.port}/"})
         good = world.gateway.submit("cat", b"y", {"X-Callback-Url": receiver.url()})
-        receiver.wait_for(1, 5.0)
+        receiver.wait_for(1)
+        world.peer.enough.set()
         assert (world.gateway.ended(good)["attempts"], world.gateway.ended(bad)["attempts"]) == (1, 1)
         world.gateway.until(bad, lambda status: status["callback"]["state"] != "pending")
 

@@ -7,12 +7,14 @@ import shutil
 import signal
 import subprocess
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
 import pytest
 
+from faashound import watchdog
 from testkit import tree
 from testkit.harness import (
     START_DEADLINE_S,
@@ -78,6 +80,20 @@ def test_functions_are_gone_when_the_guard_was_killed_before_the_watchdog() -> N
         wait_until(lambda: not program.survivors(), GONE_S, "functions and guard gone")
         with pytest.raises(ConnectionError):
             call.result()
+
+
+def test_all_is_killed_when_the_guard_has_had_no_processor_for_as_long_as_it_may_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(watchdog, "FREEZE_LIMIT_S", 0.0)
+    monkeypatch.setattr(watchdog, "SWEEP_LIMIT_S", 0.0)
+    mark = uuid.uuid4().hex
+    with subprocess.Popen(["sleep", "60"], env={"FAASHOUND_CALL": f"{mark}.0.call"}) as left:
+        try:
+            watchdog.kill_left(mark.encode(), frozenset())
+            assert left.wait(GONE_S) == -signal.SIGKILL
+        finally:
+            left.kill()
 
 
 def test_guard_holds_nothing_but_its_pipe_when_the_watchdog_was_given_descriptors_far_apart() -> None:
