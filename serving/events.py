@@ -79,6 +79,7 @@ class Events:
         self._depth = history.depth
         self._readers = readers
         self._wanted = asyncio.Event()
+        self._begun = asyncio.Event()
         self._news = asyncio.Event()
         self._draining = False
 
@@ -107,6 +108,7 @@ class Events:
         return Response(200, fields, body, None, math.inf, is_live=True)
 
     async def _follow(self, mark: str | None) -> AsyncGenerator[bytes, None]:
+        await self._begun.wait()  # or what changes between this reader's mark and the one of all would be told to none
         position = self._count
         yield OPENING + await self._catch_up(mark)
         while not self._draining:
@@ -147,10 +149,12 @@ class Events:
         while True:
             await self._wanted.wait()
             await self._begin()
+            self._begun.set()
             while self._readers.count:
                 await asyncio.sleep(LOOKED_EVERY_S)
                 await self._look()
             self._wanted.clear()
+            self._begun.clear()
 
     async def _begin(self) -> None:
         """Learn where the queue stands: what was told to readers before is no matter to those who come now."""

@@ -63,7 +63,6 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     (site / "index.html").write_text("<p>hello</p>\n")
     (site / "zeros").write_bytes(bytes(4 * MIB))
     with System(FUNCTIONS.replace("@SITE@", str(site)), {"max_retry_attempts": "1"}) as system:
-        system.wait_started(2)  # the servers, before a test counts what runs
         yield system
 
 

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
-from faashound.serving.followers import MAX_FOLLOWERS_COUNT, MAX_OF_ADDRESS_COUNT
+from faashound.calls.model import Changes
+from faashound.queues.spool.queue import Spool
+from faashound.serving.events import Events
+from faashound.serving.followers import MAX_FOLLOWERS_COUNT, MAX_OF_ADDRESS_COUNT, Followers
+from faashound.serving.history import History, Sources
+from faashound.watchdog import Body, Request, Scoreboard, Slot, Stream
 from testkit.harness import wait_until
+from testkit.queue_kit import new_call
 from tests.ui.kit import FUNCTIONS, Shown
 
 Event = dict[str, str]
@@ -42,7 +50,7 @@ class Reader:
         return self._data.decode()
 
     def status(self) -> int:
-        wait_until(lambda: "\r\n" in self.read(), 5.0, "an answer")
+        wait_until(lambda: "\r\n" in self.read(), 15.0, "an answer")
         return int(self._data.split(b" ", 2)[1])
 
     def events(self) -> list[Event]:
@@ -68,7 +76,7 @@ class Reader:
 
     def mark(self) -> str:
         """Wait for an event with an id; return the last one."""
-        wait_until(lambda: [event for event in self.events() if "id" in event], 5.0, "an event with an id")
+        wait_until(lambda: [event for event in self.events() if "id" in event], 15.0, "an event with an id")
         return [event["id"] for event in self.events() if "id" in event][-1]
 
 
@@ -81,6 +89,20 @@ def reading(system: Shown, mark: str | None = None) -> Iterator[Reader]:
         reader.close()
 
 
+def readers_with_places(system: Shown, sources: Sequence[str], path: str = "/system/events") -> list[Reader]:
+    """Return a reader for each address, once those that have gone have given their places back."""
+
+    def all_have_places() -> list[Reader]:
+        readers = [Reader(system.port, source=source, path=path) for source in sources]
+        if all(reader.status() == 200 for reader in readers):
+            return readers
+        for reader in readers:
+            reader.close()
+        return []
+
+    return wait_until(all_have_places, 40.0, "places are free")
+
+
 @pytest.fixture(scope="module", params=["1", "3"], ids=["alone", "three"])
 def system(request: pytest.FixtureRequest) -> Iterator[Shown]:
     with Shown(settings={"workers": request.param}) as system:
@@ -90,8 +112,8 @@ def system(request: pytest.FixtureRequest) -> Iterator[Shown]:
 def test_reader_is_told_of_a_call_from_queued_to_its_end(system: Shown) -> None:
     with reading(system) as reader:
         reader.mark()
-        call_id = system.submit("cat", b"x", {"X-Delay": "1500ms"})
-        wait_until(lambda: reader.states_of(call_id)[-1:] == ["done"], 15.0, "the end is told")
+        call_id = system.submit("cat", b"x", {"X-Delay": "4s"})
+        wait_until(lambda: reader.states_of(call_id)[-1:] == ["done"], 30.0, "the end is told")
         assert reader.states_of(call_id)[0] == "queued"
         assert not reader.was_told_more()
 
@@ -111,14 +133,44 @@ def test_reader_that_comes_back_is_told_what_it_has_missed(system: Shown) -> Non
     missed = system.submit("cat", b"x")
     system.ended(missed)
     with reading(system, mark) as reader:
-        wait_until(lambda: reader.states_of(missed), 5.0, "what was missed is told at once")
+        wait_until(lambda: reader.states_of(missed), 15.0, "what was missed is told at once")
         assert reader.states_of(missed)[0] == "done"  # the look that all readers share may tell it once more
 
 
 @pytest.mark.parametrize("mark", ["nonsense", "n1-1", "s99999999-1-1.000000"])
 def test_reader_with_a_mark_of_another_making_is_told_to_read_again(system: Shown, mark: str) -> None:
     with reading(system, mark) as reader:
-        wait_until(reader.was_told_more, 5.0, "more")
+        wait_until(reader.was_told_more, 15.0, "more")
+
+
+class LateSpool(Spool):
+    """A spool that is late to say where it stands when that is asked for the look that all readers share."""
+
+    async def changes(self, mark: str | None, leased_ids: Collection[str], limit: int) -> Changes:
+        if limit == 1:
+            await asyncio.sleep(0.5)
+        return await super().changes(mark, leased_ids, limit)
+
+
+def test_reader_is_told_what_changes_though_the_look_that_all_share_begins_late(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        spool = await LateSpool.open(tmp_path / "spool")
+        history = History(Sources(Slot(Scoreboard()), spool, "spool", None), None, "life")
+        events = Events(spool, history, Followers("events", "", 60.0))
+        looking = asyncio.create_task(events.run())
+        request = Request("GET", b"/system/events", b"/system/events", b"", b"localhost", (), Body(0, lambda: None))
+        told = cast(Stream, events.answer(request).body)
+        pieces = aiter(told)
+        await anext(pieces)
+        call = await spool.put(new_call())
+        async with asyncio.timeout(20):
+            while call.id.encode() not in await anext(pieces):
+                pass
+        await told.aclose()
+        looking.cancel()
+        await spool.close()
+
+    asyncio.run(scenario())
 
 
 LOGS = "/system/logs?name=cat&follow=1"
@@ -126,9 +178,8 @@ LOGS = "/system/logs?name=cat&follow=1"
 
 @pytest.mark.parametrize("path", ["/system/events", LOGS], ids=["events", "logs"])
 def test_one_address_has_no_more_than_its_share_of_the_places(system: Shown, path: str) -> None:
-    readers = [Reader(system.port, path=path) for _ in range(MAX_OF_ADDRESS_COUNT)]
+    readers = readers_with_places(system, ["127.0.0.1"] * MAX_OF_ADDRESS_COUNT, path)
     try:
-        assert [reader.status() for reader in readers] == [200] * MAX_OF_ADDRESS_COUNT
         answer = system.request("GET", path)
         assert (answer.status, answer.headers["retry-after"]) == (503, "5")
         assert answer.text.startswith(f"{MAX_OF_ADDRESS_COUNT} clients of this address follow ")
@@ -141,21 +192,12 @@ def test_one_address_has_no_more_than_its_share_of_the_places(system: Shown, pat
     finally:
         for reader in readers:
             reader.close()
-    wait_until(lambda: system.request("HEAD", path).status == 200, 5.0, "an answer to HEAD, which needs none either")
+    wait_until(lambda: system.request("HEAD", path).status == 200, 15.0, "an answer to HEAD, which needs none either")
 
 
 def test_readers_beyond_the_limit_are_told_to_ask_instead_and_places_are_given_back(system: Shown) -> None:
     sources = [f"127.0.0.{2 + number // MAX_OF_ADDRESS_COUNT}" for number in range(MAX_FOLLOWERS_COUNT)]
-
-    def all_have_places() -> list[Reader]:
-        readers = [Reader(system.port, source=source) for source in sources]
-        if all(reader.status() == 200 for reader in readers):
-            return readers
-        for reader in readers:
-            reader.close()
-        return []
-
-    readers = wait_until(all_have_places, 40.0, "places are free")
+    readers = readers_with_places(system, sources)
     try:
         for reader in readers:
             reader.mark()

@@ -25,7 +25,7 @@ def test_reader_watches_a_call_in_the_list_and_finds_it_by_its_id(browser: Brows
     browser.open(f"{system.url}#/calls?function=cat")
     browser.see("The queue is on NATS", ".hint")
     stay(browser)
-    call_id = system.submit("cat", b"x", {"X-Delay": "2s"})
+    call_id = system.submit("cat", b"x", {"X-Delay": "6s"})
     browser.see("queued", f"tr[data-key='{call_id}']")
     browser.until(lambda: browser.all(f"tr[data-key='{call_id}']", "done"), "it is done in the list", PATIENTLY_S)
     assert browser.run("return window.stays")
@@ -48,11 +48,13 @@ def test_reader_finds_what_runs_and_cancels_it(browser: Browser, system: Shown) 
 
 def test_reader_tries_a_dead_letter_again_and_deletes_it(browser: Browser, system: Shown) -> None:
     call_id = dead_letter(system, "mended")
+    first = system.status(call_id)["finished"]
     browser.open(f"{system.url}#/dead")
     browser.click(f"a[href='#/calls/{call_id}']")
     browser.see("exit status 1")
     browser.click("button", "Try again")
-    browser.until(lambda: system.status(call_id)["state"] == "dead" and not browser.all("dialog"), "it fails again")
+    system.until(call_id, lambda status: status["state"] == "dead" and status["finished"] != first)
+    browser.until(lambda: not browser.all("dialog"), "no question")
     becomes(browser, "dead")
     browser.click("button", "Delete")
     browser.click("dialog button", "Delete")
