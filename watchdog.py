@@ -4546,7 +4546,7 @@ class Sweeper:
             dying.clean_count += 1
         if dying.clean_count == 2:
             dying.gone.set_result(None)
-        elif time.monotonic() > dying.limit_s:
+        elif not dying.clean_count and time.monotonic() > dying.limit_s:
             adopted = [pid for pid, _ in self.reaper.orphans()]
             log.error("processes are left that SIGKILL does not end", pid=dying.process.pid, adopted=adopted)
             dying.gone.set_result(None)

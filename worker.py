@@ -105,7 +105,7 @@ T = TypeVar("T")
 KINDS: tuple[Kind, ...] = ("call", "callback")
 
 PREVENTED_S = 2.0  # before a lease is handed back for want of something that this machine will have again
-LAST_WORD_S = 1.0  # to tell the gateway at the end how many calls were made
+LAST_WORD_S = 5.0  # to tell the gateway at the end how many calls were made
 PROBES_PART = 4  # one slot for so many is for trying destinations again that could not be reached
 ALLOWED_HOSTS_HELP = "host names that /metrics and /healthz answer to, by commas, besides localhost and addresses"
 

@@ -38,7 +38,7 @@ from ..watchdog import (
     spawn_under_own_limit,
 )
 
-KILL_GRACE_S = 2.0  # between "stop at once" and SIGKILL: for a watchdog to end the trees it has started
+KILL_GRACE_S = 5.0  # between "stop at once" and SIGKILL: to end the trees that were started, to hand back calls
 
 
 LISTEN_FD = 3  # systemd's SD_LISTEN_FDS_START

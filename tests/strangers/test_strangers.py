@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import socket
 import threading
 import time
@@ -21,19 +20,13 @@ from dataclasses import dataclass
 import pytest
 
 from testkit.harness import InBackground, connect, crowding, http_request, read_all
+from testkit.inspection import cpu_s
 from testkit.system import Receiver
 from tests.strangers.conftest import FLOOD_S, World
 
 CPU_S = 1.0  # of processor time that one input may cost its server; the worst ones of old took 26 s
 WATCHED_S = 1.5  # how long others are looked after while something has no end
 OTHERS_S = 0.5  # within which another client is answered meanwhile, on an idle machine
-
-
-def cpu_s(pid: int) -> float:
-    """Return the processor time that a process has used so far."""
-    with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
-        fields = file.read().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 HEALTH = {"gateway": "/healthz", "watchdog": "/_/health"}
