@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 from .functions import measure_functions
 from .gateways import measure_claim, measure_drain, measure_enqueue, measure_gateway_workers, measure_idle, measure_sync
+from .latency import measure_callbacks, measure_mixed
 from .limit import prepare_limit
 from .load import NoLoadGenerator, check_load_generator, write_script
 from .modes import measure_modes
@@ -46,6 +47,8 @@ MEASUREMENTS: dict[str, Callable[[Plan, Report], None]] = {
     "enqueue": measure_enqueue,
     "drain": measure_drain,
     "claim": measure_claim,
+    "callbacks": measure_callbacks,
+    "mixed": measure_mixed,
     "idle": measure_idle,
     "workers": measure_workers,
     "gateway-workers": measure_gateway_workers,
