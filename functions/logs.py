@@ -43,6 +43,8 @@ MAX_LINE_BYTES = 16384  # a longer one is cut; those of watchdogs are shorter
 
 READ_BYTES = 65536
 
+GATHER_S = 0.02  # from the first line to the look at it: what comes meanwhile is taken with it
+
 FOLLOW_POLL_S = 0.2
 
 LINES_AT_ONCE_COUNT = 1000  # that a reader takes in one turn of a thread
@@ -217,30 +219,50 @@ class LogPipe:
         self._rest = b""
         self._read_fd, self.fd = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(self._read_fd, False)
-        asyncio.get_running_loop().add_reader(self._read_fd, self._on_readable)
+        self._loop = asyncio.get_running_loop()
+        self._look: asyncio.Handle | None = None
+        self._watch()
 
     def close(self) -> None:
         """Take what is still in the pipe, and close it; its watchdogs have ended."""
-        asyncio.get_running_loop().remove_reader(self._read_fd)
+        self._loop.remove_reader(self._read_fd)
+        if self._look is not None:
+            self._look.cancel()
         os.close(self.fd)
-        while self._on_readable():
+        while self._read():
             pass
         if self._rest:
             self._take([self._rest])
         os.close(self._read_fd)
         self._store.on_pipe_closed(self._function.name)
 
-    def _on_readable(self) -> bool:
+    def _watch(self) -> None:
+        self._look = None
+        self._loop.add_reader(self._read_fd, self._on_readable)
+
+    def _on_readable(self) -> None:
+        """Look at it in a moment: each look costs as much as some lines, which a busy function writes all the time."""
+        self._loop.remove_reader(self._read_fd)
+        self._look = self._loop.call_later(GATHER_S, self._take_some)
+
+    def _take_some(self) -> None:
+        if self._read() == READ_BYTES:
+            self._look = self._loop.call_soon(self._take_some)  # the pipe was full
+        else:
+            self._watch()
+
+    def _read(self) -> int:
+        """Take what one read gives; return how many bytes that were."""
         try:
             data = os.read(self._read_fd, READ_BYTES)
         except BlockingIOError:
-            return False
+            return 0
         *lines, self._rest = (self._rest + data).split(b"\n")
         if len(self._rest) > MAX_LINE_BYTES:
             lines.append(self._rest)
             self._rest = b""
         self._take(lines)
-        return bool(data)
+        return len(data)
 
     def _take(self, lines: list[bytes]) -> None:
         now_s = time.time()

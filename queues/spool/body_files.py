@@ -39,10 +39,11 @@ class BodyFile:
         self._length = length
         self._written = 0
         self._left = memoryview(b"")
-        self.name = uuid.uuid4().hex
+        self.name = ""  # until there is a file: most bodies need none
 
     def create(self) -> None:
         if self._fd < 0:
+            self.name = uuid.uuid4().hex
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             self._fd = os.open(self.name, flags, 0o600, dir_fd=self._bodies_fd)
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -69,7 +70,8 @@ class BodyFile:
 
     def discard(self) -> None:
         self._close()
-        unlink_bodies(self._bodies_fd, [self.name])
+        if self.name:
+            unlink_bodies(self._bodies_fd, [self.name])
 
     def _close(self) -> None:
         if self._fd >= 0:
