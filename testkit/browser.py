@@ -129,7 +129,15 @@ class Browser:
         try:
             return wait_until(look, deadline_s, what)
         except AssertionError as error:
-            raise AssertionError(f"{error}; in sight: {self.text()[:2000]}") from None
+            raise AssertionError(f"{error}; {self.look_of()}; in sight: {self.text()[:2000]}") from None
+
+    def look_of(self) -> str:
+        """Return where the page is, how large its window, and how much of it has been drawn."""
+        script = (
+            "return `${location.href} ${document.readyState} ${innerWidth}x${innerHeight},"
+            " ${document.body.innerHTML.length} characters`"
+        )
+        return str(self.run(script))
 
     def text(self) -> str:
         """Return all that is in sight."""
