@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -35,6 +36,7 @@ from testkit.needed import tool
 T = TypeVar("T")
 
 SEEN_WITHIN_S = 20.0
+STAYS_S = 0.05  # what stays where it is for so long is not about to be moved
 FLAGS = (
     "--headless=new",
     "--disable-background-networking",
@@ -132,10 +134,11 @@ class Browser:
             raise AssertionError(f"{error}; {self.look_of()}; in sight: {self.text()[:2000]}") from None
 
     def look_of(self) -> str:
-        """Return where the page is, how large its window, and how much of it has been drawn."""
+        """Return where the page is, how large its window, how much of it has been drawn, and which files have come."""
         script = (
             "return `${location.href} ${document.readyState} ${innerWidth}x${innerHeight},"
-            " ${document.body.innerHTML.length} characters`"
+            " ${document.body.innerHTML.length} characters, has loaded`"
+            " + performance.getEntriesByType('resource').map(each => ' ' + each.name.split('/ui/').at(-1))"
         )
         return str(self.run(script))
 
@@ -146,11 +149,15 @@ class Browser:
     # -- acting
 
     def click(self, selector: str, text: str = "") -> None:
-        """Click the first such element."""
+        """Click the first such element, once it stays where it is: what is drawn above it would move it away."""
 
         def press() -> bool:
             for each in self.all(selector, text)[:1]:
                 self.run("arguments[0].scrollIntoView({block: 'center'})", each)
+                before = each.rect
+                time.sleep(STAYS_S)
+                if each.rect != before:
+                    return False
                 with suppress(WebDriverException):  # something lies above it yet
                     each.click()
                     return True
