@@ -277,6 +277,21 @@ def test_page_survives_a_restart_of_the_gateway(browser: Browser, tmp_path: Path
         browser.open("about:blank")
 
 
+def test_page_says_so_where_a_part_of_it_does_not_come(browser: Browser, system: Shown) -> None:
+    browser.tell("Network.enable", {})
+    browser.tell("Network.setCacheDisabled", {"cacheDisabled": True})
+    try:
+        browser.tell("Network.setBlockedURLs", {"urls": ["*/ui/format.js"]})
+        browser.open(f"{system.url}#/functions")
+        browser.see("Part of this page is missing", "main")
+        browser.tell("Network.setBlockedURLs", {"urls": []})
+        browser.driver.refresh()
+        browser.see("cat", "td a")
+        browser.complaints()  # of what was blocked
+    finally:
+        browser.tell("Network.disable", {})
+
+
 def test_reader_logs_in_is_refused_and_logs_out(browser: Browser, tmp_path: Path) -> None:
     with Shown(settings=with_password(tmp_path)) as system:
         browser.open(f"{system.url}#/functions")
