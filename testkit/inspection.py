@@ -44,11 +44,6 @@ def cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def processor_ns(pid: int) -> int:
-    """Return the processor time of a process's first thread so far."""
-    return int(Path(f"/proc/{pid}/schedstat").read_text(encoding="ascii").split()[0])
-
-
 def guard_of(program: Program) -> int:
     """Return the number of the watchdog's other process, the child that runs our program as well."""
     (guard,) = children_of(program.pid) & (program.survivors() - program.functions())
