@@ -274,6 +274,7 @@ class Worker:
 
     async def _claim(self) -> bool:
         """Start as much as there is and as there are slots for; tell whether to look again at once."""
+        await self._in_flight.renew_if_late(self._settings.ack_wait_s)
         wishes = [(kind, wanted) for kind in KINDS if (wanted := self._wanted(kind)) is not None]
         try:
             if len(wishes) == 1:  # without a task, so that the claim goes before the outcome that made room for it

@@ -68,6 +68,7 @@ class InFlightTable:
         self._owner = owner
         self._slots = slots
         self._entries: dict[int, InFlight] = {}
+        self._renewed_s = time.clock_gettime(time.CLOCK_BOOTTIME)  # also ticks while the machine is suspended
         self._cancelled_early: frozenset[str] = frozenset()  # calls of this worker that its claim has not returned yet
 
     def add(self, lease: Lease) -> InFlight:
@@ -114,19 +115,28 @@ class InFlightTable:
         """Renew what is at work long before its lease ends, for ever; end what is lost or cancelled."""
         while True:
             await asyncio.sleep(lease_s / RENEWALS_COUNT)
-            leases = [entry.lease for entry in self._entries.values()]
-            if not leases:
-                continue
-            try:
-                renewal = await self._queue.renew(leases, lease_s)
-            except FaashoundError as error:
-                log.error(f"leases could not be renewed: {error}")
-                continue
-            for fence in renewal.lost & self._entries.keys():
-                entry = self._entries[fence]
-                log.warning("the lease was lost; another worker has the call", call_id=entry.lease.call.id)
-                entry.end(EarlyEnd.LOST)
-            self._end_cancelled(renewal.cancelled)
+            await self._renew(lease_s)
+
+    async def renew_if_late(self, lease_s: float) -> None:
+        """Renew if this process has stood still: a claim would take back what has run out, its own leases too."""
+        if time.clock_gettime(time.CLOCK_BOOTTIME) - self._renewed_s > lease_s / 2:
+            await self._renew(lease_s)
+
+    async def _renew(self, lease_s: float) -> None:
+        self._renewed_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+        leases = [entry.lease for entry in self._entries.values()]
+        if not leases:
+            return
+        try:
+            renewal = await self._queue.renew(leases, lease_s)
+        except FaashoundError as error:
+            log.error(f"leases could not be renewed: {error}")
+            return
+        for fence in renewal.lost & self._entries.keys():
+            entry = self._entries[fence]
+            log.warning("the lease was lost; another worker has the call", call_id=entry.lease.call.id)
+            entry.end(EarlyEnd.LOST)
+        self._end_cancelled(renewal.cancelled)
 
     async def watch_cancels(self, timeout_s: float) -> None:
         """End a run as soon as its cancellation is asked for, for ever; the queue is asked each `timeout_s` anyhow."""

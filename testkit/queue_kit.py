@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
 from nats.js.errors import NotFoundError
 
 from faashound.calls.ids import new_call_id
@@ -20,6 +21,8 @@ from faashound.queues.jetstream import bodies as jetstream_bodies
 from faashound.queues.jetstream.connection import Options, connect
 from faashound.queues.jetstream.queue import JetStream
 from faashound.queues.spool.queue import Spool
+
+from .harness import SOON_S, eventually
 
 T = TypeVar("T")
 QUEUE = "faas-request"
@@ -226,3 +229,15 @@ async def pieces(*parts: bytes) -> AsyncIterator[bytes]:
     """Yield `parts`, as a body comes."""
     for part in parts:
         yield part
+
+
+async def results_wait(capfd: pytest.CaptureFixture[str], count: int) -> None:
+    """Return when the log has said of as many results that they wait for room."""
+    told = 0
+
+    async def has_told() -> bool:
+        nonlocal told
+        told += capfd.readouterr().err.count("a result waits to be stored")
+        return told == count
+
+    await eventually(has_told, SOON_S, f"{count} results wait for room")

@@ -2,7 +2,7 @@
 
 What is short stays in memory and goes into a row; what is long goes into a file (body_files.py).  A payload finds room
 or is refused.  A result waits for room, as its function has run and must not run again: one with a known length takes
-all its room at once, the others are written one after another, so that results never wait for each other's rest.
+all its room at once; the others, once they have found none, are written one after another, lest none has all of it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import TypeVar
 
@@ -79,20 +78,30 @@ class Bodies:
         """See `Spool.store_result`."""
         if length is not None and limit_bytes is not None and length > limit_bytes:
             raise BodyTooLarge(limit_bytes)
+        turn = contextlib.AsyncExitStack()  # from the first wait to the end, unless all the room is taken at once
         waited = False
 
         async def write(work: Callable[[], None]) -> None:
             nonlocal waited
-            waited |= await self._write_result(work, length or 0)
+            try:
+                await self._write_result(work)
+            except (QueueFull, QueueUnavailable) as error:
+                if not waited:
+                    waited = True
+                    log.warning(f"a result waits to be stored: {error}")
+                    if not length:
+                        await turn.enter_async_context(self._result_lock)
+                await self._wait_and_write(work, length or 0)
 
-        try:
-            return await self._store(chunks, limit_bytes, BodyFile(self._directory.bodies_fd, length or 0), write)
-        except BodyTooLarge:
-            raise
-        except FaashoundError as error:
-            if not waited or self._closed:
+        async with turn:
+            try:
+                return await self._store(chunks, limit_bytes, BodyFile(self._directory.bodies_fd, length or 0), write)
+            except BodyTooLarge:
                 raise
-            raise ResultLost(f"the answer broke off while it waited for room in the queue: {error}") from error
+            except FaashoundError as error:
+                if not waited or self._closed:
+                    raise
+                raise ResultLost(f"the answer broke off while it waited for room in the queue: {error}") from error
 
     async def _write_body(self, work: Callable[[], None]) -> None:
         """A body that is on its way when the disk gets full is refused as well: its call could not be put."""
@@ -102,31 +111,25 @@ class Bodies:
                 raise QueueFull(DISK_FULL)
         await self._in_thread(work)
 
-    async def _write_result(self, work: Callable[[], None], length: int) -> bool:
-        """Do `work`, which goes on where it stopped, until it succeeds; tell whether it had to wait."""
-        lock: AbstractAsyncContextManager[None] = contextlib.nullcontext() if length else self._result_lock
-
+    async def _write_result(self, work: Callable[[], None]) -> None:
         def write() -> None:
             if not self._reserve.has_half:  # the journal's half is let go of just now: it is not for us
                 raise QueueFull(DISK_FULL)
             work()
 
-        try:
-            await self._in_thread(write)
-            return False
-        except (QueueFull, QueueUnavailable) as error:
-            log.warning(f"a result waits to be stored: {error}")
-        async with lock:
-            while True:
-                if self._reserve.free_bytes + self._reserve.whole_bytes // 2 >= length:
-                    self._reserve.release(0.5)
-                try:
-                    await self._in_thread(write)
-                    return True
-                except (QueueFull, QueueUnavailable):
-                    if self._closed:
-                        raise
-                await asyncio.sleep(ROOM_PAUSE_S)
+        await self._in_thread(write)
+
+    async def _wait_and_write(self, work: Callable[[], None], length: int) -> None:
+        """Do `work`, which goes on where it stopped, until it succeeds."""
+        while True:
+            if self._reserve.free_bytes + self._reserve.whole_bytes // 2 >= length:
+                self._reserve.release(0.5)
+            try:
+                return await self._write_result(work)
+            except (QueueFull, QueueUnavailable):
+                if self._closed:
+                    raise
+            await asyncio.sleep(ROOM_PAUSE_S)
 
     async def _store(
         self,

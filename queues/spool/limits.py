@@ -32,6 +32,9 @@ SET_BACK_S = 60.0  # a wall clock that is set back by less only delays what is d
 RECLAIM_S = 1.0  # shortest time between two looks for dead owners
 
 
+STOOD_STILL_S = 0.5  # a look so late tells that this process stood still, and may renew for as long before it looks
+
+
 KEPT_HEADERS_CHARS = 1024  # of a request's fields, as stored: longer ones go when its payload does
 
 

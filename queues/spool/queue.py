@@ -83,7 +83,7 @@ from . import claims, ends, housekeeping, reads
 from .bodies import Bodies
 from .claims import Claimant, Claimed, Flow, Wanted
 from .housekeeping import START, DropStep, Position
-from .limits import DATABASE, FILE_CHUNK_BYTES, IDLE_S, ORPHAN_S, RECLAIM_S, SET_BACK_S
+from .limits import DATABASE, FILE_CHUNK_BYTES, IDLE_S, ORPHAN_S, RECLAIM_S, SET_BACK_S, STOOD_STILL_S
 from .notifier import WakeUp
 from .owners import boot_s, is_dead, lock_owner, read_boot_id, remove_dead_owners
 from .parts import Parts, open_parts
@@ -117,7 +117,7 @@ class Spool:
         self._bodies = Bodies(parts.directory, parts.reserve, self._tidy)
         self._owners: dict[str, int] = {}
         self._last_flow: dict[Kind, Flow] = {"call": ("", ""), "callback": ("", "")}
-        self._reclaimed_s = -RECLAIM_S
+        self._reclaimed_s = self._woke_s = -RECLAIM_S
         self._greatest_offset_s = self._offset_s()
         self._call_seen_s = self._callback_seen_s = -1e300  # what was due by then has been claimed or reported
         self._work = asyncio.Event()
@@ -338,8 +338,10 @@ class Spool:
         wanted: Wanted,
         claimant: Claimant,
     ) -> list[Lease]:
+        asked_s = boot_s()
+
         def work(tx: Transaction) -> list[Lease]:
-            self._reclaim_sometimes(tx)
+            self._reclaim_sometimes(tx, asked_s)
             leases, self._last_flow[kind] = claim(tx, wanted, self._last_flow[kind], claimant)
             return leases
 
@@ -369,8 +371,19 @@ class Spool:
         """Take back what dead owners hold and what was not renewed in time; return how many. `claim` does it too."""
         return await self._write(self._take_back)
 
-    def _reclaim_sometimes(self, tx: Transaction) -> None:
+    def _reclaim_sometimes(self, tx: Transaction, expected_s: float) -> None:
         if boot_s() - self._reclaimed_s >= RECLAIM_S or self._offset_s() < self._greatest_offset_s - SET_BACK_S:
+            self._take_back_if_awake(tx, expected_s)
+
+    def _take_back_if_awake(self, tx: Transaction, expected_s: float) -> None:
+        """Take back, unless this process has just stood still: then its own leases, run out meanwhile, come first.
+
+        `expected_s` is when this was to be done. A disk that is always slow does not put it off for ever.
+        """
+        now_s = boot_s()
+        if now_s - expected_s > STOOD_STILL_S and now_s - self._woke_s > RECLAIM_S:
+            self._woke_s = now_s
+        if now_s - self._woke_s >= STOOD_STILL_S:
             self._take_back(tx)
 
     def _offset_s(self) -> float:
@@ -448,6 +461,7 @@ class Spool:
             left_s = max(0.0, deadline_s - self._loop.time())
             due_in_s = self._due_in_s(outlook)
             pause_s = min(left_s, due_in_s, RECLAIM_S if outlook.others_lease else IDLE_S)
+            until_s = boot_s() + pause_s
             if await self._waited(self._work, pause_s):
                 return True
             if due_in_s <= pause_s:
@@ -455,7 +469,7 @@ class Spool:
                 return True
             if left_s <= pause_s:
                 return False
-            await self.reclaim()
+            await self._write(partial(self._take_back_if_awake, expected_s=until_s))
         self._work.clear()
         return True
 

@@ -67,7 +67,7 @@ from faashound.watchdog import BadSettings, CannotStart, PeerGone, parse_setting
 from testkit.harness import ROOT, crowding
 from testkit.nats_servers import Cluster
 from testkit.needed import tool
-from testkit.queue_kit import LEASE_S, QUEUE, finish, inline, new_call, read_all
+from testkit.queue_kit import LEASE_S, QUEUE, finish, inline, new_call, read_all, results_wait
 
 LONG_S = 20.0
 NAMES = Names("p")
@@ -767,18 +767,6 @@ BALLAST_BYTES, RESULT_BYTES, ROOM_BYTES = 350_000, 650_000, 1_000_000
 async def in_pieces(count_bytes: int) -> AsyncIterator[bytes]:
     for _ in range(0, count_bytes, 10_000):
         yield bytes(10_000)
-
-
-async def results_wait(capfd: pytest.CaptureFixture[str], count: int) -> None:
-    """Return when the log has said so of as many."""
-    told = 0
-
-    async def has_told() -> bool:
-        nonlocal told
-        told += capfd.readouterr().err.count("a result waits to be stored")
-        return told == count
-
-    await until(has_told)
 
 
 def test_results_wait_for_room_and_are_stored_one_after_another(

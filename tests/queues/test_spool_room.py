@@ -23,12 +23,11 @@ from faashound.calls.model import (
     State,
     StoredBody,
 )
-from faashound.queues.spool.limits import FILE_CHUNK_BYTES
 from faashound.queues.spool.queue import Spool
 from faashound.watchdog import PeerGone
 from testkit.disks import fill
 from testkit.harness import eventually
-from testkit.queue_kit import read_all
+from testkit.queue_kit import read_all, results_wait
 from testkit.spool_kit import LEASE_S, QUEUE, START_S, Desk, Remote, inline, new_call
 
 DISK_BYTES = 2 << 20
@@ -290,7 +289,9 @@ async def in_pieces(body: bytes) -> AsyncIterator[bytes]:
         yield body[start : start + 10_000]
 
 
-def test_results_that_wait_are_stored_one_after_another(small_disk: Path, desk: Desk) -> None:
+def test_results_that_wait_are_stored_one_after_another(
+    small_disk: Path, desk: Desk, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Side by side, none of them would ever have all of its room."""
     count, size = 4, DISK_BYTES // 4
     ballast = fill(small_disk)
@@ -303,14 +304,11 @@ def test_results_that_wait_are_stored_one_after_another(small_disk: Path, desk: 
             return found
 
         storing = [asyncio.create_task(store()) for _ in range(count)]
-        await asyncio.sleep(0)
-        os.truncate(ballast, ballast.stat().st_size - (size + (64 << 10) * count + FILE_BYTES * (count - 1)))
+        await results_wait(capfd, count)
+        os.truncate(ballast, ballast.stat().st_size - (size + (64 << 10) * count))
         return await asyncio.gather(*storing)
 
     assert [len(found) for found in desk.do(scenario())] == [size] * count
-
-
-FILE_BYTES = FILE_CHUNK_BYTES  # what each may have written before it is its turn
 
 
 def test_result_that_breaks_off_while_it_waits_is_told_from_one_that_never_came(small_disk: Path, desk: Desk) -> None:

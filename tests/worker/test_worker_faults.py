@@ -167,6 +167,26 @@ def test_worker_that_slept_past_its_own_lease_ends_the_earlier_run() -> None:
         system.wait_idle()
 
 
+def test_worker_that_stood_still_past_its_lease_keeps_what_no_other_has_taken() -> None:
+    script = NOTES_RUN + b'until [ -e "$TMPDIR/go" ]; do sleep 0.02; done'
+    lease = {"ack_wait": "6s"}
+    with System(settings={"worker": "none"}) as system, Worker(system, lease | {"max_inflight": "1"}) as other:
+        theirs = system.submit("shell", script)
+        system.wait_started(2)
+        with Worker(system, lease | {"max_inflight": "2"}) as worker:
+            ours = system.submit("shell", script)
+            wait_until(lambda: runs(system) == [theirs, ours], 15, "both run")
+            other.suspend()
+            worker.suspend()
+            until_s = max(row["until_s"] for row in rows(system.spool, "SELECT until_s FROM leases"))
+            wait_until(lambda: time.clock_gettime(time.CLOCK_BOOTTIME) > until_s, 15, "the leases have run out")
+            worker.process.send_signal(signal.SIGCONT)
+            wait_until(lambda: runs(system)[2:], 15, "it takes the call of the one that still stands")
+            (system.temporary / "go").touch()
+            assert [system.ended(call_id)["attempts"] for call_id in (theirs, ours)] == [2, 1]
+        other.process.send_signal(signal.SIGCONT)
+
+
 def test_worker_waits_for_a_gateway_that_is_not_there_yet() -> None:
     with System(settings={"worker": "none"}) as system:
         call_id = system.submit("cat")
