@@ -44,7 +44,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -505,7 +505,7 @@ def keep_history(stack: AsyncExitStack, common: Common, queue: Queue, slot: Slot
     base = local_url(common.sockets.own)
     worker = None
     if start.worker is not None and port and base is not None:
-        worker = replace(parse_url(base), port=port, target="/metrics")
+        worker = parse_url(base)._replace(port=port, target="/metrics")
     sources = Sources(slot, queue, kind, worker)
     stack.push_async_callback(sources.client.close)
     history = History(sources, common.kept(HISTORY_FILE), common.life)

@@ -345,14 +345,13 @@ def parse_command(text: str) -> tuple[str, ...]:
     return tuple(words)
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
+class Identity(NamedTuple):
     """As whom functions run: the numbers of user, group and further groups, and the variables that tell of them."""
 
     uid: int
     gid: int
-    groups: Sequence[int] = ()
-    variables: Mapping[str, str] = field(default_factory=dict)
+    groups: Sequence[int]
+    variables: Mapping[str, str]
 
 
 USER_HELP = "allowed: the name of a user, or UID:GID as numbers; not root"
@@ -363,7 +362,7 @@ def parse_user(text: str) -> Identity:
     """Return the user that `text` names, with all groups, or that UID:GID stands for, with that group only."""
     numbers = re.fullmatch(r"([0-9]{1,10}):([0-9]{1,10})", text, re.ASCII)
     if numbers:
-        identity = Identity(int(numbers[1]), int(numbers[2]))
+        identity = Identity(int(numbers[1]), int(numbers[2]), (), {})
     else:
         try:
             found = pwd.getpwnam(text)
@@ -400,8 +399,7 @@ def parse_choice(*choices: str) -> Callable[[str], str]:
     return parse
 
 
-@dataclass(frozen=True, slots=True)
-class Setting:
+class Setting(NamedTuple):
     """One row of a program's table of settings: everything there is to know about one variable.
 
     `default` is written as an operator would type it; None means the variable is required, "" that it is unset.
@@ -521,8 +519,7 @@ def format_settings(kind: type) -> str:
     return "\n".join(lines)
 
 
-@dataclass(frozen=True, slots=True)
-class Url:
+class Url(NamedTuple):
     """An http or https address: `target` is path and query as they go on the request line.
 
     A `host` that begins with a slash is the path of a Unix socket.
@@ -581,7 +578,7 @@ def parse_upstream_url(text: str) -> Url:
     if "?" in plain or "#" in plain:
         raise ValueError("allowed: http(s)://host[:port][/path], without a query")
     is_chosen = urllib.parse.urlsplit(plain).port == 0
-    return dataclasses.replace(url, port=CHOSEN_PORT if is_chosen else url.port, target=url.target.rstrip("/"))
+    return url._replace(port=CHOSEN_PORT if is_chosen else url.port, target=url.target.rstrip("/"))
 
 
 def parse_path(text: str) -> str:
@@ -756,7 +753,7 @@ class Settings:
 # ---------------------------------------------------------------------------------------------------------------
 
 _UNPRINTABLE = [*range(0x09), *range(0x0A, 0x20), *range(0x7F, 0xA0), 0x2028, 0x2029, *range(0xD800, 0xE000)]
-_ESCAPES = {code: chr(code).encode("unicode_escape").decode() for code in _UNPRINTABLE}
+_ESCAPES = {code: repr(chr(code))[1:-1] for code in _UNPRINTABLE}
 
 
 def escape_line(text: str) -> str:
@@ -1406,8 +1403,7 @@ class Stream(Protocol):
         """Release what the pieces come from."""
 
 
-@dataclass(frozen=True, slots=True)
-class FileBody:
+class FileBody(NamedTuple):
     """A body that is a plain file from `offset` on, behind a prefix.  Its consumer must close the file."""
 
     prefix: bytes
@@ -1435,8 +1431,7 @@ class Response:
     switch: Switch | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Switch:
+class Switch(NamedTuple):
     """What follows a 101: `send` passes on what the client sends, until its task ends; given the longest stall in s.
 
     The connection is closed when nothing has come from either side for `idle_s`.
@@ -2307,8 +2302,7 @@ def error_response(error: FaashoundError) -> Response:
     return Response(error.status, (TEXT_PLAIN, *error.headers), f"{error}\n".encode())
 
 
-@dataclass(frozen=True, slots=True)
-class ServerTimeouts:
+class ServerTimeouts(NamedTuple):
     """Seconds to receive a whole request, to send a whole response, and to wait between requests."""
 
     read_s: float
@@ -2377,8 +2371,7 @@ _DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
 
-@dataclass(frozen=True, slots=True)
-class ConnectionLimits:
+class ConnectionLimits(NamedTuple):
     """How many connections one process takes, in all and from one address (see `network_of`)."""
 
     total_count: int = MAX_CONNECTIONS_COUNT
@@ -2558,10 +2551,10 @@ class Server:
         timeouts: ServerTimeouts,
         on_refused: Callable[[Request | None, FaashoundError], None] = lambda request, error: None,
         slot: Slot | None = None,
-        limits: ConnectionLimits = ConnectionLimits(),
+        limits: ConnectionLimits | None = None,
     ) -> None:
         self._slot = slot or Slot(Scoreboard())
-        self._roster = Roster(limits)
+        self._roster = Roster(limits or ConnectionLimits())
         self._refused_count = 0
         self._told_s = -math.inf
         self.handler = handler
@@ -3447,8 +3440,7 @@ class Client:
         self._idle.clear()
 
 
-@dataclass(frozen=True, slots=True)
-class Upgrade:
+class Upgrade(NamedTuple):
     """In place of a request's body: the wish to switch to another protocol (RFC 9110 7.8)."""
 
     protocols: bytes  # as Upgrade has them
@@ -4150,8 +4142,7 @@ def find_program(name: str, path: str | None) -> str:
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class ProcessResult:
+class ProcessResult(NamedTuple):
     """How a call ended: `status` is the wait status of its process, `output` what it wrote (and `stderr` if joined)."""
 
     pid: int
@@ -5713,8 +5704,7 @@ async def serve_metrics(collector: Collector, request: Request) -> Response:
     return Response(200, ((b"Content-Type", kind),), prometheus.generate_latest(registry))
 
 
-@dataclass(frozen=True, slots=True)
-class ModeParts:
+class ModeParts(NamedTuple):
     """What modes are made of; `roots` are the processes of the first worker process, which all can see."""
 
     slot: Slot
@@ -5982,7 +5972,7 @@ class Streaming(Serializing):
             self._whole_head(call, data)  # raises
         output = Output()
         output.append(data)
-        response = self._response(request, call, dataclasses.replace(result, output=output))
+        response = self._response(request, call, result._replace(output=output))
         call.ended(response, result)
         return response
 
@@ -6956,8 +6946,7 @@ def function_environment(environ: Mapping[str, str], user: Identity | None = Non
     return {os.fsencode(name): os.fsencode(value) for name, value in (inherited | given).items()}
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerContext:
+class WorkerContext(NamedTuple):
     """What a process that serves is given: its slot, its parent-death pipe, and what to call once it serves."""
 
     slot: Slot
@@ -6965,8 +6954,7 @@ class WorkerContext:
     on_serving: Callable[[], None]
 
 
-@dataclass(frozen=True, slots=True)
-class ListenSockets:
+class ListenSockets(NamedTuple):
     """The listening sockets of a program: its own, and those of /metrics."""
 
     own: Sequence[socket.socket]
@@ -6996,8 +6984,7 @@ def bind_metrics_sockets(host: str | None, port: int) -> list[socket.socket]:
     return open_sockets(host, port, {}) if port else []
 
 
-@dataclass(frozen=True, slots=True)
-class Program:
+class Program(NamedTuple):
     """What worker processes run: `run`, which returns the exit status, on `sockets`, with `hooks`.
 
     `on_serving` is called once, in the process that was started, as soon as all of them accept connections.  They get
@@ -7304,7 +7291,7 @@ def with_chosen_port(settings: Settings, environ: Mapping[str, str]) -> tuple[Se
     if url is None or url.port != CHOSEN_PORT:
         return settings, environ
     port = free_server_port(url.host)
-    chosen = dataclasses.replace(settings, upstream_url=dataclasses.replace(url, port=port))
+    chosen = dataclasses.replace(settings, upstream_url=url._replace(port=port))
     return chosen, {**environ, FUNCTION_VARIABLE + "PORT": str(port)}
 
 
