@@ -2198,7 +2198,7 @@ class Alarm:
 def keep_watch(sock: socket.socket) -> None:
     """Have the kernel end a TCP connection whose other end has gone without a word, within SILENT_S (tcp(7)).
 
-    Without it a machine that lost its power is waited for as long as anybody listens.  Connections inherit what their
+    Without it a machine that lost its power is waited for without end.  Connections inherit what their
     listening socket has, so one call for that is enough.  A socket of another kind is left as it is.
     """
     if sock.family not in (socket.AF_INET, socket.AF_INET6):

@@ -7,7 +7,7 @@
 Written is a temporary file beside it, which is synced and then takes the name; the directory is synced last.  A crash
 at any instant leaves the old document or the new one, and perhaps a temporary file, which the next start removes.
 
-The directory is for its owner only (0700, files 0600).  Whoever changes documents holds its lock: two gateways on one
+The directory is for its owner only (0700, files 0600).  What changes documents holds its lock: two gateways on one
 state would each take the other's for its own.  Everything here blocks on the disk: it belongs in a thread.
 """
 

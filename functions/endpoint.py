@@ -3,7 +3,7 @@
 The socket is there before any watchdog and stays when one dies, so a connection waits in its backlog and is never
 refused.  The life of an endpoint:
 
-    asleep      no process.  We watch the socket; a connection (which nobody has accepted yet) wakes it
+    asleep      no process.  We watch the socket; a connection (not accepted yet) wakes it
     awake       `count` watchdogs accept from the socket.  One that dies is started again by the supervisor.
                 Where the labels allow it there are more while its load is high (scaling.py).
                 When nothing has used them for zero-duration they are ended, and it is asleep
@@ -83,7 +83,7 @@ class Endpoint:
     ) -> None:
         self.function = function
         self.path = path
-        self.scaled_count: int | None = None  # what somebody has asked for by hand
+        self.scaled_count: int | None = None  # what an operator has asked for by hand
         self.processes: list[ManagedProcess] = []
         self._program_of = program_of
         self._logs = logs
@@ -191,7 +191,7 @@ class Endpoint:
     def rest(self) -> asyncio.Task[None]:
         """End the watchdogs, each when its calls have ended; what comes meanwhile wakes it again.
 
-        They write to the pipe of the log until then: it is closed by the task returned, which nobody has to wait for.
+        They write to the pipe of the log until then: it is closed by the task returned, which need not be waited for.
         """
         ending, self.processes = self.processes, []
         log_pipe, self._log_pipe = self._log_pipe, None
@@ -257,14 +257,14 @@ class Endpoint:
         while time.monotonic() < quiet_since_s + QUIET_S:
             await asyncio.sleep(QUIET_S / 10)
             if any(process.last_exit for process in self.processes):
-                break  # it serves nobody, and what waits would have it started again and again
+                break  # it serves no caller, and what waits would have it started again and again
             if self.processes:
                 await asyncio.wait((self.rest(),))
                 quiet_since_s = time.monotonic()
         await self.abandon()
 
     async def abandon(self) -> None:
-        """End and close, whatever waits: nobody is served here, and where it never was in the table nobody asks but us.
+        """End and close, whatever waits: no caller is served here, and where it never was in the table only we ask.
 
         A version that does not accept leaves our asking for its health there for good, which `rest` would wake it for.
         """

@@ -11,7 +11,7 @@ has to see of them: what functions write, warnings and errors, and not a line fo
 
 Lines of functions that are no more are kept as well, of MAX_REMOVED_COUNT of them: those that wrote last.
 
-Readers read the files, so one that is slow, or never reads on, slows nobody; what is deleted before it has read it, it
+Readers read the files, so one that is slow, or stops, slows no function; what is deleted before it has read it, it
 does not see.  A disk that is full loses lines of functions, once told, and nothing else.
 """
 

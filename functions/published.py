@@ -4,7 +4,7 @@
     table = PublishedTable(path)        # the others: a Mapping that is always that of the last `publish`
 
 The file is replaced whole, so it is never read half.  A reader looks at each use whether it is another file by now,
-which costs two microseconds: nobody has to be told of a change, and nobody misses one.  What tells files apart is their
+which costs two microseconds: no reader is told of a change, and none misses one.  What tells files apart is their
 time of change, which we set: no two have the same.  The clock's would be that of the one before within a tick of the
 kernel, or for a second on some file systems; and a new file may get the number of the one before the last.
 """

@@ -64,7 +64,7 @@ class Scale:
 
     @property
     def woken_count(self) -> int:
-        """How many watchdogs it has when it is awake, unless somebody has asked for more."""
+        """How many watchdogs it has when it is awake, unless an operator has asked for more."""
         return max(self.min_count, 1)
 
     @property

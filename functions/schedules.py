@@ -9,7 +9,7 @@
 
 Each tick is an ordinary asynchronous call whose id and idempotency key follow from the function, the expression and
 the tick.  So it is put once, however many gateways there are, however often they are restarted, and whatever becomes
-of the clock: a second put of it is the same call.  A tick that nobody saw, because no gateway ran, is not made up
+of the clock: a second put of it is the same call.  A tick that was not seen, because no gateway ran, is not made up
 for, except for the newest of the last LATE_S seconds (a restart takes some), or with catchup.
 
 Daylight saving is as in Debian's cron: a time that is skipped comes at the end of the gap, one that comes twice is

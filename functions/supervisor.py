@@ -47,7 +47,7 @@ LISTEN_FD = 3  # systemd's SD_LISTEN_FDS_START
 PARENT_DEATH_FD = 4
 
 
-UNKNOWN_STATUS = 1  # of a process whose exit nobody could tell us
+UNKNOWN_STATUS = 1  # of a process whose exit status was lost
 
 
 def python_command(module: str) -> tuple[str, ...]:

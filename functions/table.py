@@ -221,7 +221,7 @@ class Functions:
 # ---------------------------------------------------------------------------------------------------------------
 # Reading the file.  A scalar may be a TOML string, integer or boolean, and means what the same text would mean in an
 # environment variable.  Tables of text are flattened: TOML reads an unquoted com.openfaas.queue as three nested
-# tables, and nobody who writes it means that.
+# tables, and no author of the file means that.
 # ---------------------------------------------------------------------------------------------------------------
 
 _COMMAND_KEYS = {"fprocess", "function_process"}
@@ -275,7 +275,7 @@ class Image:
 def read_functions(path: Path, *, missing_ok: bool = False) -> dict[FunctionName, Function]:
     """Return the functions of the file at `path`, by whole name, in the file's order.
 
-    With `missing_ok` (nobody asked for this very file) one that does not exist is an empty table.
+    With `missing_ok` (it is the default, not a file that was asked for) one that does not exist is an empty table.
     Raises BadFunctions with every problem in it.
     """
     try:

@@ -4,7 +4,7 @@
     access.check_host(request)                               # UnknownHost
     await access.authorize(request)                          # Unauthorized, TooManyGuesses, Forbidden
 
-Contract: whoever can open the queue is a worker of ours and proves it by the queue's token; it needs no password and
+Contract: what can open the queue is a worker of ours and proves it by the queue's token; it needs no password and
 may know us by any name.  A callback of ours carries a proof that it is one: it reaches functions, and nothing else.
 """
 

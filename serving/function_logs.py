@@ -5,7 +5,7 @@
     logs.drain()
 
 Contract: each line is sent as soon as it is known; a client that reads slowly, or not at all, holds up no function.
-Whoever follows is let go when the gateway begins to drain.
+Those who follow are let go when the gateway begins to drain.
 
 What it refuses: more clients that follow than followers.py has places for (503); a function that is not there and has
 left no lines (404), parameters that make no sense (422).

@@ -65,7 +65,7 @@ class Operations:
     _running: set[asyncio.Task[None]] = field(default_factory=set, init=False)
 
     async def close(self) -> None:
-        """Break off the changes that nobody waits for any more; the next start has what they have stored."""
+        """Break off the changes for which no client waits any more; the next start has what they have stored."""
         for task in self._running:
             task.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)

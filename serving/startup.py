@@ -240,8 +240,8 @@ def tell_what_is_served(start: StartConfiguration, sockets: Sequence[socket.sock
         log.warning(f"no functions: {start.settings.functions} lists none, and function_url is not set")
     if is_open_to_others(sockets) and not start.settings.basic_auth:
         log.warning(
-            "other machines reach this port, and basic_auth=false: whoever does can call functions, and see and cancel"
-            " the calls of others"
+            "other machines reach this port, and basic_auth=false: all their users can call functions, and see"
+            " and cancel each other's calls"
         )
 
 

@@ -571,7 +571,7 @@ def parse(received: bytes, methods: Sequence[str] = ()) -> list[Answer]:
 
 
 def free_port() -> int:
-    """Return a port that is free, and that the kernel gives to nobody who asks for any (ip(7)).
+    """Return a port that is free, and that the kernel does not choose for a socket bound to port 0 (ip(7)).
 
     Each process of tests goes through them from a place of its own: two that look at once find different ones.
     """
@@ -580,7 +580,7 @@ def free_port() -> int:
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
-            except OSError:  # somebody has it
+            except OSError:  # another process has it
                 continue
             return port
     raise AssertionError(f"none of {PORTS} is free")

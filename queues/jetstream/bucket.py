@@ -10,8 +10,8 @@ What is read is a copy in memory, which `look` brings up to date; so reading nev
 when they are away.  What is written is acknowledged by them before a method returns, and only if the copy was up to
 date for this key: of two processes that change the same at once, the later one is told so.
 
-The bucket is `PREFIX-control`; `nats kv` shows it.  Values are not encrypted by us: whoever may read the account's
-streams reads them.
+The bucket is `PREFIX-control`; `nats kv` shows it.  Values are not encrypted by us: a client that may read the
+account's streams reads them.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ class Claims:
                     deliveries = await self._flows.fetch(replace(wanted, limit=count, capacity=dict(room.capacity)))
             except (QueueUnavailable, QueueFull, TimeoutError):
                 if leases:
-                    break  # nobody else knows of them
+                    break  # no other task knows of them
                 raise
             new, failed = await self._take_all(deliveries, claimant)
             leases += new

@@ -4,7 +4,7 @@ Everything that can be answered comes back on one inbox: acknowledgements, direc
 request is a future and a timer, not a subscription.
 
 Contract: no write and no read waits longer than WRITE_S; then it raises QueueUnavailable.  Of a write that was on its
-way when its time was up nobody knows whether it happened, as with any network.  `publish` is tried again by itself,
+way when its time was up it is not known whether it happened, as with any network.  `publish` is tried again by itself,
 and knows its own earlier try by what it wrote, so it writes once.
 """
 

@@ -31,7 +31,7 @@ from .subjects import TIMERS, FlowKind, FlowName, Names, parse_token
 WATCH_S = 3.0  # that a request for the next message stays with the servers
 AHEAD_S = 0.1  # between two claims of a worker for which it is worth to ask in advance
 AHEAD_COUNT = 256  # messages that a flow has to have besides, so that no other worker lacks what waits here
-STASH_S = 0.5  # that a message waits here for someone to claim it
+STASH_S = 0.5  # that a message waits here for a claim
 ANNOUNCED_S = 600.0  # after which a flow is announced again by those who put into it
 IDLE_S = 3600.0  # after which the servers may forget the consumer of a flow that no worker asks for
 FLOWS_KNOWN_COUNT = 10_000  # flows that this process remembers to have announced
@@ -147,7 +147,7 @@ class Flows:
         await self._connection.subscribe(self._names.flows, self._on_announced)
 
     async def close(self) -> None:
-        """Give back what nobody has claimed."""
+        """Give back what no claim has taken."""
         self._closed = True
         for flow in self._flows.values():
             for delivery in flow.stash:
@@ -195,7 +195,7 @@ class Flows:
         return list(self._flows)
 
     async def forget_idle(self, before_s: float) -> None:
-        """Remove the flows that nobody has put into since `before_s` and that have nothing."""
+        """Remove the flows into which no call was put since `before_s` and that have nothing."""
         async for stored in self._connection.walk(self._names.flows):
             name = self._names.parse_flow(stored.subject)
             if stored.stored_s < before_s and not await self._connection.count(self._names.filter(name)):

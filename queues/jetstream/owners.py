@@ -58,7 +58,7 @@ class Owners:
         return owner in self._owners
 
     def _on_return(self) -> None:
-        """Nobody could renew for a while: every lease has its whole time before it."""
+        """The servers could not be reached for a while, to renew either: every lease has its whole time before it."""
         self._returned_s = self._loop.time()
         for held in self.held.values():
             held.until_s = max(held.until_s, self._loop.time() + held.lease_s)
@@ -148,11 +148,11 @@ class Owners:
     async def census(self) -> list[tuple[str, str, str]]:
         """Return what all workers run: id, function and queue of each call."""
         found: dict[str, tuple[str, str, str]] = {}
-        heard, nobody = asyncio.Event(), False
+        heard, is_alone = asyncio.Event(), False
 
         def on_answer(message: Msg) -> None:
-            nonlocal nobody
-            nobody = parse_status(message) == "503"
+            nonlocal is_alone
+            is_alone = parse_status(message) == "503"
             for call_id, function, queue in json.loads(message.data) if message.data else ():
                 found[call_id] = call_id, function, queue
             heard.set()
@@ -160,9 +160,9 @@ class Owners:
         inbox = self._connection.listen(on_answer)
         try:
             await self._connection.client.publish(self._names.subject("owners"), b"", inbox)
-            wait_s = TRY_S  # somebody listens, or the servers would have said so
+            wait_s = TRY_S  # another process listens, or the servers would have said that none does
             with contextlib.suppress(TimeoutError):
-                while not nobody:
+                while not is_alone:
                     async with asyncio.timeout(wait_s):
                         await heard.wait()
                     heard.clear()

@@ -42,7 +42,7 @@ TIMER_COUNT = 256  # calls whose expiry is looked at together
 TIMER_PAUSE_S = 60.0  # before a call that was running when it should have expired is looked at again
 PUT_S = 60.0  # that a timer stays though its call is not there: it is written first, and WRITE_S lies between at most
 PUT_PAUSE_S = WRITE_S  # before such a timer is looked at again
-IDLE_FLOW_S = 86400.0  # after which a flow that nobody puts into is forgotten
+IDLE_FLOW_S = 86400.0  # after which a flow into which no call is put is forgotten
 ID_PLACES = 2, 3  # of a call's id in the subjects of what waits and of records
 FRONT_COUNT = 64  # messages that are looked at to find the oldest one of a flow that waits
 

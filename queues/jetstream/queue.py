@@ -396,7 +396,7 @@ class JetStream:
         for each in known:
             each.until_s, each.lease_s = self._loop.time() + lease_s, lease_s
             await self._flows.progress(each.delivery)
-        for each in self._owners.drop_lapsed():  # which nobody renews: its work ended without a word
+        for each in self._owners.drop_lapsed():  # which is not renewed any more: its work ended without a word
             await self._flows.nak(each.delivery)
         lost = {lease.fence for lease, each in zip(leases, held, strict=True) if each is None}
         cancelled = set[str]()
@@ -416,7 +416,7 @@ class JetStream:
         return kept.record.hold != held.standing.record.hold, kept.record.cancel_requested
 
     async def cancelled_ids(self, owner: str) -> frozenset[str]:
-        """The calls that `owner` runs and someone wants cancelled."""
+        """The calls that `owner` runs and that are to be cancelled."""
         held = self._owners.held.values()
         self._owners.cancelled &= {each.standing.id for each in held}.union(self._claims.coming)
         mine = {each.standing.id for each in held if (each.owner, each.kind) == (owner, "call")}
@@ -471,7 +471,7 @@ class JetStream:
         await self._end(lease, lease.kind, partial(release, now_s=self._now()))
 
     async def finish_cancelled(self, lease: Lease, attempt: Attempt) -> None:
-        """The run was stopped because someone cancelled the call."""
+        """The run was stopped because the call was cancelled."""
         await self._end(lease, "call", partial(stop_run, attempt=attempt))
 
     async def callback_done(self, lease: Lease, attempt: Attempt) -> None:
@@ -494,7 +494,7 @@ class JetStream:
         return await self._flows.wait(timeout_s)
 
     async def wait_for_cancel(self, timeout_s: float) -> bool:
-        """True when someone has asked for the end of a call that runs here; see `cancelled_ids`."""
+        """True when the end of a call that runs here has been asked for; see `cancelled_ids`."""
         try:
             async with asyncio.timeout(timeout_s):
                 await self._owners.cancel.wait()

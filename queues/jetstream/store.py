@@ -202,7 +202,7 @@ class Store:
         await self._put_behind(Write(subject, str(revision).encode(), headers, 0, among), among, revision)
 
     async def _put_behind(self, write: Write, among: str, revision: int) -> None:
-        """Let wait what follows from a revision of the record; nothing happens if somebody has come so far already.
+        """Let wait what follows from a revision of the record; nothing happens if another has come so far already.
 
         What followed from an earlier one may still be there: its worker writes the record first, and acknowledges
         last.  Ours is put behind that message, which is then removed, so the acknowledgement finds nothing.  The bytes

@@ -1,4 +1,4 @@
-"""What the gateway says of itself: /healthz tells what does not work, and the log which calls nobody makes."""
+"""What the gateway says of itself: /healthz tells what does not work, and the log which calls no worker makes."""
 
 from __future__ import annotations
 
