@@ -4371,7 +4371,7 @@ class Orphan:
 
 
 class Owner(Enum):
-    """To what an orphan belongs."""
+    """Which calls an orphan belongs to."""
 
     RUNNING = "a call that runs, for certain or perhaps; or it has just gone"
     ENDED = "calls that have ended"
@@ -4545,7 +4545,7 @@ class Sweeper:
     def _sweep(self) -> set[bytes | None]:
         """Kill every orphan of ended calls; return the marks of those that were there, None for one without."""
         present = set()
-        for pid, orphan in self._condemned():
+        for pid, orphan in self._orphans_to_kill():
             if not orphan.killed:
                 orphan.killed = True
                 if not _kill_orphan(pid):  # to go on would keep us busy, and a stop waiting, while it runs
@@ -4555,7 +4555,7 @@ class Sweeper:
             present.add(orphan.mark)
         return present
 
-    def _condemned(self) -> Iterator[tuple[int, Orphan]]:
+    def _orphans_to_kill(self) -> Iterator[tuple[int, Orphan]]:
         """Yield every orphan of ended calls."""
         for pid, orphan in self.reaper.orphans():
             if not orphan.killed:
@@ -4576,7 +4576,7 @@ class Sweeper:
         stopped: set[Relative] = set()
         limit_s = time.monotonic() + FREEZE_LIMIT_S
         while time.monotonic() < limit_s:
-            roots = [pid for pid, _ in self._condemned()]
+            roots = [pid for pid, _ in self._orphans_to_kill()]
             for pid in roots:  # at once, they are our children: there is less to read then, and we get a processor
                 with suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGSTOP)

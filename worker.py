@@ -366,7 +366,7 @@ class Worker:
             log.error(f"{task.exception()!r}; the lease runs out and it is tried again", call_id=entry.lease.call.id)
 
     async def _see_to_end(self, entry: InFlight) -> None:
-        """Run one lease's work; what it could not record is told in the log and left to the lease's end."""
+        """Run one lease's work; what cannot be recorded is logged, and tried again when the lease has run out."""
         lease, started_s = entry.lease, time.time()
         entry.begun = True
         try:
@@ -376,7 +376,7 @@ class Worker:
         except asyncio.CancelledError:
             await self._end_early(entry, started_s)
         except LeaseLost:
-            log.warning("the lease was lost; another worker has the call", call_id=lease.call.id)
+            log.warning("the lease was lost: it ran out, and the call was taken back", call_id=lease.call.id)
 
     async def _end_early(self, entry: InFlight, started_s: float) -> None:
         lease = entry.lease
@@ -444,7 +444,7 @@ class Worker:
     async def _hand_back(self, lease: Lease) -> None:
         """Give up a lease on what this machine cannot do now, after a moment in which it is not asked to do more.
 
-        The moments differ, or all would come back together and want the same again; what idles gives way to what works.
+        The moments differ, or all would come back together.  Idle connections go first: those in use need their room.
         """
         await self._connections.close_idle()
         await asyncio.sleep(PREVENTED_S * random.uniform(0.5, 1.5))  # noqa: S311 - a wait, and no secret

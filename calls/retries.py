@@ -14,7 +14,7 @@ a message to a function before discarding it", OpenFaaS's documentation), so 0 a
     answered otherwise                 done, be it 200 or 404: the function has spoken
     unreachable                        retry; in the end dead, reported as 503 with an empty body
     broken off                         after an answer had begun: retry; in the end dead, reported as 502 with what came
-    over call_timeout                  retry if 504 is to be; in the end dead, reported as 504 with what came
+    over call_timeout                  retry if 504 is such a code; in the end dead, reported as 504 with what came
     unreadable                         dead at once, reported as 500: no further attempt would find the body again
     unstored                           dead at once, reported as 500: it has run, and its answer cannot be kept
     failed                             by a fault of the worker's own: retry; in the end dead, reported as 500

@@ -352,7 +352,7 @@ def _waiting_again(record: Record, event: Event, now_s: float) -> Record:
 
 
 def _cancelled(record: Record, event: Event, now_s: float) -> Record:
-    """Over, and its callback URL is not told: the caller who cancelled knows."""
+    """The call ends, and no callback is sent: the caller has cancelled it."""
     state = next_state(record.state, event)
     return record._replace(state=state, finished_s=now_s, cancel_requested=True, hold=None)
 

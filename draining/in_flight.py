@@ -134,7 +134,7 @@ class InFlightTable:
             return
         for fence in renewal.lost & self._entries.keys():
             entry = self._entries[fence]
-            log.warning("the lease was lost; another worker has the call", call_id=entry.lease.call.id)
+            log.warning("the lease was lost: it ran out, and the call was taken back", call_id=entry.lease.call.id)
             entry.end(EarlyEnd.LOST)
         self._end_cancelled(renewal.cancelled)
 

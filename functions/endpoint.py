@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from ..calls.names import FunctionName
-from ..watchdog import BACKLOG, Client, FaashoundError, Url, log
+from ..watchdog import BACKLOG, Client, FaashoundError, Url, log, parse_count
 from .logs import LogPipe, LogStore
 from .scaling import Load, Scale, parse_scale
 from .supervisor import ManagedProcess, ManagedProgram, Supervisor, lift
@@ -341,7 +341,8 @@ class Endpoint:
         scale = self.scale
         if not scale.grows or not self.processes:
             return
-        in_flight_count = sum(count_calls(pid) for pid in self.pids)
+        settings = self.function.settings or {}
+        in_flight_count = sum(count_calls(pid, settings) for pid in self.pids)
         self._load.look(time.monotonic(), self._count_made(self.function.name), in_flight_count)
         wanted_count = scale.count_for(self._load.in_flight_count, self._load.calls_per_s)
         count = max(wanted_count, self.scaled_count or 0)
@@ -402,13 +403,28 @@ def may_have_connections(path: Path) -> bool:
         return True
 
 
-def count_calls(pid: int) -> int:
-    """Return how many calls a watchdog has in flight: it has a child for each, and its guard; 0 if it has ended."""
+def count_calls(pid: int, settings: Mapping[str, str]) -> int:
+    """Return how many calls a watchdog with `settings` has in flight; 0 if it has ended.
+
+    Each is a child of the process that took it, and so is each that waits for its request (prewarm).  That process is
+    the watchdog, which has its guard as well, or one of its worker processes, which are its children beside the guard.
+    """
+    waiting_count = parse_count(settings.get("prewarm", "0"))
+    children = children_of(pid)
+    count = len(children) - 1
+    if settings.get("workers", "1") != "1":
+        waiting_count = -(-waiting_count // max(count, 1)) * count  # each worker process has its share, rounded up
+        count = sum(len(children_of(child)) for child in children)
+    return max(count - waiting_count, 0)
+
+
+def children_of(pid: int) -> list[int]:
+    """Return the children of a process; none if it has ended."""
     try:
         with open(f"/proc/{pid}/task/{pid}/children", "rb") as file:
-            return max(len(file.read().split()) - 1, 0)
+            return [int(child) for child in file.read().split()]
     except OSError:
-        return 0
+        return []
 
 
 def read_spent_ns(pid: int) -> int:

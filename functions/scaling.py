@@ -98,7 +98,7 @@ class Load:
 
     @property
     def calls_per_s(self) -> float:
-        """How many calls there were in a second, over the whole window: what is quick and over is no load."""
+        """How many calls there were in a second, over the whole window: a short burst counts for little."""
         return (self._looks[-1][1] - self._looks[0][1]) / LOAD_WINDOW_S if self._looks else 0.0
 
 

@@ -97,10 +97,13 @@ class Settings(SharedSettings):
     )
     max_delay_s: float = setting("max_delay", "744h", parse_positive_duration, "longest X-Delay, above it 400")
     max_queued: int = setting(
-        "max_queued", "1000000", parse_positive_count, "calls that one function may have waiting, above it 429"
+        "max_queued",
+        "1000000",
+        parse_positive_count,
+        "calls of one function that may wait or run, above it 429",
     )
     max_queued_bytes: int = setting(
-        "max_queued_bytes", "16GiB", parse_size, "bytes of payload that one function may have waiting, above it 507"
+        "max_queued_bytes", "16GiB", parse_size, "bytes of payload that they may have, above it 507"
     )
     max_queue_age_s: float = setting(
         "max_queue_age", "744h", parse_positive_duration, "how long a call may be due and not be run; then it expires"

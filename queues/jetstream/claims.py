@@ -212,7 +212,7 @@ class Claims:
         if verdict is Verdict.TAKE:
             if claimant.room.take(delivery.flow.name.name):
                 return await self._lease(standing, record, delivery, claimant)
-            await self._flows.nak(delivery)  # it was fetched behind many that wait, for fear that it waits too
+            await self._flows.nak(delivery)  # more was fetched than there is room for, to see past what is not due
             return None
         if verdict is Verdict.EXPIRE:
             record = expire(record, now_s)

@@ -240,7 +240,7 @@ class Store:
             await self._connection.erase(self._names.queue, waiting.revision)
 
     async def follow_end(self, before: Standing, after: Standing) -> None:
-        """Do what follows from an end that its worker has not made."""
+        """Do what follows when a call is ended by another than its worker, as a cancel does."""
         if after.record.callback is not None:
             await self.put_callback(after)
         if before.record.state is State.QUEUED:

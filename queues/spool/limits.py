@@ -32,7 +32,7 @@ SET_BACK_S = 60.0  # a wall clock that is set back by less only delays what is d
 RECLAIM_S = 1.0  # shortest time between two looks for dead owners
 
 
-STOOD_STILL_S = 0.5  # a look so late tells that this process stood still, and may renew for as long before it looks
+STOOD_STILL_S = 0.5  # a look that is so late: this process stood still, and first has as long to renew its own leases
 
 
 KEPT_HEADERS_CHARS = 1024  # of a request's fields, as stored: longer ones go when its payload does

@@ -253,6 +253,33 @@ def test_function_that_was_woken_by_hand_gets_more_replicas_when_more_calls_are_
     run(test())
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("prewarm", ["0", "2", "3"])
+def test_calls_in_flight_are_counted_without_what_waits_for_a_request(
+    tmp_path: Path, workers: str, prewarm: str
+) -> None:
+    gate = tmp_path / "gate"
+    settings = {"prewarm": prewarm, "workers": workers}
+    text = SHELL + f'prewarm = "{prewarm}"\nworkers = "{workers}"\ncgi_headers = false'
+    script = f"while [ ! -e {gate} ]; do sleep 0.05; done".encode()
+    waiting_count = -(-int(prewarm) // int(workers)) * int(workers)
+
+    async def test() -> None:
+        async with running(real(text)) as local:
+            assert (await call(local, "f", b"echo awake")).body == b"awake\n"
+            (pid,) = local.status()[F].pids
+            at_rest = 1 + waiting_count + (int(workers) if workers != "1" else 0)
+            await until(lambda: len(psutil.Process(pid).children(recursive=True)) == at_rest, "all that wait, wait")
+            assert endpoint.count_calls(pid, settings) == 0
+            calls = [asyncio.create_task(call(local, "f", script)) for _ in range(5)]
+            await until(lambda: endpoint.count_calls(pid, settings) == 5, "five")
+            gate.touch()
+            assert {answer.status for answer in await asyncio.gather(*calls)} == {200}
+            await until(lambda: endpoint.count_calls(pid, settings) == 0, "none")
+
+    run(test())
+
+
 def test_function_gets_more_replicas_when_it_is_called_often_and_no_target_is_set() -> None:
     made = itertools.count(0, 1000)  # at each look, however late a busy machine makes it
 
