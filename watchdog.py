@@ -6877,14 +6877,17 @@ class Signals:
         return True
 
 
+LIFELINE_FD = "FAASHOUND_LIFELINE_FD"  # the variable that has the number of the parent-death pipe
+
+
 def parent_death_fd(environ: Mapping[str, str]) -> int | None:
     """Return the read end of the pipe that tells of our parent's end; None if the parent gave us none.
 
     The parent alone holds the write end, and never writes: when it ends, whatever way, the kernel closes it.
     """
-    if "FAASHOUND_LIFELINE_FD" not in environ:
+    if LIFELINE_FD not in environ:
         return None
-    fd = int(environ["FAASHOUND_LIFELINE_FD"])
+    fd = int(environ[LIFELINE_FD])
     os.set_inheritable(fd, False)
     return fd
 
@@ -7198,7 +7201,7 @@ async def serve(
         watchdog.accepting = False
         if lock_path is not None:
             remove_lock_file(lock_path)
-        status = await drain(settings, signals, server)
+        status = await drain(settings, signals, server, drain_limit_s(settings, environ))
         metrics_server.stop_accepting()
         await mode.stop(signals.second)
         pool.close()
@@ -7207,15 +7210,23 @@ async def serve(
     return status
 
 
-async def drain(settings: Settings, signals: Signals, server: Server) -> int:
+def drain_limit_s(settings: Settings, environ: Mapping[str, str]) -> float:
+    """Return how long calls may go on after SIGTERM: as `exec_timeout` lets them, and `write_timeout` at least.
+
+    Where that is no limit, a parent that has given us a parent-death pipe sets one: it closes the pipe.
+    """
+    if settings.exec_timeout_s == 0 and LIFELINE_FD in environ:
+        return LONGEST_DURATION_S
+    return max(settings.exec_timeout_s, settings.write_timeout_s)
+
+
+async def drain(settings: Settings, signals: Signals, server: Server, limit_s: float) -> int:
     """Go from unhealthy to ended; return 0 if nothing was cut."""
     interval_s = settings.healthcheck_interval_s
     if interval_s is None:
         interval_s = min(5.0, settings.write_timeout_s)
     stop_now = signals.second.is_set() or (not signals.by_hand and await signals.wait(interval_s))
-    return await drain_server(
-        server, signals, 0.0 if stop_now else max(settings.exec_timeout_s, settings.write_timeout_s)
-    )
+    return await drain_server(server, signals, 0.0 if stop_now else limit_s)
 
 
 async def drain_server(server: Server, signals: Signals, limit_s: float) -> int:

@@ -162,13 +162,13 @@ class KnownFunctions:
         try:
             async with await self._client.request("GET", url, headers, deadline_s=deadline_s) as response:
                 body = await response.body.read(DESCRIPTION_BYTES)
+            if response.status not in (200, 404):
+                raise FaashoundError(f"the gateway answers {response.status}")
         except FaashoundError:
             self._untold[function] += direct_count
             raise
         if response.status == 404:
             return {}
-        if response.status != 200:
-            raise FaashoundError(f"the gateway answers {response.status}")
         told = json.loads(body)
         return told if isinstance(told, dict) else {}
 

@@ -50,7 +50,7 @@ LOOKS_COUNT = 4  # for use, in the time of one zero-duration
 
 LONGEST_LOOK_S = 30.0
 
-DRAIN_GRACE_S = 3600.0  # a watchdog bounds its own drain: by exec_timeout, or write_timeout if that is longer
+DRAIN_GRACE_S = 3600.0  # for calls of a watchdog that is to end; exec_timeout may end them before
 
 LOAD_LOOK_S = 1.0  # between two looks at the load of a function that may have more watchdogs
 
@@ -183,10 +183,13 @@ class Endpoint:
             self.processes.append(self._supervisor.start(self._program_of(self.function, self._listener, fd)))
 
     def _shrink(self, count: int) -> None:
-        surplus = self.processes[count:]
-        del self.processes[count:]
+        busiest_first = sorted(self.processes, key=self._count_calls, reverse=True)
+        self.processes, surplus = busiest_first[:count], busiest_first[count:]
         if surplus:
             self._later(self._end(surplus))
+
+    def _count_calls(self, process: ManagedProcess) -> int:
+        return 0 if process.pid is None else count_calls(process.pid, self.function.settings or {})
 
     def rest(self) -> asyncio.Task[None]:
         """End the watchdogs, each when its calls have ended; what comes meanwhile wakes it again.
@@ -341,8 +344,7 @@ class Endpoint:
         scale = self.scale
         if not scale.grows or not self.processes:
             return
-        settings = self.function.settings or {}
-        in_flight_count = sum(count_calls(pid, settings) for pid in self.pids)
+        in_flight_count = sum(map(self._count_calls, self.processes))
         self._load.look(time.monotonic(), self._count_made(self.function.name), in_flight_count)
         wanted_count = scale.count_for(self._load.in_flight_count, self._load.calls_per_s)
         count = max(wanted_count, self.scaled_count or 0)
@@ -409,7 +411,7 @@ def count_calls(pid: int, settings: Mapping[str, str]) -> int:
     Each is a child of the process that took it, and so is each that waits for its request (prewarm).  That process is
     the watchdog, which has its guard as well, or one of its worker processes, which are its children beside the guard.
     """
-    waiting_count = parse_count(settings.get("prewarm", "0"))
+    waiting_count = parse_count(settings.get("prewarm") or "0")
     children = children_of(pid)
     count = len(children) - 1
     if settings.get("workers", "1") != "1":

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from ..calls.model import FINAL, CallExists, KeyReused, NewCall
+from ..calls.model import FINAL, CallExists, KeyReused, NewCall, TooManyQueued
 from ..calls.names import FunctionName
 from ..queues import Queue
 from ..watchdog import FaashoundError, log
@@ -64,6 +64,7 @@ class Scheduler:
         self._now = now
         self._known: dict[str, Seen] = {}
         self._parsed: dict[FunctionName, tuple[Mapping[str, str], Schedule]] = {}
+        self._full: set[str] = set()  # expressions whose function has as many calls waiting as it may
         self._changed = asyncio.Event()
 
     def wake(self) -> None:
@@ -90,11 +91,20 @@ class Scheduler:
             for expression in schedule.expressions:
                 key = key_of(function.name, expression)
                 known = self._known.get(key, Seen(now_s))
-                last_s = await self._put_due(function, schedule, expression, known)
-                self._known[key] = seen[key] = Seen(now_s, last_s)
+                try:
+                    known = Seen(now_s, await self._put_due(function, schedule, expression, known))
+                    self._full.discard(key)
+                except TooManyQueued as error:  # that is for this function alone: the others have their turn
+                    self._tell_full(key, error)
+                self._known[key] = seen[key] = known
         if seen or self._known:
             self._known = seen
             await asyncio.to_thread(self._write_state, seen)
+
+    def _tell_full(self, key: str, error: TooManyQueued) -> None:
+        if key not in self._full:
+            log.error(f"a scheduled call could not be queued, it is tried again: {error}")
+        self._full.add(key)
 
     async def _put_due(
         self, function: Function, schedule: Schedule, expression: Expression, known: Seen

@@ -201,6 +201,11 @@ class Hashes:
         self._turn = asyncio.Lock()
         self._nobody: Account | None = None
 
+    @property
+    def has_users(self) -> bool:
+        """Whether the file has any: where it has none, no password is worth a hash."""
+        return not self._file.is_empty
+
     def known(self, encoded: bytes) -> Account | None:
         """Return whose name and password these are, if they were right lately, and the file says the same of them."""
         self._file.look()
@@ -260,9 +265,9 @@ class Hashes:
 class PasswordDoor:
     """Lets in who knows a password: that of `credentials`, or one of a user in `file`; see the head of this module."""
 
-    def __init__(self, credentials: Credentials | None, file: UserFile | None = None) -> None:
+    def __init__(self, credentials: Credentials | None, file: UserFile) -> None:
         self._credentials = credentials
-        self._hashes = None if file is None else Hashes(file)
+        self._hashes = Hashes(file)
         self._guesses = Guesses()
 
     async def check(self, request: Request) -> User:
@@ -273,7 +278,7 @@ class PasswordDoor:
         user = self._known(given) if is_basic else None
         if user is None or not _has_long_password(given):
             self._guesses.check(request)
-        if user is None and is_basic and self._hashes is not None:
+        if user is None and is_basic and self._hashes.has_users:
             user = await self._hashes.check(given, network_of(request.peer))
         if user is None:
             await self._guesses.note(request, "password")
@@ -284,16 +289,16 @@ class PasswordDoor:
         """Return the user whose credentials these are, if that is to be had without a hash."""
         if self._credentials is not None and self._credentials.match(given):
             return self._credentials.user
-        account = None if self._hashes is None else self._hashes.known(given)
+        account = self._hashes.known(given)
         return None if account is None else account.user
 
     def watch(self, request: Request) -> Callable[[], bool]:
         """Return what tells whether the user of a request that was checked just now is still as then."""
-        hashes, (_, given) = self._hashes, _given(request)
-        account = None if hashes is None else hashes.known(given)
-        if hashes is None or account is None:
+        _, given = _given(request)
+        account = self._hashes.known(given)
+        if account is None:
             return lambda: self._known(given) is not None
-        return partial(hashes.is_still, account)
+        return partial(self._hashes.is_still, account)
 
 
 def _given(request: Request) -> tuple[bool, bytes]:

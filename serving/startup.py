@@ -129,8 +129,8 @@ def load_door(settings: Settings) -> PasswordDoor | None:
     if not settings.basic_auth:
         return None
     directory = Path(settings.secret_mount_path)
-    users = UserFile(directory / USERS_FILE) if (directory / USERS_FILE).exists() else None
-    if users is not None and not any((directory / name).exists() for name in CREDENTIAL_FILES):
+    users = UserFile(directory / USERS_FILE, missing_ok=True)
+    if (directory / USERS_FILE).exists() and not any((directory / name).exists() for name in CREDENTIAL_FILES):
         return PasswordDoor(None, users)
     texts = []
     for name in CREDENTIAL_FILES:

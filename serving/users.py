@@ -174,9 +174,12 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
 
 
 class UserFile:
-    """The users of the file at `path`, looked at again when it has changed.  Raises CannotStart."""
+    """The users of the file at `path`, looked at again when it has changed.  Raises CannotStart.
 
-    def __init__(self, path: Path) -> None:
+    With `missing_ok` there are none until there is a file.
+    """
+
+    def __init__(self, path: Path, *, missing_ok: bool = False) -> None:
         self._path = path
         self._seen: tuple[int, ...] = (-1,)
         self._trouble = ""  # that has been told
@@ -185,7 +188,13 @@ class UserFile:
         try:
             self._take()
         except (OSError, BadUsers) as error:
-            raise CannotStart(f"the users cannot be read: {_reason(path, error)}") from None
+            if not (missing_ok and isinstance(error, FileNotFoundError)):
+                raise CannotStart(f"the users cannot be read: {_reason(path, error)}") from None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there are no users."""
+        return not self._users
 
     def find(self, name: str) -> Account | None:
         """Return a user as the file has it; None if it has none of this name."""
