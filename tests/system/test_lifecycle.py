@@ -323,10 +323,11 @@ def test_log_tells_the_stages_when_told_to_stop() -> None:
 
 
 def test_port_is_free_again_at_once_when_watchdog_was_killed() -> None:
-    with Program("watchdog", {"fprocess": "cat"}) as first:
+    settings_ = {"fprocess": "cat", "port": str(free_port())}
+    with Program("watchdog", settings_) as first:
         assert http_request(first.port, "POST", body=b"x").body == b"x"
         first.kill()
-        with Program("watchdog", {"fprocess": "cat", "port": str(first.port)}) as second:
+        with Program("watchdog", settings_) as second:
             assert http_request(second.port, "POST", body=b"x").body == b"x"
 
 

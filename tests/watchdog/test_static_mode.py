@@ -294,9 +294,8 @@ def test_log_has_a_line_for_each_request(program: Program) -> None:
 
 def test_start_fails_when_the_directory_is_not_there(tmp_path: Path) -> None:
     missing = tmp_path / "missing"
-    ended = run(
-        "watchdog", settings={"mode": "static", "static_path": str(missing), "TMPDIR": str(tmp_path), "port": "0"}
-    )
+    settings = {"mode": "static", "static_path": str(missing), "TMPDIR": str(tmp_path)}
+    ended = run("watchdog", settings=settings | {"port": "0", "metrics_port": "0"})
     assert ended.returncode == 1
     assert f"static_path='{missing}': there is no such directory" in ended.stderr
 
