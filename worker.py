@@ -208,8 +208,7 @@ class Worker:
         self._limits = FunctionLimits(settings.max_inflight)
         self._slots: Mapping[Kind, Slots] = {kind: Slots(settings.max_inflight) for kind in KINDS}
         self._in_flight = InFlightTable(queue, owner, self._slots)
-        # What cannot be recorded keeps its slot, or all of it would pile up.
-        self._recorder = Recorder(queue, self._in_flight.hold)
+        self._recorder = Recorder(queue, self._in_flight)
         self._wake_up = asyncio.Event()  # there is a free slot, or maybe work, or an end: look again
         self._has_claimed = asyncio.Event()  # what the queue has told of: it may be asked what else there is
         self._stopping = False
@@ -274,7 +273,7 @@ class Worker:
 
     async def _claim(self) -> bool:
         """Start as much as there is and as there are slots for; tell whether to look again at once."""
-        await self._in_flight.renew_if_late(self._settings.ack_wait_s)
+        await self._in_flight.renew_if_due(self._settings.ack_wait_s, self._settings.ack_wait_s / 2)
         wishes = [(kind, wanted) for kind in KINDS if (wanted := self._wanted(kind)) is not None]
         try:
             if len(wishes) == 1:  # without a task, so that the claim goes before the outcome that made room for it

@@ -17,12 +17,19 @@ from dataclasses import dataclass
 from enum import Enum
 
 from ..calls.destinations import destination_of
-from ..calls.model import Kind, Lease
+from ..calls.model import Kind, Lease, Renewal
 from ..queues import Queue
 from ..watchdog import FaashoundError, log
 from .shares import Slots
 
 RENEWALS_COUNT = 3  # in the time of one lease: two may fail before it runs out
+LOOK_S = 0.5  # between two looks at the clock, as long as a spool waits for a process that stood still to renew
+NOTHING_NEW = Renewal(frozenset(), frozenset())
+
+
+def _boot_s() -> float:
+    """Return a clock that also ticks while the machine is suspended, as leases run by one."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class EarlyEnd(Enum):
@@ -38,7 +45,7 @@ class InFlight:
     """A lease at work.
 
     `flow` is whose slot it holds: the function's, or the callback's destination's.  Once a function has answered, and
-    only the outcome is still to be recorded, it holds none.
+    only the outcome is still to be recorded, it holds none; whether the lease is lost the queue says then.
     """
 
     lease: Lease
@@ -46,6 +53,7 @@ class InFlight:
     task: asyncio.Task[None] | None = None
     begun: bool = False
     holds_slot: bool = False
+    recording: bool = False
     ended_by: EarlyEnd | None = None
 
     def end(self, why: EarlyEnd) -> None:
@@ -68,7 +76,8 @@ class InFlightTable:
         self._owner = owner
         self._slots = slots
         self._entries: dict[int, InFlight] = {}
-        self._renewed_s = time.clock_gettime(time.CLOCK_BOOTTIME)  # also ticks while the machine is suspended
+        self._renewed_s = _boot_s()
+        self._trouble = ""  # of the last renewal
         self._cancelled_early: frozenset[str] = frozenset()  # calls of this worker that its claim has not returned yet
 
     def add(self, lease: Lease) -> InFlight:
@@ -87,6 +96,10 @@ class InFlightTable:
         """Forget a lease whose work is over, and free its slot."""
         del self._entries[entry.lease.fence]
         self.free(entry)
+
+    def begin_recording(self, lease: Lease) -> None:
+        """Take note that an outcome is on its way to the queue: a renewal that crosses it finds the lease ended."""
+        self._entries[lease.fence].recording = True
 
     def hold(self, lease: Lease) -> None:
         """Have the work of a lease hold a slot, if it holds none."""
@@ -112,28 +125,32 @@ class InFlightTable:
             entry.end(EarlyEnd.DRAINED)
 
     async def keep_renewing(self, lease_s: float) -> None:
-        """Renew what is at work long before its lease ends, for ever; end what is lost or cancelled."""
+        """Renew what is at work long before its lease ends, for ever; end what is lost or cancelled.
+
+        The loop's clock stands while the machine is suspended, and leases run out then: so it looks at the other one.
+        """
         while True:
-            await asyncio.sleep(lease_s / RENEWALS_COUNT)
-            await self._renew(lease_s)
+            await asyncio.sleep(min(lease_s / RENEWALS_COUNT, LOOK_S))
+            await self.renew_if_due(lease_s, lease_s / RENEWALS_COUNT)
 
-    async def renew_if_late(self, lease_s: float) -> None:
-        """Renew if this process has stood still: a claim would take back what has run out, its own leases too."""
-        if time.clock_gettime(time.CLOCK_BOOTTIME) - self._renewed_s > lease_s / 2:
-            await self._renew(lease_s)
-
-    async def _renew(self, lease_s: float) -> None:
-        self._renewed_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+    async def renew_if_due(self, lease_s: float, after_s: float) -> None:
+        """Renew what is at work if that was done longer ago than `after_s`."""
+        if _boot_s() - self._renewed_s < after_s:
+            return
+        began_s = _boot_s()
         leases = [entry.lease for entry in self._entries.values()]
-        if not leases:
-            return
         try:
-            renewal = await self._queue.renew(leases, lease_s)
-        except FaashoundError as error:
-            log.error(f"leases could not be renewed: {error}")
+            renewal = await self._queue.renew(leases, lease_s) if leases else NOTHING_NEW
+        except FaashoundError as error:  # it is tried again at the next look
+            if str(error) != self._trouble:
+                log.error(f"leases could not be renewed: {error}")
+            self._trouble = str(error)
             return
+        self._renewed_s, self._trouble = began_s, ""
         for fence in renewal.lost & self._entries.keys():
             entry = self._entries[fence]
+            if entry.recording:
+                continue
             log.warning("the lease was lost: it ran out, and the call was taken back", call_id=entry.lease.call.id)
             entry.end(EarlyEnd.LOST)
         self._end_cancelled(renewal.cancelled)

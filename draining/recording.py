@@ -1,6 +1,6 @@
 """How what a worker has done gets into the queue: surely, and each outcome once.
 
-    recorder = Recorder(queue, on_delay)
+    recorder = Recorder(queue, in_flight)
     await recorder.end_run(lease, step, attempt, outcome)
 
 Contract: an outcome that the queue cannot take now is offered again until it can, since what is not recorded would
@@ -20,6 +20,7 @@ from ..calls.retries import AttemptOutcome, Dead, Done, RetryAt
 from ..queues import Queue
 from ..watchdog import log
 from .bodies import drop, take_excerpt
+from .in_flight import InFlightTable
 
 PAUSE_S = 1.0  # before the queue is asked again after it failed
 
@@ -27,9 +28,9 @@ PAUSE_S = 1.0  # before the queue is asked again after it failed
 class Recorder:
     """Writes what has become of leases."""
 
-    def __init__(self, queue: Queue, on_delay: Callable[[Lease], None]) -> None:
+    def __init__(self, queue: Queue, in_flight: InFlightTable) -> None:
         self._queue = queue
-        self._on_delay = on_delay
+        self._in_flight = in_flight
 
     async def end_run(
         self, lease: Lease, step: Done | RetryAt | Dead, attempt: Attempt, outcome: AttemptOutcome
@@ -71,6 +72,7 @@ class Recorder:
             await self._with_retries(lease, partial(self._queue.finish, lease, dead))
 
     async def _with_retries(self, lease: Lease, record: Callable[[], Awaitable[object]]) -> None:
+        self._in_flight.begin_recording(lease)
         last_error = ""
         while True:
             try:
@@ -80,7 +82,7 @@ class Recorder:
                 if str(error) != last_error:
                     log.error(f"the outcome cannot be recorded yet: {error}", call_id=lease.call.id)
                 last_error = str(error)
-                self._on_delay(lease)
+                self._in_flight.hold(lease)  # what cannot be recorded keeps its slot, or all of it would pile up
                 await asyncio.sleep(PAUSE_S)
 
 

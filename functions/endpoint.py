@@ -365,10 +365,16 @@ class Endpoint:
         task.add_done_callback(self._ending.discard)
         return task
 
+    def _serving_pids(self) -> list[int]:
+        """Return the processes whose loops show that they are used."""
+        if (self.function.settings or {}).get("workers", "1") == "1":
+            return self.pids
+        return [child for pid in self.pids for child in children_of(pid)]
+
     def _on_look(self) -> None:
         """See whether the watchdogs were used since the last look; if not for long enough, put it to rest."""
         self._look = None
-        spent_ns, limit_s = {pid: read_spent_ns(pid) for pid in self.pids}, self.scale.zero_duration_s
+        spent_ns, limit_s = {pid: read_spent_ns(pid) for pid in self._serving_pids()}, self.scale.zero_duration_s
         idle_s = time.monotonic() - self._used_s
         # The list of all connections is long where many functions are awake: it is read only before a decision.
         if spent_ns != self._spent_ns or (idle_s >= limit_s and may_have_connections(self.path)):

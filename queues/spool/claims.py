@@ -16,6 +16,7 @@ from ...calls.model import CallbackState, Kind, Lease, Renewal, State
 from ...calls.steps import Event, next_callback_state, next_state
 from .housekeeping import expire
 from .notifier import WakeUp
+from .owners import boot_s
 from .rows import read_call
 from .statements import CALL_FLOWS, CALLBACK_FLOWS, SQL_READY_CALLBACKS, FlowStatements
 from .transaction import Transaction
@@ -23,18 +24,18 @@ from .transaction import Transaction
 
 @dataclass(frozen=True, slots=True)
 class Claimant:
-    """Who claims, when, and until when: the wall clock decides what is due, the boot clock when the lease ends."""
+    """Who claims, when, and for how long: the wall clock decides what is due, the boot clock when the lease ends."""
 
     owner: str
     now_s: float
     boot: str
-    until_s: float
+    lease_s: float
 
 
 def _lease(tx: Transaction, seq: int, kind: Kind, claimant: Claimant) -> Lease:
     cursor = tx.db.execute(
         "INSERT INTO leases (seq, kind, owner, boot, until_s) VALUES (?, ?, ?, ?, ?)",
-        (seq, kind, claimant.owner, claimant.boot, claimant.until_s),
+        (seq, kind, claimant.owner, claimant.boot, boot_s() + claimant.lease_s),
     )
     if cursor.lastrowid is None:
         raise AssertionError("an INSERT that succeeded has a row id")

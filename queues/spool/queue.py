@@ -329,7 +329,7 @@ class Spool:
     def _claimant(self, owner: str, lease_s: float) -> Claimant:
         if owner not in self._owners:
             raise AssertionError(f"{owner} has not been enlisted: its leases would be void at once")
-        return Claimant(owner, self._now(), self._boot, boot_s() + lease_s)
+        return Claimant(owner, self._now(), self._boot, lease_s)
 
     async def _claimed(
         self,
@@ -360,8 +360,11 @@ class Spool:
 
     async def renew(self, leases: Sequence[Lease], lease_s: float) -> Renewal:
         """Let the leases last `lease_s` seconds from now; tell which are lost and which calls to cancel."""
-        until_s = boot_s() + lease_s
-        return await self._write(partial(claims.renew, leases=tuple(leases), boot=self._boot, until_s=until_s))
+
+        def work(tx: Transaction) -> Renewal:
+            return claims.renew(tx, leases, self._boot, boot_s() + lease_s)
+
+        return await self._write(work)
 
     async def cancelled_ids(self, owner: str) -> frozenset[str]:
         """The calls that `owner` runs and that are to be cancelled; ask when `wait_for_cancel` returns."""
@@ -381,7 +384,7 @@ class Spool:
         `expected_s` is when this was to be done. A disk that is always slow does not put it off for ever.
         """
         now_s = boot_s()
-        if now_s - expected_s > STOOD_STILL_S and now_s - self._woke_s > RECLAIM_S:
+        if now_s - expected_s > STOOD_STILL_S and self._woke_s <= self._reclaimed_s:  # once between two
             self._woke_s = now_s
         if now_s - self._woke_s >= STOOD_STILL_S:
             self._take_back(tx)

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,33 @@ def test_function_is_put_to_rest_when_it_was_not_called_and_wakes_again() -> Non
             await until(lambda: not exists(first), "the watchdog's end")
             assert not local.status()[F].pids
             assert int((await call(local, "f", b"echo $PPID")).body) != first
+
+    run(test())
+
+
+def test_function_with_worker_processes_is_awake_while_it_is_called_and_rests_then() -> None:
+    duration_s, calls_s = 1.5, 5.0
+    text = SHELL + f'workers = "2"\nlabels."com.openfaas.scale.zero-duration" = "{duration_s}s"'
+
+    async def call_for_a_while(local: LocalFunctions) -> bool:
+        """Tell whether the machine let the calls come without long pauses."""
+        begun_s = last_s = time.monotonic()
+        while last_s < begun_s + calls_s:
+            assert (await call(local, "f", b"echo awake")).body == b"awake\n"
+            await asyncio.sleep(0.3)  # its connection is closed meanwhile: only its processes show that it is used
+            pause_s, last_s = time.monotonic() - last_s, time.monotonic()
+            if pause_s > duration_s / 2:
+                return False
+        return True
+
+    async def test() -> None:
+        async with running(real(text)) as local:
+            await call(local, "f", b"true")
+            pids = local.status()[F].pids
+            while not await call_for_a_while(local):
+                pids = local.status()[F].pids
+            assert local.status()[F].pids == pids
+            await until(lambda: not local.status()[F].pids, "it is put to rest")
 
     run(test())
 
@@ -278,6 +306,33 @@ def test_calls_in_flight_are_counted_without_what_waits_for_a_request(
             await until(lambda: endpoint.count_calls(pid, settings) == 0, "none")
 
     run(test())
+
+
+def test_watchdog_that_has_no_call_goes_before_one_that_has(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    script = f"until [ -e {gate} ]; do sleep 0.05; done".encode()
+
+    async def test() -> None:
+        async with running(real(SHELL)) as local:
+            await local.scale(F, 4)
+            await until(lambda: [has_guard(pid) for pid in local.status()[F].pids] == [True] * 4, "four")
+            calling = asyncio.create_task(call(local, "f", script))
+            await until(lambda: busy(local), "one has the call")
+            expected = busy(local)
+            await local.scale(F, 1)
+            assert list(local.status()[F].pids) == expected
+            gate.touch()
+            assert (await calling).status == 200
+
+    run(test())
+
+
+def has_guard(pid: int) -> bool:
+    return len(endpoint.children_of(pid)) == 1
+
+
+def busy(local: LocalFunctions) -> list[int]:
+    return [pid for pid in local.status()[F].pids if endpoint.count_calls(pid, {})]
 
 
 def test_function_gets_more_replicas_when_it_is_called_often_and_no_target_is_set() -> None:

@@ -98,6 +98,22 @@ def test_old_version_finishes_its_call_and_ends_when_a_new_one_serves(tmp_path: 
     run(test())
 
 
+def test_old_version_finishes_a_call_that_no_exec_timeout_bounds_however_long_an_answer_may_take_to_write(
+    tmp_path: Path,
+) -> None:
+    begun, old, new = tmp_path / "begun", version("old"), version("new")
+    short = 'write_timeout = "200ms"\n'
+
+    async def test() -> None:
+        async with running(real(old.replace("[cat]", short + "[cat]"))) as local:
+            calling = asyncio.create_task(call(local, "f", f"touch {begun}; sleep 1.5; echo $VERSION".encode()))
+            await until(begun.exists, "the call has begun")
+            await local.put(parse(new.replace("[cat]", short + "[cat]"))[F])
+            assert (await calling).body == b"old\n"
+
+    run(test())
+
+
 def test_old_version_serves_on_when_the_new_one_does_not_get_healthy(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     async def test() -> None:
         async with running(real(version("old"))) as local:

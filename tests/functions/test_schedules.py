@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from faashound.calls.model import State
+from faashound.calls.model import QueueLimits, State
 from faashound.calls.names import FunctionName, parse_function_name
 from faashound.functions.scheduler import Scheduler
 from faashound.functions.schedules import (
@@ -29,6 +29,7 @@ from faashound.functions.schedules import (
 )
 from faashound.functions.table import Function
 from faashound.queues import Queue, open_queue
+from faashound.queues.spool.queue import Spool
 from tests.functions.kit import F, run, until
 
 BERLIN = ZoneInfo("Europe/Berlin")
@@ -306,6 +307,30 @@ def test_changed_table_is_followed(tmp_path: Path) -> None:
             assert scheduler.describe() == []
 
     run(test())
+
+
+def test_function_that_may_have_no_more_calls_keeps_no_other_from_its_ticks(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    full, g = scheduled("@every 10s"), parse_function_name("g")
+    table = {**full, g: Function(g, url="http://h", annotations=cron("@every 10s"))}
+
+    async def test() -> None:
+        clock = Clock(NOON - 1)
+        queue = await Spool.open(tmp_path / "spool", now=clock, limits=QueueLimits(calls_count=1))
+        try:
+            scheduler = Scheduler(table, queue, now=clock)
+            await looks(scheduler, clock, NOON - 1, NOON + 0.1, NOON + 10)
+            assert [call.function for call in await queue.calls()] == [g, F]
+            await queue.cancel_queued()
+            await looks(scheduler, clock, NOON + 11)
+            waiting = await queue.calls(state=State.QUEUED)
+            assert {(call.function, call.due_s) for call in waiting} == {(F, NOON + 10), (g, NOON + 10)}
+        finally:
+            await queue.close()
+
+    run(test())
+    assert capfd.readouterr().err.count("a scheduled call could not be queued") == 2, "once of each"
 
 
 def test_running_scheduler_puts_a_call_when_its_time_comes(tmp_path: Path) -> None:

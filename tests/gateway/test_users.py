@@ -226,6 +226,22 @@ def test_users_do_what_their_roles_let_them_and_the_log_has_their_names(system: 
     system.wait_log(f'Done: [DELETE] /async-function/{call_id} asker="alice from 127.0.0.1"')
 
 
+def test_file_that_is_made_after_the_start_is_followed_by_every_process(tmp_path: Path) -> None:
+    for name, text in (("user", "admin"), ("password", "p")):
+        (tmp_path / f"basic-auth-{name}").write_text(text)
+    settings = {"basic_auth": "true", "secret_mount_path": str(tmp_path), "worker": "none", "workers": "2"}
+    with System(settings=settings) as system:
+
+        def statuses(text: str) -> set[int]:
+            return {system.request("GET", "/system/info", headers=basic(text)).status for _ in range(4)}
+
+        assert (statuses("admin:p"), statuses("alice:a")) == ({200}, {401})
+        path = tmp_path / "basic-auth-users"
+        path.touch(mode=0o600)
+        path.write_text(line("alice", "a"))
+        assert (statuses("admin:p"), statuses("alice:a")) == ({200}, {200})
+
+
 def test_file_is_followed_and_a_bad_one_changes_nothing(system: System, secrets: Path) -> None:
     def status(text: str) -> int:
         return system.request("GET", "/system/functions", headers=basic(text)).status
