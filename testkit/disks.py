@@ -13,11 +13,11 @@ from testkit.needed import want_root
 
 
 @contextmanager
-def mount_small_disk(place: Path) -> Iterator[None]:
-    """Make `place` a file system of 2 MiB; the test is left out where nothing can be mounted."""
+def mount_small_disk(place: Path, size_bytes: int = 2 << 20) -> Iterator[None]:
+    """Make `place` a file system of 2 MiB, or `size_bytes`; the test is left out where nothing can be mounted."""
     want_root("mounting a small disk")
     place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m,mode=0700", "none", str(place)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size_bytes},mode=0700", "none", str(place)]
     mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
     if mounted.returncode:
         pytest.skip(f"no small disk can be mounted here: {mounted.stderr.strip()}")

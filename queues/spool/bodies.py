@@ -19,7 +19,7 @@ from ...watchdog import BodyTooLarge, FaashoundError, log
 from .body_files import BodyFile, list_old_bodies, open_body_file, read_excerpt, unlink_bodies, unlink_orphans
 from .directory import SpoolDirectory
 from .errors import DISK_FULL, NO_MEMORY, disk_error
-from .limits import FILE_CHUNK_BYTES, ROOM_PAUSE_S
+from .limits import AMPLE_BYTES, FILE_CHUNK_BYTES, ROOM_PAUSE_S
 from .reserve import Reserve
 
 T = TypeVar("T")
@@ -78,20 +78,24 @@ class Bodies:
         """See `Spool.store_result`."""
         if length is not None and limit_bytes is not None and length > limit_bytes:
             raise BodyTooLarge(limit_bytes)
-        turn = contextlib.AsyncExitStack()  # from the first wait to the end, unless all the room is taken at once
-        waited = False
+        turn = contextlib.AsyncExitStack()  # from a wait until there is ample room; not if all of it is taken at once
+        waited = has_turn = False
 
         async def write(work: Callable[[], None]) -> None:
-            nonlocal waited
+            nonlocal waited, has_turn
             try:
                 await self._write_result(work)
             except (QueueFull, QueueUnavailable) as error:
                 if not waited:
                     waited = True
                     log.warning(f"a result waits to be stored: {error}")
-                    if not length:
-                        await turn.enter_async_context(self._result_lock)
+                if not length and not has_turn:
+                    await turn.enter_async_context(self._result_lock)
+                    has_turn = True
                 await self._wait_and_write(work, length or 0)
+            if has_turn and self._reserve.free_bytes >= AMPLE_BYTES:  # the function may take hours over its rest
+                await turn.aclose()
+                has_turn = False
 
         async with turn:
             try:

@@ -23,9 +23,10 @@ from faashound.calls.model import (
     State,
     StoredBody,
 )
+from faashound.queues.spool.limits import AMPLE_BYTES
 from faashound.queues.spool.queue import Spool
 from faashound.watchdog import PeerGone
-from testkit.disks import fill
+from testkit.disks import fill, mount_small_disk
 from testkit.harness import eventually
 from testkit.queue_kit import read_all, results_wait
 from testkit.spool_kit import LEASE_S, QUEUE, START_S, Desk, Remote, inline, new_call
@@ -309,6 +310,37 @@ def test_results_that_wait_are_stored_one_after_another(
         return await asyncio.gather(*storing)
 
     assert [len(found) for found in desk.do(scenario())] == [size] * count
+
+
+def test_result_whose_function_is_slow_keeps_no_other_waiting_once_there_is_ample_room(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    size = 6 << 20  # more than results may have of the reserve
+
+    async def slowly(goes_on: asyncio.Event) -> AsyncIterator[bytes]:
+        async for piece in in_pieces(bytes(size)):
+            yield piece
+        await goes_on.wait()
+        yield b"rest"
+
+    async def scenario(desk: Desk, ballast: Path) -> tuple[int, int]:
+        goes_on = asyncio.Event()
+        slow = asyncio.create_task(desk.spool.store_result(slowly(goes_on)))
+        await results_wait(capfd, 1)
+        quick = asyncio.create_task(desk.spool.store_result(in_pieces(bytes(size))))
+        await results_wait(capfd, 1)
+        os.truncate(ballast, 0)
+        stored = await quick
+        assert not slow.done()
+        goes_on.set()
+        return stored.bytes_count, (await slow).bytes_count
+
+    with mount_small_disk(tmp_path / "disk", AMPLE_BYTES + (32 << 20)):
+        desk = Desk(tmp_path / "disk" / "spool")
+        try:
+            assert desk.do(scenario(desk, fill(tmp_path / "disk"))) == (size, size + 4)
+        finally:
+            desk.close()
 
 
 def test_result_that_breaks_off_while_it_waits_is_told_from_one_that_never_came(small_disk: Path, desk: Desk) -> None:
