@@ -53,7 +53,7 @@ from ..network.addresses import (
 )
 from ..watchdog import SECRET_FIELDS, VERSION, FaashoundError, Resolver, Url, end_to_end, has_dot_segments
 from ..watchdog import Address as SocketAddress
-from .model import Headers
+from .model import HISTORY_COUNT, Call, Headers
 
 MAX_URL_CHARS = 2048
 
@@ -358,15 +358,31 @@ def build_policy(gateway_urls: Iterable[str], allow: CallbackAllow | None = None
 # What a callback carries.
 # ---------------------------------------------------------------------------------------------------------------
 
-# In a callback that goes to a gateway's /async-function it proves that a worker of the same queue sent it, about this
-# very call; so the next call of a chain is submitted once, however often its callback is repeated.  It may go to
-# any receiver: it is good for nothing else.
+# A callback is a message, repeated until it is taken: its id is the same for each repetition of one end of a call, and
+# another for each end of a dead letter that was queued again.  Workers of earlier versions send none: then the call's
+# stands for it, which is that of the first end.
+CALLBACK_ID = b"X-Callback-Id"
+
+
+def build_callback_id(call: Call) -> str:
+    """Return the id of the callback that tells of a call's end.
+
+    It is the call's id, and for a later end the time of that besides.  A later end has attempts from before it behind
+    it; after more attempts than are remembered none can be told from a first one, and each goes by its time.
+    """
+    is_first = len(call.history) <= call.attempts < HISTORY_COUNT
+    return call.id if is_first or call.finished_s is None else f"{call.id}:{call.finished_s * 1e6:.0f}"
+
+
+# In a callback that goes to a gateway's /async-function it proves that a worker of the same queue sent it, and that it
+# is this very callback; so the next call of a chain is submitted once for an end, however often its callback is
+# repeated.  It may go to any receiver: it is good for nothing else.
 CALLBACK_PROOF = b"X-Callback-Proof"
 
 
-def build_proof(token: str, call_id: str) -> str:
-    """Return the proof for a call, made with the token that only gateway and worker know."""
-    return hmac.new(token.encode(), call_id.encode(), hashlib.sha256).hexdigest()
+def build_proof(token: str, callback_id: str) -> str:
+    """Return the proof for a callback, made with the token that only gateway and worker know."""
+    return hmac.new(token.encode(), callback_id.encode(), hashlib.sha256).hexdigest()
 
 
 # They mean nothing in a response, but would steer the request that the callback is: at a gateway the next call of a
@@ -411,7 +427,8 @@ def _our_fields(facts: CallFacts) -> Headers:
 # Ours: the function cannot override them, nor pretend to a signature where there is none.
 _OURS = {
     *(name.lower() for name, _ in _our_fields(CallFacts("", "", 0, 0.0, 0, 0))),
-    *("webhook-id", "webhook-timestamp", "webhook-signature", CALLBACK_PROOF.decode().lower()),
+    *("webhook-id", "webhook-timestamp", "webhook-signature"),
+    *(name.decode().lower() for name in (CALLBACK_ID, CALLBACK_PROOF)),
 }
 
 
@@ -552,13 +569,13 @@ class Signer:
     def __init__(self, secrets: Sequence[Secret]) -> None:
         self._secrets = tuple(secrets)
 
-    def start(self, url: Url, call_id: str, now_s: float) -> Signature | None:
+    def start(self, url: Url, callback_id: str, now_s: float) -> Signature | None:
         """Return a signature to feed, for a post to `url` at `now_s` (epoch seconds; each retry is signed anew).
 
         None for a host that no secret is for.
 
-        The receiver's key for telling repeats is the call's id.  A full stop in it, which only a caller's own id can
-        have, becomes a colon: the specification forbids it, because `a.1` at 2 would sign the same text as `a` at 1.
+        The receiver's key for telling repeats is the callback's id.  A full stop in it, which only a caller's own id
+        can have, becomes a colon: the specification forbids it, as `a.1` at 2 would sign the same text as `a` at 1.
         """
         keys = [secret.key for secret in self._secrets if secret.signs_for(url)]
-        return Signature(keys, call_id.replace(".", ":"), int(now_s)) if keys else None
+        return Signature(keys, callback_id.replace(".", ":"), int(now_s)) if keys else None

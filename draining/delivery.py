@@ -15,12 +15,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from ..calls.callbacks import (
+    CALLBACK_ID,
     CALLBACK_PROOF,
     MAX_REDIRECTS_COUNT,
     CallbackPolicy,
     CallFacts,
     Signer,
     build_callback_headers,
+    build_callback_id,
     build_proof,
     parse_secrets,
 )
@@ -95,16 +97,19 @@ class Deliverer:
         return AttemptOutcome(OutcomeKind.ANSWERED, status, retry_after)
 
     async def _send(self, call: Call, facts: CallFacts, url: Url) -> ClientResponse:
-        headers = (*build_callback_headers(facts, call.result_headers), *await self._signature(url, call))
+        callback_id = build_callback_id(call)
+        signature = await self._signature(url, call, callback_id)
+        headers = (*build_callback_headers(facts, call.result_headers), *signature)
         fields = [(name.encode(), value.encode("latin-1")) for name, value in headers]
-        fields.append((CALLBACK_PROOF, build_proof(self._queue.token, call.id).encode()))
+        fields.append((CALLBACK_ID, callback_id.encode()))
+        fields.append((CALLBACK_PROOF, build_proof(self._queue.token, callback_id).encode()))
         body = b"" if call.result is None else await sendable(self._queue, call.result)
         length = 0 if call.result is None else call.result.bytes_count
         return await self._client.request("POST", url, fields, body, length)
 
-    async def _signature(self, url: Url, call: Call) -> Headers:
+    async def _signature(self, url: Url, call: Call, callback_id: str) -> Headers:
         signer = self._rules.signer
-        signature = None if signer is None else signer.start(url, call.id, time.time())
+        signature = None if signer is None else signer.start(url, callback_id, time.time())
         if signature is None:
             return ()
         if call.result is not None:

@@ -7,8 +7,8 @@ that does not come; it is cancelled in the old one; and then the new one gets it
 between leaves a pair that tells how far it came: held there and queued here is the first step, held there and
 cancelled here the second.
 
-It refuses to work on a spool that a worker still drains.  What has ended stays where it is, dead letters and
-undelivered callbacks among it.
+It refuses to work on a spool that a worker still drains.  What has ended stays where it is: dead letters, and
+callbacks that are still to be delivered, which only a worker on the spool does; both are told.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from ..calls.model import Call, CallExists, CallFinished, CallUnknown, NewCall, 
 from ..watchdog import BadSettings, FaashoundError, OutputFailed, parse_settings, report_failure, write_out
 from . import Queue, open_queue
 from .commands import CommandParser
+from .inspection import walk_dead_letters
 from .nats_settings import NatsSettings
 from .spool.queue import Spool
 from .urls import NatsUrl, parse_queue_url
@@ -49,11 +50,15 @@ class HoldingQueue(Queue, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Migrated:
-    """What was moved; what the target knew already by its idempotency key; dead letters that stay in the spool."""
+    """What was moved; what the target knew already by its idempotency key; what stays in the spool.
+
+    That is dead letters, and callbacks that a worker on the spool has still to deliver.
+    """
 
     moved_count: int
     known_count: int
     left_count: int
+    pending_count: int
 
 
 async def migrate(source: Path, target: HoldingQueue, report: Callable[[str], None]) -> Migrated:
@@ -67,7 +72,7 @@ async def migrate(source: Path, target: HoldingQueue, report: Callable[[str], No
         stats = await spool.stats()
         if stats.by_state[State.RUNNING]:
             raise QueueUnavailable(f"calls of {source} are running: stop its gateway and workers first")
-        return await _Move(spool, target, report).run()
+        return await _Move(source, spool, target, report).run()
     finally:
         await spool.close()
 
@@ -88,7 +93,8 @@ def _check_idle(source: Path) -> None:
 class _Move:
     """One run of a migration."""
 
-    def __init__(self, spool: Spool, target: HoldingQueue, report: Callable[[str], None]) -> None:
+    def __init__(self, source: Path, spool: Spool, target: HoldingQueue, report: Callable[[str], None]) -> None:
+        self._source = source
         self._spool = spool
         self._target = target
         self._report = report
@@ -101,10 +107,15 @@ class _Move:
                 await self._go_on(call)
         async for call in self._queued():
             await self._move(call)
-        stats = await self._spool.stats()
-        left = stats.by_state[State.DEAD] + stats.callback_dead_count + stats.callback_pending_count
+        left = len([call.id async for call in walk_dead_letters(self._spool, None)])
         self._report(f"moved {self._moved_count} calls, {self._known_count} were known, {left} dead letters stay")
-        return Migrated(self._moved_count, self._known_count, left)
+        pending = (await self._spool.stats()).callback_pending_count
+        if pending:
+            self._report(
+                f"{pending} callbacks are still to be delivered, and stay: until they are, run a worker on the spool"
+                f" (queue_url=spool:{self._source} fworker, with its former settings)"
+            )
+        return Migrated(self._moved_count, self._known_count, left, pending)
 
     async def _queued(self) -> AsyncIterator[Call]:
         """Every queued call, newest first; a page begins behind the last call of the one in front, which is gone."""

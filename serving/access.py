@@ -15,7 +15,7 @@ import hmac
 from contextlib import suppress
 from dataclasses import dataclass
 
-from ..calls.callbacks import CALLBACK_PROOF, build_proof
+from ..calls.callbacks import CALLBACK_ID, CALLBACK_PROOF, build_proof
 from ..draining.gateway_access import WORKER_TOKEN
 from ..network.hosts import UnknownHost
 from ..watchdog import FileBody, Request, Response
@@ -26,7 +26,7 @@ from .passwords import PasswordDoor
 from .users import Role
 
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")  # RFC 9110 9.2.1
-_PROOF, _TOKEN = CALLBACK_PROOF.lower(), WORKER_TOKEN.lower()
+_CALLBACK_ID, _PROOF, _TOKEN = CALLBACK_ID.lower(), CALLBACK_PROOF.lower(), WORKER_TOKEN.lower()
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +42,13 @@ class Access:
         given = request.header(_TOKEN) or b""
         return given != b"" and hmac.compare_digest(given, self.token.encode())  # an empty field is no token
 
-    def is_callback_of(self, request: Request, call_id: str) -> bool:
-        """Tell whether a request is the callback that reports on a call."""
-        proof = request.header(_PROOF) or b""
-        return hmac.compare_digest(proof, build_proof(self.token, call_id).encode())
+    def callback_id(self, request: Request) -> str | None:
+        """Return the id of the callback that a request is, None if it is none of ours."""
+        proof = request.header(_PROOF)
+        if proof is None:
+            return None
+        given = (request.header(_CALLBACK_ID) or request.header(b"x-call-id") or b"").decode("latin-1")
+        return given if hmac.compare_digest(proof, build_proof(self.token, given).encode()) else None
 
     def check_no_callback(self, request: Request) -> None:
         """Raise Forbidden for a callback, which a stranger may have sent anywhere."""

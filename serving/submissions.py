@@ -240,14 +240,13 @@ class Submissions:
         """Return a call's id and its idempotency key.
 
         A callback of ours that submits the next call of a chain carries the id of the call it reports on: that id is
-        in use, and it is what makes a repeated callback the same submission.  No caller's key begins with a space.
+        in use.  Its own id makes a repeated callback the same submission.  No caller's key begins with a space.
         """
+        callback_id = self.access.callback_id(request)
+        if callback_id is not None:
+            return new_call_id(), f" callback of {callback_id}"
         given = (request.header(b"x-call-id") or b"").decode("latin-1").lower()
-        if not is_call_id(given):
-            return new_call_id(), parse_key(request)
-        if self.access.is_callback_of(request, given):
-            return new_call_id(), f" callback of {given}"
-        return given, parse_key(request)
+        return given if is_call_id(given) else new_call_id(), parse_key(request)
 
     async def _store(self, request: Request, rest: bytes, build_call: Callable[..., NewCall]) -> NewCall:
         """Store a request's body and return its call."""

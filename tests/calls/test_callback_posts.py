@@ -40,6 +40,7 @@ def test_callback_carries_the_functions_fields_in_order_and_then_ours() -> None:
     + ["X-Callback-Url", "X-Delay", "X-Expires", "Idempotency-Key", "X-Timeout"]
     + ["Host", "Expect", "Set-Cookie", "cookie", "AUTHORIZATION", "Proxy-Authenticate", "WWW-Authenticate", "X-Api-Key"]
     + ["x-call-id", "X-FUNCTION-STATUS", "X-Retry", "user-agent", "webhook-id", "Webhook-Signature"]
+    + ["X-Callback-Id", "X-Callback-Proof"]
     + ["X-Callback-Url", "X-Delay", "X-Expires", "X-Timeout", "Idempotency-Key", "X-Worker-Token", "Via", "Forwarded"]
     + ["X-Forwarded-For", "X-Forwarded-Host", "Origin", "Sec-Fetch-Site", "Access-Control-Request-Method"],
 )

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from faashound.calls.model import INLINE_BYTES, Call, QueueUnavailable, State
+from faashound.calls.model import INLINE_BYTES, Attempt, Call, QueueUnavailable, State
 from faashound.queues.jetstream.connection import Options
 from faashound.queues.jetstream.queue import JetStream
 from faashound.queues.migrate import Migrated, migrate
 from faashound.queues.spool.queue import Spool
-from testkit.harness import ROOT, run
+from testkit.harness import ROOT, Program, run
 from testkit.queue_kit import QUEUE, finish, inline, new_call, read_all
+from testkit.system import QUICK, WORKER_READY, Receiver
 
 BIG = os.urandom(INLINE_BYTES + 1)
 
@@ -29,6 +30,14 @@ async def move(directory: Path, options: Options) -> Migrated:
         return await migrate(directory, target, lambda _: None)
     finally:
         await target.close()
+
+
+def run_migrate(directory: Path, options: Options) -> str:
+    """Carry out the command, which is to succeed, and return what it says."""
+    arguments = ["migrate", "--from", f"spool:{directory}", "--to", options.servers[0]]
+    done = run("worker", arguments, {"nats_prefix": options.prefix})
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
 
 
 async def look(options: Options) -> list[Call]:
@@ -80,7 +89,44 @@ def test_migrate_leaves_dead_letters_and_says_so(tmp_path: Path, options: Option
         await spool.close()
         return await move(tmp_path, options), await look(options)
 
-    assert asyncio.run(scenario()) == (Migrated(0, 0, 1), [])
+    assert asyncio.run(scenario()) == (Migrated(0, 0, 1, 0), [])
+
+
+async def end_one(directory: Path, state: State, callback_url: str, *, deliver: bool = True) -> str:
+    """Put a call that ends so, and give its callback up if it is not to be delivered; return its id."""
+    spool = await Spool.open(directory)
+    owner = await spool.enlist()
+    call = await spool.put(new_call(callback_url=callback_url))
+    (lease,) = await spool.claim([QUEUE], owner, 60, 1)
+    await finish(spool, lease, state, inline(b"out"))
+    if not deliver:
+        (lease,) = await spool.claim_callbacks([QUEUE], owner, 60, 1)
+        await spool.callback_dead(lease, Attempt(0.0, 1.0, 410, "gone"))
+    await spool.close()
+    return call.id
+
+
+def test_command_counts_the_dead_letters_that_can_be_listed(tmp_path: Path, options: Options) -> None:
+    for state in (State.DEAD, State.DONE):
+        asyncio.run(end_one(tmp_path, state, "http://caller/", deliver=False))
+    moved = run_migrate(tmp_path, options)
+    assert moved == "moved 0 calls, 0 were known, 2 dead letters stay\n"
+    assert len(run("worker", ["dead", "list", "--json"], {"queue_url": f"spool:{tmp_path}"}).stdout.splitlines()) == 2
+
+
+def test_command_says_how_callbacks_that_are_still_to_be_delivered_are(tmp_path: Path, options: Options) -> None:
+    with Receiver() as receiver:
+        call_id = asyncio.run(end_one(tmp_path, State.DONE, receiver.url()))
+        told, advice = run_migrate(tmp_path, options).splitlines()
+        assert told == "moved 0 calls, 0 were known, 0 dead letters stay"
+        assert advice.startswith("1 callbacks are still to be delivered")
+        assert receiver.received() == []
+        with Program("worker", QUICK | {"queue_url": f"spool:{tmp_path}"}, ready_line=WORKER_READY) as worker:
+            assert worker.environment["queue_url"] in advice
+            (got,) = receiver.wait_for(1)
+            worker.wait_log("callback delivered")
+    assert got.headers["x-call-id"] == call_id
+    assert run_migrate(tmp_path, options) == "moved 0 calls, 0 were known, 0 dead letters stay\n"
 
 
 def test_migrate_refuses_a_spool_that_a_worker_drains(tmp_path: Path, options: Options) -> None:
@@ -108,7 +154,7 @@ def test_migrate_takes_a_call_whose_key_is_known_for_the_same(tmp_path: Path, op
         return await move(tmp_path, options), [call.id for call in await look(options)], known.id
 
     migrated, found, known = asyncio.run(scenario())
-    assert (migrated, found) == (Migrated(0, 1, 0), [known])
+    assert (migrated, found) == (Migrated(0, 1, 0, 0), [known])
 
 
 MOVER = """
@@ -169,10 +215,7 @@ def test_command_moves_what_waits_and_says_how_much(tmp_path: Path, options: Opt
         return call.id
 
     call_id = asyncio.run(fill())
-    settings = {"nats_prefix": options.prefix}
-    done = run("worker", ["migrate", "--from", f"spool:{tmp_path}", "--to", options.servers[0]], settings)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "moved 1 calls" in done.stdout
+    assert "moved 1 calls" in run_migrate(tmp_path, options)
     assert [call.id for call in asyncio.run(look(options))] == [call_id]
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
 
 import pytest
 
-from testkit.harness import ROOT, START_DEADLINE_S, clean_environment, crowding, http_request, wait_until
+from testkit.harness import ROOT, START_DEADLINE_S, Answer, clean_environment, crowding, http_request, wait_until
 from testkit.system import FUNCTIONS, Received, Receiver, Reply, System, rows
+
+LONG_S = 60.0  # for a call's retries, and those of its callback
 
 NEXT = FUNCTIONS + "[next]\nfprocess = 'sh -c \"cat >>$TMPDIR/next; echo >>$TMPDIR/next\"'"
 
@@ -76,6 +80,55 @@ def test_next_function_runs_once_though_its_callback_is_repeated_through_a_gatew
     assert (lost, status["callback"]["attempts"]) == ([202, 202], 2)
     (next_id,) = next_calls(system, b"by proxy")
     assert system.ended(next_id)["state"] == "done"
+
+
+def fails_until_mended(name: str) -> bytes:
+    """Return a script that fails until there is a file `name`."""
+    return f'test -e "$TMPDIR/{name}" || {{ echo broken {name}; exit 1; }}; echo mended {name}'.encode()
+
+
+def retry_mended(system: System, call_id: str, name: str) -> None:
+    """Queue the dead letter of such a script again, which is to succeed now."""
+    (system.temporary / name).touch()
+    assert system.request("POST", f"/system/calls/{call_id}/retry").status == 202
+
+
+def is_delivered(state: str, status: Mapping[str, Any]) -> bool:
+    """Tell whether a call has ended in `state`, and its callback was taken."""
+    return (status["state"], status.get("callback", {}).get("state")) == (state, "delivered")
+
+
+def test_next_function_gets_both_outcomes_of_a_dead_letter_that_was_queued_again(system: System) -> None:
+    url = f"http://127.0.0.1:{system.port}/async-function/next"
+    call_id = system.submit("shell", fails_until_mended("both"), {"X-Callback-Url": url})
+    system.until(call_id, partial(is_delivered, "dead"), LONG_S)
+    retry_mended(system, call_id, "both")
+    system.until(call_id, partial(is_delivered, "done"), LONG_S)
+    for outcome in (b"exit status 1\nbroken both\n", b"mended both\n"):
+        (next_id,) = next_calls(system, outcome)
+        assert system.ended(next_id)["state"] == "done"
+
+
+def test_callback_is_the_submission_of_the_end_that_it_proves_and_of_no_other(system: System) -> None:
+    with Receiver() as receiver:
+        call_id = system.submit("shell", fails_until_mended("proved"), {"X-Callback-Url": receiver.url()})
+        system.until(call_id, partial(is_delivered, "dead"), LONG_S)
+        retry_mended(system, call_id, "proved")
+        first, later = receiver.wait_for(2, LONG_S)
+
+    def submit_next(received: Received, callback_id: str | None) -> Answer:
+        """Send it on, as the callback that it is or as another; None is what earlier workers send."""
+        fields = {name: received.headers[name] for name in ("x-call-id", "x-callback-proof")}
+        fields |= {} if callback_id is None else {"X-Callback-Id": callback_id}
+        return system.request("POST", "/async-function/next", received.body, fields)
+
+    first_id, later_id = (received.headers["x-callback-id"] for received in (first, later))
+    taken = [submit_next(*each) for each in ((first, first_id), (first, None), (later, later_id), (later, later_id))]
+    ids = [answer.headers["x-call-id"] for answer in taken]
+    assert ([answer.status for answer in taken], ids[0] != ids[2]) == ([202] * 4, True)
+    assert (ids[1], ids[3]) == (ids[0], ids[2])
+    pretended = ((first, later_id), (first, f"{call_id}:1"), (later, first_id), (later, None))
+    assert [submit_next(*each).status for each in pretended] == [409] * 4
 
 
 def test_stranger_cannot_pass_for_a_callback(system: System) -> None:

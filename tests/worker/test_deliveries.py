@@ -88,6 +88,23 @@ def test_failing_callback_is_repeated_and_the_function_is_not(system: System) ->
     assert runs(system).count(call_id) == 1
 
 
+def test_receiver_knows_the_callback_of_another_end_from_a_repetition(system: System) -> None:
+    gate = system.temporary / "gate"
+    with Receiver(in_turn(200, 500, 200)) as receiver:
+        script = f"test -e {gate} || exit 1".encode()
+        call_id = system.submit("shell", script, {"X-Callback-Url": receiver.url()})
+        system.until(call_id, lambda status: status.get("callback", {}).get("state") == "delivered", 30)
+        gate.touch()
+        assert system.request("POST", f"/system/calls/{call_id}/retry").status == 202
+        got = receiver.wait_for(3, 30)
+    first, again, repeated = (each.headers["x-callback-id"] for each in got)
+    assert (first, repeated) == (call_id, again)
+    assert again != first
+    assert [each.headers["webhook-id"] for each in got] == [first, again, repeated]
+    for each in got:
+        standardwebhooks.Webhook(SIGNING_SECRET).verify(each.body, dict(each.headers), json_parse=False)
+
+
 def has_failed(error: str, status: dict[str, Any]) -> bool:
     """Tell whether a callback has failed with `error` and waits for its next attempt."""
     callback = status.get("callback", {})

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from faashound.calls.callbacks import build_callback_id
 from faashound.calls.destinations import destination_of
-from faashound.calls.model import Callback, CallbackState, CallNotDead, Lease, State
+from faashound.calls.model import HISTORY_COUNT, Attempt, Callback, CallbackState, CallNotDead, Lease, State
 from faashound.calls.steps import LOST_ERROR
 from testkit.queue_kit import LEASE_S, QUEUE, START_S, Desk, inline
 
@@ -43,6 +44,38 @@ def test_dead_callback_waits_for_a_person_and_starts_afresh(desk: Desk) -> None:
     assert again is not None
     assert (again.state, again.attempts) == (CallbackState.PENDING, 0)
     assert desk.claim_callback().call.id == call.id
+
+
+def test_each_end_of_a_call_has_a_callback_of_its_own(desk: Desk) -> None:
+    """The first has the id of its call, however many attempts it took; one that is sent again has the id it had."""
+    call = desk.put(callback_url="http://caller/")
+    desk.do(desk.queue.retry(desk.claim_one(), attempt=desk.attempt(500, "no"), due_s=desk.clock.now_s))
+    desk.finish(desk.claim_one(), State.DEAD)
+    first = desk.claim_callback()
+    desk.do(desk.queue.requeue_dead(call.id))
+    desk.finish(desk.claim_one(), State.DEAD, attempt=Attempt(START_S + 1, START_S + 1.5, 500, "no"))
+    second = desk.claim_callback()
+    desk.do(desk.queue.callback_dead(second, desk.attempt(410, "gone")))
+    desk.do(desk.queue.requeue_callback(call.id))
+    again = desk.claim_callback()
+    desk.do(desk.queue.requeue_dead(call.id))
+    desk.finish(desk.claim_one(), attempt=Attempt(START_S + 2, START_S + 2.5, 200, None))
+    third = desk.claim_callback()
+    ids = [build_callback_id(lease.call) for lease in (first, second, again, third)]
+    assert (ids[0], ids[1]) == (call.id, ids[2])
+    assert len(set(ids)) == 3
+
+
+def test_each_end_after_more_attempts_than_are_remembered_has_a_callback_of_its_own(desk: Desk) -> None:
+    call = desk.put(callback_url="http://caller/")
+    ids = []
+    for life in range(2):
+        for _ in range(HISTORY_COUNT):
+            desk.do(desk.queue.retry(desk.claim_one(), attempt=desk.attempt(500, "no"), due_s=desk.clock.now_s))
+        desk.finish(desk.claim_one(), State.DEAD, attempt=Attempt(START_S, START_S + life, 500, "no"))
+        ids.append(build_callback_id(desk.claim_callback().call))
+        desk.do(desk.queue.requeue_dead(call.id))
+    assert ids[0] != ids[1]
 
 
 def test_released_callback_is_not_counted(desk: Desk) -> None:
