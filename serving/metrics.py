@@ -5,7 +5,8 @@
     metrics.end(label, 200, duration_s)
     await serve_metrics(metrics, request)                    # all processes of the gateway together
 
-Contract: counting is an addition in memory that the processes share; nothing is looked up or waited for.
+Contract: counting is an addition in memory that the processes share; nothing is looked up or waited for.  A duration
+is the time until the head of an answer has come; a streamed body, or a switched connection, is no longer in flight.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 from ..calls.model import State, Stats
 from ..functions.table import Function
-from ..watchdog import Histogram, Slot, cumulated
+from ..watchdog import CLIENT_GONE_STATUS, Histogram, Slot, cumulated
+from .figures import read_counters
 from .health import TROUBLE_KEY
 
 DIRECT = "direct"  # the key of calls that workers make past the gateway
@@ -35,6 +37,16 @@ class GatewayMetrics:
         self._slot = slot
         self._answered: set[str] = set()
         self._stats: Stats | None = None
+        self._end_cut()
+
+    def _end_cut(self) -> None:
+        """End what a process that has died had begun in our slot, as what has no reader: how long it took is not known.
+
+        That it was begun stays counted, since a counter that goes back has begun anew for who reads it.
+        """
+        for label, counted in read_counters(self._slot.scoreboard.counters.adopt(self._slot.index)).items():
+            for _ in range(counted.started - counted.ended):
+                self.end(label, CLIENT_GONE_STATUS, 0.0)
 
     def begin(self, function: Function | None, *, listed: bool) -> str:
         """Count the start of an invocation; return the label that `end` is to be given."""
