@@ -221,6 +221,23 @@ def _in_flight(system: Shown) -> int | None:
     return None if answer.status == 503 else json.loads(answer.body)["totals"]["in_flight"]
 
 
+def test_calls_of_a_queue_that_came_after_the_start_are_not_known_and_counted_from_the_next_one(tmp_path: Path) -> None:
+    settings = {"state": str(tmp_path / "state"), "deploy": "process"}
+    function = {"service": "later", "image": "process", "envProcess": "cat"}
+    queue = {"annotations": {"com.openfaas.queue": "later"}}
+    with Shown(settings=settings, spool=tmp_path / "spool") as system:
+        wait_until(lambda: system.ask("/system/metrics")["workers"] == "counted", 15.0, "the worker is there")
+        fields = {"Content-Type": "application/json"}
+        answer = system.request("POST", "/system/functions", json.dumps(function | queue).encode(), fields)
+        assert answer.status == 202, answer
+        assert system.ask("/system/metrics")["workers"] == "unknown"
+    with Shown(settings=settings, spool=tmp_path / "spool") as system:
+        system.ended(system.submit("later"))
+        wait_until(lambda: _counted(system, 1), 15.0, "the call is counted")
+        assert system.ask("/system/metrics")["workers"] == "counted"
+        assert "another worker drains" not in system.log()
+
+
 def kept(**changes: object) -> str:
     whole = {"since_s": 1.0, "life": "", "minutes": {}, "depths": [], "gateway": {}, "worker": {}}
     return json.dumps({**whole, **changes})
