@@ -410,7 +410,7 @@ async def assemble(stack: AsyncExitStack, common: Common, slot: Slot) -> Gateway
         operations = await run_functions(stack, common, queue)
         counts = InvocationCounts(common.kept(INVOCATIONS_FILE), common.invocations_before, metrics)
         keep_counts(stack, counts, functions)
-        local.count_made = lambda name: counts.totals().get(name, 0)
+        local.count_made = metrics.asked_count
         history = keep_history(stack, common, queue, slot)
         limit_s = settings.write_timeout_s
         events = Events(queue, history, Followers("events", "ask /system/calls instead", limit_s))

@@ -22,6 +22,7 @@ from .figures import read_counters
 from .health import TROUBLE_KEY
 
 DIRECT = "direct"  # the key of calls that workers make past the gateway
+ASKED = "asked"  # and of those that were passed on to a function that is run here
 OTHER = "other"  # no function's whole name, which has a namespace
 MAX_LABELS_COUNT = 1000  # functions that function_url finds and that have metrics of their own
 
@@ -57,6 +58,15 @@ class GatewayMetrics:
     def end(self, label: str, status: int, duration_s: float) -> None:
         """Count the end of an invocation."""
         Histogram.at(self._slot, f"seconds {label} {status}").observe(duration_s)
+
+    def asked(self, name: str) -> None:
+        """Count a call that is passed on, to a function that is run here: callers that are refused are not for it."""
+        self._slot.values(f"{ASKED} {name}", 1)[0] += 1
+
+    def asked_count(self, name: str) -> int:
+        """Return how many calls a function that is run here has got, in all processes and past them."""
+        totals = self._slot.scoreboard.counters.totals()
+        return int(sum(sum(totals.get(f"{kind} {name}", ())) for kind in (ASKED, DIRECT)))
 
     def answered(self, name: str) -> None:
         """There is a function of this name."""
@@ -119,7 +129,7 @@ class GatewayMetrics:
                 buckets, sum_s = cumulated(numbers)
                 total.add_metric(label, buckets[-1][1])
                 seconds.add_metric(label, buckets, sum_s)
-            elif kind != DIRECT:  # which is in the workers' own metrics
+            elif kind not in (DIRECT, ASKED):  # one is in the workers' own metrics, the other no figure of OpenFaaS'
                 counters[kind].add_metric(label, numbers[0])
         yield from (total, started, seconds, submitted, dropped, trouble)
         if self._stats is not None:
