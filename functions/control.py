@@ -321,6 +321,8 @@ class Control:
 
         await self._local.put(deployment.function, store)
         self._deployed[deployment.function.name] = deployment
+        if document.get("limits"):
+            log.warning(f"{deployment.function.name.short} has limits that are not kept (limits=ignore)")
 
     def _current_rules(self) -> Rules:
         try:
