@@ -327,11 +327,13 @@ async def serve(common: Common, context: WorkerContext) -> int:
         context.on_serving()
         supervisor = Supervisor()
         stack.push_async_callback(supervisor.stop, 0.0)
-        if context.slot.is_first and common.start.worker is not None:
+        if isinstance(gateway.control_plane, ControlPlane) and common.start.worker is not None:
             environ = {**common.start.worker, "gateway_url": local_url(sockets.own) or ""}
             follows = not common.environ.get("queues")
+            if follows:  # those of functions that were deployed before, too
+                environ["queues"] = ",".join(sorted(common.start.drained_queues(common.local.table.values())))
             workers = LocalWorkers(supervisor, environ, gateway.health.worker_trouble, follows=follows)
-            follow = partial(follow_queues, workers, common.local)
+            follow = partial(follow_queues, workers, common.local, gateway.control_plane.history)
             follow()
             common.on_change.append(follow)
         await signals.first.wait()
@@ -344,9 +346,10 @@ async def serve(common: Common, context: WorkerContext) -> int:
         return await drain_all(server, signals, common.local, settings.upstream_timeout_s, context.slot)
 
 
-def follow_queues(workers: LocalWorkers, local: LocalFunctions) -> None:
+def follow_queues(workers: LocalWorkers, local: LocalFunctions, history: History) -> None:
     """Have the queues drained that the functions name by now."""
     workers.follow(function_queues(local.table.values()))
+    history.misses_workers = workers.later_count > 0
 
 
 async def worker_gone(gateway: Gateway, supervisor: Supervisor, slot: Slot) -> None:
@@ -407,7 +410,7 @@ async def assemble(stack: AsyncExitStack, common: Common, slot: Slot) -> Gateway
         operations = await run_functions(stack, common, queue)
         counts = InvocationCounts(common.kept(INVOCATIONS_FILE), common.invocations_before, metrics)
         keep_counts(stack, counts, functions)
-        local.count_made = lambda name: counts.totals().get(name, 0)
+        local.count_made = metrics.asked_count
         history = keep_history(stack, common, queue, slot)
         limit_s = settings.write_timeout_s
         events = Events(queue, history, Followers("events", "ask /system/calls instead", limit_s))

@@ -241,7 +241,22 @@ class Control:
                 self._declared = before
                 raise
             self._told_trouble = ""
+            await self._tell_missing_secrets()
             return True
+
+    async def _tell_missing_secrets(self) -> None:
+        """Log which functions of the file name secrets that are not kept; a deployment is refused for that."""
+        kept = await in_thread(self._kept_secrets)
+        for name, function in self._declared.items():
+            missing = [each for each in function.secrets if (name.namespace, each) not in kept]
+            allowed = f"those that /system/secrets has in {name.namespace}"
+            if self._secrets is None:
+                allowed = "none, unless deploy=process is set"
+            if missing:
+                log.error(f"{name.short} does not find its secrets {', '.join(missing)}; allowed: {allowed}")
+
+    def _kept_secrets(self) -> frozenset[tuple[str, str]]:
+        return frozenset(() if self._secrets is None else self._secrets.names())
 
     def _read_file(self) -> Mapping[FunctionName, Function]:
         return read_functions(self._file, missing_ok=self._file_is_optional)
@@ -306,15 +321,19 @@ class Control:
 
         await self._local.put(deployment.function, store)
         self._deployed[deployment.function.name] = deployment
+        if document.get("limits"):
+            log.warning(f"{deployment.function.name.short} has limits that are not kept (limits=ignore)")
 
     def _current_rules(self) -> Rules:
-        secrets = frozenset(self._secrets.names()) if self._secrets else frozenset[tuple[str, str]]()
         try:
             images = read_images(self._file)
         except (OSError, ValueError):
             images = {}
         return dataclasses.replace(
-            self._rules, images=images, secrets=secrets, namespaces=frozenset(self.namespace_names())
+            self._rules,
+            images=images,
+            secrets=self._kept_secrets(),
+            namespaces=frozenset(self.namespace_names()),
         )
 
     def _want_deployments(self) -> Deployments:

@@ -101,7 +101,7 @@ class LocalFunctions:
         self.on_change: Callable[[], None] = lambda: None
         self.secrets: SecretFiles | None = None  # where functions find theirs
         self.token_of: Callable[[Function], bytes | None] = lambda function: None  # by which its callers are let in
-        self.count_made: Callable[[FunctionName], int] = lambda name: 0  # calls of a function that have ended
+        self.count_made: Callable[[FunctionName], int] = lambda name: 0  # calls that a function has got
         self._environ = environ
         self._watchdog = watchdog
         self._logs = logs

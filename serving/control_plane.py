@@ -34,19 +34,22 @@ from ..watchdog import (
     BACKLOG,
     VERSION,
     Client,
+    ConnectionLimits,
     NotReady,
     PeerGone,
     Request,
     Response,
+    Server,
+    ServerTimeouts,
     Unreachable,
     Url,
     body_if_complete,
     end_to_end,
-    start_metrics,
 )
 from .access import Access
 from .answers import NotFound, allow, json_response, parse_parameters
 from .events import Events
+from .followers import MAX_FOLLOWERS_COUNT
 from .function_logs import FunctionLogs
 from .function_views import ELSEWHERE, Replicas, describe_function, describe_gateway
 from .history import History
@@ -55,6 +58,7 @@ from .operations import NotOffered, Operations
 from .usage import measure_usage
 
 EVERY_NAMESPACE = "*"
+CONTROL_CONNECTIONS_COUNT = 2 * MAX_FOLLOWERS_COUNT + 64  # those who follow events and lines, and room for all others
 
 # What OpenFaaS' gateway has, and clients may ask for, under its first segments.
 NOT_OFFERED = {
@@ -261,4 +265,7 @@ def serve_control_plane(stack: AsyncExitStack, control_plane: ControlPlane, path
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(path))
     listener.listen(BACKLOG)
-    stack.callback(start_metrics([listener], answer).abort)
+    limits = ConnectionLimits(CONTROL_CONNECTIONS_COUNT, CONTROL_CONNECTIONS_COUNT)
+    server = Server(answer, ServerTimeouts(10.0, 10.0, 60.0), limits=limits)
+    stack.callback(server.abort)
+    server.listen(listener)

@@ -19,7 +19,7 @@ from typing import Self
 from ..watchdog import FaashoundError, Request, Stream
 from .passwords import network_of
 
-MAX_FOLLOWERS_COUNT = 40  # those of other processes of ours come by a socket that takes 64 connections
+MAX_FOLLOWERS_COUNT = 40  # of one thing; the socket by which other processes of ours ask has room for those of all
 MAX_OF_ADDRESS_COUNT = MAX_FOLLOWERS_COUNT // 2
 RETRY_S = 5
 WATCHED_EVERY_S = 0.5

@@ -15,7 +15,7 @@
 Contract: the figures are those of /metrics, of all processes of this gateway and of the worker beside it, read when
 they are asked for; so both say the same at the same moment.  They are kept over a restart of the gateway: a gateway
 that is killed loses what came since the last `save`.  What cannot be known is null, or left out, and never zero:
-workers of other machines count for themselves ("unknown").
+workers of other machines, and those beside us that came after the start, count for themselves ("unknown").
 
 What it refuses to do: look at calls that have ended, or fail because the queue does.
 """
@@ -114,6 +114,7 @@ class History:
         self._now = now
         self._lock = asyncio.Lock()
         self._has_failed = False
+        self.misses_workers = False  # there are some beside us that cannot be asked
         kept = load_history(path) or Kept(now())
         self._hour = Hour(kept.since_s, kept.minutes)
         self._depths = deque(kept.depths, DEPTHS_COUNT)
@@ -193,7 +194,7 @@ class History:
             "time": format_time(now_s),
             "known_since": format_time(self._hour.since_s),
             "window_seconds": round(window_s, 1),
-            "workers": "unknown" if last.worker is None else "counted",
+            "workers": "unknown" if last.worker is None or self.misses_workers else "counted",
             "queue": None if backlog is None else self._describe_queue(backlog),
             "totals": (sum_figures([*windows.values()]) if windows else idle).describe()
             | {"in_flight": sum(in_flight.values())},

@@ -133,6 +133,8 @@ class Invocations:
             if by_worker
             else fields_passed_on(request, ids, self._via, *dropped)
         )
+        if function.local:
+            self._metrics.asked(function.name)
         response = await self._send(request, function, rest, headers, by_worker)
         self._metrics.answered(function.name)
         fields = [*end_to_end(response.headers, *ID_FIELDS, b"date"), *ids.fields]

@@ -1,6 +1,6 @@
 """The queue workers beside a gateway: one that is started with it, and one more for each set of queues that came later.
 
-    workers = LocalWorkers(supervisor, environ, on_trouble)
+    workers = LocalWorkers(supervisor, environ, on_trouble, follows=True)
     workers.follow(queues)                                   # whenever the functions have changed
 
 Contract: what drains a queue goes on when others are added, so no call is cut and none waits; after a restart of the
@@ -29,6 +29,7 @@ class LocalWorkers:
         self._on_trouble = on_trouble
         self._follows = follows
         self._drained = set(parse_settings(WorkerSettings, environ).queues)
+        self.later_count = 0  # of those beside the first: they have no port that tells what they count
         supervisor.start(ManagedProgram("the worker", WORKER_COMMAND, environ, on_trouble=on_trouble))
 
     def follow(self, queues: Collection[str]) -> None:
@@ -37,6 +38,7 @@ class LocalWorkers:
         if not new or not self._follows:
             return
         self._drained |= new
+        self.later_count += 1
         told = ",".join(sorted(new))
         log.info(f"functions name queues that are new, and another worker drains them: {told}")
         environ = {**self._environ, "queues": told, "metrics_port": "0"}

@@ -5,7 +5,8 @@
     metrics.end(label, 200, duration_s)
     await serve_metrics(metrics, request)                    # all processes of the gateway together
 
-Contract: counting is an addition in memory that the processes share; nothing is looked up or waited for.
+Contract: counting is an addition in memory that the processes share; nothing is looked up or waited for.  A duration
+is the time until the head of an answer has come; a streamed body, or a switched connection, is no longer in flight.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 from ..calls.model import State, Stats
 from ..functions.table import Function
-from ..watchdog import Histogram, Slot, cumulated
+from ..watchdog import CLIENT_GONE_STATUS, Histogram, Slot, cumulated
+from .figures import read_counters
 from .health import TROUBLE_KEY
 
 DIRECT = "direct"  # the key of calls that workers make past the gateway
+ASKED = "asked"  # and of those that were passed on to a function that is run here
 OTHER = "other"  # no function's whole name, which has a namespace
 MAX_LABELS_COUNT = 1000  # functions that function_url finds and that have metrics of their own
 
@@ -35,6 +38,16 @@ class GatewayMetrics:
         self._slot = slot
         self._answered: set[str] = set()
         self._stats: Stats | None = None
+        self._end_cut()
+
+    def _end_cut(self) -> None:
+        """End what a process that has died had begun in our slot, as what has no reader: how long it took is not known.
+
+        That it was begun stays counted, since a counter that goes back has begun anew for who reads it.
+        """
+        for label, counted in read_counters(self._slot.scoreboard.counters.adopt(self._slot.index)).items():
+            for _ in range(counted.started - counted.ended):
+                self.end(label, CLIENT_GONE_STATUS, 0.0)
 
     def begin(self, function: Function | None, *, listed: bool) -> str:
         """Count the start of an invocation; return the label that `end` is to be given."""
@@ -45,6 +58,15 @@ class GatewayMetrics:
     def end(self, label: str, status: int, duration_s: float) -> None:
         """Count the end of an invocation."""
         Histogram.at(self._slot, f"seconds {label} {status}").observe(duration_s)
+
+    def asked(self, name: str) -> None:
+        """Count a call that is passed on, to a function that is run here: callers that are refused are not for it."""
+        self._slot.values(f"{ASKED} {name}", 1)[0] += 1
+
+    def asked_count(self, name: str) -> int:
+        """Return how many calls a function that is run here has got, in all processes and past them."""
+        totals = self._slot.scoreboard.counters.totals()
+        return int(sum(sum(totals.get(f"{kind} {name}", ())) for kind in (ASKED, DIRECT)))
 
     def answered(self, name: str) -> None:
         """There is a function of this name."""
@@ -107,7 +129,7 @@ class GatewayMetrics:
                 buckets, sum_s = cumulated(numbers)
                 total.add_metric(label, buckets[-1][1])
                 seconds.add_metric(label, buckets, sum_s)
-            elif kind != DIRECT:  # which is in the workers' own metrics
+            elif kind not in (DIRECT, ASKED):  # one is in the workers' own metrics, the other no figure of OpenFaaS'
                 counters[kind].add_metric(label, numbers[0])
         yield from (total, started, seconds, submitted, dropped, trouble)
         if self._stats is not None:

@@ -31,6 +31,7 @@ from faashound.functions.secrets import (
 )
 from faashound.functions.table import Function
 from testkit.needed import want_root
+from testkit.system import System
 from tests.functions.conftest import Log
 from tests.functions.kit import DEADLINE_S, F, call, run, until
 from tests.functions.test_deployments import controlled, shell
@@ -70,6 +71,29 @@ def test_secret_of_a_declared_function_is_a_file_of_it(tmp_path: Path) -> None:
             assert (await call(local, "f", READ)).body == b"valuetoken\n"
 
     run(test())
+
+
+def test_declared_function_whose_secret_is_not_kept_is_told_of_at_each_change_of_the_file(
+    tmp_path: Path, log: Log
+) -> None:
+    told = "f does not find its secrets token; allowed: those that /system/secrets has in openfaas-fn"
+
+    async def test() -> None:
+        async with controlled(tmp_path, '[f]\nfprocess = "/bin/sh"\nsecrets = ["token"]\n') as (control, local):
+            await until(lambda: str(log).count(told) == 1, "the missing secret is told")
+            await control.reload()
+            await until(lambda: str(log).count(told) == 2, "and again, of the file as it is now")
+            await control.create_secret(secret("value"))
+            await control.reload()
+            assert (await call(local, "f", READ)).body == b"valuetoken\n"
+            assert str(log).count(told) == 2
+
+    run(test())
+
+
+def test_declared_function_is_told_of_when_no_secrets_are_kept() -> None:
+    with System('[f]\nfprocess = "/bin/sh"\nsecrets = ["token"]\n', {"worker": "none"}) as system:
+        system.wait_log("error: f does not find its secrets token; allowed: none, unless deploy=process is set")
 
 
 def test_nothing_of_a_secret_is_readable_for_others(tmp_path: Path) -> None:

@@ -271,6 +271,15 @@ def test_client_is_told_every_problem_of_a_deployment_and_the_old_one_serves(ope
     operated.wait_log("Refused to update function 'old'")
 
 
+def test_limits_that_are_ignored_are_told_of() -> None:
+    with System("", {"deploy": "process", "limits": "ignore", "worker": "none"}) as system:
+        assert send(system, "POST", "/system/functions", deployment("free")).status == 202
+        limits = {"memory": "10Mi"}
+        assert send(system, "POST", "/system/functions", deployment("limited", limits=limits)).status == 202
+        system.wait_log("warning: limited has limits that are not kept (limits=ignore)")
+        assert "free has limits" not in system.log()
+
+
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE"])
 def test_client_cannot_change_what_the_functions_file_declares(operated: System, method: str) -> None:
     document = {**deployment("declared"), "functionName": "declared"}

@@ -218,6 +218,37 @@ def test_disabled_function_answers_503_and_its_asynchronous_calls_wait_until_it_
         assert call(system, "switch").text == "x"
 
 
+AWAKE = 'fprocess = "cat"\nlabels = { com.openfaas.scale.max = "4", com.openfaas.scale.zero = "false" }\n'
+GROWING = "".join(
+    f'[{name}]\n{AWAKE}annotations = {{ "{annotation}" = "{value}" }}\n'
+    for name, annotation, value in (
+        ("called", "com.example.nothing", ""),
+        ("inner", "com.faashound.auth", "internal"),
+        ("keyed", "com.faashound.auth", "no-such-token"),
+        ("off", "com.faashound.disabled", "true"),
+    )
+)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_function_does_not_grow_by_calls_that_it_is_not_asked(workers: str) -> None:
+    with System(GROWING, {"worker": "none", "workers": workers}) as system:
+
+        def replicas(name: str) -> int:
+            answer = system.request("GET", f"/system/function/{name}")
+            assert answer.status == 200, answer
+            count: int = json.loads(answer.body)["replicas"]
+            return count
+
+        def has_grown() -> bool:
+            for name, status in (("inner", 403), ("keyed", 401), ("off", 503), ("called", 200)):
+                assert {call(system, name).status for _ in range(20)} == {status}
+            return replicas("called") > 1
+
+        wait_until(has_grown, 30.0, "the one that is called has another watchdog")
+        assert [replicas(name) for name in ("inner", "keyed", "off")] == [1, 1, 1]
+
+
 def test_bad_annotation_is_reported_with_its_line() -> None:
     with System(DISABLED.format("true"), {"worker": "none"}) as system:
         Path(system.environment["functions"]).write_text(DISABLED.format("maybe"))

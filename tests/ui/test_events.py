@@ -215,6 +215,20 @@ def test_readers_beyond_the_limit_are_told_to_ask_instead_and_places_are_given_b
     wait_until(has_place, 120.0, "a place is free again")
 
 
+def test_system_answers_in_every_process_while_all_places_are_taken() -> None:
+    with Shown(settings={"workers": "10", "worker": "none"}) as system:
+        sources = [f"127.0.0.{2 + number // MAX_OF_ADDRESS_COUNT}" for number in range(MAX_FOLLOWERS_COUNT)]
+        readers: list[Reader] = []
+        try:
+            for path in ("/system/events", LOGS):
+                readers += readers_with_places(system, sources, path)
+            answers = [system.request("GET", "/system/functions").status for _ in range(30)]
+            assert set(answers) == {200}
+        finally:
+            for reader in readers:
+                reader.close()
+
+
 def test_reader_that_stalls_holds_up_no_other(system: Shown) -> None:
     with reading(system) as stalled, reading(system) as reader:
         stalled.mark()

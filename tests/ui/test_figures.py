@@ -29,7 +29,7 @@ from faashound.serving.figures import (
 )
 from faashound.serving.metrics import GatewayMetrics
 from faashound.watchdog import BUCKETS_S, Scoreboard, Slot
-from testkit.harness import command_line_of, free_port, http_request, wait_until
+from testkit.harness import command_line_of, connect, free_port, http_request, wait_until
 from tests.ui.kit import Shown
 
 CAT = parse_function_name("cat")
@@ -181,7 +181,7 @@ def test_gateway_counts_on_when_its_first_process_dies() -> None:
         for _ in range(6):
             system.request("POST", "/function/cat", b"x")
         wait_until(lambda: _counted(system, 6), 15.0, "all calls are counted")
-        first = min(pid for pid in system.children() if b"faashound.gateway" in command_line_of(pid))
+        first = gateway_pids(system)[0]
         os.kill(first, signal.SIGKILL)
         wait_until(lambda: first not in system.children(), 15.0, "the first process is gone")
 
@@ -190,6 +190,52 @@ def test_gateway_counts_on_when_its_first_process_dies() -> None:
             return json.loads(answer.body) if answer.status == 200 else None
 
         assert calls_of(wait_until(figures, 15.0, "another process has taken its place")) == {CAT: (6, 0)}
+
+
+def test_calls_of_processes_that_die_are_in_flight_no_longer() -> None:
+    settings = {"workers": "2", "worker": "none", "metrics_port": str(free_port())}
+    with Shown(settings=settings) as system, connect(system.port) as client:
+        system.request("POST", "/function/cat", b"x")
+        client.sendall(b"POST /function/slow HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n")
+        wait_until(lambda: _in_flight(system) == 1, 15.0, "the call is in flight")
+        for pid in reversed(gateway_pids(system)):  # one has it; last the one whose functions would answer as they end
+
+            def has_successor(pid: int = pid) -> bool:
+                return len(set(gateway_pids(system)) - {pid}) == 2
+
+            os.kill(pid, signal.SIGKILL)
+            wait_until(has_successor, 15.0, "another process has taken its place")
+        wait_until(lambda: _in_flight(system) == 0, 15.0, "the call is not in flight")
+        text = system.metrics()
+        assert prometheus_counts(text) == {(CAT, "200"): 1, (parse_function_name("slow"), "499"): 1}
+        assert text.count('gateway_function_invocation_started{function_name="slow.openfaas-fn"} 1.0') == 1
+
+
+def gateway_pids(system: Shown) -> list[int]:
+    return sorted(pid for pid in system.children() if b"faashound.gateway" in command_line_of(pid))
+
+
+def _in_flight(system: Shown) -> int | None:
+    """Return how many calls are in flight; None while the process that knows is being replaced."""
+    answer = system.request("GET", "/system/metrics")
+    return None if answer.status == 503 else json.loads(answer.body)["totals"]["in_flight"]
+
+
+def test_calls_of_a_queue_that_came_after_the_start_are_not_known_and_counted_from_the_next_one(tmp_path: Path) -> None:
+    settings = {"state": str(tmp_path / "state"), "deploy": "process"}
+    function = {"service": "later", "image": "process", "envProcess": "cat"}
+    queue = {"annotations": {"com.openfaas.queue": "later"}}
+    with Shown(settings=settings, spool=tmp_path / "spool") as system:
+        wait_until(lambda: system.ask("/system/metrics")["workers"] == "counted", 15.0, "the worker is there")
+        fields = {"Content-Type": "application/json"}
+        answer = system.request("POST", "/system/functions", json.dumps(function | queue).encode(), fields)
+        assert answer.status == 202, answer
+        assert system.ask("/system/metrics")["workers"] == "unknown"
+    with Shown(settings=settings, spool=tmp_path / "spool") as system:
+        system.ended(system.submit("later"))
+        wait_until(lambda: _counted(system, 1), 15.0, "the call is counted")
+        assert system.ask("/system/metrics")["workers"] == "counted"
+        assert "another worker drains" not in system.log()
 
 
 def kept(**changes: object) -> str:

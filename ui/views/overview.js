@@ -73,7 +73,7 @@ function drawFigures({ totals, queue, window_seconds: window, workers }) {
       ["Running", count(queue?.running), { title: "Asynchronous calls" }],
       ["Oldest", queue ? (queue.oldest_due_seconds === null ? "0 s" : age(queue.oldest_due_seconds)) : "–"],
     ]),
-    workers === "unknown" && h("p", { class: "hint" }, "Calls that workers elsewhere make are counted in their own /metrics, not here."),
+    workers === "unknown" && h("p", { class: "hint" }, "Calls that some workers make by themselves are not counted here."),
   ];
 }
 
