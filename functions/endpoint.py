@@ -69,7 +69,7 @@ class Endpoint:
     """The socket at `path` of `function`, and its watchdogs, which `supervisor` keeps running.
 
     `program_of` returns what to run for a function on a socket, with a descriptor for its lines, which go to `logs`;
-    `count_made` how many calls of it have ended so far.
+    `count_made` how many calls it has got so far.
     Obligations: `open`, then `start`, and `close_socket` when the supervisor has stopped, or `retire` while it goes on.
     """
 
