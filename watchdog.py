@@ -4591,6 +4591,11 @@ class Sweeper:
         for each in stopped:
             each.signal(signal.SIGKILL)
 
+    async def tidied_up(self) -> None:
+        """Return when all that had SIGTERM has ended, or had its time."""
+        if self._asking:
+            await asyncio.wait(self._asking)
+
     async def end_all(self) -> None:
         """Kill every tree and wait until nothing is left."""
         processes = list(self.reaper.roots.values())
@@ -6661,8 +6666,9 @@ class CallLog:
 #
 # SIGTERM (or SIGINT): unhealthy at once and the lock file removed, so that proxies and orchestrators route elsewhere;
 # after healthcheck_interval no more connections are accepted and what is in flight may finish, bounded by the larger
-# of exec_timeout and write_timeout.  Another signal ends everything at once.  SIGINT, which a person sends, does not
-# wait for health checks.  The exit status is 0 when every call had its answer, 1 when some were cut.
+# of exec_timeout and write_timeout; if it did, what waits for a request or is being killed may have its term_grace.
+# Another signal ends everything at once.  SIGINT, which a person sends, does not wait for health checks.  The exit
+# status is 0 when every call had its answer, 1 when some were cut.
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -7226,6 +7232,8 @@ async def serve(
         metrics_server.stop_accepting()
         await mode.stop(signals.second)
         pool.close()
+        if not status:  # else the time for a stop is over already
+            await finished_first(sweeper.tidied_up(), signals.second.wait())
         await sweeper.end_all()
         metrics_server.abort()
     return status
