@@ -4442,7 +4442,7 @@ class Sweeper:
         self._loop = reaper.loop
         self._calls = CallTable()
         self._dying: list[Dying] = []
-        self._asking: set[asyncio.Task[None]] = set()
+        self._asking: dict[asyncio.Task[None], Dying] = {}  # what has had SIGTERM, and time to end by itself
         self._sweeping: asyncio.Task[None] | None = None
         self._clean_count = 0
         self._is_due = False
@@ -4475,8 +4475,8 @@ class Sweeper:
         dying = Dying(process, self._loop.create_future())
         if term_grace_s:
             task = self._loop.create_task(self._terminate_first(dying, term_grace_s))
-            self._asking.add(task)
-            task.add_done_callback(self._asking.discard)
+            self._asking[task] = dying
+            task.add_done_callback(self._asking.pop)
         else:
             self._kill_now(dying)
         return dying.gone
@@ -4591,13 +4591,19 @@ class Sweeper:
         for each in stopped:
             each.signal(signal.SIGKILL)
 
+    async def tidied_up(self) -> None:
+        """Return when all that had SIGTERM has ended, or had its time."""
+        if self._asking:
+            await asyncio.wait(self._asking)
+
     async def end_all(self) -> None:
         """Kill every tree and wait until nothing is left."""
         processes = list(self.reaper.roots.values())
         for process in processes:
             process.abandon()
-        for task in self._asking:
-            task.cancel()
+        for task, dying in self._asking.items():
+            if task.cancel():
+                self._kill_now(dying)
         gone = [self.kill(process, 0.0) for process in processes]
         self._start_sweeping()
         limit_s = SWEEP_LIMIT_S + FREEZE_LIMIT_S  # what does not die is reported before, and left
@@ -4792,7 +4798,7 @@ def widen_pipe(fd: int) -> None:
 class Stdin:
     """Writes a body to a process.  What the pipe does not take at once, or has not come yet, a task writes.
 
-    `on_error` is told why the body cannot be had.  Obligation: `close`.
+    `on_error` is told why the body cannot be had; the process does not read an end of it then.  Obligation: `close`.
     """
 
     def __init__(self, ready: EpollSet, fd: int, on_error: Callable[[FaashoundError], None]) -> None:
@@ -4826,8 +4832,8 @@ class Stdin:
             pass  # the function does not want the rest; its answer counts all the same
         except FaashoundError as error:
             self._on_error(error)
-        finally:
-            self._close_pipe()
+            return
+        self._close_pipe()
 
     async def _write(self, data: bytes) -> None:
         view = memoryview(data)
@@ -4859,10 +4865,14 @@ class Stdin:
             os.close(self._fd)
             self._fd = -1
 
-    def close(self) -> None:
-        """Write no more."""
+    def stop(self) -> None:
+        """Write no more, and leave the pipe open: at its end the process would take what it has for the whole body."""
         if self._task is not None:
             self._task.cancel()
+
+    def close(self) -> None:
+        """Write no more, and close the pipe."""
+        self.stop()
         self._close_pipe()
         del self._on_error  # which leads back to the process: in a circle they would be kept until it is looked for
 
@@ -4890,9 +4900,11 @@ class Stdout:
 
     def _on_readable(self) -> None:
         try:
-            self._collect(os.read(self._fd, PIPE_BYTES))
+            data = os.read(self._fd, PIPE_BYTES)
         except BlockingIOError:
             return
+        if not (data and self._discarding):
+            self._collect(data)
         if self.at_eof and not self._stopped:
             self._on_eof()
 
@@ -4939,10 +4951,17 @@ class Stdout:
             self._on_eof()
 
     def stop(self, discarding: bool) -> None:
-        """Wait for no more output; `discarding`: nor take what there is."""
+        """Wait for no more output; `discarding`: nor keep what comes until `close`, but let the process write it."""
         self._stopped, self._discarding = True, discarding
         if self._readable is not None:
             self._readable.wake()
+        if discarding:
+            self._after_spilling(self._read_on)
+
+    def _read_on(self) -> None:
+        if not (self.at_eof or self._closed):
+            self._ready.remove(self._fd)  # if it is watched
+            self._ready.add(self._fd, self._on_readable)
 
     async def settled(self) -> None:
         """Return when the output changes no more; after `stop`."""
@@ -5004,7 +5023,7 @@ class StreamedStdout(Stdout):
             self.begun.set_result(None)
 
     def _on_drained(self) -> None:
-        if self._paused and not self.at_eof and not self._closed:
+        if self._paused and not self.at_eof and not self._stopped:
             self._paused = False
             self._ready.add(self._fd, self._on_readable)
 
@@ -5236,6 +5255,7 @@ class Process(Root):
             self._answer()
         elif self.state is ProcessState.KILLED:
             self._killing = self._sweeper.kill(self, self._term_grace_s)
+            self.stdin.stop()
             self._answer()
 
     def _answer(self) -> None:
@@ -5258,7 +5278,7 @@ class Process(Root):
     def on_exiting(self) -> None:
         """Reaper: the process has exited and is not reaped yet.  Take what is in the pipe, then end its group."""
         self.stdout.drain()
-        if self.stdout.at_eof:
+        if self.stdout.at_eof and self._killing is None:  # else what is left of it may have its time
             self._sweeper.reaper.signal_group(self, signal.SIGKILL)
 
     def on_exit(self, status: int) -> None:
@@ -5271,6 +5291,12 @@ class Process(Root):
     def _close(self) -> None:
         for timer in self._timers:
             timer.cancel()
+        if self._killing is None:
+            self._close_pipes()
+        else:  # what still runs would read the end of a body that was cut off, or die of what it writes
+            self._killing.add_done_callback(lambda _: self._close_pipes())
+
+    def _close_pipes(self) -> None:
         self.stdin.close()
         self.stdout.close()
         if self.stderr is not None:
@@ -6640,8 +6666,9 @@ class CallLog:
 #
 # SIGTERM (or SIGINT): unhealthy at once and the lock file removed, so that proxies and orchestrators route elsewhere;
 # after healthcheck_interval no more connections are accepted and what is in flight may finish, bounded by the larger
-# of exec_timeout and write_timeout.  Another signal ends everything at once.  SIGINT, which a person sends, does not
-# wait for health checks.  The exit status is 0 when every call had its answer, 1 when some were cut.
+# of exec_timeout and write_timeout; if it did, what waits for a request or is being killed may have its term_grace.
+# Another signal ends everything at once.  SIGINT, which a person sends, does not wait for health checks.  The exit
+# status is 0 when every call had its answer, 1 when some were cut.
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -7205,6 +7232,8 @@ async def serve(
         metrics_server.stop_accepting()
         await mode.stop(signals.second)
         pool.close()
+        if not status:  # else the time for a stop is over already
+            await finished_first(sweeper.tidied_up(), signals.second.wait())
         await sweeper.end_all()
         metrics_server.abort()
     return status

@@ -52,7 +52,8 @@ class Service:
         if self.program == "worker":
             return self.value("drain_timeout")
         if self.program == "function":
-            return self.value("healthcheck_interval") + max(self.value("exec_timeout"), self.value("write_timeout"))
+            drain_s = max(self.value("exec_timeout"), self.value("write_timeout"))
+            return self.value("healthcheck_interval") + drain_s + self.value("term_grace")
         own_worker_s = 0.0 if self.environment.get("worker") == "none" else worker_drain_s(self.environment)
         return own_worker_s + self.value("upstream_timeout")
 

@@ -147,6 +147,43 @@ def call(program: Program, script: bytes) -> Answer:
     return http_request(program.port, "POST", body=script)
 
 
+@pytest.fixture
+def polite(tmp_path: Path) -> Iterator[Program]:
+    """A watchdog with a long term_grace and a process that waits; what is told to end tidies up once `go` is there."""
+    script = tmp_path / "function.sh"
+    tidy = "until test -e go; do sleep 0.01; done; touch tidied-$$; exit"
+    script.write_text(f"trap '{tidy}' TERM; touch ready-$$; sleep 60 & wait; wait")
+    warm = {"fprocess": f"sh {script}", "prewarm": "1", "cgi_headers": "false"}
+    with Program("watchdog", warm | {"term_grace": "1m", "healthcheck_interval": "0"}) as program:
+        yield program
+
+
+def said(program: Program, word: str) -> set[str]:
+    """Return which processes of the function have said `word`."""
+    return {path.name.partition("-")[2] for path in program.temporary.glob(f"{word}-*")}
+
+
+def test_all_that_waits_or_ends_may_tidy_up_when_the_watchdog_is_told_once(polite: Program) -> None:
+    wait_until(lambda: said(polite, "ready"), START_DEADLINE_S, "one that waits")
+    assert http_request(polite.port, "POST", "/", {"X-Timeout": "1ms"}).status == 408
+    wait_until(lambda: len(said(polite, "ready")) == 2, START_DEADLINE_S, "the next that waits")
+    polite.terminate()
+    polite.wait_log("Exiting")
+    (polite.temporary / "go").touch()
+    assert polite.wait_exit() == 0
+    assert said(polite, "tidied") == said(polite, "ready")
+
+
+def test_watchdog_ends_at_once_when_told_twice_while_functions_tidy_up(polite: Program) -> None:
+    wait_until(lambda: said(polite, "ready"), START_DEADLINE_S, "one that waits")
+    polite.terminate()
+    polite.wait_log("Exiting")
+    polite.terminate()
+    assert polite.wait_exit() == 0
+    assert not said(polite, "tidied")
+    wait_until(lambda: not polite.survivors(), GONE_S, "functions and guard gone")
+
+
 def test_deadline_holds_when_it_comes_while_draining() -> None:
     limit = f"{2 * crowding():.1f}s"  # the function is to have started, and the watchdog to drain, before that
     limits = {"exec_timeout": limit, "write_timeout": "1m", "healthcheck_interval": "0"}

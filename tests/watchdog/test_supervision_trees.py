@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 
 from testkit import tree
 from testkit.harness import (
+    SOON_S,
     TICK_S,
     Answer,
     InBackground,
@@ -444,3 +446,56 @@ def test_function_gets_no_sigterm_when_term_grace_is_not_set(shell: Program) -> 
     assert http_request(shell.port, "POST", "/", LIMIT, script.encode()).status == 408
     shell.wait_idle(GONE_S)
     assert not tidied.exists()
+
+
+CHUNKED = b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n"
+TOO_LARGE = b"1388\r\n%b\r\n" % bytes(5000)
+
+
+@contextmanager
+def half_sent(script: str, settings_: dict[str, str]) -> Iterator[tuple[Program, socket.socket]]:
+    """Yield a watchdog and the client of a call whose script has touched `ready`, and whose body has but begun."""
+    with Program("watchdog", {"fprocess": "sh function.sh", "max_body": "1000"} | settings_) as program:
+        (program.temporary / "function.sh").write_text(script)
+        with connect(program.port) as client:
+            client.sendall(CHUNKED + b"4\r\nhalf\r\n")
+            wait_until((program.temporary / "ready").exists, SOON_S, "the function is ready")
+            yield program, client
+
+
+READERS = {"root": "{}", "child-in-a-session": "setsid sh -c '{}'; sleep 60"}
+GRACES = {"serializing": ("serializing", "2s"), "streaming": ("streaming", "2s"), "without-grace": ("serializing", "0")}
+
+
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
+@pytest.mark.parametrize("end", ["too-large", "hung-up"])
+@pytest.mark.parametrize(("mode", "grace"), GRACES.values(), ids=GRACES)
+def test_function_never_sees_the_end_of_a_body_that_was_cut_off(mode: str, grace: str, end: str, reader: str) -> None:
+    script = "trap '' TERM; " + reader.format("touch ready; read -r line; : >whole")
+    with half_sent(script, {"mode": mode, "term_grace": grace}) as (program, client):
+        if end == "too-large":
+            client.sendall(TOO_LARGE)
+            assert client.recv(65536).startswith(b"HTTP/1.1 413 ")
+        else:
+            client.close()
+        program.wait_idle(2.0 + GONE_S)
+        assert not (program.temporary / "whole").exists()
+
+
+MUCH_BYTES = 32_000_000  # far more than is kept of any output, or than a pipe holds
+WRITTEN_BEFORE = {"nothing": 0, "more-than-memory-holds": 2_000_000, "more-than-a-client-takes": 50_000_000}
+
+
+@pytest.mark.parametrize("before_bytes", WRITTEN_BEFORE.values(), ids=WRITTEN_BEFORE)
+@pytest.mark.parametrize("mode", ["serializing", "streaming"])
+def test_function_may_write_while_it_tidies_up(mode: str, before_bytes: int) -> None:
+    farewell = f"echo bye >&2; head -c {MUCH_BYTES} /dev/zero && echo written >&2; exit"
+    script = f"trap '{farewell}' TERM; head -c {before_bytes} /dev/zero & touch ready; wait; sleep 60 & wait"
+    with half_sent(script, {"mode": mode, "combine_output": "false", "term_grace": "1m"}) as (program, client):
+        resident_bytes, descriptors_count = program.resident_bytes(), program.descriptors()
+        client.sendall(TOO_LARGE)
+        program.wait_log("stderr: bye")
+        program.wait_log("stderr: written")
+        program.wait_idle(GONE_S)
+        assert program.resident_bytes() < resident_bytes + MUCH_BYTES // 2
+        wait_until(lambda: program.descriptors() <= descriptors_count - 3, GONE_S, "its pipes closed")
