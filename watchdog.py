@@ -376,9 +376,9 @@ def parse_user(text: str) -> Identity:
     return identity
 
 
-# What it takes to run functions as another user (capabilities(7)): to become that user, to signal its processes, and
-# to read the mark in their environment.
-_USER_CAPABILITIES = {"CAP_KILL": 5, "CAP_SETGID": 6, "CAP_SETUID": 7, "CAP_SYS_PTRACE": 19}
+# What it takes to run functions as another user (capabilities(7)): to become that user and give it its pipes, to signal
+# its processes, and to read the mark in their environment.
+_USER_CAPABILITIES = {"CAP_CHOWN": 0, "CAP_KILL": 5, "CAP_SETGID": 6, "CAP_SETUID": 7, "CAP_SYS_PTRACE": 19}
 
 
 def missing_capabilities() -> list[str]:
