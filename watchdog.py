@@ -6950,11 +6950,12 @@ def function_environment(environ: Mapping[str, str], user: Identity | None = Non
 
 
 class WorkerContext(NamedTuple):
-    """What a process that serves is given: its slot, its parent-death pipe, and what to call once it serves."""
+    """What a process that serves is given: its slot, its parent-death pipe, what to call once it serves or stops."""
 
     slot: Slot
     parent_death_fd: int | None
-    on_serving: Callable[[], None]
+    on_serving: Callable[[], None] = lambda: None
+    on_stopping: Callable[[], None] = lambda: None
 
 
 class ListenSockets(NamedTuple):
@@ -6990,8 +6991,9 @@ def bind_metrics_sockets(host: str | None, port: int) -> list[socket.socket]:
 class Program(NamedTuple):
     """What worker processes run: `run`, which returns the exit status, on `sockets`, with `hooks`.
 
-    `on_serving` is called once, in the process that was started, as soon as all of them accept connections.  They get
-    the signals `passed_on` as well, which they find blocked and at their default.
+    In the process that was started, `on_serving` is called once, as soon as all of them accept connections, and
+    `on_stopping` each time that it is told to stop.  They get the signals `passed_on` as well, which they find blocked
+    and at their default.
     """
 
     run: Callable[[WorkerContext], int]
@@ -6999,6 +7001,7 @@ class Program(NamedTuple):
     on_serving: Callable[[], None]
     hooks: Hooks = Hooks()
     passed_on: Sequence[signal.Signals] = ()
+    on_stopping: Callable[[], None] = lambda: None
 
 
 class WorkerProcess:
@@ -7090,7 +7093,7 @@ class Supervisor:
                 os.close(fd)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGCHLD,))
             slot = Slot(self._scoreboard, worker.index, self._report_change)
-            status = self._program.run(WorkerContext(slot, self._death_fd, lambda: None))
+            status = self._program.run(WorkerContext(slot, self._death_fd))
         except FaashoundError as error:
             log.error(str(error))
         except Exception:
@@ -7149,6 +7152,7 @@ class Supervisor:
     def _stop(self, *numbers: signal.Signals) -> None:
         self._stopping = True
         self._pass_on(*numbers)
+        self._program.on_stopping()
 
     def _pass_on(self, *numbers: signal.Signals) -> None:
         for worker in self._workers:
@@ -7162,7 +7166,7 @@ def run_workers(count: int, program: Program, environ: Mapping[str, str]) -> int
     gc.freeze()
     parent_death, scoreboard = parent_death_fd(environ), Scoreboard(count)
     if count == 1:
-        return program.run(WorkerContext(Slot(scoreboard), parent_death, program.on_serving))
+        return program.run(WorkerContext(Slot(scoreboard), parent_death, program.on_serving, program.on_stopping))
     return Supervisor(scoreboard, program).run(parent_death)
 
 
@@ -7199,8 +7203,7 @@ async def serve(
         context.on_serving()
         await signals.first.wait()
         watchdog.accepting = False
-        if lock_path is not None:
-            remove_lock_file(lock_path)
+        context.on_stopping()
         status = await drain(settings, signals, server, drain_limit_s(settings, environ))
         metrics_server.stop_accepting()
         await mode.stop(signals.second)
@@ -7488,7 +7491,8 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
             def run(context: WorkerContext) -> int:
                 return uvloop.run(serve(settings, environ, sockets, guard, context))
 
-            return run_workers(settings.workers, Program(run, sockets, sockets.announce, guard), environ)
+            program = Program(run, sockets, sockets.announce, guard, on_stopping=cleanup.close)
+            return run_workers(settings.workers, program, environ)
     except CannotStart as error:
         log.error(str(error))
         return 1

@@ -228,6 +228,27 @@ def test_calls_of_all_workers_are_answered_when_told_to_stop() -> None:
         assert not (program.temporary / ".lock").exists()
 
 
+def test_watchdog_stays_healthy_when_one_of_its_workers_was_told_to_stop(parents: Program) -> None:
+    one, other = workers_of(parents)
+    os.kill(one, signal.SIGTERM)
+    wait_until(lambda: len(workers_of(parents) - {one, other}) == 1, GONE_S, "another in its place")
+    assert (parents.temporary / ".lock").exists()
+    clients, _ = kept_by_both(parents)
+    for client in clients:
+        client.request("GET", "/_/health")
+        assert client.getresponse().read() == b"OK"
+    close(clients)
+
+
+def test_lock_file_goes_at_once_when_told_to_stop_while_the_workers_wait_for_health_checks() -> None:
+    with watchdog("cat", healthcheck_interval="60s") as program:
+        program.terminate()
+        wait_until(lambda: not (program.temporary / ".lock").exists(), GONE_S, "the lock file gone")
+        assert len(workers_of(program)) == 2
+        program.terminate()
+        assert program.wait_exit() == 0
+
+
 def test_call_goes_on_when_told_to_stop_and_the_other_workers_have_nothing_to_do() -> None:
     with watchdog(WAIT_FOR_GO) as program:
         call = InBackground(lambda: http_request(program.port, "GET").text)
