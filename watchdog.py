@@ -290,9 +290,14 @@ def parse_workers(text: str) -> int:
 WORKERS_HELP = f"processes that share the port; auto: one per usable processor, at most {AUTO_WORKERS_COUNT}"
 
 
-CONNECTIONS_HELP = "connections at once; above it the one that was idle longest is closed, or the new one gets 503"
+CONNECTIONS_HELP = (
+    "connections at once, in equal parts for each worker; above it the one that was idle longest is closed, or the new"
+    " one gets 503"
+)
 CONNECTIONS_DEFAULT = f"{MAX_CONNECTIONS_COUNT} for each worker, or what its descriptors allow"
-PER_ADDRESS_HELP = "connections of one client, an IPv4 address or an IPv6 /64; above it as for max_connections"
+PER_ADDRESS_HELP = (
+    "connections of one client, an IPv4 address or an IPv6 /64; parts, and above it, as with max_connections"
+)
 PER_ADDRESS_DEFAULT = "three quarters of max_connections"
 
 
@@ -2372,10 +2377,12 @@ _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct",
 
 
 class ConnectionLimits(NamedTuple):
-    """How many connections one process takes, in all and from one address (see `network_of`)."""
+    """How many connections one process takes, in all and from one address (see `network_of`), and what says so."""
 
     total_count: int = MAX_CONNECTIONS_COUNT
     per_address_count: int = MAX_CONNECTIONS_COUNT
+    total_source: str = "max_connections"
+    per_address_source: str = "max_connections_per_address"
 
 
 _MAPPED_IPV4 = bytes(10) + b"\xff\xff"  # RFC 4291 2.5.5.2: how a socket for both protocols shows IPv4
@@ -2421,11 +2428,12 @@ class Roster:
         if self._is_crowded(network):
             if self._close_oldest(network):
                 return None
-            allowed = f"{self._limits.per_address_count} (max_connections_per_address)"
+            allowed = f"{self._limits.per_address_count} ({self._limits.per_address_source})"
             return TooManyConnections(f"too many connections from this address; allowed: {allowed}")
         if self._close_oldest(None):
             return None
-        return TooManyConnections(f"too many connections; allowed: {self._limits.total_count} (max_connections)")
+        allowed = f"{self._limits.total_count} ({self._limits.total_source})"
+        return TooManyConnections(f"too many connections; allowed: {allowed}")
 
     def _close_oldest(self, network: bytes | None) -> bool:
         line = self._waiting.get(network)
@@ -7292,11 +7300,22 @@ def connection_limits(
     room = MAX_CONNECTIONS_COUNT
     if soft != resource.RLIM_INFINITY:
         room = max((soft - KEPT_BACK_COUNT) // descriptors_each, 1)
-    total = min(slot.share_of(max_connections or MAX_CONNECTIONS_COUNT), room)
-    if max_connections and total < slot.share_of(max_connections) and slot.is_first:
+    wanted = slot.share_of(max_connections) if max_connections else MAX_CONNECTIONS_COUNT
+    total = min(wanted, room)
+    if max_connections and total < wanted and slot.is_first:
         allowed = f"{soft} descriptors (LimitNOFILE, ulimit -n) allow {total}"
         log.warning(f"max_connections={max_connections} is too much: in one process {allowed}")
-    return ConnectionLimits(total, slot.share_of(per_address) if per_address else max(total * 3 // 4, 1))
+    each = slot.share_of(per_address) if per_address else max(total * 3 // 4, 1)
+    total_source = _limit_source("max_connections", max_connections, slot)
+    return ConnectionLimits(total, each, total_source, _limit_source("max_connections_per_address", per_address, slot))
+
+
+def _limit_source(name: str, count: int | None, slot: Slot) -> str:
+    """Return what a refusal says of the setting of a limit of this process: what the operator set was for them all."""
+    if slot.is_alone:
+        return name
+    workers_count = slot.scoreboard.workers_count
+    return f"{name}={count}, divided among {workers_count} workers" if count else f"{name}, of each worker"
 
 
 def with_chosen_port(settings: Settings, environ: Mapping[str, str]) -> tuple[Settings, Mapping[str, str]]:
