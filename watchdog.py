@@ -777,12 +777,21 @@ class Log:
         self._dropped_count = 0
         self._scheduled = False
         self._home: asyncio.AbstractEventLoop | None = None
+        self._lock_fd = -1
         self._second: tuple[int, str] = (0, "")
 
     def configure(self, log_format: str, origin: str | None) -> None:
         """Choose `text` or `json`, and the name that stands before each line when several programs share a stderr."""
         self._json = log_format == "json"
         self._origin = origin or ""
+
+    def share(self) -> None:
+        """Keep lines whole when processes that are forked from now on write to the same stderr.
+
+        A pipe takes up to PIPE_BUF bytes as one piece, and lines may be longer: so there is a record lock (fcntl(2)),
+        which the kernel releases when its holder dies.
+        """
+        self._lock_fd = os.memfd_create("faashound", os.MFD_CLOEXEC)
 
     def info(self, text: str, **fields: object) -> None:
         """Write a line; `fields` follow it as name=value, or are members of the JSON object."""
@@ -847,15 +856,8 @@ class Log:
 
     def _write_some(self, loop: asyncio.AbstractEventLoop) -> None:
         """Write what stderr takes without blocking, once for all lines of a turn of the loop."""
-        while self._waiting and _is_ready(2, select.POLLOUT):
-            data = self._waiting.popleft()
-            while self._waiting and len(data) + len(self._waiting[0]) <= select.PIPE_BUF:
-                data += self._waiting.popleft()
-            self._waiting_bytes -= len(data)
-            written = _write_all(data[: select.PIPE_BUF])
-            if written < len(data):
-                self._waiting.appendleft(data[written:])
-                self._waiting_bytes += len(data) - written
+        while self._waiting and _is_ready(2, select.POLLOUT) and self._may_write():
+            self._write_piece()
         if self._waiting:
             loop.call_later(LOG_RETRY_S, self._write_some, loop)
             return
@@ -864,16 +866,43 @@ class Log:
             count, self._dropped_count = self._dropped_count, 0
             self.warning(f"{count} log lines were dropped: they were not read fast enough")
 
+    def _may_write(self) -> bool:
+        """Take the lock that processes of one program share; it stays ours until a line is written to its end."""
+        try:
+            if self._lock_fd >= 0:
+                fcntl.lockf(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _write_piece(self) -> None:
+        """Write as many whole lines as are one piece to a pipe (pipe(7)), or a part of one that is longer."""
+        data = self._waiting.popleft()
+        while self._waiting and len(data) + len(self._waiting[0]) <= select.PIPE_BUF:
+            data += self._waiting.popleft()
+        self._waiting_bytes -= len(data)
+        written = _write_all(data[: select.PIPE_BUF])
+        if written < len(data):
+            self._waiting.appendleft(data[written:])
+            self._waiting_bytes += len(data) - written
+        if data[:written].endswith(b"\n"):
+            self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock_fd >= 0:
+            fcntl.lockf(self._lock_fd, fcntl.LOCK_UN)
+
     def flush(self, limit_s: float = 1.0) -> None:
         """Write what waits, at the end of the program; give up after `limit_s`."""
         deadline_s = time.monotonic() + limit_s
-        while self._waiting and time.monotonic() < deadline_s:
-            data = self._waiting.popleft()
-            for start in range(0, len(data), select.PIPE_BUF):
-                if _is_ready(2, select.POLLOUT, deadline_s - time.monotonic()):
-                    _write_all(data[start : start + select.PIPE_BUF])
+        while self._waiting and (left_s := deadline_s - time.monotonic()) > 0:
+            if not self._may_write():
+                time.sleep(min(LOG_RETRY_S, left_s))
+            elif _is_ready(2, select.POLLOUT, left_s):
+                self._write_piece()
         self._waiting.clear()
         self._waiting_bytes = 0
+        self._unlock()
 
 
 def _is_ready(fd: int, event: int, wait_s: float = 0.0) -> bool:
@@ -7175,6 +7204,7 @@ def run_workers(count: int, program: Program, environ: Mapping[str, str]) -> int
     parent_death, scoreboard = parent_death_fd(environ), Scoreboard(count)
     if count == 1:
         return program.run(WorkerContext(Slot(scoreboard), parent_death, program.on_serving, program.on_stopping))
+    log.share()
     return Supervisor(scoreboard, program).run(parent_death)
 
 

@@ -287,6 +287,26 @@ def test_pool_is_divided_when_processes_wait_started() -> None:
         assert http_request(program.port, "POST", body=b"x").text == "x"
 
 
+LONG_LINE_BYTES, LONG_LINES_COUNT = 6000, 20  # more than a pipe takes as one piece; of eight calls, less than is kept
+LONG_LINES = f"sh -c 'for each in $(seq {LONG_LINES_COUNT}); do printf %0{LONG_LINE_BYTES}d\\\\n $each >&2; done'"
+SLOW_READER = "while (sysread STDIN, $piece, 4096) { syswrite STDOUT, $piece; select undef, undef, undef, 0.002 }"
+
+
+def test_each_line_is_whole_when_all_workers_log_long_ones_to_a_reader_that_is_slow() -> None:
+    prefix = ["bash", "-c", f"exec \"$@\" 2> >(exec perl -e '{SLOW_READER}')", "bash"]
+    settings = {"fprocess": LONG_LINES, "workers": "2", "combine_output": "false", "prefix_logs": "false"}
+    with Program("watchdog", settings, prefix=prefix) as program:
+        calls = [InBackground(lambda: http_request(program.port, "GET").status) for _ in range(8)]
+        assert [call.result() for call in calls] == [200] * 8
+
+        def long_lines() -> list[str]:
+            return [line for line in program.log_lines() if "0" * 100 in line]
+
+        lines_count = 8 * LONG_LINES_COUNT
+        wait_until(lambda: sum(map(len, long_lines())) >= lines_count * LONG_LINE_BYTES, GONE_S, "all is read")
+        assert [len(line) for line in long_lines()] == [LONG_LINE_BYTES] * lines_count
+
+
 def test_start_fails_with_one_reason_when_the_metrics_port_is_taken(parents: Program) -> None:
     settings = {"fprocess": "cat", "workers": "2", "port": "0", "metrics_port": str(parents.port)}
     ended = run("watchdog", settings=settings | {"suppress_lock": "true"})
