@@ -626,7 +626,7 @@ class Settings:
         "http_buffer_req_body",
         "false",
         parse_bool,
-        "a request's body is read first, and sent with a Content-Length",
+        "a request's body is read first, before exec_timeout begins, and sent with a Content-Length",
         alias="buffer_http",
         modes=("http",),
     )
@@ -5856,15 +5856,23 @@ class Watchdog:
 
 def limit_of(settings: Settings, request: Request) -> float | None:
     """Return a call's limit in seconds: the caller may shorten ours, never lengthen it.  Raises BadTimeout."""
-    ours_s = settings.exec_timeout_s or None
+    return least(settings.exec_timeout_s or None, caller_limit_of(request))
+
+
+def caller_limit_of(request: Request) -> float | None:
+    """Return the limit in seconds that the caller sets a call.  Raises BadTimeout."""
     text = request.header(b"x-timeout")
     if text is None:
-        return ours_s
+        return None
     try:
-        theirs_s = parse_positive_duration(text.decode("latin-1"))
+        return parse_positive_duration(text.decode("latin-1"))
     except ValueError as error:
         raise BadTimeout(f"X-Timeout: {error}") from None
-    return theirs_s if ours_s is None else min(ours_s, theirs_s)
+
+
+def least(*limits_s: float | None) -> float | None:
+    """Return the least of some limits, of which any may be None: none."""
+    return min((limit_s for limit_s in limits_s if limit_s is not None), default=None)
 
 
 def body_within(limit_bytes: int, body: Body) -> AsyncIterator[bytes]:
@@ -6228,10 +6236,11 @@ class Http(Mode):
     async def answer(self, request: Request, call: CallLog) -> Response:
         """Return what the server answers, streamed as it comes."""
         call.begins()
-        limit_s = limit_of(self._settings, request)
-        deadline_s = None if limit_s is None else time.monotonic() + limit_s
-        body, length = await self._body(request)
+        caller_limit_s, ours_s = caller_limit_of(request), self._settings.exec_timeout_s
+        caller_deadline_s = None if caller_limit_s is None else time.monotonic() + caller_limit_s
         try:
+            body, length = await self._body(request, caller_deadline_s)
+            deadline_s = least(caller_deadline_s, time.monotonic() + ours_s if ours_s else None)
             response = await self._send(request, body, length, deadline_s)
         except ServerFailure as error:
             error.headers = (*error.headers, call.duration_field())
@@ -6246,12 +6255,22 @@ class Http(Mode):
         live.response = relayed(response, headers, live, self._settings.exec_timeout_s or math.inf)
         return live.response
 
-    async def _body(self, request: Request) -> tuple[SentBody, int | None]:
-        """Return what is sent as the body of a request, and its length if known."""
+    async def _body(self, request: Request, deadline_s: float | None) -> tuple[SentBody, int | None]:
+        """Return what is sent as the body of a request, and its length if known.
+
+        One that is buffered has its read_timeout, and until `deadline_s`, the caller's; raises ServerTimeout then.  Our
+        exec_timeout begins after it.
+        """
         body = body_within(self._settings.max_body_bytes, request.body)
         if request.body.complete:
             return sent_body(request), request.body.length
-        return await spooled(body) if self._settings.http_buffer_req_body else (body, request.body.length)
+        if not self._settings.http_buffer_req_body:
+            return body, request.body.length
+        try:
+            async with asyncio.timeout_at(deadline_s):
+                return await spooled(body)
+        except TimeoutError:
+            raise ServerTimeout from None
 
     async def _send(
         self, request: Request, body: SentBody, length: int | None, deadline_s: float | None
