@@ -678,8 +678,16 @@ class Settings:
         default_note=f"0; with mode=http {SERVER_GRACE_S:g}s",
         modes=WITH_PROGRAM,
     )
-    max_body_bytes: int = setting("max_body", "0", parse_size, "largest request body, above it 413; 0 is no limit")
-    max_inflight: int = setting("max_inflight", "0", parse_count, "requests at once; above it 429; 0 is no limit")
+    max_body_bytes: int = setting(
+        "max_body", "0", parse_size, "largest request body, above it 413; 0 is no limit", modes=WITH_PROGRAM
+    )
+    max_inflight: int = setting(
+        "max_inflight",
+        "0",
+        parse_count,
+        "requests at once, each while the program runs for it or, with mode=http, answers; above it 429; 0 is no limit",
+        modes=WITH_PROGRAM,
+    )
     max_connections: int | None = setting(
         "max_connections", "", parse_positive_count, CONNECTIONS_HELP, default_note=CONNECTIONS_DEFAULT
     )
