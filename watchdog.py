@@ -290,9 +290,14 @@ def parse_workers(text: str) -> int:
 WORKERS_HELP = f"processes that share the port; auto: one per usable processor, at most {AUTO_WORKERS_COUNT}"
 
 
-CONNECTIONS_HELP = "connections at once; above it the one that was idle longest is closed, or the new one gets 503"
+CONNECTIONS_HELP = (
+    "connections at once, in equal parts for each worker; above it the one that was idle longest is closed, or the new"
+    " one gets 503"
+)
 CONNECTIONS_DEFAULT = f"{MAX_CONNECTIONS_COUNT} for each worker, or what its descriptors allow"
-PER_ADDRESS_HELP = "connections of one client, an IPv4 address or an IPv6 /64; above it as for max_connections"
+PER_ADDRESS_HELP = (
+    "connections of one client, an IPv4 address or an IPv6 /64; parts, and above it, as with max_connections"
+)
 PER_ADDRESS_DEFAULT = "three quarters of max_connections"
 
 
@@ -376,9 +381,9 @@ def parse_user(text: str) -> Identity:
     return identity
 
 
-# What it takes to run functions as another user (capabilities(7)): to become that user, to signal its processes, and
-# to read the mark in their environment.
-_USER_CAPABILITIES = {"CAP_KILL": 5, "CAP_SETGID": 6, "CAP_SETUID": 7, "CAP_SYS_PTRACE": 19}
+# What it takes to run functions as another user (capabilities(7)): to become that user and give it its pipes, to signal
+# its processes, and to read the mark in their environment.
+_USER_CAPABILITIES = {"CAP_CHOWN": 0, "CAP_KILL": 5, "CAP_SETGID": 6, "CAP_SETUID": 7, "CAP_SYS_PTRACE": 19}
 
 
 def missing_capabilities() -> list[str]:
@@ -621,7 +626,7 @@ class Settings:
         "http_buffer_req_body",
         "false",
         parse_bool,
-        "a request's body is read first, and sent with a Content-Length",
+        "a request's body is read first, before exec_timeout begins, and sent with a Content-Length",
         alias="buffer_http",
         modes=("http",),
     )
@@ -673,8 +678,16 @@ class Settings:
         default_note=f"0; with mode=http {SERVER_GRACE_S:g}s",
         modes=WITH_PROGRAM,
     )
-    max_body_bytes: int = setting("max_body", "0", parse_size, "largest request body, above it 413; 0 is no limit")
-    max_inflight: int = setting("max_inflight", "0", parse_count, "requests at once; above it 429; 0 is no limit")
+    max_body_bytes: int = setting(
+        "max_body", "0", parse_size, "largest request body, above it 413; 0 is no limit", modes=WITH_PROGRAM
+    )
+    max_inflight: int = setting(
+        "max_inflight",
+        "0",
+        parse_count,
+        "requests at once, each while the program runs for it or, with mode=http, answers; above it 429; 0 is no limit",
+        modes=WITH_PROGRAM,
+    )
     max_connections: int | None = setting(
         "max_connections", "", parse_positive_count, CONNECTIONS_HELP, default_note=CONNECTIONS_DEFAULT
     )
@@ -772,12 +785,21 @@ class Log:
         self._dropped_count = 0
         self._scheduled = False
         self._home: asyncio.AbstractEventLoop | None = None
+        self._lock_fd = -1
         self._second: tuple[int, str] = (0, "")
 
     def configure(self, log_format: str, origin: str | None) -> None:
         """Choose `text` or `json`, and the name that stands before each line when several programs share a stderr."""
         self._json = log_format == "json"
         self._origin = origin or ""
+
+    def share(self) -> None:
+        """Keep lines whole when processes that are forked from now on write to the same stderr.
+
+        A pipe takes up to PIPE_BUF bytes as one piece, and lines may be longer: so there is a record lock (fcntl(2)),
+        which the kernel releases when its holder dies.
+        """
+        self._lock_fd = os.memfd_create("faashound", os.MFD_CLOEXEC)
 
     def info(self, text: str, **fields: object) -> None:
         """Write a line; `fields` follow it as name=value, or are members of the JSON object."""
@@ -842,15 +864,8 @@ class Log:
 
     def _write_some(self, loop: asyncio.AbstractEventLoop) -> None:
         """Write what stderr takes without blocking, once for all lines of a turn of the loop."""
-        while self._waiting and _is_ready(2, select.POLLOUT):
-            data = self._waiting.popleft()
-            while self._waiting and len(data) + len(self._waiting[0]) <= select.PIPE_BUF:
-                data += self._waiting.popleft()
-            self._waiting_bytes -= len(data)
-            written = _write_all(data[: select.PIPE_BUF])
-            if written < len(data):
-                self._waiting.appendleft(data[written:])
-                self._waiting_bytes += len(data) - written
+        while self._waiting and _is_ready(2, select.POLLOUT) and self._may_write():
+            self._write_piece()
         if self._waiting:
             loop.call_later(LOG_RETRY_S, self._write_some, loop)
             return
@@ -859,16 +874,43 @@ class Log:
             count, self._dropped_count = self._dropped_count, 0
             self.warning(f"{count} log lines were dropped: they were not read fast enough")
 
+    def _may_write(self) -> bool:
+        """Take the lock that processes of one program share; it stays ours until a line is written to its end."""
+        try:
+            if self._lock_fd >= 0:
+                fcntl.lockf(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _write_piece(self) -> None:
+        """Write as many whole lines as are one piece to a pipe (pipe(7)), or a part of one that is longer."""
+        data = self._waiting.popleft()
+        while self._waiting and len(data) + len(self._waiting[0]) <= select.PIPE_BUF:
+            data += self._waiting.popleft()
+        self._waiting_bytes -= len(data)
+        written = _write_all(data[: select.PIPE_BUF])
+        if written < len(data):
+            self._waiting.appendleft(data[written:])
+            self._waiting_bytes += len(data) - written
+        if data[:written].endswith(b"\n"):
+            self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock_fd >= 0:
+            fcntl.lockf(self._lock_fd, fcntl.LOCK_UN)
+
     def flush(self, limit_s: float = 1.0) -> None:
         """Write what waits, at the end of the program; give up after `limit_s`."""
         deadline_s = time.monotonic() + limit_s
-        while self._waiting and time.monotonic() < deadline_s:
-            data = self._waiting.popleft()
-            for start in range(0, len(data), select.PIPE_BUF):
-                if _is_ready(2, select.POLLOUT, deadline_s - time.monotonic()):
-                    _write_all(data[start : start + select.PIPE_BUF])
+        while self._waiting and (left_s := deadline_s - time.monotonic()) > 0:
+            if not self._may_write():
+                time.sleep(min(LOG_RETRY_S, left_s))
+            elif _is_ready(2, select.POLLOUT, left_s):
+                self._write_piece()
         self._waiting.clear()
         self._waiting_bytes = 0
+        self._unlock()
 
 
 def _is_ready(fd: int, event: int, wait_s: float = 0.0) -> bool:
@@ -2372,10 +2414,12 @@ _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct",
 
 
 class ConnectionLimits(NamedTuple):
-    """How many connections one process takes, in all and from one address (see `network_of`)."""
+    """How many connections one process takes, in all and from one address (see `network_of`), and what says so."""
 
     total_count: int = MAX_CONNECTIONS_COUNT
     per_address_count: int = MAX_CONNECTIONS_COUNT
+    total_source: str = "max_connections"
+    per_address_source: str = "max_connections_per_address"
 
 
 _MAPPED_IPV4 = bytes(10) + b"\xff\xff"  # RFC 4291 2.5.5.2: how a socket for both protocols shows IPv4
@@ -2421,11 +2465,12 @@ class Roster:
         if self._is_crowded(network):
             if self._close_oldest(network):
                 return None
-            allowed = f"{self._limits.per_address_count} (max_connections_per_address)"
+            allowed = f"{self._limits.per_address_count} ({self._limits.per_address_source})"
             return TooManyConnections(f"too many connections from this address; allowed: {allowed}")
         if self._close_oldest(None):
             return None
-        return TooManyConnections(f"too many connections; allowed: {self._limits.total_count} (max_connections)")
+        allowed = f"{self._limits.total_count} ({self._limits.total_source})"
+        return TooManyConnections(f"too many connections; allowed: {allowed}")
 
     def _close_oldest(self, network: bytes | None) -> bool:
         line = self._waiting.get(network)
@@ -5845,15 +5890,23 @@ class Watchdog:
 
 def limit_of(settings: Settings, request: Request) -> float | None:
     """Return a call's limit in seconds: the caller may shorten ours, never lengthen it.  Raises BadTimeout."""
-    ours_s = settings.exec_timeout_s or None
+    return least(settings.exec_timeout_s or None, caller_limit_of(request))
+
+
+def caller_limit_of(request: Request) -> float | None:
+    """Return the limit in seconds that the caller sets a call.  Raises BadTimeout."""
     text = request.header(b"x-timeout")
     if text is None:
-        return ours_s
+        return None
     try:
-        theirs_s = parse_positive_duration(text.decode("latin-1"))
+        return parse_positive_duration(text.decode("latin-1"))
     except ValueError as error:
         raise BadTimeout(f"X-Timeout: {error}") from None
-    return theirs_s if ours_s is None else min(ours_s, theirs_s)
+
+
+def least(*limits_s: float | None) -> float | None:
+    """Return the least of some limits, of which any may be None: none."""
+    return min((limit_s for limit_s in limits_s if limit_s is not None), default=None)
 
 
 def body_within(limit_bytes: int, body: Body) -> AsyncIterator[bytes]:
@@ -6217,10 +6270,11 @@ class Http(Mode):
     async def answer(self, request: Request, call: CallLog) -> Response:
         """Return what the server answers, streamed as it comes."""
         call.begins()
-        limit_s = limit_of(self._settings, request)
-        deadline_s = None if limit_s is None else time.monotonic() + limit_s
-        body, length = await self._body(request)
+        caller_limit_s, ours_s = caller_limit_of(request), self._settings.exec_timeout_s
+        caller_deadline_s = None if caller_limit_s is None else time.monotonic() + caller_limit_s
         try:
+            body, length = await self._body(request, caller_deadline_s)
+            deadline_s = least(caller_deadline_s, time.monotonic() + ours_s if ours_s else None)
             response = await self._send(request, body, length, deadline_s)
         except ServerFailure as error:
             error.headers = (*error.headers, call.duration_field())
@@ -6235,12 +6289,22 @@ class Http(Mode):
         live.response = relayed(response, headers, live, self._settings.exec_timeout_s or math.inf)
         return live.response
 
-    async def _body(self, request: Request) -> tuple[SentBody, int | None]:
-        """Return what is sent as the body of a request, and its length if known."""
+    async def _body(self, request: Request, deadline_s: float | None) -> tuple[SentBody, int | None]:
+        """Return what is sent as the body of a request, and its length if known.
+
+        One that is buffered has its read_timeout, and until `deadline_s`, the caller's; raises ServerTimeout then.  Our
+        exec_timeout begins after it.
+        """
         body = body_within(self._settings.max_body_bytes, request.body)
         if request.body.complete:
             return sent_body(request), request.body.length
-        return await spooled(body) if self._settings.http_buffer_req_body else (body, request.body.length)
+        if not self._settings.http_buffer_req_body:
+            return body, request.body.length
+        try:
+            async with asyncio.timeout_at(deadline_s):
+                return await spooled(body)
+        except TimeoutError:
+            raise ServerTimeout from None
 
     async def _send(
         self, request: Request, body: SentBody, length: int | None, deadline_s: float | None
@@ -6977,11 +7041,12 @@ def function_environment(environ: Mapping[str, str], user: Identity | None = Non
 
 
 class WorkerContext(NamedTuple):
-    """What a process that serves is given: its slot, its parent-death pipe, and what to call once it serves."""
+    """What a process that serves is given: its slot, its parent-death pipe, what to call once it serves or stops."""
 
     slot: Slot
     parent_death_fd: int | None
-    on_serving: Callable[[], None]
+    on_serving: Callable[[], None] = lambda: None
+    on_stopping: Callable[[], None] = lambda: None
 
 
 class ListenSockets(NamedTuple):
@@ -7017,8 +7082,9 @@ def bind_metrics_sockets(host: str | None, port: int) -> list[socket.socket]:
 class Program(NamedTuple):
     """What worker processes run: `run`, which returns the exit status, on `sockets`, with `hooks`.
 
-    `on_serving` is called once, in the process that was started, as soon as all of them accept connections.  They get
-    the signals `passed_on` as well, which they find blocked and at their default.
+    In the process that was started, `on_serving` is called once, as soon as all of them accept connections, and
+    `on_stopping` each time that it is told to stop.  They get the signals `passed_on` as well, which they find blocked
+    and at their default.
     """
 
     run: Callable[[WorkerContext], int]
@@ -7026,6 +7092,7 @@ class Program(NamedTuple):
     on_serving: Callable[[], None]
     hooks: Hooks = Hooks()
     passed_on: Sequence[signal.Signals] = ()
+    on_stopping: Callable[[], None] = lambda: None
 
 
 class WorkerProcess:
@@ -7117,7 +7184,7 @@ class Supervisor:
                 os.close(fd)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGCHLD,))
             slot = Slot(self._scoreboard, worker.index, self._report_change)
-            status = self._program.run(WorkerContext(slot, self._death_fd, lambda: None))
+            status = self._program.run(WorkerContext(slot, self._death_fd))
         except FaashoundError as error:
             log.error(str(error))
         except Exception:
@@ -7176,6 +7243,7 @@ class Supervisor:
     def _stop(self, *numbers: signal.Signals) -> None:
         self._stopping = True
         self._pass_on(*numbers)
+        self._program.on_stopping()
 
     def _pass_on(self, *numbers: signal.Signals) -> None:
         for worker in self._workers:
@@ -7189,7 +7257,8 @@ def run_workers(count: int, program: Program, environ: Mapping[str, str]) -> int
     gc.freeze()
     parent_death, scoreboard = parent_death_fd(environ), Scoreboard(count)
     if count == 1:
-        return program.run(WorkerContext(Slot(scoreboard), parent_death, program.on_serving))
+        return program.run(WorkerContext(Slot(scoreboard), parent_death, program.on_serving, program.on_stopping))
+    log.share()
     return Supervisor(scoreboard, program).run(parent_death)
 
 
@@ -7226,8 +7295,7 @@ async def serve(
         context.on_serving()
         await signals.first.wait()
         watchdog.accepting = False
-        if lock_path is not None:
-            remove_lock_file(lock_path)
+        context.on_stopping()
         status = await drain(settings, signals, server, drain_limit_s(settings, environ))
         metrics_server.stop_accepting()
         await mode.stop(signals.second)
@@ -7318,11 +7386,22 @@ def connection_limits(
     room = MAX_CONNECTIONS_COUNT
     if soft != resource.RLIM_INFINITY:
         room = max((soft - KEPT_BACK_COUNT) // descriptors_each, 1)
-    total = min(slot.share_of(max_connections or MAX_CONNECTIONS_COUNT), room)
-    if max_connections and total < slot.share_of(max_connections) and slot.is_first:
+    wanted = slot.share_of(max_connections) if max_connections else MAX_CONNECTIONS_COUNT
+    total = min(wanted, room)
+    if max_connections and total < wanted and slot.is_first:
         allowed = f"{soft} descriptors (LimitNOFILE, ulimit -n) allow {total}"
         log.warning(f"max_connections={max_connections} is too much: in one process {allowed}")
-    return ConnectionLimits(total, slot.share_of(per_address) if per_address else max(total * 3 // 4, 1))
+    each = slot.share_of(per_address) if per_address else max(total * 3 // 4, 1)
+    total_source = _limit_source("max_connections", max_connections, slot)
+    return ConnectionLimits(total, each, total_source, _limit_source("max_connections_per_address", per_address, slot))
+
+
+def _limit_source(name: str, count: int | None, slot: Slot) -> str:
+    """Return what a refusal says of the setting of a limit of this process: what the operator set was for them all."""
+    if slot.is_alone:
+        return name
+    workers_count = slot.scoreboard.workers_count
+    return f"{name}={count}, divided among {workers_count} workers" if count else f"{name}, of each worker"
 
 
 def with_chosen_port(settings: Settings, environ: Mapping[str, str]) -> tuple[Settings, Mapping[str, str]]:
@@ -7517,7 +7596,8 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
             def run(context: WorkerContext) -> int:
                 return uvloop.run(serve(settings, environ, sockets, guard, context))
 
-            return run_workers(settings.workers, Program(run, sockets, sockets.announce, guard), environ)
+            program = Program(run, sockets, sockets.announce, guard, on_stopping=cleanup.close)
+            return run_workers(settings.workers, program, environ)
     except CannotStart as error:
         log.error(str(error))
         return 1

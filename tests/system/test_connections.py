@@ -12,7 +12,19 @@ from pathlib import Path
 
 import pytest
 
-from faashound.watchdog import REFUSED_AT_ONCE_COUNT, SILENT_S, WATCH_IDLE_S, expect_stalls, keep_watch, network_of
+from faashound.watchdog import (
+    MAX_CONNECTIONS_COUNT,
+    MAX_WORKERS_COUNT,
+    REFUSED_AT_ONCE_COUNT,
+    SILENT_S,
+    WATCH_IDLE_S,
+    Scoreboard,
+    Slot,
+    connection_limits,
+    expect_stalls,
+    keep_watch,
+    network_of,
+)
 from testkit.harness import (
     REPLY_DEADLINE_S,
     TCP_ESTABLISHED,
@@ -21,6 +33,7 @@ from testkit.harness import (
     free_port,
     http_request,
     probe_due_s,
+    read_all,
     read_until,
     server_side,
     wait_closed,
@@ -125,6 +138,10 @@ def is_open(client: socket.socket) -> bool:
     return side is not None and side[0] == TCP_ESTABLISHED
 
 
+def is_readable(client: socket.socket) -> bool:
+    return bool(select.select([client], (), (), 0)[0])
+
+
 def descriptor_limit(pid: int) -> tuple[int, int]:
     return resource.prlimit(pid, resource.RLIMIT_NOFILE)
 
@@ -202,6 +219,25 @@ def test_program_serves_on_when_many_refused_clients_do_not_go(crowded: Program)
         for client in refused:
             wait_closed(client, 15.0)
         assert crowded.descriptors() <= before + REFUSED_AT_ONCE_COUNT
+
+
+@pytest.mark.parametrize("name", ["max_connections", "max_connections_per_address"])
+def test_refusal_names_what_was_set_and_that_it_is_divided_when_there_are_several_workers(name: str) -> None:
+    limits = {"max_connections": "100", "max_connections_per_address": "100", name: "2", "workers": "2"}
+    with Program("watchdog", {"fprocess": "sleep 600"} | limits) as program, ExitStack() as stack:
+        for busy_count in range(3):
+            client = stack.enter_context(connect(program.port))
+            client.sendall(GET.replace(b"/_/health", b"/"))
+            wait_until(lambda: is_readable(client) or len(program.functions()) > busy_count, 15.0, "run or refused")  # noqa: B023
+            if is_readable(client):
+                break
+        assert b"; allowed: 1 (%b=2, divided among 2 workers)\n" % name.encode() in read_all(client)
+
+
+def test_connections_are_not_divided_when_no_number_was_set() -> None:
+    one, several = (connection_limits(None, None, 1, Slot(Scoreboard(count))) for count in (1, MAX_WORKERS_COUNT))
+    assert several[:2] == one[:2]
+    assert several.total_count > MAX_CONNECTIONS_COUNT // MAX_WORKERS_COUNT
 
 
 @pytest.mark.parametrize("sent", [b"", GET[:-4]], ids=["silent", "half-a-head"])

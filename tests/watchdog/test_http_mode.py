@@ -261,6 +261,32 @@ def test_exec_timeout_is_a_504_and_the_server_lives_on() -> None:
         assert server_pid(program) == pid
 
 
+HALF_A_BODY = "POST /echo HTTP/1.1\r\nHost: h\r\nConnection: close\r\n{}Content-Length: 4\r\n\r\nab"
+
+
+def test_exec_timeout_begins_after_the_body_when_that_is_buffered() -> None:
+    limits = {"exec_timeout": f"{2 * crowding():.1f}s", "read_timeout": "10m", "metrics_port": str(free_port())}
+    with Program("watchdog", {**SETTINGS, **limits, "http_buffer_req_body": "true"}) as program:
+        wait_healthy(program)
+        with connect(program.port) as client:
+            client.sendall(HALF_A_BODY.format("").encode())
+            wait_until(lambda: in_flight(program) == 1, SOON_S, "the call has begun")
+            assert get(program, "/hang").status == 504  # begun later, and at its limit
+            client.sendall(b"cd")
+            (answer,) = parse(read_all(client))
+        assert (answer.status, json.loads(answer.body)["length"]) == (200, 4)
+
+
+def test_limit_of_the_caller_bounds_the_body_as_well_when_that_is_buffered() -> None:
+    with Program("watchdog", {**SETTINGS, "read_timeout": "10m", "http_buffer_req_body": "true"}) as program:
+        wait_healthy(program)
+        with connect(program.port) as client:
+            client.sendall(HALF_A_BODY.format("X-Timeout: 200ms\r\n").encode())
+            (answer,) = parse(read_all(client))
+        assert (answer.status, is_ours(answer)) == (504, True)
+        assert float(answer.headers["x-duration-seconds"]) >= 0.2
+
+
 def test_no_answer_is_a_502(program: Program) -> None:
     answer = get(program, "/nothing")
     assert (answer.status, is_ours(answer)) == (502, True)

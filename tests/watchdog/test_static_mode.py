@@ -300,7 +300,8 @@ def test_start_fails_when_the_directory_is_not_there(tmp_path: Path) -> None:
     assert f"static_path='{missing}': there is no such directory" in ended.stderr
 
 
-def test_program_is_refused_where_none_runs() -> None:
-    ended = run("watchdog", settings={"mode": "static", "fprocess": "cat"})
+@pytest.mark.parametrize(("name", "value"), [("fprocess", "cat"), ("max_body", "1KiB"), ("max_inflight", "2")])
+def test_program_and_its_limits_are_refused_where_none_runs(name: str, value: str) -> None:
+    ended = run("watchdog", settings={"mode": "static", name: value})
     assert ended.returncode == 2
-    assert "fprocess means nothing with mode=static" in ended.stderr
+    assert f"{name} means nothing with mode=static" in ended.stderr

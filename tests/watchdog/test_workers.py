@@ -228,6 +228,27 @@ def test_calls_of_all_workers_are_answered_when_told_to_stop() -> None:
         assert not (program.temporary / ".lock").exists()
 
 
+def test_watchdog_stays_healthy_when_one_of_its_workers_was_told_to_stop(parents: Program) -> None:
+    one, other = workers_of(parents)
+    os.kill(one, signal.SIGTERM)
+    wait_until(lambda: len(workers_of(parents) - {one, other}) == 1, GONE_S, "another in its place")
+    assert (parents.temporary / ".lock").exists()
+    clients, _ = kept_by_both(parents)
+    for client in clients:
+        client.request("GET", "/_/health")
+        assert client.getresponse().read() == b"OK"
+    close(clients)
+
+
+def test_lock_file_goes_at_once_when_told_to_stop_while_the_workers_wait_for_health_checks() -> None:
+    with watchdog("cat", healthcheck_interval="60s") as program:
+        program.terminate()
+        wait_until(lambda: not (program.temporary / ".lock").exists(), GONE_S, "the lock file gone")
+        assert len(workers_of(program)) == 2
+        program.terminate()
+        assert program.wait_exit() == 0
+
+
 def test_call_goes_on_when_told_to_stop_and_the_other_workers_have_nothing_to_do() -> None:
     with watchdog(WAIT_FOR_GO) as program:
         call = InBackground(lambda: http_request(program.port, "GET").text)
@@ -264,6 +285,26 @@ def test_pool_is_divided_when_processes_wait_started() -> None:
     with watchdog(function, prewarm="4", cgi_headers="false") as program:
         wait_until(lambda: len(program.functions()) == 4, GONE_S, "four wait")
         assert http_request(program.port, "POST", body=b"x").text == "x"
+
+
+LONG_LINE_BYTES, LONG_LINES_COUNT = 6000, 20  # more than a pipe takes as one piece; of eight calls, less than is kept
+LONG_LINES = f"sh -c 'for each in $(seq {LONG_LINES_COUNT}); do printf %0{LONG_LINE_BYTES}d\\\\n $each >&2; done'"
+SLOW_READER = "while (sysread STDIN, $piece, 4096) { syswrite STDOUT, $piece; select undef, undef, undef, 0.002 }"
+
+
+def test_each_line_is_whole_when_all_workers_log_long_ones_to_a_reader_that_is_slow() -> None:
+    prefix = ["bash", "-c", f"exec \"$@\" 2> >(exec perl -e '{SLOW_READER}')", "bash"]
+    settings = {"fprocess": LONG_LINES, "workers": "2", "combine_output": "false", "prefix_logs": "false"}
+    with Program("watchdog", settings, prefix=prefix) as program:
+        calls = [InBackground(lambda: http_request(program.port, "GET").status) for _ in range(8)]
+        assert [call.result() for call in calls] == [200] * 8
+
+        def long_lines() -> list[str]:
+            return [line for line in program.log_lines() if "0" * 100 in line]
+
+        lines_count = 8 * LONG_LINES_COUNT
+        wait_until(lambda: sum(map(len, long_lines())) >= lines_count * LONG_LINE_BYTES, GONE_S, "all is read")
+        assert [len(line) for line in long_lines()] == [LONG_LINE_BYTES] * lines_count
 
 
 def test_start_fails_with_one_reason_when_the_metrics_port_is_taken(parents: Program) -> None:
