@@ -52,7 +52,7 @@ class Owners:
         self._loop = asyncio.get_running_loop()
         self._owners: dict[str, Subscription] = {}
         self._returned_s = float("-inf")  # when the connection came back
-        connection.reporter.on_return = self._on_return
+        connection.reporter.on_return.append(self._on_return)
 
     def __contains__(self, owner: str) -> bool:
         return owner in self._owners
