@@ -624,6 +624,23 @@ def test_worker_serves_three_hundred_functions(options: Options) -> None:
     with_queues(options, 2, scenario)
 
 
+def test_call_that_is_not_delayed_is_taken_though_the_clock_of_its_worker_is_behind(options: Options) -> None:
+    async def scenario(gateway: JetStream) -> None:
+        now_s = time.time()
+        await gateway.put(new_call("delayed", due_s=now_s + 10, accepted_s=now_s))
+        call = await gateway.put(new_call(due_s=now_s, accepted_s=now_s))
+        worker = await JetStream.open(options, now=lambda: now_s - 3600)
+        async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(worker.close)
+            owner = await worker.enlist()
+            for _ in range(2):  # also when it comes back untried
+                (lease,) = await worker.claim([QUEUE], owner, LEASE_S, 8)
+                assert (lease.call.id, lease.call.attempts) == (call.id, 1)
+                await worker.release(lease)
+
+    with_queues(options, 1, scenario)
+
+
 def test_delayed_calls_cost_a_claim_nothing_until_they_are_due(options: Options) -> None:
     """A worker looks at each once; from then on the servers keep it, and deliver only what is due."""
     count = 20_000
