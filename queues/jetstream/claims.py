@@ -283,12 +283,17 @@ class Claims:
     # -- ending
 
     async def end(self, lease: Lease, kind: Kind, step: Callable[[Record], Record]) -> Record:
-        """Take a step that ends a lease; LeaseLost if it has passed on."""
+        """Take a step that ends a lease; LeaseLost if it has passed on.
+
+        If the servers cannot be reached it is to be told again, and until then counts as under way: perhaps they have
+        heard it.
+        """
         if lease.kind != kind:
             raise AssertionError(f"this step is for a {kind}, the lease is for a {lease.kind}")
         held = self._owners.get(lease)
         if held is None:
             raise LeaseLost(f"the lease on call {lease.call.id} has passed to another worker")
+        self._owners.ending.add(lease.fence)
         standing: Standing | None = held.standing
         wanted = step(held.standing.record)
         while True:
@@ -297,6 +302,7 @@ class Claims:
                 break
             if standing is None or standing.record.hold != held.standing.record.hold:
                 self._owners.held.pop(lease.fence, None)
+                self._owners.ending.discard(lease.fence)
                 raise LeaseLost(f"the lease on call {lease.call.id} has passed to another worker")
             try:
                 ended = await self._store.save(standing, step(standing.record))
@@ -304,7 +310,10 @@ class Claims:
             except RevisionChanged:
                 standing = await self._store.load(lease.call.id)
         self._owners.held.pop(lease.fence, None)
-        await self.settle(ended, held.delivery, kind)
+        try:
+            await self.settle(ended, held.delivery, kind)
+        finally:
+            self._owners.ending.discard(lease.fence)
         return ended.record
 
     async def reclaim(self) -> int:

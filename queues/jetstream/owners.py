@@ -45,6 +45,7 @@ class Owners:
 
     def __init__(self, connection: Connection) -> None:
         self.held: dict[int, Held] = {}  # by the lease's fence
+        self.ending: set[int] = set()  # the fences of leases that are being ended here: what they meet is told there
         self.cancelled: set[str] = set()
         self.cancel = asyncio.Event()
         self._connection = connection
