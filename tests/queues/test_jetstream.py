@@ -634,7 +634,7 @@ def test_call_that_is_not_delayed_is_taken_though_the_clock_of_its_worker_is_beh
             stack.push_async_callback(worker.close)
             owner = await worker.enlist()
             for _ in range(2):  # also when it comes back untried
-                (lease,) = await worker.claim([QUEUE], owner, LEASE_S, 8)
+                lease = await claim_one(worker, owner)
                 assert (lease.call.id, lease.call.attempts) == (call.id, 1)
                 await worker.release(lease)
 
