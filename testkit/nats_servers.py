@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import dataclasses
 import json
 import shutil
 import signal
@@ -11,10 +14,12 @@ import sysconfig
 import tempfile
 import urllib.request
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 from faashound.queues.jetstream.connection import Options
+from faashound.watchdog import finished_first
 from testkit.harness import free_port, wait_until
 
 START_S = 60.0  # for what is waited for, since without it nothing goes on
@@ -134,3 +139,60 @@ class Cluster:
 def _streams(facts: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
     for account in facts.get("account_details") or ():
         yield from account.get("stream_detail") or ()
+
+
+class Proxy:
+    """A way to the servers that can be cut: what is on it then goes nowhere, and no connection is closed."""
+
+    def __init__(self, options: Options) -> None:
+        self._ports = [int(server.rpartition(":")[2]) for server in options.servers]
+        self._servers: list[asyncio.Server] = []
+        self._open = asyncio.Event()
+        self._open.set()
+        self._base = options
+        self._passing: list[asyncio.Task[Any]] = []
+
+    async def start(self) -> Options:
+        for port in self._ports:
+            self._servers.append(await asyncio.start_server(partial(self._pass, port), "127.0.0.1"))
+        urls = tuple(f"nats://127.0.0.1:{server.sockets[0].getsockname()[1]}" for server in self._servers)
+        return dataclasses.replace(self._base, servers=urls)
+
+    def cut(self) -> None:
+        self._open.clear()
+
+    def hang_up(self) -> None:
+        """Close what is connected, and let none connect until `mend`."""
+        self.cut()
+        for task in self._passing:
+            task.cancel()
+
+    def mend(self) -> None:
+        self._open.set()
+
+    async def stop(self) -> None:
+        for server in self._servers:
+            server.close()
+        for task in list(self._passing):
+            task.cancel()
+        await asyncio.gather(*list(self._passing), return_exceptions=True)
+
+    async def _pass(self, port: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._passing.append(task)
+        async with contextlib.AsyncExitStack() as stack:
+            stack.callback(self._passing.remove, task)
+            stack.callback(writer.transport.abort)
+            stack.enter_context(contextlib.suppress(OSError, asyncio.CancelledError))
+            if not self._open.is_set():
+                return  # nor does a new one come through
+            there, back = await asyncio.open_connection("127.0.0.1", port)
+            stack.callback(back.transport.abort)
+            await finished_first(self._pump(reader, back), self._pump(there, writer))
+
+    async def _pump(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        while data := await source.read(65536):
+            await self._open.wait()
+            target.write(data)
+            await target.drain()

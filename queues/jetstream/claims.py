@@ -49,8 +49,11 @@ class Verdict(Enum):
     DONE = "done"  # nothing is left, or only what follows from an end
 
 
-def judge(record: Record, kind: Kind, now_s: float) -> Verdict:
-    """Return what a record says of a message of its call."""
+def judge(record: Record, kind: Kind, now_s: float, accepted_s: float) -> Verdict:
+    """Return what a record says of a message of its call, which was accepted at `accepted_s` by a gateway's clock.
+
+    A call that is due since then and was never tried is due by every clock: ours may be behind.
+    """
     if record.hold is not None:
         return Verdict.ASK if record.hold.kind == kind else Verdict.DONE
     if kind == "callback":
@@ -62,7 +65,8 @@ def judge(record: Record, kind: Kind, now_s: float) -> Verdict:
         return Verdict.DONE
     if is_expired(record, now_s):
         return Verdict.EXPIRE
-    return Verdict.WAIT if record.due_s > now_s else Verdict.TAKE
+    is_delayed = record.attempts > 0 or record.due_s > accepted_s
+    return Verdict.WAIT if is_delayed and record.due_s > now_s else Verdict.TAKE
 
 
 def revive(standing: Standing, kind: Kind, revives: str | None, now_s: float) -> Record:
@@ -203,12 +207,13 @@ class Claims:
     async def _act(self, standing: Standing, delivery: Delivery, claimant: Claimant) -> Lease | None:
         kind, now_s = claimant.kind, self._now()
         record = revive(standing, kind, delivery.headers.get(REVIVES_HEADER), now_s)
-        verdict = judge(record, kind, now_s)
+        accepted_s = standing.accepted.accepted_s
+        verdict = judge(record, kind, now_s, accepted_s)
         if verdict is Verdict.ASK:
             if not await self._is_gone(standing, delivery):
                 return None
             record = take_back(record, now_s)
-            verdict = judge(record, kind, now_s)
+            verdict = judge(record, kind, now_s, accepted_s)
         if verdict is Verdict.TAKE:
             if claimant.room.take(delivery.flow.name.name):
                 return await self._lease(standing, record, delivery, claimant)
@@ -278,12 +283,17 @@ class Claims:
     # -- ending
 
     async def end(self, lease: Lease, kind: Kind, step: Callable[[Record], Record]) -> Record:
-        """Take a step that ends a lease; LeaseLost if it has passed on."""
+        """Take a step that ends a lease; LeaseLost if it has passed on.
+
+        If the servers cannot be reached it is to be told again, and until then counts as under way: perhaps they have
+        heard it.
+        """
         if lease.kind != kind:
             raise AssertionError(f"this step is for a {kind}, the lease is for a {lease.kind}")
         held = self._owners.get(lease)
         if held is None:
             raise LeaseLost(f"the lease on call {lease.call.id} has passed to another worker")
+        self._owners.ending.add(lease.fence)
         standing: Standing | None = held.standing
         wanted = step(held.standing.record)
         while True:
@@ -292,6 +302,7 @@ class Claims:
                 break
             if standing is None or standing.record.hold != held.standing.record.hold:
                 self._owners.held.pop(lease.fence, None)
+                self._owners.ending.discard(lease.fence)
                 raise LeaseLost(f"the lease on call {lease.call.id} has passed to another worker")
             try:
                 ended = await self._store.save(standing, step(standing.record))
@@ -299,7 +310,10 @@ class Claims:
             except RevisionChanged:
                 standing = await self._store.load(lease.call.id)
         self._owners.held.pop(lease.fence, None)
-        await self.settle(ended, held.delivery, kind)
+        try:
+            await self.settle(ended, held.delivery, kind)
+        finally:
+            self._owners.ending.discard(lease.fence)
         return ended.record
 
     async def reclaim(self) -> int:
@@ -316,7 +330,8 @@ class Claims:
     async def _take_back(self, delivery: Delivery, kind: Kind) -> bool:
         """Take back one call if its owner is gone; either way its message goes back."""
         standing = await self._store.load(delivery.call_id) if delivery.count > 1 else None
-        if standing is None or judge(standing.record, kind, self._now()) is not Verdict.ASK:
+        now_s = self._now()
+        if standing is None or judge(standing.record, kind, now_s, standing.accepted.accepted_s) is not Verdict.ASK:
             await self._flows.nak(delivery)
         elif await self._is_gone(standing, delivery):
             with contextlib.suppress(RevisionChanged):

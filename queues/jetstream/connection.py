@@ -160,12 +160,12 @@ async def end_tasks(tasks: Iterable[asyncio.Future[Any]]) -> None:
 
 
 class Reporter:
-    """Tells the log how the connection fares, and `on_return` that it is back."""
+    """Tells the log how the connection fares, and those in `on_return` that it is back."""
 
     def __init__(self) -> None:
         self.last = "no answer"
         self.closing = False
-        self.on_return: Callable[[], None] = lambda: None
+        self.on_return: list[Callable[[], None]] = []
 
     async def on_error(self, error: Exception) -> None:
         """An error of the client that no call of ours gets."""
@@ -183,7 +183,8 @@ class Reporter:
         """There is one again."""
         self.last = "no answer"
         log.info("connected to NATS again")
-        self.on_return()
+        for told in self.on_return:
+            told()
 
 
 async def connect(options: Options) -> Connection:

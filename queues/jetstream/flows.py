@@ -16,8 +16,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
@@ -34,6 +35,7 @@ AHEAD_COUNT = 256  # messages that a flow has to have besides, so that no other 
 STASH_S = 0.5  # that a message waits here for a claim
 ANNOUNCED_S = 600.0  # after which a flow is announced again by those who put into it
 IDLE_S = 3600.0  # after which the servers may forget the consumer of a flow that no worker asks for
+LOOK_S = 30.0  # longest wait without a look for flows that are new: bounds the harm of a word that was lost
 FLOWS_KNOWN_COUNT = 10_000  # flows that this process remembers to have announced
 MAX_FLOWS_COUNT = 10_000  # functions and destinations at once: callers can make up both, and each is a consumer
 LOOK_LEASE_S = 60.0  # of a message that is only looked at
@@ -144,6 +146,7 @@ class Flows:
     async def start(self) -> None:
         """Hear of new flows from now on."""
         self._connection.on_pulled = self._on_pulled
+        self._connection.reporter.on_return.append(lambda: self._do(self._catch_up()))
         await self._connection.subscribe(self._names.flows, self._on_announced)
 
     async def close(self) -> None:
@@ -193,6 +196,11 @@ class Flows:
             self._learn(self._names.parse_flow(stored.subject))
             self._revision = max(self._revision, stored.revision)
         return list(self._flows)
+
+    async def _catch_up(self) -> None:
+        """Learn of the flows that were announced while the servers could not be reached."""
+        with contextlib.suppress(QueueUnavailable, QueueFull):
+            await self.refresh()
 
     async def forget_idle(self, before_s: float) -> None:
         """Remove the flows into which no call was put since `before_s` and that have nothing."""
@@ -427,15 +435,19 @@ class Flows:
     def _give_back(self, delivery: Delivery) -> None:
         if delivery in delivery.flow.stash and not self._closed:
             delivery.flow.stash.remove(delivery)
-            task = self._loop.create_task(self.nak(delivery))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._do(self.nak(delivery))
+
+    def _do(self, work: Coroutine[Any, Any, None]) -> None:
+        """Begin something whose end nothing waits for."""
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     # -- waiting
 
     async def wait(self, timeout_s: float) -> bool:
-        """True when something has come that was not there before.  False after `timeout_s`."""
-        deadline_s = self._loop.time() + timeout_s
+        """True when something has come that was not there before.  False after `timeout_s`, or when a look is due."""
+        deadline_s = self._loop.time() + min(timeout_s, LOOK_S)
         while not self.arrived.is_set():
             await self._look(self._wanted.values() or self._everything())
             left_s = deadline_s - self._loop.time()

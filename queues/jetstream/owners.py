@@ -45,6 +45,7 @@ class Owners:
 
     def __init__(self, connection: Connection) -> None:
         self.held: dict[int, Held] = {}  # by the lease's fence
+        self.ending: set[int] = set()  # the fences of leases that are being ended here: what they meet is told there
         self.cancelled: set[str] = set()
         self.cancel = asyncio.Event()
         self._connection = connection
@@ -52,7 +53,7 @@ class Owners:
         self._loop = asyncio.get_running_loop()
         self._owners: dict[str, Subscription] = {}
         self._returned_s = float("-inf")  # when the connection came back
-        connection.reporter.on_return = self._on_return
+        connection.reporter.on_return.append(self._on_return)
 
     def __contains__(self, owner: str) -> bool:
         return owner in self._owners

@@ -392,18 +392,21 @@ class JetStream:
         """Let the leases last `lease_s` seconds from now; tell which are lost and which calls to cancel."""
         self._check_open()
         held = [self._owners.get(lease) for lease in leases]
+        lost = {lease.fence for lease, each in zip(leases, held, strict=True) if each is None} - self._owners.ending
         known = [each for each in held if each is not None]
         for each in known:
             each.until_s, each.lease_s = self._loop.time() + lease_s, lease_s
             await self._flows.progress(each.delivery)
         for each in self._owners.drop_lapsed():  # which is not renewed any more: its work ended without a word
             await self._flows.nak(each.delivery)
-        lost = {lease.fence for lease, each in zip(leases, held, strict=True) if each is None}
         cancelled = set[str]()
         for each, (is_lost, is_cancelled) in zip(known, await asyncio.gather(*map(self._look, known)), strict=True):
+            fence = each.standing.revision
+            if fence in self._owners.ending or fence not in self._owners.held:
+                continue  # it is being ended here, or has been meanwhile, and that may be what was seen
             if is_lost:
-                lost.add(each.standing.revision)
-                self._owners.held.pop(each.standing.revision, None)
+                lost.add(fence)
+                del self._owners.held[fence]
             elif each.kind == "call" and (is_cancelled or each.standing.id in self._owners.cancelled):
                 cancelled.add(each.standing.id)
         return Renewal(frozenset(lost), frozenset(cancelled))
@@ -430,8 +433,10 @@ class JetStream:
     # -- ending a lease
 
     async def _end(self, lease: Lease, kind: Kind, step: Callable[[Record], Record]) -> Record:
+        """Take a step that ends a lease, and do what follows also when the caller is cancelled meanwhile."""
         self._check_open()
-        return await self._claims.end(lease, kind, step)
+        record: Record = await asyncio.shield(self._do(self._claims.end(lease, kind, step)))
+        return record
 
     async def finish(self, lease: Lease, end: RunEnd) -> None:
         """The call has ended, also when a cancel came too late. On LeaseLost a result of no record is dropped."""

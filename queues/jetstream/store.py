@@ -251,10 +251,16 @@ class Store:
         """Delete the record of a call and all that hangs on it; False if the call has gone on since it was read.
 
         Who queues a dead letter again writes behind its record.  So once that is removed it is decided: either there
-        is a newer record, or there will be none.
+        is a newer record, or there will be none.  A message that was not acknowledged goes first: without a record it
+        would be a new call.
         """
         accepted, answer = kept.accepted, kept.record.answer
         call_id = kept.id if isinstance(kept, Standing) else kept.call_id
+        waiting = await self.find_waiting(call_id)
+        if waiting is not None and _followed(waiting) < kept.revision:  # else a dead letter is just queued again
+            found = await self.find_record(call_id)
+            if found is not None and found.revision == kept.revision:  # else it may be a new call's of the same id
+                await self._connection.erase(self._names.queue, waiting.revision)
         has_key = accepted is not None and await self._drop_key(accepted)
         await self._connection.erase(self._names.records, kept.revision)
         if await self.find_record(call_id) is not None:

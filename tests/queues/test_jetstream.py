@@ -65,7 +65,7 @@ from faashound.queues.nats_settings import NatsSettings
 from faashound.queues.urls import NatsUrl, parse_queue_url
 from faashound.watchdog import BadSettings, CannotStart, PeerGone, parse_settings
 from testkit.harness import ROOT, crowding
-from testkit.nats_servers import Cluster
+from testkit.nats_servers import Cluster, Proxy
 from testkit.needed import tool
 from testkit.queue_kit import LEASE_S, QUEUE, finish, inline, new_call, read_all, results_wait
 
@@ -525,6 +525,48 @@ def test_function_that_appears_is_served_by_workers_that_wait(options: Options) 
     with_queues(options, 2, scenario)
 
 
+def test_function_that_appears_while_a_worker_is_cut_off_is_served_when_it_is_back(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flows_module, "LOOK_S", 3600.0)  # no other look finds what was missed
+
+    async def scenario(gateway: JetStream) -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            proxy = Proxy(options)
+            stack.push_async_callback(proxy.stop)
+            worker = await JetStream.open(await proxy.start())
+            stack.push_async_callback(worker.close)
+            owner = await worker.enlist()
+            await gateway.put(new_call("old", due_s=0.0))
+            await finish(worker, await claim_one(worker, owner, 3600.0), State.DONE, None)
+            await worker.stats()  # the servers have heard of it
+
+            async def is_away() -> bool:
+                return not worker.healthy
+
+            waiting = asyncio.create_task(worker.wait_for_work(3600.0))
+            proxy.hang_up()
+            await until(is_away)
+            await gateway.put(new_call("new", due_s=0.0))
+            proxy.mend()
+            async with asyncio.timeout(LONG_S * crowding()):
+                assert await waiting
+            assert (await claim_one(worker, owner)).call.function.name == "new"
+
+    with_queues(options, 1, scenario)
+
+
+def test_worker_looks_again_before_its_wait_is_over(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A word that was lost in some other way is to cost no more than that."""
+    monkeypatch.setattr(flows_module, "LOOK_S", 0.1)
+
+    async def scenario(worker: JetStream) -> None:
+        async with asyncio.timeout(LONG_S * crowding()):
+            assert not await worker.wait_for_work(3600.0)
+
+    with_queues(options, 1, scenario)
+
+
 def test_put_is_refused_when_as_many_functions_and_destinations_wait_as_may(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -580,6 +622,23 @@ def test_worker_serves_three_hundred_functions(options: Options) -> None:
                     await worker.wait_for_work(1.0)
 
     with_queues(options, 2, scenario)
+
+
+def test_call_that_is_not_delayed_is_taken_though_the_clock_of_its_worker_is_behind(options: Options) -> None:
+    async def scenario(gateway: JetStream) -> None:
+        now_s = time.time()
+        await gateway.put(new_call("delayed", due_s=now_s + 10, accepted_s=now_s))
+        call = await gateway.put(new_call(due_s=now_s, accepted_s=now_s))
+        worker = await JetStream.open(options, now=lambda: now_s - 3600)
+        async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(worker.close)
+            owner = await worker.enlist()
+            for _ in range(2):  # also when it comes back untried
+                lease = await claim_one(worker, owner)
+                assert (lease.call.id, lease.call.attempts) == (call.id, 1)
+                await worker.release(lease)
+
+    with_queues(options, 1, scenario)
 
 
 def test_delayed_calls_cost_a_claim_nothing_until_they_are_due(options: Options) -> None:

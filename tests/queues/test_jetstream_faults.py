@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import gc
 import time
 import uuid
@@ -25,9 +24,8 @@ import uvloop
 from faashound.calls.model import FINAL, Lease, LeaseLost, QueueFull, QueueUnavailable, State
 from faashound.queues.jetstream.connection import WRITE_S, Options, connect
 from faashound.queues.jetstream.queue import JetStream
-from faashound.watchdog import finished_first
 from testkit.harness import crowding, eventually
-from testkit.nats_servers import Cluster
+from testkit.nats_servers import Cluster, Proxy
 from testkit.queue_kit import QUEUE, finish, inline, new_call
 
 LEASE_S = 12.0
@@ -217,57 +215,6 @@ def check(name: str, ledger: Ledger, repeated_count: int = 0) -> None:
     assert ledger.accepted <= ledger.runs.keys() | ledger.dead
     assert ledger.repeated_count <= repeated_count
     assert ledger.slowest_put_s < PUT_S
-
-
-class Proxy:
-    """A way to the servers that can be cut: what is on it then goes nowhere, and no connection is closed."""
-
-    def __init__(self, options: Options) -> None:
-        self._ports = [int(server.rpartition(":")[2]) for server in options.servers]
-        self._servers: list[asyncio.Server] = []
-        self._open = asyncio.Event()
-        self._open.set()
-        self._base = options
-        self._passing: list[asyncio.Task[Any]] = []
-
-    async def start(self) -> Options:
-        for port in self._ports:
-            self._servers.append(await asyncio.start_server(partial(self._pass, port), "127.0.0.1"))
-        urls = tuple(f"nats://127.0.0.1:{server.sockets[0].getsockname()[1]}" for server in self._servers)
-        return dataclasses.replace(self._base, servers=urls)
-
-    def cut(self) -> None:
-        self._open.clear()
-
-    def mend(self) -> None:
-        self._open.set()
-
-    async def stop(self) -> None:
-        for server in self._servers:
-            server.close()
-        for task in list(self._passing):
-            task.cancel()
-        await asyncio.gather(*list(self._passing), return_exceptions=True)
-
-    async def _pass(self, port: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._passing.append(task)
-        async with contextlib.AsyncExitStack() as stack:
-            stack.callback(self._passing.remove, task)
-            stack.callback(writer.transport.abort)
-            stack.enter_context(contextlib.suppress(OSError))
-            if not self._open.is_set():
-                return  # nor does a new one come through
-            there, back = await asyncio.open_connection("127.0.0.1", port)
-            stack.callback(back.transport.abort)
-            await finished_first(self._pump(reader, back), self._pump(there, writer))
-
-    async def _pump(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
-        while data := await source.read(65536):
-            await self._open.wait()
-            target.write(data)
-            await target.drain()
 
 
 def faulty(cluster: Cluster, fault: Callable[[Traffic, str], Awaitable[None]]) -> Ledger:

@@ -183,6 +183,79 @@ def test_callback_of_an_end_is_not_lost_with_that_of_an_earlier_one(
     with_two(options, scenario)
 
 
+# -- a lease that is renewed, or whose worker is cancelled, while its end is under way
+
+
+def is_purge(operation: str, *_: Any) -> bool:
+    return operation.startswith("STREAM.PURGE")
+
+
+@pytest.mark.parametrize(
+    ("state", "method", "is_there"),
+    [
+        pytest.param(State.DEAD, "insist", is_purge, id="record-written-and-not-known-to-be"),
+        pytest.param(State.DONE, "publish", is_callback, id="record-written-and-not-followed"),
+    ],
+)
+def test_lease_is_not_lost_while_its_owner_ends_it(
+    options: Options, monkeypatch: pytest.MonkeyPatch, state: State, method: str, is_there: Callable[..., bool]
+) -> None:
+    async def scenario(worker: JetStream, _: JetStream) -> None:
+        owner = await worker.enlist()
+        await worker.put(new_call(due_s=0.0, callback_url="http://caller/"))
+        lease = await claim_one(worker, owner)
+        async with stopped(monkeypatch, method, is_there, finish(worker, lease, state, None)):
+            assert (await worker.renew([lease], LEASE_S)).lost == frozenset()
+        assert (await worker.renew([lease], LEASE_S)).lost == {lease.fence}
+
+    with_two(options, scenario)
+
+
+def test_lease_is_not_lost_before_its_end_is_told_again(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(worker: JetStream, _: JetStream) -> None:
+        owner = await worker.enlist()
+        await worker.put(new_call(due_s=0.0))
+        lease = await claim_one(worker, owner)
+        with deaf(monkeypatch), pytest.raises(QueueUnavailable):
+            await finish(worker, lease, State.DONE, None)
+        assert (await worker.renew([lease], LEASE_S)).lost == frozenset()
+        await finish(worker, lease, State.DONE, None)
+
+    with_two(options, scenario)
+
+
+def test_what_follows_from_an_end_is_done_though_its_worker_is_cancelled(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(worker: JetStream, other: JetStream) -> None:
+        owner, helper = await worker.enlist(), await other.enlist()
+        await worker.put(new_call(due_s=0.0, callback_url="http://caller/"))
+        lease = await claim_one(worker, owner)
+        with pytest.raises(asyncio.CancelledError):
+            async with stopped(monkeypatch, "publish", is_callback, finish(worker, lease, State.DONE, None)) as ending:
+                ending.cancel()
+        assert (await claim_one(other, helper, "callback")).call.state is State.DONE
+
+    with_two(options, scenario)
+
+
+def test_call_that_is_deleted_before_its_message_is_acknowledged_does_not_run_again(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(worker: JetStream, other: JetStream) -> None:
+        owner = await worker.enlist()
+        await worker.put(new_call(due_s=0.0))
+        lease = await claim_one(worker, owner)
+        async with stopped(monkeypatch, "tell", is_ack, finish(worker, lease, State.DONE, None)):
+            assert await other.purge(state=State.DONE) == 1
+            connection = await connect(options)
+            left = await connection.info(connection.names.queue)
+            await connection.close()
+            assert left["state"]["messages"] == 0
+
+    with_two(options, scenario)
+
+
 # -- a dead letter that one deletes and another queues again
 
 
@@ -334,10 +407,6 @@ def test_callback_that_is_told_again_is_delivered_once(options: Options, monkeyp
 
 
 # -- a claim that has been written, and is not known to its owner yet
-
-
-def is_purge(operation: str, *_: Any) -> bool:
-    return operation.startswith("STREAM.PURGE")
 
 
 def test_cancel_reaches_a_call_whose_claim_has_just_been_written(
