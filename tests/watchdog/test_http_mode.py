@@ -337,8 +337,8 @@ def test_calls_wait_for_the_next_life_of_a_server() -> None:
         wait_healthy(program)
         before = server_pid(program)
         http_request(program.port, "POST", "/exit/3")
-        assert server_pid(program) != before
         program.wait_log("exit status 3")
+        assert server_pid(program) != before
         lines = [line for line in program.log_lines() if "about to exit" in line or "exit status 3" in line]
         assert [line[20:] for line in lines] == [
             "stdout: about to exit",
