@@ -4527,8 +4527,15 @@ class Sweeper:
         return dying.gone
 
     async def _terminate_first(self, dying: Dying, term_grace_s: float) -> None:
-        """Send SIGTERM to all of a call, once each, and give all of it the time to end that it was granted."""
-        process, until_s = dying.process, time.monotonic() + term_grace_s
+        """Send SIGTERM to all of a call, once each; kill it when it has had the time to end that it was granted."""
+        try:
+            await self._terminate(dying.process, term_grace_s)
+        except OSError as error:  # out of descriptors: what is left cannot be known
+            log.error(f"a call is killed without a SIGTERM: {error.strerror}", pid=dying.process.pid)
+        self._kill_now(dying)
+
+    async def _terminate(self, process: Root, term_grace_s: float) -> None:
+        until_s = time.monotonic() + term_grace_s
         adopted = [pid for pid, _ in self.reaper.orphans() if _read_mark(pid) == process.mark]
         family = [each for each in map(read_relative, adopted) if each is not None]
         with suppress(RuntimeError):  # no thread to be had: then SIGKILL has to do for what has left the group
@@ -4541,7 +4548,6 @@ class Sweeper:
         while time.monotonic() < until_s and (not process.exited.done() or any(each.is_alive() for each in family)):
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, LONGEST_SWEEP_PAUSE_S)
-        self._kill_now(dying)
 
     def _kill_now(self, dying: Dying) -> None:
         self._calls.end(dying.process)
@@ -7314,7 +7320,8 @@ def drain_limit_s(settings: Settings, environ: Mapping[str, str]) -> float:
     """
     if settings.exec_timeout_s == 0 and LIFELINE_FD in environ:
         return LONGEST_DURATION_S
-    return max(settings.exec_timeout_s, settings.write_timeout_s)
+    buffers_s = settings.read_timeout_s if settings.http_buffer_req_body else 0.0  # before exec_timeout begins
+    return max(buffers_s + settings.exec_timeout_s, settings.write_timeout_s)
 
 
 async def drain(settings: Settings, signals: Signals, server: Server, limit_s: float) -> int:

@@ -39,6 +39,7 @@ from .calls.model import (
     Lease,
     LeaseLost,
     QueueLimits,
+    QueueUnavailable,
 )
 from .calls.queue_names import parse_queue_names
 from .calls.retries import (
@@ -273,9 +274,11 @@ class Worker:
 
     async def _claim(self) -> bool:
         """Start as much as there is and as there are slots for; tell whether to look again at once."""
-        await self._in_flight.renew_if_due(self._settings.ack_wait_s, self._settings.ack_wait_s / 2)
         wishes = [(kind, wanted) for kind in KINDS if (wanted := self._wanted(kind)) is not None]
+        lease_s = self._settings.ack_wait_s
         try:
+            if not await self._in_flight.renew_if_due(lease_s, lease_s / 2):  # a claim would take back what has run out
+                raise QueueUnavailable("what is at work cannot be renewed")
             if len(wishes) == 1:  # without a task, so that the claim goes before the outcome that made room for it
                 again = [await self._claim_kind(*wishes[0])]
             else:  # at once, which is one turn of the queue's writer

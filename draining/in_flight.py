@@ -133,10 +133,10 @@ class InFlightTable:
             await asyncio.sleep(min(lease_s / RENEWALS_COUNT, LOOK_S))
             await self.renew_if_due(lease_s, lease_s / RENEWALS_COUNT)
 
-    async def renew_if_due(self, lease_s: float, after_s: float) -> None:
-        """Renew what is at work if that was done longer ago than `after_s`."""
+    async def renew_if_due(self, lease_s: float, after_s: float) -> bool:
+        """Renew what is at work if that was done longer ago than `after_s`; False if it cannot be done."""
         if _boot_s() - self._renewed_s < after_s:
-            return
+            return True
         began_s = _boot_s()
         leases = [entry.lease for entry in self._entries.values()]
         try:
@@ -145,7 +145,7 @@ class InFlightTable:
             if str(error) != self._trouble:
                 log.error(f"leases could not be renewed: {error}")
             self._trouble = str(error)
-            return
+            return False
         self._renewed_s, self._trouble = began_s, ""
         for fence in renewal.lost & self._entries.keys():
             entry = self._entries[fence]
@@ -154,6 +154,7 @@ class InFlightTable:
             log.warning("the lease was lost: it ran out, and the call was taken back", call_id=entry.lease.call.id)
             entry.end(EarlyEnd.LOST)
         self._end_cancelled(renewal.cancelled)
+        return True
 
     async def watch_cancels(self, timeout_s: float) -> None:
         """End a run as soon as its cancellation is asked for, for ever; the queue is asked each `timeout_s` anyhow."""

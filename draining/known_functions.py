@@ -165,7 +165,8 @@ class KnownFunctions:
             if response.status not in (200, 404):
                 raise FaashoundError(f"the gateway answers {response.status}")
         except FaashoundError:
-            self._untold[function] += direct_count
+            if direct_count:  # a key alone would have it asked for ever
+                self._untold[function] += direct_count
             raise
         if response.status == 404:
             return {}

@@ -4,7 +4,7 @@
     await recorder.end_run(lease, step, attempt, outcome)
 
 Contract: an outcome that the queue cannot take now is offered again until it can, since what is not recorded would
-happen once more; `on_delay` is called with its lease each time.  LeaseLost goes to the caller: another worker has the
+happen once more; it keeps its slot meanwhile.  LeaseLost goes to the caller: another worker has the
 call, and its outcome counts.
 """
 

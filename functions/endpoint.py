@@ -30,11 +30,11 @@ from pathlib import Path
 from typing import Any
 
 from ..calls.names import FunctionName
-from ..watchdog import BACKLOG, Client, FaashoundError, Url, log, parse_count
+from ..watchdog import BACKLOG, Client, FaashoundError, Url, log, parse_count, parse_workers
 from .logs import LogPipe, LogStore
 from .scaling import Load, Scale, parse_scale
 from .supervisor import ManagedProcess, ManagedProgram, Supervisor, lift
-from .table import Function
+from .table import Function, watchdog_settings
 
 HEALTHY_WITHIN_S = 20.0  # a new version; clients of the control plane wait 30 s and more for an answer
 
@@ -367,7 +367,7 @@ class Endpoint:
 
     def _serving_pids(self) -> list[int]:
         """Return the processes whose loops show that they are used."""
-        if (self.function.settings or {}).get("workers", "1") == "1":
+        if not has_workers(self.function.settings or {}):
             return self.pids
         return [child for pid in self.pids for child in children_of(pid)]
 
@@ -419,11 +419,16 @@ def count_calls(pid: int, settings: Mapping[str, str]) -> int:
     """
     waiting_count = parse_count(settings.get("prewarm") or "0")
     children = children_of(pid)
-    count = len(children) - 1
-    if settings.get("workers", "1") != "1":
+    count = max(len(children) - 1, 0)
+    if has_workers(settings):
         waiting_count = -(-waiting_count // max(count, 1)) * count  # each worker process has its share, rounded up
         count = sum(len(children_of(child)) for child in children)
     return max(count - waiting_count, 0)
+
+
+def has_workers(settings: Mapping[str, str]) -> bool:
+    """Tell whether the watchdog of a function with `settings` has worker processes, which take its calls."""
+    return parse_workers(watchdog_settings(settings)["workers"] or "auto") > 1
 
 
 def children_of(pid: int) -> list[int]:

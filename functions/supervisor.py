@@ -209,12 +209,15 @@ class Supervisor:
         return process
 
     async def end(self, process: ManagedProcess, grace_s: float) -> None:
-        """End one process: SIGTERM, and SIGKILL after `grace_s` seconds; return when it is gone.  Repeatable."""
+        """End one process: SIGTERM, after `grace_s` seconds once more, then SIGKILL; return when it is gone."""
         task = self._tasks.get(process)
         if task is None:
             return
         self._ask_to_end(process)
-        await asyncio.wait((task,), timeout=grace_s)
+        _, late = await asyncio.wait((task,), timeout=grace_s)
+        if late:  # the second one ends what it has, with an answer
+            process.signal(signal.SIGTERM)
+            await asyncio.wait((task,), timeout=KILL_GRACE_S)
         task.cancel()
         await asyncio.wait((task,))
         self._tasks.pop(process, None)

@@ -54,6 +54,7 @@ from ...calls.model import (
     Lease,
     LeaseLost,
     NewCall,
+    QueueDamaged,
     QueueFull,
     QueueUnavailable,
     Renewal,
@@ -413,7 +414,10 @@ class JetStream:
 
     async def _look(self, held: Held) -> tuple[bool, bool]:
         """See whether a lease has passed on, and whether the end of its call is wanted."""
-        kept = await self._store.find_near(held.standing.id)
+        try:
+            kept = await self._store.find_near(held.standing.id)
+        except QueueDamaged:  # who ends the lease is told; here it would keep all others from being renewed
+            return False, False
         if kept is None or kept.revision <= held.standing.revision:
             return False, False
         return kept.record.hold != held.standing.record.hold, kept.record.cancel_requested
@@ -441,8 +445,10 @@ class JetStream:
     async def finish(self, lease: Lease, end: RunEnd) -> None:
         """The call has ended, also when a cancel came too late. On LeaseLost a result of no record is dropped."""
         excerpt = await self._read_excerpt(end.result)
-        await self._bodies.name(end.result, lease.call.id)
         try:
+            if self._owners.get(lease) is None:  # before a body that no record will have takes room
+                raise LeaseLost(f"the lease on call {lease.call.id} has passed to another worker")
+            await self._bodies.name(end.result, lease.call.id)
             await self._end(lease, "call", partial(end_run, end=end, excerpt=excerpt, now_s=self._now()))
         except LeaseLost:
             if end.result is not None and end.result.file is not None:

@@ -89,9 +89,7 @@ class Bodies:
                 if not waited:
                     waited = True
                     log.warning(f"a result waits to be stored: {error}")
-                if not length and not has_turn:
-                    await turn.enter_async_context(self._result_lock)
-                    has_turn = True
+                has_turn = has_turn or (not length and await self._take_turn(turn))
                 await self._wait_and_write(work, length or 0)
             if has_turn and self._reserve.free_bytes >= AMPLE_BYTES:  # the function may take hours over its rest
                 await turn.aclose()
@@ -106,6 +104,15 @@ class Bodies:
                 if not waited or self._closed:
                     raise
                 raise ResultLost(f"the answer broke off while it waited for room in the queue: {error}") from error
+
+    async def _take_turn(self, turn: contextlib.AsyncExitStack) -> bool:
+        """Wait for the turn of results; False if none is needed, since there is ample room by now."""
+        while not self._closed and self._reserve.free_bytes < AMPLE_BYTES:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(ROOM_PAUSE_S):
+                    await turn.enter_async_context(self._result_lock)
+                return True
+        return False
 
     async def _write_body(self, work: Callable[[], None]) -> None:
         """A body that is on its way when the disk gets full is refused as well: its call could not be put."""

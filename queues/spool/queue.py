@@ -118,6 +118,7 @@ class Spool:
         self._owners: dict[str, int] = {}
         self._last_flow: dict[Kind, Flow] = {"call": ("", ""), "callback": ("", "")}
         self._reclaimed_s = self._woke_s = -RECLAIM_S
+        self._slept_s = boot_s() - time.monotonic()
         self._greatest_offset_s = self._offset_s()
         self._call_seen_s = self._callback_seen_s = -1e300  # what was due by then has been claimed or reported
         self._work = asyncio.Event()
@@ -383,8 +384,9 @@ class Spool:
 
         `expected_s` is when this was to be done. A disk that is always slow does not put it off for ever.
         """
-        now_s = boot_s()
-        if now_s - expected_s > STOOD_STILL_S and self._woke_s <= self._reclaimed_s:  # once between two
+        now_s, slept_s = boot_s(), boot_s() - time.monotonic()  # which grows only while the machine is suspended
+        stood_s, self._slept_s = max(now_s - expected_s, slept_s - self._slept_s), slept_s
+        if stood_s > STOOD_STILL_S and self._woke_s <= self._reclaimed_s:  # once between two
             self._woke_s = now_s
         if now_s - self._woke_s >= STOOD_STILL_S:
             self._take_back(tx)

@@ -317,18 +317,22 @@ def test_result_whose_function_is_slow_keeps_no_other_waiting_once_there_is_ampl
 ) -> None:
     size = 6 << 20  # more than results may have of the reserve
 
-    async def slowly(goes_on: asyncio.Event) -> AsyncIterator[bytes]:
+    async def slowly(is_silent: asyncio.Event, goes_on: asyncio.Event) -> AsyncIterator[bytes]:
         async for piece in in_pieces(bytes(size)):
             yield piece
+        is_silent.set()
         await goes_on.wait()
         yield b"rest"
 
-    async def scenario(desk: Desk, ballast: Path) -> tuple[int, int]:
-        goes_on = asyncio.Event()
-        slow = asyncio.create_task(desk.spool.store_result(slowly(goes_on)))
+    async def scenario(desk: Desk, ballast: Path, full_bytes: int) -> tuple[int, int]:
+        is_silent, goes_on = asyncio.Event(), asyncio.Event()
+        slow = asyncio.create_task(desk.spool.store_result(slowly(is_silent, goes_on)))
         await results_wait(capfd, 1)
         quick = asyncio.create_task(desk.spool.store_result(in_pieces(bytes(size))))
         await results_wait(capfd, 1)
+        os.truncate(ballast, full_bytes - size - (1 << 20))  # room for one of them
+        await is_silent.wait()
+        assert not quick.done()
         os.truncate(ballast, 0)
         stored = await quick
         assert not slow.done()
@@ -338,7 +342,8 @@ def test_result_whose_function_is_slow_keeps_no_other_waiting_once_there_is_ampl
     with mount_small_disk(tmp_path / "disk", AMPLE_BYTES + (32 << 20)):
         desk = Desk(tmp_path / "disk" / "spool")
         try:
-            assert desk.do(scenario(desk, fill(tmp_path / "disk"))) == (size, size + 4)
+            ballast = fill(tmp_path / "disk")
+            assert desk.do(scenario(desk, ballast, ballast.stat().st_size)) == (size, size + 4)
         finally:
             desk.close()
 
