@@ -39,6 +39,7 @@ from testkit.needed import tool
 
 T = TypeVar("T")
 
+ASKS_FOR_RELOAD = "return document.getElementById('main')?.textContent === 'Part of this page is missing. Reload it.'"
 SEEN_WITHIN_S = 20.0
 STAYS_S = 0.05  # what stays where it is for so long is not about to be moved
 FLAGS = (
@@ -128,9 +129,12 @@ class Browser:
 
         def look() -> T | None:
             try:
-                return condition()
+                found = condition()
             except (StaleElementReferenceException, ElementNotInteractableException):
                 return None
+            if not found and self.run(ASKS_FOR_RELOAD):  # now and then a file does not come, twice in a row
+                self.driver.refresh()
+            return found
 
         try:
             return wait_until(look, deadline_s, what)

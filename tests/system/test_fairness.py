@@ -21,7 +21,7 @@ CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 GET = b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n"
 ATTACK_S = 0.6
 LONGEST_TURN_MS = 50.0  # of processor time: what one client may do to another's call
-HELD_KB = 2048  # of memory, for one connection
+HELD_KB = 4096  # of memory, for one connection; a flood that is kept is a hundred times that
 TRIES_COUNT = 3  # now and then a virtual machine counts as ours the time that it did not get; a client can do it always
 
 
