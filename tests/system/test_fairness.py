@@ -21,7 +21,7 @@ CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 GET = b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n"
 ATTACK_S = 0.6
 LONGEST_TURN_MS = 50.0  # of processor time: what one client may do to another's call
-HELD_KB = 4096  # of memory, for one connection; a flood that is kept is a hundred times that
+HELD_KB = 2048  # of memory, for one connection
 TRIES_COUNT = 3  # now and then a virtual machine counts as ours the time that it did not get; a client can do it always
 
 
@@ -101,15 +101,15 @@ def send_flood(client: socket.socket, flood: Flood, limit_s: float) -> None:
 
 @pytest.mark.parametrize("flood", FLOODS.values(), ids=FLOODS)
 def test_client_keeps_no_other_waiting_and_has_little_held_when_it_floods(port: int, flood: Flood) -> None:
-    def longest_turn_ms() -> float:
+    def is_bounded() -> bool:
+        """Tell whether one flood is; what it has held shows each time, what the interpreter wants of its own once."""
         _, before_kb = ask_turns(port)
         with connect(port) as client:
             send_flood(client, flood, ATTACK_S)
             longest_ms, held_kb = ask_turns(port)
-        assert held_kb - before_kb < HELD_KB
-        return longest_ms
+        return longest_ms < LONGEST_TURN_MS and held_kb - before_kb < HELD_KB
 
-    assert any(longest_turn_ms() < LONGEST_TURN_MS for _ in range(TRIES_COUNT))
+    assert any(is_bounded() for _ in range(TRIES_COUNT))
 
 
 # The other side: an upstream, or a receiver of callbacks, that answers so
