@@ -1,7 +1,7 @@
 """fworker: makes the calls that wait in the queue, retries them, and posts results to their callbacks.
 
     fworker                                   # or: python -m faashound.worker
-    queue_url=spool:/var/lib/faashound gateway_url=http://gateway:8080 max_inflight=32 fworker
+    queue_url=spool:/var/lib/faashound/spool gateway_url=http://gateway:8080 max_inflight=32 fworker
     fworker dead list|show|retry|purge        # what was given up; see queues/commands.py
     fworker cancel --all | --function NAME    # what waits in the queue
 

@@ -7,8 +7,9 @@ that does not come; it is cancelled in the old one; and then the new one gets it
 between leaves a pair that tells how far it came: held there and queued here is the first step, held there and
 cancelled here the second.
 
-It refuses to work on a spool that a worker still drains.  What has ended stays where it is: dead letters, and
-callbacks that are still to be delivered, which only a worker on the spool does; both are told.
+It refuses to work on a spool that a worker still drains, and to make one where there is none.  What has ended stays
+where it is: dead letters, and callbacks that are still to be delivered, which only a worker on the spool does; both are
+told.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ from . import Queue, open_queue
 from .commands import CommandParser
 from .inspection import walk_dead_letters
 from .nats_settings import NatsSettings
+from .spool.errors import open_error
+from .spool.limits import DATABASE
 from .spool.queue import Spool
+from .spool.reserve import size_bytes
 from .urls import NatsUrl, parse_queue_url
 
 PAGE_COUNT = 500
@@ -190,14 +194,22 @@ def migrate_queue(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     if not isinstance(source, Path) or not isinstance(target, NatsUrl):
         print("allowed: --from spool:DIRECTORY --to nats://HOST[:PORT]", file=sys.stderr)
         return 2
-    if not source.is_dir():  # opening would create it
-        print(f"--from spool:{source}: there is no such directory", file=sys.stderr)
-        return 1
     return asyncio.run(_carry_out(source, target, settings))
+
+
+def _check_is_there(source: Path) -> None:
+    """Raise QueueUnavailable if a directory holds no queue: opening would make one there, from which nothing moves."""
+    try:
+        found = size_bytes(source / DATABASE)
+    except OSError as error:
+        raise open_error(source, error) from error
+    if found is None:
+        raise QueueUnavailable(f"there is no queue in {source}: it has no {DATABASE}")
 
 
 async def _carry_out(source: Path, url: NatsUrl, settings: NatsSettings) -> int:
     try:
+        _check_is_there(source)
         target = await open_queue(url, settings)
         try:
             await migrate(source, cast(HoldingQueue, target), write_out)

@@ -219,6 +219,13 @@ def test_command_moves_what_waits_and_says_how_much(tmp_path: Path, options: Opt
     assert [call.id for call in asyncio.run(look(options))] == [call_id]
 
 
+def test_command_leaves_a_directory_without_a_queue_as_it_is(tmp_path: Path) -> None:
+    done = run("worker", ["migrate", "--from", f"spool:{tmp_path}", "--to", "nats://h"])
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"there is no queue in {tmp_path}" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [
@@ -226,7 +233,7 @@ def test_command_moves_what_waits_and_says_how_much(tmp_path: Path, options: Opt
         (["--from", "spool:/tmp", "--to", "spool:/tmp"], 2, "--to nats://HOST"),
         (["--from", "nats://h", "--to", "nats://h"], 2, "--from spool:DIRECTORY"),
         (["--from", "x", "--to", "nats://h"], 2, "allowed: spool:DIRECTORY"),
-        (["--from", "spool:/nowhere/at/all", "--to", "nats://h"], 1, "no such directory"),
+        (["--from", "spool:/nowhere/at/all", "--to", "nats://h"], 1, "there is no queue"),
     ],
     ids=["nothing", "to-a-spool", "from-nats", "no-queue", "no-directory"],
 )
