@@ -39,7 +39,10 @@ class SharedSettings(QueueSettings):
         "room on a spool's disk that is kept for ending calls; an eighth of a small disk",
     )
     callback_allow: CallbackAllow | None = setting(
-        "callback_allow", "", parse_callback_allow, "hosts and networks that callbacks may go to besides public ones"
+        "callback_allow",
+        "",
+        parse_callback_allow,
+        "hosts and networks that callbacks may go to besides public ones; with the word only, instead of them",
     )
     log_format: str = setting("log_format", "text", parse_choice("text", "json"), "how log lines look: text or json")
 
