@@ -188,13 +188,14 @@ def serves_examples(url: str) -> bool:
 
 @contextlib.contextmanager
 def own_system() -> Iterator[str]:
-    """Start a gateway with its worker on free ports, yield its URL, and end it; its queue is a temporary directory."""
+    """Start a gateway with its worker on free ports, yield its URL, and end it; all it keeps is temporary."""
     with tempfile.TemporaryDirectory(prefix="faashound-demo-") as directory:
         settings = {
             "port": "0",
             "metrics_port": "0",
             "functions": "examples/functions.toml",
             "queue_url": f"spool:{directory}/spool",
+            "state": f"{directory}/state",
             "TMPDIR": directory,
         }
         log = Path(directory, "log")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -144,11 +145,11 @@ def test_chain_ends_when_the_next_function_is_unknown(system: System) -> None:
     assert status["state"] == "done"
 
 
-def test_demonstration_finds_every_answer_right() -> None:
+def test_demonstration_finds_every_answer_right_and_keeps_nothing(tmp_path: Path) -> None:
     shown = subprocess.run(
         [sys.executable, str(ROOT / "examples" / "demo.py")],
         cwd=ROOT,
-        env=clean_environment({}),
+        env=clean_environment({"state": str(tmp_path / "state")}),
         capture_output=True,
         text=True,
         timeout=3 * START_DEADLINE_S * crowding(),
@@ -156,6 +157,7 @@ def test_demonstration_finds_every_answer_right() -> None:
     )
     assert shown.returncode == 0, shown.stdout + shown.stderr
     assert "Every answer was right." in shown.stdout
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_demonstration_prints_lines_that_work_when_pasted() -> None:
