@@ -3,8 +3,9 @@
     if not reserve.has_room(len(body)): raise QueueFull    # new calls leave the reserve alone
     reserve.release(); ...; reserve.refill()               # a step that ends something had no room
 
-Contract: results that wait for room may have half of it, steps that give room back all of it.  What it refuses: room to
-new calls while it is not whole, and to take more than an eighth (RESERVE_PART) of a small disk.
+Contract: steps that store a result may have three quarters of it (RESULTS_PART), the body of a long result half of it,
+steps that give room back all of it.  What it refuses: room to new calls while it is not whole, and to take more than an
+eighth (RESERVE_PART) of a small disk.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from .limits import AMPLE_BYTES, AMPLE_S, DATABASE, PAGE_BYTES, RESERVE_PART, SL
 # none in the other would be stuck, and the reserve with them. So a group is let in only if there is room for both, what
 # stands in the journal already included, and the journal is written back before it holds more than half the reserve.
 #
-# A long result may take the other half, no more, as it needs a commit to be of use. Only the writer fills the file,
-# under the writer lock: between letting go and using, no other process can take the room back.
+# The body of a long result may take the other half, no more, as it needs a commit to be of use. Only the writer fills
+# the file, under the writer lock: between letting go and using, no other process can take the room back.
 # --------------------------------------------------------------------------------------------------------------------
 
 
