@@ -1,14 +1,31 @@
-"""Documentation: the reference of settings is the programs' own, byte for byte, and links lead somewhere."""
+"""Documentation: the references are the programs' own (settings byte for byte), and links lead somewhere."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
+from prometheus_client import Metric
 
 from docs import write_settings as reference
-from faashound.watchdog import settings_table
+from faashound import gateway
+from faashound.calls.model import CallbackState, State, Stats
+from faashound.calls.names import parse_function_name
+from faashound.calls.retries import AttemptOutcome, BadAnnotations, OutcomeKind, parse_annotations
+from faashound.calls.steps import TRANSITIONS
+from faashound.calls.views import LISTED_COUNT, MAX_LISTED_COUNT, BadQuery, parse_call_filter
+from faashound.draining.metrics import InvocationCounters, WorkerMetrics
+from faashound.functions import exposure, scaling, schedules
+from faashound.functions.table import QUEUE_ANNOTATION, Function
+from faashound.serving import control_plane
+from faashound.serving.call_status import MAX_WAIT_S
+from faashound.serving.followers import MAX_FOLLOWERS_COUNT, MAX_OF_ADDRESS_COUNT
+from faashound.serving.health import Health
+from faashound.serving.metrics import GatewayMetrics
+from faashound.watchdog import CLIENT_GONE_STATUS, FaashoundError, HttpMetrics, Scoreboard, Slot, settings_table
 
 
 def test_reference_in_docs_is_the_generated_one_when_compared() -> None:
@@ -70,3 +87,143 @@ def test_map_names_only_what_is_there() -> None:
     sections = re.findall(r'"([A-Z][A-Za-z ]+)"', page)
     assert sections
     assert [section for section in sections if f"# {section}" not in program] == []
+
+
+CAT = parse_function_name("cat")
+ROW = re.compile(r"\| `(\w+)` \| (counter|gauge|histogram) \|([^|]*)\|")
+
+
+def gateway_metrics() -> Iterable[Metric]:
+    slot = Slot(Scoreboard())
+    metrics = GatewayMetrics(slot)
+    metrics.end(metrics.begin(Function(CAT), listed=True), 200, 0.1)
+    metrics.submitted(202)
+    metrics.dropped(1)
+    Health(slot).queue_refused(0.0)
+    metrics.show_queue(Stats(dict.fromkeys(State, 1), {}, {"faas-request": 1}, 1.0, 0, 1, 1, 1, 1))
+    return metrics.collect()
+
+
+def worker_metrics() -> Iterable[Metric]:
+    metrics = WorkerMetrics()
+    invocations = InvocationCounters(metrics.registry)
+    invocations.end(invocations.begin(CAT), 200, 0.1)
+    outcome = AttemptOutcome(OutcomeKind.ANSWERED, 200)
+    metrics.attempt(CAT, outcome)
+    metrics.callback(outcome)
+    metrics.show([(CAT, 1)], 1)
+    return metrics.registry.collect()
+
+
+def watchdog_metrics() -> Iterable[Metric]:
+    metrics = HttpMetrics(Slot(Scoreboard()))
+    metrics.observe(200, "GET", 0.1)
+    return metrics.collect()
+
+
+def described(metrics: Iterable[Metric]) -> Iterator[tuple[str, str, frozenset[str]]]:
+    """Yield the name that a scraper sees, the type and the labels of each metric, all of which have a sample."""
+    for metric in metrics:
+        name = f"{metric.name}_total" if metric.type == "counter" else metric.name
+        labels = {label for sample in metric.samples for label in sample.labels} - {"le"}
+        assert metric.samples, name
+        yield name, metric.type, frozenset(labels)
+
+
+def test_page_of_metrics_has_each_metric_of_each_program_and_no_other() -> None:
+    page = (reference.PAGE.parent / "metrics.md").read_text(encoding="utf-8")
+    sections = {part.partition("\n")[0].lower(): part for part in page.split("\n## ")[1:]}
+    programs = {"gateway": gateway_metrics(), "worker": worker_metrics(), "watchdog": watchdog_metrics()}
+    assert sections.keys() == programs.keys()
+    for program, metrics in programs.items():
+        rows = ROW.findall(sections[program])
+        told = [(name, kind, frozenset(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows]
+        assert sorted(told, key=itemgetter(0)) == sorted(described(metrics), key=itemgetter(0))
+    outcomes = re.findall(r"^\| `([a-z ]+)` \| [^|]+ \|$", sections["worker"], re.MULTILINE)
+    assert set(outcomes) == {kind.value for kind in OutcomeKind} - {OutcomeKind.ANSWERED.value}
+
+
+def test_alerts_and_dashboard_ask_for_metrics_that_there_are() -> None:
+    page = (reference.PAGE.parent / "metrics.md").read_text(encoding="utf-8")
+    there = {name for name, _, _ in ROW.findall(page)}
+    deploy = reference.PAGE.parent.parent / "deploy"
+    for path in (deploy / "prometheus" / "alerts.yml", deploy / "grafana" / "faashound.json"):
+        asked = set(re.findall(r"\b(?:gateway|worker|http)_\w+", path.read_text(encoding="utf-8")))
+        assert {re.sub(r"_(bucket|sum|count)$", "", name) for name in asked} <= there
+
+
+def test_page_of_functions_has_each_annotation_and_label_and_no_other() -> None:
+    page = (reference.PAGE.parent / "functions.md").read_text(encoding="utf-8")
+    annotations, labels = ({*re.findall(r"^\| (`.+?) \|", part, re.MULTILINE)} for part in page.split("\n## ")[1:])
+    with pytest.raises(BadAnnotations) as caught:
+        parse_annotations("cat", {"com.openfaas.retry.unknown": "1"})
+    retries = str(caught.value).partition("allowed: ")[2].split(", ")
+    known = {
+        *(QUEUE_ANNOTATION, schedules.TOPIC, schedules.SCHEDULE, schedules.BODY, schedules.OVERLAP, schedules.CATCHUP),
+        *(exposure.AUTH_ANNOTATION, exposure.DISABLED_ANNOTATION, exposure.PAGES_ANNOTATION, *retries),
+    }
+    assert {name for cell in annotations for name in re.findall(r"`(.+?)`", cell)} == known
+    assert {cell.strip("`") for cell in labels} == set(
+        re.findall(r"com\.openfaas\.scale\.[a-z-]+", str(scaling.__doc__))
+    )
+
+
+HTTP = (reference.PAGE.parent / "http.md").read_text(encoding="utf-8")
+NAMED_ROUTES = re.compile(r"^\| (`/.+?) \| ([A-Z, ]+?) \|", re.MULTILINE)
+
+
+def routes_of_page() -> dict[str, set[str]]:
+    """Return the methods of each route that a table of the page has in its first cell."""
+    rows = NAMED_ROUTES.findall(HTTP)
+    return {path: set(methods.split(", ")) for paths, methods in rows for path in re.findall(r"`(/.+?)`", paths)}
+
+
+def test_page_of_routes_has_each_route_of_the_gateway_with_its_method() -> None:
+    table = re.findall(r"^    (ANY|[A-Z]+) +(/\S+) ", str(gateway.__doc__), re.MULTILINE)
+    assert len(table) > 15
+    told = routes_of_page()
+    assert [route for route in table if route[0] not in told.get(route[1], set())] == []
+    paths = {path.replace("CALL-ID", "ID") for path in control_plane.PATHS}
+    assert paths | {f"/system/{area}" for area in control_plane.NOT_OFFERED} <= told.keys()
+
+
+@pytest.mark.parametrize("source", ["watchdog.py", "draining/status.py", "gateway.py"])
+def test_page_of_routes_has_each_path_that_a_program_compares_with(source: str) -> None:
+    text = (reference.PAGE.parent.parent / source).read_text(encoding="utf-8")
+    paths = set(re.findall(r'request\.path [=!]= b"(/[^"]*)"', text)) - {"/"}
+    assert paths
+    assert paths <= routes_of_page().keys()
+
+
+def test_page_of_routes_has_each_status_that_an_error_of_ours_is_answered_with() -> None:
+    kinds = [FaashoundError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    statuses = {kind.status for kind in kinds if kind.__module__.startswith("faashound.")} - {CLIENT_GONE_STATUS}
+    told = set(re.findall(r"\b[1-5][0-9]{2}\b", HTTP))
+    assert len(statuses) > 20
+    assert {str(status) for status in statuses} <= told
+
+
+def test_page_of_routes_has_the_states_of_calls_and_where_each_leads() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \| [^|]+ \| ([^|]+) \|$", HTTP, re.MULTILINE))
+    for state in State:
+        led_to = {after.value for (before, _), after in TRANSITIONS.items() if before is state} - {state.value}
+        assert set(re.findall(r"`(\w+)`", rows[state.value])) & {each.value for each in State} == led_to
+    assert {f"`{state.value}`" for state in CallbackState} <= set(re.findall(r"`\w+`", HTTP))
+
+
+def test_page_of_routes_has_the_parameters_and_bounds_of_lists_of_calls() -> None:
+    with pytest.raises(BadQuery) as caught:
+        parse_call_filter(b"unknown=1")
+    names = str(caught.value).partition("allowed: ")[2].split(", ")
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|$", HTTP, re.MULTILINE))
+    assert set(names) <= rows.keys()
+    assert f"1 to {MAX_LISTED_COUNT:,} calls, default {LISTED_COUNT}" in rows["limit"]
+    assert f"up to {MAX_WAIT_S / 60:g} m" in HTTP
+    assert f"{MAX_FOLLOWERS_COUNT} clients, {MAX_OF_ADDRESS_COUNT} of one address" in HTTP
+
+
+@pytest.mark.parametrize("name", ["http.md", "metrics.md", "functions.md"])
+def test_reference_pages_are_linked_from_the_readme(name: str) -> None:
+    assert f"](docs/{name})" in (reference.PAGE.parent.parent / "README.md").read_text(encoding="utf-8")
