@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import pwd
+import shlex
 import sqlite3
 import stat
+import sys
 from pathlib import Path
 
 from ...calls.model import QueueDamaged, QueueFull, QueueUnavailable
@@ -64,7 +66,8 @@ def user_name(uid: int) -> str:
 
 def damaged_error(path: Path, why: str) -> QueueDamaged:
     """Return the error for a file that is damaged or foreign, with what an operator may do."""
+    program = f"from faashound.queues.spool.directory import set_aside; set_aside({str(path.parent)!r})"
     return QueueDamaged(
         f"{path} {why}. It has been left as it is. Restore a backup, or start with an empty queue after"
-        f" python -c 'from faashound.queues.spool.directory import set_aside; set_aside({str(path.parent)!r})'"
+        f" {shlex.join([sys.executable, '-c', program])}"  # many a machine has no `python`, and this one knows us
     )

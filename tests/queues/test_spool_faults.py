@@ -33,6 +33,7 @@ from faashound.queues.spool.limits import BUSY_S, DATABASE, ORPHAN_S, STEP_COUNT
 from faashound.queues.spool.queue import Spool
 from faashound.queues.spool.schema import MIGRATIONS
 from testkit.disks import fill
+from testkit.harness import clean_environment
 from testkit.needed import want_root
 from testkit.spool_kit import (
     LEASE_S,
@@ -312,6 +313,18 @@ def test_set_aside_keeps_everything_and_makes_room_for_a_new_queue(tmp_path: Pat
     desk = Desk(directory)
     assert desk.do(desk.spool.calls()) == []
     desk.close()
+
+
+def test_command_that_a_refusal_tells_sets_the_queue_aside_where_no_python_is_on_the_path(tmp_path: Path) -> None:
+    directory = tmp_path / "the operator's spool"
+    directory.mkdir(0o700)
+    (directory / DATABASE).write_bytes(b"not a queue")
+    with pytest.raises(QueueDamaged) as refused:
+        asyncio.run(use(directory))
+    command = str(refused.value).partition("start with an empty queue after ")[2]
+    subprocess.run(["/bin/sh", "-c", command], env=clean_environment({"PATH": "/nowhere"}), check=True)
+    (aside,) = directory.glob(f"{DATABASE}.damaged-*")
+    assert aside.read_bytes() == b"not a queue"
 
 
 def test_set_aside_moves_the_journal_with_the_file(tmp_path: Path) -> None:
