@@ -19,7 +19,7 @@ from faashound.calls.steps import TRANSITIONS
 from faashound.calls.views import LISTED_COUNT, MAX_LISTED_COUNT, BadQuery, parse_call_filter
 from faashound.draining.metrics import InvocationCounters, WorkerMetrics
 from faashound.functions import exposure, scaling, schedules
-from faashound.functions.table import QUEUE_ANNOTATION, Function
+from faashound.functions.table import QUEUE_ANNOTATION, Function, parse_functions
 from faashound.serving import control_plane
 from faashound.serving.call_status import MAX_WAIT_S
 from faashound.serving.followers import MAX_FOLLOWERS_COUNT, MAX_OF_ADDRESS_COUNT
@@ -227,3 +227,17 @@ def test_page_of_routes_has_the_parameters_and_bounds_of_lists_of_calls() -> Non
 @pytest.mark.parametrize("name", ["http.md", "metrics.md", "functions.md"])
 def test_reference_pages_are_linked_from_the_readme(name: str) -> None:
     assert f"](docs/{name})" in (reference.PAGE.parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+EXAMPLES = [
+    pytest.param(block, id=f"{page.name}-{number}")
+    for page in PAGES
+    for number, block in enumerate(
+        re.findall(r"^```toml\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.M)
+    )
+]
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_functions_file_in_a_page_is_a_right_one(example: str) -> None:
+    parse_functions(example, "example")
