@@ -105,7 +105,7 @@ MAX_DESCRIPTORS_COUNT = 1 << 20  # what we ask for at most; some containers allo
 KEPT_BACK_COUNT = 64  # descriptors that connections may not take: for listening, files of a queue, pipes to children
 ACCEPTS_COUNT = 64  # connections in one turn of the loop
 TURN_S = 0.002  # a new connection waits so long for the process that has the fewest
-LATE_S = 0.1  # for the first byte on a connection that was accepted as a drain began
+LATE_S = 1.0  # for the first byte on a connection that is new when a drain begins
 ACCEPT_PAUSE_S = 0.1  # when there are no descriptors for another connection
 COUNTERS_BYTES = 1 << 23  # room for what one process counts; only what is used takes memory
 FIRST_RESTART_S = 0.1  # until a process of ours that has died is started again, and then longer each time
@@ -2887,9 +2887,9 @@ class ServerConnection(Connection):
             return
         if self._closed_early:
             self._transport.close()
-        # One that was accepted just before a drain may have its request on the way.
-        idle_s = LATE_S if self._server.draining else self._server.timeouts.idle_s
-        self._alarm.set(self._loop.time() + idle_s)
+        self._alarm.set(self._loop.time() + self._server.timeouts.idle_s)
+        if self._server.draining:
+            self.close_if_idle()
 
     def data_received(self, data: bytes) -> None:
         if self._refusal is not None or self._phase is Phase.LINGERING:
@@ -3227,9 +3227,12 @@ class ServerConnection(Connection):
         return True
 
     def close_if_idle(self) -> None:
-        """Close unless an exchange is going on or beginning."""
+        """Close unless an exchange is going on or beginning; one that is new may have its first request on the way."""
         if self._phase is Phase.IDLE:
-            self._transport.close()
+            if self._handled:
+                self._transport.close()
+            else:
+                self._alarm.set(self._loop.time() + LATE_S)
 
     @property
     def is_busy(self) -> bool:
@@ -3826,6 +3829,8 @@ class ClientConnection(Connection):
             self._alarm.set(self._loop.time() + self._client.kept_s)
             self._client.keep(self, cast(Url, self._url))
             self._on_drained()
+        elif self._transport.get_write_buffer_size():  # it would first wait until what is left of the request is taken
+            self.abort()
         else:
             self._transport.close()
 

@@ -16,8 +16,19 @@ import pytest
 import uvloop
 
 from faashound import watchdog
-from faashound.watchdog import Body, Client, PeerGone, Unreachable, Url, parse_url
-from testkit.harness import crowding, eventually
+from faashound.watchdog import (
+    Body,
+    Client,
+    PeerGone,
+    Request,
+    Response,
+    Server,
+    ServerTimeouts,
+    Unreachable,
+    Url,
+    parse_url,
+)
+from testkit.harness import crowding, eventually, read_all
 from testkit.scripted import body_of
 
 MakeLoop = Callable[[], asyncio.AbstractEventLoop]
@@ -208,6 +219,36 @@ def test_early_answer_is_read_when_its_sender_has_left_a_part_of_the_request_unr
 
 
 @MAKE_LOOPS
+def test_connection_ends_with_an_early_answer_when_its_sender_takes_no_more_and_does_not_close(
+    make_loop: MakeLoop, tmp_path: Path
+) -> None:
+    """What is left of the request would keep it open for as long as that sender likes (here it learns of it at once)."""
+
+    async def large() -> AsyncGenerator[bytes, None]:
+        for _ in range(1000):
+            yield bytes(65536)
+
+    def answers_and_waits(server: Peer, connection: socket.socket) -> None:
+        while b"\r\n\r\n" not in connection.recv(4096):
+            pass
+        connection.sendall(TOO_LARGE.replace(b"Connection: close\r\n", b""))
+        ended = select.poll()
+        ended.register(connection, select.POLLRDHUP)
+        assert ended.poll()
+
+    async def test(server: Peer) -> None:
+        client = Client()
+        response = await client.request("POST", url, (), large)
+        assert (response.status, await body_of(response)) == (413, b"no")
+        assert await asyncio.to_thread(server.closed.wait, 10)
+        await client.close()
+
+    listener, url = listening(socket.AF_UNIX, tmp_path)
+    with peer(listener, answers_and_waits) as server:
+        run_on(make_loop, test(server))
+
+
+@MAKE_LOOPS
 def test_early_answer_without_a_length_is_not_said_to_be_whole_when_its_connection_was_reset(
     make_loop: MakeLoop, tmp_path: Path
 ) -> None:
@@ -224,3 +265,25 @@ def test_early_answer_without_a_length_is_not_said_to_be_whole_when_its_connecti
     listener, url = listening(socket.AF_INET, tmp_path)
     with peer(listener, serve) as server:
         run_on(make_loop, test(server))
+
+
+@MAKE_LOOPS
+def test_request_is_answered_when_a_drain_began_before_a_byte_of_it_was_read(make_loop: MakeLoop) -> None:
+    """The caller has just connected, and cannot know: to it, an end without an answer would be a failed call."""
+
+    async def handle(request: Request) -> Response:
+        return Response(200, (), b"whole")
+
+    async def test() -> None:
+        server = Server(handle, ServerTimeouts(60.0, 60.0, 60.0))
+        listener = socket.create_server(("127.0.0.1", 0))
+        server.listen(listener)
+        with socket.create_connection(listener.getsockname()) as caller:
+            while not server.connections:
+                await asyncio.sleep(0)
+            caller.sendall(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
+            server.stop_accepting()
+            assert await server.drained(asyncio.get_running_loop().time() + 60)
+            assert read_all(caller).endswith(b"\r\n\r\nwhole")
+
+    run_on(make_loop, test())
