@@ -53,15 +53,21 @@ def _expire(tx: Transaction, sql: str, values: dict[str, float], now_s: float, e
     return len(rows)
 
 
-def follow_clock(tx: Transaction, boot: str, offset_s: float) -> None:
+def follow_clock(tx: Transaction, boot: str, offset_s: float) -> float:
     """Have a wall clock that was set back take with it what was due by then, which would wait for it to catch up.
 
-    `offset_s` is the wall clock less the clock of this boot, which cannot be set; the greatest seen is remembered.
-    A clock set forward only lets things come early, and nothing is shifted for it.
+    `offset_s` is the wall clock less the clock of this boot, which cannot be set; the greatest seen is remembered, and
+    returned: a call that is put by a clock far from it must come behind this, or it would be taken along.
+
+    A clock that is set forward takes nothing along, since it may have been the time that leapt: a machine that was
+    halted by its host wakes so.  Of what comes by then early, calls may expire that would have run.  Nor is anything
+    set right after a boot: its clock may be the wrong one, as on a board that keeps no time.
     """
     row = tx.db.execute("SELECT boot, offset_s FROM clock").fetchone()
     back_s = row[1] - offset_s if row is not None and row[0] == boot else 0.0
-    if back_s > SET_BACK_S:
+    if row is not None and row[0] == boot and abs(back_s) <= SET_BACK_S:
+        return float(row[1])
+    if back_s > 0:
         log.warning(f"the wall clock was set back by {back_s:.0f} s: due times of what waits are set back as well")
         tx.db.execute(
             "UPDATE calls SET due_s = due_s - :back_s, expires_s = expires_s - :back_s WHERE state = 'queued'",
@@ -71,8 +77,9 @@ def follow_clock(tx: Transaction, boot: str, offset_s: float) -> None:
         tx.wake_up |= WakeUp.WORK
     if row is None:
         tx.db.execute("INSERT INTO clock VALUES (?, ?)", (boot, offset_s))
-    elif row[0] != boot or back_s > SET_BACK_S or offset_s > row[1] + SET_BACK_S:
+    else:
         tx.db.execute("UPDATE clock SET boot = ?, offset_s = ?", (boot, offset_s))
+    return offset_s
 
 
 Position = tuple[float, int]  # of the row where a step has ended: its time and its number

@@ -119,7 +119,7 @@ class Spool:
         self._last_flow: dict[Kind, Flow] = {"call": ("", ""), "callback": ("", "")}
         self._reclaimed_s = self._woke_s = -RECLAIM_S
         self._slept_s = boot_s() - time.monotonic()
-        self._greatest_offset_s = self._offset_s()
+        self._known_offset_s = self._offset_s()  # that the file knew of when it was last told
         self._call_seen_s = self._callback_seen_s = -1e300  # what was due by then has been claimed or reported
         self._work = asyncio.Event()
         self._cancel = asyncio.Event()
@@ -235,7 +235,12 @@ class Spool:
         TooManyQueued when the function has as many calls or bytes waiting as it may. Whatever this raises, the body is
         gone, also when the caller is cancelled, unless the call got into the queue all the same.
         """
-        earlier = await self._write(Put(call, build_headers(call.headers), self._limits))
+        put = Put(call, build_headers(call.headers), self._limits)
+        if abs(self._offset_s() - self._known_offset_s) > SET_BACK_S:  # first what waits follows the clock
+            followed = self._write(self._follow_clock)
+            self._known_offset_s, earlier = await asyncio.gather(followed, self._write(put))
+        else:
+            earlier = await self._write(put)
         return build_accepted(call) if earlier is None else earlier
 
     async def get(self, call_id: str) -> Call | None:
@@ -376,7 +381,7 @@ class Spool:
         return await self._write(self._take_back)
 
     def _reclaim_sometimes(self, tx: Transaction, expected_s: float) -> None:
-        if boot_s() - self._reclaimed_s >= RECLAIM_S or self._offset_s() < self._greatest_offset_s - SET_BACK_S:
+        if boot_s() - self._reclaimed_s >= RECLAIM_S or self._offset_s() < self._known_offset_s - SET_BACK_S:
             self._take_back_if_awake(tx, expected_s)
 
     def _take_back_if_awake(self, tx: Transaction, expected_s: float) -> None:
@@ -394,10 +399,12 @@ class Spool:
     def _offset_s(self) -> float:
         return self._now() - boot_s()
 
+    def _follow_clock(self, tx: Transaction) -> float:
+        return housekeeping.follow_clock(tx, self._boot, self._offset_s())
+
     def _take_back(self, tx: Transaction) -> int:
         self._reclaimed_s = boot_s()
-        self._greatest_offset_s = self._offset_s()
-        housekeeping.follow_clock(tx, self._boot, self._greatest_offset_s)
+        self._known_offset_s = self._follow_clock(tx)
         owners = tx.db.execute("SELECT DISTINCT owner FROM leases").fetchall()
         dead = {owner for (owner,) in owners if is_dead(self._directory, owner)}
         return ends.take_back(tx, dead, self._boot, self._reclaimed_s, self._now())
@@ -608,6 +615,7 @@ class Spool:
         `bounds` says so; each of those that goes is logged. Works in small steps: writers are never kept waiting for
         more than one.
         """
+        self._known_offset_s = await self._write(self._follow_clock)
         now_s, bounds = self._now(), bounds or Bounds()
         expired = 0
         while count := await self._write(partial(housekeeping.expire, now_s=now_s)):
