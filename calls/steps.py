@@ -372,8 +372,12 @@ def is_expired(record: Record, now_s: float) -> bool:
 
 
 def is_stale(record: Record, before_s: float) -> bool:
-    """Tell whether the call has been due since `before_s`: its queue has no worker, or none that keeps up."""
-    return record.state is State.QUEUED and record.due_s < before_s
+    """Tell whether the call has been due since `before_s`: its queue has no worker, or none that keeps up.
+
+    Not one that was begun since it was due and was handed back: it may have run for as long, and is the next to run.
+    """
+    was_begun = record.started_s is not None and record.started_s >= record.due_s
+    return record.state is State.QUEUED and record.due_s < before_s and not was_begun
 
 
 def expire(record: Record, now_s: float, error: str = EXPIRED_ERROR) -> Record:

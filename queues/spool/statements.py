@@ -84,7 +84,7 @@ SQL_STALE = f"""
     {SQL_NEXT_DUE[: SQL_NEXT_DUE.rindex("SELECT min((")]}
     SELECT seq FROM flows CROSS JOIN calls INDEXED BY calls_queued
     WHERE state = 'queued' AND calls.queue = flows.queue AND calls.function = flows.function AND due_s < :before_s
-    LIMIT :limit
+    AND (started_s IS NULL OR started_s < due_s) LIMIT :limit
 """
 
 

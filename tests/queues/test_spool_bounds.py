@@ -19,7 +19,7 @@ from faashound.queues.spool.limits import DATABASE, DEAD_LETTER_BYTES, STEP_COUN
 from faashound.queues.spool.queue import Spool
 from faashound.queues.spool.schema import MIGRATIONS
 from faashound.watchdog import log
-from testkit.spool_kit import START_S, Desk, inline, new_call
+from testkit.spool_kit import LEASE_S, START_S, Desk, inline, new_call
 
 DAY_S = 86400.0
 BIG = bytes(INLINE_BYTES + 1)
@@ -173,6 +173,24 @@ def test_call_expires_when_it_has_been_due_for_longer_than_the_bound(desk: Limit
     assert (desk.get(old.id).state, desk.get(old.id).error) == (State.EXPIRED, "it was not run within max_queue_age")
     assert desk.get(young.id).state is State.QUEUED
     assert waiting(desk) == {"f.openfaas-fn": (1, 2)}
+
+
+@pytest.mark.parametrize("way", ["released", "taken back"])
+def test_call_that_ran_for_longer_than_the_bound_and_was_handed_back_is_run_again(desk: LimitedDesk, way: str) -> None:
+    call = desk.put()
+    lease = desk.claim_one(lease_s=0.0 if way == "taken back" else LEASE_S)
+    desk.clock.now_s += 3 * DAY_S
+    desk.do(desk.spool.release(lease) if way == "released" else desk.spool.reclaim())
+    assert desk.do(desk.spool.sweep(60, 9 * DAY_S, Bounds(queue_age_s=2 * DAY_S))).expired_count == 0
+    assert desk.claim_one().call.id == call.id
+
+
+def test_call_expires_when_its_next_attempt_has_been_due_for_longer_than_the_bound(desk: LimitedDesk) -> None:
+    call = desk.put()
+    desk.do(desk.spool.retry(desk.claim_one(), attempt=desk.attempt(500, "no"), due_s=START_S + 60))
+    desk.clock.now_s += 3 * DAY_S
+    assert desk.do(desk.spool.sweep(60, 9 * DAY_S, Bounds(queue_age_s=2 * DAY_S))).expired_count == 1
+    assert (desk.get(call.id).state, desk.get(call.id).error) == (State.EXPIRED, "no")
 
 
 def dead_letters(desk: Desk, count: int) -> list[str]:

@@ -63,6 +63,8 @@ class Cabinet:
             self.add_ended(state, CallbackState.PENDING)
         self.add_expired(CallbackState.PENDING)
         self.add_tried()
+        self.add("queued-handed-back", desk.put(due_s=START_S - DAY_S))
+        desk.do(desk.spool.release(desk.claim_one()))
         self.add("queued", desk.put(callback_url=CALLER))
         self.add("queued-later", desk.put(due_s=START_S + 600, expires_s=START_S + 900))
         self.add("queued-expiring", desk.put(expires_s=START_S + 60))
@@ -144,7 +146,7 @@ NAMES = (
     *(f"{state}-{callback}" for state in ("done", "dead") for callback in ("quiet", "delivered", "dead", "running")),
     *(f"expired-{callback}" for callback in ("quiet", "delivered", "dead", "running", "pending")),
     *("done-pending", "dead-pending", "cancelled", "running", "running-cancelled", "queued", "queued-tried"),
-    *("queued-later", "queued-expiring", "queued-expired", "queued-stale"),
+    *("queued-later", "queued-expiring", "queued-expired", "queued-stale", "queued-handed-back"),
 )
 
 
