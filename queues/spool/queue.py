@@ -564,7 +564,8 @@ class Spool:
 
         `leased_ids` are the calls that ran, or whose callback was on its way, when they were told last.
         """
-        return await self._read(partial(reads.find_changes, mark=mark, leased_ids=leased_ids, limit=limit))
+        find = partial(reads.find_changes, mark=mark, leased_ids=leased_ids, limit=limit, now_s=self._now())
+        return await self._read(find)
 
     async def backlog(self) -> Backlog:
         """What is still to be done and what was given up; what has ended well is not looked at."""

@@ -262,8 +262,10 @@ SQL_NEW_LEASES = "SELECT seq FROM leases WHERE fence > ? ORDER BY fence LIMIT ?"
 
 SQL_NEW_ENDS = (
     "SELECT seq FROM calls INDEXED BY calls_finished"
-    " WHERE state IN ('done', 'cancelled', 'expired') AND finished_s > ? ORDER BY finished_s LIMIT ?",
-    "SELECT seq FROM calls INDEXED BY calls_dead WHERE state = 'dead' AND finished_s > ? ORDER BY finished_s LIMIT ?",
+    " WHERE state IN ('done', 'cancelled', 'expired') AND finished_s > ? AND finished_s < ?"
+    " ORDER BY finished_s LIMIT ?",
+    "SELECT seq FROM calls INDEXED BY calls_dead WHERE state = 'dead' AND finished_s > ? AND finished_s < ?"
+    " ORDER BY finished_s LIMIT ?",
 )
 
 
