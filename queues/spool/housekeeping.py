@@ -132,10 +132,10 @@ def dead_letters_before(db: sqlite3.Connection, now_s: float, bounds: Bounds) ->
     before_s = now_s - bounds.dead_s
     left_bytes = float("inf") if bounds.dead_bytes is None else bounds.dead_bytes
     if left_bytes != float("inf"):
-        for finished_s, bytes_count in db.execute(SQL_LETTER_SIZES):
+        for died_s, bytes_count in db.execute(SQL_LETTER_SIZES):
             left_bytes -= bytes_count + DEAD_LETTER_BYTES
-            if left_bytes < 0 or finished_s <= before_s:
-                return max(before_s, float(finished_s))
+            if left_bytes < 0 or died_s <= before_s:
+                return max(before_s, float(died_s))
     return before_s
 
 

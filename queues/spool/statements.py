@@ -90,23 +90,27 @@ SQL_STALE = f"""
 
 SQL_OLD_LETTERS = """
     SELECT seq, id, function FROM calls INDEXED BY calls_dead WHERE state = 'dead' AND finished_s <= :before_s
-    AND NOT EXISTS (SELECT 1 FROM callbacks WHERE callbacks.seq = calls.seq AND state IN ('pending', 'running'))
+    AND NOT EXISTS (SELECT 1 FROM callbacks WHERE callbacks.seq = calls.seq
+        AND (state IN ('pending', 'running') OR state = 'dead' AND due_s > :before_s))
     LIMIT :limit
 """
 
 
 SQL_OLD_DEAD_CALLBACKS = """
     SELECT seq, id, function FROM callbacks INDEXED BY callbacks_state CROSS JOIN calls USING (seq)
-    WHERE callbacks.state = 'dead' AND calls.state <> 'dead' AND finished_s <= :before_s LIMIT :limit
+    WHERE callbacks.state = 'dead' AND calls.state <> 'dead' AND finished_s <= :before_s
+    AND callbacks.due_s <= :before_s LIMIT :limit
 """
 
 
 SQL_LETTER_SIZES = """
-    SELECT finished_s, requests.bytes_count + coalesce(results.bytes_count, 0)
+    SELECT max(finished_s, coalesce(callbacks.due_s, finished_s)) AS died_s,
+        requests.bytes_count + coalesce(results.bytes_count, 0)
     FROM calls JOIN requests USING (seq) LEFT JOIN results USING (seq)
-    WHERE seq IN (SELECT seq FROM calls INDEXED BY calls_dead WHERE state = 'dead')
-    OR seq IN (SELECT seq FROM callbacks INDEXED BY callbacks_state WHERE state = 'dead')
-    ORDER BY finished_s DESC
+    LEFT JOIN callbacks ON callbacks.seq = calls.seq AND callbacks.state = 'dead'
+    WHERE calls.seq IN (SELECT seq FROM calls INDEXED BY calls_dead WHERE state = 'dead')
+    OR calls.seq IN (SELECT seq FROM callbacks INDEXED BY callbacks_state WHERE state = 'dead')
+    ORDER BY died_s DESC
 """
 
 

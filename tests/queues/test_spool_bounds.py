@@ -232,6 +232,31 @@ def test_oldest_dead_letters_go_when_there_are_bounds(
     assert all((f"call_id={call_id}" in said) == (call_id not in left) for call_id in letters)
 
 
+@pytest.mark.parametrize("state", [State.DONE, State.DEAD])
+def test_result_is_kept_from_the_end_of_its_last_delivery_on(desk: LimitedDesk, state: State) -> None:
+    call = desk.put(callback_url="http://caller/")
+    desk.finish(desk.claim_one(), state)
+    desk.clock.now_s += 2 * DAY_S
+    desk.do(desk.spool.callback_dead(desk.claim_callback(), desk.attempt(500, "no")))
+    desk.clock.now_s += 0.5 * DAY_S
+    assert desk.do(desk.spool.sweep(60, 60, Bounds(dead_s=DAY_S))).dead_count == 0
+    assert desk.get(call.id).result is not None
+    desk.clock.now_s += DAY_S
+    assert desk.do(desk.spool.sweep(60, 60, Bounds(dead_s=DAY_S))).dead_count == 1
+
+
+def test_results_that_were_given_up_last_are_the_newest(desk: LimitedDesk) -> None:
+    calls = [desk.put(callback_url=f"http://{name}/") for name in "ab"]
+    for lease in desk.claim():
+        desk.finish(lease, result=None)
+    deliveries = {lease.call.id: lease for lease in desk.claim_callbacks()}
+    for call in calls[::-1]:
+        desk.clock.now_s += 60
+        desk.do(desk.spool.callback_dead(deliveries[call.id], desk.attempt(500, "no")))
+    desk.do(desk.spool.sweep(DAY_S, DAY_S, Bounds(dead_bytes=DEAD_LETTER_BYTES + 100)))
+    assert [call.id for call in desk.do(desk.spool.calls())] == [calls[0].id]
+
+
 def test_dead_letter_that_is_being_delivered_stays_when_its_time_is_over(desk: LimitedDesk) -> None:
     call = desk.put(callback_url="http://caller/")
     desk.finish(desk.claim_one(), State.DEAD)
