@@ -98,9 +98,9 @@ class Dropped:
 
 
 class DropStep(Protocol):
-    """One step of dropping what is older than `before_s`."""
+    """One step of dropping what is dropped in many."""
 
-    def __call__(self, tx: Transaction, before_s: float, after: Position) -> Dropped: ...
+    def __call__(self, tx: Transaction, *, after: Position) -> Dropped: ...
 
 
 def _read_step(tx: Transaction, sql: str, before_s: float, after: Position) -> list[tuple[Any, ...]]:
@@ -156,7 +156,9 @@ def _delete(tx: Transaction, rows: Sequence[int]) -> tuple[str, ...]:
     return tuple(files)
 
 
-def purge(tx: Transaction, state: State, function: FunctionName | None, call_id: str | None, after_seq: int) -> Dropped:
+def purge(
+    tx: Transaction, state: State, function: FunctionName | None, call_id: str | None, after: Position
+) -> Dropped:
     """Delete calls in a final `state`, of one function or with one id if given, behind a row: one step.
 
     Those with a callback under way stay.
@@ -165,7 +167,7 @@ def purge(tx: Transaction, state: State, function: FunctionName | None, call_id:
         "SELECT seq FROM calls WHERE state = :state AND seq > :after AND (:function IS NULL OR function = :function)"
         " AND (:id IS NULL OR id = :id) AND NOT EXISTS (SELECT 1 FROM callbacks"
         " WHERE callbacks.seq = calls.seq AND callbacks.state IN ('pending', 'running')) ORDER BY seq LIMIT :limit",
-        {"state": state.value, "after": after_seq, "function": function, "id": call_id, "limit": tx.step_count},
+        {"state": state.value, "after": after[1], "function": function, "id": call_id, "limit": tx.step_count},
     ).fetchall()
     files = _delete(tx, [seq for (seq,) in rows])
     return Dropped(len(rows), files, (0.0, rows[-1][0]) if len(rows) == tx.step_count else None)

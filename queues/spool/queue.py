@@ -274,15 +274,8 @@ class Spool:
 
         In steps, so calls that come meanwhile may be among them. What runs goes on.
         """
-        total, position = 0, -1
-        while True:
-            step = partial(ends.cancel_queued, function=function, now_s=self._now(), after_seq=position)
-            dropped = await self._write(step)
-            await self._bodies.drop(dropped.files)
-            total += dropped.count
-            if dropped.next is None:
-                return total
-            position = dropped.next[1]
+        count, _ = await self._repeat(partial(ends.cancel_queued, function=function, now_s=self._now()))
+        return count
 
     # -- owners and leases
 
@@ -585,15 +578,8 @@ class Spool:
         """Delete calls in a final state, except those with a callback under way; return how many."""
         if state not in FINAL:
             raise AssertionError(f"calls that are {state.value} are not for purging: cancel them")
-        total, position = 0, (0.0, -1)
-        while True:
-            step = partial(housekeeping.purge, state=state, function=function, call_id=call_id, after_seq=position[1])
-            dropped = await self._write(step)
-            await self._bodies.drop(dropped.files)
-            total += dropped.count
-            if dropped.next is None:
-                return total
-            position = dropped.next
+        count, _ = await self._repeat(partial(housekeeping.purge, state=state, function=function, call_id=call_id))
+        return count
 
     async def stats(self) -> Stats:
         """The queue in figures; reads an index from end to end, so not for every request."""
@@ -625,8 +611,8 @@ class Spool:
             partial(housekeeping.expire_stale, now_s=now_s, before_s=now_s - bounds.queue_age_s)
         ):
             expired += count
-        results, files = await self._drop_old(housekeeping.drop_results, now_s - keep_results_s)
-        calls, more_files = await self._drop_old(housekeeping.drop_calls, now_s - retention_s)
+        results, files = await self._repeat(partial(housekeeping.drop_results, before_s=now_s - keep_results_s))
+        calls, more_files = await self._repeat(partial(housekeeping.drop_calls, before_s=now_s - retention_s))
         letters, letter_files = await self._drop_dead_letters(now_s, bounds)
         files += more_files + letter_files + await self._drop_orphans()
         await self._write(housekeeping.forget_idle)
@@ -647,12 +633,12 @@ class Spool:
             files_count += await self._bodies.drop(files)
             count += len(letters)
 
-    async def _drop_old(self, step: DropStep, before_s: float) -> tuple[int, int]:
+    async def _repeat(self, step: DropStep) -> tuple[int, int]:
         """Repeat a step to its end; return how many rows and files it has dropped."""
         position: Position | None = START
         rows = files = 0
         while position is not None:
-            dropped = await self._write(partial(step, before_s=before_s, after=position))
+            dropped = await self._write(partial(step, after=position))
             files += await self._bodies.drop(dropped.files)
             rows += dropped.count
             position = dropped.next
