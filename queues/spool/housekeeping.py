@@ -59,9 +59,9 @@ def follow_clock(tx: Transaction, boot: str, offset_s: float) -> float:
     `offset_s` is the wall clock less the clock of this boot, which cannot be set; the greatest seen is remembered, and
     returned: a call that is put by a clock far from it must come behind this, or it would be taken along.
 
-    A clock that is set forward takes nothing along, since it may be the time that has leapt: so wakes a machine that its
-    host had halted.  What waits comes early then, and calls may expire.  Nor is anything shifted after a boot: its clock
-    may be the wrong one, as on a board that keeps no time.
+    A clock that is set forward takes nothing along, since it may be the time that has leapt: so wakes a machine that
+    its host had halted.  What waits comes early then, and calls may expire.  Nor is anything shifted after a boot: its
+    clock may be the wrong one, as on a board that keeps no time.
     """
     row = tx.db.execute("SELECT boot, offset_s FROM clock").fetchone()
     back_s = row[1] - offset_s if row is not None and row[0] == boot else 0.0

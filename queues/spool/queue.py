@@ -82,7 +82,7 @@ from ...watchdog import FaashoundError, log
 from . import claims, ends, housekeeping, reads
 from .bodies import Bodies
 from .claims import Claimant, Claimed, Flow, Wanted
-from .housekeeping import START, DropStep, Position
+from .housekeeping import START, Dropped, DropStep, Position
 from .limits import DATABASE, FILE_CHUNK_BYTES, IDLE_S, ORPHAN_S, RECLAIM_S, SET_BACK_S, STOOD_STILL_S
 from .notifier import WakeUp
 from .owners import boot_s, is_dead, lock_owner, read_boot_id, remove_dead_owners
@@ -274,7 +274,11 @@ class Spool:
 
         In steps, so calls that come meanwhile may be among them. What runs goes on.
         """
-        count, _ = await self._repeat(partial(ends.cancel_queued, function=function, now_s=self._now()))
+
+        def step(tx: Transaction, *, after: Position) -> Dropped:
+            return ends.cancel_queued(tx, function, self._now(), after)  # each step by its own time: pages go by that
+
+        count, _ = await self._repeat(step)
         return count
 
     # -- owners and leases
