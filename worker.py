@@ -396,7 +396,7 @@ class Worker:
         if known.is_disabled:  # no more of its calls are claimed until it is enabled
             await self._recorder.release(lease)
             return
-        if is_poison(call.attempts, known.policy):
+        if is_poison(call.attempts, known.policy, [attempt.error for attempt in call.history]):
             await self._dead_letter(lease, poison_step(call.attempts))
             return
         outcome = await self._caller.attempt(call, known.upstream)
@@ -430,7 +430,7 @@ class Worker:
         if callback is None or call.callback_url is None:
             raise AssertionError("a lease on a callback is of a call that has one")
         step: Step
-        if is_poison(callback.attempts, self._callback_policy):
+        if is_poison(callback.attempts, self._callback_policy, [callback.error]):
             outcome, step = AttemptOutcome(OutcomeKind.FAILED), poison_step(callback.attempts)
         else:
             policy = (await self._functions.get(call.function)).policy

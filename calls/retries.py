@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
@@ -41,6 +41,7 @@ from typing import Any
 
 from ..watchdog import FaashoundError, parse_count, parse_duration
 from .model import Headers, StoredBody
+from .steps import LOST_ERROR
 
 
 class OutcomeKind(Enum):
@@ -187,18 +188,21 @@ def next_step(
 LOST_RUNS_COUNT = 3  # a worker may die for reasons of its own, but not each time that it has the same lease
 
 
-def is_poison(attempts_made: int, policy: RetryPolicy) -> bool:
+def is_poison(attempts_made: int, policy: RetryPolicy, errors: Sequence[str | None]) -> bool:
     """Tell whether what is about to be tried (that attempt included) has been begun too often without an outcome.
 
     Attempts whose worker died were not followed by a step; a call, or the delivery of a result, that kills its
-    workers would go on for ever.
+    workers would go on for ever.  `errors` are those of the attempts before, or of the last of them: after one that
+    had an outcome there is another, also where fewer are allowed by now than have been made.
     """
-    return attempts_made > max(policy.max_attempts, 1) + LOST_RUNS_COUNT
+    was_lost = all(error == LOST_ERROR for error in errors[-LOST_RUNS_COUNT - 1 :])
+    return was_lost and attempts_made > max(policy.max_attempts, 1) + LOST_RUNS_COUNT
 
 
 def poison_step(attempts_made: int) -> Dead:
     """Return what becomes of such a call, or such a callback."""
-    return Dead(f"begun {_count(attempts_made - 1)} without an outcome: the workers that ran it died", 503, False)
+    reason = f"gave up after {_count(attempts_made - 1)}: the last had no outcome, as the workers that ran it died"
+    return Dead(reason, 503, False)
 
 
 def _calls_for_retry(policy: RetryPolicy, outcome: AttemptOutcome) -> bool:

@@ -372,8 +372,12 @@ def is_expired(record: Record, now_s: float) -> bool:
 
 
 def is_stale(record: Record, before_s: float) -> bool:
-    """Tell whether the call has been due since `before_s`: its queue has no worker, or none that keeps up."""
-    return record.state is State.QUEUED and record.due_s < before_s
+    """Tell whether the call has been due since `before_s`: its queue has no worker, or none that keeps up.
+
+    Not one that was begun since it was due and was handed back: it may have run for as long, and is the next to run.
+    """
+    was_begun = record.started_s is not None and record.started_s >= record.due_s
+    return record.state is State.QUEUED and record.due_s < before_s and not was_begun
 
 
 def expire(record: Record, now_s: float, error: str = EXPIRED_ERROR) -> Record:
@@ -426,9 +430,10 @@ def _callback_after(record: Record, event: Event) -> tuple[Callback, CallbackSta
 
 
 def end_callback(record: Record, event: Event, attempt: Attempt, due_s: float | None = None) -> Record:
-    """A delivery has ended: SUCCEED, GIVE_UP, or RETRY at `due_s`."""
+    """A delivery has ended: SUCCEED, GIVE_UP, or RETRY at `due_s`.  One that is given up was due last when it ended."""
     callback, state = _callback_after(record, event)
-    due_s = callback.due_s if due_s is None else due_s
+    if due_s is None:
+        due_s = attempt.finished_s if event is Event.GIVE_UP else callback.due_s
     return record._replace(callback=Callback(state, callback.attempts, due_s, attempt.status, attempt.error), hold=None)
 
 
@@ -469,10 +474,13 @@ def may_forget(record: Record, before_s: float) -> bool:
 
 
 def may_drop_dead_letter(record: Record, before_s: float) -> bool:
-    """Tell whether a dead letter, or a call whose callback is dead, that ended up to `before_s` may go."""
-    callback = _callback_state(record)
-    is_dead_letter = CallbackState.DEAD is callback or (record.state is State.DEAD and callback not in _UNDER_WAY)
-    return is_dead_letter and record.finished_s is not None and record.finished_s <= before_s
+    """Tell whether a dead letter, or a call whose callback is dead, may go: given up, both, up to `before_s`."""
+    callback = record.callback
+    if callback is not None and callback.state is CallbackState.DEAD:
+        is_old = callback.due_s <= before_s
+    else:
+        is_old = record.state is State.DEAD and _callback_state(record) not in _UNDER_WAY
+    return is_old and record.finished_s is not None and record.finished_s <= before_s
 
 
 def may_purge(record: Record, state: State) -> bool:

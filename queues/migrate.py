@@ -24,7 +24,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Protocol, cast, runtime_checkable
 
-from ..calls.model import Call, CallExists, CallFinished, CallUnknown, NewCall, QueueUnavailable, State
+from ..calls.model import Call, CallExists, CallFinished, CallUnknown, KeyReused, NewCall, QueueUnavailable, State
 from ..watchdog import BadSettings, FaashoundError, OutputFailed, parse_settings, report_failure, write_out
 from . import Queue, open_queue
 from .commands import CommandParser
@@ -56,13 +56,15 @@ class HoldingQueue(Queue, Protocol):
 class Migrated:
     """What was moved; what the target knew already by its idempotency key; what stays in the spool.
 
-    That is dead letters, and callbacks that a worker on the spool has still to deliver.
+    That is dead letters, and callbacks that a worker on the spool has still to deliver; and calls that were refused,
+    as their idempotency key stands for another request at the target.
     """
 
     moved_count: int
     known_count: int
     left_count: int
     pending_count: int
+    refused_count: int = 0
 
 
 async def migrate(source: Path, target: HoldingQueue, report: Callable[[str], None]) -> Migrated:
@@ -103,6 +105,7 @@ class _Move:
         self._target = target
         self._report = report
         self._moved_count = self._known_count = 0
+        self._refused_ids: list[str] = []
 
     async def run(self) -> Migrated:
         for call_id in await self._target.held_ids():
@@ -119,15 +122,17 @@ class _Move:
                 f"{pending} callbacks are still to be delivered, and stay: until they are, run a worker on the spool"
                 f" (queue_url=spool:{self._source} fworker, with its former settings)"
             )
-        return Migrated(self._moved_count, self._known_count, left, pending)
+        return Migrated(self._moved_count, self._known_count, left, pending, len(self._refused_ids))
 
     async def _queued(self) -> AsyncIterator[Call]:
-        """Every queued call, newest first; a page begins behind the last call of the one in front, which is gone."""
-        while page := await self._spool.calls(state=State.QUEUED, limit=PAGE_COUNT):
+        """Every queued call, newest first; a page begins behind the last that was refused, as the others are gone."""
+        last = None
+        while page := await self._spool.calls(state=State.QUEUED, limit=PAGE_COUNT, before=last):
             for listed in page:
                 call = await self._spool.get(listed.id)
                 if call is not None and call.state is State.QUEUED:
                     yield call
+            last = self._refused_ids[-1] if self._refused_ids else None
 
     async def _move(self, call: Call) -> None:
         """First step: the call is in the target, held."""
@@ -138,6 +143,10 @@ class _Move:
         except CallExists:
             if not await self._target.is_held(call.id):
                 raise QueueUnavailable(f"the call id {call.id} is in use at the target by another call") from None
+        except KeyReused as error:
+            self._refused_ids.append(call.id)
+            self._report(f"the call {call.id} stays: {error}")
+            return
         else:
             if held.id != call.id:  # the same idempotency key: the target's call is this one
                 await self._drop(call)
@@ -173,7 +182,7 @@ class _Move:
 def migrate_queue(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Carry out `fworker migrate --from spool:DIR --to nats://HOST`; return its exit status.
 
-    0 done, 1 failed (to be run again), 2 not understood.
+    0 done, 1 failed (to be run again) or a call was refused, 2 not understood.
 
     The settings for NATS are those of gateway and worker.
     """
@@ -212,9 +221,9 @@ async def _carry_out(source: Path, url: NatsUrl, settings: NatsSettings) -> int:
         _check_is_there(source)
         target = await open_queue(url, settings)
         try:
-            await migrate(source, cast(HoldingQueue, target), write_out)
+            migrated = await migrate(source, cast(HoldingQueue, target), write_out)
         finally:
             await target.close()
     except FaashoundError as error:
         return report_failure(error)
-    return 0
+    return 1 if migrated.refused_count else 0

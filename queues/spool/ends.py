@@ -13,7 +13,7 @@ from ...calls import steps
 from ...calls.model import Attempt, Call, Kind, Lease, LeaseLost, RunEnd, State
 from ...calls.names import FunctionName
 from ...calls.steps import Event, Record
-from .housekeeping import Dropped, drop_payloads
+from .housekeeping import Dropped, Position, drop_payloads
 from .rows import find_stored, leased, read_call, read_stored, save
 from .transaction import Transaction
 
@@ -104,12 +104,12 @@ def cancel(tx: Transaction, call_id: str, now_s: float) -> State:
     return after.state
 
 
-def cancel_queued(tx: Transaction, function: FunctionName | None, now_s: float, after_seq: int) -> Dropped:
+def cancel_queued(tx: Transaction, function: FunctionName | None, now_s: float, after: Position) -> Dropped:
     """Cancel some of what is queued. Payloads go at once: on a full disk it is them that the operator wants gone."""
     found = tx.db.execute(
         "SELECT seq FROM calls WHERE state = 'queued' AND seq > :after AND (:function IS NULL OR function = :function)"
         " ORDER BY seq LIMIT :limit",
-        {"after": after_seq, "function": function, "limit": tx.step_count},
+        {"after": after[1], "function": function, "limit": tx.step_count},
     )
     rows = [seq for (seq,) in found]
     for stored in read_stored(tx.db, rows):

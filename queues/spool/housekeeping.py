@@ -53,15 +53,21 @@ def _expire(tx: Transaction, sql: str, values: dict[str, float], now_s: float, e
     return len(rows)
 
 
-def follow_clock(tx: Transaction, boot: str, offset_s: float) -> None:
+def follow_clock(tx: Transaction, boot: str, offset_s: float) -> float:
     """Have a wall clock that was set back take with it what was due by then, which would wait for it to catch up.
 
-    `offset_s` is the wall clock less the clock of this boot, which cannot be set; the greatest seen is remembered.
-    A clock set forward only lets things come early, and nothing is shifted for it.
+    `offset_s` is the wall clock less the clock of this boot, which cannot be set; the greatest seen is remembered, and
+    returned: a call that is put by a clock far from it must come behind this, or it would be taken along.
+
+    A clock that is set forward takes nothing along, since it may be the time that has leapt: so wakes a machine that
+    its host had halted.  What waits comes early then, and calls may expire.  Nor is anything shifted after a boot: its
+    clock may be the wrong one, as on a board that keeps no time.
     """
     row = tx.db.execute("SELECT boot, offset_s FROM clock").fetchone()
     back_s = row[1] - offset_s if row is not None and row[0] == boot else 0.0
-    if back_s > SET_BACK_S:
+    if row is not None and row[0] == boot and abs(back_s) <= SET_BACK_S:
+        return float(row[1])
+    if back_s > 0:
         log.warning(f"the wall clock was set back by {back_s:.0f} s: due times of what waits are set back as well")
         tx.db.execute(
             "UPDATE calls SET due_s = due_s - :back_s, expires_s = expires_s - :back_s WHERE state = 'queued'",
@@ -71,8 +77,9 @@ def follow_clock(tx: Transaction, boot: str, offset_s: float) -> None:
         tx.wake_up |= WakeUp.WORK
     if row is None:
         tx.db.execute("INSERT INTO clock VALUES (?, ?)", (boot, offset_s))
-    elif row[0] != boot or back_s > SET_BACK_S or offset_s > row[1] + SET_BACK_S:
+    else:
         tx.db.execute("UPDATE clock SET boot = ?, offset_s = ?", (boot, offset_s))
+    return offset_s
 
 
 Position = tuple[float, int]  # of the row where a step has ended: its time and its number
@@ -91,9 +98,9 @@ class Dropped:
 
 
 class DropStep(Protocol):
-    """One step of dropping what is older than `before_s`."""
+    """One step of dropping what is dropped in many."""
 
-    def __call__(self, tx: Transaction, before_s: float, after: Position) -> Dropped: ...
+    def __call__(self, tx: Transaction, *, after: Position) -> Dropped: ...
 
 
 def _read_step(tx: Transaction, sql: str, before_s: float, after: Position) -> list[tuple[Any, ...]]:
@@ -125,10 +132,10 @@ def dead_letters_before(db: sqlite3.Connection, now_s: float, bounds: Bounds) ->
     before_s = now_s - bounds.dead_s
     left_bytes = float("inf") if bounds.dead_bytes is None else bounds.dead_bytes
     if left_bytes != float("inf"):
-        for finished_s, bytes_count in db.execute(SQL_LETTER_SIZES):
+        for died_s, bytes_count in db.execute(SQL_LETTER_SIZES):
             left_bytes -= bytes_count + DEAD_LETTER_BYTES
-            if left_bytes < 0 or finished_s <= before_s:
-                return max(before_s, float(finished_s))
+            if left_bytes < 0 or died_s <= before_s:
+                return max(before_s, float(died_s))
     return before_s
 
 
@@ -149,7 +156,9 @@ def _delete(tx: Transaction, rows: Sequence[int]) -> tuple[str, ...]:
     return tuple(files)
 
 
-def purge(tx: Transaction, state: State, function: FunctionName | None, call_id: str | None, after_seq: int) -> Dropped:
+def purge(
+    tx: Transaction, state: State, function: FunctionName | None, call_id: str | None, after: Position
+) -> Dropped:
     """Delete calls in a final `state`, of one function or with one id if given, behind a row: one step.
 
     Those with a callback under way stay.
@@ -158,7 +167,7 @@ def purge(tx: Transaction, state: State, function: FunctionName | None, call_id:
         "SELECT seq FROM calls WHERE state = :state AND seq > :after AND (:function IS NULL OR function = :function)"
         " AND (:id IS NULL OR id = :id) AND NOT EXISTS (SELECT 1 FROM callbacks"
         " WHERE callbacks.seq = calls.seq AND callbacks.state IN ('pending', 'running')) ORDER BY seq LIMIT :limit",
-        {"state": state.value, "after": after_seq, "function": function, "id": call_id, "limit": tx.step_count},
+        {"state": state.value, "after": after[1], "function": function, "id": call_id, "limit": tx.step_count},
     ).fetchall()
     files = _delete(tx, [seq for (seq,) in rows])
     return Dropped(len(rows), files, (0.0, rows[-1][0]) if len(rows) == tx.step_count else None)

@@ -82,7 +82,7 @@ from ...watchdog import FaashoundError, log
 from . import claims, ends, housekeeping, reads
 from .bodies import Bodies
 from .claims import Claimant, Claimed, Flow, Wanted
-from .housekeeping import START, DropStep, Position
+from .housekeeping import START, Dropped, DropStep, Position
 from .limits import DATABASE, FILE_CHUNK_BYTES, IDLE_S, ORPHAN_S, RECLAIM_S, SET_BACK_S, STOOD_STILL_S
 from .notifier import WakeUp
 from .owners import boot_s, is_dead, lock_owner, read_boot_id, remove_dead_owners
@@ -119,7 +119,7 @@ class Spool:
         self._last_flow: dict[Kind, Flow] = {"call": ("", ""), "callback": ("", "")}
         self._reclaimed_s = self._woke_s = -RECLAIM_S
         self._slept_s = boot_s() - time.monotonic()
-        self._greatest_offset_s = self._offset_s()
+        self._known_offset_s = self._offset_s()  # that the file knew of when it was last told
         self._call_seen_s = self._callback_seen_s = -1e300  # what was due by then has been claimed or reported
         self._work = asyncio.Event()
         self._cancel = asyncio.Event()
@@ -235,7 +235,12 @@ class Spool:
         TooManyQueued when the function has as many calls or bytes waiting as it may. Whatever this raises, the body is
         gone, also when the caller is cancelled, unless the call got into the queue all the same.
         """
-        earlier = await self._write(Put(call, build_headers(call.headers), self._limits))
+        put = Put(call, build_headers(call.headers), self._limits)
+        if abs(self._offset_s() - self._known_offset_s) > SET_BACK_S:  # first what waits follows the clock
+            followed = self._write(self._follow_clock)
+            self._known_offset_s, earlier = await asyncio.gather(followed, self._write(put))
+        else:
+            earlier = await self._write(put)
         return build_accepted(call) if earlier is None else earlier
 
     async def get(self, call_id: str) -> Call | None:
@@ -269,15 +274,12 @@ class Spool:
 
         In steps, so calls that come meanwhile may be among them. What runs goes on.
         """
-        total, position = 0, -1
-        while True:
-            step = partial(ends.cancel_queued, function=function, now_s=self._now(), after_seq=position)
-            dropped = await self._write(step)
-            await self._bodies.drop(dropped.files)
-            total += dropped.count
-            if dropped.next is None:
-                return total
-            position = dropped.next[1]
+
+        def step(tx: Transaction, *, after: Position) -> Dropped:
+            return ends.cancel_queued(tx, function, self._now(), after)  # each step by its own time: pages go by that
+
+        count, _ = await self._repeat(step)
+        return count
 
     # -- owners and leases
 
@@ -376,7 +378,7 @@ class Spool:
         return await self._write(self._take_back)
 
     def _reclaim_sometimes(self, tx: Transaction, expected_s: float) -> None:
-        if boot_s() - self._reclaimed_s >= RECLAIM_S or self._offset_s() < self._greatest_offset_s - SET_BACK_S:
+        if boot_s() - self._reclaimed_s >= RECLAIM_S or self._offset_s() < self._known_offset_s - SET_BACK_S:
             self._take_back_if_awake(tx, expected_s)
 
     def _take_back_if_awake(self, tx: Transaction, expected_s: float) -> None:
@@ -394,10 +396,12 @@ class Spool:
     def _offset_s(self) -> float:
         return self._now() - boot_s()
 
+    def _follow_clock(self, tx: Transaction) -> float:
+        return housekeeping.follow_clock(tx, self._boot, self._offset_s())
+
     def _take_back(self, tx: Transaction) -> int:
         self._reclaimed_s = boot_s()
-        self._greatest_offset_s = self._offset_s()
-        housekeeping.follow_clock(tx, self._boot, self._greatest_offset_s)
+        self._known_offset_s = self._follow_clock(tx)
         owners = tx.db.execute("SELECT DISTINCT owner FROM leases").fetchall()
         dead = {owner for (owner,) in owners if is_dead(self._directory, owner)}
         return ends.take_back(tx, dead, self._boot, self._reclaimed_s, self._now())
@@ -557,7 +561,8 @@ class Spool:
 
         `leased_ids` are the calls that ran, or whose callback was on its way, when they were told last.
         """
-        return await self._read(partial(reads.find_changes, mark=mark, leased_ids=leased_ids, limit=limit))
+        find = partial(reads.find_changes, mark=mark, leased_ids=leased_ids, limit=limit, now_s=self._now())
+        return await self._read(find)
 
     async def backlog(self) -> Backlog:
         """What is still to be done and what was given up; what has ended well is not looked at."""
@@ -577,15 +582,8 @@ class Spool:
         """Delete calls in a final state, except those with a callback under way; return how many."""
         if state not in FINAL:
             raise AssertionError(f"calls that are {state.value} are not for purging: cancel them")
-        total, position = 0, (0.0, -1)
-        while True:
-            step = partial(housekeeping.purge, state=state, function=function, call_id=call_id, after_seq=position[1])
-            dropped = await self._write(step)
-            await self._bodies.drop(dropped.files)
-            total += dropped.count
-            if dropped.next is None:
-                return total
-            position = dropped.next
+        count, _ = await self._repeat(partial(housekeeping.purge, state=state, function=function, call_id=call_id))
+        return count
 
     async def stats(self) -> Stats:
         """The queue in figures; reads an index from end to end, so not for every request."""
@@ -608,6 +606,7 @@ class Spool:
         `bounds` says so; each of those that goes is logged. Works in small steps: writers are never kept waiting for
         more than one.
         """
+        self._known_offset_s = await self._write(self._follow_clock)
         now_s, bounds = self._now(), bounds or Bounds()
         expired = 0
         while count := await self._write(partial(housekeeping.expire, now_s=now_s)):
@@ -616,8 +615,8 @@ class Spool:
             partial(housekeeping.expire_stale, now_s=now_s, before_s=now_s - bounds.queue_age_s)
         ):
             expired += count
-        results, files = await self._drop_old(housekeeping.drop_results, now_s - keep_results_s)
-        calls, more_files = await self._drop_old(housekeeping.drop_calls, now_s - retention_s)
+        results, files = await self._repeat(partial(housekeeping.drop_results, before_s=now_s - keep_results_s))
+        calls, more_files = await self._repeat(partial(housekeeping.drop_calls, before_s=now_s - retention_s))
         letters, letter_files = await self._drop_dead_letters(now_s, bounds)
         files += more_files + letter_files + await self._drop_orphans()
         await self._write(housekeeping.forget_idle)
@@ -638,12 +637,12 @@ class Spool:
             files_count += await self._bodies.drop(files)
             count += len(letters)
 
-    async def _drop_old(self, step: DropStep, before_s: float) -> tuple[int, int]:
+    async def _repeat(self, step: DropStep) -> tuple[int, int]:
         """Repeat a step to its end; return how many rows and files it has dropped."""
         position: Position | None = START
         rows = files = 0
         while position is not None:
-            dropped = await self._write(partial(step, before_s=before_s, after=position))
+            dropped = await self._write(partial(step, after=position))
             files += await self._bodies.drop(dropped.files)
             rows += dropped.count
             position = dropped.next

@@ -154,7 +154,7 @@ def count_backlog(db: sqlite3.Connection, now_s: float) -> Backlog:
         FunctionName(name): (max(open_counts.get(name, 0) - running.get(name, 0), 0), running.get(name, 0))
         for name in open_counts.keys() | running.keys()
     }
-    callbacks = {state: _count(db, SQL_CALLBACK_COUNT, state.value) for state in CallbackState if state in COUNTED}
+    callbacks = {state: _count(db, SQL_CALLBACK_COUNT, state.value) for state in COUNTED}
     return Backlog(
         queued_count=sum(queued for queued, _ in by_function.values()),
         running_count=sum(running.values()),
@@ -179,33 +179,38 @@ def _oldest_age_s(db: sqlite3.Connection, now_s: float) -> float | None:
 
 # --------------------------------------------------------------------------------------------------------------------
 # What has changed: new rows, new leases, and new ends are found by their keys, which only grow.  What was leased when
-# it was told last, and is no more, has changed as well (a call to be tried again, a callback that is delivered).
+# it was told last, and is no more, has changed as well (a call to be tried again, a callback that is delivered).  An
+# end in the future was stamped by a clock that has been set back since: what ends now comes before it, and is not to
+# be missed until then.
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def find_changes(db: sqlite3.Connection, mark: str | None, leased_ids: Collection[str], limit: int) -> Changes:
-    now = _read_mark(db)
+def find_changes(
+    db: sqlite3.Connection, mark: str | None, leased_ids: Collection[str], limit: int, now_s: float
+) -> Changes:
+    now, ahead_s = _read_mark(db, now_s), now_s + COMMITTED_WITHIN_S
     before = None if mark is None else _parse_mark(mark)
-    if before is None or before[0] > now[0]:
+    if before is None or before[0] > now[0] or before[2] > ahead_s:
         return Changes((), _build_mark(now), is_whole=mark is None)
     seq, fence, finished_s = before
-    questions: list[tuple[str, object]] = [
-        (SQL_NO_LONGER_LEASED, json.dumps(list(leased_ids))),
-        (SQL_NEW_CALLS, seq),
-        (SQL_NEW_LEASES, fence),
-        *((sql, finished_s - COMMITTED_WITHIN_S) for sql in SQL_NEW_ENDS),
+    questions: list[tuple[str, tuple[object, ...]]] = [
+        (SQL_NO_LONGER_LEASED, (json.dumps(list(leased_ids)),)),
+        (SQL_NEW_CALLS, (seq,)),
+        (SQL_NEW_LEASES, (fence,)),
+        *((sql, (finished_s - COMMITTED_WITHIN_S, ahead_s)) for sql in SQL_NEW_ENDS),
     ]
-    found = dict.fromkeys(row[0] for sql, value in questions for row in db.execute(sql, (value, limit + 1)))
+    found = dict.fromkeys(row[0] for sql, values in questions for row in db.execute(sql, (*values, limit + 1)))
     return Changes(read_listed(db, list(found)[:limit]), _build_mark(now), is_whole=len(found) <= limit)
 
 
 Mark = tuple[int, int, float]
 
 
-def _read_mark(db: sqlite3.Connection) -> Mark:
+def _read_mark(db: sqlite3.Connection, now_s: float) -> Mark:
     (seq,) = db.execute("SELECT coalesce(max(seq), 0) FROM calls").fetchone()
     (fence,) = db.execute("SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'leases'").fetchone()
-    return seq, fence, max(db.execute(sql).fetchone()[0] or 0.0 for sql in SQL_LAST_ENDS)
+    finished_s = max(db.execute(sql).fetchone()[0] or 0.0 for sql in SQL_LAST_ENDS)
+    return seq, fence, min(finished_s, now_s)
 
 
 def _build_mark(mark: Mark) -> str:

@@ -44,6 +44,7 @@ class Reserve:
     def __init__(self, directory: SpoolDirectory, wanted_bytes: int | None) -> None:
         """`wanted_bytes` is taken from disks that are large enough for it; None: take what is there for the whole."""
         self._directory = directory
+        self._wanted_bytes = wanted_bytes
         self._journal = directory.path / f"{DATABASE}-wal"
         self._fd = -1
         self._full_since_s: float | None = None
@@ -59,7 +60,7 @@ class Reserve:
     def open(self) -> None:
         """Take up the room, also where a copy of the directory has left a hole instead; under the writer lock."""
         try:
-            if self.held_bytes > self.whole_bytes > 0:  # the operator wants less of it now
+            if self._wanted_bytes is not None and self.held_bytes > self.whole_bytes:  # the operator wants less now
                 os.ftruncate(self._fd, self.whole_bytes)
             self._fill(1)
             self.tell()

@@ -84,29 +84,33 @@ SQL_STALE = f"""
     {SQL_NEXT_DUE[: SQL_NEXT_DUE.rindex("SELECT min((")]}
     SELECT seq FROM flows CROSS JOIN calls INDEXED BY calls_queued
     WHERE state = 'queued' AND calls.queue = flows.queue AND calls.function = flows.function AND due_s < :before_s
-    LIMIT :limit
+    AND (started_s IS NULL OR started_s < due_s) LIMIT :limit
 """
 
 
 SQL_OLD_LETTERS = """
     SELECT seq, id, function FROM calls INDEXED BY calls_dead WHERE state = 'dead' AND finished_s <= :before_s
-    AND NOT EXISTS (SELECT 1 FROM callbacks WHERE callbacks.seq = calls.seq AND state IN ('pending', 'running'))
+    AND NOT EXISTS (SELECT 1 FROM callbacks WHERE callbacks.seq = calls.seq
+        AND (state IN ('pending', 'running') OR state = 'dead' AND due_s > :before_s))
     LIMIT :limit
 """
 
 
 SQL_OLD_DEAD_CALLBACKS = """
     SELECT seq, id, function FROM callbacks INDEXED BY callbacks_state CROSS JOIN calls USING (seq)
-    WHERE callbacks.state = 'dead' AND calls.state <> 'dead' AND finished_s <= :before_s LIMIT :limit
+    WHERE callbacks.state = 'dead' AND calls.state <> 'dead' AND finished_s <= :before_s
+    AND callbacks.due_s <= :before_s LIMIT :limit
 """
 
 
 SQL_LETTER_SIZES = """
-    SELECT finished_s, requests.bytes_count + coalesce(results.bytes_count, 0)
+    SELECT max(finished_s, coalesce(callbacks.due_s, finished_s)) AS died_s,
+        requests.bytes_count + coalesce(results.bytes_count, 0)
     FROM calls JOIN requests USING (seq) LEFT JOIN results USING (seq)
-    WHERE seq IN (SELECT seq FROM calls INDEXED BY calls_dead WHERE state = 'dead')
-    OR seq IN (SELECT seq FROM callbacks INDEXED BY callbacks_state WHERE state = 'dead')
-    ORDER BY finished_s DESC
+    LEFT JOIN callbacks ON callbacks.seq = calls.seq AND callbacks.state = 'dead'
+    WHERE calls.seq IN (SELECT seq FROM calls INDEXED BY calls_dead WHERE state = 'dead')
+    OR calls.seq IN (SELECT seq FROM callbacks INDEXED BY callbacks_state WHERE state = 'dead')
+    ORDER BY died_s DESC
 """
 
 
@@ -262,8 +266,10 @@ SQL_NEW_LEASES = "SELECT seq FROM leases WHERE fence > ? ORDER BY fence LIMIT ?"
 
 SQL_NEW_ENDS = (
     "SELECT seq FROM calls INDEXED BY calls_finished"
-    " WHERE state IN ('done', 'cancelled', 'expired') AND finished_s > ? ORDER BY finished_s LIMIT ?",
-    "SELECT seq FROM calls INDEXED BY calls_dead WHERE state = 'dead' AND finished_s > ? ORDER BY finished_s LIMIT ?",
+    " WHERE state IN ('done', 'cancelled', 'expired') AND finished_s > ? AND finished_s < ?"
+    " ORDER BY finished_s LIMIT ?",
+    "SELECT seq FROM calls INDEXED BY calls_dead WHERE state = 'dead' AND finished_s > ? AND finished_s < ?"
+    " ORDER BY finished_s LIMIT ?",
 )
 
 

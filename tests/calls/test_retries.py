@@ -35,6 +35,7 @@ from faashound.calls.retries import (
     policy_for,
     retry_wait_s,
 )
+from faashound.calls.steps import LOST_ERROR
 
 NOW_S = 1_700_000_000.0  # Tue, 14 Nov 2023 22:13:20 GMT
 POLICY = RetryPolicy()
@@ -448,4 +449,11 @@ def test_concurrency_settles_near_what_the_function_bears(ceiling: int, capacity
 def test_call_is_poison_when_it_was_begun_more_often_than_attempts_and_unlucky_workers_explain(
     attempts_made: int, max_attempts: int, expected: bool
 ) -> None:
-    assert is_poison(attempts_made, RetryPolicy(max_attempts)) is expected
+    errors = ["status 500"] * (attempts_made - 5) + [LOST_ERROR] * min(attempts_made - 1, 4)
+    assert is_poison(attempts_made, RetryPolicy(max_attempts), errors) is expected
+    assert is_poison(attempts_made, RetryPolicy(max_attempts), errors[-1:]) is expected
+
+
+@pytest.mark.parametrize("lost_count", range(4))
+def test_call_is_no_poison_when_its_attempts_had_outcomes_and_fewer_are_allowed_than_were(lost_count: int) -> None:
+    assert not is_poison(9, RetryPolicy(3), ["status 500"] * (8 - lost_count) + [LOST_ERROR] * lost_count)

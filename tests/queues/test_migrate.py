@@ -34,10 +34,14 @@ async def move(directory: Path, options: Options) -> Migrated:
 
 def run_migrate(directory: Path, options: Options) -> str:
     """Carry out the command, which is to succeed, and return what it says."""
-    arguments = ["migrate", "--from", f"spool:{directory}", "--to", options.servers[0]]
-    done = run("worker", arguments, {"nats_prefix": options.prefix})
+    done = migrate_command(directory, options)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
+
+
+def migrate_command(directory: Path, options: Options) -> subprocess.CompletedProcess[str]:
+    arguments = ["migrate", "--from", f"spool:{directory}", "--to", options.servers[0]]
+    return run("worker", arguments, {"nats_prefix": options.prefix})
 
 
 async def look(options: Options) -> list[Call]:
@@ -155,6 +159,30 @@ def test_migrate_takes_a_call_whose_key_is_known_for_the_same(tmp_path: Path, op
 
     migrated, found, known = asyncio.run(scenario())
     assert (migrated, found) == (Migrated(0, 1, 0, 0), [known])
+
+
+def test_command_names_a_call_whose_key_stands_for_another_request_and_moves_the_others(
+    tmp_path: Path, options: Options
+) -> None:
+    async def fill() -> tuple[str, str]:
+        target = await JetStream.open(options)
+        await target.put(new_call(idempotency_key="k", body_digest="one"))
+        await target.close()
+        spool = await Spool.open(tmp_path)
+        older, refused = new_call(), new_call(idempotency_key="k", body_digest="another")
+        for call in (older, refused):
+            await spool.put(call)
+        await spool.close()
+        return older.id, refused.id
+
+    older_id, refused_id = asyncio.run(fill())
+    for moved_count in (1, 0):
+        done = migrate_command(tmp_path, options)
+        assert (done.returncode, done.stderr) == (1, "")
+        told, moved = done.stdout.splitlines()
+        assert told.startswith(f"the call {refused_id} stays: this idempotency key came with another request")
+        assert moved == f"moved {moved_count} calls, 0 were known, 0 dead letters stay"
+    assert older_id in {call.id for call in asyncio.run(look(options))}
 
 
 MOVER = """

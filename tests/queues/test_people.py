@@ -158,6 +158,20 @@ def test_changes_of_a_spool_tell_that_a_call_runs_and_that_its_callback_is_deliv
     desk.close()
 
 
+def test_changes_of_a_spool_tell_of_ends_when_others_ended_while_the_clock_was_ahead(tmp_path: Path) -> None:
+    desk = SpoolDesk(tmp_path / "spool", uvloop.new_event_loop)
+    ahead, after = desk.put("f"), desk.put("f")
+    desk.clock.now_s += 3600
+    desk.do(desk.queue.cancel(ahead.id))
+    of_then = changes(desk, None).mark
+    desk.clock.now_s -= 3600
+    mark = changes(desk, None).mark
+    desk.do(desk.queue.cancel(after.id))
+    assert [call.id for call in changes(desk, mark).calls] == [after.id]
+    assert not changes(desk, of_then).is_whole
+    desk.close()
+
+
 def test_changes_say_so_where_there_are_more_than_can_be_told(desk: Desk) -> None:
     mark = changes(desk, None).mark
     for _ in range(4):

@@ -31,10 +31,11 @@ from faashound.queues.spool.notifier import WakeUp
 from testkit.harness import eventually, wait_until
 from testkit.needed import want_root
 from testkit.queue_kit import LEASE_S, inline, read_all
-from testkit.spool_kit import START_S, Desk, new_call, writer_has_all
+from testkit.spool_kit import START_S, Desk, as_spool, new_call, writer_has_all
 
 NOBODY = 65534
 LONG_S = 20.0  # how long a test waits for what should come at once
+ROUNDED_S = 1.0  # more than what adding and taking away hours leaves of a due time
 BIG = os.urandom(INLINE_BYTES + 1)
 
 
@@ -67,6 +68,31 @@ def test_callback_that_is_handed_back_is_due_though_the_clock_was_set_back_meanw
     desk.clock.now_s -= 3600
     desk.do(desk.spool.release(lease))
     assert len(desk.claim_callbacks()) == 1
+
+
+@pytest.mark.parametrize("ahead_s", [0.0, 3600.0], ids=["right before", "ahead before"])
+def test_call_that_is_put_after_the_clock_was_set_back_keeps_its_times(desk: Desk, ahead_s: float) -> None:
+    worker = as_spool(desk.open())
+    desk.clock.now_s += ahead_s
+    before = desk.put(due_s=desk.clock.now_s + 600)
+    desk.clock.now_s -= 3600
+    now_s = desk.clock.now_s
+    after = desk.put(due_s=now_s + 600, expires_s=now_s + 1800)
+    desk.do(worker.reclaim())
+    assert desk.get(after.id) == after
+    desk.clock.now_s += 600 + ROUNDED_S
+    assert {lease.call.id for lease in desk.claim()} == {before.id, after.id}
+
+
+def test_call_keeps_its_times_when_another_process_alone_has_seen_the_clock_ahead(desk: Desk) -> None:
+    worker = as_spool(desk.open())
+    desk.clock.now_s += 3600
+    desk.do(worker.reclaim())
+    desk.do(desk.spool.sweep(60, 60))
+    desk.clock.now_s -= 3600
+    after = desk.put(expires_s=desk.clock.now_s + 1800)
+    desk.do(worker.reclaim())
+    assert desk.get(after.id) == after
 
 
 # -- putting

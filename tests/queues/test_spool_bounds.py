@@ -19,7 +19,7 @@ from faashound.queues.spool.limits import DATABASE, DEAD_LETTER_BYTES, STEP_COUN
 from faashound.queues.spool.queue import Spool
 from faashound.queues.spool.schema import MIGRATIONS
 from faashound.watchdog import log
-from testkit.spool_kit import START_S, Desk, inline, new_call
+from testkit.spool_kit import LEASE_S, START_S, Desk, inline, new_call
 
 DAY_S = 86400.0
 BIG = bytes(INLINE_BYTES + 1)
@@ -175,6 +175,24 @@ def test_call_expires_when_it_has_been_due_for_longer_than_the_bound(desk: Limit
     assert waiting(desk) == {"f.openfaas-fn": (1, 2)}
 
 
+@pytest.mark.parametrize("way", ["released", "taken back"])
+def test_call_that_ran_for_longer_than_the_bound_and_was_handed_back_is_run_again(desk: LimitedDesk, way: str) -> None:
+    call = desk.put()
+    lease = desk.claim_one(lease_s=0.0 if way == "taken back" else LEASE_S)
+    desk.clock.now_s += 3 * DAY_S
+    desk.do(desk.spool.release(lease) if way == "released" else desk.spool.reclaim())
+    assert desk.do(desk.spool.sweep(60, 9 * DAY_S, Bounds(queue_age_s=2 * DAY_S))).expired_count == 0
+    assert desk.claim_one().call.id == call.id
+
+
+def test_call_expires_when_its_next_attempt_has_been_due_for_longer_than_the_bound(desk: LimitedDesk) -> None:
+    call = desk.put()
+    desk.do(desk.spool.retry(desk.claim_one(), attempt=desk.attempt(500, "no"), due_s=START_S + 60))
+    desk.clock.now_s += 3 * DAY_S
+    assert desk.do(desk.spool.sweep(60, 9 * DAY_S, Bounds(queue_age_s=2 * DAY_S))).expired_count == 1
+    assert (desk.get(call.id).state, desk.get(call.id).error) == (State.EXPIRED, "no")
+
+
 def dead_letters(desk: Desk, count: int) -> list[str]:
     """Letters with 500 bytes each, an hour apart, in turn of both kinds."""
     made = []
@@ -212,6 +230,31 @@ def test_oldest_dead_letters_go_when_there_are_bounds(
     log.flush()
     said = capfd.readouterr().err
     assert all((f"call_id={call_id}" in said) == (call_id not in left) for call_id in letters)
+
+
+@pytest.mark.parametrize("state", [State.DONE, State.DEAD])
+def test_result_is_kept_from_the_end_of_its_last_delivery_on(desk: LimitedDesk, state: State) -> None:
+    call = desk.put(callback_url="http://caller/")
+    desk.finish(desk.claim_one(), state)
+    desk.clock.now_s += 2 * DAY_S
+    desk.do(desk.spool.callback_dead(desk.claim_callback(), desk.attempt(500, "no")))
+    desk.clock.now_s += 0.5 * DAY_S
+    assert desk.do(desk.spool.sweep(60, 60, Bounds(dead_s=DAY_S))).dead_count == 0
+    assert desk.get(call.id).result is not None
+    desk.clock.now_s += DAY_S
+    assert desk.do(desk.spool.sweep(60, 60, Bounds(dead_s=DAY_S))).dead_count == 1
+
+
+def test_results_that_were_given_up_last_are_the_newest(desk: LimitedDesk) -> None:
+    calls = [desk.put(callback_url=f"http://{name}/") for name in "ab"]
+    for lease in desk.claim():
+        desk.finish(lease, result=None)
+    deliveries = {lease.call.id: lease for lease in desk.claim_callbacks()}
+    for call in calls[::-1]:
+        desk.clock.now_s += 60
+        desk.do(desk.spool.callback_dead(deliveries[call.id], desk.attempt(500, "no")))
+    desk.do(desk.spool.sweep(DAY_S, DAY_S, Bounds(dead_bytes=DEAD_LETTER_BYTES + 100)))
+    assert [call.id for call in desk.do(desk.spool.calls())] == [calls[0].id]
 
 
 def test_dead_letter_that_is_being_delivered_stays_when_its_time_is_over(desk: LimitedDesk) -> None:

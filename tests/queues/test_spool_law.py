@@ -50,6 +50,7 @@ class Cabinet:
         for state in (State.DONE, State.DEAD):
             for callback in (None, CallbackState.DELIVERED, CallbackState.DEAD, CallbackState.RUNNING):
                 self.add_ended(state, callback)
+            self.add_given_up_later(state)
         self.add_expired(None)
         for callback in (CallbackState.DELIVERED, CallbackState.DEAD, CallbackState.RUNNING):
             self.add_expired(callback)
@@ -63,6 +64,8 @@ class Cabinet:
             self.add_ended(state, CallbackState.PENDING)
         self.add_expired(CallbackState.PENDING)
         self.add_tried()
+        self.add("queued-handed-back", desk.put(due_s=START_S - DAY_S))
+        desk.do(desk.spool.release(desk.claim_one()))
         self.add("queued", desk.put(callback_url=CALLER))
         self.add("queued-later", desk.put(due_s=START_S + 600, expires_s=START_S + 900))
         self.add("queued-expiring", desk.put(expires_s=START_S + 60))
@@ -85,6 +88,13 @@ class Cabinet:
         lease = self.add_running(name, callback_url=CALLER if callback else None)
         self.desk.finish(self.leases.pop(lease.call.id), state, status=404)
         self.deliver(callback)
+
+    def add_given_up_later(self, state: State) -> None:
+        """A call that has ended long before its callback was given up."""
+        self.add_ended(state, CallbackState.PENDING)
+        self.ids[f"{state.value}-dead-later"] = self.ids.pop(f"{state.value}-pending")
+        given_up = Attempt(START_S, START_S + 1.5 * DAY_S, 410, "gone")
+        self.desk.do(self.desk.spool.callback_dead(self.desk.claim_callback(), given_up))
 
     def add_expired(self, callback: CallbackState | None) -> None:
         name = f"expired-{callback.value if callback else 'quiet'}"
@@ -143,8 +153,9 @@ def cabinet(tmp_path: Path) -> Iterator[Cabinet]:
 NAMES = (
     *(f"{state}-{callback}" for state in ("done", "dead") for callback in ("quiet", "delivered", "dead", "running")),
     *(f"expired-{callback}" for callback in ("quiet", "delivered", "dead", "running", "pending")),
-    *("done-pending", "dead-pending", "cancelled", "running", "running-cancelled", "queued", "queued-tried"),
-    *("queued-later", "queued-expiring", "queued-expired", "queued-stale"),
+    *("done-dead-later", "dead-dead-later", "done-pending", "dead-pending"),
+    *("cancelled", "running", "running-cancelled", "queued", "queued-tried"),
+    *("queued-later", "queued-expiring", "queued-expired", "queued-stale", "queued-handed-back"),
 )
 
 

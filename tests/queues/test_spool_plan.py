@@ -113,7 +113,7 @@ OLD = {"before_s": 1, "after_s": 0, "after_seq": 0, "limit": 9}
         pytest.param(SQL_CALLBACK_COUNT, ("dead",), "callbacks_state", id="callbacks-counted"),
         pytest.param(SQL_DEAD_COUNT, {}, "calls_dead", id="dead-counted"),
         *(pytest.param(sql, (), "calls_", id="last-ends") for sql in SQL_LAST_ENDS),
-        *(pytest.param(sql, (1, 1), "calls_", id="new-ends") for sql in SQL_NEW_ENDS),
+        *(pytest.param(sql, (1, 9, 1), "calls_", id="new-ends") for sql in SQL_NEW_ENDS),
         pytest.param(SQL_OLD_DEAD_CALLBACKS, {"before_s": 1, "limit": 1}, "callbacks_state", id="old-callbacks"),
     ],
 )

@@ -213,12 +213,13 @@ def test_reserve_is_as_large_as_asked_for(tmp_path: Path) -> None:
         await spool.close()
         return stats.reserve_bytes
 
-    assert [asyncio.run(size(wanted)) for wanted in (None, 1 << 20, 3 << 20, None, 2 << 20)] == [
+    assert [asyncio.run(size(wanted)) for wanted in (None, 1 << 20, 3 << 20, None, 2 << 20, 0)] == [
         0,
         1 << 20,
         3 << 20,
         3 << 20,
         2 << 20,
+        0,
     ]
 
 

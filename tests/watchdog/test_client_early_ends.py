@@ -222,7 +222,7 @@ def test_early_answer_is_read_when_its_sender_has_left_a_part_of_the_request_unr
 def test_connection_ends_with_an_early_answer_when_its_sender_takes_no_more_and_does_not_close(
     make_loop: MakeLoop, tmp_path: Path
 ) -> None:
-    """What is left of the request would keep it open for as long as that sender likes (here it learns of it at once)."""
+    """What is left of the request would keep it open for as long as that sender likes."""
 
     async def large() -> AsyncGenerator[bytes, None]:
         for _ in range(1000):
@@ -279,7 +279,7 @@ def test_request_is_answered_when_a_drain_began_before_a_byte_of_it_was_read(mak
         listener = socket.create_server(("127.0.0.1", 0))
         server.listen(listener)
         with socket.create_connection(listener.getsockname()) as caller:
-            while not server.connections:
+            while not server.connections:  # noqa: ASYNC110 - nothing announces it
                 await asyncio.sleep(0)
             caller.sendall(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
             server.stop_accepting()

@@ -20,7 +20,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from faashound.calls.callbacks import CallbackRefused, build_policy
-from faashound.calls.model import INLINE_BYTES, QueueDamaged, QueueFull, QueueUnavailable
+from faashound.calls.model import INLINE_BYTES, Attempt, QueueDamaged, QueueFull, QueueUnavailable, State
 from faashound.calls.retries import AttemptOutcome, Dead, OutcomeKind, Progress, RetryPolicy, next_step
 from faashound.draining.caller import Caller, CallLimits
 from faashound.draining.connections import Connections
@@ -31,7 +31,7 @@ from faashound.draining.outcomes import REFUSED_TEXT, outcome_of_error
 from faashound.queues.spool.queue import Spool
 from faashound.watchdog import OutOfResources, PeerGone, Unreachable, UpstreamTimeout, parse_url
 from testkit.harness import free_port, run, wait_until
-from testkit.queue_kit import QUEUE, new_call
+from testkit.queue_kit import QUEUE, finish, inline, new_call
 from testkit.system import (
     NOTES_RUN,
     Received,
@@ -102,6 +102,34 @@ def test_call_that_kills_each_worker_ends_as_a_dead_letter_and_blocks_no_other()
         ended = system.ended(poison)
         assert (ended["state"], ended["attempts"]) == ("dead", 5)
         assert "the workers that ran it died" in ended["error"]
+
+
+def test_what_has_failed_more_often_than_is_allowed_by_now_is_tried_once_more(tmp_path: Path) -> None:
+    failed = Attempt(1.0, 2.0, 500, "status 500")
+
+    async def fail_often(callback_url: str) -> tuple[str, str]:
+        """A call that has failed six times, and one whose callback has."""
+        queue = await Spool.open(tmp_path / "spool")
+        owner = await queue.enlist()
+        owed = await queue.put(new_call("cat", callback_url=callback_url))
+        (lease,) = await queue.claim([QUEUE], owner, 60, 1)
+        await finish(queue, lease, State.DONE, None)
+        call = await queue.put(new_call("cat", body=inline(b"hello")))
+        for _ in range(6):
+            (lease,) = await queue.claim([QUEUE], owner, 60, 1)
+            await queue.retry(lease, attempt=failed, due_s=3.0)
+            (lease,) = await queue.claim_callbacks([QUEUE], owner, 60, 1)
+            await queue.callback_retry(lease, failed, due_s=3.0)
+        await queue.close()
+        return call.id, owed.id
+
+    with Receiver() as receiver:
+        call_id, owed_id = asyncio.run(fail_often(receiver.url()))
+        settings = {"max_retry_attempts": "1", "callback_retry_attempts": "1"}
+        with System(settings=settings, spool=tmp_path / "spool") as system:
+            status = system.ended(call_id)
+            assert (status["state"], status["attempts"]) == ("done", 7)
+            assert [got.headers["x-call-id"] for got in receiver.wait_for(1)] == [owed_id]
 
 
 def test_put_that_the_queue_does_not_take_is_503_in_bounded_time() -> None:
