@@ -68,7 +68,7 @@ import traceback
 import urllib.parse
 from bisect import bisect_left
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, aclosing, suppress
 from dataclasses import dataclass, field
 from enum import Enum
@@ -4706,7 +4706,7 @@ class Relative(NamedTuple):
 
     def is_alive(self) -> bool:
         """Tell whether it is still there, and no zombie."""
-        with suppress(ProcessLookupError, FileNotFoundError):
+        with suppress(*_UNREADABLE):
             fields = _read_stat(self.pid)
             return fields[19] == self.start and fields[0] not in (b"Z", b"X")
         return False
@@ -4722,21 +4722,28 @@ class Relative(NamedTuple):
         signal_if(self.pid, number, lambda _: self.is_alive())
 
 
+# A process has gone; or it is another user's, and /proc is mounted with hidepid (proc(5); systemd's ProtectProc=).
+_UNREADABLE = (ProcessLookupError, FileNotFoundError, PermissionError)
+
+
 def read_relative(pid: int) -> Relative | None:
-    """Return the process that has the number `pid` now; None if there is none."""
-    with suppress(ProcessLookupError, FileNotFoundError):
+    """Return the process that has the number `pid` now; None if there is none, or none that we may read."""
+    with suppress(*_UNREADABLE):
         return Relative(pid, _read_stat(pid)[19])
     return None
 
 
-def read_descendants(pids: Iterable[int]) -> list[Relative]:
+def read_descendants(pids: Collection[int]) -> list[Relative]:
     """Return what descends from `pids`, whatever session or group it has gone to; some ms for each, for a thread."""
     import psutil  # only here, and in the guard: most calls end by themselves
 
     found: list[Relative | None] = []
     for pid in pids:
         with suppress(psutil.NoSuchProcess):
-            found += [read_relative(each.pid) for each in psutil.Process(pid).children(recursive=True)]
+            try:
+                found += [read_relative(each.pid) for each in psutil.Process(pid).children(recursive=True)]
+            except psutil.AccessDenied:  # which it raises if there is any process that we may not read
+                return [each for each in read_family(pids) if each.pid not in pids]
     return [each for each in found if each is not None]
 
 
@@ -4747,7 +4754,7 @@ def read_family(pids: Iterable[int]) -> list[Relative]:
     """
     found, children = {}, defaultdict(list)
     for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
-        with suppress(ProcessLookupError, FileNotFoundError):
+        with suppress(*_UNREADABLE):
             fields = _read_stat(pid)
             found[pid] = Relative(pid, fields[19])
             children[int(fields[1])].append(found[pid])
@@ -4767,8 +4774,10 @@ def _read_stat(pid: int) -> list[bytes]:
 
 
 def _read_start(pid: int) -> float:
-    """Return when `pid` started, in seconds since boot, rounded down to the kernel's ticks."""
-    return int(_read_stat(pid)[19]) / _TICKS_PER_S
+    """Return when `pid` started, in seconds since boot, rounded down to the kernel's ticks; inf if it is hidden."""
+    with suppress(PermissionError):
+        return int(_read_stat(pid)[19]) / _TICKS_PER_S
+    return math.inf
 
 
 class LineSplitter:
@@ -6930,6 +6939,8 @@ def _is_left(pid: int, mark_prefix: bytes, sessions: frozenset[int]) -> bool:
         return _read_stat(pid)[0] != b"Z"
     except (ProcessLookupError, FileNotFoundError):
         return False
+    except PermissionError:  # hidden, see `_UNREADABLE`; perhaps we may signal it all the same
+        return True
 
 
 def open_descriptors() -> list[int]:
