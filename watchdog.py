@@ -1117,6 +1117,7 @@ Headers = Sequence[Header]
 # What repeats gives nothing back (`++`, `*+`): a run that can be divided in two ways costs the square of its length.
 _TEXT = r"[\x21-\x7e\x80-\xff]"
 _VALUE = rf"(?:{_TEXT}++(?:[ \t]++{_TEXT}++)*+)?"
+_FIELD_LINE = re.compile(rf"(?P<field_name>{h11._abnf.token}):[ \t]*+(?P<field_value>{_VALUE})[ \t]*+".encode())
 _TARGET = r"(?:/[\x21-\x7e]*|[Hh][Tt][Tt][Pp][Ss]?://[\x21-\x7e]+|(?<=^OPTIONS )\*)"
 
 
@@ -1133,9 +1134,7 @@ def _tighten_h11_grammar() -> None:
     readers.request_line_re = re.compile(
         rf"(?P<method>{token}) (?P<target>{_TARGET}) HTTP/(?P<http_version>1\.[01])".encode()
     )
-    readers.header_field_re = re.compile(
-        rf"(?P<field_name>{token}):[ \t]*+(?P<field_value>{_VALUE})[ \t]*+".encode("latin-1")
-    )
+    readers.header_field_re = _FIELD_LINE
     readers.chunk_header_re = re.compile(
         rb"(?P<chunk_size>[0-9A-Fa-f]{1,16})(?P<chunk_ext>[ \t]*+;[\t\x20-\x7e\x80-\xff]*+)?[ \t]*+\r\n"
     )
@@ -1305,19 +1304,11 @@ class Body:
 
     `length` is what Content-Length announced, None for a chunked or close-delimited body.  The consumer must either
     iterate to the end or leave it; `on_drained` is called when the consumer has taken what was waiting, so that
-    the driver can read on.  Raises what the driver passed to `fail` (PeerGone, ReadTimeout, BodyTooLarge).
+    the driver can read on.  Raises what the driver passed to `fail`: PeerGone, UpstreamTimeout, BadRequest, or why the
+    body that was sent in exchange for it could not be had.
     """
 
-    __slots__ = (
-        "_chunks",
-        "_error",
-        "_on_abandoned",
-        "_on_drained",
-        "_waiter",
-        "buffered_bytes",
-        "complete",
-        "length",
-    )
+    __slots__ = ("_chunks", "_error", "_on_abandoned", "_on_drained", "_waiter", "buffered_bytes", "complete", "length")
 
     def __init__(
         self, length: int | None, on_drained: Callable[[], None], on_abandoned: Callable[[], None] | None = None
@@ -1512,15 +1503,6 @@ def build_lines(headers: Sequence[Header]) -> bytes:
 # Not isinstance, here and below: h11's events have an abstract base, which makes that slow.
 
 
-def _wire_event(event: object) -> bytes | WireEvent:
-    """Return what an event of h11 that is no head stands for."""
-    if event is h11.NEED_DATA:
-        return WireEvent.NEED_DATA
-    if type(event) is h11.EndOfMessage:
-        return WireEvent.END
-    return WireEvent.PAUSED if event is h11.PAUSED else WireEvent.CLOSED
-
-
 def _fields(event: h11.Request | h11.Response) -> list[Header]:
     """Return the header fields of a head; to iterate over h11's own object is ten times slower."""
     return [(name, value) for _, name, value in event.headers._full_items]
@@ -1535,7 +1517,6 @@ class PlainHead(NamedTuple):
     size: int
 
 
-_FIELD_LINE = re.compile(rf"({h11._abnf.token}):[ \t]*+({_VALUE})[ \t]*+".encode("latin-1"))
 _LENGTH = re.compile(rb"[0-9]{1,18}")
 _NOT_PLAIN = frozenset((b"connection", b"expect", b"transfer-encoding", b"upgrade"))
 
@@ -1616,10 +1597,6 @@ class ContentLengthReader:
         told, self._end_told = self._end_told, True
         return WireEvent.PAUSED if told else WireEvent.END
 
-    def weigh(self, data: bytes) -> bytes:
-        """Return `data`, a piece that h11 read."""
-        return data
-
 
 class ChunkedReader:
     """Reads any other incoming body: h11 does, and what it spends on framing is weighed against its data.
@@ -1674,10 +1651,6 @@ class SwitchedReader:
         taken, self._waiting = self._waiting, b""
         return taken or (WireEvent.END if self.complete else WireEvent.NEED_DATA)
 
-    def weigh(self, data: bytes) -> bytes:
-        """Return `data`; h11 reads no piece of it."""
-        return data
-
 
 def body_reader(conn: h11.Connection) -> ContentLengthReader | ChunkedReader:
     """Return what reads the body of a message whose head h11 has just parsed."""
@@ -1688,25 +1661,6 @@ def body_reader(conn: h11.Connection) -> ContentLengthReader | ChunkedReader:
     return ChunkedReader(conn)  # chunked; or h11 has yet to learn, by a first byte, that the peer waits no more
 
 
-class LeadingLine:
-    """Drops one empty line before a request line (RFC 9112 2.2), however it is cut into packets."""
-
-    def __init__(self) -> None:
-        self._held = b""
-        self._passed = False
-
-    def strip(self, data: bytes) -> bytes:
-        """Return what h11 may see of the next bytes: it takes an empty line for a whole head."""
-        if self._passed:
-            return data
-        data = self._held + data
-        if data == b"\r":
-            self._held = data
-            return b""
-        self._passed = True
-        return data.removeprefix(b"\r\n")
-
-
 class Wire:
     """What the two sides of a connection share: an h11 for the present exchange, and what reads the incoming body.
 
@@ -1714,19 +1668,17 @@ class Wire:
     head it is not even shown, unless something comes of the exchange that is not plain: until then it is as new.
     """
 
-    def __init__(self, role: type[h11.CLIENT] | type[h11.SERVER]) -> None:
-        self._role = role
-        self._unshown: bytes | None = None  # the plain head that h11 has not seen
-        self._head: PlainHead | None = None  # ... until it is taken
-        self._renew()
+    _role: ClassVar[type[h11.CLIENT] | type[h11.SERVER]]
 
-    def _renew(self) -> None:
-        self._conn = h11.Connection(self._role, max_incomplete_event_size=MAX_HEAD_BYTES)
+    def __init__(self) -> None:
+        self._unshown: bytes | None = None  # the plain head that h11 has not seen
+        self._begin_anew()
 
     def _begin_anew(self) -> None:
         if self._unshown is None:
-            self._renew()
-        self._unshown = self._head = None
+            self._conn = h11.Connection(self._role, max_incomplete_event_size=MAX_HEAD_BYTES)
+        self._unshown = None
+        self._head: PlainHead | None = None  # a plain one until it is taken
         self._body: ContentLengthReader | ChunkedReader | SwitchedReader | None = None
 
     def _take_plain(self, head: PlainHead, data: bytes) -> bool:
@@ -1760,9 +1712,14 @@ class Wire:
         return WireEvent.NEED_DATA if known is None and self._unshown is not None else known
 
     def _message_event(self, event: object) -> bytes | WireEvent:
-        if type(event) is h11.Data and self._body is not None:
-            return self._body.weigh(bytes(event.data))
-        return _wire_event(event)
+        """Return what an event of h11 that is no head stands for."""
+        if type(event) is h11.Data:  # of the other bodies it has none
+            return cast(ChunkedReader, self._body).weigh(bytes(event.data))
+        if event is h11.NEED_DATA:
+            return WireEvent.NEED_DATA
+        if type(event) is h11.EndOfMessage:
+            return WireEvent.END
+        return WireEvent.PAUSED if event is h11.PAUSED else WireEvent.CLOSED
 
     def _settle(self) -> None:
         """Have h11 know that the incoming message is complete, if it is."""
@@ -1771,12 +1728,12 @@ class Wire:
             self._conn.next_event()
 
     def build_chunk(self, data: bytes) -> bytes:
-        """Return the bytes of one piece of our message's body; after a 101 they are `data` itself."""
-        return data if self.is_switched else self._sent(h11.Data(data=data))
+        """Return the bytes of one piece of our message's body."""
+        return self._sent(h11.Data(data=data))
 
     def end(self) -> bytes:
         """Return the bytes that end our message."""
-        return b"" if self.is_switched else self._sent(h11.EndOfMessage())
+        return self._sent(h11.EndOfMessage())
 
     def _sent(self, event: h11.Event) -> bytes:
         return self._conn.send(event) or b""
@@ -1798,15 +1755,13 @@ class ServerWire(Wire):
     After BadRequest was raised only `build_head` and `end` may follow, then the connection must be closed.
     """
 
-    def __init__(self) -> None:
-        super().__init__(h11.SERVER)
-        self.head_request = False
-        self._is_plain = False  # the request leaves h11 nothing to decide about the connection
-        self._begin_anew()
+    _role = h11.SERVER
+    head_request = False
+    _is_plain = False  # the request leaves h11 nothing to decide about the connection
 
     def _begin_anew(self) -> None:
         super()._begin_anew()
-        self._lead = LeadingLine()
+        self._lead: bytes | None = b""  # what has come of an empty line before the request; None: it is passed
         self._is_answered = False  # by `build_whole`, of which h11 does not know
 
     @property
@@ -1822,11 +1777,21 @@ class ServerWire(Wire):
     def feed(self, data: bytes) -> None:
         """Take bytes from the peer; b"" is its end of stream."""
         if data:
-            data = self._lead.strip(data)
+            data = self._behind_empty_line(data)
             if not data or (not self.started and self._feed_plain(data)):
                 return
         if self._conn.their_state is not h11.MUST_CLOSE:  # else it asked to close, and what follows is void
             super().feed(data)
+
+    def _behind_empty_line(self, data: bytes) -> bytes:
+        """Return what h11, which takes an empty line for a whole head, may see of the next bytes of a request."""
+        if self._lead is not None:
+            data, self._lead = self._lead + data, None
+            if data == b"\r":
+                self._lead = data
+                return b""
+            data = data.removeprefix(b"\r\n")
+        return data
 
     def _feed_plain(self, data: bytes) -> bool:
         head = parse_plain_head(data, _REQUEST_LINE)
@@ -2025,10 +1990,8 @@ def _asked(method: bytes) -> h11.Request:
 class ClientWire(Wire):
     """The client's side of one connection: build requests, feed bytes, take events."""
 
-    def __init__(self) -> None:
-        super().__init__(h11.CLIENT)
-        self._cut = False
-        self._begin_anew()
+    _role = h11.CLIENT
+    _cut = False
 
     def _begin_anew(self) -> None:
         super()._begin_anew()
