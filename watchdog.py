@@ -82,6 +82,7 @@ if TYPE_CHECKING:
     from prometheus_client import Metric
 
 VERSION = "0.1.0"
+T = TypeVar("T")
 
 # ---------------------------------------------------------------------------------------------------------------
 # Limits, each with its reason.
@@ -118,9 +119,7 @@ SERVER_WAIT_S = 30.0  # for a server that is down, of a call that has no limit o
 SERVER_KEPT_S = 0.5  # an idle connection to it: one that serves a single connection at a time is soon free for others
 SERVER_PORTS = range(20000, 32768)  # of those that are chosen: connections get theirs above (ip(7))
 PORT_TRIES_COUNT = 100
-SERVER_GRACE_S = (
-    2.0  # between SIGTERM and SIGKILL for a server, unless term_grace says another; Docker waits 10 s in all
-)
+SERVER_GRACE_S = 2.0  # between SIGTERM and SIGKILL for a server without a term_grace; Docker waits 10 s in all
 BAD_SETTINGS_STATUS = 2  # our programs' exit status for settings that no restart will mend
 LINGER_S = 2.0  # after a refusal: how long the client may go on sending before the connection is cut
 LINGER_BYTES = 1 << 24  # ... and how much
@@ -440,15 +439,12 @@ def settings_table(kind: type) -> dict[str, Setting]:
     return {name: rows[name] for base in kind.__mro__ for name in vars(base).get("__annotations__", ()) if name in rows}
 
 
-S = TypeVar("S")
-
-
 def setting_names(kind: type) -> frozenset[str]:
     """Return every name and alias by which a setting of `kind` can be given."""
     return frozenset(name for row in settings_table(kind).values() for name in (row.name, row.alias) if name)
 
 
-def parse_settings(kind: type[S], environ: Mapping[str, str]) -> S:
+def parse_settings(kind: type[T], environ: Mapping[str, str]) -> T:
     """Return `kind`, a settings dataclass, filled from `environ`.
 
     If `kind` has a method `conflicts() -> Iterable[str]`, it tells what contradicts what.
@@ -959,11 +955,7 @@ class SharedCounters:
     """
 
     def __init__(self, workers_count: int) -> None:
-        self._memory = mmap.mmap(-1, COUNTERS_BYTES * workers_count)
-        self._regions = [
-            memoryview(self._memory)[start : start + COUNTERS_BYTES]
-            for start in range(0, COUNTERS_BYTES * workers_count, COUNTERS_BYTES)
-        ]
+        self._regions = [memoryview(mmap.mmap(-1, COUNTERS_BYTES)) for _ in range(workers_count)]
         self._scratch = memoryview(bytearray(8 * 64)).cast("d")
 
     def values(self, index: int, key: str, size: int) -> memoryview[float]:
@@ -1389,10 +1381,7 @@ class Body:
         return b"".join(parts)
 
 
-B = TypeVar("B")
-
-
-def body_if_complete(body: B) -> B | bytes:
+def body_if_complete(body: T) -> T | bytes:
     """Return a body that has come whole already as its bytes: they go out with the head, in one write."""
     return (body.take() or b"") if isinstance(body, Body) and body.complete else body
 
@@ -1456,7 +1445,7 @@ class Response:
     """
 
     status: int
-    headers: Sequence[Header] = ()
+    headers: Headers = ()
     body: bytes | Stream | FileBody = b""
     length: int | None = None
     write_timeout_s: float | None = None
@@ -1490,7 +1479,7 @@ def _sendable_name(name: bytes) -> bytes:
     return name
 
 
-def build_lines(headers: Sequence[Header]) -> bytes:
+def build_lines(headers: Headers) -> bytes:
     """Return the lines of a head; raises h11.LocalProtocolError for what h11 would not send, and for framing fields."""
     lines = []
     for name, value in headers:
@@ -1867,7 +1856,7 @@ class ServerWire(Wire):
         # not in (DONE, MUST_CLOSE): after a request with Upgrade h11 waits for our answer in a state of its own
         return self._conn.their_state not in (h11.IDLE, h11.SEND_BODY, h11.ERROR)
 
-    def build_head(self, status: int, headers: Sequence[Header], length: int | None, close: bool) -> bytes:
+    def build_head(self, status: int, headers: Headers, length: int | None, close: bool) -> bytes:
         """Return the bytes of a response's head.  `length` None: chunked, or until close for HTTP/1.0."""
         self._settle()
         fields = list(headers)
@@ -1877,7 +1866,7 @@ class ServerWire(Wire):
             fields.append((b"Connection", b"close"))
         return self._sent(h11.Response(status_code=status, headers=fields, reason=_REASONS.get(status, b"")))
 
-    def build_whole(self, status: int, headers: Sequence[Header], body: bytes, length: int, close: bool) -> bytes:
+    def build_whole(self, status: int, headers: Headers, body: bytes, length: int, close: bool) -> bytes:
         """Return the bytes of a whole response, head to end; `length` is what the answer to a GET would have.
 
         The plainest exchange, which is nearly every one, has nothing left for h11 to decide: a request of HTTP/1.1 with
@@ -1892,7 +1881,7 @@ class ServerWire(Wire):
         self._is_answered = True
         return head + body
 
-    def build_switch(self, headers: Sequence[Header]) -> bytes:
+    def build_switch(self, headers: Headers) -> bytes:
         """Return the bytes of a 101; from then on both sides carry the other protocol.  `headers` has Upgrade."""
         fields = [*headers, (b"Connection", b"Upgrade")]
         head = self._sent(h11.InformationalResponse(status_code=101, headers=fields, reason=b"Switching Protocols"))
@@ -1999,9 +1988,7 @@ class ClientWire(Wire):
         self._method: bytes | None = None  # of a request of which h11 has not been told
         self._protocols: frozenset[bytes] = frozenset()  # that were asked for
 
-    def build_whole(
-        self, method: bytes, target: bytes, headers: Sequence[Header], body: bytes, length: int | None
-    ) -> bytes:
+    def build_whole(self, method: bytes, target: bytes, headers: Headers, body: bytes, length: int | None) -> bytes:
         """Return the bytes of a whole request; `headers` has Host, but not the Content-Length that `length` is put in.
 
         Nothing is left for h11 to decide but how the answer is framed, so it is only told that it has been asked, and
@@ -2014,7 +2001,7 @@ class ClientWire(Wire):
         framing = b"" if length is None else b"Content-Length: %d\r\n" % length
         return b"%b %b HTTP/1.1\r\n%b%b\r\n%b" % (method, target, build_lines(headers), framing, body)
 
-    def build_head(self, method: bytes, target: bytes, headers: Sequence[Header]) -> bytes:
+    def build_head(self, method: bytes, target: bytes, headers: Headers) -> bytes:
         """Return the bytes of a request's head; `headers` has Host and the framing field, or Upgrade."""
         return self._sent(h11.Request(method=method, target=target, headers=list(headers)))
 
@@ -2262,9 +2249,6 @@ def tcp_progress(sock: socket.socket) -> tuple[bool, int]:
     return state == _TCP_ESTABLISHED, confirmed_bytes
 
 
-T = TypeVar("T")
-
-
 async def in_thread(function: Callable[..., T], *args: object) -> T:
     """Return what `function` returns in a thread.  If cancelled, wait for its end: what it uses is closed next."""
     work = asyncio.get_running_loop().run_in_executor(None, function, *args)
@@ -2367,13 +2351,7 @@ class EpollSet:
 
 def build_date(epoch_s: int) -> bytes:
     """Return an IMF-fixdate (RFC 9110 5.6.7)."""
-    year, month, day, hour, minute, second, weekday = time.gmtime(epoch_s)[:7]
-    text = f"{_DAYS[weekday]}, {day:02d} {_MONTHS[month - 1]} {year} {hour:02d}:{minute:02d}:{second:02d} GMT"
-    return text.encode()
-
-
-_DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
-_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+    return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(epoch_s)).encode()  # nothing sets a locale
 
 
 class ConnectionLimits(NamedTuple):
@@ -3272,15 +3250,9 @@ class Client:
     Raises Unreachable, UpstreamTimeout or PeerGone.  Obligation: `close` at the end.
     """
 
-    def __init__(
-        self,
-        resolve: Resolver = resolve_any,
-        connect_timeout_s: float = CONNECT_TIMEOUT_S,
-        kept_s: float = KEPT_S,
-    ) -> None:
+    def __init__(self, resolve: Resolver = resolve_any, kept_s: float = KEPT_S) -> None:
         self.kept_s = kept_s
         self._resolve = resolve
-        self._connect_timeout_s = connect_timeout_s
         self._idle: dict[tuple[str, str, int], list[ClientConnection]] = {}
         self._tls: ssl.SSLContext | None = None
 
@@ -3288,7 +3260,7 @@ class Client:
         self,
         method: str,
         url: Url,
-        headers: Sequence[Header] = (),
+        headers: Headers = (),
         body: SentBody = b"",
         length: int | None = None,
         deadline_s: float | None = None,
@@ -3338,14 +3310,14 @@ class Client:
 
     async def _connect(self, url: Url, deadline_s: float | None) -> ClientConnection:
         loop = asyncio.get_running_loop()
-        limit_s = loop.time() + self._connect_timeout_s
+        limit_s = loop.time() + CONNECT_TIMEOUT_S
         try:
             async with asyncio.timeout_at(limit_s if deadline_s is None else min(limit_s, deadline_s)):
                 return await self._connect_any(url)
         except TimeoutError:
             if deadline_s is not None and deadline_s <= limit_s:
                 raise UpstreamTimeout(f"no connection to {url.authority} before the deadline") from None
-            timeout = format_duration(self._connect_timeout_s)
+            timeout = format_duration(CONNECT_TIMEOUT_S)
             raise Unreachable(f"no connection to {url.authority} within {timeout}") from None
 
     async def _connect_any(self, url: Url) -> ClientConnection:
@@ -3362,7 +3334,8 @@ class Client:
                 break
             try:
                 if url.scheme == "https":
-                    await connection.start_tls(self._tls_context(), url.host)
+                    self._tls = self._tls or ssl.create_default_context()
+                    await connection.start_tls(self._tls, url.host)
                 return connection
             except OSError as error:
                 reasons.append(f"{address[1]}: {error}")
@@ -3418,11 +3391,6 @@ class Client:
                 raise OutOfResources(f"cannot connect to {host}: {os.strerror(error.errno)}") from None
             silence = f"no answer within {format_duration(ATTEMPT_TIMEOUT_S)}"
             raise OSError(f"{host}: {os.strerror(error.errno) if error.errno else silence}") from None
-
-    def _tls_context(self) -> ssl.SSLContext:
-        if self._tls is None:
-            self._tls = ssl.create_default_context()
-        return self._tls
 
     def keep(self, connection: ClientConnection, url: Url) -> None:
         """Connection: it is idle and may carry another request."""
@@ -3619,13 +3587,7 @@ class ClientConnection(Connection):
         return self._sender is not None
 
     async def exchange(
-        self,
-        method: str,
-        url: Url,
-        headers: Sequence[Header],
-        body: SentBody,
-        length: int | None,
-        deadline_s: float | None,
+        self, method: str, url: Url, headers: Headers, body: SentBody, length: int | None, deadline_s: float | None
     ) -> ClientResponse:
         """Send a request and wait for the response's head; see `Client.request`."""
         self._url, self.silent, self._puts_count = url, True, 0
@@ -3645,7 +3607,7 @@ class ClientConnection(Connection):
                 self.abort()
             raise
 
-    def _start(self, method: str, url: Url, headers: Sequence[Header], body: SentBody, length: int | None) -> None:
+    def _start(self, method: str, url: Url, headers: Headers, body: SentBody, length: int | None) -> None:
         has_host = headers and headers[0][0].lower() == b"host"
         fields = [*headers] if has_host else [(b"Host", url.authority.encode()), *headers]
         if isinstance(body, Upgrade):
@@ -3657,22 +3619,16 @@ class ClientConnection(Connection):
         if known is None or known > MAX_HEAD_BYTES:
             self._stalls_expected = True  # a function may begin to read it whenever it likes
             expect_stalls(self._socket, True)
-        unsaid = known == 0 and method in ("GET", "HEAD", "DELETE", "OPTIONS")
-        target = url.target.encode()
-        if isinstance(body, bytes) and len(body) == known:
-            told = None if unsaid else known
-            self._put(self._wire.build_whole(method.encode(), target, fields, body, told))
+        told = None if known == 0 and method in ("GET", "HEAD", "DELETE", "OPTIONS") else known
+        if isinstance(body, bytes):
+            self._put(self._wire.build_whole(method.encode(), url.target.encode(), fields, body, told))
             return
         if known is None:
             fields.append((b"Transfer-Encoding", b"chunked"))
-        elif not unsaid:
-            fields.append((b"Content-Length", b"%d" % known))
-        head = self._wire.build_head(method.encode(), target, fields)
-        if isinstance(body, bytes):
-            self._put(head + (self._wire.build_chunk(body) if body else b"") + self._wire.end())
-        else:
-            self._put(head)
-            self._sender = self._loop.create_task(self._send_body(body))
+        elif told is not None:
+            fields.append((b"Content-Length", b"%d" % told))
+        self._put(self._wire.build_head(method.encode(), url.target.encode(), fields))
+        self._sender = self._loop.create_task(self._send_body(body))
 
     def send_switched(self, body: Body, stall_s: float) -> asyncio.Task[None]:
         """After a 101: see `ClientResponse.send`."""
@@ -3818,12 +3774,11 @@ class ClientConnection(Connection):
             expect_stalls(self._socket, False)
         self._confirmed_bytes = self._sent_bytes
         if once or not self._is_counted or self._socket.family is socket.AF_UNIX:
-            sent_bytes = self._sent_bytes
-            is_established, self._confirmed_bytes = tcp_progress(self._socket)
+            is_established, confirmed_bytes = tcp_progress(self._socket)
+            if self._socket.family is not socket.AF_UNIX:
+                self._confirmed_bytes = confirmed_bytes
             if not is_established:
                 self.abort()
-            if self._socket.family is socket.AF_UNIX:
-                self._confirmed_bytes = sent_bytes
             return is_established
         return True
 
@@ -3843,7 +3798,7 @@ def sent_body(request: Request) -> SentBody:
     return body_if_complete(request.body) if protocols is None else Upgrade(protocols)
 
 
-def relayed(response: ClientResponse, headers: Sequence[Header], body: Stream, idle_s: float) -> Response:
+def relayed(response: ClientResponse, headers: Headers, body: Stream, idle_s: float) -> Response:
     """Return an answer as it is passed on while it comes, with `headers`; of a 101 both directions; see `Switch`."""
     if response.status != 101:
         return Response(response.status, headers, body, response.body.length, is_live=True)
@@ -6095,7 +6050,7 @@ class ServerFailure(FaashoundError):
     """With mode=http: no answer of the server's.  The field tells a worker so (its value is of-watchdog's)."""
 
     status = 502
-    headers: Sequence[Header] = ((b"X-OpenFaaS-Internal", b"of-watchdog"),)
+    headers: Headers = ((b"X-OpenFaaS-Internal", b"of-watchdog"),)
 
 
 class ServerDown(ServerFailure):
@@ -6601,7 +6556,7 @@ MODES: Mapping[str, Callable[[Settings, ModeParts], Mode]] = {
 }
 
 
-def output_response(status: int, headers: Sequence[Header], prefix: bytes, output: Output, offset: int = 0) -> Response:
+def output_response(status: int, headers: Headers, prefix: bytes, output: Output, offset: int = 0) -> Response:
     """Return a response of `prefix` and a process's output after `offset`, from memory or from its file."""
     if output.file is None:
         body = output.in_memory()[offset:] if offset else output.in_memory()
@@ -6697,7 +6652,7 @@ class CallLog:
             fields["call_id"] = self._call_id
         log.info(self._prefix + text, **fields)
 
-    def _headers(self, direction: str, headers: Sequence[Header]) -> None:
+    def _headers(self, direction: str, headers: Headers) -> None:
         for name, value in headers:
             shown = "(hidden)" if is_secret_field(name.lower()) else value.decode("latin-1")
             log.info(f"{self._prefix}[{direction}] {canonical_name(name).decode()}={shown}")
@@ -7539,7 +7494,7 @@ def log_origin(environ: Mapping[str, str]) -> str | None:
     return f"{name}.{namespace}" if name and namespace not in (None, "", "openfaas-fn") else name
 
 
-def load_settings(kind: type[S], environ: Mapping[str, str]) -> S | None:
+def load_settings(kind: type[T], environ: Mapping[str, str]) -> T | None:
     """Return the settings, with the log set up and a warning for each look-alike; None, and a message, if bad."""
     try:
         settings = parse_settings(kind, environ)
