@@ -3882,8 +3882,6 @@ async def marshalled(headers: Headers, body: AsyncIterator[bytes]) -> AsyncItera
 class BadOutputHead(FaashoundError):
     """With cgi_response: an output that does not begin with header fields and an empty line; the text says why."""
 
-    status = 500
-
     def __init__(self, problem: str) -> None:
         super().__init__(f"the function's output has no valid head (cgi_response): {problem}")
 
@@ -4018,19 +4016,13 @@ def next_state(state: ProcessState, event: ProcessEvent) -> ProcessState:
 class StartFailed(FaashoundError):
     """The process could not be started; the text says why."""
 
-    status = 500
-
 
 class ProcessFailed(FaashoundError):
     """The process ended badly after its answer had begun; the text says how."""
 
-    status = 500
-
 
 class OutputLost(FaashoundError):
     """The disk did not take what the process wrote, or what it is to be sent."""
-
-    status = 500
 
 
 class FactsTooLarge(FaashoundError):
@@ -4108,7 +4100,6 @@ def find_program(name: str, path: str | None) -> str:
 class ProcessResult(NamedTuple):
     """How a call ended: `status` is the wait status of its process, `output` what it wrote (and `stderr` if joined)."""
 
-    pid: int
     status: int
     output: Output
     duration_s: float
@@ -4177,9 +4168,8 @@ class Output:
 
     def in_memory(self) -> bytes:
         """Return the whole output; only when it has not spilled."""
-        if len(self._parts) > 1:
-            self._parts = [b"".join(self._parts)]
-        return self._parts[0] if self._parts else b""
+        self._parts = [b"".join(self._parts)]  # of a single one that is this one itself
+        return self._parts[0]
 
     def close(self) -> None:
         """Give the memory and the file back."""
@@ -4359,6 +4349,7 @@ class CallTable:
         """A root has got its request: from now on what it starts is a call's.  `was_idle`: nothing is being killed."""
         if was_idle and not self._begun_count:
             self._busy_since_s = process.started_s
+        process.begun = True
         self._begun_count += 1
 
     def end(self, process: Root) -> None:
@@ -4460,8 +4451,9 @@ class Sweeper:
             family += await self._loop.run_in_executor(None, read_descendants, [process.pid, *adopted])
         self.reaper.signal_group(process, signal.SIGTERM)  # not before: what exits leaves its children to us
         for each in family:
-            if not each.is_in_group(process.pid):
-                each.signal(signal.SIGTERM)
+            with suppress(ProcessLookupError):
+                if os.getpgid(each.pid) != process.pid:
+                    each.signal(signal.SIGTERM)
         pause_s = SWEEP_PAUSE_S
         while time.monotonic() < until_s and (not process.exited.done() or any(each.is_alive() for each in family)):
             await asyncio.sleep(pause_s)
@@ -4629,12 +4621,6 @@ class Relative(NamedTuple):
             return fields[19] == self.start and fields[0] not in (b"Z", b"X")
         return False
 
-    def is_in_group(self, group: int) -> bool:
-        """Tell whether it is in a process group."""
-        with suppress(ProcessLookupError):
-            return os.getpgid(self.pid) == group
-        return False
-
     def signal(self, number: signal.Signals) -> None:
         """Signal it, if it is still there."""
         signal_if(self.pid, number, lambda _: self.is_alive())
@@ -4714,19 +4700,17 @@ class LineSplitter:
 
     def emit(self, limit_count: int) -> bool:
         """Hand on up to `limit_count` lines; tell whether there are more."""
-        start = 0
+        start, has_more = 0, True
         for _ in range(limit_count):
             end = self._buffer.find(b"\n", start, start + MAX_LOG_LINE_BYTES + 1)
             if end < 0 and len(self._buffer) - start <= MAX_LOG_LINE_BYTES:
+                has_more = False
                 break
             stop = start + MAX_LOG_LINE_BYTES if end < 0 else end
             self.on_line(self._buffer[start:stop].decode(errors="backslashreplace"))
             start = stop if end < 0 else end + 1
-        else:
-            self._buffer = self._buffer[start:]
-            return True
         self._buffer = self._buffer[start:]
-        return False
+        return has_more
 
     def finish(self) -> None:
         """Hand on what is left, the line without an end too; of a flood only its beginning."""
@@ -5102,7 +5086,6 @@ class ServerProcess(Root):
 
     def __init__(self, sweeper: Sweeper, birth: Birth, on_stdout: Callable[[str], None]) -> None:
         super().__init__(sweeper, birth)
-        self.begun = True
         sweeper.begin(self)
         ready, pipes = sweeper.reaper.ready, birth.pipes
         self._stdin = pipes.stdin
@@ -5124,7 +5107,7 @@ class Process(Root):
     """One process of the function, for one request.
 
     It decides, by TRANSITIONS, when a call has its answer; its three streams move the bytes, the sweeper kills.
-    Made by `Spawner.spawn`; then `run` exactly once, or `discard`: they close what it holds.
+    Made by `Spawner.spawn`; then `begin` and `end`, exactly once, or `discard`: they close what it holds.
     """
 
     def __init__(self, sweeper: Sweeper, birth: Birth, term_grace_s: float, stdout_kind: type[Stdout]) -> None:
@@ -5142,14 +5125,8 @@ class Process(Root):
         self.stdout = stdout_kind(ready, pipes.stdout, self._on_eof, self._on_output_lost)
         self.stderr = Stderr(ready, pipes.stderr, birth.on_stderr) if birth.on_stderr is not None else None
 
-    async def run(self, body: AsyncIterator[bytes], deadline_s: float | None) -> ProcessResult:
-        """`begin`, and wait for the `end`."""
-        self.begin(body, deadline_s)
-        return await self.end()
-
     def begin(self, body: AsyncIterator[bytes], deadline_s: float | None) -> None:
         """Feed `body` to the process, and collect its output.  `deadline_s` is monotonic.  Obligation: `end`."""
-        self.begun = True
         self._clock_s = time.perf_counter()
         self._sweeper.begin(self)
         if deadline_s is not None:
@@ -5177,17 +5154,17 @@ class Process(Root):
             self.stdout.drop()
             await self._killed(killed_wait_s)
             raise self._error
-        return ProcessResult(self.pid, self._status, self.stdout.output, time.perf_counter() - self._clock_s)
+        return ProcessResult(self._status, self.stdout.output, time.perf_counter() - self._clock_s)
 
     def abandon(self, error: FaashoundError | None = None) -> None:
-        """Kill the tree unless the answer is decided already; `run` raises `error`."""
+        """Kill the tree unless the answer is decided already; `end` raises `error`."""
         if self.state in (ProcessState.RUNNING, ProcessState.CLOSED):
             self._error = error
         self._drain_if_exited()
         self._happens(ProcessEvent.ABANDON)
 
     def discard(self) -> None:
-        """End a process that serves no request, instead of `run`."""
+        """End a process that serves no request, instead of `begin` and `end`."""
         self.abandon()
         self.stdout.drop()
         self._close()
@@ -5866,9 +5843,7 @@ class Serializing(Mode):
 
     async def answer(self, request: Request, call: CallLog) -> Response:
         """Return what the process wrote, and what its exit status makes of it."""
-        return self._ended(request, call, await self._begin(request, call).end())
-
-    def _ended(self, request: Request, call: CallLog, result: ProcessResult) -> Response:
+        result = await self._begin(request, call).end()
         response = self._response(request, call, result)
         call.ended(response, result)
         return response
@@ -6398,19 +6373,15 @@ class Static(Mode):
         """Return a file, a part of it, or what the conditions of the request make of that."""
         call.begins()
         found = await in_thread(self._find, request.decoded_path())
-        if found is None:
-            return self._moved(request, call)
-        response = file_response(request, found)
+        response = self._moved(request) if found is None else file_response(request, found)
         call.sent(response, len(response.body) if isinstance(response.body, bytes) else response.length or 0)
         return response
 
     @staticmethod
-    def _moved(request: Request, call: CallLog) -> Response:
+    def _moved(request: Request) -> Response:
         """Lead to the same directory with a slash behind it: links in its page count from there."""
         place = b"./" + request.path.rpartition(b"/")[2] + b"/" + (b"?" + request.query if request.query else b"")
-        response = Response(301, ((b"Location", place), TEXT_PLAIN), b"moved: a directory's path ends with /\n")
-        call.sent(response, len(response.body) if isinstance(response.body, bytes) else 0)
-        return response
+        return Response(301, ((b"Location", place), TEXT_PLAIN), b"moved: a directory's path ends with /\n")
 
     def _find(self, path: bytes) -> ServedFile | None:
         """Return the file at `path`, or the page of a directory; None if the path of one lacks its slash."""
@@ -6476,7 +6447,8 @@ def file_response(request: Request, found: ServedFile) -> Response:
         found.file.close()
         return Response(status, headers)
     part = None
-    if request.method == "GET" and is_range_wanted(request, found):
+    # If-Range, if given, has to mean this very state of the file (RFC 9110 13.1.5).
+    if request.method == "GET" and request.header(b"if-range") in (None, found.etag, modified):
         part = parse_range(request.header(b"range") or b"", found.size)
     if part is None:
         return Response(200, [*headers, (b"Content-Type", found.kind)], FileBody(b"", found.file), found.size)
@@ -6521,14 +6493,6 @@ def is_older(date: bytes | None, found: ServedFile) -> bool | None:
         return None
 
 
-def is_range_wanted(request: Request, found: ServedFile) -> bool:
-    """Tell whether a Range counts: If-Range, if given, has to mean this very state of the file (RFC 9110 13.1.5)."""
-    condition = request.header(b"if-range")
-    if condition is None or condition == found.etag:
-        return True
-    return condition == build_date(found.modified_s)
-
-
 _RANGE = re.compile(rb"bytes=[ \t]*(?:([0-9]{1,18})-([0-9]{0,18})|-([0-9]{1,18}))[ \t]*", re.IGNORECASE)
 
 
@@ -6559,8 +6523,7 @@ MODES: Mapping[str, Callable[[Settings, ModeParts], Mode]] = {
 def output_response(status: int, headers: Headers, prefix: bytes, output: Output, offset: int = 0) -> Response:
     """Return a response of `prefix` and a process's output after `offset`, from memory or from its file."""
     if output.file is None:
-        body = output.in_memory()[offset:] if offset else output.in_memory()
-        return Response(status, headers, prefix + body if prefix else body)
+        return Response(status, headers, prefix + output.in_memory()[offset:])
     length = len(prefix) + output.bytes_count - offset
     return Response(status, headers, FileBody(prefix, output.file, offset), length)
 
@@ -6893,15 +6856,6 @@ class Signals:
         self.first.set()
         self.second.set()
 
-    async def wait(self, seconds: float) -> bool:
-        """Wait `seconds`; True if the second signal came meanwhile."""
-        try:
-            async with asyncio.timeout(seconds):
-                await self.second.wait()
-        except TimeoutError:
-            return False
-        return True
-
 
 LIFELINE_FD = "FAASHOUND_LIFELINE_FD"  # the variable that has the number of the parent-death pipe
 
@@ -6943,13 +6897,6 @@ _SYSTEMD_ONLY = ("LISTEN_", "NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "C
 _TOLD_FUNCTIONS = frozenset(("read_timeout", "write_timeout", "exec_timeout", "healthcheck_interval"))
 
 
-def is_ours_alone(name: str) -> bool:
-    """Tell whether a variable of the watchdog's environment is none of its functions' business."""
-    if name.startswith((OUR_PREFIX, *_SYSTEMD_ONLY)):
-        return True
-    return name in setting_names(Settings) and name not in _TOLD_FUNCTIONS
-
-
 def function_environment(environ: Mapping[str, str], user: Identity | None = None) -> dict[bytes, bytes]:
     """Return the environment that functions start from: ours without what was meant for us alone, and what is theirs.
 
@@ -6959,20 +6906,17 @@ def function_environment(environ: Mapping[str, str], user: Identity | None = Non
     """
     with open("/proc/self/environ", "rb") as file:
         coerced = "LC_CTYPE" in os.environ and not re.search(rb"(?:^|\0)LC_CTYPE=", file.read())
-    inherited = {
-        name: value
-        for name, value in environ.items()
-        if not is_ours_alone(name) and not (coerced and name == "LC_CTYPE")
-    }
+    left_out = setting_names(Settings) - _TOLD_FUNCTIONS | ({"LC_CTYPE"} if coerced else set())
     if user is not None:
-        inherited = {name: value for name, value in inherited.items() if name not in ("HOME", "USER", "LOGNAME")}
-        inherited |= user.variables
-    given = {
-        name.removeprefix(FUNCTION_VARIABLE): value
-        for name, value in environ.items()
-        if name.startswith(FUNCTION_VARIABLE)
-    }
-    return {os.fsencode(name): os.fsencode(value) for name, value in (inherited | given).items()}
+        left_out |= {"HOME", "USER", "LOGNAME"}
+    private = (OUR_PREFIX, *_SYSTEMD_ONLY)
+    theirs = {name: value for name, value in environ.items() if name not in left_out and not name.startswith(private)}
+    if user is not None:
+        theirs |= user.variables
+    for name, value in environ.items():
+        if name.startswith(FUNCTION_VARIABLE):
+            theirs[name.removeprefix(FUNCTION_VARIABLE)] = value
+    return {os.fsencode(name): os.fsencode(value) for name, value in theirs.items()}
 
 
 class WorkerContext(NamedTuple):
@@ -7258,8 +7202,9 @@ async def drain(settings: Settings, signals: Signals, server: Server, limit_s: f
     interval_s = settings.healthcheck_interval_s
     if interval_s is None:
         interval_s = min(5.0, settings.write_timeout_s)
-    stop_now = signals.second.is_set() or (not signals.by_hand and await signals.wait(interval_s))
-    return await drain_server(server, signals, 0.0 if stop_now else limit_s)
+    if not signals.by_hand:
+        await finished_first(asyncio.sleep(interval_s), signals.second.wait())
+    return await drain_server(server, signals, 0.0 if signals.second.is_set() else limit_s)
 
 
 async def drain_server(server: Server, signals: Signals, limit_s: float) -> int:
@@ -7288,11 +7233,14 @@ def start_metrics(sockets: Iterable[socket.socket], handler: Handler) -> Server:
 def settle_descriptors() -> None:
     """Make sure that 0, 1 and 2 are open, and that functions inherit nothing else from the process that started us.
 
-    And have as many others as we may (`raise_descriptor_limit`).
+    And have as many others as we may: the soft limit is for programs that use select(2).
     First of all in each program: a socket that got the number 2 would be sent the log, and libuv aborts when it gets
     one of these numbers for itself.
     """
-    raise_descriptor_limit()
+    soft, hard = DESCRIPTOR_LIMITS
+    wanted = MAX_DESCRIPTORS_COUNT if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS_COUNT)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     while (fd := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) <= 2:
         os.set_inheritable(fd, True)
     os.close(fd)
@@ -7300,14 +7248,6 @@ def settle_descriptors() -> None:
         if fd > 2:
             with suppress(OSError):  # the listing's own
                 os.set_inheritable(fd, False)
-
-
-def raise_descriptor_limit() -> None:
-    """Let this program have as many descriptors as it may: the soft limit is for programs that use select(2)."""
-    soft, hard = DESCRIPTOR_LIMITS
-    wanted = MAX_DESCRIPTORS_COUNT if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS_COUNT)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def connection_limits(
