@@ -4168,8 +4168,9 @@ class Output:
 
     def in_memory(self) -> bytes:
         """Return the whole output; only when it has not spilled."""
-        self._parts = [b"".join(self._parts)]  # of a single one that is this one itself
-        return self._parts[0]
+        if len(self._parts) > 1:
+            self._parts = [b"".join(self._parts)]
+        return self._parts[0] if self._parts else b""
 
     def close(self) -> None:
         """Give the memory and the file back."""
