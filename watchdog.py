@@ -2403,15 +2403,13 @@ class Roster:
 
     def make_room(self, network: bytes) -> TooManyConnections | None:
         """Close a connection, that another from `network` be admitted; return why it is not if none can be closed."""
-        if self._is_crowded(network):
-            if self._close_oldest(network):
-                return None
-            allowed = f"{self._limits.per_address_count} ({self._limits.per_address_source})"
-            return TooManyConnections(f"too many connections from this address; allowed: {allowed}")
-        if self._close_oldest(None):
+        is_crowded, limits = self._is_crowded(network), self._limits
+        if self._close_oldest(network if is_crowded else None):
             return None
-        allowed = f"{self._limits.total_count} ({self._limits.total_source})"
-        return TooManyConnections(f"too many connections; allowed: {allowed}")
+        if is_crowded:
+            allowed = f"{limits.per_address_count} ({limits.per_address_source})"
+            return TooManyConnections(f"too many connections from this address; allowed: {allowed}")
+        return TooManyConnections(f"too many connections; allowed: {limits.total_count} ({limits.total_source})")
 
     def _close_oldest(self, network: bytes | None) -> bool:
         line = self._waiting.get(network)
@@ -3758,7 +3756,7 @@ class ClientConnection(Connection):
         self._fail(UpstreamTimeout("no complete response before the deadline"))
         self.abort()
 
-    # The end.
+    # Between two exchanges, and the end.
 
     def usable(self, once: bool) -> bool:
         """Tell whether this idle connection can carry another request; it is no longer idle.
