@@ -68,7 +68,7 @@ import traceback
 import urllib.parse
 from bisect import bisect_left
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, aclosing, suppress
 from dataclasses import dataclass, field
 from enum import Enum
@@ -82,6 +82,7 @@ if TYPE_CHECKING:
     from prometheus_client import Metric
 
 VERSION = "0.1.0"
+T = TypeVar("T")
 
 # ---------------------------------------------------------------------------------------------------------------
 # Limits, each with its reason.
@@ -118,9 +119,7 @@ SERVER_WAIT_S = 30.0  # for a server that is down, of a call that has no limit o
 SERVER_KEPT_S = 0.5  # an idle connection to it: one that serves a single connection at a time is soon free for others
 SERVER_PORTS = range(20000, 32768)  # of those that are chosen: connections get theirs above (ip(7))
 PORT_TRIES_COUNT = 100
-SERVER_GRACE_S = (
-    2.0  # between SIGTERM and SIGKILL for a server, unless term_grace says another; Docker waits 10 s in all
-)
+SERVER_GRACE_S = 2.0  # between SIGTERM and SIGKILL for a server without a term_grace; Docker waits 10 s in all
 BAD_SETTINGS_STATUS = 2  # our programs' exit status for settings that no restart will mend
 LINGER_S = 2.0  # after a refusal: how long the client may go on sending before the connection is cut
 LINGER_BYTES = 1 << 24  # ... and how much
@@ -440,15 +439,12 @@ def settings_table(kind: type) -> dict[str, Setting]:
     return {name: rows[name] for base in kind.__mro__ for name in vars(base).get("__annotations__", ()) if name in rows}
 
 
-S = TypeVar("S")
-
-
 def setting_names(kind: type) -> frozenset[str]:
     """Return every name and alias by which a setting of `kind` can be given."""
     return frozenset(name for row in settings_table(kind).values() for name in (row.name, row.alias) if name)
 
 
-def parse_settings(kind: type[S], environ: Mapping[str, str]) -> S:
+def parse_settings(kind: type[T], environ: Mapping[str, str]) -> T:
     """Return `kind`, a settings dataclass, filled from `environ`.
 
     If `kind` has a method `conflicts() -> Iterable[str]`, it tells what contradicts what.
@@ -959,11 +955,7 @@ class SharedCounters:
     """
 
     def __init__(self, workers_count: int) -> None:
-        self._memory = mmap.mmap(-1, COUNTERS_BYTES * workers_count)
-        self._regions = [
-            memoryview(self._memory)[start : start + COUNTERS_BYTES]
-            for start in range(0, COUNTERS_BYTES * workers_count, COUNTERS_BYTES)
-        ]
+        self._regions = [memoryview(mmap.mmap(-1, COUNTERS_BYTES)) for _ in range(workers_count)]
         self._scratch = memoryview(bytearray(8 * 64)).cast("d")
 
     def values(self, index: int, key: str, size: int) -> memoryview[float]:
@@ -1117,6 +1109,7 @@ Headers = Sequence[Header]
 # What repeats gives nothing back (`++`, `*+`): a run that can be divided in two ways costs the square of its length.
 _TEXT = r"[\x21-\x7e\x80-\xff]"
 _VALUE = rf"(?:{_TEXT}++(?:[ \t]++{_TEXT}++)*+)?"
+_FIELD_LINE = re.compile(rf"(?P<field_name>{h11._abnf.token}):[ \t]*+(?P<field_value>{_VALUE})[ \t]*+".encode())
 _TARGET = r"(?:/[\x21-\x7e]*|[Hh][Tt][Tt][Pp][Ss]?://[\x21-\x7e]+|(?<=^OPTIONS )\*)"
 
 
@@ -1133,9 +1126,7 @@ def _tighten_h11_grammar() -> None:
     readers.request_line_re = re.compile(
         rf"(?P<method>{token}) (?P<target>{_TARGET}) HTTP/(?P<http_version>1\.[01])".encode()
     )
-    readers.header_field_re = re.compile(
-        rf"(?P<field_name>{token}):[ \t]*+(?P<field_value>{_VALUE})[ \t]*+".encode("latin-1")
-    )
+    readers.header_field_re = _FIELD_LINE
     readers.chunk_header_re = re.compile(
         rb"(?P<chunk_size>[0-9A-Fa-f]{1,16})(?P<chunk_ext>[ \t]*+;[\t\x20-\x7e\x80-\xff]*+)?[ \t]*+\r\n"
     )
@@ -1305,19 +1296,11 @@ class Body:
 
     `length` is what Content-Length announced, None for a chunked or close-delimited body.  The consumer must either
     iterate to the end or leave it; `on_drained` is called when the consumer has taken what was waiting, so that
-    the driver can read on.  Raises what the driver passed to `fail` (PeerGone, ReadTimeout, BodyTooLarge).
+    the driver can read on.  Raises what the driver passed to `fail`: PeerGone, UpstreamTimeout, BadRequest, or why the
+    body that was sent in exchange for it could not be had.
     """
 
-    __slots__ = (
-        "_chunks",
-        "_error",
-        "_on_abandoned",
-        "_on_drained",
-        "_waiter",
-        "buffered_bytes",
-        "complete",
-        "length",
-    )
+    __slots__ = ("_chunks", "_error", "_on_abandoned", "_on_drained", "_waiter", "buffered_bytes", "complete", "length")
 
     def __init__(
         self, length: int | None, on_drained: Callable[[], None], on_abandoned: Callable[[], None] | None = None
@@ -1398,10 +1381,7 @@ class Body:
         return b"".join(parts)
 
 
-B = TypeVar("B")
-
-
-def body_if_complete(body: B) -> B | bytes:
+def body_if_complete(body: T) -> T | bytes:
     """Return a body that has come whole already as its bytes: they go out with the head, in one write."""
     return (body.take() or b"") if isinstance(body, Body) and body.complete else body
 
@@ -1465,7 +1445,7 @@ class Response:
     """
 
     status: int
-    headers: Sequence[Header] = ()
+    headers: Headers = ()
     body: bytes | Stream | FileBody = b""
     length: int | None = None
     write_timeout_s: float | None = None
@@ -1499,7 +1479,7 @@ def _sendable_name(name: bytes) -> bytes:
     return name
 
 
-def build_lines(headers: Sequence[Header]) -> bytes:
+def build_lines(headers: Headers) -> bytes:
     """Return the lines of a head; raises h11.LocalProtocolError for what h11 would not send, and for framing fields."""
     lines = []
     for name, value in headers:
@@ -1510,15 +1490,6 @@ def build_lines(headers: Sequence[Header]) -> bytes:
 
 
 # Not isinstance, here and below: h11's events have an abstract base, which makes that slow.
-
-
-def _wire_event(event: object) -> bytes | WireEvent:
-    """Return what an event of h11 that is no head stands for."""
-    if event is h11.NEED_DATA:
-        return WireEvent.NEED_DATA
-    if type(event) is h11.EndOfMessage:
-        return WireEvent.END
-    return WireEvent.PAUSED if event is h11.PAUSED else WireEvent.CLOSED
 
 
 def _fields(event: h11.Request | h11.Response) -> list[Header]:
@@ -1535,7 +1506,6 @@ class PlainHead(NamedTuple):
     size: int
 
 
-_FIELD_LINE = re.compile(rf"({h11._abnf.token}):[ \t]*+({_VALUE})[ \t]*+".encode("latin-1"))
 _LENGTH = re.compile(rb"[0-9]{1,18}")
 _NOT_PLAIN = frozenset((b"connection", b"expect", b"transfer-encoding", b"upgrade"))
 
@@ -1616,10 +1586,6 @@ class ContentLengthReader:
         told, self._end_told = self._end_told, True
         return WireEvent.PAUSED if told else WireEvent.END
 
-    def weigh(self, data: bytes) -> bytes:
-        """Return `data`, a piece that h11 read."""
-        return data
-
 
 class ChunkedReader:
     """Reads any other incoming body: h11 does, and what it spends on framing is weighed against its data.
@@ -1674,10 +1640,6 @@ class SwitchedReader:
         taken, self._waiting = self._waiting, b""
         return taken or (WireEvent.END if self.complete else WireEvent.NEED_DATA)
 
-    def weigh(self, data: bytes) -> bytes:
-        """Return `data`; h11 reads no piece of it."""
-        return data
-
 
 def body_reader(conn: h11.Connection) -> ContentLengthReader | ChunkedReader:
     """Return what reads the body of a message whose head h11 has just parsed."""
@@ -1688,25 +1650,6 @@ def body_reader(conn: h11.Connection) -> ContentLengthReader | ChunkedReader:
     return ChunkedReader(conn)  # chunked; or h11 has yet to learn, by a first byte, that the peer waits no more
 
 
-class LeadingLine:
-    """Drops one empty line before a request line (RFC 9112 2.2), however it is cut into packets."""
-
-    def __init__(self) -> None:
-        self._held = b""
-        self._passed = False
-
-    def strip(self, data: bytes) -> bytes:
-        """Return what h11 may see of the next bytes: it takes an empty line for a whole head."""
-        if self._passed:
-            return data
-        data = self._held + data
-        if data == b"\r":
-            self._held = data
-            return b""
-        self._passed = True
-        return data.removeprefix(b"\r\n")
-
-
 class Wire:
     """What the two sides of a connection share: an h11 for the present exchange, and what reads the incoming body.
 
@@ -1714,19 +1657,17 @@ class Wire:
     head it is not even shown, unless something comes of the exchange that is not plain: until then it is as new.
     """
 
-    def __init__(self, role: type[h11.CLIENT] | type[h11.SERVER]) -> None:
-        self._role = role
-        self._unshown: bytes | None = None  # the plain head that h11 has not seen
-        self._head: PlainHead | None = None  # ... until it is taken
-        self._renew()
+    _role: ClassVar[type[h11.CLIENT] | type[h11.SERVER]]
 
-    def _renew(self) -> None:
-        self._conn = h11.Connection(self._role, max_incomplete_event_size=MAX_HEAD_BYTES)
+    def __init__(self) -> None:
+        self._unshown: bytes | None = None  # the plain head that h11 has not seen
+        self._begin_anew()
 
     def _begin_anew(self) -> None:
         if self._unshown is None:
-            self._renew()
-        self._unshown = self._head = None
+            self._conn = h11.Connection(self._role, max_incomplete_event_size=MAX_HEAD_BYTES)
+        self._unshown = None
+        self._head: PlainHead | None = None  # a plain one until it is taken
         self._body: ContentLengthReader | ChunkedReader | SwitchedReader | None = None
 
     def _take_plain(self, head: PlainHead, data: bytes) -> bool:
@@ -1760,9 +1701,14 @@ class Wire:
         return WireEvent.NEED_DATA if known is None and self._unshown is not None else known
 
     def _message_event(self, event: object) -> bytes | WireEvent:
-        if type(event) is h11.Data and self._body is not None:
-            return self._body.weigh(bytes(event.data))
-        return _wire_event(event)
+        """Return what an event of h11 that is no head stands for."""
+        if type(event) is h11.Data:  # of the other bodies it has none
+            return cast(ChunkedReader, self._body).weigh(bytes(event.data))
+        if event is h11.NEED_DATA:
+            return WireEvent.NEED_DATA
+        if type(event) is h11.EndOfMessage:
+            return WireEvent.END
+        return WireEvent.PAUSED if event is h11.PAUSED else WireEvent.CLOSED
 
     def _settle(self) -> None:
         """Have h11 know that the incoming message is complete, if it is."""
@@ -1771,12 +1717,12 @@ class Wire:
             self._conn.next_event()
 
     def build_chunk(self, data: bytes) -> bytes:
-        """Return the bytes of one piece of our message's body; after a 101 they are `data` itself."""
-        return data if self.is_switched else self._sent(h11.Data(data=data))
+        """Return the bytes of one piece of our message's body."""
+        return self._sent(h11.Data(data=data))
 
     def end(self) -> bytes:
         """Return the bytes that end our message."""
-        return b"" if self.is_switched else self._sent(h11.EndOfMessage())
+        return self._sent(h11.EndOfMessage())
 
     def _sent(self, event: h11.Event) -> bytes:
         return self._conn.send(event) or b""
@@ -1798,15 +1744,13 @@ class ServerWire(Wire):
     After BadRequest was raised only `build_head` and `end` may follow, then the connection must be closed.
     """
 
-    def __init__(self) -> None:
-        super().__init__(h11.SERVER)
-        self.head_request = False
-        self._is_plain = False  # the request leaves h11 nothing to decide about the connection
-        self._begin_anew()
+    _role = h11.SERVER
+    head_request = False
+    _is_plain = False  # the request leaves h11 nothing to decide about the connection
 
     def _begin_anew(self) -> None:
         super()._begin_anew()
-        self._lead = LeadingLine()
+        self._lead: bytes | None = b""  # what has come of an empty line before the request; None: it is passed
         self._is_answered = False  # by `build_whole`, of which h11 does not know
 
     @property
@@ -1822,11 +1766,21 @@ class ServerWire(Wire):
     def feed(self, data: bytes) -> None:
         """Take bytes from the peer; b"" is its end of stream."""
         if data:
-            data = self._lead.strip(data)
+            data = self._behind_empty_line(data)
             if not data or (not self.started and self._feed_plain(data)):
                 return
         if self._conn.their_state is not h11.MUST_CLOSE:  # else it asked to close, and what follows is void
             super().feed(data)
+
+    def _behind_empty_line(self, data: bytes) -> bytes:
+        """Return what h11, which takes an empty line for a whole head, may see of the next bytes of a request."""
+        if self._lead is not None:
+            data, self._lead = self._lead + data, None
+            if data == b"\r":
+                self._lead = data
+                return b""
+            data = data.removeprefix(b"\r\n")
+        return data
 
     def _feed_plain(self, data: bytes) -> bool:
         head = parse_plain_head(data, _REQUEST_LINE)
@@ -1902,7 +1856,7 @@ class ServerWire(Wire):
         # not in (DONE, MUST_CLOSE): after a request with Upgrade h11 waits for our answer in a state of its own
         return self._conn.their_state not in (h11.IDLE, h11.SEND_BODY, h11.ERROR)
 
-    def build_head(self, status: int, headers: Sequence[Header], length: int | None, close: bool) -> bytes:
+    def build_head(self, status: int, headers: Headers, length: int | None, close: bool) -> bytes:
         """Return the bytes of a response's head.  `length` None: chunked, or until close for HTTP/1.0."""
         self._settle()
         fields = list(headers)
@@ -1912,7 +1866,7 @@ class ServerWire(Wire):
             fields.append((b"Connection", b"close"))
         return self._sent(h11.Response(status_code=status, headers=fields, reason=_REASONS.get(status, b"")))
 
-    def build_whole(self, status: int, headers: Sequence[Header], body: bytes, length: int, close: bool) -> bytes:
+    def build_whole(self, status: int, headers: Headers, body: bytes, length: int, close: bool) -> bytes:
         """Return the bytes of a whole response, head to end; `length` is what the answer to a GET would have.
 
         The plainest exchange, which is nearly every one, has nothing left for h11 to decide: a request of HTTP/1.1 with
@@ -1927,7 +1881,7 @@ class ServerWire(Wire):
         self._is_answered = True
         return head + body
 
-    def build_switch(self, headers: Sequence[Header]) -> bytes:
+    def build_switch(self, headers: Headers) -> bytes:
         """Return the bytes of a 101; from then on both sides carry the other protocol.  `headers` has Upgrade."""
         fields = [*headers, (b"Connection", b"Upgrade")]
         head = self._sent(h11.InformationalResponse(status_code=101, headers=fields, reason=b"Switching Protocols"))
@@ -2025,10 +1979,8 @@ def _asked(method: bytes) -> h11.Request:
 class ClientWire(Wire):
     """The client's side of one connection: build requests, feed bytes, take events."""
 
-    def __init__(self) -> None:
-        super().__init__(h11.CLIENT)
-        self._cut = False
-        self._begin_anew()
+    _role = h11.CLIENT
+    _cut = False
 
     def _begin_anew(self) -> None:
         super()._begin_anew()
@@ -2036,9 +1988,7 @@ class ClientWire(Wire):
         self._method: bytes | None = None  # of a request of which h11 has not been told
         self._protocols: frozenset[bytes] = frozenset()  # that were asked for
 
-    def build_whole(
-        self, method: bytes, target: bytes, headers: Sequence[Header], body: bytes, length: int | None
-    ) -> bytes:
+    def build_whole(self, method: bytes, target: bytes, headers: Headers, body: bytes, length: int | None) -> bytes:
         """Return the bytes of a whole request; `headers` has Host, but not the Content-Length that `length` is put in.
 
         Nothing is left for h11 to decide but how the answer is framed, so it is only told that it has been asked, and
@@ -2051,7 +2001,7 @@ class ClientWire(Wire):
         framing = b"" if length is None else b"Content-Length: %d\r\n" % length
         return b"%b %b HTTP/1.1\r\n%b%b\r\n%b" % (method, target, build_lines(headers), framing, body)
 
-    def build_head(self, method: bytes, target: bytes, headers: Sequence[Header]) -> bytes:
+    def build_head(self, method: bytes, target: bytes, headers: Headers) -> bytes:
         """Return the bytes of a request's head; `headers` has Host and the framing field, or Upgrade."""
         return self._sent(h11.Request(method=method, target=target, headers=list(headers)))
 
@@ -2299,9 +2249,6 @@ def tcp_progress(sock: socket.socket) -> tuple[bool, int]:
     return state == _TCP_ESTABLISHED, confirmed_bytes
 
 
-T = TypeVar("T")
-
-
 async def in_thread(function: Callable[..., T], *args: object) -> T:
     """Return what `function` returns in a thread.  If cancelled, wait for its end: what it uses is closed next."""
     work = asyncio.get_running_loop().run_in_executor(None, function, *args)
@@ -2404,13 +2351,7 @@ class EpollSet:
 
 def build_date(epoch_s: int) -> bytes:
     """Return an IMF-fixdate (RFC 9110 5.6.7)."""
-    year, month, day, hour, minute, second, weekday = time.gmtime(epoch_s)[:7]
-    text = f"{_DAYS[weekday]}, {day:02d} {_MONTHS[month - 1]} {year} {hour:02d}:{minute:02d}:{second:02d} GMT"
-    return text.encode()
-
-
-_DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
-_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+    return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(epoch_s)).encode()  # nothing sets a locale
 
 
 class ConnectionLimits(NamedTuple):
@@ -2462,15 +2403,13 @@ class Roster:
 
     def make_room(self, network: bytes) -> TooManyConnections | None:
         """Close a connection, that another from `network` be admitted; return why it is not if none can be closed."""
-        if self._is_crowded(network):
-            if self._close_oldest(network):
-                return None
-            allowed = f"{self._limits.per_address_count} ({self._limits.per_address_source})"
-            return TooManyConnections(f"too many connections from this address; allowed: {allowed}")
-        if self._close_oldest(None):
+        is_crowded, limits = self._is_crowded(network), self._limits
+        if self._close_oldest(network if is_crowded else None):
             return None
-        allowed = f"{self._limits.total_count} ({self._limits.total_source})"
-        return TooManyConnections(f"too many connections; allowed: {allowed}")
+        if is_crowded:
+            allowed = f"{limits.per_address_count} ({limits.per_address_source})"
+            return TooManyConnections(f"too many connections from this address; allowed: {allowed}")
+        return TooManyConnections(f"too many connections; allowed: {limits.total_count} ({limits.total_source})")
 
     def _close_oldest(self, network: bytes | None) -> bool:
         line = self._waiting.get(network)
@@ -3312,15 +3251,9 @@ class Client:
     Raises Unreachable, UpstreamTimeout or PeerGone.  Obligation: `close` at the end.
     """
 
-    def __init__(
-        self,
-        resolve: Resolver = resolve_any,
-        connect_timeout_s: float = CONNECT_TIMEOUT_S,
-        kept_s: float = KEPT_S,
-    ) -> None:
+    def __init__(self, resolve: Resolver = resolve_any, kept_s: float = KEPT_S) -> None:
         self.kept_s = kept_s
         self._resolve = resolve
-        self._connect_timeout_s = connect_timeout_s
         self._idle: dict[tuple[str, str, int], list[ClientConnection]] = {}
         self._tls: ssl.SSLContext | None = None
 
@@ -3328,7 +3261,7 @@ class Client:
         self,
         method: str,
         url: Url,
-        headers: Sequence[Header] = (),
+        headers: Headers = (),
         body: SentBody = b"",
         length: int | None = None,
         deadline_s: float | None = None,
@@ -3378,14 +3311,14 @@ class Client:
 
     async def _connect(self, url: Url, deadline_s: float | None) -> ClientConnection:
         loop = asyncio.get_running_loop()
-        limit_s = loop.time() + self._connect_timeout_s
+        limit_s = loop.time() + CONNECT_TIMEOUT_S
         try:
             async with asyncio.timeout_at(limit_s if deadline_s is None else min(limit_s, deadline_s)):
                 return await self._connect_any(url)
         except TimeoutError:
             if deadline_s is not None and deadline_s <= limit_s:
                 raise UpstreamTimeout(f"no connection to {url.authority} before the deadline") from None
-            timeout = format_duration(self._connect_timeout_s)
+            timeout = format_duration(CONNECT_TIMEOUT_S)
             raise Unreachable(f"no connection to {url.authority} within {timeout}") from None
 
     async def _connect_any(self, url: Url) -> ClientConnection:
@@ -3402,7 +3335,8 @@ class Client:
                 break
             try:
                 if url.scheme == "https":
-                    await connection.start_tls(self._tls_context(), url.host)
+                    self._tls = self._tls or ssl.create_default_context()
+                    await connection.start_tls(self._tls, url.host)
                 return connection
             except OSError as error:
                 reasons.append(f"{address[1]}: {error}")
@@ -3458,11 +3392,6 @@ class Client:
                 raise OutOfResources(f"cannot connect to {host}: {os.strerror(error.errno)}") from None
             silence = f"no answer within {format_duration(ATTEMPT_TIMEOUT_S)}"
             raise OSError(f"{host}: {os.strerror(error.errno) if error.errno else silence}") from None
-
-    def _tls_context(self) -> ssl.SSLContext:
-        if self._tls is None:
-            self._tls = ssl.create_default_context()
-        return self._tls
 
     def keep(self, connection: ClientConnection, url: Url) -> None:
         """Connection: it is idle and may carry another request."""
@@ -3659,13 +3588,7 @@ class ClientConnection(Connection):
         return self._sender is not None
 
     async def exchange(
-        self,
-        method: str,
-        url: Url,
-        headers: Sequence[Header],
-        body: SentBody,
-        length: int | None,
-        deadline_s: float | None,
+        self, method: str, url: Url, headers: Headers, body: SentBody, length: int | None, deadline_s: float | None
     ) -> ClientResponse:
         """Send a request and wait for the response's head; see `Client.request`."""
         self._url, self.silent, self._puts_count = url, True, 0
@@ -3685,7 +3608,7 @@ class ClientConnection(Connection):
                 self.abort()
             raise
 
-    def _start(self, method: str, url: Url, headers: Sequence[Header], body: SentBody, length: int | None) -> None:
+    def _start(self, method: str, url: Url, headers: Headers, body: SentBody, length: int | None) -> None:
         has_host = headers and headers[0][0].lower() == b"host"
         fields = [*headers] if has_host else [(b"Host", url.authority.encode()), *headers]
         if isinstance(body, Upgrade):
@@ -3697,22 +3620,16 @@ class ClientConnection(Connection):
         if known is None or known > MAX_HEAD_BYTES:
             self._stalls_expected = True  # a function may begin to read it whenever it likes
             expect_stalls(self._socket, True)
-        unsaid = known == 0 and method in ("GET", "HEAD", "DELETE", "OPTIONS")
-        target = url.target.encode()
-        if isinstance(body, bytes) and len(body) == known:
-            told = None if unsaid else known
-            self._put(self._wire.build_whole(method.encode(), target, fields, body, told))
+        told = None if known == 0 and method in ("GET", "HEAD", "DELETE", "OPTIONS") else known
+        if isinstance(body, bytes):
+            self._put(self._wire.build_whole(method.encode(), url.target.encode(), fields, body, told))
             return
         if known is None:
             fields.append((b"Transfer-Encoding", b"chunked"))
-        elif not unsaid:
-            fields.append((b"Content-Length", b"%d" % known))
-        head = self._wire.build_head(method.encode(), target, fields)
-        if isinstance(body, bytes):
-            self._put(head + (self._wire.build_chunk(body) if body else b"") + self._wire.end())
-        else:
-            self._put(head)
-            self._sender = self._loop.create_task(self._send_body(body))
+        elif told is not None:
+            fields.append((b"Content-Length", b"%d" % told))
+        self._put(self._wire.build_head(method.encode(), url.target.encode(), fields))
+        self._sender = self._loop.create_task(self._send_body(body))
 
     def send_switched(self, body: Body, stall_s: float) -> asyncio.Task[None]:
         """After a 101: see `ClientResponse.send`."""
@@ -3844,7 +3761,7 @@ class ClientConnection(Connection):
         self._fail(UpstreamTimeout("no complete response before the deadline"))
         self.abort()
 
-    # The end.
+    # Between two exchanges, and the end.
 
     def usable(self, once: bool) -> bool:
         """Tell whether this idle connection can carry another request; it is no longer idle.
@@ -3860,12 +3777,11 @@ class ClientConnection(Connection):
             expect_stalls(self._socket, False)
         self._confirmed_bytes = self._sent_bytes
         if once or not self._is_counted or self._socket.family is socket.AF_UNIX:
-            sent_bytes = self._sent_bytes
-            is_established, self._confirmed_bytes = tcp_progress(self._socket)
+            is_established, confirmed_bytes = tcp_progress(self._socket)
+            if self._socket.family is not socket.AF_UNIX:
+                self._confirmed_bytes = confirmed_bytes
             if not is_established:
                 self.abort()
-            if self._socket.family is socket.AF_UNIX:
-                self._confirmed_bytes = sent_bytes
             return is_established
         return True
 
@@ -3885,7 +3801,7 @@ def sent_body(request: Request) -> SentBody:
     return body_if_complete(request.body) if protocols is None else Upgrade(protocols)
 
 
-def relayed(response: ClientResponse, headers: Sequence[Header], body: Stream, idle_s: float) -> Response:
+def relayed(response: ClientResponse, headers: Headers, body: Stream, idle_s: float) -> Response:
     """Return an answer as it is passed on while it comes, with `headers`; of a 101 both directions; see `Switch`."""
     if response.status != 101:
         return Response(response.status, headers, body, response.body.length, is_live=True)
@@ -3968,8 +3884,6 @@ async def marshalled(headers: Headers, body: AsyncIterator[bytes]) -> AsyncItera
 
 class BadOutputHead(FaashoundError):
     """With cgi_response: an output that does not begin with header fields and an empty line; the text says why."""
-
-    status = 500
 
     def __init__(self, problem: str) -> None:
         super().__init__(f"the function's output has no valid head (cgi_response): {problem}")
@@ -4105,19 +4019,13 @@ def next_state(state: ProcessState, event: ProcessEvent) -> ProcessState:
 class StartFailed(FaashoundError):
     """The process could not be started; the text says why."""
 
-    status = 500
-
 
 class ProcessFailed(FaashoundError):
     """The process ended badly after its answer had begun; the text says how."""
 
-    status = 500
-
 
 class OutputLost(FaashoundError):
     """The disk did not take what the process wrote, or what it is to be sent."""
-
-    status = 500
 
 
 class FactsTooLarge(FaashoundError):
@@ -4195,7 +4103,6 @@ def find_program(name: str, path: str | None) -> str:
 class ProcessResult(NamedTuple):
     """How a call ended: `status` is the wait status of its process, `output` what it wrote (and `stderr` if joined)."""
 
-    pid: int
     status: int
     output: Output
     duration_s: float
@@ -4446,6 +4353,7 @@ class CallTable:
         """A root has got its request: from now on what it starts is a call's.  `was_idle`: nothing is being killed."""
         if was_idle and not self._begun_count:
             self._busy_since_s = process.started_s
+        process.begun = True
         self._begun_count += 1
 
     def end(self, process: Root) -> None:
@@ -4547,8 +4455,9 @@ class Sweeper:
             family += await self._loop.run_in_executor(None, read_descendants, [process.pid, *adopted])
         self.reaper.signal_group(process, signal.SIGTERM)  # not before: what exits leaves its children to us
         for each in family:
-            if not each.is_in_group(process.pid):
-                each.signal(signal.SIGTERM)
+            with suppress(ProcessLookupError):
+                if os.getpgid(each.pid) != process.pid:
+                    each.signal(signal.SIGTERM)
         pause_s = SWEEP_PAUSE_S
         while time.monotonic() < until_s and (not process.exited.done() or any(each.is_alive() for each in family)):
             await asyncio.sleep(pause_s)
@@ -4711,15 +4620,9 @@ class Relative(NamedTuple):
 
     def is_alive(self) -> bool:
         """Tell whether it is still there, and no zombie."""
-        with suppress(ProcessLookupError, FileNotFoundError):
+        with suppress(*_UNREADABLE):
             fields = _read_stat(self.pid)
             return fields[19] == self.start and fields[0] not in (b"Z", b"X")
-        return False
-
-    def is_in_group(self, group: int) -> bool:
-        """Tell whether it is in a process group."""
-        with suppress(ProcessLookupError):
-            return os.getpgid(self.pid) == group
         return False
 
     def signal(self, number: signal.Signals) -> None:
@@ -4727,21 +4630,28 @@ class Relative(NamedTuple):
         signal_if(self.pid, number, lambda _: self.is_alive())
 
 
+# A process has gone; or it is another user's, and /proc is mounted with hidepid (proc(5); systemd's ProtectProc=).
+_UNREADABLE = (ProcessLookupError, FileNotFoundError, PermissionError)
+
+
 def read_relative(pid: int) -> Relative | None:
-    """Return the process that has the number `pid` now; None if there is none."""
-    with suppress(ProcessLookupError, FileNotFoundError):
+    """Return the process that has the number `pid` now; None if there is none, or none that we may read."""
+    with suppress(*_UNREADABLE):
         return Relative(pid, _read_stat(pid)[19])
     return None
 
 
-def read_descendants(pids: Iterable[int]) -> list[Relative]:
+def read_descendants(pids: Collection[int]) -> list[Relative]:
     """Return what descends from `pids`, whatever session or group it has gone to; some ms for each, for a thread."""
     import psutil  # only here, and in the guard: most calls end by themselves
 
     found: list[Relative | None] = []
     for pid in pids:
         with suppress(psutil.NoSuchProcess):
-            found += [read_relative(each.pid) for each in psutil.Process(pid).children(recursive=True)]
+            try:
+                found += [read_relative(each.pid) for each in psutil.Process(pid).children(recursive=True)]
+            except psutil.AccessDenied:  # which it raises if there is any process that we may not read
+                return [each for each in read_family(pids) if each.pid not in pids]
     return [each for each in found if each is not None]
 
 
@@ -4752,7 +4662,7 @@ def read_family(pids: Iterable[int]) -> list[Relative]:
     """
     found, children = {}, defaultdict(list)
     for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
-        with suppress(ProcessLookupError, FileNotFoundError):
+        with suppress(*_UNREADABLE):
             fields = _read_stat(pid)
             found[pid] = Relative(pid, fields[19])
             children[int(fields[1])].append(found[pid])
@@ -4772,8 +4682,10 @@ def _read_stat(pid: int) -> list[bytes]:
 
 
 def _read_start(pid: int) -> float:
-    """Return when `pid` started, in seconds since boot, rounded down to the kernel's ticks."""
-    return int(_read_stat(pid)[19]) / _TICKS_PER_S
+    """Return when `pid` started, in seconds since boot, rounded down to the kernel's ticks; inf if it is hidden."""
+    with suppress(PermissionError):
+        return int(_read_stat(pid)[19]) / _TICKS_PER_S
+    return math.inf
 
 
 class LineSplitter:
@@ -4792,19 +4704,17 @@ class LineSplitter:
 
     def emit(self, limit_count: int) -> bool:
         """Hand on up to `limit_count` lines; tell whether there are more."""
-        start = 0
+        start, has_more = 0, True
         for _ in range(limit_count):
             end = self._buffer.find(b"\n", start, start + MAX_LOG_LINE_BYTES + 1)
             if end < 0 and len(self._buffer) - start <= MAX_LOG_LINE_BYTES:
+                has_more = False
                 break
             stop = start + MAX_LOG_LINE_BYTES if end < 0 else end
             self.on_line(self._buffer[start:stop].decode(errors="backslashreplace"))
             start = stop if end < 0 else end + 1
-        else:
-            self._buffer = self._buffer[start:]
-            return True
         self._buffer = self._buffer[start:]
-        return False
+        return has_more
 
     def finish(self) -> None:
         """Hand on what is left, the line without an end too; of a flood only its beginning."""
@@ -5180,7 +5090,6 @@ class ServerProcess(Root):
 
     def __init__(self, sweeper: Sweeper, birth: Birth, on_stdout: Callable[[str], None]) -> None:
         super().__init__(sweeper, birth)
-        self.begun = True
         sweeper.begin(self)
         ready, pipes = sweeper.reaper.ready, birth.pipes
         self._stdin = pipes.stdin
@@ -5202,7 +5111,7 @@ class Process(Root):
     """One process of the function, for one request.
 
     It decides, by TRANSITIONS, when a call has its answer; its three streams move the bytes, the sweeper kills.
-    Made by `Spawner.spawn`; then `run` exactly once, or `discard`: they close what it holds.
+    Made by `Spawner.spawn`; then `begin` and `end`, exactly once, or `discard`: they close what it holds.
     """
 
     def __init__(self, sweeper: Sweeper, birth: Birth, term_grace_s: float, stdout_kind: type[Stdout]) -> None:
@@ -5220,14 +5129,8 @@ class Process(Root):
         self.stdout = stdout_kind(ready, pipes.stdout, self._on_eof, self._on_output_lost)
         self.stderr = Stderr(ready, pipes.stderr, birth.on_stderr) if birth.on_stderr is not None else None
 
-    async def run(self, body: AsyncIterator[bytes], deadline_s: float | None) -> ProcessResult:
-        """`begin`, and wait for the `end`."""
-        self.begin(body, deadline_s)
-        return await self.end()
-
     def begin(self, body: AsyncIterator[bytes], deadline_s: float | None) -> None:
         """Feed `body` to the process, and collect its output.  `deadline_s` is monotonic.  Obligation: `end`."""
-        self.begun = True
         self._clock_s = time.perf_counter()
         self._sweeper.begin(self)
         if deadline_s is not None:
@@ -5255,17 +5158,17 @@ class Process(Root):
             self.stdout.drop()
             await self._killed(killed_wait_s)
             raise self._error
-        return ProcessResult(self.pid, self._status, self.stdout.output, time.perf_counter() - self._clock_s)
+        return ProcessResult(self._status, self.stdout.output, time.perf_counter() - self._clock_s)
 
     def abandon(self, error: FaashoundError | None = None) -> None:
-        """Kill the tree unless the answer is decided already; `run` raises `error`."""
+        """Kill the tree unless the answer is decided already; `end` raises `error`."""
         if self.state in (ProcessState.RUNNING, ProcessState.CLOSED):
             self._error = error
         self._drain_if_exited()
         self._happens(ProcessEvent.ABANDON)
 
     def discard(self) -> None:
-        """End a process that serves no request, instead of `run`."""
+        """End a process that serves no request, instead of `begin` and `end`."""
         self.abandon()
         self.stdout.drop()
         self._close()
@@ -5944,9 +5847,7 @@ class Serializing(Mode):
 
     async def answer(self, request: Request, call: CallLog) -> Response:
         """Return what the process wrote, and what its exit status makes of it."""
-        return self._ended(request, call, await self._begin(request, call).end())
-
-    def _ended(self, request: Request, call: CallLog, result: ProcessResult) -> Response:
+        result = await self._begin(request, call).end()
         response = self._response(request, call, result)
         call.ended(response, result)
         return response
@@ -6128,7 +6029,7 @@ class ServerFailure(FaashoundError):
     """With mode=http: no answer of the server's.  The field tells a worker so (its value is of-watchdog's)."""
 
     status = 502
-    headers: Sequence[Header] = ((b"X-OpenFaaS-Internal", b"of-watchdog"),)
+    headers: Headers = ((b"X-OpenFaaS-Internal", b"of-watchdog"),)
 
 
 class ServerDown(ServerFailure):
@@ -6476,19 +6377,15 @@ class Static(Mode):
         """Return a file, a part of it, or what the conditions of the request make of that."""
         call.begins()
         found = await in_thread(self._find, request.decoded_path())
-        if found is None:
-            return self._moved(request, call)
-        response = file_response(request, found)
+        response = self._moved(request) if found is None else file_response(request, found)
         call.sent(response, len(response.body) if isinstance(response.body, bytes) else response.length or 0)
         return response
 
     @staticmethod
-    def _moved(request: Request, call: CallLog) -> Response:
+    def _moved(request: Request) -> Response:
         """Lead to the same directory with a slash behind it: links in its page count from there."""
         place = b"./" + request.path.rpartition(b"/")[2] + b"/" + (b"?" + request.query if request.query else b"")
-        response = Response(301, ((b"Location", place), TEXT_PLAIN), b"moved: a directory's path ends with /\n")
-        call.sent(response, len(response.body) if isinstance(response.body, bytes) else 0)
-        return response
+        return Response(301, ((b"Location", place), TEXT_PLAIN), b"moved: a directory's path ends with /\n")
 
     def _find(self, path: bytes) -> ServedFile | None:
         """Return the file at `path`, or the page of a directory; None if the path of one lacks its slash."""
@@ -6554,7 +6451,8 @@ def file_response(request: Request, found: ServedFile) -> Response:
         found.file.close()
         return Response(status, headers)
     part = None
-    if request.method == "GET" and is_range_wanted(request, found):
+    # If-Range, if given, has to mean this very state of the file (RFC 9110 13.1.5).
+    if request.method == "GET" and request.header(b"if-range") in (None, found.etag, modified):
         part = parse_range(request.header(b"range") or b"", found.size)
     if part is None:
         return Response(200, [*headers, (b"Content-Type", found.kind)], FileBody(b"", found.file), found.size)
@@ -6599,14 +6497,6 @@ def is_older(date: bytes | None, found: ServedFile) -> bool | None:
         return None
 
 
-def is_range_wanted(request: Request, found: ServedFile) -> bool:
-    """Tell whether a Range counts: If-Range, if given, has to mean this very state of the file (RFC 9110 13.1.5)."""
-    condition = request.header(b"if-range")
-    if condition is None or condition == found.etag:
-        return True
-    return condition == build_date(found.modified_s)
-
-
 _RANGE = re.compile(rb"bytes=[ \t]*(?:([0-9]{1,18})-([0-9]{0,18})|-([0-9]{1,18}))[ \t]*", re.IGNORECASE)
 
 
@@ -6634,11 +6524,10 @@ MODES: Mapping[str, Callable[[Settings, ModeParts], Mode]] = {
 }
 
 
-def output_response(status: int, headers: Sequence[Header], prefix: bytes, output: Output, offset: int = 0) -> Response:
+def output_response(status: int, headers: Headers, prefix: bytes, output: Output, offset: int = 0) -> Response:
     """Return a response of `prefix` and a process's output after `offset`, from memory or from its file."""
     if output.file is None:
-        body = output.in_memory()[offset:] if offset else output.in_memory()
-        return Response(status, headers, prefix + body if prefix else body)
+        return Response(status, headers, prefix + output.in_memory()[offset:])
     length = len(prefix) + output.bytes_count - offset
     return Response(status, headers, FileBody(prefix, output.file, offset), length)
 
@@ -6730,7 +6619,7 @@ class CallLog:
             fields["call_id"] = self._call_id
         log.info(self._prefix + text, **fields)
 
-    def _headers(self, direction: str, headers: Sequence[Header]) -> None:
+    def _headers(self, direction: str, headers: Headers) -> None:
         for name, value in headers:
             shown = "(hidden)" if is_secret_field(name.lower()) else value.decode("latin-1")
             log.info(f"{self._prefix}[{direction}] {canonical_name(name).decode()}={shown}")
@@ -6935,6 +6824,8 @@ def _is_left(pid: int, mark_prefix: bytes, sessions: frozenset[int]) -> bool:
         return _read_stat(pid)[0] != b"Z"
     except (ProcessLookupError, FileNotFoundError):
         return False
+    except PermissionError:  # hidden, see `_UNREADABLE`; perhaps we may signal it all the same
+        return True
 
 
 def open_descriptors() -> list[int]:
@@ -6968,15 +6859,6 @@ class Signals:
         """Stop as if both signals had come: the process that started us has gone."""
         self.first.set()
         self.second.set()
-
-    async def wait(self, seconds: float) -> bool:
-        """Wait `seconds`; True if the second signal came meanwhile."""
-        try:
-            async with asyncio.timeout(seconds):
-                await self.second.wait()
-        except TimeoutError:
-            return False
-        return True
 
 
 LIFELINE_FD = "FAASHOUND_LIFELINE_FD"  # the variable that has the number of the parent-death pipe
@@ -7019,13 +6901,6 @@ _SYSTEMD_ONLY = ("LISTEN_", "NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "C
 _TOLD_FUNCTIONS = frozenset(("read_timeout", "write_timeout", "exec_timeout", "healthcheck_interval"))
 
 
-def is_ours_alone(name: str) -> bool:
-    """Tell whether a variable of the watchdog's environment is none of its functions' business."""
-    if name.startswith((OUR_PREFIX, *_SYSTEMD_ONLY)):
-        return True
-    return name in setting_names(Settings) and name not in _TOLD_FUNCTIONS
-
-
 def function_environment(environ: Mapping[str, str], user: Identity | None = None) -> dict[bytes, bytes]:
     """Return the environment that functions start from: ours without what was meant for us alone, and what is theirs.
 
@@ -7035,20 +6910,17 @@ def function_environment(environ: Mapping[str, str], user: Identity | None = Non
     """
     with open("/proc/self/environ", "rb") as file:
         coerced = "LC_CTYPE" in os.environ and not re.search(rb"(?:^|\0)LC_CTYPE=", file.read())
-    inherited = {
-        name: value
-        for name, value in environ.items()
-        if not is_ours_alone(name) and not (coerced and name == "LC_CTYPE")
-    }
+    left_out = setting_names(Settings) - _TOLD_FUNCTIONS | ({"LC_CTYPE"} if coerced else set())
     if user is not None:
-        inherited = {name: value for name, value in inherited.items() if name not in ("HOME", "USER", "LOGNAME")}
-        inherited |= user.variables
-    given = {
-        name.removeprefix(FUNCTION_VARIABLE): value
-        for name, value in environ.items()
-        if name.startswith(FUNCTION_VARIABLE)
-    }
-    return {os.fsencode(name): os.fsencode(value) for name, value in (inherited | given).items()}
+        left_out |= {"HOME", "USER", "LOGNAME"}
+    private = (OUR_PREFIX, *_SYSTEMD_ONLY)
+    theirs = {name: value for name, value in environ.items() if name not in left_out and not name.startswith(private)}
+    if user is not None:
+        theirs |= user.variables
+    for name, value in environ.items():
+        if name.startswith(FUNCTION_VARIABLE):
+            theirs[name.removeprefix(FUNCTION_VARIABLE)] = value
+    return {os.fsencode(name): os.fsencode(value) for name, value in theirs.items()}
 
 
 class WorkerContext(NamedTuple):
@@ -7334,8 +7206,9 @@ async def drain(settings: Settings, signals: Signals, server: Server, limit_s: f
     interval_s = settings.healthcheck_interval_s
     if interval_s is None:
         interval_s = min(5.0, settings.write_timeout_s)
-    stop_now = signals.second.is_set() or (not signals.by_hand and await signals.wait(interval_s))
-    return await drain_server(server, signals, 0.0 if stop_now else limit_s)
+    if not signals.by_hand:
+        await finished_first(asyncio.sleep(interval_s), signals.second.wait())
+    return await drain_server(server, signals, 0.0 if signals.second.is_set() else limit_s)
 
 
 async def drain_server(server: Server, signals: Signals, limit_s: float) -> int:
@@ -7364,11 +7237,14 @@ def start_metrics(sockets: Iterable[socket.socket], handler: Handler) -> Server:
 def settle_descriptors() -> None:
     """Make sure that 0, 1 and 2 are open, and that functions inherit nothing else from the process that started us.
 
-    And have as many others as we may (`raise_descriptor_limit`).
+    And have as many others as we may: the soft limit is for programs that use select(2).
     First of all in each program: a socket that got the number 2 would be sent the log, and libuv aborts when it gets
     one of these numbers for itself.
     """
-    raise_descriptor_limit()
+    soft, hard = DESCRIPTOR_LIMITS
+    wanted = MAX_DESCRIPTORS_COUNT if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS_COUNT)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     while (fd := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) <= 2:
         os.set_inheritable(fd, True)
     os.close(fd)
@@ -7376,14 +7252,6 @@ def settle_descriptors() -> None:
         if fd > 2:
             with suppress(OSError):  # the listing's own
                 os.set_inheritable(fd, False)
-
-
-def raise_descriptor_limit() -> None:
-    """Let this program have as many descriptors as it may: the soft limit is for programs that use select(2)."""
-    soft, hard = DESCRIPTOR_LIMITS
-    wanted = MAX_DESCRIPTORS_COUNT if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS_COUNT)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def connection_limits(
@@ -7570,7 +7438,7 @@ def log_origin(environ: Mapping[str, str]) -> str | None:
     return f"{name}.{namespace}" if name and namespace not in (None, "", "openfaas-fn") else name
 
 
-def load_settings(kind: type[S], environ: Mapping[str, str]) -> S | None:
+def load_settings(kind: type[T], environ: Mapping[str, str]) -> T | None:
     """Return the settings, with the log set up and a warning for each look-alike; None, and a message, if bad."""
     try:
         settings = parse_settings(kind, environ)
