@@ -43,7 +43,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -407,15 +407,15 @@ async def assemble(stack: AsyncExitStack, common: Common, slot: Slot) -> Gateway
     metrics, health, via = GatewayMetrics(slot), Health(slot), build_via(queue.token)
     control_plane: ControlPlane | ControlPlaneElsewhere
     if slot.is_first:
-        operations = await run_functions(stack, common, queue)
+        operations = await run_functions(stack, common, queue, health)
         counts = InvocationCounts(common.kept(INVOCATIONS_FILE), common.invocations_before, metrics)
-        keep_counts(stack, counts, functions)
+        keep_counts(stack, counts, functions, health)
         local.count_made = metrics.asked_count
-        history = keep_history(stack, common, queue, slot)
+        history = keep_history(stack, common, queue, slot, health)
         limit_s = settings.write_timeout_s
         events = Events(queue, history, Followers("events", "ask /system/calls instead", limit_s))
         log_followers = Followers("lines of functions", "ask without follow", limit_s)
-        stack.callback(asyncio.create_task(events.run()).cancel)
+        health.keep_running(stack, events.run())
         common.on_change.append(events.functions_changed)
         control_plane = ControlPlane(
             functions,
@@ -430,7 +430,7 @@ async def assemble(stack: AsyncExitStack, common: Common, slot: Slot) -> Gateway
         if not slot.is_alone:
             serve_control_plane(stack, control_plane, local.directory / CONTROL_SOCKET)
         janitor = Janitor(queue, settings, lambda: start.drained_queues(local.table.values()), metrics, health)
-        stack.callback(asyncio.create_task(janitor.run()).cancel)
+        health.keep_running(stack, janitor.run())
     else:
         control_plane = ControlPlaneElsewhere(local.directory / CONTROL_SOCKET)
         stack.push_async_callback(control_plane.close)
@@ -451,7 +451,7 @@ async def assemble(stack: AsyncExitStack, common: Common, slot: Slot) -> Gateway
     )
 
 
-async def run_functions(stack: AsyncExitStack, common: Common, queue: Queue) -> Operations:
+async def run_functions(stack: AsyncExitStack, common: Common, queue: Queue, health: Health) -> Operations:
     """Have the local functions run, the functions file followed, and schedules kept; return what changes them."""
     settings, local = common.start.settings, common.local
     off = deploying_is_off(settings)
@@ -477,30 +477,30 @@ async def run_functions(stack: AsyncExitStack, common: Common, queue: Queue) -> 
     stack.push_async_callback(local.stop, FUNCTIONS_GRACE_S)
     await control.start()
     for following in (control.follow(), control.follow_bucket()):
-        stack.callback(asyncio.create_task(following).cancel)
+        health.keep_running(stack, following)
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, control.look_now)
     scheduler = None
     if settings.schedules == "on":
         scheduler = Scheduler(local.table, queue, common.kept(SCHEDULES_FILE))
         common.on_change.append(scheduler.wake)
-        stack.callback(asyncio.create_task(scheduler.run()).cancel)
+        health.keep_running(stack, scheduler.run())
     local.on_change = common.changed
     operations = Operations(control, scheduler, off)
     stack.push_async_callback(operations.close)
     return operations
 
 
-def keep_counts(stack: AsyncExitStack, counts: InvocationCounts, functions: Functions) -> None:
+def keep_counts(stack: AsyncExitStack, counts: InvocationCounts, functions: Functions, health: Health) -> None:
     """Keep the counts of invocations from time to time, and at the end."""
 
     def listed() -> list[str]:
         return [function.name for function in functions]
 
     stack.callback(lambda: counts.save(listed()))
-    stack.callback(asyncio.create_task(counts.keep(listed)).cancel)
+    health.keep_running(stack, counts.keep(listed))
 
 
-def keep_history(stack: AsyncExitStack, common: Common, queue: Queue, slot: Slot) -> History:
+def keep_history(stack: AsyncExitStack, common: Common, queue: Queue, slot: Slot, health: Health) -> History:
     """Return the last hour in figures, which goes on, and is kept from time to time and at the end."""
     start = common.start
     kind = "spool" if isinstance(start.settings.queue_url, Path) else "nats"
@@ -513,7 +513,7 @@ def keep_history(stack: AsyncExitStack, common: Common, queue: Queue, slot: Slot
     stack.push_async_callback(sources.client.close)
     history = History(sources, common.kept(HISTORY_FILE), common.life)
     stack.callback(history.save)
-    stack.callback(asyncio.create_task(history.run()).cancel)
+    health.keep_running(stack, history.run())
     return history
 
 
@@ -571,7 +571,8 @@ def run(start: StartConfiguration, environ: Mapping[str, str]) -> int:
         return uvloop.run(serve(common, context))
 
     program = Program(serve_in_loop, sockets, on_serving, passed_on=(signal.SIGHUP,))
-    return run_workers(settings.workers, program, environ)
+    with closing(local):  # whatever keeps its process from having it in its hands
+        return run_workers(settings.workers, program, environ)
 
 
 def survive_reload() -> None:

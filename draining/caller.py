@@ -25,13 +25,12 @@ from ..queues import Queue
 from ..watchdog import (
     CLIENT_GONE_STATUS,
     BodyTooLarge,
-    Client,
     ClientResponse,
     Header,
     PeerGone,
+    SentBody,
     Unreachable,
     UpstreamTimeout,
-    Url,
     log,
 )
 from .bodies import ReceivedBody, sendable
@@ -74,11 +73,12 @@ class Caller:
         started = time.monotonic()
         deadline_s = started + self._limits.call_timeout_s if self._limits.call_timeout_s else None
         try:
+            body = await sendable(self._queue, call.body)  # before anything is counted
             response = None
             if upstream is not None:
-                response = await self._send_directly(call, upstream, deadline_s)
+                response = await self._send_directly(call, body, upstream, deadline_s)
             if response is None:
-                response = await self._send_through_gateway(call, deadline_s)
+                response = await self._send_through_gateway(call, body, deadline_s)
             async with response:
                 outcome = await self._store(call, response)
         except Exception as error:  # noqa: BLE001 - an attempt's boundary: what it raises is recorded, whatever it is
@@ -86,7 +86,7 @@ class Caller:
         return dataclasses.replace(outcome, duration_s=time.monotonic() - started)
 
     async def _send_directly(
-        self, call: Call, upstream: KnownAddress, deadline_s: float | None
+        self, call: Call, body: SentBody, upstream: KnownAddress, deadline_s: float | None
     ) -> ClientResponse | None:
         """Return the function's response, None if nothing was sent since it cannot be reached at `upstream`."""
         client = self._connections.to_found_functions if upstream.is_guarded else self._connections.to_functions
@@ -94,7 +94,9 @@ class Caller:
         label = self._invocations.begin(call.function)
         try:
             url = below(upstream.url, call.path, call.query)
-            response = await self._send(client, call, url, call_fields(call), deadline_s)
+            response = await client.request(
+                call.method, url, call_fields(call), body, call.body.bytes_count, deadline_s
+            )
             status = response.status
             return response
         except (Unreachable, AddressRefused) as error:
@@ -113,19 +115,14 @@ class Caller:
             if status:
                 self._functions.on_direct_call(call.function)
 
-    async def _send_through_gateway(self, call: Call, deadline_s: float | None) -> ClientResponse:
+    async def _send_through_gateway(self, call: Call, body: SentBody, deadline_s: float | None) -> ClientResponse:
         fields = [*call_fields(call), self._functions.gateway.token_field]
         url = self._functions.gateway.function_url(call)
         try:
-            return await self._send(self._connections.to_functions, call, url, fields, deadline_s)
+            client = self._connections.to_functions
+            return await client.request(call.method, url, fields, body, call.body.bytes_count, deadline_s)
         except Unreachable as error:  # nothing was sent
             raise GatewayAway(str(error)) from error
-
-    async def _send(
-        self, client: Client, call: Call, url: Url, fields: list[Header], deadline_s: float | None
-    ) -> ClientResponse:
-        body = await sendable(self._queue, call.body)
-        return await client.request(call.method, url, fields, body, call.body.bytes_count, deadline_s)
 
     async def _store(self, call: Call, response: ClientResponse) -> AttemptOutcome:
         """Store an answer, or what comes of it; where that fails the function has run all the same: an outcome too."""

@@ -149,7 +149,7 @@ class InFlightTable:
         self._renewed_s, self._trouble = began_s, ""
         for fence in renewal.lost & self._entries.keys():
             entry = self._entries[fence]
-            if entry.recording:
+            if entry.recording or entry.ended_by is not None:  # we have given it up ourselves
                 continue
             log.warning("the lease was lost: it ran out, and the call was taken back", call_id=entry.lease.call.id)
             entry.end(EarlyEnd.LOST)

@@ -143,7 +143,13 @@ class KnownFunctions:
             policy, upstream, is_disabled = before.policy, before.upstream, before.is_disabled
             if upstream is not None and upstream.ends_with_gateway:
                 upstream = None
-        known = dataclasses.replace(before, policy=policy, upstream=upstream, is_disabled=is_disabled, asked_s=asked_s)
+        known = dataclasses.replace(
+            self._known.get(function, before),  # which address is avoided may have been learnt meanwhile
+            policy=policy,
+            upstream=upstream,
+            is_disabled=is_disabled,
+            asked_s=asked_s,
+        )
         self._keep(function, known)
         return known
 

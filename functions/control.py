@@ -168,13 +168,15 @@ class Control:
         unusable = {name: each for name, each in before.items() if name in stored and name not in self._deployed}
         self._deployed |= unusable
         try:
-            await self._local.apply(self._in_force())
+            postponed = await self._local.apply(self._in_force())
         except OSError:
             self._deployed = before  # so that the next try knows what serves
             raise
         for name in (before.keys() & self._deployed.keys()) - self._declared.keys():
             if not self._local.serves(self._deployed[name].function):  # it did not get healthy here
                 self._deployed[name] = before[name]
+        if postponed:
+            raise FaashoundError("; ".join(postponed))
 
     def close(self) -> None:
         """Let another gateway have the state."""
@@ -236,11 +238,14 @@ class Control:
                 return False
             before, self._declared = self._declared, declared
             try:
-                await self._local.apply(self._in_force())
+                postponed = await self._local.apply(self._in_force())
             except OSError:
                 self._declared = before
                 raise
-            self._told_trouble = ""
+            if postponed:
+                self._try_again(f"not all of the functions file is applied, and is tried again: {'; '.join(postponed)}")
+            else:
+                self._told_trouble = ""
             await self._tell_missing_secrets()
             return True
 
@@ -302,8 +307,8 @@ class Control:
             if name not in self._deployed:
                 raise UnknownFunction(f"there is no function {name.short}")
             await in_thread(deployments.delete, name)
-            del self._deployed[name]
             await self._local.remove(name)
+            del self._deployed[name]  # not before: where others could not be told, it can be removed again
             return name
 
     async def scale(self, name: FunctionName, count: object) -> None:

@@ -131,7 +131,7 @@ class Endpoint:
         """Start as many watchdogs as are to be there before a call, or watch for one; inside the running loop."""
         self._supervisor = supervisor
         if self.scale.started_count:
-            self._wake_or_tell()
+            self.wake_or_tell()
         else:
             self._watch(True)
 
@@ -155,7 +155,7 @@ class Endpoint:
             self.scaled_count = min(self.scaled_count, self.scale.max_count)
         self._set_look(None)  # it was for the zero-duration before, or is not wanted any more
         if self.processes or self.scale.started_count:
-            self._wake_or_tell()
+            self.wake_or_tell()
             if not self.scale.grows:  # else the load decides
                 self._shrink(self._woken_count)
 
@@ -314,17 +314,17 @@ class Endpoint:
 
     def _on_connection(self) -> None:
         if has_backlog(self._listener):
-            self._wake_or_tell()
+            self.wake_or_tell()
         # else a watchdog that is just ending has taken it
 
-    def _wake_or_tell(self) -> None:
+    def wake_or_tell(self) -> None:
         """Wake it; if that cannot be now, say so and try again: those who have connected wait."""
         try:
             self.wake()
         except OSError as error:
             log.error(f"{self.function.name.short} cannot be started: {error}; next start in {WAKE_AGAIN_S:g} s")
             self._watch(False)  # what waits would call us again and again
-            self._wake_again = asyncio.get_running_loop().call_later(WAKE_AGAIN_S, self._wake_or_tell)
+            self._wake_again = asyncio.get_running_loop().call_later(WAKE_AGAIN_S, self.wake_or_tell)
 
     def _note_use(self) -> None:
         self._used_s = time.monotonic()

@@ -129,7 +129,7 @@ class LocalFunctions:
     def open(self) -> None:
         """Open every socket; from then on `table` has the url of each local function.
 
-        Call it once; `stop` must follow.  Raises OSError, with nothing left open.
+        Call it once; `stop` must follow, or `close`.  Raises OSError, with nothing left open.
         """
         with contextlib.ExitStack() as stack:
             self.directory = stack.enter_context(open_runtime_directory(self._environ))
@@ -176,17 +176,23 @@ class LocalFunctions:
             await self._fork_server.stop()
         for endpoint in list(self._open):
             await endpoint.ended()
+        self.close()
+
+    def close(self) -> None:
+        """Close the sockets and remove the directory, as `stop` does, where it did not come to `start`.  Repeatable."""
+        for endpoint in self._open:
             endpoint.close_socket()
         self._open.clear()
         self._cleanup.close()
 
     # Changes.
 
-    async def apply(self, table: Mapping[FunctionName, Function]) -> None:
+    async def apply(self, table: Mapping[FunctionName, Function]) -> list[str]:
         """Make `table` the one in force: new functions are there, others gone, changed ones rolled.
 
         A function that does not change keeps its processes.  One whose new version does not get healthy keeps the old
-        version; the log says why.  Raises OSError: nothing has changed.
+        version; the log says why.  So does one for whose new version the machine has no descriptors or no room: those
+        are returned, a text for each, since they are worth another try.  Raises OSError: nothing has changed.
         """
         async with self._changing:
             rolling = [function for function in table.values() if self._is_other_version(function)]
@@ -196,8 +202,9 @@ class LocalFunctions:
             changes = dict.fromkeys(gone) | {endpoint.function.name: endpoint for endpoint in added}
             self._serve_by(changes, {**table, **kept})
             limit = asyncio.Semaphore(ROLLS_COUNT)
-            await asyncio.gather(*(self._roll_or_tell(function, limit) for function in rolling))
+            found = await asyncio.gather(*(self._roll_or_tell(function, limit) for function in rolling))
             await self._prune_logs()
+            return [text for text in found if text]
 
     async def put(self, function: Function, commit: Callable[[], Awaitable[None]] = _nothing) -> None:
         """Have `function`, new or in a new version; return when a call works, raise NotHealthy if none does.
@@ -231,9 +238,15 @@ class LocalFunctions:
         endpoint.set_count(count)
 
     async def _prune_logs(self) -> None:
-        """Keep the lines of functions that are no more within bounds; no function is made meanwhile."""
+        """Keep the lines of functions that are no more within bounds; no function is made meanwhile.
+
+        What the disk has against it is only logged: the table is another by now.
+        """
         if self._logs is not None:
-            await in_thread(self._logs.prune, set(self.table))
+            try:
+                await in_thread(self._logs.prune, set(self.table))
+            except OSError as error:
+                log.warning(f"lines of functions that are no more are not looked through: {error}")
 
     def serves(self, function: Function) -> bool:
         """Tell whether this version of a function is the one that serves."""
@@ -273,13 +286,17 @@ class LocalFunctions:
             stack.pop_all()
         return added
 
-    async def _roll_or_tell(self, function: Function, limit: asyncio.Semaphore) -> None:
+    async def _roll_or_tell(self, function: Function, limit: asyncio.Semaphore) -> str:
+        """Let a new version take over, or log why it does not; return why that is worth another try, if it is."""
         async with limit:
             try:
                 await self._roll(function)
                 log.info(f"{function.name.short} is served by its new version")
-            except (NotHealthy, OSError) as error:
+            except NotHealthy as error:
                 log.error(f"{error}; the old version of {function.name.short} goes on")
+            except OSError as error:
+                return f"the old version of {function.name.short} goes on: {error}"
+        return ""
 
     async def _roll(self, function: Function, commit: Callable[[], Awaitable[None]] = _nothing) -> None:
         """Start a version, and once it is healthy let it take the place of the one that serves, if there is one."""
@@ -293,7 +310,7 @@ class LocalFunctions:
         old = self._endpoints.get(function.name)
         if old is not None and old.scaled_count:
             new.scaled_count = old.scaled_count
-            new.wake()
+            new.wake_or_tell()  # one serves, and it is stored: for the others it is tried again
         self._serve_by({function.name: new}, {**self.table, function.name: function})
 
     def _serve_by(

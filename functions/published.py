@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..calls.names import FunctionName
+from ..watchdog import NotReady
 from .table import Function
 
 
@@ -60,11 +61,15 @@ class PublishedTable(Mapping[FunctionName, Function]):
     def _current(self) -> Mapping[FunctionName, Function]:
         try:
             found = os.stat(self._path)  # noqa: PTH116 - half of what Path takes
+            text = None if found.st_mtime_ns == self._seen_ns else self._path.read_text(encoding="utf-8")
         except FileNotFoundError:
             return self._table
-        if found.st_mtime_ns != self._seen_ns:
-            documents = json.loads(self._path.read_text(encoding="utf-8"))
-            functions = [_function_of(document) for document in documents]
+        except OSError as error:  # there is no descriptor now: the next look reads it
+            if self._seen_ns < 0:
+                raise NotReady(f"the table of functions cannot be read: {error.strerror}; ask again") from None
+            return self._table
+        if text is not None:
+            functions = [_function_of(document) for document in json.loads(text)]
             self._table = {function.name: function for function in functions}
             self._seen_ns = found.st_mtime_ns
         return self._table

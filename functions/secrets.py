@@ -17,6 +17,7 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
+import errno
 import os
 import shutil
 import threading
@@ -217,5 +218,9 @@ class SecretFiles:
 
 
 def _owner_of(function: Function) -> Identity | None:
+    """Return the user that a function's secrets are for, None if ours.  Raises OSError if there is none such now."""
     text = (function.settings or {}).get("user")
-    return parse_user(text) if text else None
+    try:
+        return parse_user(text) if text else None
+    except ValueError as error:
+        raise OSError(errno.EINVAL, f"user={text}: {error}") from None

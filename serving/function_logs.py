@@ -59,7 +59,7 @@ class FunctionLogs:
         body: Stream = self._sent(await self._store.read(name, query), name)
         if query.follow:
             body = self._followers.join(request, body)
-        return Response(200, fields, body, None, math.inf)
+        return Response(200, fields, body, None, math.inf, is_live=query.follow)
 
     async def _sent(self, found: AsyncGenerator[LogLine, None], name: FunctionName) -> AsyncGenerator[bytes, None]:
         stop = asyncio.create_task(self._draining.wait())
@@ -67,10 +67,13 @@ class FunctionLogs:
             async with aclosing(found) as lines:
                 while True:
                     step = asyncio.ensure_future(anext(lines, None))
-                    await asyncio.wait((step, stop), return_when=asyncio.FIRST_COMPLETED)
-                    if not step.done():
-                        step.cancel()
-                        await asyncio.wait((step,))
+                    try:
+                        await asyncio.wait((step, stop), return_when=asyncio.FIRST_COMPLETED)
+                    finally:
+                        if not step.done():  # nothing is closed that still runs
+                            step.cancel()
+                            await asyncio.wait((step,))
+                    if step.cancelled():
                         return
                     line = step.result()
                     if line is None:

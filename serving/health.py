@@ -5,6 +5,7 @@
     health.queue_refused(now_s)                              # and queue_took() when it takes a call again
     health.problems(now_s)                                   # [] while all works
     health.warnings()                                        # what will not work soon
+    health.keep_running(stack, janitor.run())                # a warning for good, should it end by a fault of ours
 
 Contract: a problem stops calls that a caller was promised, and is no matter of one call or one function.  It
 is told by part, without the reasons, which name files and ports: those are in the log.  All processes of a gateway
@@ -16,12 +17,17 @@ for nothing in QUEUE_MEMORY_S is believed to work again, or a balancer that heed
 
 from __future__ import annotations
 
-from ..watchdog import Slot
+import asyncio
+from collections.abc import Coroutine
+from contextlib import AsyncExitStack
+from typing import Any
+
+from ..watchdog import Slot, log
 
 QUEUE_MEMORY_S = 30.0  # longer than balancers let pass between two probes
 TROUBLE_KEY = "trouble"  # of the shared counts: 1 while the part that follows does not work, or soon will not
 
-_WORKER, _QUEUE, _ROOM = f"{TROUBLE_KEY} worker", f"{TROUBLE_KEY} queue", f"{TROUBLE_KEY} room"
+_WORKER, _QUEUE, _ROOM, _WORK = (f"{TROUBLE_KEY} {part}" for part in ("worker", "queue", "room", "background"))
 
 
 class Health:
@@ -30,7 +36,8 @@ class Health:
     def __init__(self, slot: Slot) -> None:
         self._slot = slot
         self._refused_s: float | None = None
-        slot.values(_QUEUE, 1)[0] = 0.0
+        for key in (_QUEUE, _WORK):
+            slot.values(key, 1)[0] = 0.0
         if slot.is_first:
             self.worker_trouble("")  # what a process before us knew is of another worker
             self.queue_is_nearly_full(False)
@@ -54,6 +61,23 @@ class Health:
             self._refused_s = None
             self._slot.values(_QUEUE, 1)[0] = 0.0
 
+    def keep_running(self, stack: AsyncExitStack, work: Coroutine[Any, Any, None]) -> None:
+        """Have `work` go on until `stack` is closed, which waits for its end."""
+        task = asyncio.create_task(self._run(work))
+
+        async def end() -> None:
+            task.cancel()
+            await asyncio.wait((task,))
+
+        stack.push_async_callback(end)
+
+    async def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except Exception:  # noqa: BLE001 - the task's boundary: nothing else would tell of its end before ours
+            log.exception("work in the background has ended")
+            self._slot.values(_WORK, 1)[0] = 1.0
+
     def problems(self, now_s: float) -> list[str]:
         """Return what does not work, a line each."""
         if self._refused_s is not None and now_s - self._refused_s > QUEUE_MEMORY_S:
@@ -64,8 +88,11 @@ class Health:
         return problems
 
     def warnings(self) -> list[str]:
-        """Return what works and soon will not, a line each."""
-        return ["the queue's disk is nearly full; see the log"] if self._is_noted(_ROOM) else []
+        """Return what soon will not work, or what is missed by no call, a line each."""
+        warnings = ["the queue's disk is nearly full; see the log"] if self._is_noted(_ROOM) else []
+        if self._is_noted(_WORK):
+            warnings.append("work in the background has ended by a fault, and a restart brings it back; see the log")
+        return warnings
 
     def _is_noted(self, key: str) -> bool:
         return bool(self._slot.scoreboard.counters.totals().get(key, [0.0])[0])

@@ -36,7 +36,7 @@ from ..calls.names import BadFunctionName, FunctionName, parse_function_name
 from ..calls.views import format_time
 from ..functions.documents import write_whole
 from ..queues import Queue
-from ..watchdog import Client, FaashoundError, Request, Response, Slot, Url, log, parse_positive_count
+from ..watchdog import Client, FaashoundError, Request, Response, Slot, Url, in_thread, log, parse_positive_count
 from .answers import BadField, allow, parse_parameters
 from .figures import (
     MINUTES_COUNT,
@@ -127,13 +127,13 @@ class History:
         return self._depths[-1] if self._depths else None
 
     async def run(self) -> None:
-        """Take samples, and save them from time to time, until cancelled."""
+        """Take samples, and save them from time to time, until cancelled, which waits for a write that has begun."""
         saved_s = self._now()
         while True:
             await self.sample()
             if self._now() - saved_s >= SAVED_EVERY_S:
                 saved_s = self._now()
-                await asyncio.to_thread(self._write, self._dump())
+                await in_thread(self._write, self._dump())
             await asyncio.sleep(SAMPLED_EVERY_S)
 
     async def sample(self, fresh_s: float = FRESH_S) -> None:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from ..functions.documents import write_whole
-from ..watchdog import log
+from ..watchdog import in_thread, log
 from .metrics import GatewayMetrics
 
 SAVED_EVERY_S = 60.0
@@ -46,10 +46,10 @@ class InvocationCounts:
         self._metrics.called_directly(name, count)
 
     async def keep(self, listed: Callable[[], Collection[str]]) -> None:
-        """Save from time to time, until cancelled; not in the loop, since a disk may take its time."""
+        """Save from time to time, not in the loop, until cancelled, which waits for a write that has begun."""
         while True:
             await asyncio.sleep(SAVED_EVERY_S)
-            await asyncio.to_thread(self.save, listed())
+            await in_thread(self.save, listed())
 
     def save(self, listed: Collection[str]) -> None:
         """Keep the counts of the functions in `listed`, and of others that were called in this life."""

@@ -55,6 +55,9 @@ MOVES_WITHIN_S = 10.0  # a function whose process has died; what takes its place
 MOVED_POLL_S = 0.05
 
 
+NO_FUNCTION = "no function has this name"
+
+
 class OurFailure(FaashoundError):
     """The gateway's own answer in place of a function's: marked so that a worker knows it and tries again."""
 
@@ -99,7 +102,7 @@ class Invocations:
         reason: dict[str, object] = {}
         try:
             if function is None:
-                raise OurFailure(404, "no function has this name")
+                raise OurFailure(404, NO_FUNCTION)
             response = await self._call(request, function, rest, ids, by_worker)
             status = response.status
         except FaashoundError as error:
@@ -171,14 +174,19 @@ class Invocations:
     async def _moved(self, function: Function, deadline_s: float) -> Function | None:
         """Return a function that has another address than when it was looked up; None if it gets none in time.
 
-        Where several processes serve, those functions that came after the start end with the process that runs them,
-        and its successor gives them other addresses.
+        Another version may have taken over while the caller waited to be let in.  Where several processes serve, those
+        functions that came after the start end with the process that runs them, and its successor gives them other
+        addresses: that is waited for.  Raises OurFailure if there is no such function any more.
         """
         end_s = min(time.monotonic() + MOVES_WITHIN_S, deadline_s)
-        while function.local and self._functions.are_elsewhere and time.monotonic() < end_s:
+        while function.local:
             found = self._functions.lookup(function.name)
-            if found is None or found.url != function.url:
+            if found is None:
+                raise OurFailure(404, NO_FUNCTION)
+            if found.url != function.url:
                 return found
+            if not self._functions.are_elsewhere or time.monotonic() >= end_s:
+                break
             await asyncio.sleep(MOVED_POLL_S)
         return None
 

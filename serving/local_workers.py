@@ -10,6 +10,7 @@ gateway one worker drains them all.  An operator who names `queues` has said whi
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 
 from ..functions.supervisor import ManagedProgram, Supervisor, python_command
 from ..watchdog import log, parse_settings
@@ -30,7 +31,8 @@ class LocalWorkers:
         self._follows = follows
         self._drained = set(parse_settings(WorkerSettings, environ).queues)
         self.later_count = 0  # of those beside the first: they have no port that tells what they count
-        supervisor.start(ManagedProgram("the worker", WORKER_COMMAND, environ, on_trouble=on_trouble))
+        self._troubled: set[str] = set()
+        self._start("the worker", environ)
 
     def follow(self, queues: Collection[str]) -> None:
         """Have every one of `queues` drained."""
@@ -42,5 +44,13 @@ class LocalWorkers:
         told = ",".join(sorted(new))
         log.info(f"functions name queues that are new, and another worker drains them: {told}")
         environ = {**self._environ, "queues": told, "metrics_port": "0"}
-        program = ManagedProgram(f"the worker of {told}", WORKER_COMMAND, environ, on_trouble=self._on_trouble)
-        self._supervisor.start(program)
+        self._start(f"the worker of {told}", environ)
+
+    def _start(self, name: str, environ: Mapping[str, str]) -> None:
+        on_trouble = partial(self._note, name)
+        self._supervisor.start(ManagedProgram(name, WORKER_COMMAND, environ, on_trouble=on_trouble))
+
+    def _note(self, name: str, trouble: str) -> None:
+        """One of them has trouble, or none any more: all is well only when none has."""
+        (self._troubled.add if trouble else self._troubled.discard)(name)
+        self._on_trouble(", ".join(sorted(self._troubled)))

@@ -152,6 +152,9 @@ class Operations:
         except FaashoundError as error:
             log.warning(f"Refused to {what} - [{error.status}]", asker=asker, error=error)
             raise
+        except Exception as error:  # the client may have gone, and what was stored stays
+            log.error(f"Failed to {what}", asker=asker, error=error)
+            raise
         log.info(f"Done: {what}", asker=asker)
 
 

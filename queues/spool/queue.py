@@ -82,6 +82,7 @@ from ...watchdog import FaashoundError, log
 from . import claims, ends, housekeeping, reads
 from .bodies import Bodies
 from .claims import Claimant, Claimed, Flow, Wanted
+from .errors import disk_error
 from .housekeeping import START, Dropped, DropStep, Position
 from .limits import DATABASE, FILE_CHUNK_BYTES, IDLE_S, ORPHAN_S, RECLAIM_S, SET_BACK_S, STOOD_STILL_S
 from .notifier import WakeUp
@@ -588,7 +589,10 @@ class Spool:
     async def stats(self) -> Stats:
         """The queue in figures; reads an index from end to end, so not for every request."""
         stats = await self._read(partial(reads.count_calls, now_s=self._now(), commit_count=self._writer.commit_count))
-        disk = await asyncio.to_thread(os.fstatvfs, self._directory.root_fd)
+        try:
+            disk = await asyncio.to_thread(os.fstatvfs, self._directory.root_fd)
+        except OSError as error:
+            raise disk_error(error) from error
         free_bytes = disk.f_bavail * disk.f_frsize
         return replace(stats, free_bytes=free_bytes, reserve_bytes=self._reserve.held_bytes)
 
@@ -664,4 +668,7 @@ class Spool:
 
     def _size_bytes(self) -> int:
         journal = self._directory.path / f"{DATABASE}-wal"
-        return sum(path.stat().st_size for path in (self._directory.database, journal) if path.exists())
+        try:
+            return sum(path.stat().st_size for path in (self._directory.database, journal) if path.exists())
+        except OSError as error:
+            raise disk_error(error) from error

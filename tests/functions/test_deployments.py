@@ -222,6 +222,22 @@ def test_bad_update_changes_nothing(tmp_path: Path) -> None:
     run(test())
 
 
+def test_function_can_be_removed_again_when_other_processes_could_not_be_told(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with controlled(tmp_path) as (control, local):
+            await control.create(shell())
+            in_the_way = local.directory / "table.new"
+            in_the_way.mkdir()
+            with pytest.raises(OSError, match=r"table\.new"):
+                await control.remove({"functionName": "f"})
+            in_the_way.rmdir()
+            await control.remove({"functionName": "f"})
+            assert F not in local.table
+            await control.create(shell())
+
+    run(test())
+
+
 def test_nothing_is_deployed_without_a_state(tmp_path: Path) -> None:
     async def test() -> None:
         async with controlled(None) as (control, _):
@@ -302,6 +318,24 @@ def test_file_is_applied_when_there_are_descriptors_again(tmp_path: Path, log: L
 
     run(test())
     assert room or str(log).count("the functions file is not applied") == 1
+
+
+def test_changed_function_is_applied_when_there_are_descriptors_again(tmp_path: Path, log: Log) -> None:
+    file, text = tmp_path / "functions.toml", '[f]\nfprocess = "/bin/sh"\nenvironment = {{ V = "{}" }}\n'
+
+    async def test() -> None:
+        async with controlled(tmp_path, text.format(1)) as (control, local):
+            following = asyncio.create_task(control.follow())
+            with few_descriptors(1):  # for the file, and for what tells other processes, but not for a socket
+                file.write_text(text.format(2))
+                await until(lambda: "the old version of f goes on" in log, "the failure")
+                assert local.table[F].environment == {"V": "1"}
+            await until(lambda: local.table[F].environment == {"V": "2"}, "the change")
+            assert (await call(local, "f", b"echo $V")).body == b"2\n"
+            following.cancel()
+
+    run(test())
+    assert str(log).count("the old version of f goes on") == 1
 
 
 def test_deployed_functions_stay_when_the_file_changes(tmp_path: Path) -> None:

@@ -304,6 +304,20 @@ def test_lines_of_removed_functions_are_bounded_and_those_that_wrote_last_stay(t
     assert {path.name for path in tmp_path.iterdir()} == {names[0], *names[-MAX_REMOVED_COUNT:]}
 
 
+def test_functions_change_though_the_lines_of_one_that_is_no_more_cannot_be_looked_at(tmp_path: Path, log: Log) -> None:
+    (tmp_path / "gone.openfaas-fn").mkdir()
+    (tmp_path / "gone.openfaas-fn" / "1.jsonl").symlink_to(tmp_path / "nowhere")
+
+    async def test() -> None:
+        async with running(logged(tmp_path)) as local:
+            await local.apply(parse(TALKS + '[g]\nfprocess = "cat"\n'))
+            await local.remove(F)
+            assert [name.short for name in local.table] == ["g"]
+
+    run(test())
+    assert "lines of functions that are no more are not looked through" in log
+
+
 def test_no_file_of_a_function_is_held_open_when_it_is_removed(tmp_path: Path) -> None:
     async def test() -> None:
         local = logged(tmp_path)

@@ -16,9 +16,9 @@ from faashound.functions.endpoint import NotHealthy
 from faashound.functions.local import LocalFunctions, UnknownFunction
 from faashound.functions.published import PublishedTable, publish
 from faashound.functions.table import parse_upstream
-from faashound.watchdog import Client, Url
+from faashound.watchdog import Client, NotReady, Url
 from tests.functions.conftest import Log
-from tests.functions.kit import CAT, F, call, exists, parse, real, run, running, until
+from tests.functions.kit import CAT, F, call, exists, few_descriptors, parse, real, run, running, until
 
 VERSION = """
 [f]
@@ -260,6 +260,21 @@ def test_other_processes_see_each_change_on_a_file_system_with_a_coarse_clock(
     for number in range(10):
         publish(path, parse(version(number)))
         assert seen[F].environment == {"VERSION": str(number)}
+
+
+def test_other_process_without_descriptors_goes_on_with_what_it_knows_and_sees_the_change_later(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "table"
+    publish(path, parse(version("old")))
+    seen, fresh = PublishedTable(path), PublishedTable(path)
+    assert seen[F].environment == {"VERSION": "old"}
+    publish(path, parse(version("new")))
+    with few_descriptors(0):
+        assert seen[F].environment == {"VERSION": "old"}
+        with pytest.raises(NotReady, match="Too many open files"):
+            fresh.get(F)
+    assert seen[F].environment == fresh[F].environment == {"VERSION": "new"}
 
 
 def test_other_processes_see_the_table_in_force_at_their_next_look() -> None:

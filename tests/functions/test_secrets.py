@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import dataclasses
 import itertools
 import threading
@@ -213,6 +214,49 @@ def test_running_call_of_a_removed_function_reads_its_secret_which_is_gone_after
             await until(lambda: not directories(local), "the end of what the function had")
 
     run(test())
+
+
+def test_new_version_serves_though_it_cannot_have_as_many_processes_as_the_old_one_yet(
+    tmp_path: Path, log: Log
+) -> None:
+    async def test() -> None:
+        async with controlled(tmp_path) as (control, local):
+            await control.create_secret(secret())
+            await control.create(shell(secrets=["token"]))
+            await local.scale(F, 3)
+            in_the_way: list[Path] = []
+
+            async def be_stored() -> None:
+                in_the_way.extend(directory / ".token.new" for directory in directories(local))
+                for each in in_the_way:
+                    each.mkdir()
+
+            changed = dataclasses.replace(local.table[F], environment={"V": "2"})
+            await local.put(changed, be_stored)
+            assert (await call(local, "f", b"echo $V")).body == b"2\n"
+            await until(lambda: "f cannot be started" in log, "it is told")
+            for each in in_the_way:
+                with contextlib.suppress(FileNotFoundError):  # of the old version, which has gone
+                    each.rmdir()
+            await until(lambda: len(local.status()[F].pids) == 3, "as many as before")
+
+    run(test())
+
+
+def test_function_whose_user_is_gone_is_told_of_at_its_call_and_the_gateway_goes_on(tmp_path: Path, log: Log) -> None:
+    function = Function(F, settings={"fprocess": "cat", "user": "no-such-user"}, secrets=("token",))
+
+    async def test() -> None:
+        async with controlled(tmp_path) as (control, local):
+            await control.create_secret(secret())
+            await local.apply({F: function})
+            _, writer = await asyncio.open_unix_connection(local.path(F))
+            await until(lambda: "f cannot be started: " in log and "there is no such user" in log, "it is told")
+            await control.update_secret(secret("second"))
+            writer.close()
+
+    run(test())
+    assert "f does not see the new token: user=no-such-user: there is no such user" in log
 
 
 def function_named(name: str) -> Function:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import os
@@ -12,16 +13,21 @@ from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import pytest
 
+from faashound.functions.logs import LogStore
+from faashound.functions.runtime import PREFIX
+from faashound.functions.table import Functions, parse_functions
 from faashound.serving.control_plane import NOT_OFFERED
+from faashound.serving.followers import Followers
+from faashound.serving.function_logs import FunctionLogs
 from faashound.serving.invocation_counts import InvocationCounts, load_counts
 from faashound.serving.metrics import GatewayMetrics
-from faashound.watchdog import VERSION, Scoreboard, Slot
-from testkit.harness import Answer, command_line_of, connect, read_until, run, wait_until
+from faashound.watchdog import VERSION, Body, Request, Scoreboard, Slot, Stream
+from testkit.harness import SOON_S, Answer, command_line_of, connect, eventually, read_until, run, wait_until
 from testkit.system import Receiver, System
 
 FUNCTIONS = """
@@ -414,6 +420,18 @@ def test_deployed_function_answers_when_the_process_that_runs_the_functions_is_k
         assert [found["name"] for found in ask(system, "/system/functions")] == ["late"]
 
 
+def test_change_that_fails_for_a_reason_of_ours_is_told_with_who_asked_for_it() -> None:
+    with System(settings={"deploy": "process", "worker": "none"}) as system:
+        (runtime,) = system.temporary.glob(f"{PREFIX}*")
+        in_the_way = runtime / "table.new"
+        in_the_way.mkdir()
+        assert send(system, "POST", "/system/functions", deployment("new")).status == 500
+        told = system.wait_log("Failed to deploy function 'new'")
+        assert re.search(r"asker=.*127\.0\.0\.1", told)
+        assert "table.new" in told
+        in_the_way.rmdir()
+
+
 def test_gateway_that_others_reach_does_not_start_with_deploy_and_without_a_password() -> None:
     ended = run("gateway", settings={"deploy": "process", "host": "0.0.0.0", "port": "0", "metrics_port": "0"})
     assert ended.returncode == 1
@@ -445,6 +463,34 @@ def test_client_reads_and_follows_the_lines_of_a_function(operated: System) -> N
             piece = client.recv(65536)
             assert piece, received
             received += piece
+
+
+def test_client_that_is_cut_while_it_waits_for_lines_leaves_nothing_that_looks_for_them(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        before = asyncio.all_tasks()
+        store, functions = LogStore(tmp_path, 1 << 20), Functions(parse_functions('[f]\nfprocess = "cat"', "f.toml"))
+        logs, query = FunctionLogs(store, functions, Followers("lines", "", 60.0)), b"name=f&follow=1"
+        request = Request("GET", b"/system/logs", b"/system/logs", query, b"localhost", (), Body(0, lambda: None))
+        body = cast(Stream, (await logs.answer(request)).body)
+
+        async def wait_for_a_line() -> None:
+            await anext(aiter(body))
+
+        async def waits() -> bool:
+            return len(asyncio.all_tasks() - before) == 3  # it, what looks for lines, and what waits for a drain
+
+        async def nothing_is_left() -> bool:
+            return asyncio.all_tasks() == before
+
+        waiting = asyncio.create_task(wait_for_a_line())
+        await eventually(waits, SOON_S, "it waits")
+        waiting.cancel()
+        await asyncio.wait((waiting,))
+        assert waiting.cancelled(), waiting.exception()
+        await body.aclose()
+        await eventually(nothing_is_left, SOON_S, "no task is left")
+
+    asyncio.run(scenario())
 
 
 def test_client_that_follows_is_let_go_when_the_gateway_stops() -> None:

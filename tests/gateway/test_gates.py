@@ -6,16 +6,27 @@ import base64
 import json
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from faashound.functions.exposure import BadExposure, Exposure, digest_token, parse_exposure
+from faashound.functions.table import Function, Functions, parse_functions
+from faashound.serving.access import Access
+from faashound.serving.browsers import BrowserRules
+from faashound.serving.gates import FunctionGate
+from faashound.serving.invocations import Invocations
+from faashound.serving.metrics import GatewayMetrics
 from faashound.serving.passwords import FREE_FAILURES_COUNT, MAX_LATE_COUNT
+from faashound.serving.proxying import build_via
+from faashound.serving.settings import Settings
+from faashound.watchdog import Body, Request, Scoreboard, Slot, Stream, parse_settings
 from testkit.harness import Answer, InBackground, wait_until
 from testkit.system import System
+from tests.functions.kit import F, real, run, running, until
 
 FUNCTIONS = """
 [open]
@@ -257,3 +268,45 @@ def test_bad_annotation_is_reported_with_its_line() -> None:
             "functions.toml:5: [switch] annotations.com.faashound.disabled: 'maybe': allowed: true, false, 1, 0"
         )
         assert call(system, "switch").status == 503
+
+
+class ThoughtfulGate(FunctionGate):
+    """Takes its time to let a caller in: `meanwhile` is done."""
+
+    meanwhile: Callable[[], Awaitable[None]]
+
+    async def admit(self, request: Request, function: Function) -> tuple[bytes, ...]:
+        await self.meanwhile()
+        return await super().admit(request, function)
+
+
+@pytest.mark.parametrize("is_removed", [False, True], ids=["replaced", "removed"])
+def test_caller_that_waits_to_be_let_in_finds_what_is_there_then(is_removed: bool) -> None:
+    text = '[f]\nfprocess = "/bin/sh"\nenvironment = {{ V = "{}" }}\n'
+
+    async def test() -> None:
+        async with running(real(text.format("old"))) as local:
+            old = local.path(F)
+
+            async def meanwhile() -> None:
+                await (local.remove(F) if is_removed else local.put(parse_functions(text.format("new"), "f.toml")[F]))
+                await until(lambda: not old.exists(), "the end of the old version")
+
+            gate = ThoughtfulGate(Access("token", BrowserRules(True, frozenset(), frozenset()), None))
+            gate.meanwhile = meanwhile
+            settings = parse_settings(Settings, {})
+            metrics = GatewayMetrics(Slot(Scoreboard()))
+            invocations = Invocations(settings, Functions(local.table), gate, build_via("token"), metrics)
+            body = Body(None, lambda: None)
+            body.feed(b"echo $V")
+            body.finish()
+            request = Request("POST", b"/function/f", b"/function/f", b"", b"localhost", (), body)
+            response = await invocations.answer(request, "f", b"/")
+            if is_removed:
+                assert response.status == 404
+            else:
+                assert response.status == 200
+                assert b"".join([piece async for piece in cast(Stream, response.body)]) == b"new\n"
+            await invocations.close()
+
+    run(test())

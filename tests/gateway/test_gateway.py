@@ -10,6 +10,7 @@ import re
 import signal
 import socket
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -687,6 +688,17 @@ def test_gateway_says_why_it_does_not_start(settings: dict[str, str], status: in
     assert ended.returncode == status
     assert told in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_gateway_that_cannot_start_leaves_no_sockets_of_functions(workers: str) -> None:
+    with tempfile.TemporaryDirectory(prefix="faashound-test-") as name:  # whose name is short enough for sockets
+        functions = Path(name) / "functions.toml"
+        functions.write_text('[cat]\nfprocess = "cat"\n')
+        settings = {"functions": str(functions), "basic_auth": "true", "secret_mount_path": name, "workers": workers}
+        ended = run("gateway", settings=settings | {"TMPDIR": name, "port": "0", "metrics_port": "0"})
+        assert (ended.returncode, "basic_auth=true needs it" in ended.stderr) == (1, True), ended
+        assert not list(Path(name).glob("faashound.run.*"))
 
 
 @pytest.mark.parametrize("name", ["port", "metrics_port"])

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
+from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from faashound.functions.supervisor import ManagedProcess, ManagedProgram, Supervisor
 from faashound.serving.health import QUEUE_MEMORY_S, Health
 from faashound.serving.janitor import is_nearly_full, stray_queues
-from faashound.watchdog import Scoreboard, Slot
+from faashound.serving.local_workers import LocalWorkers
+from faashound.watchdog import Scoreboard, Slot, log
 from testkit.disks import fill
-from testkit.harness import free_port, http_request, wait_until
+from testkit.harness import SOON_S, eventually, free_port, http_request, wait_until
 from testkit.system import System
 
 RENAMED = '[resize]\nfprocess = "cat"\nannotations."com.openfaas.queue" = "{}"'
@@ -45,6 +49,67 @@ def test_every_process_knows_of_the_worker_that_the_first_one_runs() -> None:
     assert second.problems(0.0) == first.problems(0.0) != []
     first.worker_trouble("")
     assert second.problems(0.0) == []
+
+
+def test_worker_that_runs_hides_no_trouble_of_another() -> None:
+    class Listing(Supervisor):
+        """Starts nothing, and tells what it was to start."""
+
+        def __init__(self) -> None:
+            self.programs: list[ManagedProgram] = []
+
+        def start(self, program: ManagedProgram) -> ManagedProcess:
+            self.programs.append(program)
+            return ManagedProcess(program)
+
+    supervisor, health = Listing(), Health(Slot(Scoreboard()))
+    workers = LocalWorkers(supervisor, {}, health.worker_trouble, follows=True)
+    workers.follow(("another-queue",))
+    first, later = (program.on_trouble for program in supervisor.programs)
+    first("exited with status 1")
+    later("")
+    assert health.problems(0.0)
+    later("exited with status 1")
+    first("")
+    assert health.problems(0.0)
+    later("")
+    assert health.problems(0.0) == []
+
+
+def test_work_in_the_background_that_dies_is_told_at_once_and_its_end_is_waited_for(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    board, ended = Scoreboard(2), False
+    first, second = Health(Slot(board)), Health(Slot(board, 1))
+
+    async def die() -> None:
+        raise ZeroDivisionError
+
+    async def take_a_while_to_end() -> None:
+        nonlocal ended
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.01)
+            ended = True
+
+    async def is_told() -> bool:
+        return bool(second.warnings())
+
+    async def scenario() -> None:
+        async with AsyncExitStack() as stack:
+            first.keep_running(stack, take_a_while_to_end())
+            first.keep_running(stack, die())
+            await eventually(is_told, SOON_S, "a warning")
+
+    asyncio.run(scenario())
+    log.flush()
+    assert ended
+    assert second.warnings() == [
+        "work in the background has ended by a fault, and a restart brings it back; see the log"
+    ]
+    assert second.problems(0.0) == []
+    assert "ZeroDivisionError" in capfd.readouterr().err
 
 
 def test_stray_queues_are_those_with_calls_that_nothing_drains() -> None:

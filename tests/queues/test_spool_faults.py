@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import os
 import sqlite3
@@ -639,3 +640,20 @@ def test_failed_open_leaves_no_descriptors(tmp_path: Path) -> None:
         with pytest.raises(QueueDamaged):
             asyncio.run(Spool.open(tmp_path / "spool"))
     assert set(os.listdir("/proc/self/fd")) <= before
+
+
+def test_disk_that_answers_nothing_is_an_error_of_the_queue_to_who_asks_for_its_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    async def scenario() -> None:
+        spool = await Spool.open(tmp_path / "spool")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fstatvfs", fail)
+            with pytest.raises(QueueUnavailable, match="cannot use its disk"):
+                await spool.stats()
+        await spool.close()
+
+    asyncio.run(scenario())

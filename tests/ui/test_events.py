@@ -195,6 +195,21 @@ def test_one_address_has_no_more_than_its_share_of_the_places(system: Shown, pat
     wait_until(lambda: system.request("HEAD", path).status == 200, 15.0, "an answer to HEAD, which needs none either")
 
 
+def test_follower_of_lines_that_hangs_up_gives_its_place_back_though_no_line_comes(system: Shown) -> None:
+    path = f"{LOGS}&tail=0"
+    for reader in readers_with_places(system, ["127.0.0.1"] * MAX_OF_ADDRESS_COUNT, path):
+        reader.close()
+
+    def has_place() -> bool:
+        reader = Reader(system.port, path=path)
+        try:
+            return reader.status() == 200
+        finally:
+            reader.close()
+
+    wait_until(has_place, 15.0, "a place is free again")
+
+
 def test_readers_beyond_the_limit_are_told_to_ask_instead_and_places_are_given_back(system: Shown) -> None:
     sources = [f"127.0.0.{2 + number // MAX_OF_ADDRESS_COUNT}" for number in range(MAX_FOLLOWERS_COUNT)]
     readers = readers_with_places(system, sources)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
+import threading
 import time
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from faashound.calls.names import parse_function_name
 from faashound.draining.metrics import InvocationCounters
+from faashound.queues.spool.queue import Spool
+from faashound.serving import history, invocation_counts
 from faashound.serving.figures import (
     BUCKETS_COUNT,
     Counted,
@@ -27,6 +32,8 @@ from faashound.serving.figures import (
     quantile_s,
     read_counters,
 )
+from faashound.serving.history import History, Sources
+from faashound.serving.invocation_counts import InvocationCounts
 from faashound.serving.metrics import GatewayMetrics
 from faashound.watchdog import BUCKETS_S, Scoreboard, Slot
 from testkit.harness import command_line_of, connect, free_port, http_request, wait_until
@@ -271,3 +278,44 @@ def test_metrics_of_one_function_by_the_minute_and_nonsense_is_refused() -> None
             answer = system.request("GET", f"/system/metrics?{query}")
             assert (answer.status, bool(answer.text)) == (400, True)
         assert json.loads(system.request("GET", "/system/metrics").body)["workers"] == "unknown"
+
+
+@pytest.mark.parametrize("what", ["figures", "counts"])
+def test_write_that_has_begun_is_waited_for_when_it_is_cancelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """The last write, at the stop, is of the same file."""
+    begun, may_end = threading.Event(), threading.Event()
+
+    class SlowHistory(History):
+        def _write(self, kept: dict[str, object]) -> None:
+            begun.set()
+            assert may_end.wait(60)
+            super()._write(kept)
+
+    class SlowCounts(InvocationCounts):
+        def save(self, listed: Collection[str]) -> None:
+            begun.set()
+            assert may_end.wait(60)
+            super().save(listed)
+
+    async def scenario() -> None:
+        slot, queue = Slot(Scoreboard()), await Spool.open(tmp_path / "spool")
+        sources = Sources(slot, queue, "spool", None)
+        if what == "figures":
+            work = SlowHistory(sources, tmp_path / "kept", "life").run()
+        else:
+            work = SlowCounts(tmp_path / "kept", {}, GatewayMetrics(slot)).keep(lambda: ["f.openfaas-fn"])
+        writing = asyncio.create_task(work)
+        assert await asyncio.to_thread(begun.wait, 60)
+        writing.cancel()
+        ended, _ = await asyncio.wait((writing,), timeout=0.2)
+        may_end.set()
+        assert not ended
+        await asyncio.wait((writing,))
+        await sources.client.close()
+        await queue.close()
+
+    monkeypatch.setattr(history, "SAVED_EVERY_S", 0.0)
+    monkeypatch.setattr(invocation_counts, "SAVED_EVERY_S", 0.0)
+    asyncio.run(scenario())

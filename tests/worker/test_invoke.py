@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import re
@@ -12,9 +13,12 @@ from typing import Any
 
 import pytest
 
-from faashound.draining.known_functions import KnownAddress, parse_told_upstream
+from faashound.calls.names import parse_function_name
+from faashound.calls.retries import RetryPolicy
+from faashound.draining.gateway_access import GatewayAccess
+from faashound.draining.known_functions import KnownAddress, KnownFunctions, parse_told_upstream
 from faashound.network.machine import network_identity
-from faashound.watchdog import Url
+from faashound.watchdog import Client, Url, parse_url
 from testkit.harness import free_port, http_request, wait_until
 from testkit.system import Received, Receiver, Reply, System, Worker, always, functions_at, rows
 
@@ -128,6 +132,36 @@ def test_call_uses_up_no_attempt_while_the_gateway_that_runs_its_function_is_awa
         with System(settings=settings, spool=tmp_path / "spool") as system:
             status = system.ended(call_id)
         assert (status["state"], status["status"], status["attempts"]) == ("done", 200, 1)
+
+
+def test_address_is_avoided_at_which_nothing_answers_though_the_gateway_tells_of_it_meanwhile() -> None:
+    is_asked, is_told = threading.Event(), threading.Event()
+    told = {"upstream": {"url": "http://127.0.0.1:9", "guarded": False, "network": network_identity()}}
+
+    def tell(_: Received) -> Reply:
+        is_asked.set()
+        assert is_told.wait(60)
+        return 200, {}, json.dumps(told).encode()
+
+    async def scenario(receiver: Receiver) -> None:
+        client, function = Client(), parse_function_name("cat")
+        gateway = GatewayAccess(parse_url(receiver.url()), "token")
+        functions = KnownFunctions(client, gateway, RetryPolicy(), direct=True)
+        is_told.set()
+        assert (await functions.get(function)).upstream is not None
+        is_asked.clear()
+        is_told.clear()
+        functions.on_direct_call(function)
+        telling = asyncio.create_task(functions.tell())
+        assert await asyncio.to_thread(is_asked.wait, 60)
+        functions.on_unreachable(function)
+        is_told.set()
+        await telling
+        assert (await functions.get(function)).upstream is None
+        await client.close()
+
+    with Receiver(tell) as receiver:
+        asyncio.run(scenario(receiver))
 
 
 def test_call_takes_the_gateways_way_when_its_function_is_no_longer_where_it_was(tmp_path: Path) -> None:

@@ -25,11 +25,13 @@ from faashound.calls.retries import AttemptOutcome, Dead, OutcomeKind, Progress,
 from faashound.draining.caller import Caller, CallLimits
 from faashound.draining.connections import Connections
 from faashound.draining.gateway_access import GatewayAccess
+from faashound.draining.in_flight import EarlyEnd, InFlightTable
 from faashound.draining.known_functions import KnownAddress, KnownFunctions
 from faashound.draining.metrics import InvocationCounters
 from faashound.draining.outcomes import REFUSED_TEXT, outcome_of_error
+from faashound.draining.shares import Slots
 from faashound.queues.spool.queue import Spool
-from faashound.watchdog import OutOfResources, PeerGone, Unreachable, UpstreamTimeout, parse_url
+from faashound.watchdog import OutOfResources, PeerGone, Unreachable, UpstreamTimeout, log, parse_url
 from testkit.harness import free_port, run, wait_until
 from testkit.queue_kit import QUEUE, finish, inline, new_call
 from testkit.system import (
@@ -41,6 +43,7 @@ from testkit.system import (
     rows,
     runs,
 )
+from tests.functions.kit import few_descriptors
 
 # Several workers, and faults
 
@@ -324,6 +327,44 @@ def test_answer_that_cannot_be_stored_does_not_have_its_function_run_again(tmp_p
         "the answer could not be stored: the queue is closed",
     )
     assert isinstance(next_step(Progress(1), RetryPolicy(), outcome, time.time(), lambda: 0.5), Dead)
+
+
+def test_attempt_is_no_invocation_when_its_body_could_not_be_opened(tmp_path: Path) -> None:
+    registry = CollectorRegistry()
+
+    async def attempt() -> AttemptOutcome:
+        queue, connections = await Spool.open(tmp_path / "spool"), Connections(build_policy([]))
+        call = await queue.put(new_call(body=await queue.store_body(bytes(2 * INLINE_BYTES))))
+        gateway = GatewayAccess(parse_url("http://127.0.0.1:9"), queue.token)
+        functions = KnownFunctions(connections.to_functions, gateway, RetryPolicy(), direct=True)
+        caller = Caller(queue, connections, functions, CallLimits(0.0, 1 << 20), InvocationCounters(registry))
+        with few_descriptors(0):
+            outcome = await caller.attempt(call, KnownAddress(parse_url("http://127.0.0.1:9")))
+        await connections.close()
+        await queue.close()
+        return outcome
+
+    assert asyncio.run(attempt()).kind is OutcomeKind.PREVENTED
+    assert [sample for metric in registry.collect() for sample in metric.samples] == []
+
+
+def test_lease_that_was_given_up_is_not_told_to_be_lost(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    async def scenario() -> EarlyEnd | None:
+        queue = await Spool.open(tmp_path / "spool")
+        await queue.put(new_call())
+        owner = await queue.enlist()
+        (lease,) = await queue.claim([QUEUE], owner, 60.0, 1)
+        table = InFlightTable(queue, owner, {"call": Slots(1), "callback": Slots(1)})
+        entry = table.add(lease)
+        table.end_all()
+        await queue.release(lease)
+        assert await table.renew_if_due(60.0, 0.0)
+        await queue.close()
+        return entry.ended_by
+
+    assert asyncio.run(scenario()) is EarlyEnd.DRAINED
+    log.flush()
+    assert "the lease was lost" not in capfd.readouterr().err
 
 
 OUTCOMES = {
