@@ -2341,7 +2341,8 @@ TEXT_PLAIN: Header = (b"Content-Type", b"text/plain; charset=utf-8")
 
 def error_response(error: FaashoundError) -> Response:
     """Return the one form in which an error of ours reaches a client."""
-    return Response(error.status, (TEXT_PLAIN, *error.headers), f"{error}\n".encode())
+    text = f"{error}\n".encode(errors="backslashreplace")  # it may repeat what a caller has sent
+    return Response(error.status, (TEXT_PLAIN, *error.headers), text)
 
 
 class ServerTimeouts(NamedTuple):
@@ -3017,7 +3018,12 @@ class ServerConnection(Connection):
 
     async def _exchange(self, request: Request) -> None:
         self._handled = True
-        await self._answer(await self._handle(request))
+        try:
+            await self._answer(await self._handle(request))
+        except asyncio.CancelledError:
+            if self._refusal is None:  # the client has gone; or what was waited for was cancelled, and no alarm is set
+                self._cut()
+            raise
 
     async def _answer(self, response: Response) -> None:
         try:
@@ -3179,10 +3185,10 @@ class ServerConnection(Connection):
 
     def _answer_refusal(self, task: asyncio.Task[None] | None) -> None:
         error = cast(FaashoundError, self._refusal)
-        if task is None or not self._handled:
-            self._server.on_refused(self._request, error)
         if not self._transport.is_closing():
             self._task = self._loop.create_task(self._answer(error_response(error)))
+        if task is None or not self._handled:
+            self._server.on_refused(self._request, error)
 
     # Deadlines and the end.
 
