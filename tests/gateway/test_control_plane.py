@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+from faashound.functions.secrets import MAX_SECRET_BYTES
 from faashound.serving.control_plane import NOT_OFFERED
 from faashound.serving.invocation_counts import InvocationCounts, load_counts
 from faashound.serving.metrics import GatewayMetrics
@@ -287,7 +288,14 @@ def test_client_cannot_change_what_the_functions_file_declares(operated: System,
     assert (answer.status, "declared" in answer.text) == (409, True)
 
 
-@pytest.mark.parametrize("body", [b"", b"[]", b"{", b"1", b"[" * 100_000, b'{"service": 1}'])
+WHOLE = b'{"service": "x", "name": "x", "image": "process", "envProcess": "cat", "value": "x", "replicas": 1, %b}'
+NO_JSON = [b'"a": NaN', b'"a": 1e999', b'"annotations": {"\\ud800": ""}', b'"a": "\xed\xa0\x80"']  # but for Python
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"[]", b"{", b"1", b"[" * 100_000, b'{"service": 1}', *(WHOLE % member for member in NO_JSON)],
+)
 @pytest.mark.parametrize("path", ["functions", "secrets", "scale-function/declared"])
 def test_client_that_sends_no_such_document_gets_400(operated: System, path: str, body: bytes) -> None:
     answer = operated.request("POST", f"/system/{path}", body, {"Content-Type": "application/json"})
@@ -329,6 +337,17 @@ def test_client_creates_updates_and_deletes_a_secret(operated: System) -> None:
     assert send(operated, "DELETE", "/system/secrets", secret).status == 202
     assert send(operated, "DELETE", "/system/secrets", secret).status == 404
     assert "tell-no" not in operated.log()
+
+
+def test_client_creates_a_secret_from_the_longest_file_whatever_is_in_it(operated: System) -> None:
+    content = b"\xff" * MAX_SECRET_BYTES
+    text = content.decode("utf-8", "replace")  # as faas-cli sends it, besides
+    secret = {"name": "file", "value": text, "rawValue": base64.b64encode(content).decode()}
+    assert send(operated, "POST", "/system/secrets", secret).status == 201
+    secret["rawValue"] = base64.b64encode(content + b"\xff").decode()
+    answer = send(operated, "PUT", "/system/secrets", secret)
+    assert (answer.status, "1048577 bytes" in answer.text) == (400, True)
+    assert send(operated, "DELETE", "/system/secrets", {"name": "file"}).status == 202
 
 
 def test_client_creates_updates_and_removes_a_namespace(operated: System) -> None:
