@@ -142,10 +142,14 @@ def test_client_lists_namespaces(system: System) -> None:
     assert system.request("GET", "/system/namespace/dev").status == 404
 
 
-def test_namespaces_of_function_url_are_listed() -> None:
+def test_namespaces_of_function_url_are_listed_and_their_functions_known() -> None:
     settings = {"function_url": "http://127.0.0.1:1/{namespace}/{name}", "namespaces": "dev", "worker": "none"}
     with System(settings=settings) as system:
         assert ask(system, "/system/namespaces") == ["openfaas-fn", "dev"]
+        assert ask(system, "/system/function/f.dev")["name"] == "f"
+        answer = system.request("GET", "/system/logs?name=f&namespace=dev")
+        assert (answer.status, answer.body) == (200, b""), "it is there, and what it writes stays where it runs"
+        assert system.request("GET", "/system/logs?name=f&namespace=other").status == 404
 
 
 @pytest.mark.parametrize(
@@ -454,10 +458,13 @@ def test_client_reads_and_follows_the_lines_of_a_function(operated: System) -> N
     assert len(lines("&tail=1")) == 1
     assert lines("&since=2999-01-01T00:00:00%2B02:00") == []
     assert operated.request("GET", "/system/logs?name=nobody").status == 404
-    assert operated.request("GET", "/system/logs?name=declared&tail=many").status == 422
+    answer = operated.request("GET", "/system/logs?name=Bad&tail=many")
+    assert answer.status == 422
+    assert [line.partition(":")[0] for line in answer.text.splitlines()] == ["name", "tail"]
+    assert operated.request("GET", "/system/logs").status == 422
     with connect(operated.port) as client:
-        client.sendall(b"GET /system/logs?name=declared&tail=0&follow=1 HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        read_until(client, b"\r\n\r\n")
+        client.sendall(b"GET /system/logs?name=declared&tail=1&follow=1 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        read_until(client, b"}\n\r\n")  # the newest one, as a chunk
         operated.request("POST", "/function/declared", b"followed")
         received = b""
         while b'"Wrote 8 Bytes' not in received:
