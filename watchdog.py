@@ -347,6 +347,8 @@ def parse_command(text: str) -> tuple[str, ...]:
         raise ValueError("allowed: a command line with at least the program's name")
     if "\0" in text:
         raise ValueError("allowed: a command line without NUL characters")
+    if max(len(os.fsencode(word)) for word in words) >= MAX_EXEC_STRING_BYTES:
+        raise ValueError(f"allowed: a command line whose words are each shorter than {MAX_EXEC_STRING_BYTES} bytes")
     return tuple(words)
 
 

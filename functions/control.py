@@ -275,7 +275,7 @@ class Control:
         """Deploy a new function; when it returns, a call works, and it is there after a crash.  POST, 202."""
         async with self._changing:
             self._want_deployments()
-            name = name_of(document, namespace)
+            name = await self._name_of(document, namespace)
             self._want_undeclared(name)
             if name in self._local.table:
                 raise FunctionExists(f"there is a function {name.short} already")
@@ -286,7 +286,7 @@ class Control:
         """Have a function in a new version, without a call that fails; else the old one serves on.  PUT, 200."""
         async with self._changing:
             self._want_deployments()
-            name = name_of(document, namespace)
+            name = await self._name_of(document, namespace)
             self._want_undeclared(name)
             if name not in self._deployed:
                 raise UnknownFunction(f"there is no function {name.short}")
@@ -299,11 +299,11 @@ class Control:
             deployments = self._want_deployments()
             name = name_of(document, namespace, "functionName")
             self._want_undeclared(name)
-            if name not in self._deployed:
+            if name not in self._deployed and str(name) not in await in_thread(deployments.names):  # nor disabled
                 raise UnknownFunction(f"there is no function {name.short}")
             await in_thread(deployments.delete, name)
-            del self._deployed[name]
-            await self._local.remove(name)
+            if self._deployed.pop(name, None) is not None:
+                await self._local.remove(name)
             return name
 
     async def scale(self, name: FunctionName, count: object) -> None:
@@ -311,6 +311,14 @@ class Control:
         if not isinstance(count, int) or isinstance(count, bool):
             raise BadDeployment(["replicas: allowed: a whole number"])
         await self._local.scale(name, count)
+
+    async def _name_of(self, document: Mapping[str, Any], namespace: str) -> FunctionName:
+        """Return whom a deployment is of; raises BadDeployment with every problem, those of the rest included."""
+        try:
+            return name_of(document, namespace)
+        except BadDeployment:
+            await in_thread(parse_deployment, document, self._current_rules(), 0.0, namespace)
+            raise
 
     async def _deploy(self, document: Mapping[str, Any], namespace: str, created_s: float) -> None:
         deployments = self._want_deployments()

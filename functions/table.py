@@ -40,6 +40,7 @@ from ..calls.names import DEFAULT_NAMESPACE, BadFunctionName, FunctionName, pars
 from ..calls.queue_names import parse_queue_name
 from ..calls.retries import BadAnnotations, parse_annotations
 from ..watchdog import (
+    MAX_EXEC_STRING_BYTES,
     BadSettings,
     FaashoundError,
     Settings,
@@ -529,6 +530,16 @@ def _check_environment(table: tuple[str, ...], environment: Mapping[str, str], r
             report.add(path, "a setting of the watchdog; write it beside fprocess")
         elif key.startswith(RESERVED_PREFIXES):
             report.add(path, f"reserved; allowed: names that do not start with {' or '.join(RESERVED_PREFIXES)}")
+        elif exceeds_execve(key, environment[key]):
+            report.add(path, TOO_LONG)
+
+
+TOO_LONG = f"allowed: less than {MAX_EXEC_STRING_BYTES} bytes, name and value"
+
+
+def exceeds_execve(name: str, text: str) -> bool:
+    """Tell whether a variable is longer than one may be; its program could never be started (execve(2))."""
+    return len(f"{name}={text}".encode()) >= MAX_EXEC_STRING_BYTES
 
 
 def _check_annotations(name: str, annotations: Mapping[str, str], report: _Report) -> None:
