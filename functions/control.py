@@ -37,6 +37,7 @@ from .namespaces import (
     UnknownNamespace,
     parse_namespace,
 )
+from .schedules import CRON_TOPIC, SCHEDULE, TOPIC
 from .secrets import SecretFiles, Secrets, parse_secret_name, parse_secret_value
 from .table import BadFunctions, Function, UnreadableFunctions, read_functions, read_images
 
@@ -85,6 +86,12 @@ class _Kept:
             Secrets(DocumentShelves(state / "secrets")),
             Namespaces(Documents(state / "namespaces")),
         )
+
+
+def _tell_idle_schedule(function: Function) -> None:
+    """Log that a function is called by no schedule though it has one: connectors know their functions by a topic."""
+    if SCHEDULE in function.annotations and TOPIC not in function.annotations:
+        log.warning(f"{function.name.short} has a schedule and no topic, so nothing calls it; allowed: {CRON_TOPIC}")
 
 
 class Control:
@@ -242,6 +249,8 @@ class Control:
                 raise
             self._told_trouble = ""
             await self._tell_missing_secrets()
+            for function in declared.values():
+                _tell_idle_schedule(function)
             return True
 
     async def _tell_missing_secrets(self) -> None:
@@ -329,6 +338,7 @@ class Control:
 
         await self._local.put(deployment.function, store)
         self._deployed[deployment.function.name] = deployment
+        _tell_idle_schedule(deployment.function)
         if document.get("limits"):
             log.warning(f"{deployment.function.name.short} has limits that are not kept (limits=ignore)")
 

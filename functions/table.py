@@ -52,7 +52,7 @@ from ..watchdog import (
 )
 from .exposure import BadExposure, Exposure, parse_exposure
 from .scaling import BadLabels, parse_scale
-from .schedules import BadSchedule, parse_schedules
+from .schedules import SCHEDULE, TOPIC, BadSchedule, parse_schedules
 from .secret_names import SECRETS_ARE, is_secret_name
 
 
@@ -257,7 +257,10 @@ PROCESS_IMAGE = "process"
 _IMAGE_KEYS = ["directory", *(key for key in _LOCAL_KEYS if key != "secrets")]
 
 
-_KEYS = [*_LOCAL_KEYS, "url", "annotations", "labels"]
+_SCHEDULE_KEYS = (TOPIC, SCHEDULE)  # annotations that may stand beside fprocess or url as well
+
+
+_KEYS = [*_LOCAL_KEYS, "url", "annotations", "labels", *_SCHEDULE_KEYS]
 
 
 @dataclass(frozen=True, slots=True)
@@ -422,7 +425,11 @@ def _parse_function(name: str, entry: Mapping[str, Any], report: _Report) -> Fun
             report.add((name, key), problem)
     texts = {key: _parse_texts((name, key), entry.get(key, {}), report) for key in _TEXT_TABLES}
     _check_environment((name, "environment"), texts["environment"], report)
-    _check_annotations(name, texts["annotations"], report)
+    for key in entry.keys() & _SCHEDULE_KEYS:
+        if key in texts["annotations"]:
+            report.add((name, key), "is among the annotations as well; give one of them")
+        texts["annotations"][key] = _parse_value((name, key), entry[key], _parse_no_nul, report) or ""
+    _check_annotations(name, entry, texts["annotations"], report)
     if not elsewhere:
         _check_labels(name, texts["labels"], report)
     url = _parse_value((name, "url"), entry["url"], parse_base_url, report) if elsewhere else None
@@ -542,9 +549,9 @@ def exceeds_execve(name: str, text: str) -> bool:
     return len(f"{name}={text}".encode()) >= MAX_EXEC_STRING_BYTES
 
 
-def _check_annotations(name: str, annotations: Mapping[str, str], report: _Report) -> None:
+def _check_annotations(name: str, entry: Mapping[str, Any], annotations: Mapping[str, str], report: _Report) -> None:
     for annotation, problem in annotation_problems(annotations).items():
-        report.add((name, "annotations", annotation), problem)
+        report.add((name, annotation) if annotation in entry else (name, "annotations", annotation), problem)
 
 
 def annotation_problems(annotations: Mapping[str, str]) -> dict[str, str]:

@@ -222,6 +222,18 @@ def test_declared_function_is_changed_in_the_file_only(tmp_path: Path) -> None:
     run(test())
 
 
+def test_schedule_that_has_no_topic_is_told(tmp_path: Path, log: Log) -> None:
+    async def test() -> None:
+        async with controlled(tmp_path, '[g]\nfprocess = "cat"\nschedule = "@hourly"\n') as (control, _):
+            await control.create(shell(annotations={"schedule": "@hourly"}))
+            await control.create(shell(service="h", annotations={"schedule": "@hourly", "topic": "orders"}))
+
+    run(test())
+    for name in "fg":
+        assert f"warning: {name} has a schedule and no topic, so nothing calls it; allowed: cron-function" in log
+    assert "h has a schedule" not in log
+
+
 def test_file_wins_over_what_was_deployed_under_its_name(tmp_path: Path, log: Log) -> None:
     async def test() -> None:
         async with controlled(tmp_path) as (control, local):
