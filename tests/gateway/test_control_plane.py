@@ -123,6 +123,10 @@ def test_client_is_told_what_a_function_takes_when_it_asks_for_usage(system: Sys
     assert 1 << 20 < usage["totalMemoryBytes"] < 1 << 30
     assert 0 <= usage["cpu"] <= 1000 * 64
     assert "usage" not in ask(system, "/system/function/far?usage=1"), "of other machines nothing is known"
+    cat, far = ask(system, "/system/functions?usage=1")
+    assert 1 << 20 < cat["usage"]["totalMemoryBytes"] < 1 << 30
+    assert "usage" not in far
+    assert not any("usage" in each for each in ask(system, "/system/functions"))
 
 
 def test_memory_that_is_shared_with_others_is_not_told_as_the_functions_own(system: System) -> None:
