@@ -346,6 +346,8 @@ def parse_command(text: str) -> tuple[str, ...]:
         raise ValueError("allowed: a command line with at least the program's name")
     if "\0" in text:
         raise ValueError("allowed: a command line without NUL characters")
+    if max(len(os.fsencode(word)) for word in words) >= MAX_EXEC_STRING_BYTES:
+        raise ValueError(f"allowed: a command line whose words are each shorter than {MAX_EXEC_STRING_BYTES} bytes")
     return tuple(words)
 
 
@@ -2288,7 +2290,8 @@ TEXT_PLAIN: Header = (b"Content-Type", b"text/plain; charset=utf-8")
 
 def error_response(error: FaashoundError) -> Response:
     """Return the one form in which an error of ours reaches a client."""
-    return Response(error.status, (TEXT_PLAIN, *error.headers), f"{error}\n".encode())
+    text = f"{error}\n".encode(errors="backslashreplace")  # it may repeat what a caller has sent
+    return Response(error.status, (TEXT_PLAIN, *error.headers), text)
 
 
 class ServerTimeouts(NamedTuple):
@@ -2956,7 +2959,12 @@ class ServerConnection(Connection):
 
     async def _exchange(self, request: Request) -> None:
         self._handled = True
-        await self._answer(await self._handle(request))
+        try:
+            await self._answer(await self._handle(request))
+        except asyncio.CancelledError:
+            if self._refusal is None:  # the client has gone; or what was waited for was cancelled, and no alarm is set
+                self._cut()
+            raise
 
     async def _answer(self, response: Response) -> None:
         try:
@@ -3118,10 +3126,10 @@ class ServerConnection(Connection):
 
     def _answer_refusal(self, task: asyncio.Task[None] | None) -> None:
         error = cast(FaashoundError, self._refusal)
-        if task is None or not self._handled:
-            self._server.on_refused(self._request, error)
         if not self._transport.is_closing():
             self._task = self._loop.create_task(self._answer(error_response(error)))
+        if task is None or not self._handled:
+            self._server.on_refused(self._request, error)
 
     # Deadlines and the end.
 

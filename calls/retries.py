@@ -10,7 +10,7 @@ An attempt is one try.  `max_retry_attempts` counts tries, the first included ("
 a message to a function before discarding it", OpenFaaS's documentation), so 0 and 1 both mean: no retry.
 
     answered, a code to be retried     retry, or dead after the last attempt, with that answer as the result
-    answered, an error of the system   (X-OpenFaaS-Internal) likewise, whatever its code
+    answered, an error of the system   (X-OpenFaaS-Internal, and 400 or more) likewise, whatever its code
     answered otherwise                 done, be it 200 or 404: the function has spoken
     unreachable                        retry; in the end dead, reported as 503 with an empty body
     broken off                         after an answer had begun: retry; in the end dead, reported as 502 with what came

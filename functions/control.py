@@ -37,6 +37,7 @@ from .namespaces import (
     UnknownNamespace,
     parse_namespace,
 )
+from .schedules import CRON_TOPIC, SCHEDULE, TOPIC
 from .secrets import SecretFiles, Secrets, parse_secret_name, parse_secret_value
 from .table import BadFunctions, Function, UnreadableFunctions, read_functions, read_images
 
@@ -85,6 +86,12 @@ class _Kept:
             Secrets(DocumentShelves(state / "secrets")),
             Namespaces(Documents(state / "namespaces")),
         )
+
+
+def _tell_idle_schedule(function: Function) -> None:
+    """Log that a function is called by no schedule though it has one: connectors know their functions by a topic."""
+    if SCHEDULE in function.annotations and TOPIC not in function.annotations:
+        log.warning(f"{function.name.short} has a schedule and no topic, so nothing calls it; allowed: {CRON_TOPIC}")
 
 
 class Control:
@@ -247,6 +254,8 @@ class Control:
             else:
                 self._told_trouble = ""
             await self._tell_missing_secrets()
+            for function in declared.values():
+                _tell_idle_schedule(function)
             return True
 
     async def _tell_missing_secrets(self) -> None:
@@ -280,7 +289,7 @@ class Control:
         """Deploy a new function; when it returns, a call works, and it is there after a crash.  POST, 202."""
         async with self._changing:
             self._want_deployments()
-            name = name_of(document, namespace)
+            name = await self._name_of(document, namespace)
             self._want_undeclared(name)
             if name in self._local.table:
                 raise FunctionExists(f"there is a function {name.short} already")
@@ -291,7 +300,7 @@ class Control:
         """Have a function in a new version, without a call that fails; else the old one serves on.  PUT, 200."""
         async with self._changing:
             self._want_deployments()
-            name = name_of(document, namespace)
+            name = await self._name_of(document, namespace)
             self._want_undeclared(name)
             if name not in self._deployed:
                 raise UnknownFunction(f"there is no function {name.short}")
@@ -304,11 +313,12 @@ class Control:
             deployments = self._want_deployments()
             name = name_of(document, namespace, "functionName")
             self._want_undeclared(name)
-            if name not in self._deployed:
+            if name not in self._deployed and str(name) not in await in_thread(deployments.names):  # nor disabled
                 raise UnknownFunction(f"there is no function {name.short}")
             await in_thread(deployments.delete, name)
-            await self._local.remove(name)
-            del self._deployed[name]  # not before: where others could not be told, it can be removed again
+            if name in self._deployed:
+                await self._local.remove(name)
+                del self._deployed[name]  # not before: where others could not be told, it can be removed again
             return name
 
     async def scale(self, name: FunctionName, count: object) -> None:
@@ -316,6 +326,14 @@ class Control:
         if not isinstance(count, int) or isinstance(count, bool):
             raise BadDeployment(["replicas: allowed: a whole number"])
         await self._local.scale(name, count)
+
+    async def _name_of(self, document: Mapping[str, Any], namespace: str) -> FunctionName:
+        """Return whom a deployment is of; raises BadDeployment with every problem, those of the rest included."""
+        try:
+            return name_of(document, namespace)
+        except BadDeployment:
+            await in_thread(parse_deployment, document, self._current_rules(), 0.0, namespace)
+            raise
 
     async def _deploy(self, document: Mapping[str, Any], namespace: str, created_s: float) -> None:
         deployments = self._want_deployments()
@@ -326,6 +344,7 @@ class Control:
 
         await self._local.put(deployment.function, store)
         self._deployed[deployment.function.name] = deployment
+        _tell_idle_schedule(deployment.function)
         if document.get("limits"):
             log.warning(f"{deployment.function.name.short} has limits that are not kept (limits=ignore)")
 

@@ -26,19 +26,22 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..calls.names import DEFAULT_NAMESPACE, BadFunctionName, FunctionName, parse_function_name
+from ..calls.names import DEFAULT_NAMESPACE, BadFunctionName, FunctionName, is_label, parse_function_name
 from ..watchdog import BadSettings, FaashoundError, Settings, log, parse_command, parse_settings
 from .documents import Store
 from .exposure import AUTH_ANNOTATION, BadExposure, parse_exposure
+from .namespaces import NAMESPACE_RULE
 from .scaling import BadLabels, parse_scale
 from .table import (
     PROCESS_IMAGE,
     REFUSED_SETTINGS,
     RESERVED_PREFIXES,
+    TOO_LONG,
     WATCHDOG_ROWS,
     Function,
     Image,
     annotation_problems,
+    exceeds_execve,
     watchdog_settings,
 )
 
@@ -107,12 +110,19 @@ def parse_deployment(document: object, rules: Rules, created_s: float, namespace
 def name_of(document: Mapping[str, Any], namespace: str = "", key: str = "service") -> FunctionName:
     """Return the whole name of the function that a document means; raises BadDeployment."""
     name, space = document.get(key), document.get("namespace") or namespace or DEFAULT_NAMESPACE
+    problems: list[str] = []
+    if not isinstance(space, str) or not is_label(space):
+        problems.append(f"namespace: {space!r:.100}: allowed: {NAMESPACE_RULE}")
+        space = DEFAULT_NAMESPACE
     try:
-        if not isinstance(name, str) or not isinstance(space, str) or "." in name:
-            raise BadFunctionName(f"{name!r} is no function's name")
-        return parse_function_name(f"{name}.{space}")
+        if not isinstance(name, str) or "." in name:
+            raise BadFunctionName(f"{name!r:.200} is no function's name")
+        found = parse_function_name(f"{name}.{space}")
     except BadFunctionName as error:
-        raise BadDeployment([f"{key}: {error}"]) from None
+        problems.insert(0, f"{key}: {error}")
+    if problems:
+        raise BadDeployment(problems)
+    return found
 
 
 class _Reader:
@@ -194,6 +204,14 @@ class _Reader:
         self.problems += [f"{key}: {name!r}: allowed: text without NUL characters" for name in bad]
         return dict(value)
 
+    def _names(self, key: str) -> list[str]:
+        """Return an array of texts; null is an empty one."""
+        value = self._document.get(key) or []
+        if isinstance(value, list) and all(isinstance(each, str) for each in value):
+            return value
+        self.problems.append(f"{key}: allowed: an array of strings")
+        return []
+
     def _split_variables(self, variables: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
         """Return the watchdog's settings among envVars, and the program's environment."""
         settings: dict[str, str] = {}
@@ -209,6 +227,8 @@ class _Reader:
                 self.problems.append(f"envVars: {name!r}: not a variable's name; allowed: anything without '='")
             elif name.startswith(RESERVED_PREFIXES):
                 self.problems.append(f"envVars: {name}: reserved")
+            elif exceeds_execve(name, text):
+                self.problems.append(f"envVars: {name[:200]!r}: {TOO_LONG}")
             else:
                 environment[name] = text
         return settings, environment
@@ -232,17 +252,16 @@ class _Reader:
 
     def _check_promises(self) -> None:
         """Refuse what a client would rely on and we do not keep."""
-        if self._document.get("limits") and not self._rules.ignores_limits:
+        if self._texts("limits") and not self._rules.ignores_limits:
             self.problems.append("limits: this gateway limits no function; allowed: none, unless limits=ignore is set")
+        self._texts("requests")
+        self._names("constraints")
         if self._document.get("readOnlyRootFilesystem"):
             self.problems.append("readOnlyRootFilesystem: not kept by this gateway; allowed: false")
 
     def _secrets(self, name: FunctionName | None, annotations: Mapping[str, str]) -> tuple[str, ...]:
         """Return the names of secrets that the function gets; those that it means are to be there."""
-        names = self._document.get("secrets") or []
-        if not isinstance(names, list) or not all(isinstance(each, str) for each in names):
-            self.problems.append("secrets: allowed: an array of names")
-            return ()
+        names = self._names("secrets")
         space = name.namespace if name else DEFAULT_NAMESPACE
         known = {each for namespace, each in self._rules.secrets if namespace == space}
         missing = [each for each in names if each not in known]

@@ -117,14 +117,17 @@ def parse_log_query(query: bytes) -> LogQuery:
     follow = False
     if text := given.get("since"):
         try:
-            since_s = datetime.fromisoformat(text.replace(" ", "+")).timestamp()  # a + that was not encoded
+            since = datetime.fromisoformat(text.replace(" ", "+"))  # a + that was not encoded
+            if since.tzinfo is None:
+                raise ValueError("a time without its offset is another one in each zone")
+            since_s = since.timestamp()
         except (ValueError, OverflowError):
             problems.append(f"since: {text[:100]!r}: allowed: a time such as 2026-01-31T12:00:00Z (RFC 3339)")
     if text := given.get("tail"):
         if re.fullmatch(r"-?[0-9]{1,9}", text, re.ASCII):
-            tail_count = int(text) if int(text) >= 0 else None
+            tail_count = int(text) if int(text) > 0 else None
         else:
-            problems.append(f"tail: {text[:100]!r}: allowed: a whole number; -1 is all")
+            problems.append(f"tail: {text[:100]!r}: allowed: a whole number; 0 and less is all")
     if text := given.get("follow"):
         try:
             follow = parse_bool(text)

@@ -20,7 +20,9 @@ from ..calls.names import is_label
 from ..watchdog import FaashoundError, log
 from .documents import Store
 
-NAMESPACE_RULE = "1 to 63 lower-case letters, digits, '-' and '_', a letter or digit first and last, that are no number"
+NAMESPACE_RULE = (
+    "1 to 63 lower-case letters, digits, '-' and '_', a letter or digit first and last; no number, not localhost"
+)
 
 
 class BadNamespace(FaashoundError):

@@ -154,7 +154,7 @@ class Scheduler:
         return min(times, default=float("inf"))
 
     async def _put(self, function: Function, schedule: Schedule, tick: Tick) -> None:
-        body = await self._queue.store_body(schedule.body)
+        accepted_s, body = self._now(), await self._queue.store_body(schedule.body)
         call = NewCall(
             id=tick.call_id,
             function=function.name,
@@ -162,13 +162,13 @@ class Scheduler:
             method="POST",
             path="",
             query="",
-            headers=(*HEADERS, ("X-Call-Id", tick.call_id)),
+            headers=(*HEADERS, ("X-Call-Id", tick.call_id), ("X-Start-Time", f"{int(accepted_s * 1e9)}")),
             body=body,
             callback_url=None,
             due_s=tick.at_s,
             expires_s=None,
             idempotency_key=tick.key,
-            accepted_s=self._now(),
+            accepted_s=accepted_s,
             body_digest=hashlib.sha256(tick.key.encode()).hexdigest(),
         )
         try:

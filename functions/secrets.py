@@ -28,6 +28,7 @@ from typing import Any
 from ..calls.names import DEFAULT_NAMESPACE, FunctionName, is_label
 from ..watchdog import FaashoundError, Identity, log, parse_user
 from .documents import Shelves
+from .namespaces import NAMESPACE_RULE
 from .secret_names import is_secret_name
 from .table import Function
 
@@ -108,7 +109,7 @@ def parse_secret_name(document: object, namespace: str = "") -> tuple[str, str]:
             "name: allowed: 1 to 253 lower-case letters, digits, '-' and '.', none of these two first or last"
         )
     if not isinstance(space, str) or not is_label(space):
-        raise BadSecret("namespace: allowed: 1 to 63 lower-case letters, digits and '-'")
+        raise BadSecret(f"namespace: allowed: {NAMESPACE_RULE}")
     return space, name
 
 

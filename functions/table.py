@@ -40,6 +40,7 @@ from ..calls.names import DEFAULT_NAMESPACE, BadFunctionName, FunctionName, pars
 from ..calls.queue_names import parse_queue_name
 from ..calls.retries import BadAnnotations, parse_annotations
 from ..watchdog import (
+    MAX_EXEC_STRING_BYTES,
     BadSettings,
     FaashoundError,
     Settings,
@@ -51,7 +52,7 @@ from ..watchdog import (
 )
 from .exposure import BadExposure, Exposure, parse_exposure
 from .scaling import BadLabels, parse_scale
-from .schedules import BadSchedule, parse_schedules
+from .schedules import SCHEDULE, TOPIC, BadSchedule, parse_schedules
 from .secret_names import SECRETS_ARE, is_secret_name
 
 
@@ -256,7 +257,10 @@ PROCESS_IMAGE = "process"
 _IMAGE_KEYS = ["directory", *(key for key in _LOCAL_KEYS if key != "secrets")]
 
 
-_KEYS = [*_LOCAL_KEYS, "url", "annotations", "labels"]
+_SCHEDULE_KEYS = (TOPIC, SCHEDULE)  # annotations that may stand beside fprocess or url as well
+
+
+_KEYS = [*_LOCAL_KEYS, "url", "annotations", "labels", *_SCHEDULE_KEYS]
 
 
 @dataclass(frozen=True, slots=True)
@@ -421,7 +425,11 @@ def _parse_function(name: str, entry: Mapping[str, Any], report: _Report) -> Fun
             report.add((name, key), problem)
     texts = {key: _parse_texts((name, key), entry.get(key, {}), report) for key in _TEXT_TABLES}
     _check_environment((name, "environment"), texts["environment"], report)
-    _check_annotations(name, texts["annotations"], report)
+    for key in entry.keys() & _SCHEDULE_KEYS:
+        if key in texts["annotations"]:
+            report.add((name, key), "is among the annotations as well; give one of them")
+        texts["annotations"][key] = _parse_value((name, key), entry[key], _parse_no_nul, report) or ""
+    _check_annotations(name, entry, texts["annotations"], report)
     if not elsewhere:
         _check_labels(name, texts["labels"], report)
     url = _parse_value((name, "url"), entry["url"], parse_base_url, report) if elsewhere else None
@@ -529,11 +537,21 @@ def _check_environment(table: tuple[str, ...], environment: Mapping[str, str], r
             report.add(path, "a setting of the watchdog; write it beside fprocess")
         elif key.startswith(RESERVED_PREFIXES):
             report.add(path, f"reserved; allowed: names that do not start with {' or '.join(RESERVED_PREFIXES)}")
+        elif exceeds_execve(key, environment[key]):
+            report.add(path, TOO_LONG)
 
 
-def _check_annotations(name: str, annotations: Mapping[str, str], report: _Report) -> None:
+TOO_LONG = f"allowed: less than {MAX_EXEC_STRING_BYTES} bytes, name and value"
+
+
+def exceeds_execve(name: str, text: str) -> bool:
+    """Tell whether a variable is longer than one may be; its program could never be started (execve(2))."""
+    return len(f"{name}={text}".encode()) >= MAX_EXEC_STRING_BYTES
+
+
+def _check_annotations(name: str, entry: Mapping[str, Any], annotations: Mapping[str, str], report: _Report) -> None:
     for annotation, problem in annotation_problems(annotations).items():
-        report.add((name, "annotations", annotation), problem)
+        report.add((name, annotation) if annotation in entry else (name, "annotations", annotation), problem)
 
 
 def annotation_problems(annotations: Mapping[str, str]) -> dict[str, str]:

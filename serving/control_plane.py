@@ -2,7 +2,8 @@
 
     GET /system/info                      what this gateway is
     GET /system/functions                 functions of ?namespace= (openfaas-fn; * is all of them)
-    GET /system/function/NAME             one of them, or one that function_url finds; ?usage=1 adds what it takes now
+    GET /system/function/NAME             one of them, or one that function_url finds; ?usage=1, here and above, adds
+                                          what those take now that are run here
     GET /system/namespaces                the namespaces that functions may be in
     POST, PUT, DELETE /system/functions; /system/scale-function/NAME; /system/secrets, /system/namespace/NAME,
                       /system/schedules: operations.py
@@ -19,7 +20,7 @@ import hashlib
 import math
 import platform
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import cache
@@ -51,11 +52,11 @@ from .answers import NotFound, allow, json_response, parse_parameters
 from .events import Events
 from .followers import MAX_FOLLOWERS_COUNT
 from .function_logs import FunctionLogs
-from .function_views import ELSEWHERE, Replicas, describe_function, describe_gateway
+from .function_views import ELSEWHERE, Replicas, Usage, describe_function, describe_gateway
 from .history import History
 from .invocation_counts import InvocationCounts
 from .operations import NotOffered, Operations
-from .usage import measure_usage
+from .usage import measure_usages
 
 EVERY_NAMESPACE = "*"
 CONTROL_CONNECTIONS_COUNT = 2 * MAX_FOLLOWERS_COUNT + 64  # those who follow events and lines, and room for all others
@@ -147,7 +148,7 @@ class ControlPlane:
             case "functions" if request.method in ("POST", "PUT", "DELETE"):
                 return await self.operations.change_function(request, asker)
             case "functions":
-                return self._list(request)
+                return await self._list(request)
             case "namespaces":
                 allow(request, "GET")
                 return json_response(200, self.operations.control.namespace_names())
@@ -172,17 +173,20 @@ class ControlPlane:
                 return await self.operations.scale(request, name, asker)
         return None
 
-    def _list(self, request: Request) -> Response:
+    async def _list(self, request: Request) -> Response:
         allow(request, "GET", "POST", "PUT", "DELETE")
-        wanted = parse_parameters(request.query).get("namespace", DEFAULT_NAMESPACE)
+        parameters = parse_parameters(request.query)
+        wanted = parameters.get("namespace", DEFAULT_NAMESPACE)
         counts, status = self.counts.totals(), self.status()
         chosen = [each for each in self.functions if wanted in (EVERY_NAMESPACE, each.name.namespace)]
+        usages = await _usages(parameters, chosen, status)
         described = [
             describe_function(
                 function,
                 _replicas(function, status),
                 counts.get(function.name, 0),
-                deployed=self.operations.control.describe(function.name),
+                usages.get(function.name),
+                self.operations.control.describe(function.name),
             )
             for function in chosen
         ]
@@ -195,15 +199,14 @@ class ControlPlane:
         function = self.functions.lookup(name if "." in name else f"{name}.{namespace}")
         if function is None:
             raise NotFound("no function has this name")
-        status, usage = self.status(), None
-        if parameters.get("usage") in ("1", "true") and function.name in status:
-            usage = await measure_usage(status[function.name].pids)
+        status = self.status()
+        usages = await _usages(parameters, [function], status)
         by_worker = self.access.is_worker(request)
         if by_worker and function.name in self.functions:
             self.counts.add(function.name, parse_direct_calls(request))
         count = self.counts.totals().get(function.name, 0)
         deployed = self.operations.control.describe(function.name)
-        described = describe_function(function, _replicas(function, status), count, usage, deployed)
+        described = describe_function(function, _replicas(function, status), count, usages.get(function.name), deployed)
         if by_worker:
             described["upstream"] = describe_upstream(function, is_guarded=self.functions.is_guarded(function.name))
         return json_response(200, described)
@@ -212,6 +215,16 @@ class ControlPlane:
 def _replicas(function: Function, status: Mapping[FunctionName, LocalStatus]) -> Replicas:
     found = status.get(function.name)
     return ELSEWHERE if found is None else Replicas(found.wanted_count, found.available_count)
+
+
+async def _usages(
+    parameters: Mapping[str, str], functions: Sequence[Function], status: Mapping[FunctionName, LocalStatus]
+) -> dict[FunctionName, Usage]:
+    """Return what those of `functions` take that are run here, if the parameters ask for it."""
+    if parameters.get("usage") not in ("1", "true"):
+        return {}
+    names = [each.name for each in functions if each.name in status]
+    return dict(zip(names, await measure_usages([status[name].pids for name in names]), strict=True))
 
 
 @dataclass(frozen=True, slots=True)

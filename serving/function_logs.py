@@ -19,15 +19,31 @@ import math
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-from ..calls.names import DEFAULT_NAMESPACE, FunctionName
-from ..functions.logs import LogLine, LogStore, parse_log_query
+from ..calls.names import DEFAULT_NAMESPACE, BadFunctionName, FunctionName, parse_function_name
+from ..functions.logs import BadLogQuery, LogLine, LogQuery, LogStore, parse_log_query
 from ..functions.table import Functions
 from ..watchdog import Request, Response, Stream
 from .answers import NotFound, allow, parse_parameters
 from .followers import Followers
-from .operations import NotOffered, parse_name
+from .operations import NotOffered
 
 LOGS_OFF = "logs_keep=0, or state cannot be written to: the lines of functions are in the gateway's own log alone"
+
+
+def parse_question(query: bytes) -> tuple[FunctionName, LogQuery]:
+    """Return whose lines a request is for, and which of them; raises BadLogQuery with every problem."""
+    parameters, problems = parse_parameters(query), list[str]()
+    try:
+        name = parse_function_name(parameters.get("name", ""), parameters.get("namespace", DEFAULT_NAMESPACE))
+    except BadFunctionName as error:
+        problems.append(f"name: {error}")
+    try:
+        wanted = parse_log_query(query)
+    except BadLogQuery as error:
+        problems.append(str(error))
+    if problems:
+        raise BadLogQuery("\n".join(problems))
+    return name, wanted
 
 
 class FunctionLogs:
@@ -48,11 +64,9 @@ class FunctionLogs:
         allow(request, "GET")
         if self._store is None:
             raise NotOffered(LOGS_OFF)
-        parameters = parse_parameters(request.query)
-        name = parse_name(parameters.get("name", ""), parameters.get("namespace", DEFAULT_NAMESPACE))
-        if name not in self._functions and not self._store.knows(name):
+        name, query = parse_question(request.query)
+        if self._functions.lookup(name) is None and not self._store.knows(name):
             raise NotFound(f"there is no function {name.short}")
-        query = parse_log_query(request.query)
         fields = ((b"Content-Type", b"application/x-ndjson"), (b"X-Content-Type-Options", b"nosniff"))
         if request.method == "HEAD":
             return Response(200, fields)

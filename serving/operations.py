@@ -12,8 +12,8 @@ PUT 200, DELETE 202; namespaces: POST 201, PUT and DELETE 202); the namespace st
 the body's counts.  Every change, and every attempt at one that was refused, is a line in the log that tells who asked
 for what, from where.  A change that has begun goes on when its client hangs up: what is stored is in force as well.
 
-What it refuses: a body that is no JSON object, or longer than MAX_DOCUMENT_BYTES.  What is turned off is a 501 that
-says how to turn it on.
+What it refuses: a body that is no JSON object, or longer than MAX_DOCUMENT_BYTES (MAX_SECRET_DOCUMENT_BYTES with a
+secret).  What is turned off is a 501 that says how to turn it on.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ from typing import Any
 from ..calls.names import DEFAULT_NAMESPACE, BadFunctionName, FunctionName, parse_function_name
 from ..functions.control import Control
 from ..functions.scheduler import Scheduler
+from ..functions.secrets import MAX_SECRET_BYTES
 from ..watchdog import FaashoundError, Request, Response, log
 from .answers import BadField, allow, json_response, parse_parameters
 
-MAX_DOCUMENT_BYTES = 2 << 20  # of a request: a secret has at most half of it, in base64
+MAX_DOCUMENT_BYTES = 2 << 20  # of a request
+MAX_SECRET_DOCUMENT_BYTES = 8 * MAX_SECRET_BYTES  # sent twice: as text, a byte of which may be \ufffd, and in base64
 SCHEDULES_OFF = "schedules=off: scheduled calls are made by another program"
 
 
@@ -40,13 +42,18 @@ class NotOffered(FaashoundError):
     status = 501
 
 
-async def read_document(request: Request) -> dict[str, Any]:
-    """Return the JSON object that is the body of a request; raises BadField."""
-    text = await request.body.read(MAX_DOCUMENT_BYTES)
+async def read_document(request: Request, limit_bytes: int = MAX_DOCUMENT_BYTES) -> dict[str, Any]:
+    """Return the JSON object that is the body of a request; raises BadField.
+
+    What Python reads as JSON and others do not (NaN, a number beyond all floats, half of a surrogate pair, for which
+    UTF-8 has no bytes) is refused: it would be told back.
+    """
+    text = await request.body.read(limit_bytes)
     try:
         found = json.loads(text)
+        json.dumps(found, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
-        raise BadField("the body is no JSON; allowed: a JSON object") from None
+        raise BadField("the body is no JSON; allowed: a JSON object, of finite numbers and whole characters") from None
     if not isinstance(found, dict):
         raise BadField("the body is no JSON object; allowed: a JSON object")
     return found
@@ -99,7 +106,7 @@ class Operations:
         namespace = parse_parameters(request.query).get("namespace", "")
         if request.method in ("GET", "HEAD"):
             return json_response(200, self.control.secret_names(namespace or DEFAULT_NAMESPACE))
-        document = await read_document(request)
+        document = await read_document(request, MAX_SECRET_DOCUMENT_BYTES)
         work, status, what = {
             "POST": (self.control.create_secret, 201, "create"),
             "PUT": (self.control.update_secret, 200, "update"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import subprocess
@@ -25,6 +26,7 @@ from tests.functions.conftest import Log
 from tests.functions.kit import F, call, exists, few_descriptors, parse, real, run, running, until
 
 RULES = Rules(images={"functions/alpine": Image()})
+LONGEST_BYTES = 131072  # of a word or variable, its end included (execve(2))
 SHELL: Mapping[str, Any] = {"service": "f", "image": "process", "envProcess": "/bin/sh"}
 
 
@@ -85,6 +87,8 @@ def test_variables_are_divided_between_watchdog_and_program() -> None:
         ({"service": "Bad"}, "service: 'Bad.openfaas-fn' is no function's name"),
         ({"service": 1}, "service: 1 is no function's name"),
         ({"service": "a.b"}, "service: 'a.b' is no function's name"),
+        ({"namespace": 7}, "namespace: 7: allowed: 1 to 63"),
+        ({"namespace": "No"}, "namespace: 'No': allowed: 1 to 63"),
         ({"namespace": "other"}, "namespace: there is no other; allowed: openfaas-fn"),
         ({"envProcess": ""}, "envProcess: missing"),
         ({"envProcess": '"'}, "envProcess: no closing quotation"),
@@ -100,6 +104,14 @@ def test_variables_are_divided_between_watchdog_and_program() -> None:
         ({"annotations": {"com.openfaas.queue": "no queue"}}, "annotations: com.openfaas.queue: "),
         ({"annotations": {"topic": "cron-function", "schedule": "61 * * * *"}}, "annotations: schedule: "),
         ({"secrets": ["none"]}, "secrets: there is no 'none' in openfaas-fn"),
+        ({"envVars": {"BIG": "x" * LONGEST_BYTES}}, "envVars: 'BIG': allowed: less than 131072 bytes"),
+        ({"envProcess": f"cat {'x' * LONGEST_BYTES}"}, "envProcess: allowed: a command line whose words are each"),
+        ({"limits": "10Mi"}, "limits: allowed: an object whose values are strings"),
+        ({"limits": {"memory": 10}}, "limits: allowed: an object whose values are strings"),
+        ({"requests": "10Mi"}, "requests: allowed: an object whose values are strings"),
+        ({"requests": {"cpu": 1}}, "requests: allowed: an object whose values are strings"),
+        ({"constraints": 5}, "constraints: allowed: an array of strings"),
+        ({"constraints": [5]}, "constraints: allowed: an array of strings"),
         ({"limits": {"memory": "10Mi"}}, "limits: this gateway limits no function"),
         ({"readOnlyRootFilesystem": True}, "readOnlyRootFilesystem: not kept"),
     ],
@@ -121,6 +133,19 @@ def test_all_problems_are_told_at_once() -> None:
         "envProcess",
         "limits",
     ]
+
+
+def test_limits_that_are_ignored_are_objects_of_texts_nevertheless() -> None:
+    rules = dataclasses.replace(RULES, ignores_limits=True)
+    assert function_of({**SHELL, "limits": {"memory": "10Mi"}}, rules)
+    with pytest.raises(BadDeployment, match="limits: allowed: an object"):
+        function_of({**SHELL, "limits": [1]}, rules)
+
+
+def test_name_and_namespace_are_told_apart() -> None:
+    with pytest.raises(BadDeployment) as caught:
+        function_of({**SHELL, "service": "No", "namespace": "No"})
+    assert [problem.partition(":")[0] for problem in caught.value.problems] == ["service", "namespace"]
 
 
 def test_what_was_sent_is_told_back_and_what_was_not_is_left_out() -> None:
@@ -197,6 +222,18 @@ def test_declared_function_is_changed_in_the_file_only(tmp_path: Path) -> None:
     run(test())
 
 
+def test_schedule_that_has_no_topic_is_told(tmp_path: Path, log: Log) -> None:
+    async def test() -> None:
+        async with controlled(tmp_path, '[g]\nfprocess = "cat"\nschedule = "@hourly"\n') as (control, _):
+            await control.create(shell(annotations={"schedule": "@hourly"}))
+            await control.create(shell(service="h", annotations={"schedule": "@hourly", "topic": "orders"}))
+
+    run(test())
+    for name in "fg":
+        assert f"warning: {name} has a schedule and no topic, so nothing calls it; allowed: cron-function" in log
+    assert "h has a schedule" not in log
+
+
 def test_file_wins_over_what_was_deployed_under_its_name(tmp_path: Path, log: Log) -> None:
     async def test() -> None:
         async with controlled(tmp_path) as (control, local):
@@ -238,6 +275,26 @@ def test_function_can_be_removed_again_when_other_processes_could_not_be_told(tm
     run(test())
 
 
+@pytest.mark.parametrize("method", ["create", "update"])
+def test_every_problem_is_told_when_the_name_is_one(tmp_path: Path, method: str) -> None:
+    async def test() -> None:
+        async with controlled(tmp_path) as (control, _):
+            with pytest.raises(BadDeployment) as caught:
+                await getattr(control, method)(shell(service="A", limits={"memory": "1"}))
+            assert [problem.partition(":")[0] for problem in caught.value.problems] == ["service", "limits"]
+
+    run(test())
+
+
+def test_longest_variable_that_is_taken_reaches_the_program(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with controlled(tmp_path) as (control, local):
+            await control.create(shell(envVars={"BIG": "x" * (LONGEST_BYTES - len("BIG=") - 1)}))
+            assert (await call(local, "f", b"echo ${#BIG}")).body == b"131067\n"
+
+    run(test())
+
+
 def test_nothing_is_deployed_without_a_state(tmp_path: Path) -> None:
     async def test() -> None:
         async with controlled(None) as (control, _):
@@ -249,14 +306,20 @@ def test_nothing_is_deployed_without_a_state(tmp_path: Path) -> None:
     run(test())
 
 
-def test_damaged_deployment_is_disabled_and_told_and_others_serve(tmp_path: Path, log: Log) -> None:
+def test_damaged_deployment_is_disabled_and_told_and_can_be_removed_and_others_serve(tmp_path: Path, log: Log) -> None:
     async def test() -> None:
         async with controlled(tmp_path) as (control, _):
             await control.create(shell())
             await control.create(shell(service="g"))
-        (tmp_path / "functions" / "g.openfaas-fn").write_text("{")
-        async with controlled(tmp_path) as (_, local):
+        damaged = tmp_path / "functions" / "g.openfaas-fn"
+        damaged.write_text("{")
+        async with controlled(tmp_path) as (control, local):
             assert list(local.table) == [F]
+            await control.remove({"functionName": "g"})
+            assert not damaged.exists()
+            with pytest.raises(UnknownFunction):
+                await control.remove({"functionName": "g"})
+            assert (await call(local, "f", b"echo here")).body == b"here\n"
 
     run(test())
     assert "error: the deployed function g.openfaas-fn is disabled" in log

@@ -80,6 +80,7 @@ def test_line_of_a_watchdog_is_understood_whatever_it_is(data: bytes, expected: 
     [
         (b"", LogQuery()),
         (b"name=f&tail=-1&follow=0", LogQuery()),
+        (b"tail=0", LogQuery()),  # "unlimited if <=0", faas-cli
         (b"tail=5&follow=true&call=a&instance=i", LogQuery(None, 5, True, "a", "i")),
         (b"since=2023-11-14T22:13:20Z", LogQuery(1_700_000_000.0)),
         (b"since=2023-11-14T23:13:20%2B01:00", LogQuery(1_700_000_000.0)),
@@ -88,6 +89,12 @@ def test_line_of_a_watchdog_is_understood_whatever_it_is(data: bytes, expected: 
 )
 def test_query_is_read_as_clients_spell_it(query: bytes, expected: LogQuery) -> None:
     assert parse_log_query(query) == expected
+
+
+@pytest.mark.parametrize("text", [b"2023-11-14T22:13:20", b"2023-11-14", b"1700000000", b"22:13:20Z"])
+def test_time_that_each_zone_has_of_its_own_is_refused(text: bytes) -> None:
+    with pytest.raises(BadLogQuery, match=r"since: .*RFC 3339"):
+        parse_log_query(b"since=" + text)
 
 
 def test_all_problems_of_a_query_are_told() -> None:

@@ -231,6 +231,7 @@ def test_each_tick_is_one_call_with_the_connectors_headers_and_its_body(tmp_path
             assert second is not None
             assert (first.due_s, second.due_s) == (NOON, NOON + 300)
             assert {("X-Topic", "cron-function"), ("X-Connector", "cron-connector")} <= set(first.headers)
+            assert dict(first.headers)["X-Start-Time"] == f"{int(first.accepted_s * 1e9)}"
             assert b"".join([chunk async for chunk in queue.open_body(first.body)]) == b"hello"
             row = scheduler.describe()[0]
             assert (row["last"], row["next"]) == ("2026-06-01T12:05:00Z", "2026-06-01T12:10:00Z")

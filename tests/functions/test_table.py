@@ -122,6 +122,14 @@ def test_annotation_means_the_same_quoted_or_not(line: str) -> None:
     assert parse_functions(f'[f]\nurl = "http://h"\n{line}', "f.toml")[F].annotations == {"com.openfaas.queue": "slow"}
 
 
+@pytest.mark.parametrize("start", ['fprocess = "cat"', 'url = "http://h"'])
+def test_schedule_means_the_same_beside_the_annotations_and_among_them(start: str) -> None:
+    lines = 'topic = "cron-function"\nschedule = "* * * * *"\n'
+    beside = parse_functions(f"[f]\n{start}\n{lines}annotations.a = 'b'\n", "f.toml")[F]
+    among = parse_functions(f"[f]\n{start}\n[f.annotations]\n{lines}a = 'b'\n", "f.toml")[F]
+    assert beside == among
+
+
 LOCAL = '[f]\nfprocess = "cat"\n'
 REMOTE = '[f]\nurl = "http://h"\n'
 
@@ -157,6 +165,11 @@ REMOTE = '[f]\nurl = "http://h"\n'
         (LOCAL + "[f.environment]\nport = 1", "f.toml:4: [f] environment.port: a setting of the watchdog; write it"),
         (LOCAL + "environment.LISTEN_FDS = 1", "f.toml:3: [f] environment.LISTEN_FDS: reserved"),
         (LOCAL + "environment.'A=B' = 1", "f.toml:3: [f] environment.A=B: not a variable's name"),
+        (LOCAL + f"environment.A = '{'x' * 131070}'", "f.toml:3: [f] environment.A: allowed: less than 131072 bytes"),
+        (f"[f]\nfprocess = 'cat {'x' * 131072}'", "f.toml:2: [f] fprocess: 'cat xx"),
+        (LOCAL + "topic = 1.5", "f.toml:3: [f] topic: is a number with a fraction"),
+        (LOCAL + "topic = 'cron-function'\nschedule = '61 * * * *'", "f.toml:4: [f] schedule: '61 * * * *': "),
+        (LOCAL + "topic = 'a'\nannotations.topic = 'b'", "f.toml:3: [f] topic: is among the annotations as well"),
         (LOCAL + 'environment.A = "\\u0000"', "f.toml:3: [f] environment.A: allowed: text without NUL"),
     ],
 )

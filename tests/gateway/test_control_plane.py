@@ -20,6 +20,7 @@ import pytest
 
 from faashound.functions.logs import LogStore
 from faashound.functions.runtime import PREFIX
+from faashound.functions.secrets import MAX_SECRET_BYTES
 from faashound.functions.table import Functions, parse_functions
 from faashound.serving.control_plane import NOT_OFFERED
 from faashound.serving.followers import Followers
@@ -128,6 +129,10 @@ def test_client_is_told_what_a_function_takes_when_it_asks_for_usage(system: Sys
     assert 1 << 20 < usage["totalMemoryBytes"] < 1 << 30
     assert 0 <= usage["cpu"] <= 1000 * 64
     assert "usage" not in ask(system, "/system/function/far?usage=1"), "of other machines nothing is known"
+    cat, far = ask(system, "/system/functions?usage=1")
+    assert 1 << 20 < cat["usage"]["totalMemoryBytes"] < 1 << 30
+    assert "usage" not in far
+    assert not any("usage" in each for each in ask(system, "/system/functions"))
 
 
 def test_memory_that_is_shared_with_others_is_not_told_as_the_functions_own(system: System) -> None:
@@ -147,10 +152,14 @@ def test_client_lists_namespaces(system: System) -> None:
     assert system.request("GET", "/system/namespace/dev").status == 404
 
 
-def test_namespaces_of_function_url_are_listed() -> None:
+def test_namespaces_of_function_url_are_listed_and_their_functions_known() -> None:
     settings = {"function_url": "http://127.0.0.1:1/{namespace}/{name}", "namespaces": "dev", "worker": "none"}
     with System(settings=settings) as system:
         assert ask(system, "/system/namespaces") == ["openfaas-fn", "dev"]
+        assert ask(system, "/system/function/f.dev")["name"] == "f"
+        answer = system.request("GET", "/system/logs?name=f&namespace=dev")
+        assert (answer.status, answer.body) == (200, b""), "it is there, and what it writes stays where it runs"
+        assert system.request("GET", "/system/logs?name=f&namespace=other").status == 404
 
 
 @pytest.mark.parametrize(
@@ -293,7 +302,14 @@ def test_client_cannot_change_what_the_functions_file_declares(operated: System,
     assert (answer.status, "declared" in answer.text) == (409, True)
 
 
-@pytest.mark.parametrize("body", [b"", b"[]", b"{", b"1", b"[" * 100_000, b'{"service": 1}'])
+WHOLE = b'{"service": "x", "name": "x", "image": "process", "envProcess": "cat", "value": "x", "replicas": 1, %b}'
+NO_JSON = [b'"a": NaN', b'"a": 1e999', b'"annotations": {"\\ud800": ""}', b'"a": "\xed\xa0\x80"']  # but for Python
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"[]", b"{", b"1", b"[" * 100_000, b'{"service": 1}', *(WHOLE % member for member in NO_JSON)],
+)
 @pytest.mark.parametrize("path", ["functions", "secrets", "scale-function/declared"])
 def test_client_that_sends_no_such_document_gets_400(operated: System, path: str, body: bytes) -> None:
     answer = operated.request("POST", f"/system/{path}", body, {"Content-Type": "application/json"})
@@ -335,6 +351,17 @@ def test_client_creates_updates_and_deletes_a_secret(operated: System) -> None:
     assert send(operated, "DELETE", "/system/secrets", secret).status == 202
     assert send(operated, "DELETE", "/system/secrets", secret).status == 404
     assert "tell-no" not in operated.log()
+
+
+def test_client_creates_a_secret_from_the_longest_file_whatever_is_in_it(operated: System) -> None:
+    content = b"\xff" * MAX_SECRET_BYTES
+    text = content.decode("utf-8", "replace")  # as faas-cli sends it, besides
+    secret = {"name": "file", "value": text, "rawValue": base64.b64encode(content).decode()}
+    assert send(operated, "POST", "/system/secrets", secret).status == 201
+    secret["rawValue"] = base64.b64encode(content + b"\xff").decode()
+    answer = send(operated, "PUT", "/system/secrets", secret)
+    assert (answer.status, "1048577 bytes" in answer.text) == (400, True)
+    assert send(operated, "DELETE", "/system/secrets", {"name": "file"}).status == 202
 
 
 def test_client_creates_updates_and_removes_a_namespace(operated: System) -> None:
@@ -453,10 +480,13 @@ def test_client_reads_and_follows_the_lines_of_a_function(operated: System) -> N
     assert len(lines("&tail=1")) == 1
     assert lines("&since=2999-01-01T00:00:00%2B02:00") == []
     assert operated.request("GET", "/system/logs?name=nobody").status == 404
-    assert operated.request("GET", "/system/logs?name=declared&tail=many").status == 422
+    answer = operated.request("GET", "/system/logs?name=Bad&tail=many")
+    assert answer.status == 422
+    assert [line.partition(":")[0] for line in answer.text.splitlines()] == ["name", "tail"]
+    assert operated.request("GET", "/system/logs").status == 422
     with connect(operated.port) as client:
-        client.sendall(b"GET /system/logs?name=declared&tail=0&follow=1 HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        read_until(client, b"\r\n\r\n")
+        client.sendall(b"GET /system/logs?name=declared&tail=1&follow=1 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        read_until(client, b"}\n\r\n")  # the newest one, as a chunk
         operated.request("POST", "/function/declared", b"followed")
         received = b""
         while b'"Wrote 8 Bytes' not in received:
