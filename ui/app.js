@@ -3,7 +3,7 @@
 // reader has gone elsewhere.
 
 import { get, isLoggedIn, login, logout, whenLoginIsNeeded } from "./api.js";
-import { h, show } from "./dom.js";
+import { field, h, show } from "./dom.js";
 import { count } from "./format.js";
 import * as live from "./live.js";
 import { head, problem } from "./parts.js";
@@ -112,8 +112,8 @@ function askForLogin() {
   const refused = h("p", { class: "note bad", role: "alert", hidden: true });
   const form = h("form", { onsubmit: tryLogin },
     refused,
-    h("label", null, h("span", null, "Name"), h("input", { name: "user", autocomplete: "username", required: true })),
-    h("label", null, h("span", null, "Password"), h("input", { name: "password", type: "password", autocomplete: "current-password", required: true })),
+    field("Name", h("input", { name: "user", autocomplete: "username", required: true })),
+    field("Password", h("input", { name: "password", type: "password", autocomplete: "current-password", required: true })),
     h("div", { class: "actions" }, h("button", { class: "main", type: "submit" }, "Log in")),
     h("p", { class: "hint" }, "It is kept until this page is closed or loaded anew."));
   show(main, h("div", { class: "login" }, head("Log in"), form));

@@ -30,6 +30,10 @@ export function h(tag, options, ...children) {
   return fill(document.createElement(tag), options, children);
 }
 
+export function field(label, control) {
+  return h("label", null, h("span", null, label), control);
+}
+
 export function s(tag, options, ...children) {
   return fill(document.createElementNS(SVG, tag), options, children);
 }
@@ -135,7 +139,7 @@ export function ask(question, consequence, verb) {
       h("p", { class: "soft" }, consequence),
       h("div", { class: "actions" },
         h("button", { type: "button", onclick: () => dialog.close() }, "Keep"),
-        h("button", { type: "button", class: "danger", "data-verb": "yes", onclick: () => { answer = true; dialog.close(); } }, verb)));
+        h("button", { type: "button", class: "danger", onclick: () => { answer = true; dialog.close(); } }, verb)));
     dialog.addEventListener("close", () => { dialog.remove(); resolve(answer); });
     document.body.append(dialog);
     dialog.showModal();

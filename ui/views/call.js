@@ -42,9 +42,9 @@ function drawCall(found, act, context) {
     head(["Call of ", functionLink(found.function)], {
       crumb: [h("a", { href: "#/calls" }, "Calls"), " of ", h("a", { href: withQuery("#/calls", { function: shortName(found.function) }) }, shortName(found.function))],
       actions: [
-        !isFinal(found) && h("button", { type: "button", "data-deed": "cancel", onclick: act("cancel"), disabled: found.cancel_requested === true }, found.cancel_requested ? "Being cancelled" : "Cancel"),
-        (found.state === "dead" || deadCallback) && h("button", { type: "button", class: "main", "data-deed": "retry", onclick: act("retry") }, found.state === "dead" ? "Try again" : "Deliver again"),
-        isFinal(found) && h("button", { type: "button", class: "danger", "data-deed": "purge", onclick: act("purge") }, "Delete"),
+        !isFinal(found) && h("button", { type: "button", onclick: act("cancel"), disabled: found.cancel_requested === true }, found.cancel_requested ? "Being cancelled" : "Cancel"),
+        (found.state === "dead" || deadCallback) && h("button", { type: "button", class: "main", onclick: act("retry") }, found.state === "dead" ? "Try again" : "Deliver again"),
+        isFinal(found) && h("button", { type: "button", class: "danger", onclick: act("purge") }, "Delete"),
       ],
     }),
     h("p", { class: "identity" }, state(found.state), h("span", null, h("code", { class: "data" }, found.id), " ", copyButton(found.id, "the id"))),

@@ -1,7 +1,7 @@
 // Calls, newest first, live; what is looked for stands in the address.
 
 import { send } from "../api.js";
-import { ask, h, keyed, say, show } from "../dom.js";
+import { ask, field, h, keyed, say, show } from "../dom.js";
 import { count, shortName } from "../format.js";
 import { STATES, callRow, callTable, empty, head, letGo, problem, throttled, withQuery } from "../parts.js";
 
@@ -79,11 +79,11 @@ export async function calls(context) {
   }
 
   const form = h("form", { class: "filters", role: "search", onsubmit: apply, onchange: apply },
-    h("label", null, h("span", null, "Function"), h("input", { name: "function", value: wanted.function, list: "function-names", autocomplete: "off" })),
+    field("Function", h("input", { name: "function", value: wanted.function, list: "function-names", autocomplete: "off" })),
     h("datalist", { id: "function-names" }),
-    h("label", null, h("span", null, "State"), h("select", { name: "state" }, h("option", { value: "" }, "any"),
+    field("State", h("select", { name: "state" }, h("option", { value: "" }, "any"),
       STATES.map((each) => h("option", { value: each, selected: each === wanted.state }, each)))),
-    h("label", null, h("span", null, "Id, or how it begins"), h("input", { name: "id", type: "search", value: wanted.id, spellcheck: "false", autocomplete: "off", class: "mono" })));
+    field("Id, or how it begins", h("input", { name: "id", type: "search", value: wanted.id, spellcheck: "false", autocomplete: "off", class: "mono" })));
 
   function apply(event) {
     event.preventDefault();

@@ -35,8 +35,8 @@ function list(context, condition, title, nothing) {
   const whole = callTable(title, body, [{ label: "What to do", class: "num" }]);
 
   const actions = (call) => h("span", { class: "nowrap" },
-    h("button", { type: "button", class: "quiet", "data-focus": "retry", "data-deed": "retry", onclick: () => deeds.retry(call, part.after) }, call.state === "dead" ? "Try again" : "Deliver again"),
-    h("button", { type: "button", class: "quiet danger", "data-focus": "purge", "data-deed": "purge", onclick: () => deeds.purge(call, part.after) }, "Delete"));
+    h("button", { type: "button", class: "quiet", "data-focus": "retry", onclick: () => deeds.retry(call, part.after) }, call.state === "dead" ? "Try again" : "Deliver again"),
+    h("button", { type: "button", class: "quiet danger", "data-focus": "purge", onclick: () => deeds.purge(call, part.after) }, "Delete"));
 
   function draw() {
     keyed(body, rows, (call) => call.id, (call) => callRow(call, actions));

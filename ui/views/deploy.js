@@ -1,7 +1,7 @@
 // Deploy a function, or change one that was deployed.
 
 import { send } from "../api.js";
-import { h, say, show } from "../dom.js";
+import { field, h, say, show } from "../dom.js";
 import { head, note, problem, to } from "../parts.js";
 
 // Why nothing can be deployed here, or null: the route of secrets is there if and only if deploying is.
@@ -44,13 +44,13 @@ export async function deploy(context) {
   const form = h("form", { class: "panel", onsubmit: submit },
     trouble,
     h("div", { class: "row" },
-      h("label", null, h("span", null, "Name"), h("input", { name: "service", required: true, value: known.name ?? "", disabled: Boolean(name), autocomplete: "off", spellcheck: "false" })),
-      h("label", null, h("span", null, "Namespace"), h("select", { name: "namespace", disabled: Boolean(name) }, spaces.map((space) => h("option", { value: space, selected: space === known.namespace }, space)))),
-      h("label", null, h("span", null, "Image"), h("input", { name: "image", required: true, value: known.image ?? "process", spellcheck: "false" }))),
-    h("label", null, h("span", null, "Command, which is run for each call"), h("input", { name: "envProcess", value: known.envProcess ?? "", class: "mono", spellcheck: "false", placeholder: "python3 handler.py" })),
-    h("label", null, h("span", null, "Environment and settings, name=value, one a line"), h("textarea", { name: "envVars", spellcheck: "false", value: lines(known.envVars) })),
-    h("label", null, h("span", null, "Annotations"), h("textarea", { name: "annotations", spellcheck: "false", value: lines(known.annotations) })),
-    h("label", null, h("span", null, "Labels"), h("textarea", { name: "labels", spellcheck: "false", value: lines(known.labels, ["faas_function"]) })),
+      field("Name", h("input", { name: "service", required: true, value: known.name ?? "", disabled: Boolean(name), autocomplete: "off", spellcheck: "false" })),
+      field("Namespace", h("select", { name: "namespace", disabled: Boolean(name) }, spaces.map((space) => h("option", { value: space, selected: space === known.namespace }, space)))),
+      field("Image", h("input", { name: "image", required: true, value: known.image ?? "process", spellcheck: "false" }))),
+    field("Command, which is run for each call", h("input", { name: "envProcess", value: known.envProcess ?? "", class: "mono", spellcheck: "false", placeholder: "python3 handler.py" })),
+    field("Environment and settings, name=value, one a line", h("textarea", { name: "envVars", spellcheck: "false", value: lines(known.envVars) })),
+    field("Annotations", h("textarea", { name: "annotations", spellcheck: "false", value: lines(known.annotations) })),
+    field("Labels", h("textarea", { name: "labels", spellcheck: "false", value: lines(known.labels, ["faas_function"]) })),
     secrets.length > 0 && h("fieldset", null, h("legend", null, "Secrets"), h("div", { class: "radios" }, secrets.map((each) =>
       h("label", { class: "inline" }, h("input", { type: "checkbox", name: "secrets", value: each.name, checked: (known.secrets ?? []).includes(each.name) }), h("span", { class: "data" }, each.name))))),
     h("p", { class: "hint" }, "It runs as this gateway's user. If it cannot start, the old one serves on."),

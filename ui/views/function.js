@@ -2,7 +2,7 @@
 
 import { Failure, invoke, send } from "../api.js";
 import { minutesChart } from "../chart.js";
-import { ask, askForm, h, keyed, long, say, show, time } from "../dom.js";
+import { ask, askForm, field, h, keyed, long, say, show, time } from "../dom.js";
 import { age, count, duration } from "../format.js";
 import { attempt, callRow, callTable, empty, facts, fieldsTable, figures, head, follow, rates, note, state, to, withQuery } from "../parts.js";
 import { deployingIsOff } from "./deploy.js";
@@ -71,9 +71,9 @@ function factsOf(described) {
 function callForm(name, context) {
   const answer = h("div", { "aria-live": "polite" });
   const laterFields = h("div", { class: "row", hidden: true },
-    h("label", null, h("span", null, "Delay"), h("input", { name: "delay", placeholder: "10m" })),
-    h("label", null, h("span", null, "Expires after"), h("input", { name: "expires", placeholder: "1h" })),
-    h("label", null, h("span", null, "Callback URL"), h("input", { name: "callback", type: "url", placeholder: "http://" })));
+    field("Delay", h("input", { name: "delay", placeholder: "10m" })),
+    field("Expires after", h("input", { name: "expires", placeholder: "1h" })),
+    field("Callback URL", h("input", { name: "callback", type: "url", placeholder: "http://" })));
   const form = h("form", { class: "panel", onsubmit: call, onchange: () => { laterFields.hidden = form.elements.when.value !== "later"; method.disabled = form.elements.when.value === "later"; } });
   const method = h("select", { name: "method" }, METHODS.map((each) => h("option", { value: each }, each)));
   const button = h("button", { class: "main", type: "submit" }, "Call");
@@ -81,12 +81,12 @@ function callForm(name, context) {
     h("fieldset", null, h("legend", null, "When"), h("div", { class: "radios" },
       h("label", { class: "inline" }, h("input", { type: "radio", name: "when", value: "now", checked: true }), h("span", null, "now")),
       h("label", { class: "inline" }, h("input", { type: "radio", name: "when", value: "later" }), h("span", null, "later, by the queue")))),
-    h("label", null, h("span", null, "Body"), h("textarea", { name: "body", spellcheck: "false" })),
+    field("Body", h("textarea", { name: "body", spellcheck: "false" })),
     laterFields,
     h("details", null, h("summary", null, "Method, path, headers"), h("div", { class: "row" },
-      h("label", null, h("span", null, "Method"), method),
-      h("label", null, h("span", null, "Path and query"), h("input", { name: "path", placeholder: "/path?query" }))),
-    h("label", null, h("span", null, "Headers, one a line"), h("textarea", { name: "headers", spellcheck: "false", placeholder: "Content-Type: application/json" }))),
+      field("Method", method),
+      field("Path and query", h("input", { name: "path", placeholder: "/path?query" }))),
+    field("Headers, one a line", h("textarea", { name: "headers", spellcheck: "false", placeholder: "Content-Type: application/json" }))),
     h("div", { class: "actions" }, button), answer);
 
   async function call(event) {
@@ -98,7 +98,7 @@ function callForm(name, context) {
       const later = values.get("when") === "later";
       const headers = readHeaders(values.get("headers"));
       if (later) {
-        for (const [field, key] of [["X-Delay", "delay"], ["X-Expires", "expires"], ["X-Callback-Url", "callback"]]) if (values.get(key)) headers.append(field, values.get(key));
+        for (const [header, key] of [["X-Delay", "delay"], ["X-Expires", "expires"], ["X-Callback-Url", "callback"]]) if (values.get(key)) headers.append(header, values.get(key));
       }
       const path = `/${later ? "async-function" : "function"}/${encodeURIComponent(name)}${readPath(values.get("path"))}`;
       const response = await invoke(path, { method: later ? "POST" : values.get("method") ?? "POST", headers, body: values.get("body"), signal: context.signal });
@@ -152,7 +152,7 @@ function drawAnswer(response) {
 
 async function scale(described) {
   await askForm(`Scale ${described.name}`,
-    h("label", null, h("span", null, "Replicas"), h("input", { name: "replicas", type: "number", min: 0, step: 1, required: true, value: String(described.replicas) })),
+    field("Replicas", h("input", { name: "replicas", type: "number", min: 0, step: 1, required: true, value: String(described.replicas) })),
     "Scale",
     async (values) => {
       const path = `/system/scale-function/${encodeURIComponent(described.name)}?namespace=${encodeURIComponent(described.namespace)}`;

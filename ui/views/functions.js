@@ -1,6 +1,6 @@
 // All functions: are they there, how much are they called, do they fail, how long do they take.
 
-import { h, keyed, show } from "../dom.js";
+import { field, h, keyed, show } from "../dom.js";
 import { age, count, percentile, rate, share, shortName } from "../format.js";
 import { empty, functionLink, head, follow, state, table } from "../parts.js";
 import { deployingIsOff } from "./deploy.js";
@@ -87,7 +87,7 @@ export async function functions(context) {
   follow(context, refresh, 3000);
   return [
     head("Functions", { actions: off ? null : h("a", { class: "button", href: "#/deploy" }, "Deploy a function") }),
-    h("div", { class: "filters" }, h("label", null, h("span", null, "Find"), search)),
+    h("div", { class: "filters" }, field("Find", search)),
     place,
     h("p", { class: "hint" }, "Calls, failures and times are those of the last five minutes; failed is status 408, or 500 and above."),
   ];

@@ -1,7 +1,7 @@
 // The names of secrets; their values are written, and never shown.
 
 import { send } from "../api.js";
-import { ask, askForm, h, keyed, say, show } from "../dom.js";
+import { ask, askForm, field, h, keyed, say, show } from "../dom.js";
 import { attempt, empty, head, problem, table } from "../parts.js";
 
 export async function secrets(context) {
@@ -22,8 +22,8 @@ export async function secrets(context) {
 
   async function edit(row) {
     await askForm(row ? `New value of ${row.name}` : "New secret", [
-      !row && h("label", null, h("span", null, "Name"), h("input", { name: "name", required: true, autocomplete: "off", spellcheck: "false" })),
-      h("label", null, h("span", null, "Value"), h("textarea", { name: "value", required: true, autocomplete: "off", spellcheck: "false" })),
+      !row && field("Name", h("input", { name: "name", required: true, autocomplete: "off", spellcheck: "false" })),
+      field("Value", h("textarea", { name: "value", required: true, autocomplete: "off", spellcheck: "false" })),
     ], "Save", async (values) => {
       const document = { name: row?.name ?? values.get("name"), value: values.get("value"), ...(row ? { namespace: row.namespace } : {}) };
       await send(row ? "PUT" : "POST", "/system/secrets", document);
