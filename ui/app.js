@@ -3,7 +3,7 @@
 // reader has gone elsewhere.
 
 import { get, isLoggedIn, login, logout, whenLoginIsNeeded } from "./api.js";
-import { field, h, show } from "./dom.js";
+import { button, field, h, show } from "./dom.js";
 import { count } from "./format.js";
 import * as live from "./live.js";
 import { head, problem } from "./parts.js";
@@ -95,7 +95,7 @@ async function route() {
     if (!controller.signal.aborted) show(main, nodes);
   } catch (error) {
     if (controller.signal.aborted || error.status === 401) return;
-    show(main, head(found[2]), problem(error), h("button", { type: "button", onclick: route }, "Try again"));
+    show(main, head(found[2]), problem(error), button("Try again", route));
     if (error.status === undefined) throw error; // a fault of this page, for the console as well
   }
   main.querySelector("h1")?.focus({ preventScroll: true });
@@ -121,8 +121,8 @@ function askForLogin() {
 
   async function tryLogin(event) {
     event.preventDefault();
-    const button = form.querySelector("button");
-    button.disabled = true;
+    const sender = form.querySelector("button");
+    sender.disabled = true;
     try {
       await login(form.elements.user.value, form.elements.password.value);
       isAsking = false;
@@ -132,7 +132,7 @@ function askForLogin() {
       show(refused, error.message);
       form.elements.password.select();
     } finally {
-      button.disabled = false;
+      sender.disabled = false;
     }
   }
 }

@@ -1,7 +1,7 @@
 // One call whole: what it brought, what was tried, what came of it.
 
 import { open } from "../api.js";
-import { copyButton, h, redraw, say, show, time } from "../dom.js";
+import { button, copyButton, h, redraw, say, show, time } from "../dom.js";
 import { bytes, clip, count, duration, shortName } from "../format.js";
 import { body, deeds, empty, facts, fieldsTable, functionLink, head, isFinal, problem, state, table, throttled, withQuery } from "../parts.js";
 import { logs } from "./logs.js";
@@ -42,9 +42,9 @@ function drawCall(found, act, context) {
     head(["Call of ", functionLink(found.function)], {
       crumb: [h("a", { href: "#/calls" }, "Calls"), " of ", h("a", { href: withQuery("#/calls", { function: shortName(found.function) }) }, shortName(found.function))],
       actions: [
-        !isFinal(found) && h("button", { type: "button", onclick: act("cancel"), disabled: found.cancel_requested === true }, found.cancel_requested ? "Being cancelled" : "Cancel"),
-        (found.state === "dead" || deadCallback) && h("button", { type: "button", class: "main", onclick: act("retry") }, found.state === "dead" ? "Try again" : "Deliver again"),
-        isFinal(found) && h("button", { type: "button", class: "danger", onclick: act("purge") }, "Delete"),
+        !isFinal(found) && button(found.cancel_requested ? "Being cancelled" : "Cancel", act("cancel"), null, { disabled: found.cancel_requested === true }),
+        (found.state === "dead" || deadCallback) && button(found.state === "dead" ? "Try again" : "Deliver again", act("retry"), "main"),
+        isFinal(found) && button("Delete", act("purge"), "danger"),
       ],
     }),
     h("p", { class: "identity" }, state(found.state), h("span", null, h("code", { class: "data" }, found.id), " ", copyButton(found.id, "the id"))),
@@ -57,7 +57,7 @@ function drawCall(found, act, context) {
       h("section", null, h("div", { class: "bar" }, h("h2", null, "Payload")), body(found.body, "Payload"),
         h("details", { class: "block" }, h("summary", null, `${count(found.headers?.length ?? 0)} headers of the request`), fieldsTable("Headers of the request", found.headers))),
       h("section", null, h("div", { class: "bar" }, h("h2", null, found.excerpt ? "Beginning of the last answer" : "Result"),
-        found.result && h("button", { type: "button", class: "quiet", onclick: () => download(found, context) }, `Save all of it, ${bytes(found.result.bytes)}`)), result(found))),
+        found.result && button(`Save all of it, ${bytes(found.result.bytes)}`, () => download(found, context), "quiet")), result(found))),
     found.callback_url && h("section", null, h("h2", null, "Callback"), callback(found)),
   ];
 }

@@ -40,7 +40,7 @@ export async function deploy(context) {
     name ? context.get(`/system/function/${encodeURIComponent(name.includes(".") ? name : `${name}.openfaas-fn`)}`) : {},
   ]);
   const trouble = h("div");
-  const button = h("button", { class: "main", type: "submit" }, name ? "Change" : "Deploy");
+  const sender = h("button", { class: "main", type: "submit" }, name ? "Change" : "Deploy");
   const form = h("form", { class: "panel", onsubmit: submit },
     trouble,
     h("div", { class: "row" },
@@ -54,12 +54,12 @@ export async function deploy(context) {
     secrets.length > 0 && h("fieldset", null, h("legend", null, "Secrets"), h("div", { class: "radios" }, secrets.map((each) =>
       h("label", { class: "inline" }, h("input", { type: "checkbox", name: "secrets", value: each.name, checked: (known.secrets ?? []).includes(each.name) }), h("span", { class: "data" }, each.name))))),
     h("p", { class: "hint" }, "It runs as this gateway's user. If it cannot start, the old one serves on."),
-    h("div", { class: "actions" }, button));
+    h("div", { class: "actions" }, sender));
 
   async function submit(event) {
     event.preventDefault();
     const values = new FormData(form);
-    button.disabled = true;
+    sender.disabled = true;
     try {
       const service = name ? known.name : values.get("service").trim();
       const namespace = name ? known.namespace : values.get("namespace");
@@ -74,7 +74,7 @@ export async function deploy(context) {
       show(trouble, note(error.message, "bad"));
       trouble.scrollIntoView({ block: "nearest" });
     } finally {
-      button.disabled = false;
+      sender.disabled = false;
     }
   }
 

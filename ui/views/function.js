@@ -2,7 +2,7 @@
 
 import { Failure, invoke, send } from "../api.js";
 import { minutesChart } from "../chart.js";
-import { ask, askForm, field, h, keyed, long, say, show, time } from "../dom.js";
+import { ask, askForm, button, field, h, keyed, long, say, show, time } from "../dom.js";
 import { age, count, duration } from "../format.js";
 import { attempt, callRow, callTable, empty, facts, fieldsTable, figures, head, follow, rates, note, state, to, withQuery } from "../parts.js";
 import { deployingIsOff } from "./deploy.js";
@@ -43,9 +43,9 @@ export async function oneFunction(context) {
       crumb: h("a", { href: "#/functions" }, "Functions"),
       actions: [
         state(...stateOf(described)),
-        described.local && h("button", { type: "button", onclick: () => scale(described) }, "Scale"),
+        described.local && button("Scale", () => scale(described)),
         !off && isDeployed && h("a", { class: "button", href: to("deploy", name) }, "Change"),
-        !off && isDeployed && h("button", { type: "button", class: "danger", onclick: () => remove(described) }, "Remove"),
+        !off && isDeployed && button("Remove", () => remove(described), "danger"),
       ],
     }),
     strip,
@@ -76,7 +76,7 @@ function callForm(name, context) {
     field("Callback URL", h("input", { name: "callback", type: "url", placeholder: "http://" })));
   const form = h("form", { class: "panel", onsubmit: call, onchange: () => { laterFields.hidden = form.elements.when.value !== "later"; method.disabled = form.elements.when.value === "later"; } });
   const method = h("select", { name: "method" }, METHODS.map((each) => h("option", { value: each }, each)));
-  const button = h("button", { class: "main", type: "submit" }, "Call");
+  const sender = h("button", { class: "main", type: "submit" }, "Call");
   form.append(
     h("fieldset", null, h("legend", null, "When"), h("div", { class: "radios" },
       h("label", { class: "inline" }, h("input", { type: "radio", name: "when", value: "now", checked: true }), h("span", null, "now")),
@@ -87,12 +87,12 @@ function callForm(name, context) {
       field("Method", method),
       field("Path and query", h("input", { name: "path", placeholder: "/path?query" }))),
     field("Headers, one a line", h("textarea", { name: "headers", spellcheck: "false", placeholder: "Content-Type: application/json" }))),
-    h("div", { class: "actions" }, button), answer);
+    h("div", { class: "actions" }, sender), answer);
 
   async function call(event) {
     event.preventDefault();
     const values = new FormData(form);
-    button.disabled = true;
+    sender.disabled = true;
     show(answer, h("p", { class: "soft" }, "Waiting for the answer…"));
     try {
       const later = values.get("when") === "later";
@@ -107,7 +107,7 @@ function callForm(name, context) {
       if (error.name === "AbortError") return;
       show(answer, note(error.message, "bad"));
     } finally {
-      button.disabled = false;
+      sender.disabled = false;
     }
   }
 

@@ -1,7 +1,7 @@
 // The names of secrets; their values are written, and never shown.
 
 import { send } from "../api.js";
-import { ask, askForm, field, h, keyed, say, show } from "../dom.js";
+import { ask, askForm, button, field, h, keyed, say, show } from "../dom.js";
 import { attempt, empty, head, problem, table } from "../parts.js";
 
 export async function secrets(context) {
@@ -15,8 +15,8 @@ export async function secrets(context) {
     keyed(body, rows, (row) => `${row.name}.${row.namespace}`, (row) => h("tr", null,
       h("td", { class: "mono data" }, row.name), h("td", { class: "data" }, row.namespace),
       h("td", { class: "num nowrap" },
-        h("button", { type: "button", class: "quiet", onclick: () => edit(row) }, "New value"),
-        h("button", { type: "button", class: "quiet danger", onclick: () => remove(row) }, "Delete"))));
+        button("New value", () => edit(row), "quiet"),
+        button("Delete", () => remove(row), "quiet danger"))));
     show(place, rows.length ? whole : empty("No secrets. A function that names one finds it as a file."));
   }
 
@@ -43,5 +43,5 @@ export async function secrets(context) {
     if (!error.isOff && error.status !== 404) throw error;
     return [head("Secrets"), problem(error)];
   }
-  return [head("Secrets", { actions: h("button", { type: "button", onclick: () => edit(null) }, "New secret") }), place];
+  return [head("Secrets", { actions: button("New secret", () => edit(null)) }), place];
 }
