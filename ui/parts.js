@@ -130,7 +130,7 @@ export const deeds = {
     await attempt(() => send("POST", `/system/calls/${call.id}/retry`), "Queued again", done);
   },
   async cancel(call, done) {
-    if (call.state === "running" && !await ask("Cancel this call?", "It runs now: its processes are killed, and what they have done so far stays done.", "Cancel the call")) return;
+    if (!await ask("Cancel this call?", "If it runs, its processes are killed, and what they have done so far stays done; if not, it never will. This cannot be undone.", "Cancel the call")) return;
     await attempt(() => send("DELETE", `/async-function/${call.id}`), "Cancelled", done);
   },
   async purge(call, done) {
