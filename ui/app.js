@@ -89,13 +89,18 @@ async function route() {
     get: (address) => get(address, { signal: controller.signal }),
     title: (text) => { document.title = `${text} · faashound`; },
     tellDeadCount,
+    fail: (error) => {
+      if (controller.signal.aborted) return;
+      controller.abort();
+      show(main, head(found[2]), problem(error), button("Try again", route));
+    },
   };
   try {
     const nodes = await view(context);
     if (!controller.signal.aborted) show(main, nodes);
   } catch (error) {
     if (controller.signal.aborted || error.status === 401) return;
-    show(main, head(found[2]), problem(error), button("Try again", route));
+    context.fail(error);
     if (error.status === undefined) throw error; // a fault of this page, for the console as well
   }
   main.querySelector("h1")?.focus({ preventScroll: true });

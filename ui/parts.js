@@ -156,9 +156,10 @@ export function letGo(error) {
   if (error.status === undefined && error.name !== "AbortError") throw error;
 }
 
-// Keep a view up to date: read again, at most once in `ms`, when something happens that `wants` it.
+// Keep a view up to date: read again, at most once in `ms`, when something happens that `wants` it. Where what it shows
+// is there no more, it says so.
 export function follow(context, refresh, ms, wants = () => true) {
-  const soon = throttled(() => refresh().catch(letGo), ms);
+  const soon = throttled(() => refresh().catch((error) => (error.status === 404 ? context.fail(error) : letGo(error))), ms);
   context.listen((event) => wants(event) && soon());
 }
 

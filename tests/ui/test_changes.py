@@ -101,3 +101,26 @@ def test_secret_is_made_in_the_namespace_that_was_chosen(deploying: Shown, brows
     browser.type("dialog textarea[name=value]", "y")
     browser.click("dialog button", "Save")
     browser.until(lambda: not browser.all("dialog"), "it is saved where it is")
+
+
+def test_view_of_a_function_follows_what_changes(deploying: Shown, browser: Browser) -> None:
+    deploy(deploying, service="fresh", envProcess="cat")
+    browser.open(f"{deploying.url}#/functions/fresh")
+    browser.see("1 of 1", ".facts dd")
+    browser.click("button", "Scale")
+    browser.type("dialog input[name=replicas]", "2")
+    browser.click("dialog button", "Scale")
+    browser.see("of 2", ".facts dd")
+    tell(deploying, "PUT", "/system/functions", service="fresh", image="process", envProcess="cat -u")
+    browser.until(lambda: browser.all(".facts dd", "cat -u"), "the new command", PATIENTLY_S)
+    tell(deploying, "POST", "/system/scale-function/fresh", serviceName="fresh", replicas=0)
+    browser.until(lambda: browser.all(".head .state", "stopped"), "it is stopped", PATIENTLY_S)
+    assert "started when a call comes" in (browser.find(".head .state").get_attribute("title") or "")
+    browser.click("form.panel button", "Call")
+    browser.see("200", "form.panel b")
+    tell(deploying, "DELETE", "/system/functions", functionName="fresh")
+    browser.until(
+        lambda: browser.all(".note.bad", "no function has this name"),
+        "it says that there is none any more",
+        PATIENTLY_S,
+    )

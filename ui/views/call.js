@@ -3,7 +3,7 @@
 import { open } from "../api.js";
 import { button, copyButton, h, redraw, say, show, time } from "../dom.js";
 import { bytes, clip, count, duration, shortName } from "../format.js";
-import { body, deeds, empty, facts, fieldsTable, functionLink, head, isFinal, problem, state, table, throttled, withQuery } from "../parts.js";
+import { body, deeds, empty, facts, fieldsTable, follow, functionLink, head, isFinal, state, table, withQuery } from "../parts.js";
 import { logs } from "./logs.js";
 
 export async function call(context) {
@@ -26,13 +26,7 @@ export async function call(context) {
 
   await refresh();
   context.title(`Call ${id.slice(0, 8)}`);
-  const soon = throttled(() => refresh().catch((error) => {
-    if (error.status === 404) show(place, head("Call"), problem(error), h("p", null, h("a", { href: "#/calls" }, "To the list of calls")));
-    else if (error.status === undefined && error.name !== "AbortError") throw error;
-  }), 700);
-  context.listen((event) => {
-    if (event.kind === "again" || (event.kind === "calls" && (event.data.more || event.data.calls.some((each) => each.id === id)))) soon();
-  });
+  follow(context, refresh, 700, ({ kind, data }) => kind === "again" || (kind === "calls" && (data.more || data.calls.some((each) => each.id === id))));
   return [place, logPlace];
 }
 

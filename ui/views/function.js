@@ -2,7 +2,7 @@
 
 import { Failure, invoke, send } from "../api.js";
 import { minutesChart } from "../chart.js";
-import { ask, askForm, button, field, h, keyed, long, say, show, time } from "../dom.js";
+import { ask, askForm, button, field, h, keyed, long, redraw, say, show, time } from "../dom.js";
 import { age, count, duration } from "../format.js";
 import { attempt, callRow, callTable, empty, facts, fieldsTable, figures, head, follow, rates, note, state, to, withQuery } from "../parts.js";
 import { deployingIsOff } from "./deploy.js";
@@ -17,13 +17,18 @@ export async function oneFunction(context) {
   context.title(name);
   const strip = h("div");
   const picture = h("section");
+  const actions = h("div", { class: "actions" });
+  const factsPlace = h("div");
   const body = h("tbody");
   const callsPlace = h("div");
-  let described = null;
 
   async function refresh() {
     const parameters = new URLSearchParams({ function: full });
-    const [metrics, list] = await Promise.all([context.get(`/system/metrics?${parameters}`), context.get(`/system/calls?${parameters}&limit=10`)]);
+    const [described, metrics, list] = await Promise.all([
+      context.get(`/system/function/${encodeURIComponent(full)}`), context.get(`/system/metrics?${parameters}`), context.get(`/system/calls?${parameters}&limit=10`),
+    ]);
+    redraw(actions, { ...described, invocationCount: 0 }, drawActions); // which no call draws anew: one may be about to be clicked
+    redraw(factsPlace, described, factsOf);
     const mine = metrics.functions[full] ?? { calls: 0, errors: 0, per_minute: 0, p50_seconds: null, p95_seconds: null, in_flight: 0, queued: 0 };
     show(strip, figures([
       ...rates(mine, `over the last ${age(metrics.window_seconds)}`),
@@ -34,24 +39,26 @@ export async function oneFunction(context) {
     show(callsPlace, list.calls.length ? callTable("Latest calls", body) : empty("No asynchronous calls. Choose “later” above to make one."));
   }
 
-  [described] = await Promise.all([context.get(`/system/function/${encodeURIComponent(full)}`), refresh()]);
+  function drawActions(described) {
+    const isDeployed = !off && described.createdAt;
+    return [
+      state(...stateOf(described)),
+      described.local && button("Scale", () => scale(described, refresh)),
+      isDeployed && h("a", { class: "button", href: to("deploy", name) }, "Change"),
+      isDeployed && button("Remove", () => remove(described), "danger"),
+    ];
+  }
+
   const off = await deployingIsOff(context);
+  await refresh();
   follow(context, refresh, 1500, (event) => event.kind !== "calls" || event.data.more || event.data.calls.some((call) => call.function === full));
-  const isDeployed = Boolean(described.createdAt);
+  const [bare, namespace] = full.split(".");
   return [
-    head(name, {
-      crumb: h("a", { href: "#/functions" }, "Functions"),
-      actions: [
-        state(...stateOf(described)),
-        described.local && button("Scale", () => scale(described)),
-        !off && isDeployed && h("a", { class: "button", href: to("deploy", name) }, "Change"),
-        !off && isDeployed && button("Remove", () => remove(described), "danger"),
-      ],
-    }),
+    head(name, { crumb: h("a", { href: "#/functions" }, "Functions"), actions }),
     strip,
-    h("div", { class: "columns" }, h("div", null, picture, h("section", null, h("h2", null, "What it is"), factsOf(described))), callForm(name, context)),
+    h("div", { class: "columns" }, h("div", null, picture, h("section", null, h("h2", null, "What it is"), factsPlace)), callForm(name, context)),
     h("section", null, h("div", { class: "bar" }, h("h2", null, "Latest asynchronous calls"), h("a", { class: "small", href: withQuery("#/calls", { function: name }) }, "All of them")), callsPlace),
-    logs(context, { name: described.name, namespace: described.namespace }),
+    logs(context, { name: bare, namespace }),
   ];
 }
 
@@ -150,7 +157,7 @@ function drawAnswer(response) {
   ];
 }
 
-async function scale(described) {
+async function scale(described, done) {
   await askForm(`Scale ${described.name}`,
     field("Replicas", h("input", { name: "replicas", type: "number", min: 0, step: 1, required: true, value: String(described.replicas) })),
     "Scale",
@@ -158,6 +165,7 @@ async function scale(described) {
       const path = `/system/scale-function/${encodeURIComponent(described.name)}?namespace=${encodeURIComponent(described.namespace)}`;
       await send("POST", path, { serviceName: described.name, namespace: described.namespace, replicas: Number(values.get("replicas")) });
       say("Scaled");
+      await done();
     });
 }
 

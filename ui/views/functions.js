@@ -13,7 +13,7 @@ const COLUMNS = [
 
 export function stateOf(each) {
   if (!each.local) return ["elsewhere", "It answers at an address of its own; whether it does is seen when it is called"];
-  if (each.replicas === 0) return ["stopped", "Scaled to none; calls wait for nothing and fail"];
+  if (each.replicas === 0) return ["stopped", "Scaled to none; it is started when a call comes"];
   return each.availableReplicas > 0 ? ["ready", "It answers, or is started when a call comes"] : ["starting", "Not there yet"];
 }
 
