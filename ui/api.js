@@ -42,7 +42,7 @@ export async function login(user, password) {
     await (await open("/system/info", {}, true)).text();
   } catch (error) {
     authorization = before;
-    if (error.status === 401) throw new Failure(401, "That name and password do not fit: basic-auth-user and basic-auth-password have them.");
+    if (error.status === 401) throw new Failure(401, "That name and password do not fit: basic-auth-users has them, or basic-auth-user and basic-auth-password.");
     throw error;
   }
 }

@@ -3,7 +3,7 @@
 // reader has gone elsewhere.
 
 import { get, isLoggedIn, login, logout, whenLoginIsNeeded } from "./api.js";
-import { h, show } from "./dom.js";
+import { button, field, h, show } from "./dom.js";
 import { count } from "./format.js";
 import * as live from "./live.js";
 import { head, problem } from "./parts.js";
@@ -89,13 +89,18 @@ async function route() {
     get: (address) => get(address, { signal: controller.signal }),
     title: (text) => { document.title = `${text} · faashound`; },
     tellDeadCount,
+    fail: (error) => {
+      if (controller.signal.aborted) return;
+      controller.abort();
+      show(main, head(found[2]), problem(error), button("Try again", route));
+    },
   };
   try {
     const nodes = await view(context);
     if (!controller.signal.aborted) show(main, nodes);
   } catch (error) {
     if (controller.signal.aborted || error.status === 401) return;
-    show(main, head(found[2]), problem(error), h("button", { type: "button", onclick: route }, "Try again"));
+    context.fail(error);
     if (error.status === undefined) throw error; // a fault of this page, for the console as well
   }
   main.querySelector("h1")?.focus({ preventScroll: true });
@@ -112,8 +117,8 @@ function askForLogin() {
   const refused = h("p", { class: "note bad", role: "alert", hidden: true });
   const form = h("form", { onsubmit: tryLogin },
     refused,
-    h("label", null, h("span", null, "Name"), h("input", { name: "user", autocomplete: "username", required: true })),
-    h("label", null, h("span", null, "Password"), h("input", { name: "password", type: "password", autocomplete: "current-password", required: true })),
+    field("Name", h("input", { name: "user", autocomplete: "username", required: true })),
+    field("Password", h("input", { name: "password", type: "password", autocomplete: "current-password", required: true })),
     h("div", { class: "actions" }, h("button", { class: "main", type: "submit" }, "Log in")),
     h("p", { class: "hint" }, "It is kept until this page is closed or loaded anew."));
   show(main, h("div", { class: "login" }, head("Log in"), form));
@@ -121,8 +126,8 @@ function askForLogin() {
 
   async function tryLogin(event) {
     event.preventDefault();
-    const button = form.querySelector("button");
-    button.disabled = true;
+    const sender = form.querySelector("button");
+    sender.disabled = true;
     try {
       await login(form.elements.user.value, form.elements.password.value);
       isAsking = false;
@@ -132,7 +137,7 @@ function askForLogin() {
       show(refused, error.message);
       form.elements.password.select();
     } finally {
-      button.disabled = false;
+      sender.disabled = false;
     }
   }
 }

@@ -30,6 +30,14 @@ export function h(tag, options, ...children) {
   return fill(document.createElement(tag), options, children);
 }
 
+export function button(label, onclick, kind, options) {
+  return h("button", { type: "button", class: kind, onclick, ...options }, label);
+}
+
+export function field(label, control) {
+  return h("label", null, h("span", null, label), control);
+}
+
 export function s(tag, options, ...children) {
   return fill(document.createElementNS(SVG, tag), options, children);
 }
@@ -97,8 +105,7 @@ export function time(iso) {
 export function long(text, options = {}) {
   const block = h("pre", { tabindex: 0, role: "region", "aria-label": options.label ?? "Text", class: options.class });
   if (text.length <= SHOWN_CHARS) return show(block, text);
-  const more = h("button", { type: "button", class: "quiet", onclick: () => { show(block, text); more.remove(); block.focus(); } },
-    `Show all ${text.length.toLocaleString("en")} characters`);
+  const more = button(`Show all ${text.length.toLocaleString("en")} characters`, () => { show(block, text); more.remove(); block.focus(); }, "quiet");
   return h("div", null, show(block, clip(text, SHOWN_CHARS)), more);
 }
 
@@ -110,7 +117,7 @@ export function say(text) {
 }
 
 export function copyButton(text, what) {
-  return h("button", { type: "button", class: "quiet copy", "data-focus": "copy", "aria-label": `Copy ${what}`, onclick: () => copy(text, what) }, "Copy");
+  return button("Copy", () => copy(text, what), "quiet copy", { "data-focus": "copy", "aria-label": `Copy ${what}` });
 }
 
 async function copy(text, what) {
@@ -134,8 +141,8 @@ export function ask(question, consequence, verb) {
       h("h2", { id: "question" }, question),
       h("p", { class: "soft" }, consequence),
       h("div", { class: "actions" },
-        h("button", { type: "button", onclick: () => dialog.close() }, "Keep"),
-        h("button", { type: "button", class: "danger", "data-verb": "yes", onclick: () => { answer = true; dialog.close(); } }, verb)));
+        button("Keep", () => dialog.close()),
+        button(verb, () => { answer = true; dialog.close(); }, "danger")));
     dialog.addEventListener("close", () => { dialog.remove(); resolve(answer); });
     document.body.append(dialog);
     dialog.showModal();
@@ -160,7 +167,7 @@ export function askForm(title, fields, verb, send) {
           }
         },
       }, problem, fields, h("div", { class: "actions" },
-        h("button", { type: "button", onclick: () => dialog.close() }, "Close"),
+        button("Close", () => dialog.close()),
         h("button", { class: "main", type: "submit" }, verb))));
     dialog.addEventListener("close", () => { dialog.remove(); resolve(); });
     document.body.append(dialog);

@@ -130,7 +130,7 @@ export const deeds = {
     await attempt(() => send("POST", `/system/calls/${call.id}/retry`), "Queued again", done);
   },
   async cancel(call, done) {
-    if (call.state === "running" && !await ask("Cancel this call?", "It runs now: its processes are killed, and what they have done so far stays done.", "Cancel the call")) return;
+    if (!await ask("Cancel this call?", "If it runs, its processes are killed, and what they have done so far stays done; if not, it never will. This cannot be undone.", "Cancel the call")) return;
     await attempt(() => send("DELETE", `/async-function/${call.id}`), "Cancelled", done);
   },
   async purge(call, done) {
@@ -156,9 +156,10 @@ export function letGo(error) {
   if (error.status === undefined && error.name !== "AbortError") throw error;
 }
 
-// Keep a view up to date: read again, at most once in `ms`, when something happens that `wants` it.
+// Keep a view up to date: read again, at most once in `ms`, when something happens that `wants` it. Where what it shows
+// is there no more, it says so.
 export function follow(context, refresh, ms, wants = () => true) {
-  const soon = throttled(() => refresh().catch(letGo), ms);
+  const soon = throttled(() => refresh().catch((error) => (error.status === 404 ? context.fail(error) : letGo(error))), ms);
   context.listen((event) => wants(event) && soon());
 }
 

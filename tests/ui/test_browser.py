@@ -130,14 +130,19 @@ def test_reader_reads_older_calls_page_by_page(browser: Browser, system: Shown) 
     browser.until(lambda: browser.all(f"tr[data-key='{made[0]}']"), "the oldest")
 
 
-def test_reader_cancels_a_running_call_after_a_question(browser: Browser, system: Shown) -> None:
-    call_id = system.submit("slow")
+@pytest.mark.parametrize(
+    ("function", "headers", "state"), [("slow", {}, "running"), ("cat", {"X-Delay": "1h"}, "queued")]
+)
+def test_reader_cancels_a_call_after_a_question(
+    browser: Browser, system: Shown, function: str, headers: dict[str, str], state: str
+) -> None:
+    call_id = system.submit(function, b"x", headers)
     browser.open(f"{system.url}#/calls/{call_id}")
-    becomes(browser, "running")
+    becomes(browser, state)
     browser.click("button", "Cancel")
     browser.click("dialog button", "Keep")
     browser.until(lambda: not browser.all("dialog"), "the question is gone")
-    assert system.status(call_id)["state"] == "running"
+    assert system.status(call_id)["state"] == state
     browser.click("button", "Cancel")
     browser.click("dialog button", "Cancel the call")
     becomes(browser, "cancelled")
@@ -299,7 +304,7 @@ def test_reader_logs_in_is_refused_and_logs_out(browser: Browser, tmp_path: Path
         browser.type("input[name=user]", "admin")
         browser.type("input[name=password]", "wrong")
         browser.press(Keys.ENTER)
-        browser.see("do not fit", "[role=alert]")
+        browser.see("do not fit: basic-auth-users", "[role=alert]")
         browser.type("input[name=password]", PASSWORD)
         browser.press(Keys.ENTER)
         browser.see("cat", "td")

@@ -1,9 +1,9 @@
 // One call whole: what it brought, what was tried, what came of it.
 
 import { open } from "../api.js";
-import { copyButton, h, redraw, say, show, time } from "../dom.js";
+import { button, copyButton, h, redraw, say, show, time } from "../dom.js";
 import { bytes, clip, count, duration, shortName } from "../format.js";
-import { body, deeds, empty, facts, fieldsTable, functionLink, head, isFinal, problem, state, table, throttled, withQuery } from "../parts.js";
+import { body, deeds, empty, facts, fieldsTable, follow, functionLink, head, isFinal, state, table, withQuery } from "../parts.js";
 import { logs } from "./logs.js";
 
 export async function call(context) {
@@ -26,13 +26,7 @@ export async function call(context) {
 
   await refresh();
   context.title(`Call ${id.slice(0, 8)}`);
-  const soon = throttled(() => refresh().catch((error) => {
-    if (error.status === 404) show(place, head("Call"), problem(error), h("p", null, h("a", { href: "#/calls" }, "To the list of calls")));
-    else if (error.status === undefined && error.name !== "AbortError") throw error;
-  }), 700);
-  context.listen((event) => {
-    if (event.kind === "again" || (event.kind === "calls" && (event.data.more || event.data.calls.some((each) => each.id === id)))) soon();
-  });
+  follow(context, refresh, 700, ({ kind, data }) => kind === "again" || (kind === "calls" && (data.more || data.calls.some((each) => each.id === id))));
   return [place, logPlace];
 }
 
@@ -42,9 +36,9 @@ function drawCall(found, act, context) {
     head(["Call of ", functionLink(found.function)], {
       crumb: [h("a", { href: "#/calls" }, "Calls"), " of ", h("a", { href: withQuery("#/calls", { function: shortName(found.function) }) }, shortName(found.function))],
       actions: [
-        !isFinal(found) && h("button", { type: "button", "data-deed": "cancel", onclick: act("cancel"), disabled: found.cancel_requested === true }, found.cancel_requested ? "Being cancelled" : "Cancel"),
-        (found.state === "dead" || deadCallback) && h("button", { type: "button", class: "main", "data-deed": "retry", onclick: act("retry") }, found.state === "dead" ? "Try again" : "Deliver again"),
-        isFinal(found) && h("button", { type: "button", class: "danger", "data-deed": "purge", onclick: act("purge") }, "Delete"),
+        !isFinal(found) && button(found.cancel_requested ? "Being cancelled" : "Cancel", act("cancel"), null, { disabled: found.cancel_requested === true }),
+        (found.state === "dead" || deadCallback) && button(found.state === "dead" ? "Try again" : "Deliver again", act("retry"), "main"),
+        isFinal(found) && button("Delete", act("purge"), "danger"),
       ],
     }),
     h("p", { class: "identity" }, state(found.state), h("span", null, h("code", { class: "data" }, found.id), " ", copyButton(found.id, "the id"))),
@@ -57,7 +51,7 @@ function drawCall(found, act, context) {
       h("section", null, h("div", { class: "bar" }, h("h2", null, "Payload")), body(found.body, "Payload"),
         h("details", { class: "block" }, h("summary", null, `${count(found.headers?.length ?? 0)} headers of the request`), fieldsTable("Headers of the request", found.headers))),
       h("section", null, h("div", { class: "bar" }, h("h2", null, found.excerpt ? "Beginning of the last answer" : "Result"),
-        found.result && h("button", { type: "button", class: "quiet", onclick: () => download(found, context) }, `Save all of it, ${bytes(found.result.bytes)}`)), result(found))),
+        found.result && button(`Save all of it, ${bytes(found.result.bytes)}`, () => download(found, context), "quiet")), result(found))),
     found.callback_url && h("section", null, h("h2", null, "Callback"), callback(found)),
   ];
 }

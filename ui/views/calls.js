@@ -1,7 +1,7 @@
 // Calls, newest first, live; what is looked for stands in the address.
 
 import { send } from "../api.js";
-import { ask, h, keyed, say, show } from "../dom.js";
+import { ask, button, field, h, keyed, say, show } from "../dom.js";
 import { count, shortName } from "../format.js";
 import { STATES, callRow, callTable, empty, head, letGo, problem, throttled, withQuery } from "../parts.js";
 
@@ -28,7 +28,7 @@ export async function calls(context) {
     show(place, rows.length ? whole : empty(wanted.state || wanted.function || wanted.id
       ? ["No such calls. ", h("a", { href: "#/calls" }, "Show all")] : ["No calls yet. ", h("a", { href: "#/functions" }, "Choose a function"), " and call it later, or send a request to ", h("code", null, "/async-function/NAME"), "."]));
     show(older, before && (rows.length < KEPT_COUNT
-      ? h("button", { type: "button", onclick: readOlder }, "Older calls")
+      ? button("Older calls", readOlder)
       : h("span", { class: "soft small" }, `Only ${count(KEPT_COUNT)} are shown at once; a filter finds others.`)));
   }
 
@@ -79,11 +79,11 @@ export async function calls(context) {
   }
 
   const form = h("form", { class: "filters", role: "search", onsubmit: apply, onchange: apply },
-    h("label", null, h("span", null, "Function"), h("input", { name: "function", value: wanted.function, list: "function-names", autocomplete: "off" })),
+    field("Function", h("input", { name: "function", value: wanted.function, list: "function-names", autocomplete: "off" })),
     h("datalist", { id: "function-names" }),
-    h("label", null, h("span", null, "State"), h("select", { name: "state" }, h("option", { value: "" }, "any"),
+    field("State", h("select", { name: "state" }, h("option", { value: "" }, "any"),
       STATES.map((each) => h("option", { value: each, selected: each === wanted.state }, each)))),
-    h("label", null, h("span", null, "Id, or how it begins"), h("input", { name: "id", type: "search", value: wanted.id, spellcheck: "false", autocomplete: "off", class: "mono" })));
+    field("Id, or how it begins", h("input", { name: "id", type: "search", value: wanted.id, spellcheck: "false", autocomplete: "off", class: "mono" })));
 
   function apply(event) {
     event.preventDefault();
@@ -106,7 +106,7 @@ export async function calls(context) {
   offerNames(context, form);
   tellOfQueue(context, limits);
   return [
-    head("Calls", { actions: wanted.state === "queued" && rows.length ? h("button", { type: "button", class: "danger", onclick: () => cancelAll(wanted.function, refresh) }, "Cancel all that are queued") : null }),
+    head("Calls", { actions: wanted.state === "queued" && rows.length ? button("Cancel all that are queued", () => cancelAll(wanted.function, refresh), "danger") : null }),
     form, place, older, limits,
   ];
 }

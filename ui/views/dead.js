@@ -1,7 +1,7 @@
 // Dead letters: calls that were given up, and results that could not be delivered. They wait for a decision.
 
 import { send } from "../api.js";
-import { ask, h, keyed, say, show } from "../dom.js";
+import { ask, button, h, keyed, say, show } from "../dom.js";
 import { count } from "../format.js";
 import { callRow, callTable, deeds, empty, head, follow } from "../parts.js";
 
@@ -15,8 +15,8 @@ export async function dead(context) {
     const metrics = await context.get("/system/metrics?minutes=1");
     if (metrics.queue) context.tellDeadCount(metrics.queue.dead + metrics.queue.callbacks_dead);
     show(actions, metrics.queue?.dead ? [
-      h("button", { type: "button", onclick: () => retryAll(letters.rows(), refresh) }, "Try all shown again"),
-      h("button", { type: "button", class: "danger", onclick: () => purgeAll(metrics.queue.dead, refresh) }, "Delete all")] : []);
+      button("Try all shown again", () => retryAll(letters.rows(), refresh)),
+      button("Delete all", () => purgeAll(metrics.queue.dead, refresh), "danger")] : []);
   };
   const actions = h("div", { class: "actions" });
   letters.after = results.after = refresh;
@@ -35,17 +35,17 @@ function list(context, condition, title, nothing) {
   const whole = callTable(title, body, [{ label: "What to do", class: "num" }]);
 
   const actions = (call) => h("span", { class: "nowrap" },
-    h("button", { type: "button", class: "quiet", "data-focus": "retry", "data-deed": "retry", onclick: () => deeds.retry(call, part.after) }, call.state === "dead" ? "Try again" : "Deliver again"),
-    h("button", { type: "button", class: "quiet danger", "data-focus": "purge", "data-deed": "purge", onclick: () => deeds.purge(call, part.after) }, "Delete"));
+    button(call.state === "dead" ? "Try again" : "Deliver again", () => deeds.retry(call, part.after), "quiet", { "data-focus": "retry" }),
+    button("Delete", () => deeds.purge(call, part.after), "quiet danger", { "data-focus": "purge" }));
 
   function draw() {
     keyed(body, rows, (call) => call.id, (call) => callRow(call, actions));
     show(place, rows.length ? whole : empty(nothing));
-    show(older, before && h("button", { type: "button", onclick: async () => {
+    show(older, before && button("Older ones", async () => {
       const found = await context.get(`/system/calls?${condition}&limit=${PAGE}&before=${before}`);
       [rows, before] = [[...rows, ...found.calls], found.before ?? null];
       draw();
-    } }, "Older ones"));
+    }));
   }
 
   part.refresh = async () => {

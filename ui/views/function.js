@@ -2,7 +2,7 @@
 
 import { Failure, invoke, send } from "../api.js";
 import { minutesChart } from "../chart.js";
-import { ask, askForm, h, keyed, long, say, show, time } from "../dom.js";
+import { ask, askForm, button, field, h, keyed, long, redraw, say, show, time } from "../dom.js";
 import { age, count, duration } from "../format.js";
 import { attempt, callRow, callTable, empty, facts, fieldsTable, figures, head, follow, rates, note, state, to, withQuery } from "../parts.js";
 import { deployingIsOff } from "./deploy.js";
@@ -17,13 +17,18 @@ export async function oneFunction(context) {
   context.title(name);
   const strip = h("div");
   const picture = h("section");
+  const actions = h("div", { class: "actions" });
+  const factsPlace = h("div");
   const body = h("tbody");
   const callsPlace = h("div");
-  let described = null;
 
   async function refresh() {
     const parameters = new URLSearchParams({ function: full });
-    const [metrics, list] = await Promise.all([context.get(`/system/metrics?${parameters}`), context.get(`/system/calls?${parameters}&limit=10`)]);
+    const [described, metrics, list] = await Promise.all([
+      context.get(`/system/function/${encodeURIComponent(full)}`), context.get(`/system/metrics?${parameters}`), context.get(`/system/calls?${parameters}&limit=10`),
+    ]);
+    redraw(actions, { ...described, invocationCount: 0 }, drawActions); // which no call draws anew: one may be about to be clicked
+    redraw(factsPlace, described, factsOf);
     const mine = metrics.functions[full] ?? { calls: 0, errors: 0, per_minute: 0, p50_seconds: null, p95_seconds: null, in_flight: 0, queued: 0 };
     show(strip, figures([
       ...rates(mine, `over the last ${age(metrics.window_seconds)}`),
@@ -34,24 +39,26 @@ export async function oneFunction(context) {
     show(callsPlace, list.calls.length ? callTable("Latest calls", body) : empty("No asynchronous calls. Choose “later” above to make one."));
   }
 
-  [described] = await Promise.all([context.get(`/system/function/${encodeURIComponent(full)}`), refresh()]);
+  function drawActions(described) {
+    const isDeployed = !off && described.createdAt;
+    return [
+      state(...stateOf(described)),
+      described.local && button("Scale", () => scale(described, refresh)),
+      isDeployed && h("a", { class: "button", href: to("deploy", name) }, "Change"),
+      isDeployed && button("Remove", () => remove(described), "danger"),
+    ];
+  }
+
   const off = await deployingIsOff(context);
+  await refresh();
   follow(context, refresh, 1500, (event) => event.kind !== "calls" || event.data.more || event.data.calls.some((call) => call.function === full));
-  const isDeployed = Boolean(described.createdAt);
+  const [bare, namespace] = full.split(".");
   return [
-    head(name, {
-      crumb: h("a", { href: "#/functions" }, "Functions"),
-      actions: [
-        state(...stateOf(described)),
-        described.local && h("button", { type: "button", onclick: () => scale(described) }, "Scale"),
-        !off && isDeployed && h("a", { class: "button", href: to("deploy", name) }, "Change"),
-        !off && isDeployed && h("button", { type: "button", class: "danger", onclick: () => remove(described) }, "Remove"),
-      ],
-    }),
+    head(name, { crumb: h("a", { href: "#/functions" }, "Functions"), actions }),
     strip,
-    h("div", { class: "columns" }, h("div", null, picture, h("section", null, h("h2", null, "What it is"), factsOf(described))), callForm(name, context)),
+    h("div", { class: "columns" }, h("div", null, picture, h("section", null, h("h2", null, "What it is"), factsPlace)), callForm(name, context)),
     h("section", null, h("div", { class: "bar" }, h("h2", null, "Latest asynchronous calls"), h("a", { class: "small", href: withQuery("#/calls", { function: name }) }, "All of them")), callsPlace),
-    logs(context, { name: described.name, namespace: described.namespace }),
+    logs(context, { name: bare, namespace }),
   ];
 }
 
@@ -71,34 +78,34 @@ function factsOf(described) {
 function callForm(name, context) {
   const answer = h("div", { "aria-live": "polite" });
   const laterFields = h("div", { class: "row", hidden: true },
-    h("label", null, h("span", null, "Delay"), h("input", { name: "delay", placeholder: "10m" })),
-    h("label", null, h("span", null, "Expires after"), h("input", { name: "expires", placeholder: "1h" })),
-    h("label", null, h("span", null, "Callback URL"), h("input", { name: "callback", type: "url", placeholder: "http://" })));
+    field("Delay", h("input", { name: "delay", placeholder: "10m" })),
+    field("Expires after", h("input", { name: "expires", placeholder: "1h" })),
+    field("Callback URL", h("input", { name: "callback", type: "url", placeholder: "http://" })));
   const form = h("form", { class: "panel", onsubmit: call, onchange: () => { laterFields.hidden = form.elements.when.value !== "later"; method.disabled = form.elements.when.value === "later"; } });
   const method = h("select", { name: "method" }, METHODS.map((each) => h("option", { value: each }, each)));
-  const button = h("button", { class: "main", type: "submit" }, "Call");
+  const sender = h("button", { class: "main", type: "submit" }, "Call");
   form.append(
     h("fieldset", null, h("legend", null, "When"), h("div", { class: "radios" },
       h("label", { class: "inline" }, h("input", { type: "radio", name: "when", value: "now", checked: true }), h("span", null, "now")),
       h("label", { class: "inline" }, h("input", { type: "radio", name: "when", value: "later" }), h("span", null, "later, by the queue")))),
-    h("label", null, h("span", null, "Body"), h("textarea", { name: "body", spellcheck: "false" })),
+    field("Body", h("textarea", { name: "body", spellcheck: "false" })),
     laterFields,
     h("details", null, h("summary", null, "Method, path, headers"), h("div", { class: "row" },
-      h("label", null, h("span", null, "Method"), method),
-      h("label", null, h("span", null, "Path and query"), h("input", { name: "path", placeholder: "/path?query" }))),
-    h("label", null, h("span", null, "Headers, one a line"), h("textarea", { name: "headers", spellcheck: "false", placeholder: "Content-Type: application/json" }))),
-    h("div", { class: "actions" }, button), answer);
+      field("Method", method),
+      field("Path and query", h("input", { name: "path", placeholder: "/path?query" }))),
+    field("Headers, one a line", h("textarea", { name: "headers", spellcheck: "false", placeholder: "Content-Type: application/json" }))),
+    h("div", { class: "actions" }, sender), answer);
 
   async function call(event) {
     event.preventDefault();
     const values = new FormData(form);
-    button.disabled = true;
+    sender.disabled = true;
     show(answer, h("p", { class: "soft" }, "Waiting for the answer…"));
     try {
       const later = values.get("when") === "later";
       const headers = readHeaders(values.get("headers"));
       if (later) {
-        for (const [field, key] of [["X-Delay", "delay"], ["X-Expires", "expires"], ["X-Callback-Url", "callback"]]) if (values.get(key)) headers.append(field, values.get(key));
+        for (const [header, key] of [["X-Delay", "delay"], ["X-Expires", "expires"], ["X-Callback-Url", "callback"]]) if (values.get(key)) headers.append(header, values.get(key));
       }
       const path = `/${later ? "async-function" : "function"}/${encodeURIComponent(name)}${readPath(values.get("path"))}`;
       const response = await invoke(path, { method: later ? "POST" : values.get("method") ?? "POST", headers, body: values.get("body"), signal: context.signal });
@@ -107,7 +114,7 @@ function callForm(name, context) {
       if (error.name === "AbortError") return;
       show(answer, note(error.message, "bad"));
     } finally {
-      button.disabled = false;
+      sender.disabled = false;
     }
   }
 
@@ -150,14 +157,15 @@ function drawAnswer(response) {
   ];
 }
 
-async function scale(described) {
+async function scale(described, done) {
   await askForm(`Scale ${described.name}`,
-    h("label", null, h("span", null, "Replicas"), h("input", { name: "replicas", type: "number", min: 0, step: 1, required: true, value: String(described.replicas) })),
+    field("Replicas", h("input", { name: "replicas", type: "number", min: 0, step: 1, required: true, value: String(described.replicas) })),
     "Scale",
     async (values) => {
       const path = `/system/scale-function/${encodeURIComponent(described.name)}?namespace=${encodeURIComponent(described.namespace)}`;
       await send("POST", path, { serviceName: described.name, namespace: described.namespace, replicas: Number(values.get("replicas")) });
       say("Scaled");
+      await done();
     });
 }
 

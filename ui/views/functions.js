@@ -1,6 +1,6 @@
 // All functions: are they there, how much are they called, do they fail, how long do they take.
 
-import { h, keyed, show } from "../dom.js";
+import { button, field, h, keyed, show } from "../dom.js";
 import { age, count, percentile, rate, share, shortName } from "../format.js";
 import { empty, functionLink, head, follow, state, table } from "../parts.js";
 import { deployingIsOff } from "./deploy.js";
@@ -13,7 +13,7 @@ const COLUMNS = [
 
 export function stateOf(each) {
   if (!each.local) return ["elsewhere", "It answers at an address of its own; whether it does is seen when it is called"];
-  if (each.replicas === 0) return ["stopped", "Scaled to none; calls wait for nothing and fail"];
+  if (each.replicas === 0) return ["stopped", "Scaled to none; it is started when a call comes"];
   return each.availableReplicas > 0 ? ["ready", "It answers, or is started when a call comes"] : ["starting", "Not there yet"];
 }
 
@@ -28,7 +28,7 @@ export async function functions(context) {
   let rows = [];
   let window = 300;
   const headings = COLUMNS.map(([key, label, kind]) => h("th", { scope: "col", class: kind },
-    h("button", { type: "button", onclick: () => { order.down = order.by === key ? !order.down : key !== "name" && key !== "state"; order.by = key; draw(); } }, label)));
+    button(label, () => { order.down = order.by === key ? !order.down : key !== "name" && key !== "state"; order.by = key; draw(); })));
   const whole = table("Functions", headings, body);
 
   function value(row, key) {
@@ -48,7 +48,7 @@ export async function functions(context) {
       else headings[index].removeAttribute("aria-sort");
     });
     keyed(body, chosen.slice(0, limit), (row) => row.name, drawRow);
-    show(more, chosen.length > limit && h("button", { type: "button", onclick: () => { limit += 10 * SHOWN_COUNT; draw(); } }, `Show the other ${count(chosen.length - limit)}`));
+    show(more, chosen.length > limit && button(`Show the other ${count(chosen.length - limit)}`, () => { limit += 10 * SHOWN_COUNT; draw(); }));
     show(place, rows.length === 0 ? empty("No functions yet. Name some in ", h("code", null, "functions.toml"), ", which is followed as it changes, or deploy one.")
       : chosen.length === 0 ? empty("No function has this in its name.") : whole, more);
   }
@@ -87,7 +87,7 @@ export async function functions(context) {
   follow(context, refresh, 3000);
   return [
     head("Functions", { actions: off ? null : h("a", { class: "button", href: "#/deploy" }, "Deploy a function") }),
-    h("div", { class: "filters" }, h("label", null, h("span", null, "Find"), search)),
+    h("div", { class: "filters" }, field("Find", search)),
     place,
     h("p", { class: "hint" }, "Calls, failures and times are those of the last five minutes; failed is status 408, or 500 and above."),
   ];

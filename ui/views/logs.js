@@ -1,7 +1,7 @@
 // Lines of a function, or of one of its calls.
 
 import { open } from "../api.js";
-import { h, show, time } from "../dom.js";
+import { button, h, show, time } from "../dom.js";
 import { empty, problem } from "../parts.js";
 
 const TAIL = 200;
@@ -26,5 +26,5 @@ export function logs(context, { name, namespace, call }) {
 
   refresh();
   return h("section", null, h("div", { class: "bar" }, h("h2", null, call ? "Log lines of this call" : "Log lines"),
-    h("button", { type: "button", class: "quiet", onclick: refresh }, "Read again")), place);
+    button("Read again", refresh, "quiet")), place);
 }
