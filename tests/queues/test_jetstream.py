@@ -51,7 +51,7 @@ from faashound.queues.jetstream import flows as flows_module
 from faashound.queues.jetstream import people as people_module
 from faashound.queues.jetstream.connection import Connection, Options, Stored, Write, connect
 from faashound.queues.jetstream.flows import Delivery, Flow, Wanted, deal
-from faashound.queues.jetstream.queue import JetStream
+from faashound.queues.jetstream.queue import JetStream, is_made_for
 from faashound.queues.jetstream.records import (
     Standing,
     build_record,
@@ -253,7 +253,37 @@ def test_deal_takes_turns(flows: dict[str, int], capacity: dict[str, int], count
     assert " ".join(each.call_id for each in deal(ring, wanted, dict(capacity), count)) == expected
 
 
-# -- keys
+# -- ids and keys
+
+
+ID, ID_MADE_S = "018bcfe5-687b-7000-8000-000000000000", 1_700_000_000.123
+
+
+@pytest.mark.parametrize(
+    ("call_id", "accepted_s", "now_s", "expected"),
+    [
+        pytest.param(ID, ID_MADE_S - 0.002, ID_MADE_S + 9, True, id="made-behind-the-head"),
+        pytest.param(ID, ID_MADE_S + 0.0009, ID_MADE_S + 9, True, id="made-in-the-same-millisecond"),
+        pytest.param(ID, ID_MADE_S + 0.002, ID_MADE_S + 0.003, False, id="sent-by-the-caller"),
+        pytest.param(ID, ID_MADE_S - 2, ID_MADE_S - 1, False, id="of-a-clock-that-is-ahead"),
+        pytest.param("0b0f1c3e-6a52-4f0e-9d3c-9a8b7c6d5e4f", 0.0, 1.0, False, id="of-another-version"),
+    ],
+)
+def test_id_was_made_for_the_call(call_id: str, accepted_s: float, now_s: float, expected: bool) -> None:
+    assert is_made_for(new_call(id=call_id, accepted_s=accepted_s), now_s) is expected
+
+
+def test_put_is_refused_when_its_id_is_that_of_a_call_that_has_just_ended(options: Options) -> None:
+    async def scenario(worker: JetStream, gateway: JetStream) -> None:
+        owner = await worker.enlist()
+        first = await worker.put(new_call(due_s=0.0, accepted_s=time.time()))
+        await finish(worker, await claim_one(worker, owner), State.DONE, None)
+        await worker.stats()  # the servers have heard that its message is acknowledged
+        with pytest.raises(CallExists, match=first.id):
+            await gateway.put(new_call("g", id=first.id, due_s=0.0, accepted_s=time.time()))
+        assert (await gateway.stats()).by_state[State.QUEUED] == 0
+
+    with_queues(options, 2, scenario)
 
 
 def test_put_finishes_what_another_put_of_the_same_key_began(options: Options) -> None:
