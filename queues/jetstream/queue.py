@@ -257,6 +257,10 @@ class JetStream:
                     return build_call(own, accept(own))
                 except CallExists:
                     found = await self._store.load(first_id)
+                except QueueFull:  # keys without calls would be what leaves no room for good
+                    if first_id == call.id:
+                        await self._store.take_key_back(call, revision)
+                    raise
             if found is None:
                 continue  # deleted meanwhile
             if (found.accepted.function, found.accepted.idempotency_key) == (call.function, key):

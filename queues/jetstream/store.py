@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from nats.aio.msg import Msg
 
 from ...calls.destinations import destination_of
-from ...calls.model import FINAL, CallUnknown, NewCall, QueueDamaged, State
+from ...calls.model import FINAL, CallUnknown, NewCall, QueueDamaged, QueueUnavailable, State
 from ...calls.names import FunctionName
 from ...calls.steps import Record
 from .bodies import Bodies
@@ -280,6 +280,13 @@ class Store:
             return False
         await self._connection.erase(self._names.records, key.revision)
         return True
+
+    async def take_key_back(self, accepted: NewCall, revision: int) -> None:
+        """Let a key stand for the next call: this one was not put, or else by another process, and it stays."""
+        with contextlib.suppress(QueueUnavailable):
+            await self._connection.erase(self._names.records, revision)
+            if await self.load(accepted.id) is not None:
+                await self._put_key(accepted)
 
     async def _put_key(self, accepted: NewCall) -> None:
         """Let the key stand for this call again, unless it stands for another by now."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextvars import ContextVar, copy_context
@@ -23,6 +24,7 @@ from faashound.calls.model import (
     CallUnknown,
     Lease,
     LeaseLost,
+    QueueFull,
     QueueUnavailable,
     RunEnd,
     State,
@@ -32,7 +34,7 @@ from faashound.queues.jetstream.connection import Connection, Options, Write, co
 from faashound.queues.jetstream.queue import JetStream
 from testkit.harness import crowding, eventually
 from testkit.nats_servers import Cluster
-from testkit.queue_kit import LEASE_S, QUEUE, finish, inline, new_call, read_all
+from testkit.queue_kit import LEASE_S, QUEUE, fill, finish, inline, new_call, read_all
 
 LONG_S = 30.0
 FAILED = Attempt(1.0, 2.0, 500, "e")
@@ -87,6 +89,16 @@ def with_two(options: Options, scenario: Callable[[JetStream, JetStream], Corout
             await one.close()
 
     uvloop.run(run())
+
+
+@contextlib.asynccontextmanager
+async def bare(options: Options) -> AsyncIterator[Connection]:
+    """A connection beside the queues: to see what the servers have, and to take their room."""
+    connection = await connect(options)
+    try:
+        yield connection
+    finally:
+        await connection.close()
 
 
 async def claim_one(queue: JetStream, owner: str, kind: str = "call", lease_s: float = LEASE_S) -> Lease:
@@ -298,6 +310,49 @@ def test_dead_letter_that_is_deleted_while_it_is_requeued_is_gone(
         assert (await other.stats()).by_state[State.QUEUED] == 0
 
     with_two(options, scenario)
+
+
+# -- a key that is written, and whose call finds no room
+
+
+def test_key_is_free_again_when_its_call_finds_no_room(options: Options) -> None:
+    async def scenario(queue: JetStream, _: JetStream) -> None:
+        async with bare(options) as connection:
+            await fill(connection, "call", "ballast", QUEUE, "n")
+            for key in "klm":
+                with pytest.raises(QueueFull):
+                    await queue.put(new_call(idempotency_key=key))
+            assert await connection.count(connection.names.subject("key", "*")) == 0
+            await clear(connection)
+        call = new_call(idempotency_key="k")
+        assert (await queue.put(call)).id == call.id
+
+    options = dataclasses.replace(options, max_bytes=1_000_000)
+    with_two(options, scenario)
+
+
+def test_key_stays_when_another_puts_its_call_meanwhile(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(one: JetStream, other: JetStream) -> None:
+        call = new_call(idempotency_key="k")
+
+        async def find_no_room(connection: Connection) -> None:
+            async with stopped(monkeypatch, "erase", lambda *_: True, one.put(call)):
+                await clear(connection)
+                assert (await other.put(new_call(idempotency_key="k"))).id == call.id
+
+        async with bare(options) as connection:
+            await fill(connection, "call", "ballast", QUEUE, "n")
+            with pytest.raises(QueueFull):
+                await find_no_room(connection)
+        assert (await one.put(new_call(idempotency_key="k"))).id == call.id
+
+    options = dataclasses.replace(options, max_bytes=1_000_000)
+    with_two(options, scenario)
+
+
+async def clear(connection: Connection) -> None:
+    """Take out what `fill` has put into the stream of what waits."""
+    await connection.purge(connection.names.queue, connection.names.waiting_of("call", "ballast"))
 
 
 # -- an end whose acknowledgement is lost

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import itertools
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from types import SimpleNamespace
@@ -21,7 +20,7 @@ from faashound.queues.jetstream import people as people_module
 from faashound.queues.jetstream.connection import Connection, Options, Write, connect
 from faashound.queues.jetstream.queue import JetStream
 from testkit.harness import eventually
-from testkit.queue_kit import QUEUE, finish, inline, new_call, read_all
+from testkit.queue_kit import QUEUE, fill, finish, inline, new_call, read_all
 
 LONG_S = 20.0
 BODY = bytes(100_000)
@@ -226,15 +225,6 @@ def test_old_body_that_was_named_just_now_is_not_swept_before_its_call_says_so(
         assert (await queue.sweep(60, 60)).file_count == 1
 
     with_queues(options, 1, scenario)
-
-
-async def fill(connection: Connection, kind: str, *tokens: str) -> None:
-    """Leave no room in the stream of these subjects."""
-    numbers, start = itertools.count(1), connection.names.subject(kind, *tokens)
-    for size in (10_000, 1000, 1):
-        with contextlib.suppress(QueueFull):
-            while True:
-                await connection.publish(Write(f"{start}{next(numbers)}", bytes(size)))
 
 
 def test_result_that_cannot_be_named_for_want_of_room_is_not_swept(
