@@ -215,7 +215,7 @@ class JetStream:
 
     async def _put(self, call: NewCall, create: Callable[[NewCall], Awaitable[None]]) -> Call:
         try:
-            self._flows.check_room(flows_of(call))
+            await self._flows.check_room(flows_of(call))
             await self._take_room(call)
             if call.idempotency_key is None:
                 await create(call)

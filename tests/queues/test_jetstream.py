@@ -613,6 +613,50 @@ def test_put_is_refused_when_as_many_functions_and_destinations_wait_as_may(
     with_queues(options, 1, scenario)
 
 
+def test_function_that_another_process_has_forgotten_takes_the_place_of_no_other(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(people_module, "IDLE_FLOW_S", -1.0)
+    monkeypatch.setattr(flows_module, "MAX_FLOWS_COUNT", 3)
+    monkeypatch.setattr(flows_module, "CROWDED_S", 0.0)
+
+    async def scenario(gateway: JetStream, worker: JetStream) -> None:
+        owner = await worker.enlist()
+        for name in "fg":
+            await gateway.put(new_call(name, due_s=0.0))
+            await finish(worker, await claim_one(worker, owner), State.DONE, None)
+        await worker.stats()  # the servers have heard that nothing waits
+        await worker.sweep(3600, 1e9)
+        call = await gateway.put(new_call("h", due_s=0.0))
+        assert (await claim_one(worker, owner)).call.id == call.id
+
+    with_queues(options, 2, scenario)
+
+
+def test_function_that_was_forgotten_is_served_when_it_is_called_again(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker still has a request for its next message with the servers, and does not know whose it was."""
+    monkeypatch.setattr(people_module, "IDLE_FLOW_S", -1.0)
+    monkeypatch.setattr(flows_module, "WHOLE_S", 0.0)
+    monkeypatch.setattr(flows_module, "WATCH_S", 6 * LONG_S)
+
+    async def scenario(worker: JetStream, sweeper: JetStream) -> None:
+        owner = await worker.enlist()
+        await sweeper.put(new_call(due_s=0.0))
+        await finish(worker, await claim_one(worker, owner, 3600.0), State.DONE, None)
+        assert await worker.claim([QUEUE], owner, 3600.0, 1) == []
+        await sweeper.sweep(3600, 1e9)
+        await worker.stats()
+        async with contextlib.AsyncExitStack() as stack:
+            gateway = await JetStream.open(options)
+            stack.push_async_callback(gateway.close)
+            call = await gateway.put(new_call(due_s=0.0))
+            assert (await claim_one(worker, owner, 3600.0)).call.id == call.id
+
+    with_queues(options, 2, scenario)
+
+
 def test_flow_is_forgotten_only_when_nothing_waits_in_it(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     """A function that nobody calls any more is forgotten; the calls of one that has gone wait for its return."""
     monkeypatch.setattr(people_module, "IDLE_FLOW_S", -1.0)
