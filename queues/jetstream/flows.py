@@ -41,6 +41,7 @@ MAX_FLOWS_COUNT = 10_000  # functions and destinations at once: callers can make
 WHOLE_S = 3600.0  # between two looks at all flows, which find those that are no more
 CROWDED_S = 60.0  # the same, while there are as many as may be
 LOOK_LEASE_S = 60.0  # of a message that is only looked at
+MAX_DELAY_S = 600.0  # longest delay that is asked of the servers at once: our clock may be wrong now, and right later
 MIN_LEASE_S = 1.0  # shortest time after which the servers deliver again what has not been acknowledged
 
 KINDS: tuple[FlowKind, ...] = ("call", "callback", "timer")
@@ -521,7 +522,8 @@ class Flows:
                 await self._connection.request(reply, b"+ACK", TRY_S)
 
     async def nak(self, delivery: Delivery, delay_s: float = 0.0) -> None:
-        """The message is to be delivered again after a while; returns when the servers know."""
+        """The message is to be delivered again after a while, or sooner; returns when the servers know."""
+        delay_s = min(delay_s, MAX_DELAY_S)
         body = b"-NAK" if delay_s <= 0 else b"-NAK " + json.dumps({"delay": int(delay_s * _NS)}).encode()
         with contextlib.suppress(NatsError, TimeoutError):
             await self._connection.request(delivery.reply, body, TRY_S)

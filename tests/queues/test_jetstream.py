@@ -715,8 +715,27 @@ def test_call_that_is_not_delayed_is_taken_though_the_clock_of_its_worker_is_beh
     with_queues(options, 1, scenario)
 
 
+def test_delayed_call_runs_soon_after_the_clock_of_its_worker_is_right_again(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flows_module, "MAX_DELAY_S", 0.5)
+
+    async def scenario(gateway: JetStream) -> None:
+        now_s, behind_s = time.time(), 9 * 365 * 86400.0
+        call = await gateway.put(new_call(due_s=now_s, accepted_s=now_s - 1))
+        worker = await JetStream.open(options, now=lambda: time.time() - behind_s)
+        async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(worker.close)
+            owner = await worker.enlist()
+            assert await worker.claim([QUEUE], owner, LEASE_S, 1) == []
+            behind_s = 0.0
+            assert (await claim_one(worker, owner)).call.id == call.id
+
+    with_queues(options, 1, scenario)
+
+
 def test_delayed_calls_cost_a_claim_nothing_until_they_are_due(options: Options) -> None:
-    """A worker looks at each once; from then on the servers keep it, and deliver only what is due."""
+    """A worker looks at each once; from then on the servers keep it, and deliver what is due (or was kept for long)."""
     count = 20_000
 
     async def scenario(queue: JetStream) -> None:

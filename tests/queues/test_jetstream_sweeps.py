@@ -16,6 +16,7 @@ import uvloop
 from faashound.calls.ids import new_call_id
 from faashound.calls.model import Attempt, Call, NewCall, QueueFull, RunEnd, State
 from faashound.queues.jetstream import bodies as bodies_module
+from faashound.queues.jetstream import flows as flows_module
 from faashound.queues.jetstream import people as people_module
 from faashound.queues.jetstream.connection import Connection, Options, Write, connect
 from faashound.queues.jetstream.queue import JetStream
@@ -122,6 +123,28 @@ def test_call_expires_though_a_sweep_has_met_its_timer_before_its_message(
         await eventually(expired_count, LONG_S, "the call has expired")
 
     with_queues(options, 2, scenario)
+
+
+def test_call_expires_soon_after_the_clock_of_who_sweeps_is_right_again(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flows_module, "MAX_DELAY_S", 0.5)
+
+    async def scenario(_: Connection, gateway: JetStream) -> None:
+        behind_s = 9 * 365 * 86400.0
+        await put_expired(gateway)
+        sweeper = await JetStream.open(options, now=lambda: time.time() - behind_s)
+        async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(sweeper.close)
+            assert (await sweeper.sweep(60, 60)).expired_count == 0
+            behind_s = 0.0
+
+            async def expired_count() -> int:
+                return (await sweeper.sweep(60, 60)).expired_count
+
+            await eventually(expired_count, LONG_S, "the call has expired")
+
+    with_queues(options, 1, scenario)
 
 
 def test_timer_of_a_call_that_never_came_is_dropped_in_time(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
