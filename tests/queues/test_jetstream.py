@@ -49,6 +49,7 @@ from faashound.queues.jetstream import bodies as bodies_module
 from faashound.queues.jetstream import connection as connection_module
 from faashound.queues.jetstream import flows as flows_module
 from faashound.queues.jetstream import people as people_module
+from faashound.queues.jetstream import store as store_module
 from faashound.queues.jetstream.connection import Connection, Options, Stored, Write, connect
 from faashound.queues.jetstream.flows import Delivery, Flow, Wanted, deal
 from faashound.queues.jetstream.queue import JetStream, is_made_for
@@ -833,7 +834,9 @@ def test_figures_of_all_processes_are_right_when_calls_are_purged_from_full_stre
     uvloop.run(scenario())
 
 
-def test_what_has_ended_is_forgotten_by_the_servers(options: Options) -> None:
+def test_what_has_ended_is_forgotten_by_the_servers(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "KEPT_S", 1.0)
+
     async def scenario(queue: JetStream) -> None:
         owner = await queue.enlist()
         await queue.sweep(1, 1)  # tells how long

@@ -260,10 +260,38 @@ def test_call_that_is_deleted_before_its_message_is_acknowledged_does_not_run_ag
         lease = await claim_one(worker, owner)
         async with stopped(monkeypatch, "tell", is_ack, finish(worker, lease, State.DONE, None)):
             assert await other.purge(state=State.DONE) == 1
-            connection = await connect(options)
-            left = await connection.info(connection.names.queue)
-            await connection.close()
+            async with bare(options) as connection:
+                left = await connection.info(connection.names.queue)
             assert left["state"]["messages"] == 0
+
+    with_two(options, scenario)
+
+
+def test_call_does_not_run_again_when_it_is_kept_for_less_than_its_lease(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The acknowledgement of its message is lost, and the message comes again."""
+    tell = Connection.tell
+
+    async def mute(self: Connection, subject: str, payload: bytes = b"", reply: str = "") -> None:
+        if payload != b"+ACK":
+            await tell(self, subject, payload, reply)
+
+    async def scenario(worker: JetStream, other: JetStream) -> None:
+        owner, helper = await worker.enlist(), await other.enlist()
+        await worker.sweep(1, 1)  # tells for how long
+        await worker.put(new_call(due_s=0.0))
+        lease = await claim_one(worker, owner, lease_s=3.0)
+        with monkeypatch.context() as patch:
+            patch.setattr(Connection, "tell", mute)
+            await finish(worker, lease, State.DONE, None)
+        async with bare(options) as connection:
+
+            async def is_acknowledged() -> bool:
+                assert await other.claim([QUEUE], helper, LEASE_S, 1) == []
+                return not (await connection.info(connection.names.queue))["state"]["messages"]
+
+            await eventually(is_acknowledged, LONG_S, "the message that has come again is acknowledged")
 
     with_two(options, scenario)
 
