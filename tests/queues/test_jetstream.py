@@ -683,6 +683,24 @@ def test_flow_is_forgotten_only_when_nothing_waits_in_it(options: Options, monke
     with_queues(options, 1, scenario)
 
 
+def test_dead_letter_counts_though_its_function_is_called_no_more(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(people_module, "IDLE_FLOW_S", -1.0)
+
+    async def scenario(worker: JetStream, gateway: JetStream) -> None:
+        owner = await worker.enlist()
+        await worker.put(new_call(due_s=0.0))
+        await finish(worker, await claim_one(worker, owner), State.DEAD, None)
+        await worker.stats()  # the servers have heard that nothing waits
+        await worker.sweep(3600, 1e9)
+        for queue in (worker, gateway):
+            assert (await queue.stats()).by_state[State.DEAD] == 1
+            assert (await queue.backlog()).dead_count == 1
+
+    with_queues(options, 2, scenario)
+
+
 def test_worker_serves_three_hundred_functions(options: Options) -> None:
     async def scenario(worker: JetStream, gateway: JetStream) -> None:
         owner = await worker.enlist()
