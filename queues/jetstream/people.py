@@ -234,8 +234,7 @@ class People:
             standing = await self._store.load(call_id)
             if standing is None or not may_purge(standing.record, state):
                 return 0
-            await self._store.forget(standing)
-            return 1
+            return int(await self._store.forget(standing))
         return await self._forget_all(self._may_go(state, function))
 
     async def _may_go(self, state: State, function: FunctionName | None) -> AsyncIterator[Kept]:
@@ -249,9 +248,9 @@ class People:
         async for kept in records:
             batch.append(kept)
             if len(batch) == STEP_COUNT:
-                count += len(await gather_in_steps(self._store.forget, batch))
+                count += sum(await gather_in_steps(self._store.forget, batch))
                 batch.clear()
-        return count + len(await gather_in_steps(self._store.forget, batch))
+        return count + sum(await gather_in_steps(self._store.forget, batch))
 
     # -- figures
 

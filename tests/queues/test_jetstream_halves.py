@@ -313,8 +313,9 @@ def test_dead_letter_that_is_requeued_while_it_is_deleted_keeps_its_body_and_its
     async def scenario(one: JetStream, other: JetStream) -> None:
         owner = await one.enlist()
         call = await bury(one, owner, idempotency_key="k")
-        async with stopped(monkeypatch, "erase", lambda *_: True, one.purge(state=State.DEAD)):
+        async with stopped(monkeypatch, "erase", lambda *_: True, one.purge(state=State.DEAD)) as purge:
             await other.requeue_dead(call.id)
+        assert await purge == 0
         lease = await claim_one(one, owner)
         assert await read_all(one, lease.call.body) == bytes(50_000)
         assert (await other.put(new_call(body=call.body, idempotency_key="k"))).id == call.id
