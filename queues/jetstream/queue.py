@@ -153,6 +153,8 @@ class JetStream:
         if self._closed:
             return
         self._closed = self._bodies.closed = True
+        if self._chores and self._connection.client.is_connected:  # an end that is cut would be taken for none
+            await asyncio.wait(self._chores, timeout=GOODBYE_S)
         await end_tasks(self._chores)
         if self._connection.client.is_connected:
             with contextlib.suppress(QueueUnavailable, TimeoutError):

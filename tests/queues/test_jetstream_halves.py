@@ -30,6 +30,7 @@ from faashound.calls.model import (
     State,
 )
 from faashound.calls.steps import LOST_ERROR
+from faashound.queues.jetstream import queue as queue_module
 from faashound.queues.jetstream.connection import Connection, Options, Write, connect
 from faashound.queues.jetstream.queue import JetStream
 from testkit.harness import crowding, eventually
@@ -247,6 +248,38 @@ def test_what_follows_from_an_end_is_done_though_its_worker_is_cancelled(
             async with stopped(monkeypatch, "publish", is_callback, finish(worker, lease, State.DONE, None)) as ending:
                 ending.cancel()
         assert (await claim_one(other, helper, "callback")).call.state is State.DONE
+
+    with_two(options, scenario)
+
+
+def is_end(write: Write) -> bool:
+    return is_record(write) and b'"state":"done"' in write.payload
+
+
+@pytest.mark.parametrize(("method", "is_there"), [("publish", is_end), ("tell", is_ack)], ids=["record", "ack"])
+def test_end_that_is_under_way_is_whole_when_its_queue_is_closed(
+    options: Options, monkeypatch: pytest.MonkeyPatch, method: str, is_there: Callable[..., bool]
+) -> None:
+    monkeypatch.setattr(queue_module, "GOODBYE_S", LONG_S)
+
+    async def scenario(worker: JetStream, other: JetStream) -> None:
+        owner = await worker.enlist()
+        call = await worker.put(new_call(due_s=0.0))
+        lease = await claim_one(worker, owner)
+        async with stopped(monkeypatch, method, is_there, finish(worker, lease, State.DONE, None)):
+            closing = asyncio.create_task(worker.close())
+            await asyncio.sleep(0)
+            assert not worker.healthy  # it is being closed
+        await closing
+        ended = await other.get(call.id)
+        assert ended is not None
+        assert ended.state is State.DONE
+        async with bare(options) as connection:
+
+            async def is_acknowledged() -> bool:
+                return not (await connection.info(connection.names.queue))["state"]["messages"]
+
+            await eventually(is_acknowledged, LONG_S, "its message is acknowledged")
 
     with_two(options, scenario)
 
