@@ -104,7 +104,8 @@ GOODBYE_S = 3.0  # for what is said when a queue is closed
 def is_made_for(call: NewCall, now_s: float) -> bool:
     """Tell whether the id of a call was made for it: then it can have no record yet, and none is looked for.
 
-    One that a caller has sent was made before the gateway accepted the call, unless its clock is ahead of ours.
+    One that came with the request is older than that, unless the clock that made it is ahead, and by just the time
+    between.
     """
     return math.floor(call.accepted_s * 1000) / 1000 <= made_s(call.id) <= now_s
 
