@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
@@ -14,11 +15,11 @@ import pytest
 from nats.js.errors import NotFoundError
 
 from faashound.calls.ids import new_call_id
-from faashound.calls.model import INLINE_BYTES, Attempt, Call, Lease, NewCall, RunEnd, State, StoredBody
+from faashound.calls.model import INLINE_BYTES, Attempt, Call, Lease, NewCall, QueueFull, RunEnd, State, StoredBody
 from faashound.calls.names import FunctionName, parse_function_name
 from faashound.queues import Queue
 from faashound.queues.jetstream import bodies as jetstream_bodies
-from faashound.queues.jetstream.connection import Options, connect
+from faashound.queues.jetstream.connection import Connection, Options, Write, connect
 from faashound.queues.jetstream.queue import JetStream
 from faashound.queues.spool.queue import Spool
 
@@ -223,6 +224,15 @@ def new_call(function: str = "f", **changes: Any) -> NewCall:
 async def read_all(queue: Queue, body: StoredBody, chunk_bytes: int = 65536) -> bytes:
     """Return a stored body whole."""
     return b"".join([piece async for piece in queue.open_body(body, chunk_bytes)])
+
+
+async def fill(connection: Connection, kind: str, *tokens: str) -> None:
+    """Leave no room in the stream of these subjects."""
+    numbers, start = itertools.count(1), connection.names.subject(kind, *tokens)
+    for size in (10_000, 1000, 1):
+        with contextlib.suppress(QueueFull):
+            while True:
+                await connection.publish(Write(f"{start}{next(numbers)}", bytes(size)))
 
 
 async def pieces(*parts: bytes) -> AsyncIterator[bytes]:

@@ -33,7 +33,6 @@ from .records import REVIVES_HEADER, Standing, join, parse_waiting
 from .store import Store
 
 UNKNOWN_S = 1.0  # before an owner that could not be asked is asked again
-MAX_DELAY_S = 30 * 86400.0  # longest delay that is asked of the servers at once
 DAMAGED_S = 60.0  # before a message that cannot be read is looked at again
 MAX_FETCH_COUNT = 256  # messages that are looked at together
 LATER_S = 3.0  # for all that a claim fetches when it has leased something: that is not to wait, or its lease runs out
@@ -278,7 +277,7 @@ class Claims:
 
     async def _delay(self, record: Record, delivery: Delivery, kind: Kind) -> None:
         due_s = record.callback.due_s if kind == "callback" and record.callback is not None else record.due_s
-        await self._flows.nak(delivery, min(max(0.0, due_s - self._now()), MAX_DELAY_S))
+        await self._flows.nak(delivery, due_s - self._now())
 
     # -- ending
 

@@ -38,7 +38,10 @@ IDLE_S = 3600.0  # after which the servers may forget the consumer of a flow tha
 LOOK_S = 30.0  # longest wait without a look for flows that are new: bounds the harm of a word that was lost
 FLOWS_KNOWN_COUNT = 10_000  # flows that this process remembers to have announced
 MAX_FLOWS_COUNT = 10_000  # functions and destinations at once: callers can make up both, and each is a consumer
+WHOLE_S = 3600.0  # between two looks at all flows, which find those that are no more
+CROWDED_S = 60.0  # the same, while there are as many as may be
 LOOK_LEASE_S = 60.0  # of a message that is only looked at
+MAX_DELAY_S = 600.0  # longest delay that is asked of the servers at once: our clock may be wrong now, and right later
 MIN_LEASE_S = 1.0  # shortest time after which the servers deliver again what has not been acknowledged
 
 KINDS: tuple[FlowKind, ...] = ("call", "callback", "timer")
@@ -135,6 +138,7 @@ class Flows:
         self._flows: dict[FlowName, Flow] = {TIMERS: Flow(TIMERS, self._names.consumer(TIMERS))}
         self._order: list[Flow] | None = None
         self._revision = 0  # of the newest flow that was read
+        self._whole_s = self._loop.time()  # when all were read
         self._announced: dict[FlowName, float] = {}
         self._last: dict[FlowKind, tuple[str, str]] = dict.fromkeys(KINDS, ("", ""))
         self._wanted: dict[FlowKind, Wanted] = {}  # what was last claimed
@@ -159,16 +163,18 @@ class Flows:
 
     # -- which flows there are
 
-    def check_room(self, names: Iterable[FlowName]) -> None:
+    async def check_room(self, names: Iterable[FlowName]) -> None:
         """Raise TooManyQueued if one of `names` would be a flow more than there may be."""
         if len(self._flows) < MAX_FLOWS_COUNT:
             return
-        for name in names:
-            if name not in self._flows:
-                raise TooManyQueued(
-                    f"{len(self._flows)} functions and destinations have calls waiting, and {name.name} is none of"
-                    " them; that is the limit"
-                )
+        new = [name for name in names if name not in self._flows]
+        if new:
+            await self.refresh(is_crowded=True)
+        if new and len(self._flows) >= MAX_FLOWS_COUNT:
+            raise TooManyQueued(
+                f"{len(self._flows)} functions and destinations have calls waiting, or had them within a day, and"
+                f" {new[0].name} is none of them; that is the limit"
+            )
 
     async def announce(self, name: FlowName) -> None:
         """Say that there is a flow, before something is put into it."""
@@ -190,12 +196,28 @@ class Flows:
             self._order = None
             self.arrived.set()
 
-    async def refresh(self) -> list[FlowName]:
-        """Read which flows there are; return all."""
+    async def refresh(self, *, is_crowded: bool = False) -> list[FlowName]:
+        """Read which flows are new, now and then which there are at all; return all."""
+        now_s, lost = self._loop.time(), set[FlowName]()
+        if now_s - self._whole_s >= (CROWDED_S if is_crowded else WHOLE_S):
+            self._whole_s, self._revision = now_s, 0  # from the beginning: a server may be behind what we had read
+            lost = self._flows.keys() - {TIMERS}
         async for stored in self._connection.walk(self._names.flows, self._revision + 1):
-            self._learn(self._names.parse_flow(stored.subject))
+            name = self._names.parse_flow(stored.subject)
+            self._learn(name)
+            lost.discard(name)
             self._revision = max(self._revision, stored.revision)
+        for name in lost:
+            self._forget(name)
         return list(self._flows)
+
+    def _forget(self, name: FlowName) -> None:
+        """Ask for a flow no more, unless something of it is here."""
+        flow = self._flows.get(name)
+        if flow is not None and not flow.stash:
+            del self._flows[name]
+            self._by_consumer.pop(flow.consumer, None)
+            self._order = None
 
     async def _catch_up(self) -> None:
         """Learn of the flows that were announced while the servers could not be reached."""
@@ -208,8 +230,7 @@ class Flows:
             name = self._names.parse_flow(stored.subject)
             if stored.stored_s < before_s and not await self._connection.count(self._names.filter(name)):
                 await self._connection.erase(self._names.records, stored.revision)
-                self._flows.pop(name, None)
-                self._order = None
+                self._forget(name)
 
     # -- taking
 
@@ -420,7 +441,8 @@ class Flows:
     def _on_pulled(self, message: Msg) -> None:
         tokens = message.reply.split(".")
         flow = self._by_consumer.get(tokens[3 if len(tokens) == 9 else 5])
-        if flow is None:
+        if flow is None:  # it was forgotten while we asked, and is there again
+            self._do(self._connection.tell(message.reply, b"-NAK"))
             return
         self._keep(parse_delivery(flow, message))
         flow.watched = False  # by this message, unless it has come by a poll: then the next look asks once more
@@ -500,7 +522,8 @@ class Flows:
                 await self._connection.request(reply, b"+ACK", TRY_S)
 
     async def nak(self, delivery: Delivery, delay_s: float = 0.0) -> None:
-        """The message is to be delivered again after a while; returns when the servers know."""
+        """The message is to be delivered again after a while, or sooner; returns when the servers know."""
+        delay_s = min(delay_s, MAX_DELAY_S)
         body = b"-NAK" if delay_s <= 0 else b"-NAK " + json.dumps({"delay": int(delay_s * _NS)}).encode()
         with contextlib.suppress(NatsError, TimeoutError):
             await self._connection.request(delivery.reply, body, TRY_S)

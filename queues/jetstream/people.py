@@ -234,8 +234,7 @@ class People:
             standing = await self._store.load(call_id)
             if standing is None or not may_purge(standing.record, state):
                 return 0
-            await self._store.forget(standing)
-            return 1
+            return int(await self._store.forget(standing))
         return await self._forget_all(self._may_go(state, function))
 
     async def _may_go(self, state: State, function: FunctionName | None) -> AsyncIterator[Kept]:
@@ -249,9 +248,9 @@ class People:
         async for kept in records:
             batch.append(kept)
             if len(batch) == STEP_COUNT:
-                count += len(await gather_in_steps(self._store.forget, batch))
+                count += sum(await gather_in_steps(self._store.forget, batch))
                 batch.clear()
-        return count + len(await gather_in_steps(self._store.forget, batch))
+        return count + sum(await gather_in_steps(self._store.forget, batch))
 
     # -- figures
 
@@ -263,10 +262,10 @@ class People:
         waiting = dict(zip(names, await self._count_all(map(self._names.filter, names)), strict=True))
         by_function = self._count_waiting(waiting, running)
         functions = sorted({FunctionName(each.name) for each in names if each.kind == "call"})
-        await self._count_ended(by_function, functions, running)
         by_state = dict.fromkeys(State, 0)
         for (_, state), count in by_function.items():
             by_state[state] += count
+        by_state |= await self._count_ended(by_function, functions, running)
         by_queue = Counter({name.queue: 0 for name in names if name.kind != "timer"})
         for name, count in waiting.items():
             if name.kind != "timer":
@@ -324,17 +323,24 @@ class People:
         counts: Counter[tuple[FunctionName, State]],
         functions: list[FunctionName],
         running: list[tuple[str, str, str]],
-    ) -> None:
-        """Add what has ended: places that hold nothing at all are not asked for each function."""
+    ) -> dict[State, int]:
+        """Add what has ended, and return how much that is, also of functions that are called no more.
+
+        Places that hold nothing at all are not asked for each function.
+        """
+        ended: dict[State, int] = {}
         for state in FINAL:
             places = places_of([state])
             totals = await self._count_all(map(self._names.records_at, places))
+            ended[state] = sum(totals)
             for place in (place for place, total in zip(places, totals, strict=True) if total):
                 found = await self._count_all(self._names.records_at(place, each) for each in functions)
                 for function, count in zip(functions, found, strict=True):
                     counts[function, state] += count
         for _, name, _ in running:
             counts[FunctionName(name), State.DONE] -= 1  # their records are where those of the ended will be
+        ended[State.DONE] -= len(running)
+        return ended
 
     async def _oldest_age_s(self, waiting: dict[FlowName, int], running: set[str]) -> float | None:
         """How long the oldest call that is due has waited, by the first message of each flow that does not run."""

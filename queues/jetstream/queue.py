@@ -26,6 +26,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import math
 import os
 import time
 import uuid
@@ -98,7 +99,15 @@ KEPT_ROOM = 0.1  # part of the records' room that `put` leaves free, for the end
 ROOM_KNOWN_S = 1.0  # how long the streams' size is believed
 POLL_S = 5.0  # between two looks while waiting for a call's end: bounds the harm of a lost event
 GOODBYE_S = 3.0  # for what is said when a queue is closed
-FRESH_S = 1.0  # an id that was made just now has no record yet
+
+
+def is_made_for(call: NewCall, now_s: float) -> bool:
+    """Tell whether the id of a call was made for it: then it can have no record yet, and none is looked for.
+
+    One that came with the request is older than that, unless the clock that made it is ahead, and by just the time
+    between.
+    """
+    return math.floor(call.accepted_s * 1000) / 1000 <= made_s(call.id) <= now_s
 
 
 class JetStream:
@@ -145,6 +154,8 @@ class JetStream:
         if self._closed:
             return
         self._closed = self._bodies.closed = True
+        if self._chores and self._connection.client.is_connected:  # an end that is cut would be taken for none
+            await asyncio.wait(self._chores, timeout=GOODBYE_S)
         await end_tasks(self._chores)
         if self._connection.client.is_connected:
             with contextlib.suppress(QueueUnavailable, TimeoutError):
@@ -207,7 +218,7 @@ class JetStream:
 
     async def _put(self, call: NewCall, create: Callable[[NewCall], Awaitable[None]]) -> Call:
         try:
-            self._flows.check_room(flows_of(call))
+            await self._flows.check_room(flows_of(call))
             await self._take_room(call)
             if call.idempotency_key is None:
                 await create(call)
@@ -223,8 +234,7 @@ class JetStream:
     async def _create(self, call: NewCall) -> None:
         """Write the message of a new call.  Raises CallExists."""
         await self._bodies.name(call.body, call.id)
-        is_fresh = 0 <= time.time() - made_s(call.id) < FRESH_S
-        if not is_fresh and await self._store.find_record(call.id) is not None:
+        if not is_made_for(call, time.time()) and await self._store.find_record(call.id) is not None:
             raise CallExists(f"the call id {call.id} is in use")
         if call.expires_s is not None:
             await self._store.put_timer(call)
@@ -250,6 +260,10 @@ class JetStream:
                     return build_call(own, accept(own))
                 except CallExists:
                     found = await self._store.load(first_id)
+                except QueueFull:  # keys without calls would be what leaves no room for good
+                    if first_id == call.id:
+                        await self._store.take_key_back(call, revision)
+                    raise
             if found is None:
                 continue  # deleted meanwhile
             if (found.accepted.function, found.accepted.idempotency_key) == (call.function, key):

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from nats.aio.msg import Msg
 
 from ...calls.destinations import destination_of
-from ...calls.model import FINAL, CallUnknown, NewCall, QueueDamaged, State
+from ...calls.model import FINAL, CallUnknown, NewCall, QueueDamaged, QueueUnavailable, State
 from ...calls.names import FunctionName
 from ...calls.steps import Record
 from .bodies import Bodies
@@ -41,6 +41,7 @@ from .records import (
 from .subjects import FlowName, Place
 
 FOLLOWS_HEADER = "Faashound-Follows"  # the revision of the record that a callback's message follows
+KEPT_S = 600.0  # that the servers keep an end at least: without it, a message that comes again would be a new call
 FOREVER_S = 10 * 365 * 86400.0
 READ_PAUSE_S = 0.05  # between two looks at a call that is on its way from one place to another
 READ_COUNT = 40  # of them: a record that is short, and whose message is gone, is damaged
@@ -160,7 +161,7 @@ class Store:
         if kept_s is None or kept_s > FOREVER_S:
             return {}  # `sweep` will
         age_s = 0.0 if record.finished_s is None else max(0.0, self._now() - record.finished_s)
-        headers = {TTL_HEADER: f"{max(1, math.ceil(kept_s - age_s))}s"}
+        headers = {TTL_HEADER: f"{math.ceil(max(KEPT_S, kept_s - age_s))}s"}
         if accepted.idempotency_key is not None:
             subject = self._names.key(accepted.function, accepted.idempotency_key)
             await self._connection.publish(Write(subject, accepted.id.encode(), headers))
@@ -280,6 +281,13 @@ class Store:
             return False
         await self._connection.erase(self._names.records, key.revision)
         return True
+
+    async def take_key_back(self, accepted: NewCall, revision: int) -> None:
+        """Let a key stand for the next call: this one was not put, or else by another process, and it stays."""
+        with contextlib.suppress(QueueUnavailable):
+            await self._connection.erase(self._names.records, revision)
+            if await self.load(accepted.id) is not None:
+                await self._put_key(accepted)
 
     async def _put_key(self, accepted: NewCall) -> None:
         """Let the key stand for this call again, unless it stands for another by now."""

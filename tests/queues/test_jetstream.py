@@ -49,9 +49,10 @@ from faashound.queues.jetstream import bodies as bodies_module
 from faashound.queues.jetstream import connection as connection_module
 from faashound.queues.jetstream import flows as flows_module
 from faashound.queues.jetstream import people as people_module
+from faashound.queues.jetstream import store as store_module
 from faashound.queues.jetstream.connection import Connection, Options, Stored, Write, connect
 from faashound.queues.jetstream.flows import Delivery, Flow, Wanted, deal
-from faashound.queues.jetstream.queue import JetStream
+from faashound.queues.jetstream.queue import JetStream, is_made_for
 from faashound.queues.jetstream.records import (
     Standing,
     build_record,
@@ -253,7 +254,37 @@ def test_deal_takes_turns(flows: dict[str, int], capacity: dict[str, int], count
     assert " ".join(each.call_id for each in deal(ring, wanted, dict(capacity), count)) == expected
 
 
-# -- keys
+# -- ids and keys
+
+
+ID, ID_MADE_S = "018bcfe5-687b-7000-8000-000000000000", 1_700_000_000.123
+
+
+@pytest.mark.parametrize(
+    ("call_id", "accepted_s", "now_s", "expected"),
+    [
+        pytest.param(ID, ID_MADE_S - 0.002, ID_MADE_S + 9, True, id="made-behind-the-head"),
+        pytest.param(ID, ID_MADE_S + 0.0009, ID_MADE_S + 9, True, id="made-in-the-same-millisecond"),
+        pytest.param(ID, ID_MADE_S + 0.002, ID_MADE_S + 0.003, False, id="sent-by-the-caller"),
+        pytest.param(ID, ID_MADE_S - 2, ID_MADE_S - 1, False, id="of-a-clock-that-is-ahead"),
+        pytest.param("0b0f1c3e-6a52-4f0e-9d3c-9a8b7c6d5e4f", 0.0, 1.0, False, id="of-another-version"),
+    ],
+)
+def test_id_was_made_for_the_call(call_id: str, accepted_s: float, now_s: float, expected: bool) -> None:
+    assert is_made_for(new_call(id=call_id, accepted_s=accepted_s), now_s) is expected
+
+
+def test_put_is_refused_when_its_id_is_that_of_a_call_that_has_just_ended(options: Options) -> None:
+    async def scenario(worker: JetStream, gateway: JetStream) -> None:
+        owner = await worker.enlist()
+        first = await worker.put(new_call(due_s=0.0, accepted_s=time.time()))
+        await finish(worker, await claim_one(worker, owner), State.DONE, None)
+        await worker.stats()  # the servers have heard that its message is acknowledged
+        with pytest.raises(CallExists, match=first.id):
+            await gateway.put(new_call("g", id=first.id, due_s=0.0, accepted_s=time.time()))
+        assert (await gateway.stats()).by_state[State.QUEUED] == 0
+
+    with_queues(options, 2, scenario)
 
 
 def test_put_finishes_what_another_put_of_the_same_key_began(options: Options) -> None:
@@ -583,6 +614,50 @@ def test_put_is_refused_when_as_many_functions_and_destinations_wait_as_may(
     with_queues(options, 1, scenario)
 
 
+def test_function_that_another_process_has_forgotten_takes_the_place_of_no_other(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(people_module, "IDLE_FLOW_S", -1.0)
+    monkeypatch.setattr(flows_module, "MAX_FLOWS_COUNT", 3)
+    monkeypatch.setattr(flows_module, "CROWDED_S", 0.0)
+
+    async def scenario(gateway: JetStream, worker: JetStream) -> None:
+        owner = await worker.enlist()
+        for name in "fg":
+            await gateway.put(new_call(name, due_s=0.0))
+            await finish(worker, await claim_one(worker, owner), State.DONE, None)
+        await worker.stats()  # the servers have heard that nothing waits
+        await worker.sweep(3600, 1e9)
+        call = await gateway.put(new_call("h", due_s=0.0))
+        assert (await claim_one(worker, owner)).call.id == call.id
+
+    with_queues(options, 2, scenario)
+
+
+def test_function_that_was_forgotten_is_served_when_it_is_called_again(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker still has a request for its next message with the servers, and does not know whose it was."""
+    monkeypatch.setattr(people_module, "IDLE_FLOW_S", -1.0)
+    monkeypatch.setattr(flows_module, "WHOLE_S", 0.0)
+    monkeypatch.setattr(flows_module, "WATCH_S", 6 * LONG_S)
+
+    async def scenario(worker: JetStream, sweeper: JetStream) -> None:
+        owner = await worker.enlist()
+        await sweeper.put(new_call(due_s=0.0))
+        await finish(worker, await claim_one(worker, owner, 3600.0), State.DONE, None)
+        assert await worker.claim([QUEUE], owner, 3600.0, 1) == []
+        await sweeper.sweep(3600, 1e9)
+        await worker.stats()
+        async with contextlib.AsyncExitStack() as stack:
+            gateway = await JetStream.open(options)
+            stack.push_async_callback(gateway.close)
+            call = await gateway.put(new_call(due_s=0.0))
+            assert (await claim_one(worker, owner, 3600.0)).call.id == call.id
+
+    with_queues(options, 2, scenario)
+
+
 def test_flow_is_forgotten_only_when_nothing_waits_in_it(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     """A function that nobody calls any more is forgotten; the calls of one that has gone wait for its return."""
     monkeypatch.setattr(people_module, "IDLE_FLOW_S", -1.0)
@@ -606,6 +681,24 @@ def test_flow_is_forgotten_only_when_nothing_waits_in_it(options: Options, monke
         await worker.close()
 
     with_queues(options, 1, scenario)
+
+
+def test_dead_letter_counts_though_its_function_is_called_no_more(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(people_module, "IDLE_FLOW_S", -1.0)
+
+    async def scenario(worker: JetStream, gateway: JetStream) -> None:
+        owner = await worker.enlist()
+        await worker.put(new_call(due_s=0.0))
+        await finish(worker, await claim_one(worker, owner), State.DEAD, None)
+        await worker.stats()  # the servers have heard that nothing waits
+        await worker.sweep(3600, 1e9)
+        for queue in (worker, gateway):
+            assert (await queue.stats()).by_state[State.DEAD] == 1
+            assert (await queue.backlog()).dead_count == 1
+
+    with_queues(options, 2, scenario)
 
 
 def test_worker_serves_three_hundred_functions(options: Options) -> None:
@@ -641,8 +734,27 @@ def test_call_that_is_not_delayed_is_taken_though_the_clock_of_its_worker_is_beh
     with_queues(options, 1, scenario)
 
 
+def test_delayed_call_runs_soon_after_the_clock_of_its_worker_is_right_again(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flows_module, "MAX_DELAY_S", 0.5)
+
+    async def scenario(gateway: JetStream) -> None:
+        now_s, behind_s = time.time(), 9 * 365 * 86400.0
+        call = await gateway.put(new_call(due_s=now_s, accepted_s=now_s - 1))
+        worker = await JetStream.open(options, now=lambda: time.time() - behind_s)
+        async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(worker.close)
+            owner = await worker.enlist()
+            assert await worker.claim([QUEUE], owner, LEASE_S, 1) == []
+            behind_s = 0.0
+            assert (await claim_one(worker, owner)).call.id == call.id
+
+    with_queues(options, 1, scenario)
+
+
 def test_delayed_calls_cost_a_claim_nothing_until_they_are_due(options: Options) -> None:
-    """A worker looks at each once; from then on the servers keep it, and deliver only what is due."""
+    """A worker looks at each once; from then on the servers keep it, and deliver what is due (or was kept for long)."""
     count = 20_000
 
     async def scenario(queue: JetStream) -> None:
@@ -740,7 +852,9 @@ def test_figures_of_all_processes_are_right_when_calls_are_purged_from_full_stre
     uvloop.run(scenario())
 
 
-def test_what_has_ended_is_forgotten_by_the_servers(options: Options) -> None:
+def test_what_has_ended_is_forgotten_by_the_servers(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "KEPT_S", 1.0)
+
     async def scenario(queue: JetStream) -> None:
         owner = await queue.enlist()
         await queue.sweep(1, 1)  # tells how long

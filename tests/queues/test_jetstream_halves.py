@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextvars import ContextVar, copy_context
@@ -23,16 +24,18 @@ from faashound.calls.model import (
     CallUnknown,
     Lease,
     LeaseLost,
+    QueueFull,
     QueueUnavailable,
     RunEnd,
     State,
 )
 from faashound.calls.steps import LOST_ERROR
+from faashound.queues.jetstream import queue as queue_module
 from faashound.queues.jetstream.connection import Connection, Options, Write, connect
 from faashound.queues.jetstream.queue import JetStream
 from testkit.harness import crowding, eventually
 from testkit.nats_servers import Cluster
-from testkit.queue_kit import LEASE_S, QUEUE, finish, inline, new_call, read_all
+from testkit.queue_kit import LEASE_S, QUEUE, fill, finish, inline, new_call, read_all
 
 LONG_S = 30.0
 FAILED = Attempt(1.0, 2.0, 500, "e")
@@ -87,6 +90,16 @@ def with_two(options: Options, scenario: Callable[[JetStream, JetStream], Corout
             await one.close()
 
     uvloop.run(run())
+
+
+@contextlib.asynccontextmanager
+async def bare(options: Options) -> AsyncIterator[Connection]:
+    """A connection beside the queues: to see what the servers have, and to take their room."""
+    connection = await connect(options)
+    try:
+        yield connection
+    finally:
+        await connection.close()
 
 
 async def claim_one(queue: JetStream, owner: str, kind: str = "call", lease_s: float = LEASE_S) -> Lease:
@@ -239,6 +252,38 @@ def test_what_follows_from_an_end_is_done_though_its_worker_is_cancelled(
     with_two(options, scenario)
 
 
+def is_end(write: Write) -> bool:
+    return is_record(write) and b'"state":"done"' in write.payload
+
+
+@pytest.mark.parametrize(("method", "is_there"), [("publish", is_end), ("tell", is_ack)], ids=["record", "ack"])
+def test_end_that_is_under_way_is_whole_when_its_queue_is_closed(
+    options: Options, monkeypatch: pytest.MonkeyPatch, method: str, is_there: Callable[..., bool]
+) -> None:
+    monkeypatch.setattr(queue_module, "GOODBYE_S", LONG_S)
+
+    async def scenario(worker: JetStream, other: JetStream) -> None:
+        owner = await worker.enlist()
+        call = await worker.put(new_call(due_s=0.0))
+        lease = await claim_one(worker, owner)
+        async with stopped(monkeypatch, method, is_there, finish(worker, lease, State.DONE, None)):
+            closing = asyncio.create_task(worker.close())
+            await asyncio.sleep(0)
+            assert not worker.healthy  # it is being closed
+        await closing
+        ended = await other.get(call.id)
+        assert ended is not None
+        assert ended.state is State.DONE
+        async with bare(options) as connection:
+
+            async def is_acknowledged() -> bool:
+                return not (await connection.info(connection.names.queue))["state"]["messages"]
+
+            await eventually(is_acknowledged, LONG_S, "its message is acknowledged")
+
+    with_two(options, scenario)
+
+
 def test_call_that_is_deleted_before_its_message_is_acknowledged_does_not_run_again(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -248,10 +293,38 @@ def test_call_that_is_deleted_before_its_message_is_acknowledged_does_not_run_ag
         lease = await claim_one(worker, owner)
         async with stopped(monkeypatch, "tell", is_ack, finish(worker, lease, State.DONE, None)):
             assert await other.purge(state=State.DONE) == 1
-            connection = await connect(options)
-            left = await connection.info(connection.names.queue)
-            await connection.close()
+            async with bare(options) as connection:
+                left = await connection.info(connection.names.queue)
             assert left["state"]["messages"] == 0
+
+    with_two(options, scenario)
+
+
+def test_call_does_not_run_again_when_it_is_kept_for_less_than_its_lease(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The acknowledgement of its message is lost, and the message comes again."""
+    tell = Connection.tell
+
+    async def mute(self: Connection, subject: str, payload: bytes = b"", reply: str = "") -> None:
+        if payload != b"+ACK":
+            await tell(self, subject, payload, reply)
+
+    async def scenario(worker: JetStream, other: JetStream) -> None:
+        owner, helper = await worker.enlist(), await other.enlist()
+        await worker.sweep(1, 1)  # tells for how long
+        await worker.put(new_call(due_s=0.0))
+        lease = await claim_one(worker, owner, lease_s=3.0)
+        with monkeypatch.context() as patch:
+            patch.setattr(Connection, "tell", mute)
+            await finish(worker, lease, State.DONE, None)
+        async with bare(options) as connection:
+
+            async def is_acknowledged() -> bool:
+                assert await other.claim([QUEUE], helper, LEASE_S, 1) == []
+                return not (await connection.info(connection.names.queue))["state"]["messages"]
+
+            await eventually(is_acknowledged, LONG_S, "the message that has come again is acknowledged")
 
     with_two(options, scenario)
 
@@ -273,8 +346,9 @@ def test_dead_letter_that_is_requeued_while_it_is_deleted_keeps_its_body_and_its
     async def scenario(one: JetStream, other: JetStream) -> None:
         owner = await one.enlist()
         call = await bury(one, owner, idempotency_key="k")
-        async with stopped(monkeypatch, "erase", lambda *_: True, one.purge(state=State.DEAD)):
+        async with stopped(monkeypatch, "erase", lambda *_: True, one.purge(state=State.DEAD)) as purge:
             await other.requeue_dead(call.id)
+        assert await purge == 0
         lease = await claim_one(one, owner)
         assert await read_all(one, lease.call.body) == bytes(50_000)
         assert (await other.put(new_call(body=call.body, idempotency_key="k"))).id == call.id
@@ -298,6 +372,49 @@ def test_dead_letter_that_is_deleted_while_it_is_requeued_is_gone(
         assert (await other.stats()).by_state[State.QUEUED] == 0
 
     with_two(options, scenario)
+
+
+# -- a key that is written, and whose call finds no room
+
+
+def test_key_is_free_again_when_its_call_finds_no_room(options: Options) -> None:
+    async def scenario(queue: JetStream, _: JetStream) -> None:
+        async with bare(options) as connection:
+            await fill(connection, "call", "ballast", QUEUE, "n")
+            for key in "klm":
+                with pytest.raises(QueueFull):
+                    await queue.put(new_call(idempotency_key=key))
+            assert await connection.count(connection.names.subject("key", "*")) == 0
+            await clear(connection)
+        call = new_call(idempotency_key="k")
+        assert (await queue.put(call)).id == call.id
+
+    options = dataclasses.replace(options, max_bytes=1_000_000)
+    with_two(options, scenario)
+
+
+def test_key_stays_when_another_puts_its_call_meanwhile(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(one: JetStream, other: JetStream) -> None:
+        call = new_call(idempotency_key="k")
+
+        async def find_no_room(connection: Connection) -> None:
+            async with stopped(monkeypatch, "erase", lambda *_: True, one.put(call)):
+                await clear(connection)
+                assert (await other.put(new_call(idempotency_key="k"))).id == call.id
+
+        async with bare(options) as connection:
+            await fill(connection, "call", "ballast", QUEUE, "n")
+            with pytest.raises(QueueFull):
+                await find_no_room(connection)
+        assert (await one.put(new_call(idempotency_key="k"))).id == call.id
+
+    options = dataclasses.replace(options, max_bytes=1_000_000)
+    with_two(options, scenario)
+
+
+async def clear(connection: Connection) -> None:
+    """Take out what `fill` has put into the stream of what waits."""
+    await connection.purge(connection.names.queue, connection.names.waiting_of("call", "ballast"))
 
 
 # -- an end whose acknowledgement is lost

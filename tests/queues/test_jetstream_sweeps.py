@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import itertools
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from types import SimpleNamespace
@@ -17,11 +16,12 @@ import uvloop
 from faashound.calls.ids import new_call_id
 from faashound.calls.model import Attempt, Call, NewCall, QueueFull, RunEnd, State
 from faashound.queues.jetstream import bodies as bodies_module
+from faashound.queues.jetstream import flows as flows_module
 from faashound.queues.jetstream import people as people_module
 from faashound.queues.jetstream.connection import Connection, Options, Write, connect
 from faashound.queues.jetstream.queue import JetStream
 from testkit.harness import eventually
-from testkit.queue_kit import QUEUE, finish, inline, new_call, read_all
+from testkit.queue_kit import QUEUE, fill, finish, inline, new_call, read_all
 
 LONG_S = 20.0
 BODY = bytes(100_000)
@@ -125,6 +125,28 @@ def test_call_expires_though_a_sweep_has_met_its_timer_before_its_message(
     with_queues(options, 2, scenario)
 
 
+def test_call_expires_soon_after_the_clock_of_who_sweeps_is_right_again(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flows_module, "MAX_DELAY_S", 0.5)
+
+    async def scenario(_: Connection, gateway: JetStream) -> None:
+        behind_s = 9 * 365 * 86400.0
+        await put_expired(gateway)
+        sweeper = await JetStream.open(options, now=lambda: time.time() - behind_s)
+        async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(sweeper.close)
+            assert (await sweeper.sweep(60, 60)).expired_count == 0
+            behind_s = 0.0
+
+            async def expired_count() -> int:
+                return (await sweeper.sweep(60, 60)).expired_count
+
+            await eventually(expired_count, LONG_S, "the call has expired")
+
+    with_queues(options, 1, scenario)
+
+
 def test_timer_of_a_call_that_never_came_is_dropped_in_time(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(people_module, "PUT_S", -1.0)
 
@@ -226,15 +248,6 @@ def test_old_body_that_was_named_just_now_is_not_swept_before_its_call_says_so(
         assert (await queue.sweep(60, 60)).file_count == 1
 
     with_queues(options, 1, scenario)
-
-
-async def fill(connection: Connection, kind: str, *tokens: str) -> None:
-    """Leave no room in the stream of these subjects."""
-    numbers, start = itertools.count(1), connection.names.subject(kind, *tokens)
-    for size in (10_000, 1000, 1):
-        with contextlib.suppress(QueueFull):
-            while True:
-                await connection.publish(Write(f"{start}{next(numbers)}", bytes(size)))
 
 
 def test_result_that_cannot_be_named_for_want_of_room_is_not_swept(
