@@ -3049,8 +3049,11 @@ class ServerConnection(Connection):
         limit_s = self._server.timeouts.write_s if response.write_timeout_s is None else response.write_timeout_s
         self._alarm.set(None if limit_s == math.inf else self._loop.time() + limit_s)
         close = self._server.draining or self._refusal is not None or not self._wire.peer_done
-        headers = (*response.headers, (b"Date", self._server.date()))
-        body = body_if_complete(response.body)
+        headers = response.headers
+        if field_value(headers, b"date") is None:  # that of a function's server tells caches the answer's age
+            headers = (*headers, (b"Date", self._server.date()))
+        # The length that is told to a HEAD is the function's own, if any, and never that of the body that has come.
+        body = response.body if self._wire.head_request else body_if_complete(response.body)
         if not isinstance(body, bytes) or len(body) > MAX_HEAD_BYTES:
             expect_stalls(self._socket, True)  # its reader has the write timeout
         if isinstance(body, bytes):
@@ -6285,8 +6288,9 @@ class Http(Mode):
         except ServerFailure as error:
             error.headers = (*error.headers, call.duration_field())
             raise
-        headers = [*end_to_end(response.headers, b"date", b"x-duration-seconds"), call.duration_field()]
-        body = response.body if response.status == 101 else body_if_complete(response.body)
+        headers = [*end_to_end(response.headers, b"x-duration-seconds"), call.duration_field()]
+        has_body = response.status != 101 and request.method != "HEAD"
+        body = body_if_complete(response.body) if has_body else response.body
         if isinstance(body, bytes):
             whole = Response(response.status, headers, body, response.body.length)
             call.sent(whole, len(body))
