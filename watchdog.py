@@ -1117,7 +1117,7 @@ Headers = Sequence[Header]
 # What repeats gives nothing back (`++`, `*+`): a run that can be divided in two ways costs the square of its length.
 _TEXT = r"[\x21-\x7e\x80-\xff]"
 _VALUE = rf"(?:{_TEXT}++(?:[ \t]++{_TEXT}++)*+)?"
-_TARGET = r"(?:/[\x21-\x7e]*|[Hh][Tt][Tt][Pp][Ss]?://[\x21-\x7e]+|(?<=^OPTIONS )\*)"
+_TARGET = r"(?:/[\x21\x22\x24-\x7e]*|[Hh][Tt][Tt][Pp][Ss]?://[\x21\x22\x24-\x7e]+|(?<=^OPTIONS )\*)"
 
 
 def _tighten_h11_grammar() -> None:
@@ -1972,7 +1972,7 @@ def split_target(target: bytes, host: bytes) -> tuple[bytes, bytes, bytes]:
     path, _, query = target.partition(b"?")
     if _BAD_ESCAPE.search(path):
         raise BadRequest("bad request: invalid percent escape in the path")
-    return path.partition(b"#")[0], query.partition(b"#")[0], host
+    return path, query, host
 
 
 class BadPath(FaashoundError):
