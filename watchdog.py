@@ -404,6 +404,13 @@ def parse_choice(*choices: str) -> Callable[[str], str]:
     return parse
 
 
+def parse_unasked(text: str) -> bool:
+    """Return False; ValueError for true: a check that an image relies on must not be gone without a word."""
+    if parse_bool(text):
+        raise ValueError("callers' tokens are not checked here; allowed: false, behind a proxy that checks them")
+    return False
+
+
 class Setting(NamedTuple):
     """One row of a program's table of settings: everything there is to know about one variable.
 
@@ -717,9 +724,21 @@ class Settings:
     combine_output: bool = setting(
         "combine_output", "true", parse_bool, "stderr joins the response; false: the log", modes=PER_REQUEST
     )
-    write_debug: bool = setting("write_debug", "false", parse_bool, "bodies in the log", modes=PER_REQUEST)
+    write_debug: bool = setting(
+        "write_debug",
+        "false",
+        parse_bool,
+        f"first {SNIFF_BYTES} bytes of the output, and of each piece of the body, in the log",
+        modes=PER_REQUEST,
+    )
     debug_headers: bool = setting("debug_headers", "false", parse_bool, "headers in the log")
-    suppress_lock: bool = setting("suppress_lock", "false", parse_bool, "no lock file at $TMPDIR/.lock")
+    suppress_lock: bool = setting(
+        "suppress_lock",
+        "false",
+        parse_bool,
+        "no lock file at $TMPDIR/.lock (.lock.PORT if port is not 8080), without which --run-healthcheck fails",
+    )
+    jwt_auth: bool = setting("jwt_auth", "false", parse_unasked, "callers' tokens are not checked: true is refused")
     prefix_logs: bool = setting(
         "prefix_logs",
         "true",
