@@ -458,7 +458,8 @@ def setting_names(kind: type) -> frozenset[str]:
 def parse_settings(kind: type[S], environ: Mapping[str, str]) -> S:
     """Return `kind`, a settings dataclass, filled from `environ`.
 
-    If `kind` has a method `conflicts() -> Iterable[str]`, it tells what contradicts what.
+    If `kind` has a method `conflicts() -> Iterable[str]`, it tells what contradicts what; a line that begins with a
+    name and a space gets the value behind the name, as it was typed.
     Raises BadSettings with every bad variable, its value and what is allowed.
     """
     values: dict[str, Any] = {}
@@ -474,7 +475,9 @@ def parse_settings(kind: type[S], environ: Mapping[str, str]) -> S:
     settings = kind(**values)
     for conflict in getattr(settings, "conflicts", tuple)():
         if not any(re.search(rf"\b{name}\b", conflict) for name in bad_names):
-            problems.append(conflict)
+            name, _, rest = conflict.partition(" ")
+            value = environ.get(name)
+            problems.append(f"{name}={without_credentials(value)!r} {rest}" if value else conflict)
     if problems:
         raise BadSettings(problems)
     return settings

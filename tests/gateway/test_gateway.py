@@ -675,7 +675,10 @@ def test_gateway_names_every_bad_setting_of_its_own_of_the_worker_and_of_the_fun
     [
         ({"functions": "/nowhere/functions.toml"}, 2, "/nowhere/functions.toml: there is no such file"),
         ({"port": "9999", "metrics_port": "9999"}, 2, "two different ports"),
-        ({"keep_results": "2h", "retention": "1h"}, 2, "retention"),
+        ({"keep_results": "2h", "retention": "1h"}, 2, "keep_results='2h' is longer than retention=1h"),
+        ({"max_body": "0"}, 2, "max_body='0': allowed: bytes, at least 1"),
+        ({"max_queued_bytes": "0MiB"}, 2, "max_queued_bytes='0MiB': allowed: bytes, at least 1"),
+        ({"keep_dead_bytes": "0"}, 2, "keep_dead_bytes='0': allowed: bytes, at least 1"),
         ({"metrics_port": "8083", "worker": "local"}, 2, "worker_metrics_port"),
         ({"basic_auth": "true", "secret_mount_path": "/nowhere"}, 1, "/nowhere/basic-auth-user"),
         ({"queue_url": "spool:/proc/nowhere"}, 1, "/proc/nowhere"),

@@ -741,11 +741,14 @@ def test_real_websockets_meet_through_the_watchdog() -> None:
             {"mode": "http", "fprocess": "x", "upstream_url": "ftp://h?", "cgi_response": "1", "static_path": "/srv"},
             [
                 "upstream_url='ftp://h?': allowed: http",
-                "cgi_response means nothing with mode=http",
-                "static_path means",
+                "cgi_response='1' means nothing with mode=http",
+                "static_path='/srv' means",
             ],
         ),
-        ({"fprocess": "x", "upstream_url": "http://h", "ready_path": "/r"}, ["upstream_url means", "ready_path means"]),
+        (
+            {"fprocess": "x", "upstream_url": "http://h", "ready_path": "/r"},
+            ["upstream_url='http://h' means", "ready_path='/r' means"],
+        ),
     ],
 )
 def test_settings_of_another_mode_are_refused_all_named(settings: dict[str, str], problems: list[str]) -> None:

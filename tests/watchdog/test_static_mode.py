@@ -304,4 +304,4 @@ def test_start_fails_when_the_directory_is_not_there(tmp_path: Path) -> None:
 def test_program_and_its_limits_are_refused_where_none_runs(name: str, value: str) -> None:
     ended = run("watchdog", settings={"mode": "static", name: value})
     assert ended.returncode == 2
-    assert f"{name} means nothing with mode=static" in ended.stderr
+    assert f"{name}={value!r} means nothing with mode=static" in ended.stderr
