@@ -3974,8 +3974,8 @@ async def marshalled(headers: Headers, body: AsyncIterator[bytes]) -> AsyncItera
     """Yield `{"header":{"Name":["v"]},"body":{"raw":"<base64>"}}` of a request, in constant memory."""
     header: dict[str, list[str]] = {}
     for name, value in headers:
-        if name != b"host":
-            header.setdefault(canonical_name(name).decode(), []).append(value.decode("latin-1"))
+        if name not in (b"host", b"transfer-encoding", b"trailer"):  # which Go has elsewhere
+            header.setdefault(canonical_name(name).decode(), []).append(value.decode(errors="replace"))
     yield f'{{"header":{json.dumps(header)},"body":{{"raw":"'.encode()
     rest = b""
     async for chunk in body:
@@ -4046,7 +4046,7 @@ def _output_head(size: int, headers: list[Header]) -> OutputHead:
 
 
 # Go's words where they are not strsignal's in lower case.
-_SIGNAL_TEXTS = {
+_SIGNAL_TEXTS: dict[int, str] = {
     signal.SIGXCPU: "CPU time limit exceeded",
     signal.SIGIO: "I/O possible",
 }
@@ -4057,7 +4057,8 @@ def describe_exit(status: int) -> str:
     if os.WIFEXITED(status):
         return f"exit status {os.WEXITSTATUS(status)}"
     number = os.WTERMSIG(status)
-    text = _SIGNAL_TEXTS.get(number) or (signal.strsignal(number) or f"signal {number}").lower()  # type: ignore[call-overload]
+    words = signal.strsignal(number) if number < 32 else None  # Go has none for those of real time
+    text = _SIGNAL_TEXTS.get(number) or (words or f"signal {number}").lower()
     return f"signal: {text}" + (" (core dumped)" if os.WCOREDUMP(status) else "")
 
 
@@ -6004,7 +6005,8 @@ class Serializing(Mode):
             output.close()
             raise
         duration = (b"X-Duration-Seconds", b"%f" % result.duration_s)
-        headers = [*self._cgi_headers(request, head, output.head(offset=head.size)), duration]
+        fields = self._cgi_headers(request, head, output.head(offset=head.size))
+        headers = [*end_to_end(fields, b"x-duration-seconds"), duration]
         if head.status in _WITHOUT_BODY:
             output.close()
             return Response(head.status, headers)
@@ -6726,8 +6728,9 @@ class CallLog:
         self._line(f"Wrote {bytes_count} Bytes - Duration: {duration_s:f}s", response.status)
 
     def failed(self, error: FaashoundError) -> None:
-        """The request was refused, or its process could not begin or was killed."""
-        killed = f"Killed process: {shlex.join(self._settings.fprocess)}: " if self.process is not None else ""
+        """The request was refused, or its process could not begin, was killed, or has ended badly."""
+        is_killed = self.process is not None and self.process.state is ProcessState.KILLED
+        killed = f"Killed process: {shlex.join(self._settings.fprocess)}: " if is_killed else ""
         text = "deadline" if isinstance(error, DeadlineReached) else str(error)
         self._line(f"{killed}{text} - Duration: {self.elapsed_s():f}s", error.status)
 

@@ -166,6 +166,8 @@ def test_answer_is_500_with_status_and_output_when_process_exits_non_zero(shell:
         ("PIPE", "broken pipe"),
         ("ALRM", "alarm clock"),
         ("TERM", "terminated"),
+        ("34", "signal 34"),
+        ("64", "signal 64"),
     ],
 )
 def test_answer_is_500_with_signal_as_go_names_it_when_process_is_killed(shell: Program, name: str, text: str) -> None:
@@ -654,12 +656,16 @@ def test_start_fails_with_a_reason_when_the_lock_file_is_not_ours(
 
 def test_function_reads_json_when_marshal_request_is_set() -> None:
     with Program("watchdog", {"fprocess": "cat", "marshal_request": "true"}) as program:
-        request = get_with("x-one: 1", "X-Two: a", "X-Two: b", "Content-Length: 3", method="POST") + b"\x00\xffz"
+        framing = ("Transfer-Encoding: chunked", "Trailer: X-T")
+        fields = ("x-one: 1", "X-Two: a", "X-Two: b", "X-Name: Zo\u00c3\u00ab")  # which is UTF-8
+        request = get_with(*fields, *framing, method="POST") + b"3\r\n\x00\xffz\r\n0\r\nX-T: 1\r\n\r\n"
         (answer,) = parse(raw(program.port, request))
         got = json.loads(answer.body)
         assert base64.b64decode(got["body"]["raw"]) == b"\x00\xffz"
         assert got["header"]["X-One"] == ["1"]
         assert got["header"]["X-Two"] == ["a", "b"]
+        assert got["header"]["X-Name"] == ["Zo\u00eb"]
+        assert not {"Host", "Trailer", "Transfer-Encoding"} & got["header"].keys()  # Go has them elsewhere
         assert set(got) == {"header", "body"}
 
 
