@@ -5914,9 +5914,9 @@ class Watchdog:
         return Response(200, (TEXT_PLAIN,), b"OK")
 
     async def _ready(self, request: Request) -> Response:
+        healthy = await self._health(request)
         if self._settings.max_inflight and self._slot.in_flight_count >= self._settings.max_inflight:
             raise TooManyRequests(self._settings.max_inflight)
-        healthy = await self._health(request)
         return await self._mode.check_ready(request, CallLog(request, self._settings)) or healthy
 
 
@@ -5928,7 +5928,7 @@ def limit_of(settings: Settings, request: Request) -> float | None:
 def caller_limit_of(request: Request) -> float | None:
     """Return the limit in seconds that the caller sets a call.  Raises BadTimeout."""
     text = request.header(b"x-timeout")
-    if text is None:
+    if not text:
         return None
     try:
         return parse_positive_duration(text.decode("latin-1"))
@@ -6636,10 +6636,11 @@ _RANGE = re.compile(rb"bytes=[ \t]*(?:([0-9]{1,18})-([0-9]{0,18})|-([0-9]{1,18})
 def parse_range(value: bytes, size: int) -> range | None:
     """Return the part of `size` bytes that a Range asks for, empty if there is none of it (416).
 
-    None: the whole, for what is no single range of bytes; a server may ignore any Range (RFC 9110 14.2).
+    None: the whole, for what is no single range of bytes; a server may ignore any Range (RFC 9110 14.2).  That of an
+    empty file is ignored as in Go: there are clients that always send one.
     """
     found = _RANGE.fullmatch(value)
-    if found is None:
+    if found is None or not size:
         return None
     if found[3] is not None:
         return range(max(size - int(found[3]), 0), size)
@@ -6779,7 +6780,7 @@ def open_sockets(host: str | None, port: int, environ: Mapping[str, str]) -> lis
     if environ.get("LISTEN_FDS") and environ.get("LISTEN_PID", str(os.getpid())) == str(os.getpid()):
         return _inherited_sockets(environ["LISTEN_FDS"])
     try:
-        if host is None:
+        if host in (None, "::"):  # as in Go, for which `[::]` is IPv4 as well
             return [_listen_everywhere(port)]
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         once = dict.fromkeys((family, sockaddr) for family, _, _, _, sockaddr in found)  # /etc/hosts may repeat itself

@@ -319,6 +319,7 @@ def test_gateway_refuses_a_body_over_max_body(system: System, chunked: bool) -> 
         ("X-Delay", "-1s"),
         ("X-Expires", "0"),
         ("X-Expires", "x"),
+        ("Idempotency-Key", ""),
         ("Idempotency-Key", "x" * 256),
         ("Idempotency-Key", "ä"),
     ],
@@ -327,6 +328,11 @@ def test_gateway_names_a_bad_field(system: System, field: str, value: str) -> No
     answer = system.request("POST", "/async-function/cat", b"", {field: value})
     assert answer.status == 400
     assert field in answer.text
+
+
+@pytest.mark.parametrize("field", ["X-Delay", "X-Expires", "X-Callback-Url"])
+def test_empty_field_asks_for_nothing(system: System, field: str) -> None:
+    assert system.ended(system.submit("cat", b"", {field: ""}))["state"] == "done"
 
 
 def test_gateway_refuses_a_call_that_could_never_run(system: System) -> None:

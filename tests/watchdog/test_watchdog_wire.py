@@ -491,6 +491,10 @@ def test_caller_shortens_its_limit_when_it_sends_x_timeout(shell: Program, given
     shell.wait_idle()
 
 
+def test_limit_stays_when_the_callers_x_timeout_is_empty(limited: Program) -> None:
+    assert post(limited, b"true", {"X-Timeout": ""}).status == 200
+
+
 @pytest.mark.parametrize("given", ["1h", "10", "0"])
 def test_caller_does_not_lengthen_its_limit_when_it_sends_x_timeout(limited: Program, given: str) -> None:
     answer = post(limited, UNTIL_GONE, {"X-Timeout": given})
@@ -543,6 +547,7 @@ def test_second_call_gets_429_when_one_is_the_limit(one_at_a_time: Program) -> N
         assert answer.headers["x-openfaas-internal"] == "faas-middleware"
         assert answer.elapsed_s < SOON_S * crowding()
         assert http_request(port, "GET", "/_/ready").status == 429
+        assert http_request(port, "POST", "/_/ready").status == 405
         assert http_request(port, "GET", "/_/health").status == 200
     one_at_a_time.wait_idle()
     wait_until(lambda: http_request(port, "GET", "/_/ready").status == 200, SOON_S, "ready again")
@@ -847,6 +852,13 @@ def test_watchdog_listens_on_one_address_only_when_host_is_set() -> None:
         assert http_request(program.port, "GET").status == 200
         with pytest.raises(ConnectionRefusedError):
             http_request(program.port, "GET", host="::1")
+
+
+@needs_ipv6
+def test_watchdog_listens_on_both_families_when_the_host_is_every_address_of_ipv6() -> None:
+    with Program("watchdog", {"fprocess": "cat", "host": "::"}) as program:
+        assert http_request(program.port, "GET", host="::1").status == 200
+        assert http_request(program.port, "GET", host="127.0.0.1").status == 200
 
 
 @pytest.mark.parametrize("which", ["port", "metrics_port"])
