@@ -405,6 +405,13 @@ def parse_choice(*choices: str) -> Callable[[str], str]:
     return parse
 
 
+def parse_unasked(text: str) -> bool:
+    """Return False; ValueError for true: a check that an image relies on must not be gone without a word."""
+    if parse_bool(text):
+        raise ValueError("callers' tokens are not checked here; allowed: false, behind a proxy that checks them")
+    return False
+
+
 class Setting(NamedTuple):
     """One row of a program's table of settings: everything there is to know about one variable.
 
@@ -449,7 +456,8 @@ def setting_names(kind: type) -> frozenset[str]:
 def parse_settings(kind: type[T], environ: Mapping[str, str]) -> T:
     """Return `kind`, a settings dataclass, filled from `environ`.
 
-    If `kind` has a method `conflicts() -> Iterable[str]`, it tells what contradicts what.
+    If `kind` has a method `conflicts() -> Iterable[str]`, it tells what contradicts what; a line that begins with a
+    name and a space gets the value behind the name, as it was typed.
     Raises BadSettings with every bad variable, its value and what is allowed.
     """
     values: dict[str, Any] = {}
@@ -465,7 +473,9 @@ def parse_settings(kind: type[T], environ: Mapping[str, str]) -> T:
     settings = kind(**values)
     for conflict in getattr(settings, "conflicts", tuple)():
         if not any(re.search(rf"\b{name}\b", conflict) for name in bad_names):
-            problems.append(conflict)
+            name, _, rest = conflict.partition(" ")
+            value = environ.get(name)
+            problems.append(f"{name}={without_credentials(value)!r} {rest}" if value else conflict)
     if problems:
         raise BadSettings(problems)
     return settings
@@ -715,9 +725,21 @@ class Settings:
     combine_output: bool = setting(
         "combine_output", "true", parse_bool, "stderr joins the response; false: the log", modes=PER_REQUEST
     )
-    write_debug: bool = setting("write_debug", "false", parse_bool, "bodies in the log", modes=PER_REQUEST)
+    write_debug: bool = setting(
+        "write_debug",
+        "false",
+        parse_bool,
+        f"first {SNIFF_BYTES} bytes of the output, and of each piece of the body, in the log",
+        modes=PER_REQUEST,
+    )
     debug_headers: bool = setting("debug_headers", "false", parse_bool, "headers in the log")
-    suppress_lock: bool = setting("suppress_lock", "false", parse_bool, "no lock file at $TMPDIR/.lock")
+    suppress_lock: bool = setting(
+        "suppress_lock",
+        "false",
+        parse_bool,
+        "no lock file at $TMPDIR/.lock (.lock.PORT if port is not 8080), without which --run-healthcheck fails",
+    )
+    jwt_auth: bool = setting("jwt_auth", "false", parse_unasked, "callers' tokens are not checked: true is refused")
     prefix_logs: bool = setting(
         "prefix_logs",
         "true",
@@ -1112,7 +1134,7 @@ Headers = Sequence[Header]
 _TEXT = r"[\x21-\x7e\x80-\xff]"
 _VALUE = rf"(?:{_TEXT}++(?:[ \t]++{_TEXT}++)*+)?"
 _FIELD_LINE = re.compile(rf"(?P<field_name>{h11._abnf.token}):[ \t]*+(?P<field_value>{_VALUE})[ \t]*+".encode())
-_TARGET = r"(?:/[\x21-\x7e]*|[Hh][Tt][Tt][Pp][Ss]?://[\x21-\x7e]+|(?<=^OPTIONS )\*)"
+_TARGET = r"(?:/[\x21\x22\x24-\x7e]*|[Hh][Tt][Tt][Pp][Ss]?://[\x21\x22\x24-\x7e]+|(?<=^OPTIONS )\*)"
 
 
 def _tighten_h11_grammar() -> None:
@@ -1928,7 +1950,7 @@ def split_target(target: bytes, host: bytes) -> tuple[bytes, bytes, bytes]:
     path, _, query = target.partition(b"?")
     if _BAD_ESCAPE.search(path):
         raise BadRequest("bad request: invalid percent escape in the path")
-    return path.partition(b"#")[0], query.partition(b"#")[0], host
+    return path, query, host
 
 
 class BadPath(FaashoundError):
@@ -2996,8 +3018,11 @@ class ServerConnection(Connection):
         limit_s = self._server.timeouts.write_s if response.write_timeout_s is None else response.write_timeout_s
         self._alarm.set(None if limit_s == math.inf else self._loop.time() + limit_s)
         close = self._server.draining or self._refusal is not None or not self._wire.peer_done
-        headers = (*response.headers, (b"Date", self._server.date()))
-        body = body_if_complete(response.body)
+        headers = response.headers
+        if field_value(headers, b"date") is None:  # that of a function's server tells caches the answer's age
+            headers = (*headers, (b"Date", self._server.date()))
+        # The length that is told to a HEAD is the function's own, if any, and never that of the body that has come.
+        body = response.body if self._wire.head_request else body_if_complete(response.body)
         if not isinstance(body, bytes) or len(body) > MAX_HEAD_BYTES:
             expect_stalls(self._socket, True)  # its reader has the write timeout
         if isinstance(body, bytes):
@@ -3878,8 +3903,8 @@ async def marshalled(headers: Headers, body: AsyncIterator[bytes]) -> AsyncItera
     """Yield `{"header":{"Name":["v"]},"body":{"raw":"<base64>"}}` of a request, in constant memory."""
     header: dict[str, list[str]] = {}
     for name, value in headers:
-        if name != b"host":
-            header.setdefault(canonical_name(name).decode(), []).append(value.decode("latin-1"))
+        if name not in (b"host", b"transfer-encoding", b"trailer"):  # which Go has elsewhere
+            header.setdefault(canonical_name(name).decode(), []).append(value.decode(errors="replace"))
     yield f'{{"header":{json.dumps(header)},"body":{{"raw":"'.encode()
     rest = b""
     async for chunk in body:
@@ -3948,7 +3973,7 @@ def _output_head(size: int, headers: list[Header]) -> OutputHead:
 
 
 # Go's words where they are not strsignal's in lower case.
-_SIGNAL_TEXTS = {
+_SIGNAL_TEXTS: dict[int, str] = {
     signal.SIGXCPU: "CPU time limit exceeded",
     signal.SIGIO: "I/O possible",
 }
@@ -3959,7 +3984,8 @@ def describe_exit(status: int) -> str:
     if os.WIFEXITED(status):
         return f"exit status {os.WEXITSTATUS(status)}"
     number = os.WTERMSIG(status)
-    text = _SIGNAL_TEXTS.get(number) or (signal.strsignal(number) or f"signal {number}").lower()  # type: ignore[call-overload]
+    words = signal.strsignal(number) if number < 32 else None  # Go has none for those of real time
+    text = _SIGNAL_TEXTS.get(number) or (words or f"signal {number}").lower()
     return f"signal: {text}" + (" (core dumped)" if os.WCOREDUMP(status) else "")
 
 
@@ -5804,9 +5830,9 @@ class Watchdog:
         return Response(200, (TEXT_PLAIN,), b"OK")
 
     async def _ready(self, request: Request) -> Response:
+        healthy = await self._health(request)
         if self._settings.max_inflight and self._slot.in_flight_count >= self._settings.max_inflight:
             raise TooManyRequests(self._settings.max_inflight)
-        healthy = await self._health(request)
         return await self._mode.check_ready(request, CallLog(request, self._settings)) or healthy
 
 
@@ -5818,7 +5844,7 @@ def limit_of(settings: Settings, request: Request) -> float | None:
 def caller_limit_of(request: Request) -> float | None:
     """Return the limit in seconds that the caller sets a call.  Raises BadTimeout."""
     text = request.header(b"x-timeout")
-    if text is None:
+    if not text:
         return None
     try:
         return parse_positive_duration(text.decode("latin-1"))
@@ -5893,7 +5919,8 @@ class Serializing(Mode):
             output.close()
             raise
         duration = (b"X-Duration-Seconds", b"%f" % result.duration_s)
-        headers = [*self._cgi_headers(request, head, output.head(offset=head.size)), duration]
+        fields = self._cgi_headers(request, head, output.head(offset=head.size))
+        headers = [*end_to_end(fields, b"x-duration-seconds"), duration]
         if head.status in _WITHOUT_BODY:
             output.close()
             return Response(head.status, headers)
@@ -6199,8 +6226,9 @@ class Http(Mode):
         except ServerFailure as error:
             error.headers = (*error.headers, call.duration_field())
             raise
-        headers = [*end_to_end(response.headers, b"date", b"x-duration-seconds"), call.duration_field()]
-        body = response.body if response.status == 101 else body_if_complete(response.body)
+        headers = [*end_to_end(response.headers, b"x-duration-seconds"), call.duration_field()]
+        has_body = response.status != 101 and request.method != "HEAD"
+        body = body_if_complete(response.body) if has_body else response.body
         if isinstance(body, bytes):
             whole = Response(response.status, headers, body, response.body.length)
             call.sent(whole, len(body))
@@ -6511,10 +6539,11 @@ _RANGE = re.compile(rb"bytes=[ \t]*(?:([0-9]{1,18})-([0-9]{0,18})|-([0-9]{1,18})
 def parse_range(value: bytes, size: int) -> range | None:
     """Return the part of `size` bytes that a Range asks for, empty if there is none of it (416).
 
-    None: the whole, for what is no single range of bytes; a server may ignore any Range (RFC 9110 14.2).
+    None: the whole, for what is no single range of bytes; a server may ignore any Range (RFC 9110 14.2).  That of an
+    empty file is ignored as in Go: there are clients that always send one.
     """
     found = _RANGE.fullmatch(value)
-    if found is None:
+    if found is None or not size:
         return None
     if found[3] is not None:
         return range(max(size - int(found[3]), 0), size)
@@ -6602,8 +6631,9 @@ class CallLog:
         self._line(f"Wrote {bytes_count} Bytes - Duration: {duration_s:f}s", response.status)
 
     def failed(self, error: FaashoundError) -> None:
-        """The request was refused, or its process could not begin or was killed."""
-        killed = f"Killed process: {shlex.join(self._settings.fprocess)}: " if self.process is not None else ""
+        """The request was refused, or its process could not begin, was killed, or has ended badly."""
+        is_killed = self.process is not None and self.process.state is ProcessState.KILLED
+        killed = f"Killed process: {shlex.join(self._settings.fprocess)}: " if is_killed else ""
         text = "deadline" if isinstance(error, DeadlineReached) else str(error)
         self._line(f"{killed}{text} - Duration: {self.elapsed_s():f}s", error.status)
 
@@ -6652,7 +6682,7 @@ def open_sockets(host: str | None, port: int, environ: Mapping[str, str]) -> lis
     if environ.get("LISTEN_FDS") and environ.get("LISTEN_PID", str(os.getpid())) == str(os.getpid()):
         return _inherited_sockets(environ["LISTEN_FDS"])
     try:
-        if host is None:
+        if host in (None, "::"):  # as in Go, for which `[::]` is IPv4 as well
             return [_listen_everywhere(port)]
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         once = dict.fromkeys((family, sockaddr) for family, _, _, _, sockaddr in found)  # /etc/hosts may repeat itself

@@ -74,7 +74,7 @@ from .network.hosts import parse_hosts
 from .queues import Queue, open_queue
 from .queues.commands import cancel_calls, dead_letters
 from .queues.migrate import migrate_queue
-from .queues.settings import SharedSettings
+from .queues.settings import SharedSettings, parse_positive_size
 from .watchdog import (
     FaashoundError,
     ListenSockets,
@@ -82,6 +82,7 @@ from .watchdog import (
     bind_metrics_sockets,
     finished_first,
     flag_answer,
+    format_duration,
     help_text,
     load_settings,
     log,
@@ -92,7 +93,6 @@ from .watchdog import (
     parse_port,
     parse_positive_count,
     parse_positive_duration,
-    parse_size,
     parse_text,
     parse_url,
     setting,
@@ -157,7 +157,10 @@ class Settings(SharedSettings):
         "file with a line SECRET, or HOST SECRET, for each secret that signs callbacks",
     )
     max_result_bytes: int = setting(
-        "max_result", "512MiB", parse_size, "longest answer that is kept; the call of a longer one is a dead letter"
+        "max_result",
+        "512MiB",
+        parse_positive_size,
+        "longest answer that is kept; the call of a longer one is a dead letter",
     )
     allowed_hosts: frozenset[str] | None = setting(
         "allowed_hosts", "", parse_hosts, ALLOWED_HOSTS_HELP, default_note="none on loopback, else any"
@@ -169,7 +172,8 @@ class Settings(SharedSettings):
     def conflicts(self) -> Iterable[str]:
         """Yield a line for each pair of settings that cannot both be meant."""
         if self.initial_retry_wait_s > self.max_retry_wait_s:
-            yield "initial_retry_wait is longer than max_retry_wait; allowed: up to max_retry_wait"
+            wait, longest = (format_duration(each) for each in (self.initial_retry_wait_s, self.max_retry_wait_s))
+            yield f"initial_retry_wait={wait} contradicts max_retry_wait={longest}; allowed: up to max_retry_wait"
         yield from SharedSettings.conflicts(self)
 
     def retry_policy(self) -> RetryPolicy:

@@ -428,7 +428,7 @@ def count_calls(pid: int, settings: Mapping[str, str]) -> int:
 
 def has_workers(settings: Mapping[str, str]) -> bool:
     """Tell whether the watchdog of a function with `settings` has worker processes, which take its calls."""
-    return parse_workers(watchdog_settings(settings)["workers"] or "auto") > 1
+    return parse_workers(watchdog_settings(settings)["workers"]) > 1
 
 
 def children_of(pid: int) -> list[int]:

@@ -420,7 +420,7 @@ def _parse_function(name: str, entry: Mapping[str, Any], report: _Report) -> Fun
     if not elsewhere and not entry.keys() & _COMMAND_KEYS and entry.get("mode") != "static":
         report.add((name,), "has neither fprocess nor url; give one of them")
     for key in entry:
-        problem = _key_problem(key, elsewhere)
+        problem = _key_problem(key, entry[key], elsewhere)
         if problem:
             report.add((name, key), problem)
     texts = {key: _parse_texts((name, key), entry.get(key, {}), report) for key in _TEXT_TABLES}
@@ -446,7 +446,7 @@ def _parse_names(path: tuple[str, ...], value: Any, report: _Report) -> tuple[st
     return tuple(value)
 
 
-def _key_problem(key: str, elsewhere: bool) -> str | None:
+def _key_problem(key: str, value: Any, elsewhere: bool) -> str | None:
     """Return what is wrong with a key of a function's table, or None."""
     if elsewhere and (key in _LOCAL_KEYS or key in REFUSED_SETTINGS):
         return "means nothing beside url: a function that runs elsewhere has its own watchdog"
@@ -455,7 +455,11 @@ def _key_problem(key: str, elsewhere: bool) -> str | None:
     if key in _KEYS:
         return None
     close = difflib.get_close_matches(key.lower(), _KEYS, 1)
-    return f"unknown key; did you mean {close[0]}?" if close else f"unknown key; allowed: {', '.join(_KEYS)}"
+    if close:
+        return f"unknown key; did you mean {close[0]}?"
+    if isinstance(value, dict):
+        return f'unknown key; a function of a namespace {key} is written in quotes: ["NAME.{key}"]'
+    return f"unknown key; allowed: {', '.join(_KEYS)}"
 
 
 def _parse_local(path: tuple[str, ...], entry: Mapping[str, Any], report: _Report) -> dict[str, str]:
@@ -583,4 +587,5 @@ def watchdog_settings(settings: Mapping[str, str]) -> dict[str, str]:
     Nothing probes it, so it need not stay up unhealthy after SIGTERM; its socket is inherited.  One process is enough
     where functions share the processors with each other and with the gateway.
     """
-    return {"healthcheck_interval": "0", "workers": "1", **settings, "metrics_port": "0", "suppress_lock": "true"}
+    given = {name: text for name, text in settings.items() if text}
+    return {"healthcheck_interval": "0", "workers": "1", **given, "metrics_port": "0", "suppress_lock": "true"}

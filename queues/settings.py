@@ -19,6 +19,14 @@ from .nats_settings import NatsSettings
 from .urls import QueueUrl, parse_queue_url
 
 
+def parse_positive_size(text: str) -> int:
+    """Return bytes, at least one: a bound of 0, which is no limit elsewhere, would refuse or drop everything."""
+    size = parse_size(text)
+    if not size:
+        raise ValueError("allowed: bytes, at least 1")
+    return size
+
+
 @dataclass(frozen=True, slots=True)
 class QueueSettings(NatsSettings):
     """Which queue a program or a command is to work on; see `watchdog.settings_table`."""

@@ -109,6 +109,6 @@ class CallStatus:
                 raise Gone("the result is no longer kept (keep_results)")
             raise NotFound(f"the call is {call.state.value} and has no result: {call.error or 'it never ran'}")
         fields = [(name.encode(), value.encode("latin-1")) for name, value in call.result_headers]
-        fields = [*fields_of_result(end_to_end(fields, b"x-call-id", b"date")), (b"X-Call-Id", call.id.encode())]
+        fields = [*fields_of_result(end_to_end(fields, b"x-call-id")), (b"X-Call-Id", call.id.encode())]
         body = b"" if request.method == "HEAD" else self._queue.open_body(call.result)
         return Response(call.status, fields, body, call.result.bytes_count)

@@ -259,7 +259,7 @@ class ControlPlaneElsewhere:
             )
         except (Unreachable, PeerGone):
             raise NotReady("the process that runs the functions is being started again; ask again") from None
-        fields, length = end_to_end(response.headers, b"date"), response.body.length
+        fields, length = end_to_end(response.headers), response.body.length
         return Response(response.status, fields, response.body, length, math.inf, is_live=length is None)
 
 

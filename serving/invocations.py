@@ -140,7 +140,7 @@ class Invocations:
             self._metrics.asked(function.name)
         response = await self._send(request, function, rest, headers, by_worker)
         self._metrics.answered(function.name)
-        fields = [*end_to_end(response.headers, *ID_FIELDS, b"date"), *ids.fields]
+        fields = [*end_to_end(response.headers, *ID_FIELDS), *ids.fields]
         if not by_worker:
             fields = fields_for_browsers(request, fields, is_trusted=is_trusted)
         answer = relayed(response, fields, response.body, self._upstream_timeout_s)

@@ -56,7 +56,7 @@ class Janitor:
 
     async def run(self) -> None:
         """Go round until cancelled, at least as often as the shortest time that a result is kept."""
-        shortest_s = min(self._settings.keep_results_s, self._settings.retention_s)
+        shortest_s = min(self._settings.results_kept_s, self._settings.retention_s)
         while True:
             try:
                 await self._go_round()
@@ -65,7 +65,7 @@ class Janitor:
             await asyncio.sleep(min(ROUND_EVERY_S, max(shortest_s, 1.0)))
 
     async def _go_round(self) -> None:
-        swept = await self._queue.sweep(self._settings.keep_results_s, self._settings.retention_s, self._bounds)
+        swept = await self._queue.sweep(self._settings.results_kept_s, self._settings.retention_s, self._bounds)
         self._metrics.dropped(swept.dead_count)
         stats = await self._queue.stats()
         self._tell_of_stray_queues(stray_queues(stats.waiting, self._drained()))

@@ -15,13 +15,14 @@ from ..calls.names import DEFAULT_NAMESPACE, parse_namespaces
 from ..functions.exposure import PAGES, SANDBOX
 from ..functions.table import parse_function_url
 from ..network.hosts import parse_hosts
-from ..queues.settings import SharedSettings
+from ..queues.settings import SharedSettings, parse_positive_size
 from ..watchdog import (
     CONNECTIONS_DEFAULT,
     CONNECTIONS_HELP,
     PER_ADDRESS_DEFAULT,
     PER_ADDRESS_HELP,
     WORKERS_HELP,
+    format_duration,
     parse_bool,
     parse_choice,
     parse_duration,
@@ -86,7 +87,7 @@ class Settings(SharedSettings):
     )
     workers: int = setting("workers", "1", parse_workers, WORKERS_HELP)
     max_body_bytes: int = setting(
-        "max_body", "512MiB", parse_size, "largest body of an asynchronous call, above it 413"
+        "max_body", "512MiB", parse_positive_size, "largest body of an asynchronous call, above it 413"
     )
     worker_metrics_port: int | None = setting(
         "worker_metrics_port",
@@ -103,7 +104,7 @@ class Settings(SharedSettings):
         "calls of one function that may wait or run, above it 429",
     )
     max_queued_bytes: int = setting(
-        "max_queued_bytes", "16GiB", parse_size, "bytes of payload that they may have, above it 507"
+        "max_queued_bytes", "16GiB", parse_positive_size, "bytes of payload that they may have, above it 507"
     )
     max_queue_age_s: float = setting(
         "max_queue_age", "744h", parse_positive_duration, "how long a call may be due and not be run; then it expires"
@@ -112,9 +113,15 @@ class Settings(SharedSettings):
         "keep_dead", "2160h", parse_positive_duration, "how long dead letters and undelivered results are kept"
     )
     keep_dead_bytes: int = setting(
-        "keep_dead_bytes", "4GiB", parse_size, "how many bytes of them are kept, the newest first"
+        "keep_dead_bytes", "4GiB", parse_positive_size, "how many bytes of them are kept, the newest first"
     )
-    keep_results_s: float = setting("keep_results", "1h", parse_duration, "how long a result can be fetched")
+    keep_results_s: float | None = setting(
+        "keep_results",
+        "",
+        parse_duration,
+        "how long a result can be fetched",
+        default_note="1h, or retention if shorter",
+    )
     retention_s: float = setting("retention", "24h", parse_duration, "how long a finished call is remembered")
     allowed_hosts: frozenset[str] | None = setting(
         "allowed_hosts",
@@ -179,13 +186,21 @@ class Settings(SharedSettings):
         port = self.local_worker_metrics_port
         if self.runs_worker and port and port in (self.port, self.metrics_port):
             yield f"worker_metrics_port={port} contradicts port or metrics_port; allowed: one of its own"
-        if self.keep_results_s > self.retention_s:
-            yield "keep_results is longer than retention; allowed: up to retention, which forgets the call"
+        if self.results_kept_s > self.retention_s:
+            yield (
+                f"keep_results is longer than retention={format_duration(self.retention_s)}; allowed: up to retention,"
+                " which forgets the call"
+            )
         if len(self.namespaces) > 1 and self.function_url and "{namespace}" not in self.function_url:
             yield (
                 f"function_url={self.function_url} finds the same functions in each of the namespaces; allowed: one"
                 " namespace, or {namespace} in function_url"
             )
+
+    @property
+    def results_kept_s(self) -> float:
+        """How long a result can be fetched."""
+        return min(3600.0, self.retention_s) if self.keep_results_s is None else self.keep_results_s
 
     @property
     def runs_worker(self) -> bool:

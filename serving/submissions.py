@@ -69,7 +69,7 @@ def is_call_id(text: str) -> bool:
 def parse_span(request: Request, name: str, parse: Callable[[str], float]) -> float | None:
     """Return the seconds that a header field such as X-Delay asks for; BadField names it and what is allowed."""
     value = request.header(name.lower().encode())
-    if value is None:
+    if not value:
         return None
     text = value.decode("latin-1")
     try:

@@ -5,6 +5,7 @@ PORT=5000 python -S -E -I app_server.py [WAIT_S]          # listens after so man
 /echo            all of the request as JSON, its body as text
 /status/N        that status, no body
 /pid             its process number
+/dated           a Date of long ago
 /stream          a chunk at once, then one for each line of the request's body, as it comes
 /zeros/N         N bytes, as fast as they are read
 /hang            never an answer
@@ -35,6 +36,7 @@ from io import BufferedReader
 from typing import cast
 
 SLEEP = ["sleep", "60"]
+DATE = "Tue, 14 Nov 2023 22:14:20 GMT"
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -88,6 +90,12 @@ class Handler(BaseHTTPRequestHandler):
     def on_pid(self) -> None:
         self.answer(str(os.getpid()).encode())
 
+    def on_dated(self) -> None:
+        self.send_response_only(200)
+        self.send_header("Date", DATE)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
     def begin_chunks(self) -> None:
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
@@ -95,7 +103,8 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def chunk(self, data: bytes) -> None:
-        self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
+        if self.command != "HEAD":
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
 
     def on_stream(self) -> None:
         self.begin_chunks()

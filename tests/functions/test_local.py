@@ -104,6 +104,12 @@ def test_file_may_set_the_healthcheck_interval(stand_in: tuple[str, ...]) -> Non
     assert watchdog_settings(settings)["healthcheck_interval"] == "3s"
 
 
+def test_empty_setting_of_the_file_counts_as_unset() -> None:
+    settings = parse('[f]\nfprocess = "x"\nworkers = ""\nhealthcheck_interval = ""')[F].settings
+    assert settings is not None
+    assert watchdog_settings(settings) == watchdog_settings({"fprocess": "x"})
+
+
 def test_connection_is_never_refused_across_a_restart(stand_in: tuple[str, ...], log: Log) -> None:
     async def test() -> None:
         async with running(locals_of('[f]\nfprocess = "serve"', stand_in)) as local:

@@ -150,6 +150,11 @@ REMOTE = '[f]\nurl = "http://h"\n'
         (LOCAL + "exec_timout = '1s'", "f.toml:3: [f] exec_timout: unknown key; did you mean exec_timeout?"),
         (LOCAL + "Exec_Timeout = '1s'", "f.toml:3: [f] Exec_Timeout: unknown key; did you mean exec_timeout?"),
         (LOCAL + "zzz = 1", "f.toml:3: [f] zzz: unknown key; allowed: fprocess, function_process, mode"),
+        (LOCAL + "jwt_auth = true", "f.toml:3: [f] jwt_auth: 'true': callers' tokens are not checked here"),
+        (
+            LOCAL + "[f.prod]\nurl = 'http://h'",
+            'f.toml:3: [f] prod: unknown key; a function of a namespace prod is written in quotes: ["NAME.prod"]',
+        ),
         (LOCAL + "host = 'h'", "f.toml:3: [f] host: not allowed here: the gateway opens the socket"),
         (LOCAL + "port = 80", "f.toml:3: [f] port: not allowed here: the gateway opens the socket"),
         (LOCAL + "metrics_port = 80", "f.toml:3: [f] metrics_port: not allowed here: the gateway counts"),

@@ -320,6 +320,7 @@ def test_gateway_refuses_a_body_over_max_body(system: System, chunked: bool) -> 
         ("X-Delay", "-1s"),
         ("X-Expires", "0"),
         ("X-Expires", "x"),
+        ("Idempotency-Key", ""),
         ("Idempotency-Key", "x" * 256),
         ("Idempotency-Key", "ä"),
     ],
@@ -328,6 +329,11 @@ def test_gateway_names_a_bad_field(system: System, field: str, value: str) -> No
     answer = system.request("POST", "/async-function/cat", b"", {field: value})
     assert answer.status == 400
     assert field in answer.text
+
+
+@pytest.mark.parametrize("field", ["X-Delay", "X-Expires", "X-Callback-Url"])
+def test_empty_field_asks_for_nothing(system: System, field: str) -> None:
+    assert system.ended(system.submit("cat", b"", {field: ""}))["state"] == "done"
 
 
 def test_gateway_refuses_a_call_that_could_never_run(system: System) -> None:
@@ -676,7 +682,10 @@ def test_gateway_names_every_bad_setting_of_its_own_of_the_worker_and_of_the_fun
     [
         ({"functions": "/nowhere/functions.toml"}, 2, "/nowhere/functions.toml: there is no such file"),
         ({"port": "9999", "metrics_port": "9999"}, 2, "two different ports"),
-        ({"keep_results": "2h", "retention": "1h"}, 2, "retention"),
+        ({"keep_results": "2h", "retention": "1h"}, 2, "keep_results='2h' is longer than retention=1h"),
+        ({"max_body": "0"}, 2, "max_body='0': allowed: bytes, at least 1"),
+        ({"max_queued_bytes": "0MiB"}, 2, "max_queued_bytes='0MiB': allowed: bytes, at least 1"),
+        ({"keep_dead_bytes": "0"}, 2, "keep_dead_bytes='0': allowed: bytes, at least 1"),
         ({"metrics_port": "8083", "worker": "local"}, 2, "worker_metrics_port"),
         ({"basic_auth": "true", "secret_mount_path": "/nowhere"}, 1, "/nowhere/basic-auth-user"),
         ({"queue_url": "spool:/proc/nowhere"}, 1, "/proc/nowhere"),

@@ -136,6 +136,11 @@ def test_namespaces_that_function_url_does_not_tell_apart_stop_the_start() -> No
     parse_settings(Settings, {"namespaces": "prod,dev", "function_url": "http://{name}.{namespace}:1"})
 
 
+@pytest.mark.parametrize(("retention", "kept_s"), [("30m", 1800), ("", 3600), ("48h", 3600)])
+def test_results_are_kept_as_long_as_calls_are_remembered_when_that_is_short(retention: str, kept_s: float) -> None:
+    assert parse_settings(Settings, {"retention": retention}).results_kept_s == kept_s
+
+
 @pytest.mark.parametrize("area", ["function", "async-function"])
 def test_gateway_connects_to_no_address_that_a_callers_name_leads_to_inside(area: str) -> None:
     """Every name below .localhost is the loopback address, by RFC 6761 and by systemd's resolver."""
@@ -224,5 +229,5 @@ def test_call_is_shown_without_the_credentials_that_came_with_it(system: System,
 def test_bounds_of_a_spool_are_refused_beside_nats() -> None:
     ended = run("gateway", settings={"queue_url": "nats://127.0.0.1:1", "max_queued": "5", "keep_dead": "1h"})
     assert ended.returncode == 2
-    for name in ("max_queued", "keep_dead"):
-        assert f"  {name} bounds a spool, and queue_url=nats://127.0.0.1:1 is none" in ended.stderr
+    for setting in ("max_queued='5'", "keep_dead='1h'"):
+        assert f"  {setting} bounds a spool, and queue_url=nats://127.0.0.1:1 is none" in ended.stderr

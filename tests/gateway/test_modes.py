@@ -275,8 +275,11 @@ def test_settings_of_another_mode_are_refused_with_their_place(tmp_path: Path) -
     assert ended.returncode != 0
     for place, problem in (
         ("1: [a]", "upstream_url is not set; it is required with mode=http"),
-        ("1: [a]", "cgi_response means nothing with mode=http; allowed: with mode=serializing or mode=streaming"),
-        ("5: [b]", "prewarm means nothing with mode=static"),
+        (
+            "1: [a]",
+            "cgi_response='true' means nothing with mode=http; allowed: with mode=serializing or mode=streaming",
+        ),
+        ("5: [b]", "prewarm='2' means nothing with mode=static"),
     ):
         assert re.search(re.escape(f"functions.toml:{place}") + ".*" + re.escape(problem), ended.stderr), ended.stderr
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import struct
 import threading
@@ -122,11 +123,17 @@ EARLY = {"early": (200, b"ok"), "drip": (200, b"ok"), "reset": (502, NO_ANSWER)}
 
 
 @pytest.fixture(scope="module")
-def system() -> Iterator[System]:
+def functions() -> Iterator[str]:
+    """The functions file of one function, which an odd server is."""
     server = OddServer()
-    with System(f'[far]\nurl = "http://127.0.0.1:{server.port}"', {"worker": "none"}) as system:
-        yield system
+    yield f'[far]\nurl = "http://127.0.0.1:{server.port}"'
     server.close()
+
+
+@pytest.fixture(scope="module")
+def system(functions: str) -> Iterator[System]:
+    with System(functions, {"worker": "none"}) as system:
+        yield system
 
 
 def ask(system: System, kind: str, body: bytes, method: str = "POST") -> Answer:
@@ -142,6 +149,25 @@ def test_caller_gets_the_answer_of_an_odd_server_each_time_whatever_the_body(sys
     got = ask(system, kind, b"", "GET")
     assert (got.status, got.body) == expected
     assert ask(system, kind, b"", "HEAD").status == expected[0]
+
+
+@pytest.mark.parametrize("framing", [b"Transfer-Encoding: chunked\r\n", b""], ids=["chunked", "no-framing"])
+def test_head_is_told_no_length_that_the_server_has_not_told(system: System, framing: bytes) -> None:
+    ANSWERS["headless"] = (b"HTTP/1.1 200 OK\r\n" + framing + b"\r\n", False, 0, b"")
+    for _ in range(2):
+        answer = ask(system, "headless", b"", "HEAD")
+        assert (answer.status, answer.headers.get("content-length")) == (200, None)
+
+
+def test_date_is_that_of_the_server_whose_answer_it_is(system: System, functions: str) -> None:
+    then = "Tue, 14 Nov 2023 22:14:20 GMT"
+    ANSWERS["dated"] = (b"HTTP/1.1 200 OK\r\nDate: %b\r\n" % then.encode() + LENGTH, False, 0, b"")
+    called = raw(system.port, b"GET /function/far/dated HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    assert re.findall(rb"(?i)^date: (.*)\r$", called, re.MULTILINE) == [then.encode()]
+    with System(functions) as with_worker:
+        call_id = with_worker.submit("far/dated")
+        with_worker.ended(call_id)
+        assert with_worker.request("GET", f"/async-function/{call_id}/result").headers["date"] == then
 
 
 @pytest.mark.parametrize("body", [b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nabc", CHUNKED + b"\r\n5\r\nab"])

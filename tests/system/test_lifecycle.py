@@ -66,6 +66,17 @@ def test_watchdog_is_unhealthy_but_serves_when_told_to_stop(draining: Program) -
     assert run("watchdog", ["--run-healthcheck"], {"TMPDIR": str(draining.temporary)}).returncode == 1
 
 
+def test_watchdog_is_not_ready_but_draining_when_told_to_stop_while_it_is_full() -> None:
+    full = settings("echo started; sleep 60", max_inflight="1", healthcheck_interval="1m", mode="streaming")
+    with Program("watchdog", full) as program, connect(program.port) as client:
+        client.sendall(b"POST / HTTP/1.1\r\nHost: h\r\n\r\n")
+        read_until(client, b"started\n\r\n")
+        program.terminate()
+        wait_until(lambda: health(program) == 503, 15.0, "unhealthy")
+        answer = http_request(program.port, "GET", "/_/ready")
+        assert (answer.status, answer.text) == (503, "draining\n")
+
+
 def test_watchdog_is_unhealthy_when_told_to_stop_without_a_lock_file() -> None:
     with Program("watchdog", {"fprocess": "cat", "healthcheck_interval": "1m", "suppress_lock": "true"}) as program:
         program.terminate()

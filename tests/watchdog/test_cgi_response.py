@@ -94,6 +94,13 @@ def test_function_says_its_own_status_and_fields(program: Program) -> None:
     assert answer.headers["content-type"] == "a/b"
 
 
+def test_answer_has_one_duration_when_the_function_tells_its_own(program: Program) -> None:
+    script = b"printf 'X-Duration-Seconds: 9\n\nhi'"
+    head = b"POST / HTTP/1.1\r\nHost: h\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(script)
+    received = raw(program.port, head + script)
+    assert received.lower().count(b"x-duration-seconds: ") == 1
+
+
 def test_function_redirects_when_it_names_a_location(program: Program) -> None:
     answer = post(program, r"printf 'Location: https://example.org/there\r\n\r\n'")
     assert (answer.status, answer.body, answer.headers["location"]) == (302, b"", "https://example.org/there")
@@ -131,6 +138,11 @@ def test_log_shows_the_line_when_it_is_no_head(program: Program) -> None:
     )
     program.wait_log("the output begins with: oh 42 dear")
     program.wait_idle()
+
+
+def test_log_tells_of_no_kill_when_the_process_ended_by_itself(program: Program) -> None:
+    post(program, "printf 'X-A: b'")
+    assert "Killed process" not in program.wait_log("it ended before an empty line")
 
 
 @pytest.mark.parametrize("printed", ["", "printf 'X-A: b'; "], ids=["nothing", "half-a-head"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import socket
 import struct
@@ -115,6 +116,18 @@ def test_server_gets_the_body_whole(program: Program, body: Any, length: int) ->
 def test_head_is_answered_without_a_body(program: Program) -> None:
     answer = http_request(program.port, "HEAD", "/pid")
     assert (answer.status, answer.body, int(answer.headers["content-length"]) > 0) == (200, b"", True)
+
+
+def test_head_is_told_no_length_that_the_server_has_not_told(program: Program) -> None:
+    answer = http_request(program.port, "HEAD", "/stream")
+    assert (answer.status, answer.headers.get("content-length")) == (200, None)
+    assert answer.headers["transfer-encoding"] == "chunked"
+    program.wait_log("status=200 method=HEAD path=/stream")
+
+
+def test_answer_has_the_one_date_of_the_server(program: Program) -> None:
+    received = raw(program.port, b"GET /dated HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n")
+    assert re.findall(rb"(?i)^date: (.*)\r$", received, re.MULTILINE) == [app_server.DATE.encode()]
 
 
 @pytest.mark.parametrize("status", [204, 302, 304, 404, 500, 503])
@@ -728,11 +741,14 @@ def test_real_websockets_meet_through_the_watchdog() -> None:
             {"mode": "http", "fprocess": "x", "upstream_url": "ftp://h?", "cgi_response": "1", "static_path": "/srv"},
             [
                 "upstream_url='ftp://h?': allowed: http",
-                "cgi_response means nothing with mode=http",
-                "static_path means",
+                "cgi_response='1' means nothing with mode=http",
+                "static_path='/srv' means",
             ],
         ),
-        ({"fprocess": "x", "upstream_url": "http://h", "ready_path": "/r"}, ["upstream_url means", "ready_path means"]),
+        (
+            {"fprocess": "x", "upstream_url": "http://h", "ready_path": "/r"},
+            ["upstream_url='http://h' means", "ready_path='/r' means"],
+        ),
     ],
 )
 def test_settings_of_another_mode_are_refused_all_named(settings: dict[str, str], problems: list[str]) -> None:

@@ -73,6 +73,7 @@ GOOD_AND_BAD: dict[str, tuple[str, list[str]]] = {
     "write_debug": ("0", ["-1"]),
     "debug_headers": ("true", ["t"]),
     "suppress_lock": ("False", ["no"]),
+    "jwt_auth": ("false", ["true", "1", "yes"]),
     "prefix_logs": ("1", ["10"]),
     "log_callid": ("true", ["X-Call-Id"]),
     "log_format": ("json", ["JSON", "xml", "text,json"]),

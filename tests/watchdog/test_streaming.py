@@ -118,8 +118,8 @@ def test_deadline_decides_when_nothing_was_printed(program: Program) -> None:
     wait_over(program)
 
 
-@pytest.mark.parametrize("ending", ["exit 3", "kill -9 $$"])
-def test_connection_is_cut_when_the_process_ends_badly_after_output(program: Program, ending: str) -> None:
+@pytest.mark.parametrize(("ending", "reason"), [("exit 3", "exit status 3"), ("kill -9 $$", "signal: killed")])
+def test_connection_is_cut_when_the_process_ends_badly_after_output(program: Program, ending: str, reason: str) -> None:
     before = counted(program, 500)
     received = raw(program.port, request_of(f"echo half; {ending}"))
     assert received.startswith(b"HTTP/1.1 200 OK\r\n")
@@ -127,6 +127,7 @@ def test_connection_is_cut_when_the_process_ends_badly_after_output(program: Pro
     assert not received.endswith(LAST_CHUNK)
     wait_over(program)
     assert counted(program, 500) == before + 1
+    assert "Killed process" not in program.wait_log(f"{reason} - Duration: ")
 
 
 @pytest.mark.parametrize("reads", [True, False], ids=["reads", "does-not-read"])

@@ -166,6 +166,8 @@ def test_answer_is_500_with_status_and_output_when_process_exits_non_zero(shell:
         ("PIPE", "broken pipe"),
         ("ALRM", "alarm clock"),
         ("TERM", "terminated"),
+        ("34", "signal 34"),
+        ("64", "signal 64"),
     ],
 )
 def test_answer_is_500_with_signal_as_go_names_it_when_process_is_killed(shell: Program, name: str, text: str) -> None:
@@ -489,6 +491,10 @@ def test_caller_shortens_its_limit_when_it_sends_x_timeout(shell: Program, given
     shell.wait_idle()
 
 
+def test_call_has_no_limit_of_its_own_when_x_timeout_is_empty(shell: Program) -> None:
+    assert post(shell, b"true", {"X-Timeout": ""}).status == 200
+
+
 @pytest.mark.parametrize("given", ["1h", "10", "0"])
 def test_caller_does_not_lengthen_its_limit_when_it_sends_x_timeout(limited: Program, given: str) -> None:
     answer = post(limited, UNTIL_GONE, {"X-Timeout": given})
@@ -541,6 +547,7 @@ def test_second_call_gets_429_when_one_is_the_limit(one_at_a_time: Program) -> N
         assert answer.headers["x-openfaas-internal"] == "faas-middleware"
         assert answer.elapsed_s < SOON_S * crowding()
         assert http_request(port, "GET", "/_/ready").status == 429
+        assert http_request(port, "POST", "/_/ready").status == 405
         assert http_request(port, "GET", "/_/health").status == 200
     one_at_a_time.wait_idle()
     wait_until(lambda: http_request(port, "GET", "/_/ready").status == 200, SOON_S, "ready again")
@@ -654,12 +661,16 @@ def test_start_fails_with_a_reason_when_the_lock_file_is_not_ours(
 
 def test_function_reads_json_when_marshal_request_is_set() -> None:
     with Program("watchdog", {"fprocess": "cat", "marshal_request": "true"}) as program:
-        request = get_with("x-one: 1", "X-Two: a", "X-Two: b", "Content-Length: 3", method="POST") + b"\x00\xffz"
+        framing = ("Transfer-Encoding: chunked", "Trailer: X-T")
+        fields = ("x-one: 1", "X-Two: a", "X-Two: b", "X-Name: Zo\u00c3\u00ab")  # which is UTF-8
+        request = get_with(*fields, *framing, method="POST") + b"3\r\n\x00\xffz\r\n0\r\nX-T: 1\r\n\r\n"
         (answer,) = parse(raw(program.port, request))
         got = json.loads(answer.body)
         assert base64.b64decode(got["body"]["raw"]) == b"\x00\xffz"
         assert got["header"]["X-One"] == ["1"]
         assert got["header"]["X-Two"] == ["a", "b"]
+        assert got["header"]["X-Name"] == ["Zo\u00eb"]
+        assert not {"Host", "Trailer", "Transfer-Encoding"} & got["header"].keys()  # Go has them elsewhere
         assert set(got) == {"header", "body"}
 
 
@@ -841,6 +852,13 @@ def test_watchdog_listens_on_one_address_only_when_host_is_set() -> None:
         assert http_request(program.port, "GET").status == 200
         with pytest.raises(ConnectionRefusedError):
             http_request(program.port, "GET", host="::1")
+
+
+@needs_ipv6
+def test_watchdog_listens_on_both_families_when_the_host_is_every_address_of_ipv6() -> None:
+    with Program("watchdog", {"fprocess": "cat", "host": "::"}) as program:
+        assert http_request(program.port, "GET", host="::1").status == 200
+        assert http_request(program.port, "GET", host="127.0.0.1").status == 200
 
 
 @pytest.mark.parametrize("which", ["port", "metrics_port"])
