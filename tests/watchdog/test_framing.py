@@ -253,7 +253,7 @@ def test_chunked_body_is_whole_when_chunked_in_any_way(cat: Program, body: bytes
 @given(st.binary(min_size=1, max_size=200))
 def test_watchdog_lives_on_and_closes_when_it_is_sent_noise(cat: Program, noise: bytes) -> None:
     answers = parse(raw(cat.port, noise + b"\r\n\r\n\r\n"))
-    assert [answer.status for answer in answers] in ([400], [501], [])
+    assert [answer.status for answer in answers] in ([], [200], [400], [405], [501])  # some noise is a request
     assert http_request(cat.port, "GET", "/_/health").status == 200
 
 
