@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pwd
+import shlex
 import sqlite3
 import stat
 from pathlib import Path
@@ -41,7 +42,7 @@ def open_error(path: Path, error: OSError) -> FaashoundError:
     """Say what an operator needs: which path, the user that it belongs to, and the user that this process runs as."""
     if error.errno not in (errno.EACCES, errno.EPERM):
         return type(disk_error(error))(f"cannot use the queue in {path}: {error.strerror}")
-    place = Path(error.filename) if isinstance(error.filename, str) else path
+    place = (Path(error.filename) if isinstance(error.filename, str) else path).absolute()  # "." is its own parent
     while True:  # the nearest that can be looked at; the root directory always can
         try:
             info = place.stat()
@@ -64,7 +65,8 @@ def user_name(uid: int) -> str:
 
 def damaged_error(path: Path, why: str) -> QueueDamaged:
     """Return the error for a file that is damaged or foreign, with what an operator may do."""
+    remedy = f"from faashound.queues.spool.directory import set_aside; set_aside({str(path.parent)!r})"
     return QueueDamaged(
         f"{path} {why}. It has been left as it is. Restore a backup, or start with an empty queue after"
-        f" python -c 'from faashound.queues.spool.directory import set_aside; set_aside({str(path.parent)!r})'"
+        f" python -c {shlex.quote(remedy)}"
     )
