@@ -477,7 +477,7 @@ def _parse_row(row: Setting, environ: Mapping[str, str]) -> Any:
     name, text = row.name, environ.get(row.name, "")
     other = environ.get(row.alias, "") if row.alias else ""
     if other and text and other != text:
-        raise ValueError(f"{name}={text!r} contradicts {row.alias}={other!r}; allowed: one of the two")
+        raise ValueError(f"{name} and {row.alias} are both set, and differ; allowed: one of the two")
     if other and not text:
         name, text = row.alias or name, other
     if not text:
@@ -1140,6 +1140,11 @@ def _tighten_h11_grammar() -> None:
         rb"(?P<chunk_size>[0-9A-Fa-f]{1,16})(?P<chunk_ext>[ \t]*+;[\t\x20-\x7e\x80-\xff]*+)?[ \t]*+\r\n"
     )
     readers._decode_header_lines = partial(_decode_few_lines, readers._decode_header_lines)
+
+
+def _broken_rule(error: h11.RemoteProtocolError) -> str:
+    """Return what h11 says without the bytes, which it quotes: they may be a secret, and go to clients and logs."""
+    return re.split(r":? (?:b|bytearray\(b)['\"]", str(error), maxsplit=1)[0]
 
 
 def _decode_few_lines(
@@ -1850,7 +1855,7 @@ class ServerWire(Wire):
             if error.error_status_hint == 431:
                 raise HeadTooLarge from None
             kind = UnknownCoding if error.error_status_hint == 501 else BadRequest
-            raise kind(f"bad request: {str(error)[:200]}") from None
+            raise kind(f"bad request: {_broken_rule(error)}") from None
         if type(event) is not h11.Request:
             return self._message_event(event)
         head = self._checked_head(event.method, event.target, event.http_version, _fields(event))
@@ -2097,7 +2102,7 @@ class ClientWire(Wire):
             if type(event) is not h11.Response:
                 return self._message_event(event)
         except h11.RemoteProtocolError as error:
-            raise PeerGone(CUT_SHORT if self._cut else f"bad response: {str(error)[:200]}") from None
+            raise PeerGone(CUT_SHORT if self._cut else f"bad response: {_broken_rule(error)}") from None
         except TooMuchFraming as error:
             raise PeerGone(str(error).replace("request", "response")) from None
         headers = _fields(event)

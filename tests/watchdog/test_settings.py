@@ -260,9 +260,17 @@ def test_command_is_taken_when_under_its_name_or_its_alias(name: str) -> None:
     assert parse_settings(Settings, {name: "wc -c"}).fprocess == ("wc", "-c")
 
 
-def test_alias_is_refused_when_it_contradicts_the_name() -> None:
-    (problem,) = problems_of(fprocess="cat", function_process="wc")
-    assert "fprocess='cat' contradicts function_process='wc'" in problem
+@pytest.mark.parametrize(
+    ("name", "alias", "secret", "other"),
+    [
+        ("fprocess", "function_process", "curl -u u:geheim x", "cat"),
+        ("upstream_url", "http_upstream_url", "http://u:geheim@h", "http://h"),
+    ],
+)
+def test_alias_is_refused_when_it_contradicts_the_name(name: str, alias: str, secret: str, other: str) -> None:
+    for values in ({name: secret, alias: other}, {name: other, alias: secret}):
+        (problem,) = problems_of(**{"fprocess": "cat"} | values)
+        assert problem == f"{name} and {alias} are both set, and differ; allowed: one of the two"
 
 
 def test_alias_is_taken_when_it_repeats_the_name() -> None:
