@@ -201,6 +201,11 @@ def _strerror(error: OSError) -> str:
     return (error.strerror or str(error)).lower()
 
 
+def reason_of(error: Exception) -> str:
+    """Return what an operator is told of an error: of one of the system its words, without number and tuples."""
+    return _strerror(error) if isinstance(error, OSError) else str(error) or type(error).__name__
+
+
 class BadSettings(FaashoundError):
     """The environment asks for something impossible.  `problems` names every bad variable, a line each."""
 

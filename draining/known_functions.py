@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
@@ -26,6 +25,7 @@ from typing import Any
 
 from ..calls.names import FunctionName
 from ..calls.retries import RetryPolicy, parse_annotations, policy_for
+from ..functions.documents import parse_document
 from ..functions.exposure import parse_exposure
 from ..functions.table import parse_upstream
 from ..network.addresses import parse_literal
@@ -170,7 +170,7 @@ class KnownFunctions:
             raise
         if response.status == 404:
             return {}
-        told = json.loads(body)
+        told = parse_document(body)
         return told if isinstance(told, dict) else {}
 
 

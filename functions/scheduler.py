@@ -24,8 +24,8 @@ from pathlib import Path
 from ..calls.model import FINAL, CallExists, KeyReused, NewCall, TooManyQueued
 from ..calls.names import FunctionName
 from ..queues import Queue
-from ..watchdog import FaashoundError, log
-from .documents import write_whole
+from ..watchdog import FaashoundError, log, reason_of
+from .documents import parse_document, parse_time, write_whole
 from .schedules import HEADERS, Expression, Schedule, Tick, due_ticks, parse_schedules
 from .table import Function
 
@@ -185,12 +185,12 @@ class Scheduler:
 
     def _read_state(self) -> dict[str, Seen]:
         try:
-            found = json.loads(self._state.read_bytes()) if self._state is not None else {}
-            return {str(key): Seen(float(looked_s), last_s) for key, (looked_s, last_s) in found.items()}
+            return {} if self._state is None else parse_state(self._state.read_bytes())
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, AttributeError, TypeError) as error:
-            log.warning(f"{self._state}: {error}; scheduled calls of before are not made up for")
+        except (OSError, ValueError) as error:
+            reason = reason_of(error)
+            log.warning(f"{self._state}: {reason}; scheduled calls of before are not made up for")
             return {}
 
     def _write_state(self, seen: Mapping[str, Seen]) -> None:
@@ -204,6 +204,17 @@ class Scheduler:
             log.warning(
                 f"{self._state}: {error.strerror}; how far schedules were looked at is not known after a restart"
             )
+
+
+def parse_state(text: bytes) -> dict[str, Seen]:
+    """Return how far a file says that each expression was looked at; ValueError if it is none of ours."""
+    found = parse_document(text)
+    if not isinstance(found, dict) or not all(isinstance(row, list) and len(row) == 2 for row in found.values()):
+        raise ValueError("not two times for each schedule")
+    return {
+        key: Seen(parse_time(looked_s), None if last_s is None else parse_time(last_s))
+        for key, (looked_s, last_s) in found.items()
+    }
 
 
 def _rfc3339(epoch_s: float) -> str:

@@ -19,13 +19,13 @@ says how to turn it on.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..calls.names import DEFAULT_NAMESPACE, BadFunctionName, FunctionName, parse_function_name
 from ..functions.control import Control
+from ..functions.documents import parse_document
 from ..functions.scheduler import Scheduler
 from ..watchdog import FaashoundError, Request, Response, log
 from .answers import BadField, allow, json_response, parse_parameters
@@ -44,8 +44,8 @@ async def read_document(request: Request) -> dict[str, Any]:
     """Return the JSON object that is the body of a request; raises BadField."""
     text = await request.body.read(MAX_DOCUMENT_BYTES)
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
+        found = parse_document(text)
+    except ValueError:
         raise BadField("the body is no JSON; allowed: a JSON object") from None
     if not isinstance(found, dict):
         raise BadField("the body is no JSON object; allowed: a JSON object")
