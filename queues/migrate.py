@@ -13,6 +13,7 @@ callbacks that are still to be delivered, which only a worker on the spool does;
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import dataclasses
 import fcntl
@@ -24,13 +25,22 @@ from pathlib import Path
 from typing import Protocol, cast, runtime_checkable
 
 from ..calls.model import Call, CallExists, CallFinished, CallUnknown, NewCall, QueueUnavailable, State
-from ..watchdog import BadSettings, FaashoundError, OutputFailed, parse_settings, report_failure, write_out
+from ..watchdog import (
+    BadSettings,
+    FaashoundError,
+    OutputFailed,
+    parse_settings,
+    report_failure,
+    without_credentials,
+    write_out,
+)
 from . import Queue, open_queue
 from .commands import CommandParser
 from .inspection import walk_dead_letters
 from .nats_settings import NatsSettings
+from .spool.errors import open_error, want_queue
 from .spool.queue import Spool
-from .urls import NatsUrl, parse_queue_url
+from .urls import NatsUrl, QueueUrl, parse_queue_url
 
 PAGE_COUNT = 500
 
@@ -80,14 +90,17 @@ async def migrate(source: Path, target: HoldingQueue, report: Callable[[str], No
 def _check_idle(source: Path) -> None:
     """Raise QueueUnavailable if a worker lives on the spool: each locks a file in `owners/` (spool/owners.py)."""
     owners = source / "owners"
-    for path in owners.iterdir() if owners.is_dir() else ():
-        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise QueueUnavailable(f"a worker is at work on {source}: stop its gateway and workers first") from None
-        finally:
-            os.close(fd)
+    try:
+        for path in owners.iterdir() if owners.is_dir() else ():
+            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            finally:
+                os.close(fd)
+    except BlockingIOError:
+        raise QueueUnavailable(f"a worker is at work on {source}: stop its gateway and workers first") from None
+    except OSError as error:
+        raise open_error(source, error) from error
 
 
 class _Move:
@@ -166,6 +179,13 @@ class _Move:
 # ---------------------------------------------------------------------------------------------------------------
 
 
+def _url_argument(text: str) -> QueueUrl:
+    try:
+        return parse_queue_url(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{without_credentials(text)!r}: {error}") from None
+
+
 def migrate_queue(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Carry out `fworker migrate --from spool:DIR --to nats://HOST`; return its exit status.
 
@@ -174,24 +194,27 @@ def migrate_queue(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     The settings for NATS are those of gateway and worker.
     """
     parser = CommandParser("fworker migrate", description="Moves queued calls from a spool to NATS.")
-    parser.add_argument("--from", dest="source", required=True, metavar="spool:DIRECTORY")
-    parser.add_argument("--to", dest="target", required=True, metavar="nats://HOST[:PORT]")
+    parser.add_argument("--from", dest="source", required=True, metavar="spool:DIRECTORY", type=_url_argument)
+    parser.add_argument("--to", dest="target", required=True, metavar="nats://HOST[:PORT]", type=_url_argument)
     try:
         options = parser.parse_args(argv)
-        source, target = parse_queue_url(options.source), parse_queue_url(options.target)
+        source, target = options.source, options.target
         settings = parse_settings(NatsSettings, environ)
     except SystemExit as end:  # argparse has printed what there is to say
         return int(end.code or 0)
     except OutputFailed as error:
         return report_failure(error)
-    except (ValueError, BadSettings) as error:
+    except BadSettings as error:
         print(error, file=sys.stderr)
         return 2
     if not isinstance(source, Path) or not isinstance(target, NatsUrl):
         print("allowed: --from spool:DIRECTORY --to nats://HOST[:PORT]", file=sys.stderr)
         return 2
-    if not source.is_dir():  # opening would create it
-        print(f"--from spool:{source}: there is no such directory", file=sys.stderr)
+    try:
+        want_queue(source)
+        _check_idle(source)  # rather than when a server has been found
+    except FaashoundError as error:
+        print(f"--from spool:{source}: {error}", file=sys.stderr)
         return 1
     return asyncio.run(_carry_out(source, target, settings))
 

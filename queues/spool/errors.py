@@ -55,6 +55,30 @@ def open_error(path: Path, error: OSError) -> FaashoundError:
     )
 
 
+def want_queue(directory: Path) -> None:
+    """Raise QueueUnavailable where there is no queue, or none that may be looked at: to open it would make one."""
+    if _holds_queue(directory):
+        return
+    if not directory.is_dir():
+        raise QueueUnavailable("there is no such directory")
+    below = directory / "spool"
+    hint = f"; meant is {below}?" if _holds_queue(below) else ""
+    raise QueueUnavailable(f"there is no queue ({DATABASE}){hint}")
+
+
+def _holds_queue(directory: Path) -> bool:
+    """Tell whether a queue's file is there, or the journal of one that is lost."""
+    for name in (DATABASE, f"{DATABASE}-wal"):
+        try:
+            (directory / name).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise open_error(directory, error) from error
+        return True
+    return False
+
+
 def user_name(uid: int) -> str:
     """Return what an operator calls the user with a number."""
     try:
