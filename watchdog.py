@@ -197,7 +197,17 @@ class FaashoundError(Exception):
         super().__init__(text or self.text)
 
 
-def _strerror(error: OSError) -> str:
+def _strerror(error: OSError | UnicodeError) -> str:
+    """Return the words of an error of the system alone.
+
+    asyncio adds an address as a tuple, ssl the place in its source, and getaddrinfo the codec that takes no such name.
+    """
+    if isinstance(error, UnicodeError):
+        return "a label of the name is empty or too long"
+    if isinstance(error, ssl.SSLError):
+        return re.sub(r"^\[[^]]*\] | \(_ssl\.c:\d+\)$", "", error.strerror or str(error)).lower()
+    if error.errno is not None and error.errno > 0:  # getaddrinfo's are below
+        return os.strerror(error.errno).lower()
     return (error.strerror or str(error)).lower()
 
 
@@ -3033,7 +3043,7 @@ class ServerConnection(Connection):
         try:
             await self._send(response)
         except (FaashoundError, OSError) as error:
-            log.info(f"response cut short: {error}")
+            log.info(f"response cut short: {reason_of(error)}")
             self._cut()
         except Exception:
             log.exception("a response could not be sent")
@@ -3297,7 +3307,7 @@ async def resolve_any(url: Url) -> Sequence[Address]:
     try:
         found = await asyncio.get_running_loop().getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        raise Unreachable(f"cannot resolve {url.host}: {error}") from None
+        raise Unreachable(f"cannot resolve {url.host}: {_strerror(error)}") from None
     return [(family, str(sockaddr[0])) for family, _, _, _, sockaddr in found]
 
 
@@ -3412,7 +3422,7 @@ class Client:
                     await connection.start_tls(self._tls_context(), url.host)
                 return connection
             except OSError as error:
-                reasons.append(f"{address[1]}: {error}")
+                reasons.append(f"{address[1]}: {_strerror(error)}")
                 left.remove(address)
         raise Unreachable(f"cannot connect to {url.authority}: {'; '.join(reasons)}")
 
@@ -6752,7 +6762,9 @@ class CallLog:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def open_sockets(host: str | None, port: int, environ: Mapping[str, str]) -> list[socket.socket]:
+def open_sockets(
+    host: str | None, port: int, environ: Mapping[str, str], setting_name: str = "port"
+) -> list[socket.socket]:
     """Return the sockets to listen on: those of socket activation (sd_listen_fds(3)) if given, else new ones.
 
     LISTEN_PID, if set, must be our own number; a parent that cannot know it leaves it out.  Raises CannotStart.
@@ -6766,7 +6778,8 @@ def open_sockets(host: str | None, port: int, environ: Mapping[str, str]) -> lis
         once = dict.fromkeys((family, sockaddr) for family, _, _, _, sockaddr in found)  # /etc/hosts may repeat itself
         return [_listen(family, sockaddr) for family, sockaddr in once]
     except (OSError, UnicodeError) as error:
-        raise CannotStart(f"cannot listen on {host or 'all interfaces'} port {port}: {error}") from None
+        place = f"port {port} ({setting_name}) of {host or 'all interfaces'} (host)"
+        raise CannotStart(f"cannot listen on {place}: {_strerror(error)}") from None
 
 
 def _inherited_sockets(count_text: str) -> list[socket.socket]:
@@ -6778,9 +6791,8 @@ def _inherited_sockets(count_text: str) -> list[socket.socket]:
         if not all(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) for sock in sockets):
             raise ValueError("they do not listen")
     except (ValueError, OSError) as error:
-        reason = _strerror(error) if isinstance(error, OSError) else str(error)
         raise CannotStart(
-            f"LISTEN_FDS={count_text!r}: the sockets from descriptor 3 on cannot be used: {reason}"
+            f"LISTEN_FDS={count_text!r}: the sockets from descriptor 3 on cannot be used: {reason_of(error)}"
         ) from None
     for fd in fds:
         os.set_inheritable(fd, False)  # or each function would hold our port
@@ -7092,7 +7104,7 @@ def bind_sockets(host: str | None, port: int, metrics_port: int, environ: Mappin
 
 def bind_metrics_sockets(host: str | None, port: int) -> list[socket.socket]:
     """Return the sockets of /metrics, none for port 0.  Raises CannotStart."""
-    return open_sockets(host, port, {}) if port else []
+    return open_sockets(host, port, {}, "metrics_port") if port else []
 
 
 class Program(NamedTuple):
@@ -7433,16 +7445,19 @@ def with_chosen_port(settings: Settings, environ: Mapping[str, str]) -> tuple[Se
 
 def free_server_port(host: str) -> int:
     """Return one of SERVER_PORTS that could be bound a moment ago.  Raises CannotStart."""
-    reason = "all that were tried are taken"
-    for _ in range(PORT_TRIES_COUNT):
-        port = SERVER_PORTS[int.from_bytes(os.urandom(4)) % len(SERVER_PORTS)]
-        try:
-            family, *_, sockaddr = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            with socket.socket(family) as probe:
-                probe.bind(sockaddr)
-            return port
-        except OSError as error:
-            reason = _strerror(error)
+    reason = ""
+    try:
+        family, *_, (address, _, *scope) = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        for _ in range(PORT_TRIES_COUNT):
+            port = SERVER_PORTS[int.from_bytes(os.urandom(4)) % len(SERVER_PORTS)]
+            try:
+                with socket.socket(family) as probe:
+                    probe.bind((address, port, *scope))
+                return port
+            except OSError as error:
+                reason = _strerror(error)
+    except (OSError, UnicodeError) as error:
+        reason = _strerror(error)
     raise CannotStart(f"no port of {host} for the server (upstream_url): {reason}")
 
 

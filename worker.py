@@ -32,7 +32,7 @@ from typing import TypeVar
 
 import uvloop
 
-from .calls.callbacks import build_policy
+from .calls.callbacks import CallbackRefused, build_policy, parse_callback_url
 from .calls.model import (
     Attempt,
     Kind,
@@ -114,6 +114,10 @@ ALLOWED_HOSTS_HELP = "host names that /metrics and /healthz answer to, by commas
 def parse_gateway_url(text: str) -> str:
     """Return the gateway's base URL without a trailing slash; ValueError for what is none."""
     url = parse_url(text)
+    try:
+        parse_callback_url(text)  # callbacks may go there
+    except CallbackRefused:
+        raise ValueError("allowed: http://host[:port][/path], with a port from 1 to 65535") from None
     if "?" in url.target:
         raise ValueError("allowed: http://host[:port][/path]")
     return text.rstrip("/")

@@ -31,7 +31,7 @@ from functools import partial
 from pathlib import Path
 
 from ..calls.names import FunctionName
-from ..watchdog import FUNCTION_VARIABLE, FaashoundError, in_thread, log
+from ..watchdog import FUNCTION_VARIABLE, FaashoundError, in_thread, log, reason_of
 from .endpoint import Endpoint, NotHealthy
 from .exposure import digest_token
 from .forkserver import ForkServer
@@ -279,7 +279,7 @@ class LocalFunctions:
                 await self._roll(function)
                 log.info(f"{function.name.short} is served by its new version")
             except (NotHealthy, OSError) as error:
-                log.error(f"{error}; the old version of {function.name.short} goes on")
+                log.error(f"{reason_of(error)}; the old version of {function.name.short} goes on")
 
     async def _roll(self, function: Function, commit: Callable[[], Awaitable[None]] = _nothing) -> None:
         """Start a version, and once it is healthy let it take the place of the one that serves, if there is one."""

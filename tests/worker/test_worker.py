@@ -75,3 +75,12 @@ def status_port(system: System) -> Iterator[int]:
     port = free_port()
     with Worker(system, {"metrics_port": str(port), "allowed_hosts": "worker.internal"}):
         yield port
+
+
+@pytest.mark.parametrize("url", ["http://gateway:0", "http://a!b", "http://1.2.3.4.5", "http://h/?a", "h:80"])
+def test_worker_refuses_an_address_of_the_gateway_that_is_none(url: str) -> None:
+    ended = run("worker", settings={"gateway_url": url})
+    assert ended.returncode == 2
+    assert f"gateway_url='{url}': " in ended.stderr
+    assert "allowed: " in ended.stderr
+    assert "callback" not in ended.stderr
