@@ -100,7 +100,7 @@ AUTO_WORKERS_COUNT = 4  # of them by default: with its functions a loop keeps tw
 MAX_CONNECTIONS_COUNT = 10000  # of one process, if neither the operator nor its descriptors allow fewer: about 100 MiB
 METRICS_CONNECTIONS_COUNT = 64  # of the port that a scraper and some probes look at
 REFUSED_AT_ONCE_COUNT = 16  # connections above the limit that are told so at the same time; more are closed
-TOLD_EVERY_S = 10.0  # the log, that connections are refused
+TOLD_EVERY_S = 10.0  # the log, that connections are refused or cannot be accepted
 MAX_DESCRIPTORS_COUNT = 1 << 20  # what we ask for at most; some containers allow 2**30
 KEPT_BACK_COUNT = 64  # descriptors that connections may not take: for listening, files of a queue, pipes to children
 ACCEPTS_COUNT = 64  # connections in one turn of the loop
@@ -2527,6 +2527,24 @@ class Roster:
             line.move_to_end(connection)
 
 
+class Trouble:
+    """What keeps something from its work at each look: told once, and again when it is another or was over between."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self._write = write
+        self._told = ""
+
+    def tell(self, text: str) -> None:
+        """It is there (still)."""
+        if text != self._told:
+            self._write(text)
+        self._told = text
+
+    def over(self) -> None:
+        """It is there no longer."""
+        self._told = ""
+
+
 class Listener:
     """Accepts from a listening socket, in turns with the other worker processes: the fewest connections go first.
 
@@ -2573,7 +2591,7 @@ class Listener:
         except BlockingIOError:
             return False
         except OSError as error:
-            log.error(f"cannot accept a connection: {_strerror(error)}")
+            self._server.tell(error)
             self._rest(ACCEPT_PAUSE_S)
             return False
         is_full, connection = self._server.admit(network_of(peername))
@@ -2643,7 +2661,7 @@ class Server:
         was_full = self._roster.is_full(network)
         refusal = self._roster.make_room(network) if was_full else None
         if refusal is not None:
-            self._tell(refusal)
+            self._tell(log.warning, f"connections are refused: {refusal}")
             if self._refused_count >= REFUSED_AT_ONCE_COUNT:
                 return True, None
             self._refused_count += 1
@@ -2653,11 +2671,16 @@ class Server:
         self._slot.count_connection(1)
         return was_full, connection
 
-    def _tell(self, refusal: TooManyConnections) -> None:
+    def tell(self, error: OSError) -> None:
+        """Listener: a connection cannot be accepted, and waits."""
+        remedy = " (LimitNOFILE, ulimit -n)" if error.errno == errno.EMFILE else ""
+        self._tell(log.error, f"cannot accept a connection: {_strerror(error)}{remedy}")
+
+    def _tell(self, write: Callable[[str], None], text: str) -> None:
         now_s = time.monotonic()
         if now_s >= self._told_s + TOLD_EVERY_S:
             self._told_s = now_s
-            log.warning(f"connections are refused: {refusal}")
+            write(text)
 
     def forget(self, connection: ServerConnection) -> None:
         """Connection: it is closed, or was never opened."""

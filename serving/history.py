@@ -36,7 +36,18 @@ from ..calls.names import BadFunctionName, FunctionName, parse_function_name
 from ..calls.views import format_time
 from ..functions.documents import parse_document, parse_time, write_whole
 from ..queues import Queue
-from ..watchdog import Client, FaashoundError, Request, Response, Slot, Url, log, parse_positive_count, reason_of
+from ..watchdog import (
+    Client,
+    FaashoundError,
+    Request,
+    Response,
+    Slot,
+    Trouble,
+    Url,
+    log,
+    parse_positive_count,
+    reason_of,
+)
 from .answers import BadField, allow, parse_parameters
 from .figures import (
     MINUTES_COUNT,
@@ -114,6 +125,7 @@ class History:
         self._now = now
         self._lock = asyncio.Lock()
         self._has_failed = False
+        self._trouble = Trouble(log.warning)
         self.misses_workers = False  # there are some beside us that cannot be asked
         kept = load_history(path) or Kept(now())
         self._hour = Hour(kept.since_s, kept.minutes)
@@ -157,10 +169,12 @@ class History:
 
     async def _read_backlog(self) -> Backlog | None:
         try:
-            return await self._sources.queue.backlog()
+            found = await self._sources.queue.backlog()
         except FaashoundError as error:
-            log.warning(f"no figures of the queue: {error}")
+            self._trouble.tell(f"no figures of the queue: {error}")
             return None
+        self._trouble.over()
+        return found
 
     def _note_depth(self, now_s: float, backlog: Backlog | None) -> None:
         if backlog is None or (self._depths and 0 <= now_s - self._depths[-1][0] < SAMPLED_EVERY_S / 2):
