@@ -369,7 +369,9 @@ class Worker:
         self.metrics.in_flight[entry.lease.kind].dec()
         self._wake_up.set()
         if not task.cancelled() and task.exception() is not None:
-            log.error(f"{task.exception()!r}; the lease runs out and it is tried again", call_id=entry.lease.call.id)
+            error = task.exception()
+            reason = str(error) if isinstance(error, FaashoundError) else repr(error)  # a fault of ours
+            log.error(f"{reason}; the lease runs out and it is tried again", call_id=entry.lease.call.id)
 
     async def _see_to_end(self, entry: InFlight) -> None:
         """Run one lease's work; what cannot be recorded is logged, and tried again when the lease has run out."""

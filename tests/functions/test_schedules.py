@@ -101,6 +101,13 @@ def test_bad_annotations_are_named_with_what_is_allowed(annotations: dict[str, s
     assert set(caught.value.problems) == names
 
 
+@pytest.mark.parametrize("bad", ["@every 1x", "@every 1ms", "61 * * * *", "x", "CRON_TZ=Nowhere * * * * *"])
+def test_bad_expression_is_named_among_others(bad: str) -> None:
+    with pytest.raises(BadSchedule, match="allowed: ") as caught:
+        parse_schedules(cron(f"@every 5m; {bad}; @daily"))
+    assert bad.removeprefix("CRON_TZ=").removesuffix(" * * * * *") in caught.value.problems["schedule"]
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

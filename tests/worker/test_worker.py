@@ -50,6 +50,7 @@ def test_worker_answers_healthz_and_metrics() -> None:
         system.ended(system.submit("cat", b"", {"X-Call-Id": call_id}))
         assert http_request(port, "GET", "/healthz").text == "OK"
         assert http_request(port, "HEAD", "/healthz").status == 200
+        assert http_request(port, "GET", "/").text == "only /metrics and /healthz are here\n"
         assert http_request(port, "POST", "/healthz").status == 405
         idle = 'worker_in_flight{kind="call"} 0.0'  # a moment after its end is known
         wait_until(lambda: idle in http_request(port, "GET", "/metrics").text, 15, "nothing in flight")
