@@ -101,7 +101,7 @@ AUTO_WORKERS_COUNT = 4  # of them by default: with its functions a loop keeps tw
 MAX_CONNECTIONS_COUNT = 10000  # of one process, if neither the operator nor its descriptors allow fewer: about 100 MiB
 METRICS_CONNECTIONS_COUNT = 64  # of the port that a scraper and some probes look at
 REFUSED_AT_ONCE_COUNT = 16  # connections above the limit that are told so at the same time; more are closed
-TOLD_EVERY_S = 10.0  # the log, that connections are refused
+TOLD_EVERY_S = 10.0  # the log, that connections are refused or cannot be accepted
 MAX_DESCRIPTORS_COUNT = 1 << 20  # what we ask for at most; some containers allow 2**30
 KEPT_BACK_COUNT = 64  # descriptors that connections may not take: for listening, files of a queue, pipes to children
 ACCEPTS_COUNT = 64  # connections in one turn of the loop
@@ -196,8 +196,23 @@ class FaashoundError(Exception):
         super().__init__(text or self.text)
 
 
-def _strerror(error: OSError) -> str:
+def _strerror(error: OSError | UnicodeError) -> str:
+    """Return the words of an error of the system alone.
+
+    asyncio adds an address as a tuple, ssl the place in its source, and getaddrinfo the codec that takes no such name.
+    """
+    if isinstance(error, UnicodeError):
+        return "a label of the name is empty or too long"
+    if isinstance(error, ssl.SSLError):
+        return re.sub(r"^\[[^]]*\] | \(_ssl\.c:\d+\)$", "", error.strerror or str(error)).lower()
+    if error.errno is not None and error.errno > 0:  # getaddrinfo's are below
+        return os.strerror(error.errno).lower()
     return (error.strerror or str(error)).lower()
+
+
+def reason_of(error: Exception) -> str:
+    """Return what an operator is told of an error: of one of the system its words, without number and tuples."""
+    return _strerror(error) if isinstance(error, OSError) else str(error) or type(error).__name__
 
 
 class BadSettings(FaashoundError):
@@ -485,7 +500,7 @@ def _parse_row(row: Setting, environ: Mapping[str, str]) -> Any:
     name, text = row.name, environ.get(row.name, "")
     other = environ.get(row.alias, "") if row.alias else ""
     if other and text and other != text:
-        raise ValueError(f"{name}={text!r} contradicts {row.alias}={other!r}; allowed: one of the two")
+        raise ValueError(f"{name} and {row.alias} are both set, and differ; allowed: one of the two")
     if other and not text:
         name, text = row.alias or name, other
     if not text:
@@ -1155,6 +1170,11 @@ def _tighten_h11_grammar() -> None:
         rb"(?P<chunk_size>[0-9A-Fa-f]{1,16})(?P<chunk_ext>[ \t]*+;[\t\x20-\x7e\x80-\xff]*+)?[ \t]*+\r\n"
     )
     readers._decode_header_lines = partial(_decode_few_lines, readers._decode_header_lines)
+
+
+def _broken_rule(error: h11.RemoteProtocolError) -> str:
+    """Return what h11 says without the bytes, which it quotes: they may be a secret, and go to clients and logs."""
+    return re.split(r":? (?:b|bytearray\(b)['\"]", str(error), maxsplit=1)[0]
 
 
 def _decode_few_lines(
@@ -1828,7 +1848,7 @@ class ServerWire(Wire):
             if error.error_status_hint == 431:
                 raise HeadTooLarge from None
             kind = UnknownCoding if error.error_status_hint == 501 else BadRequest
-            raise kind(f"bad request: {str(error)[:200]}") from None
+            raise kind(f"bad request: {_broken_rule(error)}") from None
         if type(event) is not h11.Request:
             return self._message_event(event)
         head = self._checked_head(event.method, event.target, event.http_version, _fields(event))
@@ -2071,7 +2091,7 @@ class ClientWire(Wire):
             if type(event) is not h11.Response:
                 return self._message_event(event)
         except h11.RemoteProtocolError as error:
-            raise PeerGone(CUT_SHORT if self._cut else f"bad response: {str(error)[:200]}") from None
+            raise PeerGone(CUT_SHORT if self._cut else f"bad response: {_broken_rule(error)}") from None
         except TooMuchFraming as error:
             raise PeerGone(str(error).replace("request", "response")) from None
         headers = _fields(event)
@@ -2471,6 +2491,24 @@ class Roster:
             line.move_to_end(connection)
 
 
+class Trouble:
+    """What keeps something from its work at each look: told once, and again when it is another or was over between."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self._write = write
+        self._told = ""
+
+    def tell(self, text: str) -> None:
+        """It is there (still)."""
+        if text != self._told:
+            self._write(text)
+        self._told = text
+
+    def over(self) -> None:
+        """It is there no longer."""
+        self._told = ""
+
+
 class Listener:
     """Accepts from a listening socket, in turns with the other worker processes: the fewest connections go first.
 
@@ -2517,7 +2555,7 @@ class Listener:
         except BlockingIOError:
             return False
         except OSError as error:
-            log.error(f"cannot accept a connection: {_strerror(error)}")
+            self._server.tell(error)
             self._rest(ACCEPT_PAUSE_S)
             return False
         is_full, connection = self._server.admit(network_of(peername))
@@ -2587,7 +2625,7 @@ class Server:
         was_full = self._roster.is_full(network)
         refusal = self._roster.make_room(network) if was_full else None
         if refusal is not None:
-            self._tell(refusal)
+            self._tell(log.warning, f"connections are refused: {refusal}")
             if self._refused_count >= REFUSED_AT_ONCE_COUNT:
                 return True, None
             self._refused_count += 1
@@ -2597,11 +2635,16 @@ class Server:
         self._slot.count_connection(1)
         return was_full, connection
 
-    def _tell(self, refusal: TooManyConnections) -> None:
+    def tell(self, error: OSError) -> None:
+        """Listener: a connection cannot be accepted, and waits."""
+        remedy = " (LimitNOFILE, ulimit -n)" if error.errno == errno.EMFILE else ""
+        self._tell(log.error, f"cannot accept a connection: {_strerror(error)}{remedy}")
+
+    def _tell(self, write: Callable[[str], None], text: str) -> None:
         now_s = time.monotonic()
         if now_s >= self._told_s + TOLD_EVERY_S:
             self._told_s = now_s
-            log.warning(f"connections are refused: {refusal}")
+            write(text)
 
     def forget(self, connection: ServerConnection) -> None:
         """Connection: it is closed, or was never opened."""
@@ -2992,7 +3035,7 @@ class ServerConnection(Connection):
         try:
             await self._send(response)
         except (FaashoundError, OSError) as error:
-            log.info(f"response cut short: {error}")
+            log.info(f"response cut short: {reason_of(error)}")
             self._cut()
         except Exception:
             log.exception("a response could not be sent")
@@ -3262,7 +3305,7 @@ async def resolve_any(url: Url) -> Sequence[Address]:
     try:
         found = await asyncio.get_running_loop().getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        raise Unreachable(f"cannot resolve {url.host}: {error}") from None
+        raise Unreachable(f"cannot resolve {url.host}: {_strerror(error)}") from None
     return [(family, str(sockaddr[0])) for family, _, _, _, sockaddr in found]
 
 
@@ -3372,7 +3415,7 @@ class Client:
                     await connection.start_tls(self._tls, url.host)
                 return connection
             except OSError as error:
-                reasons.append(f"{address[1]}: {error}")
+                reasons.append(f"{address[1]}: {_strerror(error)}")
                 left.remove(address)
         raise Unreachable(f"cannot connect to {url.authority}: {'; '.join(reasons)}")
 
@@ -6674,7 +6717,9 @@ class CallLog:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def open_sockets(host: str | None, port: int, environ: Mapping[str, str]) -> list[socket.socket]:
+def open_sockets(
+    host: str | None, port: int, environ: Mapping[str, str], setting_name: str = "port"
+) -> list[socket.socket]:
     """Return the sockets to listen on: those of socket activation (sd_listen_fds(3)) if given, else new ones.
 
     LISTEN_PID, if set, must be our own number; a parent that cannot know it leaves it out.  Raises CannotStart.
@@ -6688,7 +6733,8 @@ def open_sockets(host: str | None, port: int, environ: Mapping[str, str]) -> lis
         once = dict.fromkeys((family, sockaddr) for family, _, _, _, sockaddr in found)  # /etc/hosts may repeat itself
         return [_listen(family, sockaddr) for family, sockaddr in once]
     except (OSError, UnicodeError) as error:
-        raise CannotStart(f"cannot listen on {host or 'all interfaces'} port {port}: {error}") from None
+        place = f"port {port} ({setting_name}) of {host or 'all interfaces'} (host)"
+        raise CannotStart(f"cannot listen on {place}: {_strerror(error)}") from None
 
 
 def _inherited_sockets(count_text: str) -> list[socket.socket]:
@@ -6700,9 +6746,8 @@ def _inherited_sockets(count_text: str) -> list[socket.socket]:
         if not all(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) for sock in sockets):
             raise ValueError("they do not listen")
     except (ValueError, OSError) as error:
-        reason = _strerror(error) if isinstance(error, OSError) else str(error)
         raise CannotStart(
-            f"LISTEN_FDS={count_text!r}: the sockets from descriptor 3 on cannot be used: {reason}"
+            f"LISTEN_FDS={count_text!r}: the sockets from descriptor 3 on cannot be used: {reason_of(error)}"
         ) from None
     for fd in fds:
         os.set_inheritable(fd, False)  # or each function would hold our port
@@ -6997,7 +7042,7 @@ def bind_sockets(host: str | None, port: int, metrics_port: int, environ: Mappin
 
 def bind_metrics_sockets(host: str | None, port: int) -> list[socket.socket]:
     """Return the sockets of /metrics, none for port 0.  Raises CannotStart."""
-    return open_sockets(host, port, {}) if port else []
+    return open_sockets(host, port, {}, "metrics_port") if port else []
 
 
 class Program(NamedTuple):
@@ -7334,16 +7379,19 @@ def with_chosen_port(settings: Settings, environ: Mapping[str, str]) -> tuple[Se
 
 def free_server_port(host: str) -> int:
     """Return one of SERVER_PORTS that could be bound a moment ago.  Raises CannotStart."""
-    reason = "all that were tried are taken"
-    for _ in range(PORT_TRIES_COUNT):
-        port = SERVER_PORTS[int.from_bytes(os.urandom(4)) % len(SERVER_PORTS)]
-        try:
-            family, *_, sockaddr = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            with socket.socket(family) as probe:
-                probe.bind(sockaddr)
-            return port
-        except OSError as error:
-            reason = _strerror(error)
+    reason = ""
+    try:
+        family, *_, (address, _, *scope) = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        for _ in range(PORT_TRIES_COUNT):
+            port = SERVER_PORTS[int.from_bytes(os.urandom(4)) % len(SERVER_PORTS)]
+            try:
+                with socket.socket(family) as probe:
+                    probe.bind((address, port, *scope))
+                return port
+            except OSError as error:
+                reason = _strerror(error)
+    except (OSError, UnicodeError) as error:
+        reason = _strerror(error)
     raise CannotStart(f"no port of {host} for the server (upstream_url): {reason}")
 
 

@@ -32,7 +32,7 @@ from typing import TypeVar
 
 import uvloop
 
-from .calls.callbacks import build_policy
+from .calls.callbacks import CallbackRefused, build_policy, parse_callback_url
 from .calls.model import (
     Attempt,
     Kind,
@@ -114,6 +114,10 @@ ALLOWED_HOSTS_HELP = "host names that /metrics and /healthz answer to, by commas
 def parse_gateway_url(text: str) -> str:
     """Return the gateway's base URL without a trailing slash; ValueError for what is none."""
     url = parse_url(text)
+    try:
+        parse_callback_url(text)  # callbacks may go there
+    except CallbackRefused:
+        raise ValueError("allowed: http://host[:port][/path], with a port from 1 to 65535") from None
     if "?" in url.target:
         raise ValueError("allowed: http://host[:port][/path]")
     return text.rstrip("/")
@@ -369,7 +373,9 @@ class Worker:
         self.metrics.in_flight[entry.lease.kind].dec()
         self._wake_up.set()
         if not task.cancelled() and task.exception() is not None:
-            log.error(f"{task.exception()!r}; the lease runs out and it is tried again", call_id=entry.lease.call.id)
+            error = task.exception()
+            reason = str(error) if isinstance(error, FaashoundError) else repr(error)  # a fault of ours
+            log.error(f"{reason}; the lease runs out and it is tried again", call_id=entry.lease.call.id)
 
     async def _see_to_end(self, entry: InFlight) -> None:
         """Run one lease's work; what cannot be recorded is logged, and tried again when the lease has run out."""

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
@@ -26,6 +25,7 @@ from typing import Any
 
 from ..calls.names import FunctionName
 from ..calls.retries import RetryPolicy, parse_annotations, policy_for
+from ..functions.documents import parse_document
 from ..functions.exposure import parse_exposure
 from ..functions.table import parse_upstream
 from ..network.addresses import parse_literal
@@ -63,6 +63,7 @@ class Known:
     asked_s: float = float("-inf")
     avoided: Url | None = None
     avoided_until_s: float = float("-inf")
+    trouble: str = ""  # of the last question, which has been told
 
     def usable(self, now_s: float) -> Known:
         """Return the same without an address that is avoided now."""
@@ -131,7 +132,7 @@ class KnownFunctions:
         return await asyncio.shield(task)
 
     async def _ask(self, function: FunctionName) -> Known:
-        asked_s, before = time.monotonic(), self._known.get(function, self._unknown)
+        asked_s, before, trouble = time.monotonic(), self._known.get(function, self._unknown), ""
         try:
             told = await self._description(function)
             annotations = annotations_of(told)
@@ -139,7 +140,9 @@ class KnownFunctions:
             is_disabled = parse_exposure(annotations).is_disabled
             upstream = parse_told_upstream(told) if self._direct else None
         except (FaashoundError, ValueError) as error:
-            log.warning(f"the gateway does not tell of {function}: {error}")
+            trouble = str(error)
+            if trouble != before.trouble:
+                log.warning(f"the gateway does not tell of {function}: {trouble}")
             policy, upstream, is_disabled = before.policy, before.upstream, before.is_disabled
             if upstream is not None and upstream.ends_with_gateway:
                 upstream = None
@@ -149,6 +152,7 @@ class KnownFunctions:
             upstream=upstream,
             is_disabled=is_disabled,
             asked_s=asked_s,
+            trouble=trouble,
         )
         self._keep(function, known)
         return known
@@ -176,7 +180,7 @@ class KnownFunctions:
             raise
         if response.status == 404:
             return {}
-        told = json.loads(body)
+        told = parse_document(body)
         return told if isinstance(told, dict) else {}
 
 

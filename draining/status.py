@@ -42,6 +42,8 @@ class StatusPage:
             check_own_name(request.host, self._names, "worker")
         if request.path == b"/healthz":
             return self._answer_health(request)
+        if request.path != b"/metrics":
+            return Response(404, (TEXT_PLAIN,), b"only /metrics and /healthz are here\n")
         self._refresh()
         return await serve_metrics(self._metrics.registry, request)
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..calls.names import DEFAULT_NAMESPACE, FunctionName
-from ..watchdog import FaashoundError, in_thread, log
+from ..watchdog import FaashoundError, in_thread, log, reason_of
 from .bucket import BucketDocuments, BucketShelves
 from .deployments import BadDeployment, Deployment, Deployments, Rules, name_of, parse_deployment
 from .documents import Documents, DocumentShelves, hold_state
@@ -160,7 +160,7 @@ class Control:
                 last_error, changed = "", False
             except (FaashoundError, OSError) as error:
                 if str(error) != last_error:
-                    log.error(f"what other gateways deploy is not seen: {error}")
+                    log.error(f"what other gateways deploy is not seen: {reason_of(error)}")
                 last_error = str(error)
 
     async def _take_over(self) -> None:
@@ -214,7 +214,7 @@ class Control:
         try:
             await self.reload()
         except OSError as error:
-            self._try_again(f"the functions file is not applied, and is tried again: {error}")
+            self._try_again(f"the functions file is not applied, and is tried again: {reason_of(error)}")
 
     def _try_again(self, trouble: str) -> None:
         """Read the file at the next look as well; say why, once."""

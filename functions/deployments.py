@@ -27,8 +27,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..calls.names import DEFAULT_NAMESPACE, BadFunctionName, FunctionName, is_label, parse_function_name
-from ..watchdog import BadSettings, FaashoundError, Settings, log, parse_command, parse_settings
-from .documents import Store
+from ..watchdog import BadSettings, FaashoundError, Settings, log, parse_command, parse_settings, reason_of
+from .documents import Store, parse_document, parse_time
 from .exposure import AUTH_ANNOTATION, BadExposure, parse_exposure
 from .namespaces import NAMESPACE_RULE
 from .scaling import BadLabels, parse_scale
@@ -298,10 +298,10 @@ class Deployments:
             try:
                 if isinstance(content, OSError):
                     raise content
-                stored = json.loads(content)
-                deployment = parse_deployment(stored["deployment"], rules, float(stored["created_s"]))
-            except (OSError, ValueError, KeyError, TypeError, BadDeployment) as error:
-                log.error(f"the deployed function {name} is disabled: {self._documents.place(name)}: {error}")
+                deployment = _parse_stored(content, rules)
+            except (OSError, ValueError, BadDeployment) as error:
+                reason = reason_of(error)
+                log.error(f"the deployed function {name} is disabled: {self._documents.place(name)}: {reason}")
             else:
                 found[deployment.function.name] = deployment
         return found
@@ -320,3 +320,11 @@ class Deployments:
     def delete(self, name: FunctionName) -> None:
         """Keep it no longer; raises NotStored."""
         self._documents.delete(str(name))
+
+
+def _parse_stored(content: bytes, rules: Rules) -> Deployment:
+    """Return the deployment in a document; raises BadDeployment, or ValueError if it is none of ours."""
+    stored = parse_document(content)
+    if not isinstance(stored, dict) or not {"deployment", "created_s"} <= stored.keys():
+        raise ValueError("not a document of ours")
+    return parse_deployment(stored["deployment"], rules, parse_time(stored["created_s"]))

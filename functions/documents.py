@@ -3,6 +3,7 @@
     documents = Documents(Path("state/functions"))
     documents.write("cat.openfaas-fn", b"...")       # when it returns, the document is on the disk
     documents.read_all(); documents.delete("cat.openfaas-fn")
+    parse_document(b'{"created_s": 1.5}')            # JSON, and a ValueError for all that is not quite that
 
 Written is a temporary file beside it, which is synced and then takes the name; the directory is synced last.  A crash
 at any instant leaves the old document or the new one, and perhaps a temporary file, which the next start removes.
@@ -15,10 +16,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..calls.names import is_label
 from ..watchdog import CannotStart, FaashoundError
@@ -134,6 +137,50 @@ class DocumentShelves:
         if name not in self._spaces:
             self._spaces[name] = Documents(self._directory / name)
         return self._spaces[name]
+
+
+MAX_TIME_S = 253402300799  # the last second of the year 9999, behind which our calendars end
+
+MAX_DIGITS_COUNT = 300  # of a whole number: a longer one is no float
+
+
+def parse_document(text: bytes | str) -> Any:
+    """Return what a document holds; ValueError for what is no JSON, nested too deep, or no finite number.
+
+    A program may have been killed over it, or a person has edited it: Python takes Infinity and NaN too, which no int()
+    takes, and numbers that no float() does.
+    """
+    try:
+        return _DECODER.decode(text if isinstance(text, str) else text.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"no JSON at line {error.lineno}, column {error.colno}") from None
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def _parse_int(text: str) -> int:
+    if len(text) > MAX_DIGITS_COUNT:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
+
+
+def _parse_float(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError("a number that is not finite")
+    return number
+
+
+_DECODER = json.JSONDecoder(parse_int=_parse_int, parse_float=_parse_float, parse_constant=_parse_float)
+
+
+def parse_time(value: object) -> float:
+    """Return a time of a document, in seconds since the epoch; ValueError for what is none that calendars have."""
+    if not isinstance(value, int | float) or not 0 <= value <= MAX_TIME_S:
+        raise ValueError("a time that no calendar has")
+    return float(value)
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from ..calls.names import FunctionName
-from ..watchdog import BACKLOG, Client, FaashoundError, Url, log, parse_count, parse_workers
+from ..watchdog import BACKLOG, Client, FaashoundError, Url, log, parse_count, parse_workers, reason_of
 from .logs import LogPipe, LogStore
 from .scaling import Load, Scale, parse_scale
 from .supervisor import ManagedProcess, ManagedProgram, Supervisor, lift
@@ -322,7 +322,9 @@ class Endpoint:
         try:
             self.wake()
         except OSError as error:
-            log.error(f"{self.function.name.short} cannot be started: {error}; next start in {WAKE_AGAIN_S:g} s")
+            log.error(
+                f"{self.function.name.short} cannot be started: {reason_of(error)}; next start in {WAKE_AGAIN_S:g} s"
+            )
             self._watch(False)  # what waits would call us again and again
             self._wake_again = asyncio.get_running_loop().call_later(WAKE_AGAIN_S, self.wake_or_tell)
 
@@ -351,7 +353,7 @@ class Endpoint:
         try:
             self._grow(count)
         except OSError as error:  # the next look tries again
-            log.error(f"{self.function.name.short} gets no more watchdogs now: {error}")
+            log.error(f"{self.function.name.short} gets no more watchdogs now: {reason_of(error)}")
         if count < len(self.processes):
             self._shrink(count)
         self._look_at_load_later()

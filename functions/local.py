@@ -31,7 +31,7 @@ from functools import partial
 from pathlib import Path
 
 from ..calls.names import FunctionName
-from ..watchdog import FUNCTION_VARIABLE, FaashoundError, in_thread, log
+from ..watchdog import FUNCTION_VARIABLE, FaashoundError, in_thread, log, reason_of
 from .endpoint import Endpoint, NotHealthy
 from .exposure import digest_token
 from .forkserver import ForkServer
@@ -295,7 +295,7 @@ class LocalFunctions:
             except NotHealthy as error:
                 log.error(f"{error}; the old version of {function.name.short} goes on")
             except OSError as error:
-                return f"the old version of {function.name.short} goes on: {error}"
+                return f"the old version of {function.name.short} goes on: {reason_of(error)}"
         return ""
 
     async def _roll(self, function: Function, commit: Callable[[], Awaitable[None]] = _nothing) -> None:

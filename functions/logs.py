@@ -33,6 +33,7 @@ from pathlib import Path
 
 from ..calls.names import FunctionName
 from ..watchdog import FaashoundError, escape_line, in_thread, log, parse_bool
+from .documents import parse_document, parse_time
 from .table import Function
 
 PARTS_COUNT = 4  # files that a function's lines are divided among
@@ -156,11 +157,11 @@ def parse_record(data: bytes, instance: str, now_s: float) -> Record:
     text = data[:MAX_LINE_BYTES].decode("utf-8", "replace")
     level, at_s = "raw", now_s
     try:
-        document = json.loads(text) if text.startswith("{") else None
+        document = parse_document(text) if text.startswith("{") else None
         if isinstance(document, dict) and isinstance(document.get("msg"), str):
-            level, at_s, text = str(document["level"]), float(document["time"]), document["msg"]
-    except (ValueError, KeyError, TypeError):
-        pass  # a traceback of Python, say
+            level, at_s, text = str(document["level"]), parse_time(document["time"]), document["msg"]
+    except (ValueError, KeyError):
+        pass  # a traceback of Python, say, or JSON of the function's own
     call_id = None
     if match := _CALL.match(text):
         call_id, text = None if match[1] == "none" else match[1], text[match.end() :]
@@ -417,4 +418,5 @@ class Cursor:
                     return
                 self._offset += len(data)
                 with suppress(ValueError, TypeError):
-                    yield LogLine(*json.loads(data))
+                    at_s, *rest = parse_document(data)
+                    yield LogLine(parse_time(at_s), *rest)

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..calls.names import is_label
-from ..watchdog import FaashoundError, log
-from .documents import Store
+from ..watchdog import FaashoundError, log, reason_of
+from .documents import Store, parse_document
 
 NAMESPACE_RULE = (
     "1 to 63 lower-case letters, digits, '-' and '_', a letter or digit first and last; no number, not localhost"
@@ -95,10 +95,10 @@ class Namespaces:
         try:
             if isinstance(content, OSError):
                 raise content
-            document = json.loads(content)
+            document = parse_document(content)
             return parse_namespace(document if isinstance(document, dict) else {}, name)
         except (OSError, ValueError, BadNamespace) as error:
-            log.error(f"what was noted of the namespace {name} is lost: {self._store.place(name)}: {error}")
+            log.error(f"what was noted of the namespace {name} is lost: {self._store.place(name)}: {reason_of(error)}")
             return Namespace(name)
 
     def names(self) -> list[str]:

@@ -24,8 +24,8 @@ from pathlib import Path
 from ..calls.model import FINAL, CallExists, KeyReused, NewCall, TooManyQueued
 from ..calls.names import FunctionName
 from ..queues import Queue
-from ..watchdog import FaashoundError, log
-from .documents import write_whole
+from ..watchdog import FaashoundError, Trouble, log, reason_of
+from .documents import parse_document, parse_time, write_whole
 from .schedules import HEADERS, Expression, Schedule, Tick, due_ticks, parse_schedules
 from .table import Function
 
@@ -65,6 +65,7 @@ class Scheduler:
         self._known: dict[str, Seen] = {}
         self._parsed: dict[FunctionName, tuple[Mapping[str, str], Schedule]] = {}
         self._full: set[str] = set()  # expressions whose function has as many calls waiting as it may
+        self._trouble, self._state_trouble = Trouble(log.error), Trouble(log.warning)
         self._changed = asyncio.Event()
 
     def wake(self) -> None:
@@ -78,8 +79,9 @@ class Scheduler:
             self._changed.clear()
             try:
                 await self.look()
+                self._trouble.over()
             except FaashoundError as error:
-                log.error(f"a scheduled call could not be queued, it is tried again: {error}")
+                self._trouble.tell(f"a scheduled call could not be queued, it is tried again: {error}")
             wait_s = min(max(self._next_s() - self._now(), 0.0), LOOK_S)
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), wait_s)
@@ -185,12 +187,12 @@ class Scheduler:
 
     def _read_state(self) -> dict[str, Seen]:
         try:
-            found = json.loads(self._state.read_bytes()) if self._state is not None else {}
-            return {str(key): Seen(float(looked_s), last_s) for key, (looked_s, last_s) in found.items()}
+            return {} if self._state is None else parse_state(self._state.read_bytes())
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, AttributeError, TypeError) as error:
-            log.warning(f"{self._state}: {error}; scheduled calls of before are not made up for")
+        except (OSError, ValueError) as error:
+            reason = reason_of(error)
+            log.warning(f"{self._state}: {reason}; scheduled calls of before are not made up for")
             return {}
 
     def _write_state(self, seen: Mapping[str, Seen]) -> None:
@@ -201,9 +203,22 @@ class Scheduler:
                 self._state, json.dumps({key: (each.looked_s, each.last_s) for key, each in seen.items()}).encode()
             )
         except OSError as error:
-            log.warning(
+            self._state_trouble.tell(
                 f"{self._state}: {error.strerror}; how far schedules were looked at is not known after a restart"
             )
+        else:
+            self._state_trouble.over()
+
+
+def parse_state(text: bytes) -> dict[str, Seen]:
+    """Return how far a file says that each expression was looked at; ValueError if it is none of ours."""
+    found = parse_document(text)
+    if not isinstance(found, dict) or not all(isinstance(row, list) and len(row) == 2 for row in found.values()):
+        raise ValueError("not two times for each schedule")
+    return {
+        key: Seen(parse_time(looked_s), None if last_s is None else parse_time(last_s))
+        for key, (looked_s, last_s) in found.items()
+    }
 
 
 def _rfc3339(epoch_s: float) -> str:

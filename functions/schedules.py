@@ -128,7 +128,10 @@ def parse_expression(text: str) -> Expression:
         except (ZoneInfoNotFoundError, ValueError, OSError):
             raise ValueError(f"{zone!r} is no time zone here; allowed: names such as Europe/Berlin") from None
     if match := re.fullmatch(r"@every\s+(\S+)", rest):
-        every_s = parse_positive_duration(match[1])
+        try:
+            every_s = parse_positive_duration(match[1])
+        except ValueError as error:
+            raise ValueError(f"{text!r}: {error}") from None
         if every_s < SHORTEST_EVERY_S:
             raise ValueError(f"@every {match[1]}: allowed: {SHORTEST_EVERY_S:g}s and longer")
         return Expression(text, every_s=every_s)

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 import tomllib
 import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -298,10 +299,15 @@ def read_functions(path: Path, *, missing_ok: bool = False) -> dict[FunctionName
 def parse_functions(text: str, source: str) -> dict[FunctionName, Function]:
     """Return the functions that `text` describes; `source` is what error messages call it.  Raises BadFunctions."""
     try:
-        document = tomllib.loads(text)
+        document, lines = tomllib.loads(text), find_lines(text)
     except tomllib.TOMLDecodeError as error:  # its text ends with line and column
         raise BadFunctions([f"{source}: {error}"]) from None
-    report = _Report(source, find_lines(text))
+    except ValueError:  # int() refuses what would keep it busy for long
+        limit = sys.get_int_max_str_digits()
+        raise BadFunctions([f"{source}: a number has too many digits; allowed: {limit} of them"]) from None
+    except RecursionError:
+        raise BadFunctions([f"{source}: values are nested too deep"]) from None
+    report = _Report(source, lines)
     table: dict[FunctionName, Function] = {}
     for key, entry in document.items():
         if _is_images(key, entry):
@@ -493,6 +499,9 @@ def _parse_value(path: tuple[str, ...], value: Any, parse: Callable[[str], str],
     """Return the text of a scalar after `parse`, or None, with the problem reported."""
     if isinstance(value, bool):
         text = str(value).lower()
+    elif isinstance(value, int) and value.bit_length() > 63:  # TOML promises no more
+        report.add(path, "is a number that 64 bits do not hold")
+        return None
     elif isinstance(value, str | int):
         text = str(value)
     else:

@@ -32,7 +32,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..watchdog import Address, Resolver, Unreachable, Url, format_duration
+from ..watchdog import Address, Resolver, Unreachable, Url, format_duration, reason_of
 from .addresses import parse_literal
 
 ANSWER_AGE_S = 1.0
@@ -174,10 +174,10 @@ class SystemSource:
 def _ask_system(host: str) -> Answer:
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except UnicodeError:
+        return "a label of the name is empty or too long"
     except OSError as error:
-        return error.strerror or str(error)
-    except UnicodeError as error:  # a label that is empty or too long
-        return str(error)
+        return reason_of(error)
     return [(family, str(sockaddr[0])) for family, _, _, _, sockaddr in found]
 
 

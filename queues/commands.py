@@ -30,6 +30,7 @@ from ..watchdog import BadSettings, FaashoundError, OutputFailed, parse_settings
 from . import Queue, open_queue
 from .inspection import find_call, purge_call, retry_dead_letter, show_call, walk_dead_letters
 from .settings import QueueSettings
+from .spool.errors import want_queue
 
 
 def dead_letter_row(call: Call) -> tuple[str, ...]:
@@ -146,6 +147,12 @@ def _function_argument(text: str) -> FunctionName:
         raise argparse.ArgumentTypeError(str(error)) from None  # the one error whose text argparse passes on
 
 
+def _id_argument(text: str) -> str:
+    if not text.isascii():  # be it what Python makes of bytes that are no UTF-8
+        raise argparse.ArgumentTypeError("allowed: an id of a call, which is ASCII")
+    return text
+
+
 def _build_parser() -> argparse.ArgumentParser:
     parser = CommandParser("fworker dead", description="Dead letters of the queue that queue_url names.")
     commands = parser.add_subparsers(required=True, metavar="list|show|retry|purge")
@@ -158,11 +165,11 @@ def _build_parser() -> argparse.ArgumentParser:
     listing = add("list", show_list, "lists calls that were given up, and results that could not be delivered")
     listing.add_argument("--json", action="store_true", help="a JSON object a line")
     show = add("show", show_calls, "shows payload, headers, attempts and the last response, as JSON")
-    show.add_argument("ids", metavar="ID", nargs="+")
+    show.add_argument("ids", metavar="ID", nargs="+", type=_id_argument)
     retry = add("retry", retry_dead_letters, "queues dead letters again; of an undelivered result only the delivery")
     purge = add("purge", purge_dead_letters, "deletes dead letters")
     for command in (retry, purge):
-        command.add_argument("ids", metavar="ID", nargs="*")
+        command.add_argument("ids", metavar="ID", nargs="*", type=_id_argument)
         command.add_argument("--all", action="store_true", help="every dead letter")
     for command in (listing, retry, purge):
         command.add_argument("--function", metavar="NAME", type=_function_argument, help="only those of this function")
@@ -202,9 +209,12 @@ def _run(parser: argparse.ArgumentParser, argv: Sequence[str], environ: Mapping[
     except BadSettings as error:
         print(error, file=sys.stderr)
         return 2
-    if isinstance(settings.queue_url, Path) and not settings.queue_url.is_dir():  # opening would create it
-        print(f"queue_url=spool:{settings.queue_url}: there is no such directory", file=sys.stderr)
-        return 1
+    if isinstance(settings.queue_url, Path):
+        try:
+            want_queue(settings.queue_url)
+        except FaashoundError as error:
+            print(f"queue_url=spool:{settings.queue_url}: {error}", file=sys.stderr)
+            return 1
     return asyncio.run(_carry_out(settings, options))
 
 

@@ -14,6 +14,7 @@ told.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import dataclasses
 import fcntl
@@ -25,16 +26,22 @@ from pathlib import Path
 from typing import Protocol, cast, runtime_checkable
 
 from ..calls.model import Call, CallExists, CallFinished, CallUnknown, KeyReused, NewCall, QueueUnavailable, State
-from ..watchdog import BadSettings, FaashoundError, OutputFailed, parse_settings, report_failure, write_out
+from ..watchdog import (
+    BadSettings,
+    FaashoundError,
+    OutputFailed,
+    parse_settings,
+    report_failure,
+    without_credentials,
+    write_out,
+)
 from . import Queue, open_queue
 from .commands import CommandParser
 from .inspection import walk_dead_letters
 from .nats_settings import NatsSettings
-from .spool.errors import open_error
-from .spool.limits import DATABASE
+from .spool.errors import open_error, want_queue
 from .spool.queue import Spool
-from .spool.reserve import size_bytes
-from .urls import NatsUrl, parse_queue_url
+from .urls import NatsUrl, QueueUrl, parse_queue_url
 
 PAGE_COUNT = 500
 
@@ -86,14 +93,17 @@ async def migrate(source: Path, target: HoldingQueue, report: Callable[[str], No
 def _check_idle(source: Path) -> None:
     """Raise QueueUnavailable if a worker lives on the spool: each locks a file in `owners/` (spool/owners.py)."""
     owners = source / "owners"
-    for path in owners.iterdir() if owners.is_dir() else ():
-        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise QueueUnavailable(f"a worker is at work on {source}: stop its gateway and workers first") from None
-        finally:
-            os.close(fd)
+    try:
+        for path in owners.iterdir() if owners.is_dir() else ():
+            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            finally:
+                os.close(fd)
+    except BlockingIOError:
+        raise QueueUnavailable(f"a worker is at work on {source}: stop its gateway and workers first") from None
+    except OSError as error:
+        raise open_error(source, error) from error
 
 
 class _Move:
@@ -179,6 +189,13 @@ class _Move:
 # ---------------------------------------------------------------------------------------------------------------
 
 
+def _url_argument(text: str) -> QueueUrl:
+    try:
+        return parse_queue_url(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{without_credentials(text)!r}: {error}") from None
+
+
 def migrate_queue(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Carry out `fworker migrate --from spool:DIR --to nats://HOST`; return its exit status.
 
@@ -187,38 +204,33 @@ def migrate_queue(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     The settings for NATS are those of gateway and worker.
     """
     parser = CommandParser("fworker migrate", description="Moves queued calls from a spool to NATS.")
-    parser.add_argument("--from", dest="source", required=True, metavar="spool:DIRECTORY")
-    parser.add_argument("--to", dest="target", required=True, metavar="nats://HOST[:PORT]")
+    parser.add_argument("--from", dest="source", required=True, metavar="spool:DIRECTORY", type=_url_argument)
+    parser.add_argument("--to", dest="target", required=True, metavar="nats://HOST[:PORT]", type=_url_argument)
     try:
         options = parser.parse_args(argv)
-        source, target = parse_queue_url(options.source), parse_queue_url(options.target)
+        source, target = options.source, options.target
         settings = parse_settings(NatsSettings, environ)
     except SystemExit as end:  # argparse has printed what there is to say
         return int(end.code or 0)
     except OutputFailed as error:
         return report_failure(error)
-    except (ValueError, BadSettings) as error:
+    except BadSettings as error:
         print(error, file=sys.stderr)
         return 2
     if not isinstance(source, Path) or not isinstance(target, NatsUrl):
         print("allowed: --from spool:DIRECTORY --to nats://HOST[:PORT]", file=sys.stderr)
         return 2
-    return asyncio.run(_carry_out(source, target, settings))
-
-
-def _check_is_there(source: Path) -> None:
-    """Raise QueueUnavailable if a directory holds no queue: opening would make one there, from which nothing moves."""
     try:
-        found = size_bytes(source / DATABASE)
-    except OSError as error:
-        raise open_error(source, error) from error
-    if found is None:
-        raise QueueUnavailable(f"there is no queue in {source}: it has no {DATABASE}")
+        want_queue(source)
+        _check_idle(source)  # rather than when a server has been found
+    except FaashoundError as error:
+        print(f"--from spool:{source}: {error}", file=sys.stderr)
+        return 1
+    return asyncio.run(_carry_out(source, target, settings))
 
 
 async def _carry_out(source: Path, url: NatsUrl, settings: NatsSettings) -> int:
     try:
-        _check_is_there(source)
         target = await open_queue(url, settings)
         try:
             migrated = await migrate(source, cast(HoldingQueue, target), write_out)

@@ -10,6 +10,7 @@ import re
 import ssl
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..watchdog import CannotStart, parse_positive_count, parse_size, parse_text, read_file, setting
@@ -75,15 +76,22 @@ def default_nats_settings() -> NatsSettings:
 
 def build_tls(settings: NatsSettings) -> ssl.SSLContext:
     """Return how servers are trusted and we are known.  Raises CannotStart, naming the file."""
+    for name in ("nats_ca_file", "nats_cert_file", "nats_key_file"):
+        path = getattr(settings, name)
+        if path is not None:
+            read_file(path, name)  # ssl does not tell which of two it could not read
     try:
         context = ssl.create_default_context(cafile=settings.nats_ca_file)
-    except (OSError, ssl.SSLError) as error:
-        raise CannotStart(f"nats_ca_file {settings.nats_ca_file}: {error}") from None
+    except ssl.SSLError:
+        raise CannotStart(f"{settings.nats_ca_file} (nats_ca_file) holds no certificate; allowed: PEM") from None
     if settings.nats_cert_file is not None:
         try:
             context.load_cert_chain(settings.nats_cert_file, settings.nats_key_file)
-        except (OSError, ssl.SSLError) as error:
-            raise CannotStart(f"nats_cert_file {settings.nats_cert_file}: {error}") from None
+        except ssl.SSLError:
+            raise CannotStart(
+                f"{settings.nats_cert_file} (nats_cert_file) and {settings.nats_key_file} (nats_key_file) hold no"
+                " certificate and its key; allowed: PEM"
+            ) from None
     return context
 
 
@@ -102,8 +110,33 @@ def read_login(settings: NatsSettings) -> dict[str, Any]:
     if settings.nats_token_file is not None:
         login["token"] = secret(settings.nats_token_file, "nats_token_file")
     if settings.nats_nkey_file is not None:
-        login["nkeys_seed_str"] = secret(settings.nats_nkey_file, "nats_nkey_file")
+        seed = login["nkeys_seed_str"] = secret(settings.nats_nkey_file, "nats_nkey_file")
+        if not _is_seed(seed.encode()):
+            raise CannotStart(f"{settings.nats_nkey_file} is no seed (nats_nkey_file); allowed: an NKey's seed alone")
     if settings.nats_creds_file is not None:
         secret(settings.nats_creds_file, "nats_creds_file")
+        if not _is_credentials(Path(settings.nats_creds_file).read_bytes()):
+            allowed = "a user JWT and an NKey's seed, each behind its BEGIN, with LF alone at the ends of lines"
+            raise CannotStart(f"{settings.nats_creds_file} is no login (nats_creds_file); allowed: {allowed}")
         login["user_credentials"] = settings.nats_creds_file
     return login
+
+
+def _is_seed(text: bytes) -> bool:
+    """Tell whether a text is an NKey's seed, as far as can be told here: `connect` says where nkeys is missing."""
+    try:
+        import nkeys  # type: ignore[import-untyped]
+    except ImportError:
+        return True
+    try:
+        nkeys.from_seed(bytearray(text))
+    except (nkeys.NkeysError, ValueError):
+        return False
+    return True
+
+
+def _is_credentials(text: bytes) -> bool:
+    """Tell whether nats-py finds a JWT and a seed: without the former's line it looks for it for ever."""
+    jwt = re.search(rb"BEGIN NATS USER JWT.*\n[!-~]+\n", text)
+    seed = re.search(rb"BEGIN USER NKEY SEED.*\n([!-~]+)\n", text)
+    return jwt is not None and seed is not None and _is_seed(seed[1])

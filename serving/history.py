@@ -34,9 +34,21 @@ from typing import Any
 from ..calls.model import Backlog
 from ..calls.names import BadFunctionName, FunctionName, parse_function_name
 from ..calls.views import format_time
-from ..functions.documents import write_whole
+from ..functions.documents import parse_document, parse_time, write_whole
 from ..queues import Queue
-from ..watchdog import Client, FaashoundError, Request, Response, Slot, Url, in_thread, log, parse_positive_count
+from ..watchdog import (
+    Client,
+    FaashoundError,
+    Request,
+    Response,
+    Slot,
+    Trouble,
+    Url,
+    in_thread,
+    log,
+    parse_positive_count,
+    reason_of,
+)
 from .answers import BadField, allow, parse_parameters
 from .figures import (
     MINUTES_COUNT,
@@ -114,6 +126,7 @@ class History:
         self._now = now
         self._lock = asyncio.Lock()
         self._has_failed = False
+        self._trouble = Trouble(log.warning)
         self.misses_workers = False  # there are some beside us that cannot be asked
         kept = load_history(path) or Kept(now())
         self._hour = Hour(kept.since_s, kept.minutes)
@@ -157,10 +170,12 @@ class History:
 
     async def _read_backlog(self) -> Backlog | None:
         try:
-            return await self._sources.queue.backlog()
+            found = await self._sources.queue.backlog()
         except FaashoundError as error:
-            log.warning(f"no figures of the queue: {error}")
+            self._trouble.tell(f"no figures of the queue: {error}")
             return None
+        self._trouble.over()
+        return found
 
     def _note_depth(self, now_s: float, backlog: Backlog | None) -> None:
         if backlog is None or (self._depths and 0 <= now_s - self._depths[-1][0] < SAMPLED_EVERY_S / 2):
@@ -293,24 +308,28 @@ def load_history(path: Path | None) -> Kept | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        log.warning(f"the figures of the last hour begin anew: {path}: {error}")
+        log.warning(f"the figures of the last hour begin anew: {path}: {reason_of(error)}")
         return None
 
 
 def parse_history(text: bytes) -> Kept:
     """Return what a file has kept; ValueError if it is none of ours."""
-    found = json.loads(text)
+    found = parse_document(text)
     try:
         return Kept(
-            float(found["since_s"]),
+            parse_time(found["since_s"]),
             str(found["life"]),
             {int(minute): {name: _row(row) for name, row in rows.items()} for minute, rows in found["minutes"].items()},
-            [(int(at_s), int(queued), int(running), age_s) for at_s, queued, running, age_s in found["depths"]],
+            [_depth(*sample) for sample in found["depths"]],
             {name: _counted(row) for name, row in found["gateway"].items()},
             {name: _counted(row) for name, row in found["worker"].items()},
         )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"not a history of ours ({type(error).__name__}: {error})") from None
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError("not a history of ours") from None
+
+
+def _depth(at_s: Any, queued: Any, running: Any, age_s: Any) -> Depth:
+    return int(parse_time(at_s)), int(queued), int(running), None if age_s is None else float(age_s)
 
 
 def _row(values: Sequence[int]) -> Row:

@@ -20,8 +20,8 @@ import json
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
-from ..functions.documents import write_whole
-from ..watchdog import in_thread, log
+from ..functions.documents import parse_document, write_whole
+from ..watchdog import in_thread, log, reason_of
 from .metrics import GatewayMetrics
 
 SAVED_EVERY_S = 60.0
@@ -76,13 +76,13 @@ def load_counts(path: Path | None) -> Mapping[str, int]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        log.warning(f"invocations are counted from zero: {path}: {error}")
+        log.warning(f"invocations are counted from zero: {path}: {reason_of(error)}")
         return {}
 
 
 def parse_counts(text: bytes) -> dict[str, int]:
     """Return the counts in a file; ValueError if it is none of ours."""
-    found = json.loads(text)
+    found = parse_document(text)
     if not isinstance(found, dict) or not all(isinstance(count, int) for count in found.values()):
         raise ValueError("not an object of whole numbers")
     return found

@@ -26,6 +26,7 @@ from typing import Any
 
 from ..calls.names import DEFAULT_NAMESPACE, BadFunctionName, FunctionName, parse_function_name
 from ..functions.control import Control
+from ..functions.documents import parse_document
 from ..functions.scheduler import Scheduler
 from ..functions.secrets import MAX_SECRET_BYTES
 from ..watchdog import FaashoundError, Request, Response, log
@@ -50,9 +51,9 @@ async def read_document(request: Request, limit_bytes: int = MAX_DOCUMENT_BYTES)
     """
     text = await request.body.read(limit_bytes)
     try:
-        found = json.loads(text)
-        json.dumps(found, ensure_ascii=False, allow_nan=False).encode()
-    except (ValueError, RecursionError):
+        found = parse_document(text)
+        json.dumps(found, ensure_ascii=False).encode()
+    except ValueError:
         raise BadField("the body is no JSON; allowed: a JSON object, of finite numbers and whole characters") from None
     if not isinstance(found, dict):
         raise BadField("the body is no JSON object; allowed: a JSON object")

@@ -28,7 +28,7 @@ from nats.errors import NoRespondersError
 from nats.js.errors import APIError, NotFoundError, ServiceUnavailableError
 
 from ...calls.model import QueueFull, QueueUnavailable
-from ...watchdog import CannotStart, log
+from ...watchdog import CannotStart, log, reason_of
 from .subjects import Names
 
 S = TypeVar("S")
@@ -110,7 +110,11 @@ def queue_error(error: Exception) -> QueueFull | QueueUnavailable:
         if full:
             return QueueFull(f"NATS has no room for the queue: {error.description}")
         return QueueUnavailable(f"NATS refuses: {error.description} ({error.err_code})")
-    return QueueUnavailable(f"NATS cannot be used: {error or type(error).__name__}")
+    return QueueUnavailable(f"NATS cannot be used: {_reason_of(error)}")
+
+
+def _reason_of(error: Exception) -> str:
+    return "no answer in time" if isinstance(error, TimeoutError) else reason_of(error)
 
 
 def _may_pass(error: Exception) -> bool:
@@ -169,7 +173,7 @@ class Reporter:
 
     async def on_error(self, error: Exception) -> None:
         """An error of the client that no call of ours gets."""
-        text = str(error) or type(error).__name__
+        text = _reason_of(error)
         if text != self.last:
             log.warning(f"NATS: {text}")
         self.last = text
@@ -210,7 +214,7 @@ async def connect(options: Options) -> Connection:
     except (NatsError, OSError, TimeoutError, ValueError) as error:
         with contextlib.suppress(NatsError, OSError):
             await client.close()
-        reason = reporter.last if isinstance(error, TimeoutError) else (str(error) or type(error).__name__)
+        reason = reporter.last if isinstance(error, TimeoutError) else reason_of(error)
         raise QueueUnavailable(f"cannot connect to NATS at {','.join(options.servers)}: {reason}") from error
     version = client.connected_server_version
     if (version.major, version.minor) < MIN_VERSION:

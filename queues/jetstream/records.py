@@ -124,7 +124,7 @@ def parse_waiting(data: bytes | memoryview) -> NewCall:
         facts["function"] = FunctionName(facts["function"])
         return NewCall(**_known(facts, _OF_CALL))
     except (KeyError, ValueError, TypeError) as error:
-        raise QueueDamaged(f"a message of the queue cannot be read: {error!r}") from error
+        raise QueueDamaged(f"a message of the queue cannot be read: {_flaw(error)}") from error
 
 
 def readable(parse: Callable[[T], S], given: T) -> S | None:
@@ -176,7 +176,7 @@ def parse_record(stored: Stored) -> Kept:
         record = Record(**(_known(facts, _OF_RECORD) | _parse_parts(facts, rest[size:])))
     except (KeyError, ValueError, TypeError) as error:
         raise QueueDamaged(
-            f"the record of call {call_id} (revision {stored.revision}) cannot be read: {error!r}"
+            f"the record of call {call_id} (revision {stored.revision}) cannot be read: {_flaw(error)}"
         ) from error
     return Kept(call_id, FunctionName(parse_token(function)), accepted, record, stored.revision, cast(Place, place))
 
@@ -222,8 +222,20 @@ def _pack(facts: Mapping[str, Any], *parts: bytes) -> bytes:
 
 def _unpack(data: bytes | memoryview) -> tuple[Json, memoryview]:
     end = 4 + int.from_bytes(data[:4], "big")
-    facts: Json = json.loads(bytes(data[4:end]))
+    try:
+        facts: Json = json.loads(bytes(data[4:end]))
+    except (ValueError, RecursionError):
+        raise ValueError("its head is no JSON") from None
+    if not isinstance(facts, dict):
+        raise ValueError("its head is no JSON object")
     return facts, memoryview(data)[end:]
+
+
+def _flaw(error: Exception) -> str:
+    """Return what is wrong with a message that raised this when it was read."""
+    if isinstance(error, KeyError):
+        return f"it has no {error.args[0]!r}"
+    return str(error) if isinstance(error, ValueError) else "its parts do not fit together"
 
 
 def _known(facts: Json, names: frozenset[str]) -> Json:

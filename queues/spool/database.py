@@ -5,7 +5,7 @@
 An older file is brought to the newest version then, one version in each transaction (schema.py).
 
 What it refuses, with QueueDamaged: to start on a file that is not all there, not ours, or of a later version; it is
-left as it is, and `set_aside` is for the operator to call.
+left as it is, and `set_aside` is for the operator to call, unless a newer program is all that is needed.
 """
 
 from __future__ import annotations
@@ -96,8 +96,12 @@ def _check(db: sqlite3.Connection, path: Path) -> None:
     if db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
         raise damaged_error(path, "is some other program's file")
     version = db.execute("PRAGMA user_version").fetchone()[0]
-    if not 1 <= version <= len(MIGRATIONS):
-        raise damaged_error(path, f"is of version {version}, this program knows 1 to {len(MIGRATIONS)}")
+    if version > len(MIGRATIONS):
+        raise QueueDamaged(
+            f"{path} is of version {version}, this program knows up to {len(MIGRATIONS)}: use the newer program again"
+        )
+    if version < 1:
+        raise damaged_error(path, "has no version")
     (pages,), (page_bytes,) = (db.execute(f"PRAGMA {name}").fetchone() for name in ("page_count", "page_size"))
     if _missing_pages(path, pages, page_bytes):
         raise damaged_error(path, "is cut short")

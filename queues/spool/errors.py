@@ -43,7 +43,7 @@ def open_error(path: Path, error: OSError) -> FaashoundError:
     """Say what an operator needs: which path, the user that it belongs to, and the user that this process runs as."""
     if error.errno not in (errno.EACCES, errno.EPERM):
         return type(disk_error(error))(f"cannot use the queue in {path}: {error.strerror}")
-    place = Path(error.filename) if isinstance(error.filename, str) else path
+    place = (Path(error.filename) if isinstance(error.filename, str) else path).absolute()  # "." is its own parent
     while True:  # the nearest that can be looked at; the root directory always can
         try:
             info = place.stat()
@@ -54,6 +54,30 @@ def open_error(path: Path, error: OSError) -> FaashoundError:
         f"cannot use the queue in {path}: {error.strerror}: {place} belongs to {user_name(info.st_uid)}"
         f" (mode {stat.S_IMODE(info.st_mode):04o}), this process runs as {user_name(os.geteuid())}"
     )
+
+
+def want_queue(directory: Path) -> None:
+    """Raise QueueUnavailable where there is no queue, or none that may be looked at: to open it would make one."""
+    if _holds_queue(directory):
+        return
+    if not directory.is_dir():
+        raise QueueUnavailable("there is no such directory")
+    below = directory / "spool"
+    hint = f"; meant is {below}?" if _holds_queue(below) else ""
+    raise QueueUnavailable(f"there is no queue ({DATABASE}){hint}")
+
+
+def _holds_queue(directory: Path) -> bool:
+    """Tell whether a queue's file is there, or the journal of one that is lost."""
+    for name in (DATABASE, f"{DATABASE}-wal"):
+        try:
+            (directory / name).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise open_error(directory, error) from error
+        return True
+    return False
 
 
 def user_name(uid: int) -> str:

@@ -14,7 +14,7 @@ import secrets
 import socket
 import time
 
-from ...watchdog import log
+from ...watchdog import Trouble, log, reason_of
 from .limits import SETTLED_NS
 
 
@@ -39,6 +39,7 @@ class Notifier:
         self._others: dict[str, socket.socket] = {}
         self._names: set[str] = set()
         self._changed_ns = -1
+        self._trouble = Trouble(log.warning)
         self.name = f"{os.getpid()}-{secrets.token_hex(4)}.sock"
         with contextlib.ExitStack() as stack:
             self._own = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK))
@@ -60,12 +61,13 @@ class Notifier:
         return WakeUp.ALL if len(found) > 1 else sum(found) & WakeUp.ALL
 
     def wake(self, wake_up: int) -> None:
-        """Wake every other process. One that cannot be woken is logged: it must not keep the queue from its work."""
+        """Wake every other process. One that cannot be woken is told of, and must not keep the queue from its work."""
         try:
             self._look_around()
         except OSError as error:
-            log.warning(f"cannot wake any other process: {error}")
+            self._trouble.tell(f"cannot wake any other process: {reason_of(error)}")
             return
+        problem = ""
         for name in self._names:
             try:
                 self._reach(name).send(bytes([wake_up]))
@@ -76,8 +78,12 @@ class Notifier:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(name, dir_fd=self._notifiers_fd)
             except OSError as error:
-                log.warning(f"cannot wake the process behind {name}: {error}")
+                problem = f"cannot wake the process behind {name}: {reason_of(error)}"
                 self._drop(name)
+        if problem:
+            self._trouble.tell(problem)
+        else:
+            self._trouble.over()
 
     def _look_around(self) -> None:
         """Bring the names up to date: listing the directory for every commit would cost more than sending."""

@@ -29,7 +29,7 @@ from functools import partial, reduce
 from typing import Any, TypeVar, cast
 
 from ...calls.model import Call, QueueFull, QueueUnavailable, StoredBody
-from ...watchdog import log
+from ...watchdog import Trouble, log, reason_of
 from .body_files import unlink_bodies
 from .directory import LockHeld
 from .errors import DISK_FULL, NO_MEMORY, disk_error, sqlite_error
@@ -105,6 +105,7 @@ class Writer:
         self._gathered: list[_Operation] = []
         self._waiting: queue.SimpleQueue[Sequence[_Operation] | None] = queue.SimpleQueue()
         self._lock_error: LockHeld | None = None  # of the turn under way
+        self._trouble = Trouble(log.error)
         self.commit_count = 0
         self._thread = threading.Thread(target=self._work, name="spool-writer", daemon=True)
         self._thread.start()
@@ -176,7 +177,7 @@ class Writer:
         try:
             unlink_bodies(self._directory.bodies_fd, filter(None, (operation.refused_file for operation in told)))
         except OSError as error:  # then `sweep` finds them
-            log.warning(f"the body of a refused call cannot be removed: {error}")
+            log.warning(f"the body of a refused call cannot be removed: {reason_of(error)}")
 
     def _answer(self, group: Sequence[_Operation], wake_up: int) -> None:
         """Wake the other processes, then answer: a caller that has its 202 may take it that workers know of the call.
@@ -279,11 +280,13 @@ class Writer:
                 raise self._lock_error
             with self._directory.writer_lock():
                 self._check_place()
-                return work()
+                done = work()
+            self._trouble.over()
+            return done
         except sqlite3.Error as error:
             problem: Exception = sqlite_error(error)
             if not isinstance(problem, QueueFull):  # of which the reserve tells, once
-                log.error(f"the queue in {self._directory.path} cannot be written: {error}")
+                self._trouble.tell(f"the queue in {self._directory.path} cannot be written: {error}")
         except OSError as error:
             problem = disk_error(error)
         except LockHeld as error:

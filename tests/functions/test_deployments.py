@@ -306,13 +306,27 @@ def test_nothing_is_deployed_without_a_state(tmp_path: Path) -> None:
     run(test())
 
 
-def test_damaged_deployment_is_disabled_and_told_and_can_be_removed_and_others_serve(tmp_path: Path, log: Log) -> None:
+STORED = json.dumps({"deployment": {"service": "g", "image": "process", "envProcess": "cat"}, "created_s": "WHEN"})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("{", "[" * 9000, "{}", "null", '{"deployment": {}}', '{"deployment": null, "created_s": 1}'),
+        *(STORED.replace('"WHEN"', moment) for moment in ("1e20", "NaN", "Infinity", "-1", "null", "1" + "0" * 400)),
+    ],
+    ids=lambda content: content[-30:],
+)
+def test_damaged_deployment_is_disabled_and_told_and_can_be_removed_and_others_serve(
+    tmp_path: Path, log: Log, content: str
+) -> None:
+    damaged = tmp_path / "functions" / "g.openfaas-fn"
+
     async def test() -> None:
         async with controlled(tmp_path) as (control, _):
             await control.create(shell())
             await control.create(shell(service="g"))
-        damaged = tmp_path / "functions" / "g.openfaas-fn"
-        damaged.write_text("{")
+        damaged.write_text(content)
         async with controlled(tmp_path) as (control, local):
             assert list(local.table) == [F]
             await control.remove({"functionName": "g"})
@@ -322,7 +336,9 @@ def test_damaged_deployment_is_disabled_and_told_and_can_be_removed_and_others_s
             assert (await call(local, "f", b"echo here")).body == b"here\n"
 
     run(test())
-    assert "error: the deployed function g.openfaas-fn is disabled" in log
+    assert f"error: the deployed function g.openfaas-fn is disabled: {damaged}: " in log
+    assert "'deployment'" not in log
+    assert "object is not" not in log
 
 
 def test_state_is_one_gateways(tmp_path: Path) -> None:

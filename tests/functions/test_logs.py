@@ -75,6 +75,51 @@ def test_line_of_a_watchdog_is_understood_whatever_it_is(data: bytes, expected: 
     assert parse_record(data, "i", 9.0) == expected
 
 
+POSING = [
+    *(b'{"msg":"x","level":"info","time":%b}' % time for time in (b"1e400", b"NaN", b"1e20", b"-1", b"1" + b"0" * 400)),
+    b'{"a":' * 1300,
+]
+
+
+@pytest.mark.parametrize("data", POSING, ids=lambda data: data[:60].decode()[-30:])
+def test_line_of_a_function_that_poses_as_a_watchdogs_stops_neither_the_pipe_nor_readers(
+    tmp_path: Path, data: bytes
+) -> None:
+    async def test() -> None:
+        store = LogStore(tmp_path, 1 << 20)
+        pipe = store.open_pipe(FUNCTION, "i")
+        try:
+            for text in (data, b"next"):
+                os.write(pipe.fd, text + b"\n")
+                last = text.decode()
+                await eventually(partial(_has, store, last), DEADLINE_S, f"{last[:20]} is kept")
+        finally:
+            pipe.close()
+        told = [each.describe(F) async for each in await store.read(F, LogQuery())]
+        assert [each["text"] for each in told] == [data.decode(), "next"]
+
+    run(test())
+
+
+async def _has(store: LogStore, text: str) -> bool:
+    return text in await texts(store)
+
+
+def test_reader_passes_over_lines_that_are_damaged(tmp_path: Path) -> None:
+    async def test() -> None:
+        store = LogStore(tmp_path, 1 << 20)
+        store.add(FUNCTION, [line(1)])
+        store.on_pipe_closed(F)
+        (part,) = (tmp_path / str(F)).iterdir()
+        bad = (b'[Infinity,"i",null,"x"]', b'[1e20,"i",null,"x"]', b'["1","i",null,"x"]', b"[" * 9000, b"{}", b"[1]")
+        with part.open("ab") as file:
+            file.write(b"\n".join([*bad, LogLine(5.0, "i", None, "whole").build()]))
+        told = [each.describe(F) async for each in await store.read(F, LogQuery())]
+        assert [each["text"] for each in told] == ["line 1", "whole"]
+
+    run(test())
+
+
 @pytest.mark.parametrize(
     ("query", "expected"),
     [

@@ -92,7 +92,7 @@ def test_no_namespace_is_made_where_nothing_is_deployed() -> None:
     run(test())
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b'{"name": "green"}', b'{"labels": 1}'])
+@pytest.mark.parametrize("content", [b"", b"[]", b"[" * 9000, b"\xff", b'{"name": "green"}', b'{"labels": 1}'])
 def test_namespace_with_a_damaged_file_is_there_without_notes(tmp_path: Path, log: Log, content: bytes) -> None:
     (tmp_path / "blue").write_bytes(content)
     assert Namespaces(Documents(tmp_path)).find("blue") == Namespace("blue")

@@ -134,7 +134,7 @@ def test_function_is_woken_by_the_call_that_waits_when_descriptors_were_scarce_a
         async with running(logged(tmp_path)) as local:
             with few_descriptors(1):
                 waiting = connect_to(local)
-                await until(lambda: "f cannot be started: [Errno 24] Too many open files" in log, "the failure")
+                await until(lambda: "f cannot be started: too many open files" in log, "the failure")
             with waiting:
                 await until(lambda: local.status()[F].pids, "a watchdog for the call that waits")
             assert (await call(local, "f", b"echo here")).body == b"here\n"

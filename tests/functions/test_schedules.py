@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from faashound.calls.model import QueueLimits, State
 from faashound.calls.names import FunctionName, parse_function_name
-from faashound.functions.scheduler import Scheduler
+from faashound.functions.scheduler import Scheduler, key_of
 from faashound.functions.schedules import (
     BadSchedule,
     Schedule,
@@ -99,6 +99,13 @@ def test_bad_annotations_are_named_with_what_is_allowed(annotations: dict[str, s
     with pytest.raises(BadSchedule, match="allowed: ") as caught:
         parse_schedules(annotations)
     assert set(caught.value.problems) == names
+
+
+@pytest.mark.parametrize("bad", ["@every 1x", "@every 1ms", "61 * * * *", "x", "CRON_TZ=Nowhere * * * * *"])
+def test_bad_expression_is_named_among_others(bad: str) -> None:
+    with pytest.raises(BadSchedule, match="allowed: ") as caught:
+        parse_schedules(cron(f"@every 5m; {bad}; @daily"))
+    assert bad.removeprefix("CRON_TZ=").removesuffix(" * * * * *") in caught.value.problems["schedule"]
 
 
 @pytest.mark.parametrize(
@@ -345,3 +352,36 @@ def test_running_scheduler_puts_a_call_when_its_time_comes(tmp_path: Path) -> No
             running.cancel()
 
     run(test())
+
+
+HUGE = "1" + "0" * 400
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        *('{"KEY": [1, "x"]}', '{"KEY": [Infinity, null]}', '{"KEY": [NaN, 1]}', '{"KEY": [1, 1e20]}', '{"KEY": 1}'),
+        *(f'{{"KEY": [{HUGE}, null]}}', f'{{"KEY": [1, {HUGE}]}}', "[1]", "[" * 9000, "", "\udcff"),
+    ],
+    ids=lambda state: state[:30],
+)
+def test_scheduler_runs_and_tells_where_its_state_is_damaged(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], state: str
+) -> None:
+    path = tmp_path / "schedules"
+    table = scheduled("@every 1s", **{"com.openfaas.schedule.overlap": "skip"})
+    (expression,) = parse_schedules(table[F].annotations).expressions
+    path.write_bytes(state.replace("KEY", key_of(F, expression)).encode(errors="surrogateescape"))
+
+    async def test() -> None:
+        async with spool(tmp_path, time.time) as queue:
+            scheduler = Scheduler(table, queue, path)
+            running = asyncio.create_task(scheduler.run())
+            await until(lambda: running.done() or scheduler.describe()[0]["last"], "a tick was put")
+            assert not running.done()
+            running.cancel()
+
+    run(test())
+    (warning,) = [line for line in capfd.readouterr().err.splitlines() if "scheduled calls of before" in line]
+    assert f"warning: {path}: " in warning
+    assert "object" not in warning

@@ -212,7 +212,7 @@ def test_invocations_that_were_saved_survive_a_kill(tmp_path: Path) -> None:
     assert load_counts(path) == {"cat.openfaas-fn": 3}, "a function that is no more has no count"
 
 
-@pytest.mark.parametrize("text", [b"", b"[]", b'{"cat": "many"}', b"\xff"])
+@pytest.mark.parametrize("text", [b"", b"[]", b'{"cat": "many"}', b"\xff", b"[" * 9000, b'{"cat": 1e400}'])
 def test_gateway_starts_beside_a_damaged_file_of_counts(tmp_path: Path, text: bytes) -> None:
     path = tmp_path / "invocations.json"
     path.write_bytes(text)

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+import pty
 import resource
 import socket
 import subprocess
@@ -34,7 +35,7 @@ from faashound.serving.users import (
     parse_users,
 )
 from faashound.watchdog import CannotStart, log
-from testkit.harness import Answer, run, wait_until
+from testkit.harness import START_DEADLINE_S, Answer, command_of, crowding, run, wait_until
 from testkit.system import System
 
 # The cheapest that is taken: costs are checked, and these are the tests'.
@@ -385,3 +386,53 @@ def test_operator_makes_a_line_with_a_command() -> None:
         refused = made(*arguments, password=password)
         assert (refused.returncode, refused.stdout) == (2, "")
         assert "allowed: " in refused.stderr or "usage: " in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("redirection", "status", "said"),
+    [
+        ("<password", 2, "allowed: a line of stdin"),
+        ("<&-", 2, "allowed: a line of stdin"),
+        ("</dev/null", 2, "allowed: a line of stdin"),
+        ("0>/dev/null", 2, "allowed: a line of stdin"),
+        ("<good >/dev/full", 1, "cannot write to standard output: no space left on device"),
+        ("<good >&-", 1, "cannot write to standard output: it is closed"),
+        ("--help >/dev/full", 1, "cannot write to standard output: no space left on device"),
+    ],
+)
+def test_command_for_a_line_says_what_is_wrong_with_its_input_or_output(
+    tmp_path: Path, redirection: str, status: int, said: str
+) -> None:
+    (tmp_path / "password").write_bytes(b"\xff\n")
+    (tmp_path / "good").write_bytes(b"sesame\n")
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {redirection}', "sh", *command_of("gateway"), "password", "alice"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=START_DEADLINE_S * crowding(),
+        check=False,
+    )
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (done.returncode, done.stdout) == (status, "")
+
+
+def test_command_for_a_line_ends_when_a_terminal_gives_no_password() -> None:
+    master, terminal = pty.openpty()
+    with subprocess.Popen(
+        [*command_of("gateway"), "password", "alice"], stdin=terminal, stderr=terminal, start_new_session=True
+    ) as process:
+        os.close(terminal)
+        said = b""
+        while b"Password:" not in said:
+            said += os.read(master, 1000)
+        os.write(master, b"\x04")  # Ctrl-D
+        with contextlib.suppress(OSError):  # EIO: the other end is closed
+            while more := os.read(master, 1000):
+                said += more
+        assert process.wait(START_DEADLINE_S * crowding()) == 2
+    os.close(master)
+    assert b"allowed: a line of stdin" in said

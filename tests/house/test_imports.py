@@ -21,7 +21,7 @@ OTHERS: dict[str, set[str]] = {
     "watchdog": {"h11", "uvloop", "psutil", "prometheus_client"},
     "network": {"aiodns", "psutil"},
     "functions": {"cronsim", "psutil"},  # loaded in the fork server for the watchdogs' guards
-    "queues": {"nats"},
+    "queues": {"nats", "nkeys"},
     "draining": {"prometheus_client"},
     "worker": {"uvloop"},
     "serving": {"prometheus_client", "psutil"},

@@ -197,14 +197,23 @@ def test_call_comes_back_from_its_message(body: StoredBody, fields: Any, text: s
     assert parse_waiting(build_waiting(call)) == call
 
 
-@pytest.mark.parametrize(
-    "payload", [b"", b"\0\0\0\2{}", b"\0\0\0\5{}", b"\xff" * 20], ids=["empty", "bare", "short", "odd"]
-)
+DAMAGED = {
+    "empty": b"",
+    "bare": b"\0\0\0\2{}",
+    "short": b"\0\0\0\5{}",
+    "odd": b"\xff" * 20,
+    "text": b'\0\0\0\3"x"',
+    "deep": b"\0\0\x40\0" + b"[" * 0x4000,
+}
+
+
+@pytest.mark.parametrize("payload", DAMAGED.values(), ids=DAMAGED)
 def test_what_is_damaged_is_not_passed_off_as_whole(payload: bytes) -> None:
-    with pytest.raises(QueueDamaged, match="cannot be read"):
+    with pytest.raises(QueueDamaged, match=r"cannot be read: its? ") as of_call:
         parse_waiting(payload)
-    with pytest.raises(QueueDamaged, match=r"of call x .* cannot be read"):
+    with pytest.raises(QueueDamaged, match=r"of call x .* cannot be read: its? ") as of_record:
         parse_record(Stored("p.rec.run.x.f=g", 1, {}, payload, 0.0))
+    assert "Error" not in f"{of_call.value}{of_record.value}"
 
 
 @given(st.text(max_size=30))

@@ -260,10 +260,11 @@ def test_command_leaves_a_directory_without_a_queue_as_it_is(tmp_path: Path) -> 
         ([], 2, "--from"),
         (["--from", "spool:/tmp", "--to", "spool:/tmp"], 2, "--to nats://HOST"),
         (["--from", "nats://h", "--to", "nats://h"], 2, "--from spool:DIRECTORY"),
-        (["--from", "x", "--to", "nats://h"], 2, "allowed: spool:DIRECTORY"),
-        (["--from", "spool:/nowhere/at/all", "--to", "nats://h"], 1, "there is no queue"),
+        (["--from", "x", "--to", "nats://h"], 2, "--from: 'x': allowed: spool:DIRECTORY"),
+        (["--from", "spool:x", "--to", "nats://u:p@h"], 2, "--to: 'nats://***@h': credentials are told by"),
+        (["--from", "spool:/nowhere/at/all", "--to", "nats://h"], 1, "no such directory"),
     ],
-    ids=["nothing", "to-a-spool", "from-nats", "no-queue", "no-directory"],
+    ids=["nothing", "to-a-spool", "from-nats", "no-queue", "credentials", "no-directory"],
 )
 def test_command_says_what_is_allowed_when_it_is_not_understood(arguments: list[str], status: int, said: str) -> None:
     done = run("worker", ["migrate", *arguments])

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import fcntl
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -34,7 +35,7 @@ from faashound.queues.spool.limits import BUSY_S, DATABASE, ORPHAN_S, STEP_COUNT
 from faashound.queues.spool.queue import Spool
 from faashound.queues.spool.schema import MIGRATIONS
 from testkit.disks import fill
-from testkit.harness import clean_environment
+from testkit.harness import START_DEADLINE_S, clean_environment, crowding
 from testkit.needed import want_root
 from testkit.spool_kit import (
     LEASE_S,
@@ -142,23 +143,33 @@ def test_read_only_disk_is_reported(small_disk: Path) -> None:
         asyncio.run(Spool.open(small_disk / "spool"))
 
 
-def test_directory_of_another_user_is_reported_with_path_and_owner(tmp_path: Path) -> None:
+@pytest.mark.parametrize("act", ["asyncio.run(Spool.open(Path({!r})))", "set_aside({!r})"])
+@pytest.mark.parametrize("is_relative", [False, True], ids=["absolute", "relative"])
+def test_directory_of_another_user_is_reported_with_path_and_owner(tmp_path: Path, act: str, is_relative: bool) -> None:
     want_root("becoming another user")
     directory = tmp_path / "spool"
     Desk(directory).close()
     program = f"""
 import asyncio, os
 from pathlib import Path
-from faashound.calls.model import QueueUnavailable; from faashound.queues.spool.queue import Spool
+from faashound.calls.model import QueueUnavailable
+from faashound.queues.spool.directory import set_aside; from faashound.queues.spool.queue import Spool
 os.setuid(65534)
 try:
-    asyncio.run(Spool.open(Path({str(directory)!r})))
+    {act.format(directory.name if is_relative else str(directory))}
 except QueueUnavailable as error:
     print(error)
 """
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    said = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True).stdout
-    assert f"cannot use the queue in {directory}" in said
+    said = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=START_DEADLINE_S * crowding(),
+        check=True,
+    ).stdout
+    assert re.match(rf"cannot use the queue in ({directory}|spool):", said)
     assert "belongs to root" in said
     assert "mode 0700" in said
     assert "runs as nobody" in said
@@ -236,7 +247,7 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in files}
 
 
-DAMAGES = [cut, empty, garble, garble_schema, lose, make_newer, make_unversioned, make_foreign]
+DAMAGES = [cut, empty, garble, garble_schema, lose, make_unversioned, make_foreign]
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
@@ -251,6 +262,31 @@ def test_damaged_file_is_refused_with_the_remedy_and_left_alone(tmp_path: Path, 
     with pytest.raises(QueueDamaged, match=f"{directory / DATABASE}.*set_aside"):
         asyncio.run(Spool.open(directory))
     assert contents(directory) == before
+
+
+def test_file_of_a_newer_version_is_refused_and_nothing_is_said_of_damage(tmp_path: Path) -> None:
+    directory = tmp_path / "spool"
+    Desk(directory).close()
+    make_newer(directory / DATABASE)
+    with pytest.raises(QueueDamaged, match=f"version {len(MIGRATIONS) + 1}.*use the newer program") as caught:
+        asyncio.run(Spool.open(directory))
+    assert "backup" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["spool", "it's a spool"])
+def test_remedy_for_damage_makes_room_for_a_new_queue_when_typed_as_it_is_told(tmp_path: Path, name: str) -> None:
+    directory = tmp_path / name
+    desk = Desk(directory)
+    desk.put()
+    desk.close()
+    empty(directory / DATABASE)
+    with pytest.raises(QueueDamaged) as caught:
+        asyncio.run(Spool.open(directory))
+    command = str(caught.value).partition("an empty queue after ")[2].replace("python", sys.executable, 1)
+    subprocess.run(["sh", "-c", command], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, check=True)
+    desk = Desk(directory)
+    assert desk.do(desk.spool.calls()) == []
+    desk.close()
 
 
 def test_file_cut_short_behind_a_journal_is_refused(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from faashound.serving.figures import (
     quantile_s,
     read_counters,
 )
-from faashound.serving.history import History, Sources
+from faashound.serving.history import History, Sources, load_history
 from faashound.serving.invocation_counts import InvocationCounts
 from faashound.serving.metrics import GatewayMetrics
 from faashound.watchdog import BUCKETS_S, Scoreboard, Slot
@@ -248,6 +248,27 @@ def test_calls_of_a_queue_that_came_after_the_start_are_not_known_and_counted_fr
 def kept(**changes: object) -> str:
     whole = {"since_s": 1.0, "life": "", "minutes": {}, "depths": [], "gateway": {}, "worker": {}}
     return json.dumps({**whole, **changes})
+
+
+HUGE = "1" + "0" * 400
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(kept(depths=[[float("inf"), 0, 0, None]]), kept(depths=[[1e20, 0, 0, None]]), kept(depths=[[1, 0, 0, "x"]])),
+        *(kept(since_s=float("nan")), kept(since_s=1e20), kept(since_s=None), "[" * 9000, kept(depths=[[1, 2]])),
+        *(kept(minutes={"1": {"f": [int(HUGE)] * 20}}), kept(worker={"f": [float("inf"), 1, [1] * 20]}), "{}"),
+    ],
+    ids=lambda content: content[:60],
+)
+def test_history_that_is_damaged_is_not_taken(tmp_path: Path, capfd: pytest.CaptureFixture[str], content: str) -> None:
+    path = tmp_path / "history.json"
+    path.write_text(content)
+    assert load_history(path) is None
+    (warning,) = capfd.readouterr().err.splitlines()
+    assert f"warning: the figures of the last hour begin anew: {path}: " in warning
+    assert "Error" not in warning
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import time
 from typing import Any
 
@@ -15,10 +16,12 @@ from faashound.watchdog import (
     LONGEST_DURATION_S,
     VERSION,
     BadSettings,
+    CannotStart,
     Setting,
     Settings,
     format_duration,
     format_settings,
+    free_server_port,
     lookalikes,
     parse_bool,
     parse_command,
@@ -261,9 +264,17 @@ def test_command_is_taken_when_under_its_name_or_its_alias(name: str) -> None:
     assert parse_settings(Settings, {name: "wc -c"}).fprocess == ("wc", "-c")
 
 
-def test_alias_is_refused_when_it_contradicts_the_name() -> None:
-    (problem,) = problems_of(fprocess="cat", function_process="wc")
-    assert "fprocess='cat' contradicts function_process='wc'" in problem
+@pytest.mark.parametrize(
+    ("name", "alias", "secret", "other"),
+    [
+        ("fprocess", "function_process", "curl -u u:geheim x", "cat"),
+        ("upstream_url", "http_upstream_url", "http://u:geheim@h", "http://h"),
+    ],
+)
+def test_alias_is_refused_when_it_contradicts_the_name(name: str, alias: str, secret: str, other: str) -> None:
+    for values in ({name: secret, alias: other}, {name: other, alias: secret}):
+        (problem,) = problems_of(**{"fprocess": "cat"} | values)
+        assert problem == f"{name} and {alias} are both set, and differ; allowed: one of the two"
 
 
 def test_alias_is_taken_when_it_repeats_the_name() -> None:
@@ -360,3 +371,48 @@ def test_settings_have_no_mutable_or_hidden_field_when_declared() -> None:
     fields: dict[str, Any] = dict.fromkeys(TABLE)
     assert set(fields) == set(Settings.__dataclass_fields__)
     assert Settings.__dataclass_params__.frozen  # type: ignore[attr-defined]
+
+
+LONG_LABEL = "a" * 64 + ".x"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"port": "TAKEN"}, "cannot listen on port TAKEN (port) of all interfaces (host): address already in use"),
+        (
+            {"port": "0", "metrics_port": "TAKEN", "host": "127.0.0.1"},
+            "cannot listen on port TAKEN (metrics_port) of 127.0.0.1 (host): address already in use",
+        ),
+        (
+            {"port": "0", "host": LONG_LABEL},
+            f"cannot listen on port 0 (port) of {LONG_LABEL} (host): a label of the name is empty or too long",
+        ),
+        (
+            {"port": "0", "mode": "http", "upstream_url": f"http://{LONG_LABEL}:0"},
+            f"no port of {LONG_LABEL} for the server (upstream_url): a label of the name is empty or too long",
+        ),
+    ],
+    ids=["port", "metrics-port", "host", "upstream-url"],
+)
+def test_program_names_the_setting_when_it_cannot_listen(given: dict[str, str], said: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        settings = {name: text.replace("TAKEN", port) for name, text in given.items()}
+        ended = run("watchdog", settings={"fprocess": "cat", "suppress_lock": "true"} | settings)
+    assert ended.stderr.strip().endswith(said.replace("TAKEN", port))
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+
+
+def test_host_of_a_server_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def look_up(host: str, *details: Any, **more: Any) -> Any:
+        asked.append(host)
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    with pytest.raises(CannotStart, match=r"nowhere.test .*\(upstream_url\): name or service not known"):
+        free_server_port("nowhere.test")
+    assert asked == ["nowhere.test"]

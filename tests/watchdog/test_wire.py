@@ -395,3 +395,40 @@ def test_connection_goes_on_after_the_same_answers_when_they_pass_h11_by(answer:
         return None
 
     assert goes_on([answer]) == goes_on([answer[:1], answer[1:]])
+
+
+BROKEN_PLACES = {
+    "field": b"Authorization : Basic c2VjcmV0\r\n\r\n",
+    "length": b"Content-Length: c2VjcmV0\r\n\r\n",
+    "chunk-head": b"Transfer-Encoding: chunked\r\n\r\nc2VjcmV0\r\n",
+    "chunk-end": b"Transfer-Encoding: chunked\r\n\r\n1\r\nxc2VjcmV0\r\n",
+    "trailer": b"Transfer-Encoding: chunked\r\n\r\n0\r\nX-A : c2VjcmV0\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("behind", BROKEN_PLACES.values(), ids=BROKEN_PLACES)
+@pytest.mark.parametrize("side", ["server", "client"])
+def test_error_tells_what_rule_was_broken_and_not_by_which_bytes(side: str, behind: bytes) -> None:
+    """They may be a secret, and the text goes to clients, logs and records of calls."""
+    head = b"POST / HTTP/1.1\r\nHost: h\r\n" if side == "server" else b"HTTP/1.1 200 OK\r\n"
+    assert_names_no_bytes(side, head + behind)
+
+
+@pytest.mark.parametrize(("side", "line"), [("server", b"G T /c2VjcmV0 HTTP/1.1"), ("client", b"HTTP/1.1 c2VjcmV0")])
+def test_error_of_a_first_line_does_not_tell_it(side: str, line: bytes) -> None:
+    assert_names_no_bytes(side, line + b"\r\n\r\n")
+
+
+def read_on(wire: ServerWire | ClientWire) -> None:
+    while wire.next_event() is not WireEvent.NEED_DATA:
+        continue
+
+
+def assert_names_no_bytes(side: str, data: bytes) -> None:
+    wire = ServerWire() if side == "server" else asked(b"GET", [], b"", at_once=True)[0]
+    wire.feed(data)
+    with pytest.raises((BadRequest, PeerGone)) as caught:
+        read_on(wire)
+    text = str(caught.value)
+    assert re.fullmatch(r"bad (request|response): [A-Za-z][A-Za-z -]+", text), text
+    assert "c2Vj" not in text

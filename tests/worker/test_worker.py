@@ -50,6 +50,7 @@ def test_worker_answers_healthz_and_metrics() -> None:
         system.ended(system.submit("cat", b"", {"X-Call-Id": call_id}))
         assert http_request(port, "GET", "/healthz").text == "OK"
         assert http_request(port, "HEAD", "/healthz").status == 200
+        assert http_request(port, "GET", "/").text == "only /metrics and /healthz are here\n"
         assert http_request(port, "POST", "/healthz").status == 405
         idle = 'worker_in_flight{kind="call"} 0.0'  # a moment after its end is known
         wait_until(lambda: idle in http_request(port, "GET", "/metrics").text, 15, "nothing in flight")
@@ -75,3 +76,12 @@ def status_port(system: System) -> Iterator[int]:
     port = free_port()
     with Worker(system, {"metrics_port": str(port), "allowed_hosts": "worker.internal"}):
         yield port
+
+
+@pytest.mark.parametrize("url", ["http://gateway:0", "http://a!b", "http://1.2.3.4.5", "http://h/?a", "h:80"])
+def test_worker_refuses_an_address_of_the_gateway_that_is_none(url: str) -> None:
+    ended = run("worker", settings={"gateway_url": url})
+    assert ended.returncode == 2
+    assert f"gateway_url='{url}': " in ended.stderr
+    assert "allowed: " in ended.stderr
+    assert "callback" not in ended.stderr

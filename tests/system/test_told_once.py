@@ -1,0 +1,170 @@
+"""A trouble that comes again at each look is told once, and again when it was over between."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from faashound.calls.model import QueueUnavailable
+from faashound.calls.retries import RetryPolicy
+from faashound.draining import known_functions
+from faashound.draining.gateway_access import GatewayAccess
+from faashound.draining.known_functions import KnownFunctions
+from faashound.functions.scheduler import Scheduler
+from faashound.functions.table import Function
+from faashound.queues.spool import database
+from faashound.queues.spool.limits import DATABASE
+from faashound.queues.spool.notifier import Notifier, WakeUp
+from faashound.queues.spool.queue import Spool
+from faashound.serving.history import History, Sources
+from faashound.watchdog import Client, Response, Scoreboard, Server, ServerTimeouts, Slot, parse_url
+from testkit.harness import SOON_S, eventually, free_port
+from testkit.scripted import body_of
+from testkit.spool_kit import new_call
+from tests.functions.kit import F, few_descriptors, run
+
+LOOKS_COUNT = 4
+
+
+def lines(capfd: pytest.CaptureFixture[str], text: str) -> list[str]:
+    """Return the lines of the log with a text, since the last time."""
+    return [line for line in capfd.readouterr().err.splitlines() if text in line]
+
+
+def test_gateway_that_is_away_is_told_once_for_each_function(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(known_functions, "KEPT_S", 0.0)
+    port = free_port()
+
+    async def say(request: object) -> Response:
+        return Response(200, (), b"{}")
+
+    async def test() -> None:
+        client = Client()
+        gateway = GatewayAccess(parse_url(f"http://127.0.0.1:{port}"), "token")
+        functions = KnownFunctions(client, gateway, RetryPolicy(), direct=True)
+        for _ in range(LOOKS_COUNT):
+            await functions.get(F)
+        (line,) = lines(capfd, "does not tell")
+        assert line.endswith("Connection refused")
+        server = Server(say, ServerTimeouts(20.0, 20.0, 20.0))
+        server.listen(socket.create_server(("127.0.0.1", port)))
+        await functions.get(F)
+        server.stop_accepting()
+        await server.give_up()
+        await client.close()
+        for _ in range(LOOKS_COUNT):
+            await functions.get(F)
+        assert len(lines(capfd, "does not tell")) == 1
+
+    run(test())
+
+
+def test_queue_that_has_no_figures_is_told_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    async def test() -> None:
+        spool = await Spool.open(tmp_path / "spool")
+        history = History(Sources(Slot(Scoreboard()), spool, "spool", None), None, "life")
+        await spool.close()
+        for _ in range(LOOKS_COUNT):
+            await history.sample(0)
+
+    run(test())
+    assert len(lines(capfd, "no figures of the queue")) == 1
+
+
+def test_state_of_schedules_that_cannot_be_kept_is_told_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    annotations = {"topic": "cron-function", "schedule": "@daily"}
+
+    async def test() -> None:
+        spool = await Spool.open(tmp_path / "spool")
+        scheduler = Scheduler({F: Function(F, url="http://h", annotations=annotations)}, spool, tmp_path / "no" / "s")
+        for _ in range(LOOKS_COUNT):
+            await scheduler.look()
+        assert len(lines(capfd, "how far schedules were looked at")) == 1
+        (tmp_path / "no").mkdir()
+        await scheduler.look()
+        (tmp_path / "no" / "s").unlink()
+        (tmp_path / "no").rmdir()
+        await scheduler.look()
+        assert len(lines(capfd, "how far schedules were looked at")) == 1
+        await spool.close()
+
+    run(test())
+
+
+def test_processes_that_cannot_be_woken_are_told_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    directory_fd = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    one, other = Notifier(directory_fd), Notifier(directory_fd)
+    one.wake(WakeUp.WORK)
+    assert other.read() == WakeUp.WORK
+    third = Notifier(directory_fd)
+    with few_descriptors(0):
+        for _ in range(LOOKS_COUNT):
+            one.wake(WakeUp.WORK)
+    (line,) = lines(capfd, "cannot wake")
+    assert line.endswith("too many open files")
+    one.wake(WakeUp.WORK)
+    assert third.read() != WakeUp.NOTHING
+    for notifier in (one, other, third):
+        notifier.close()
+    os.close(directory_fd)
+
+
+def test_queue_that_cannot_be_written_is_told_once(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "BUSY_S", 0.01)
+
+    async def test() -> None:
+        spool = await Spool.open(tmp_path / "spool")
+        owner = await spool.enlist()
+        for _ in range(2):
+            with contextlib.closing(sqlite3.connect(tmp_path / "spool" / DATABASE)) as other:
+                other.execute("BEGIN IMMEDIATE")
+                for _ in range(LOOKS_COUNT):
+                    with pytest.raises(QueueUnavailable):
+                        await spool.claim(["faas-request"], owner, 1.0, 1)
+            await spool.put(new_call())
+        await spool.close()
+
+    run(test())
+    assert len(lines(capfd, "cannot be written")) == 2
+
+
+def test_connections_that_cannot_be_accepted_are_told_once_with_the_remedy(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    async def answer(request: object) -> Response:
+        return Response(200, (), b"hello")
+
+    async def test() -> None:
+        server = Server(answer, ServerTimeouts(20.0, 20.0, 20.0))
+        listener = socket.create_server(("127.0.0.1", 0))
+        url = parse_url(f"http://127.0.0.1:{listener.getsockname()[1]}/")
+        with socket.create_connection(listener.getsockname()) as waiting:
+            with few_descriptors(0):
+                server.listen(listener)
+                for _ in range(40):
+                    await asyncio.sleep(0.01)  # each look is 0.1 s after the last; a busy machine has fewer
+
+            async def accepted() -> bool:
+                return bool(server.connections)
+
+            await eventually(accepted, SOON_S, "the connection is accepted once there are descriptors")
+            assert waiting
+        client = Client()
+        assert await body_of(await client.request("GET", url)) == b"hello"
+        await client.close()
+        server.stop_accepting()
+        await server.give_up()
+
+    run(test())
+    (line,) = lines(capfd, "cannot accept a connection")
+    assert line.endswith("too many open files (LimitNOFILE, ulimit -n)")
