@@ -207,7 +207,7 @@ def _strerror(error: OSError | UnicodeError) -> str:
         return re.sub(r"^\[[^]]*\] | \(_ssl\.c:\d+\)$", "", error.strerror or str(error)).lower()
     if error.errno is not None and error.errno > 0:  # getaddrinfo's are below
         return os.strerror(error.errno).lower()
-    return (error.strerror or str(error)).lower()
+    return (error.strerror or "").lower() or str(error)  # a text of ours has no number
 
 
 def reason_of(error: Exception) -> str:

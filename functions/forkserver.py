@@ -150,7 +150,7 @@ class ForkServer:
             async with asyncio.timeout(ANSWER_LIMIT_S):
                 return await answer
         except TimeoutError:
-            raise OSError(errno.ETIMEDOUT, "the fork server does not answer") from None
+            raise OSError("the fork server does not answer") from None
         finally:
             self._launching.pop(number, None)
 

@@ -366,6 +366,8 @@ class LogStore:
 async def _read_on(newest: Iterable[LogLine], cursor: Cursor, query: LogQuery) -> AsyncGenerator[LogLine, None]:
     for line in newest:
         yield line
+    if query.tail_count is not None and not query.follow:
+        return
     while True:
         lines = await in_thread(cursor.next_lines)
         for line in lines:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
-import errno
 import os
 import shutil
 import threading
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ..calls.names import DEFAULT_NAMESPACE, FunctionName, is_label
-from ..watchdog import FaashoundError, Identity, log, parse_user
+from ..watchdog import FaashoundError, Identity, log, parse_user, reason_of
 from .documents import Shelves
 from .namespaces import NAMESPACE_RULE
 from .secret_names import is_secret_name
@@ -180,7 +179,7 @@ class SecretFiles:
                 try:
                     self._renew(place, function, name)
                 except OSError as error:  # its own doing, perhaps; others are to have theirs
-                    log.error(f"{function.name.short} does not see the new {name}: {error.strerror}")
+                    log.error(f"{function.name.short} does not see the new {name}: {reason_of(error)}")
 
     def refresh_all(self) -> None:
         """Any secret may have changed: have every function see so."""
@@ -224,4 +223,4 @@ def _owner_of(function: Function) -> Identity | None:
     try:
         return parse_user(text) if text else None
     except ValueError as error:
-        raise OSError(errno.EINVAL, f"user={text}: {error}") from None
+        raise OSError(f"user={text}: {error}") from None

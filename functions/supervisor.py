@@ -35,6 +35,7 @@ from ..watchdog import (
     PROVEN_AFTER_S,
     log,
     next_restart_s,
+    reason_of,
     spawn_under_own_limit,
 )
 
@@ -256,7 +257,7 @@ class Supervisor:
                 status = await process.run(self._launcher, self._parent_death_fd)
                 process.last_exit = describe_exit(status)
             except OSError as error:
-                status, process.last_exit = 1, f"cannot be started: {error.strerror}"
+                status, process.last_exit = 1, f"cannot be started: {reason_of(error)}"
             finally:
                 proven.cancel()
             if process.is_ending:

@@ -34,6 +34,15 @@ def find_program() -> str:
     return path
 
 
+def stands_still(pid: int) -> bool:
+    """Tell whether every thread of a process is stopped."""
+    try:
+        stats = [(task / "stat").read_text(encoding="utf-8") for task in Path(f"/proc/{pid}/task").iterdir()]
+    except FileNotFoundError:  # one has just ended
+        return False
+    return all(stat.rpartition(") ")[2].startswith("T") for stat in stats)
+
+
 def free_ports(count: int) -> list[int]:
     """Ports that are free, and differ."""
     return [free_port() for _ in range(count)]
@@ -80,8 +89,10 @@ class NatsServer:
             self.process = None
 
     def pause(self) -> None:
+        """Have it stand still: all its threads do, which the signal alone does not wait for."""
         if self.process is not None:
             self.process.send_signal(signal.SIGSTOP)
+            wait_until(partial(stands_still, self.process.pid), START_S, "its threads stand still")
 
     def resume(self) -> None:
         if self.process is not None:

@@ -96,20 +96,27 @@ class Bucket:
         info = await self._ask(lambda: self._connection.client.jetstream().stream_info(self._stream))
         if info.state.last_seq == self._sequence:
             return False
-        found = await self._ask(self._read)
+        found = await self._ask(lambda: self._read(is_empty=not info.state.messages))
         changed = found != self.kept
         self.kept, self._sequence = found, info.state.last_seq
         return changed
 
-    async def _read(self) -> dict[str, Kept]:
+    async def _read(self, *, is_empty: bool) -> dict[str, Kept]:
+        """Return all that is kept.
+
+        The watcher says None when that is all for now, but also where the first of it is still on its way behind the
+        servers' answer that nothing waits to be sent.  So of a bucket that is not empty the last entry tells.
+        """
         found: dict[str, Kept] = {}
-        watcher = await self._bucket.watchall(ignore_deletes=True)
+        watcher = await self._bucket.watchall()
         try:
             async with asyncio.timeout(ANSWER_S):
                 async for entry in watcher:
-                    if entry is None:  # that is all for now
+                    if entry is not None and entry.operation is None:  # else it was deleted
+                        found[entry.key] = Kept(entry.value or b"", entry.revision or 0)
+                    is_last = is_empty if entry is None else not entry.delta
+                    if is_last:
                         break
-                    found[entry.key] = Kept(entry.value or b"", entry.revision or 0)
         finally:
             await watcher.stop()  # type: ignore[no-untyped-call]
         return found

@@ -9,8 +9,10 @@ import os
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+from nats.js.kv import KeyValue
 
 from faashound.calls.model import QueueUnavailable
 from faashound.functions.bucket import BucketDocuments, BucketShelves
@@ -58,6 +60,36 @@ def test_documents_are_those_of_every_gateway(cluster: Cluster) -> None:
             assert "cat.openfaas-fn in NATS" in ours.place("cat.openfaas-fn")
         async with opened(cluster, "same") as later:
             assert BucketDocuments(later, "functions").read("cat.openfaas-fn") == b"again"
+
+    run(test())
+
+
+def test_all_is_read_when_the_first_of_it_comes_behind_the_word_that_nothing_waits(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The servers count what they have begun to send as sent; nats-py tells that as "this is all"."""
+    watch = KeyValue.watch
+
+    async def told_too_early(bucket: KeyValue, *arguments: Any, **options: Any) -> Any:
+        watcher = await watch(bucket, *arguments, **options)
+        updates: Any = watcher._updates
+        updates._queue.appendleft(None)
+        updates._wakeup_next(updates._getters)
+        return watcher
+
+    async def test() -> None:
+        async with opened(cluster, "early") as one:
+            await in_thread(BucketDocuments(one, "functions").write, "f", b"first")
+            await in_thread(BucketDocuments(one, "functions").write, "g", b"second")
+            monkeypatch.setattr(KeyValue, "watch", told_too_early)
+            async with opened(cluster, "early") as other:
+                assert dict(BucketDocuments(other, "functions").read_all()) == {"f": b"first", "g": b"second"}
+                for name in ("f", "g"):
+                    await in_thread(BucketDocuments(one, "functions").delete, name)
+                assert await other.look()
+                assert BucketDocuments(other, "functions").names() == []
+            async with opened(cluster, "nothing-yet") as empty:
+                assert BucketDocuments(empty, "functions").names() == []
 
     run(test())
 

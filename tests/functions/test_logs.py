@@ -223,6 +223,18 @@ def test_reader_sees_what_is_written_after_its_tail_was_counted(tmp_path: Path) 
     run(test())
 
 
+def test_reader_of_a_tail_gets_no_more_when_lines_are_written_meanwhile(tmp_path: Path) -> None:
+    async def test() -> None:
+        store = LogStore(tmp_path, 100_000)
+        store.add(FUNCTION, [line(0), line(1)])
+        lines = await store.read(F, LogQuery(tail_count=1))
+        store.add(FUNCTION, [line(2)])
+        assert [each.text async for each in lines] == ["line 1"]
+        store.close()
+
+    run(test())
+
+
 def test_lines_of_a_function_are_kept_with_their_call_across_restarts(tmp_path: Path) -> None:
     async def test() -> None:
         for word in ("first", "second"):

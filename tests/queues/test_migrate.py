@@ -250,7 +250,7 @@ def test_command_moves_what_waits_and_says_how_much(tmp_path: Path, options: Opt
 def test_command_leaves_a_directory_without_a_queue_as_it_is(tmp_path: Path) -> None:
     done = run("worker", ["migrate", "--from", f"spool:{tmp_path}", "--to", "nats://h"])
     assert (done.returncode, done.stdout) == (1, "")
-    assert f"there is no queue in {tmp_path}" in done.stderr
+    assert f"--from spool:{tmp_path}: there is no queue (spool.sqlite3)" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -273,22 +273,6 @@ def test_file_of_a_newer_version_is_refused_and_nothing_is_said_of_damage(tmp_pa
     assert "backup" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["spool", "it's a spool"])
-def test_remedy_for_damage_makes_room_for_a_new_queue_when_typed_as_it_is_told(tmp_path: Path, name: str) -> None:
-    directory = tmp_path / name
-    desk = Desk(directory)
-    desk.put()
-    desk.close()
-    empty(directory / DATABASE)
-    with pytest.raises(QueueDamaged) as caught:
-        asyncio.run(Spool.open(directory))
-    command = str(caught.value).partition("an empty queue after ")[2].replace("python", sys.executable, 1)
-    subprocess.run(["sh", "-c", command], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, check=True)
-    desk = Desk(directory)
-    assert desk.do(desk.spool.calls()) == []
-    desk.close()
-
-
 def test_file_cut_short_behind_a_journal_is_refused(tmp_path: Path) -> None:
     """SQLite itself takes the size of the file from the journal then, and would read zeros for what is missing."""
     directory = tmp_path / "spool"
