@@ -70,12 +70,18 @@ def test_all_is_read_when_the_first_of_it_comes_behind_the_word_that_nothing_wai
     """The servers count what they have begun to send as sent; nats-py tells that as "this is all"."""
     watch = KeyValue.watch
 
+    class ToldTooEarly:
+        def __init__(self, watcher: Any) -> None:
+            self.watcher = watcher
+            self.stop = watcher.stop
+
+        async def __aiter__(self) -> AsyncIterator[Any]:
+            yield None
+            async for entry in self.watcher:
+                yield entry
+
     async def told_too_early(bucket: KeyValue, *arguments: Any, **options: Any) -> Any:
-        watcher = await watch(bucket, *arguments, **options)
-        updates: Any = watcher._updates
-        updates._queue.appendleft(None)
-        updates._wakeup_next(updates._getters)
-        return watcher
+        return ToldTooEarly(await watch(bucket, *arguments, **options))
 
     async def test() -> None:
         async with opened(cluster, "early") as one:
