@@ -202,12 +202,12 @@ def _strerror(error: OSError | UnicodeError) -> str:
     asyncio adds an address as a tuple, ssl the place in its source, and getaddrinfo the codec that takes no such name.
     """
     if isinstance(error, UnicodeError):
-        return "a label of the name is empty or too long"
+        return "it cannot be the name of a host"
     if isinstance(error, ssl.SSLError):
         return re.sub(r"^\[[^]]*\] | \(_ssl\.c:\d+\)$", "", error.strerror or str(error)).lower()
     if error.errno is not None and error.errno > 0:  # getaddrinfo's are below
         return os.strerror(error.errno).lower()
-    return (error.strerror or "").lower() or str(error)  # a text of ours has no number
+    return (error.strerror or "").lower() or str(error) or type(error).__name__  # a text of ours has no number
 
 
 def reason_of(error: Exception) -> str:
@@ -489,8 +489,8 @@ def parse_settings(kind: type[T], environ: Mapping[str, str]) -> T:
     for conflict in getattr(settings, "conflicts", tuple)():
         if not any(re.search(rf"\b{name}\b", conflict) for name in bad_names):
             name, _, rest = conflict.partition(" ")
-            value = environ.get(name)
-            problems.append(f"{name}={without_credentials(value)!r} {rest}" if value else conflict)
+            said = next((each for each in settings_table(kind).values() if each.name == name), None)
+            problems.append(conflict if said is None else f"{_as_typed(said, environ)} {rest}")
     if problems:
         raise BadSettings(problems)
     return settings
@@ -511,6 +511,13 @@ def _parse_row(row: Setting, environ: Mapping[str, str]) -> Any:
         return row.parse(text)
     except ValueError as error:
         raise ValueError(f"{name}={without_credentials(text)!r}: {error}") from None
+
+
+def _as_typed(row: Setting, environ: Mapping[str, str]) -> str:
+    """Return a setting with its value, if it has one; of a command, which may hold any secret, its name alone."""
+    name = row.alias if row.alias and environ.get(row.alias) and not environ.get(row.name) else row.name
+    value = environ.get(name)
+    return f"{name}={without_credentials(value)!r}" if value and row.parse is not parse_command else name
 
 
 def without_credentials(text: str) -> str:
@@ -611,8 +618,8 @@ def parse_upstream_url(text: str) -> Url:
 
 def parse_path(text: str) -> str:
     """Return `text` if it can be the path of a request (RFC 9112 3.2.1)."""
-    if not re.fullmatch(r"/[\x21-\x7e]*", text):
-        raise ValueError("allowed: a path of visible ASCII characters that begins with /")
+    if not re.fullmatch(r"/[\x21\x22\x24-\x7e]*", text):
+        raise ValueError("allowed: a path of visible ASCII characters but # that begins with /")
     return text
 
 
@@ -2603,7 +2610,7 @@ class Server:
         self._slot = slot or Slot(Scoreboard())
         self._roster = Roster(limits or ConnectionLimits())
         self._refused_count = 0
-        self._told_s = -math.inf
+        self._told_s: dict[str, float] = {}
         self.handler = handler
         self.timeouts = timeouts
         self.on_refused = on_refused
@@ -2625,7 +2632,7 @@ class Server:
         was_full = self._roster.is_full(network)
         refusal = self._roster.make_room(network) if was_full else None
         if refusal is not None:
-            self._tell(log.warning, f"connections are refused: {refusal}")
+            self._tell(log.warning, "connections are refused: ", str(refusal))
             if self._refused_count >= REFUSED_AT_ONCE_COUNT:
                 return True, None
             self._refused_count += 1
@@ -2638,13 +2645,13 @@ class Server:
     def tell(self, error: OSError) -> None:
         """Listener: a connection cannot be accepted, and waits."""
         remedy = " (LimitNOFILE, ulimit -n)" if error.errno == errno.EMFILE else ""
-        self._tell(log.error, f"cannot accept a connection: {_strerror(error)}{remedy}")
+        self._tell(log.error, "cannot accept a connection: ", f"{_strerror(error)}{remedy}")
 
-    def _tell(self, write: Callable[[str], None], text: str) -> None:
+    def _tell(self, write: Callable[[str], None], what: str, why: str) -> None:
         now_s = time.monotonic()
-        if now_s >= self._told_s + TOLD_EVERY_S:
-            self._told_s = now_s
-            write(text)
+        if now_s >= self._told_s.get(what, -math.inf) + TOLD_EVERY_S:
+            self._told_s[what] = now_s
+            write(what + why)
 
     def forget(self, connection: ServerConnection) -> None:
         """Connection: it is closed, or was never opened."""
@@ -2656,7 +2663,10 @@ class Server:
             self._roster.leave(connection)
 
     def stop_accepting(self) -> None:
-        """Close the listening sockets and idle connections; what is in flight goes on and then closes.  Repeatable."""
+        """Close the listening sockets and connections that are idle, new ones a little later.  Repeatable.
+
+        What is in flight goes on, and closes then.
+        """
         self.draining = True
         self._slot.set_serving(False)
         while self._listeners:
@@ -3579,7 +3589,7 @@ class ClientConnection(Connection):
             self.abort()
             raise
         if transport is None:
-            raise ConnectionResetError(errno.ECONNRESET, "the connection was closed in the TLS handshake")
+            raise OSError("the connection was closed in the TLS handshake")
         self._transport, self._is_counted = transport, False
         # Not 0: that of TLS is "as much or more" (asyncio.sslproto), so an empty buffer would pause us too, for ever.
         self._transport.set_write_buffer_limits(high=1)
@@ -4448,7 +4458,7 @@ class CallTable:
             return Owner.RUNNING if mark in self._calls else Owner.ENDED
         try:
             session, started_s = os.getsid(pid), _read_start(pid)
-        except (ProcessLookupError, FileNotFoundError):
+        except ProcessLookupError:
             return Owner.RUNNING  # the next reaping takes it
         if session in self._ended_sessions:  # no other session can have its number while a process is in it
             return Owner.ENDED
@@ -4521,7 +4531,7 @@ class Sweeper:
         try:
             await self._terminate(dying.process, term_grace_s)
         except OSError as error:  # out of descriptors: what is left cannot be known
-            log.error(f"a call is killed without a SIGTERM: {error.strerror}", pid=dying.process.pid)
+            log.error(f"a call is killed without a SIGTERM: {reason_of(error)}", pid=dying.process.pid)
         self._kill_now(dying)
 
     async def _terminate(self, process: Root, term_grace_s: float) -> None:
@@ -4760,7 +4770,7 @@ def _read_stat(pid: int) -> list[bytes]:
 
 def _read_start(pid: int) -> float:
     """Return when `pid` started, in seconds since boot, rounded down to the kernel's ticks; inf if it is hidden."""
-    with suppress(PermissionError):
+    with suppress(PermissionError, FileNotFoundError):  # hidepid=1; hidepid=2
         return int(_read_stat(pid)[19]) / _TICKS_PER_S
     return math.inf
 
@@ -7302,7 +7312,7 @@ async def drain_server(server: Server, signals: Signals, limit_s: float) -> int:
     server.stop_accepting()
     log.info(f"No new connections allowed, draining: {server.busy_count} requests")
     await finished_first(server.drained(time.monotonic() + limit_s), signals.second.wait())
-    cut_count = len(server.unfinished())
+    cut_count = server.busy_count
     await server.give_up()
     log.info(f"Exiting. Active connections: {cut_count}")
     return 1 if cut_count else 0
@@ -7506,7 +7516,7 @@ def read_file(path: str, meaning: str) -> str:
         with open(path, encoding="utf-8") as file:
             return file.read()
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        reason = reason_of(error) if isinstance(error, OSError) else "not UTF-8"
         raise CannotStart(f"cannot read {path} ({meaning}): {reason}") from None
 
 

@@ -175,7 +175,7 @@ def _ask_system(host: str) -> Answer:
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except UnicodeError:
-        return "a label of the name is empty or too long"
+        return "it cannot be the name of a host"
     except OSError as error:
         return reason_of(error)
     return [(family, str(sockaddr[0])) for family, _, _, _, sockaddr in found]

@@ -253,6 +253,13 @@ def test_contradiction_is_named_too_when_another_value_is_bad() -> None:
     assert "metrics_port" in problems
 
 
+def test_contradiction_names_what_was_typed_and_shows_no_command() -> None:
+    (problem,) = problems_of(fprocess="mysql -pgeheim", mode="static")
+    assert problem.startswith("fprocess means nothing with mode=static")
+    (problem,) = problems_of(fprocess="cat", buffer_http="true")
+    assert problem.startswith("buffer_http='true' means nothing with mode=serializing")
+
+
 def test_start_is_refused_when_the_required_setting_is_missing() -> None:
     with pytest.raises(BadSettings, match="fprocess is not set; it is required") as caught:
         parse_settings(Settings, {})
@@ -386,11 +393,11 @@ LONG_LABEL = "a" * 64 + ".x"
         ),
         (
             {"port": "0", "host": LONG_LABEL},
-            f"cannot listen on port 0 (port) of {LONG_LABEL} (host): a label of the name is empty or too long",
+            f"cannot listen on port 0 (port) of {LONG_LABEL} (host): it cannot be the name of a host",
         ),
         (
             {"port": "0", "mode": "http", "upstream_url": f"http://{LONG_LABEL}:0"},
-            f"no port of {LONG_LABEL} for the server (upstream_url): a label of the name is empty or too long",
+            f"no port of {LONG_LABEL} for the server (upstream_url): it cannot be the name of a host",
         ),
     ],
     ids=["port", "metrics-port", "host", "upstream-url"],

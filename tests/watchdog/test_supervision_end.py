@@ -143,6 +143,13 @@ def test_stuck_functions_do_not_hold_the_watchdog_when_it_drains(grace: str) -> 
         assert [each.result().status for each in calls] == [503] * len(calls)
 
 
+def test_connection_that_asks_nothing_is_no_call_that_was_cut_when_the_watchdog_drains() -> None:
+    settings = {"fprocess": "sh", "write_timeout": "500ms", "exec_timeout": "300ms", "healthcheck_interval": "0"}
+    with Program("watchdog", settings) as program, connect(program.port):
+        program.terminate()
+        assert program.wait_exit() == 0
+
+
 def call(program: Program, script: bytes) -> Answer:
     return http_request(program.port, "POST", body=script)
 
