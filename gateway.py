@@ -124,6 +124,7 @@ from .watchdog import (
     ServerTimeouts,
     Signals,
     Slot,
+    Trouble,
     WorkerContext,
     bind_sockets,
     connection_limits,
@@ -172,6 +173,7 @@ class Gateway:
     control_plane: ControlPlane | ControlPlaneElsewhere
     pages: Pages | None
     draining: bool = False
+    figures_trouble: Trouble = field(default_factory=lambda: Trouble(log.warning))
 
     async def __call__(self, request: Request) -> Response:
         """Answer one request; cancelled when the client has gone."""
@@ -256,7 +258,9 @@ class Gateway:
         try:
             self.metrics.show_queue(await self.queue.stats())
         except FaashoundError as error:  # the other figures matter most when the queue is in trouble
-            log.warning(f"no figures of the queue: {error}")
+            self.figures_trouble.tell(f"no figures of the queue: {error}")
+        else:
+            self.figures_trouble.over()
         return await serve_metrics(self.metrics, request)
 
     def drain(self) -> None:

@@ -211,8 +211,10 @@ def _strerror(error: OSError | UnicodeError) -> str:
 
 
 def reason_of(error: Exception) -> str:
-    """Return what an operator is told of an error: of one of the system its words, without number and tuples."""
-    return _strerror(error) if isinstance(error, OSError) else str(error) or type(error).__name__
+    """Return what an operator is told of an error: of one of the system its words and file, no number and no tuples."""
+    if not isinstance(error, OSError):
+        return str(error) or type(error).__name__
+    return _strerror(error) + (f" ({error.filename})" if isinstance(error.filename, str) else "")
 
 
 class BadSettings(FaashoundError):
@@ -7312,7 +7314,7 @@ async def drain_server(server: Server, signals: Signals, limit_s: float) -> int:
     server.stop_accepting()
     log.info(f"No new connections allowed, draining: {server.busy_count} requests")
     await finished_first(server.drained(time.monotonic() + limit_s), signals.second.wait())
-    cut_count = server.busy_count
+    cut_count = sum(each.is_busy for each in server.unfinished())
     await server.give_up()
     log.info(f"Exiting. Active connections: {cut_count}")
     return 1 if cut_count else 0

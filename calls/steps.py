@@ -395,8 +395,10 @@ def expire(record: Record, now_s: float, error: str = EXPIRED_ERROR) -> Record:
 def set_back(record: Record, back_s: float) -> Record:
     """The wall clock was set back: what waits comes as soon as it would have come."""
     if record.state is State.QUEUED:
-        expires_s = None if record.expires_s is None else record.expires_s - back_s
-        return record._replace(due_s=record.due_s - back_s, expires_s=expires_s)
+        expires_s, started_s = (
+            None if each is None else each - back_s for each in (record.expires_s, record.started_s)
+        )
+        return record._replace(due_s=record.due_s - back_s, expires_s=expires_s, started_s=started_s)
     if record.callback is not None and record.callback.state is CallbackState.PENDING:
         return record._replace(callback=replace(record.callback, due_s=record.callback.due_s - back_s))
     return record

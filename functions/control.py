@@ -160,7 +160,7 @@ class Control:
                 last_error, changed = "", False
             except (FaashoundError, OSError) as error:
                 if str(error) != last_error:
-                    log.error(f"what other gateways deploy is not seen: {reason_of(error)}")
+                    log.error(f"what other gateways deploy is not all in force: {reason_of(error)}")
                 last_error = str(error)
 
     async def _take_over(self) -> None:
@@ -200,7 +200,8 @@ class Control:
         seen = self._applied
         while True:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._told.wait(), LOOK_S)
+                async with asyncio.timeout(LOOK_S):  # wait_for swallows a cancellation that comes with the event
+                    await self._told.wait()
             found = self._stat()
             if self._told.is_set() or (found == seen and found != self._applied):
                 if self._told.is_set():
@@ -251,8 +252,8 @@ class Control:
                 raise
             if postponed:
                 self._try_again(f"not all of the functions file is applied, and is tried again: {'; '.join(postponed)}")
-            else:
-                self._told_trouble = ""
+                return True
+            self._told_trouble = ""
             await self._tell_missing_secrets()
             for function in declared.values():
                 _tell_idle_schedule(function)
@@ -351,7 +352,7 @@ class Control:
     def _current_rules(self) -> Rules:
         try:
             images = read_images(self._file)
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             images = {}
         return dataclasses.replace(
             self._rules,

@@ -246,7 +246,7 @@ class LocalFunctions:
             try:
                 await in_thread(self._logs.prune, set(self.table))
             except OSError as error:
-                log.warning(f"lines of functions that are no more are not looked through: {error}")
+                log.warning(f"lines of functions that are no more are not looked through: {reason_of(error)}")
 
     def serves(self, function: Function) -> bool:
         """Tell whether this version of a function is the one that serves."""

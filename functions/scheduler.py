@@ -84,7 +84,8 @@ class Scheduler:
                 self._trouble.tell(f"a scheduled call could not be queued, it is tried again: {error}")
             wait_s = min(max(self._next_s() - self._now(), 0.0), LOOK_S)
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), wait_s)
+                async with asyncio.timeout(wait_s):  # wait_for swallows a cancellation that comes with the event
+                    await self._changed.wait()
 
     async def look(self) -> None:
         """Put all that is due now; raises the queue's errors, and then what is left is due at the next look."""

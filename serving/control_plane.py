@@ -221,9 +221,9 @@ async def _usages(
     parameters: Mapping[str, str], functions: Sequence[Function], status: Mapping[FunctionName, LocalStatus]
 ) -> dict[FunctionName, Usage]:
     """Return what those of `functions` take that are run here, if the parameters ask for it."""
-    if parameters.get("usage") not in ("1", "true"):
-        return {}
     names = [each.name for each in functions if each.name in status]
+    if not names or parameters.get("usage") not in ("1", "true"):
+        return {}
     return dict(zip(names, await measure_usages([status[name].pids for name in names]), strict=True))
 
 

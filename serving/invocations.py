@@ -29,6 +29,7 @@ from ..watchdog import (
     ClientResponse,
     FaashoundError,
     Header,
+    NotReady,
     PeerGone,
     Request,
     Response,
@@ -96,13 +97,13 @@ class Invocations:
         by_worker = self._gate.access.is_worker(request)
         start_time = (by_worker and request.header(b"x-start-time")) or b"%d" % time.time_ns()
         ids = RequestIds(call_id_of(request) or new_call_id(), start_time)
-        function = self._functions.lookup(name)
+        function, refusal = self._find(name)
         label = self._metrics.begin(function, listed=function is not None and function.name in self._functions)
         started_s, status = time.perf_counter(), CLIENT_GONE_STATUS
         reason: dict[str, object] = {}
         try:
             if function is None:
-                raise OurFailure(404, NO_FUNCTION)
+                raise refusal
             response = await self._call(request, function, rest, ids, by_worker)
             status = response.status
         except FaashoundError as error:
@@ -118,6 +119,13 @@ class Invocations:
                 **reason,
             )
         return response
+
+    def _find(self, name: str) -> tuple[Function | None, OurFailure]:
+        """Return the function, and what to answer if there is none."""
+        try:
+            return self._functions.lookup(name), OurFailure(404, NO_FUNCTION)
+        except NotReady as error:
+            return None, OurFailure(503, str(error))
 
     async def _call(
         self, request: Request, function: Function, rest: bytes, ids: RequestIds, by_worker: bool

@@ -38,8 +38,9 @@ def _look(functions: Sequence[Sequence[int]]) -> list[tuple[float, int]]:
     All processes of the machine are looked through once, however many functions there are.
     """
     known, children = dict[int, psutil.Process](), defaultdict[int, list[int]](list)
-    for each in psutil.process_iter():
+    for pid in psutil.pids():  # process_iter remembers processes whose number is another's by now
         with suppress(psutil.Error):
+            each = psutil.Process(pid)
             children[each.ppid()].append(each.pid)
             known[each.pid] = each
     found = []

@@ -96,30 +96,34 @@ class Bucket:
         info = await self._ask(lambda: self._connection.client.jetstream().stream_info(self._stream))
         if info.state.last_seq == self._sequence:
             return False
-        found = await self._ask(lambda: self._read(is_empty=not info.state.messages))
+        last_seq = info.state.last_seq
+        found, read_seq = await self._ask(lambda: self._read(is_empty=not info.state.messages))
         changed = found != self.kept
-        self.kept, self._sequence = found, info.state.last_seq
+        # A server that is behind the leader may have told us all that it has.
+        self.kept, self._sequence = found, min(read_seq, last_seq) if info.state.messages else last_seq
         return changed
 
-    async def _read(self, *, is_empty: bool) -> dict[str, Kept]:
-        """Return all that is kept.
+    async def _read(self, *, is_empty: bool) -> tuple[dict[str, Kept], int]:
+        """Return all that is kept, and the greatest revision there is.
 
         The watcher says None when that is all for now, but also where the first of it is still on its way behind the
         servers' answer that nothing waits to be sent.  So of a bucket that is not empty the last entry tells.
         """
-        found: dict[str, Kept] = {}
+        found, read_seq = dict[str, Kept](), 0
         watcher = await self._bucket.watchall()
         try:
             async with asyncio.timeout(ANSWER_S):
                 async for entry in watcher:
-                    if entry is not None and entry.operation is None:  # else it was deleted
-                        found[entry.key] = Kept(entry.value or b"", entry.revision or 0)
+                    if entry is not None:
+                        read_seq = max(read_seq, entry.revision or 0)
+                        if entry.operation is None:  # else it was deleted
+                            found[entry.key] = Kept(entry.value or b"", entry.revision or 0)
                     is_last = is_empty if entry is None else not entry.delta
                     if is_last:
                         break
         finally:
             await watcher.stop()  # type: ignore[no-untyped-call]
-        return found
+        return found, read_seq
 
     async def put(self, key: str, value: bytes) -> None:
         """Have a value under a key.  Raises ChangedMeanwhile, QueueUnavailable, QueueFull."""

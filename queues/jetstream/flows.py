@@ -139,6 +139,7 @@ class Flows:
         self._order: list[Flow] | None = None
         self._revision = 0  # of the newest flow that was read
         self._whole_s = self._loop.time()  # when all were read
+        self._lost: set[FlowName] = set()  # that were known then, and have not been read since
         self._announced: dict[FlowName, float] = {}
         self._last: dict[FlowKind, tuple[str, str]] = dict.fromkeys(KINDS, ("", ""))
         self._wanted: dict[FlowKind, Wanted] = {}  # what was last claimed
@@ -156,10 +157,10 @@ class Flows:
     async def close(self) -> None:
         """Give back what no claim has taken."""
         self._closed = True
-        for flow in self._flows.values():
-            for delivery in flow.stash:
+        for flow in list(self._flows.values()):
+            stash, flow.stash[:] = list(flow.stash), []
+            for delivery in stash:
                 await self.nak(delivery)
-            flow.stash.clear()
 
     # -- which flows there are
 
@@ -170,6 +171,7 @@ class Flows:
         new = [name for name in names if name not in self._flows]
         if new:
             await self.refresh(is_crowded=True)
+            new = [name for name in new if name not in self._flows]
         if new and len(self._flows) >= MAX_FLOWS_COUNT:
             raise TooManyQueued(
                 f"{len(self._flows)} functions and destinations have calls waiting, or had them within a day, and"
@@ -191,6 +193,7 @@ class Flows:
         self._learn(self._names.parse_flow(message.subject))
 
     def _learn(self, name: FlowName) -> None:
+        self._lost.discard(name)
         if name not in self._flows:
             self._flows[name] = Flow(name, self._names.consumer(name))
             self._order = None
@@ -198,17 +201,18 @@ class Flows:
 
     async def refresh(self, *, is_crowded: bool = False) -> list[FlowName]:
         """Read which flows are new, now and then which there are at all; return all."""
-        now_s, lost = self._loop.time(), set[FlowName]()
+        now_s, is_whole = self._loop.time(), False
         if now_s - self._whole_s >= (CROWDED_S if is_crowded else WHOLE_S):
             self._whole_s, self._revision = now_s, 0  # from the beginning: a server may be behind what we had read
-            lost = self._flows.keys() - {TIMERS}
+            is_whole, self._lost = True, self._flows.keys() - {TIMERS}
         async for stored in self._connection.walk(self._names.flows, self._revision + 1):
             name = self._names.parse_flow(stored.subject)
             self._learn(name)
-            lost.discard(name)
             self._revision = max(self._revision, stored.revision)
-        for name in lost:
-            self._forget(name)
+        if is_whole:
+            for name in self._lost:
+                self._forget(name)
+            self._lost = set()
         return list(self._flows)
 
     def _forget(self, name: FlowName) -> None:

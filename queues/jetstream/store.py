@@ -266,7 +266,7 @@ class Store:
         await self._connection.erase(self._names.records, kept.revision)
         if await self.find_record(call_id) is not None:
             if accepted is not None and has_key:
-                await self._put_key(accepted)
+                await self.put_key(accepted)
             return False
         await self._bodies.drop(None if accepted is None else accepted.body)
         await self._bodies.drop(None if answer is None else answer.result)
@@ -287,9 +287,9 @@ class Store:
         with contextlib.suppress(QueueUnavailable):
             await self._connection.erase(self._names.records, revision)
             if await self.load(accepted.id) is not None:
-                await self._put_key(accepted)
+                await self.put_key(accepted)
 
-    async def _put_key(self, accepted: NewCall) -> None:
+    async def put_key(self, accepted: NewCall) -> None:
         """Let the key stand for this call again, unless it stands for another by now."""
         if accepted.idempotency_key is not None:
             subject = self._names.key(accepted.function, accepted.idempotency_key)

@@ -70,7 +70,8 @@ def follow_clock(tx: Transaction, boot: str, offset_s: float) -> float:
     if back_s > 0:
         log.warning(f"the wall clock was set back by {back_s:.0f} s: due times of what waits are set back as well")
         tx.db.execute(
-            "UPDATE calls SET due_s = due_s - :back_s, expires_s = expires_s - :back_s WHERE state = 'queued'",
+            "UPDATE calls SET due_s = due_s - :back_s, expires_s = expires_s - :back_s, started_s = started_s - :back_s"
+            " WHERE state = 'queued'",
             {"back_s": back_s},
         )
         tx.db.execute("UPDATE callbacks SET due_s = due_s - ? WHERE state = 'pending'", (back_s,))

@@ -238,8 +238,12 @@ class Spool:
         """
         put = Put(call, build_headers(call.headers), self._limits)
         if abs(self._offset_s() - self._known_offset_s) > SET_BACK_S:  # first what waits follows the clock
-            followed = self._write(self._follow_clock)
-            self._known_offset_s, earlier = await asyncio.gather(followed, self._write(put))
+            steps = self._write(self._follow_clock), self._write(put)
+            known_s, earlier = await asyncio.gather(*steps, return_exceptions=True)
+            if isinstance(known_s, float):  # else the next look tries again
+                self._known_offset_s = known_s
+            if isinstance(earlier, BaseException):
+                raise earlier
         else:
             earlier = await self._write(put)
         return build_accepted(call) if earlier is None else earlier
@@ -610,7 +614,8 @@ class Spool:
         `bounds` says so; each of those that goes is logged. Works in small steps: writers are never kept waiting for
         more than one.
         """
-        self._known_offset_s = await self._write(self._follow_clock)
+        with contextlib.suppress(QueueFull):  # what is dropped here makes room for it
+            self._known_offset_s = await self._write(self._follow_clock)
         now_s, bounds = self._now(), bounds or Bounds()
         expired = 0
         while count := await self._write(partial(housekeeping.expire, now_s=now_s)):

@@ -140,7 +140,9 @@ def test_watchdog_that_cannot_be_started_is_logged_and_tried_again(log: Log) -> 
             await until(lambda: local.status()[F].restart_count >= 2, "two restarts")
 
     run(test())
-    assert "the watchdog of f cannot be started: no such file or directory; next start in 0.1 s" in log
+    assert (
+        "the watchdog of f cannot be started: no such file or directory (/nowhere/watchdog); next start in 0.1 s" in log
+    )
     assert "next start in 0.2 s" in log
 
 
