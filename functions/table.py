@@ -460,11 +460,13 @@ def _key_problem(key: str, value: Any, elsewhere: bool) -> str | None:
         return f"not allowed here: {REFUSED_SETTINGS[key]}"
     if key in _KEYS:
         return None
-    close = difflib.get_close_matches(key.lower(), _KEYS, 1)
+    is_table = isinstance(value, dict)
+    close = difflib.get_close_matches(key.lower(), _TEXT_TABLES if is_table else _KEYS, 1)
+    if is_table:
+        start = f"did you mean {close[0]}? A" if close else "a"
+        return f'unknown key; {start} function of a namespace {key} is written in quotes: ["NAME.{key}"]'
     if close:
         return f"unknown key; did you mean {close[0]}?"
-    if isinstance(value, dict):
-        return f'unknown key; a function of a namespace {key} is written in quotes: ["NAME.{key}"]'
     return f"unknown key; allowed: {', '.join(_KEYS)}"
 
 

@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 
 from ..watchdog import FaashoundError, Header, MethodNotAllowed, Request, Response
 
+NO_FUNCTION = "no function has this name"
+
 
 class NotFound(FaashoundError):
     """Nothing has this address."""

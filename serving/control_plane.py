@@ -48,7 +48,7 @@ from ..watchdog import (
     end_to_end,
 )
 from .access import Access
-from .answers import NotFound, allow, json_response, parse_parameters
+from .answers import NO_FUNCTION, NotFound, allow, json_response, parse_parameters
 from .events import Events
 from .followers import MAX_FOLLOWERS_COUNT
 from .function_logs import FunctionLogs
@@ -198,7 +198,7 @@ class ControlPlane:
         namespace = parameters.get("namespace", DEFAULT_NAMESPACE)
         function = self.functions.lookup(name if "." in name else f"{name}.{namespace}")
         if function is None:
-            raise NotFound("no function has this name")
+            raise NotFound(NO_FUNCTION)
         status = self.status()
         usages = await _usages(parameters, [function], status)
         by_worker = self.access.is_worker(request)

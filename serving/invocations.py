@@ -44,6 +44,7 @@ from ..watchdog import (
     relayed,
     sent_body,
 )
+from .answers import NO_FUNCTION
 from .function_pages import fields_for_browsers, place_of_pages
 from .gates import FunctionGate, check_enabled
 from .metrics import GatewayMetrics
@@ -54,9 +55,6 @@ MOVES_WITHIN_S = 10.0  # a function whose process has died; what takes its place
 
 
 MOVED_POLL_S = 0.05
-
-
-NO_FUNCTION = "no function has this name"
 
 
 class OurFailure(FaashoundError):

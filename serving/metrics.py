@@ -112,7 +112,7 @@ class GatewayMetrics:
             "gateway_async_submissions", "Asynchronous calls submitted, by outcome", labels=("code",)
         )
         trouble = GaugeMetricFamily(
-            "gateway_trouble", "Processes of ours that find a part behind the gateway not working", labels=("part",)
+            "gateway_trouble", "Processes of the gateway that find a part not working, or soon not", labels=("part",)
         )
         dropped = CounterMetricFamily(
             "gateway_queue_dropped_letters", "Dead letters and undelivered results that keep_dead has ended"

@@ -39,7 +39,7 @@ from ..watchdog import (
     parse_positive_duration,
 )
 from .access import Access
-from .answers import BadField, NotFound, allow
+from .answers import NO_FUNCTION, BadField, NotFound, allow
 from .gates import FunctionGate
 from .health import Health
 from .metrics import GatewayMetrics
@@ -190,7 +190,7 @@ class Submissions:
         allow(request, "POST")
         function = self.functions.lookup(name)
         if function is None:
-            raise NotFound("no function has this name")
+            raise NotFound(NO_FUNCTION)
         check_path(rest)
         self.via.check(request)
         limit_bytes = self.settings.max_body_bytes

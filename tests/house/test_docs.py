@@ -19,7 +19,7 @@ from faashound.calls.steps import TRANSITIONS
 from faashound.calls.views import LISTED_COUNT, MAX_LISTED_COUNT, BadQuery, parse_call_filter
 from faashound.draining.metrics import InvocationCounters, WorkerMetrics
 from faashound.functions import exposure, scaling, schedules
-from faashound.functions.table import QUEUE_ANNOTATION, Function, parse_functions
+from faashound.functions.table import QUEUE_ANNOTATION, WATCHDOG_ROWS, BadFunctions, Function, parse_functions
 from faashound.serving import control_plane
 from faashound.serving.call_status import MAX_WAIT_S
 from faashound.serving.followers import MAX_FOLLOWERS_COUNT, MAX_OF_ADDRESS_COUNT
@@ -143,6 +143,13 @@ def test_page_of_metrics_has_each_metric_of_each_program_and_no_other() -> None:
     assert set(outcomes) == {kind.value for kind in OutcomeKind} - {OutcomeKind.ANSWERED.value}
 
 
+def test_page_of_metrics_has_each_part_that_may_be_in_trouble_and_no_other() -> None:
+    page = (reference.PAGE.parent / "metrics.md").read_text(encoding="utf-8")
+    samples = [sample for metric in gateway_metrics() for sample in metric.samples if sample.name == "gateway_trouble"]
+    (row,) = (line for line in page.splitlines() if line.startswith("| `gateway_trouble`"))
+    assert set(re.findall(r"`(\w+)` \(", row)) == {sample.labels["part"] for sample in samples}
+
+
 def test_alerts_and_dashboard_ask_for_metrics_that_there_are() -> None:
     page = (reference.PAGE.parent / "metrics.md").read_text(encoding="utf-8")
     there = {name for name, _, _ in ROW.findall(page)}
@@ -150,6 +157,15 @@ def test_alerts_and_dashboard_ask_for_metrics_that_there_are() -> None:
     for path in (deploy / "prometheus" / "alerts.yml", deploy / "grafana" / "faashound.json"):
         asked = set(re.findall(r"\b(?:gateway|worker|http)_\w+", path.read_text(encoding="utf-8")))
         assert {re.sub(r"_(bucket|sum|count)$", "", name) for name in asked} <= there
+
+
+def test_page_of_functions_has_each_key_and_no_other() -> None:
+    page = (reference.PAGE.parent / "functions.md").read_text(encoding="utf-8").partition("\n## ")[0]
+    with pytest.raises(BadFunctions) as caught:
+        parse_functions("[cat]\nfprocess = 'cat'\nzzz = 1", "example")
+    keys = set(str(caught.value).partition("allowed: ")[2].split(", "))
+    told = {name for cell in re.findall(r"^\| (`.+?) \|", page, re.MULTILINE) for name in re.findall(r"`(.+?)`", cell)}
+    assert told == keys - WATCHDOG_ROWS.keys() | {"fprocess"}
 
 
 def test_page_of_functions_has_each_annotation_and_label_and_no_other() -> None:
