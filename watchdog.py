@@ -210,11 +210,15 @@ def _strerror(error: OSError | UnicodeError) -> str:
     return (error.strerror or "").lower() or str(error) or type(error).__name__  # a text of ours has no number
 
 
-def reason_of(error: Exception) -> str:
-    """Return what an operator is told of an error: of one of the system its words and file, no number and no tuples."""
+def reason_of(error: Exception, place: object = None) -> str:
+    """Return what an operator is told of an error: of one of the system its words and file, no number and no tuples.
+
+    `place` is told beside it.
+    """
     if not isinstance(error, OSError):
         return str(error) or type(error).__name__
-    return _strerror(error) + (f" ({error.filename})" if isinstance(error.filename, str) else "")
+    is_new = isinstance(error.filename, str) and error.filename != str(place)
+    return _strerror(error) + (f" ({error.filename})" if is_new else "")
 
 
 class BadSettings(FaashoundError):
@@ -7518,7 +7522,7 @@ def read_file(path: str, meaning: str) -> str:
         with open(path, encoding="utf-8") as file:
             return file.read()
     except (OSError, UnicodeDecodeError) as error:
-        reason = reason_of(error) if isinstance(error, OSError) else "not UTF-8"
+        reason = _strerror(error) if isinstance(error, OSError) else "not UTF-8"
         raise CannotStart(f"cannot read {path} ({meaning}): {reason}") from None
 
 

@@ -300,8 +300,8 @@ class Deployments:
                     raise content
                 deployment = _parse_stored(content, rules)
             except (OSError, ValueError, BadDeployment) as error:
-                reason = reason_of(error)
-                log.error(f"the deployed function {name} is disabled: {self._documents.place(name)}: {reason}")
+                place = self._documents.place(name)
+                log.error(f"the deployed function {name} is disabled: {place}: {reason_of(error, place)}")
             else:
                 found[deployment.function.name] = deployment
         return found

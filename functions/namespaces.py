@@ -98,7 +98,8 @@ class Namespaces:
             document = parse_document(content)
             return parse_namespace(document if isinstance(document, dict) else {}, name)
         except (OSError, ValueError, BadNamespace) as error:
-            log.error(f"what was noted of the namespace {name} is lost: {self._store.place(name)}: {reason_of(error)}")
+            place = self._store.place(name)
+            log.error(f"what was noted of the namespace {name} is lost: {place}: {reason_of(error, place)}")
             return Namespace(name)
 
     def names(self) -> list[str]:

@@ -192,7 +192,7 @@ class Scheduler:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
-            reason = reason_of(error)
+            reason = reason_of(error, self._state)
             log.warning(f"{self._state}: {reason}; scheduled calls of before are not made up for")
             return {}
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..watchdog import CannotStart, parse_positive_count, parse_size, parse_text, read_file, setting
+from ..watchdog import CannotStart, parse_positive_count, parse_size, parse_text, read_file, reason_of, setting
 
 
 def parse_prefix(text: str) -> str:
@@ -79,7 +79,10 @@ def build_tls(settings: NatsSettings) -> ssl.SSLContext:
     for name in ("nats_ca_file", "nats_cert_file", "nats_key_file"):
         path = getattr(settings, name)
         if path is not None:
-            read_file(path, name)  # ssl does not tell which of two it could not read
+            try:
+                Path(path).read_bytes()  # ssl does not tell which of two it could not read
+            except OSError as error:
+                raise CannotStart(f"cannot read {path} ({name}): {reason_of(error, path)}") from None
     try:
         context = ssl.create_default_context(cafile=settings.nats_ca_file)
     except ssl.SSLError:

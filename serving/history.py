@@ -308,7 +308,7 @@ def load_history(path: Path | None) -> Kept | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        log.warning(f"the figures of the last hour begin anew: {path}: {reason_of(error)}")
+        log.warning(f"the figures of the last hour begin anew: {path}: {reason_of(error, path)}")
         return None
 
 

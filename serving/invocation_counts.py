@@ -76,7 +76,7 @@ def load_counts(path: Path | None) -> Mapping[str, int]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        log.warning(f"invocations are counted from zero: {path}: {reason_of(error)}")
+        log.warning(f"invocations are counted from zero: {path}: {reason_of(error, path)}")
         return {}
 
 

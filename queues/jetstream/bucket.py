@@ -61,6 +61,7 @@ class Bucket:
         self._stream = stream
         self._loop = asyncio.get_running_loop()
         self._sequence = 0
+        self._read_seqs = 0, 0  # at the last look that read: of the stream, and the greatest that was read
         self.kept: dict[str, Kept] = {}  # what was deleted is not in it
 
     @classmethod
@@ -99,8 +100,10 @@ class Bucket:
         last_seq = info.state.last_seq
         found, read_seq = await self._ask(lambda: self._read(is_empty=not info.state.messages))
         changed = found != self.kept
-        # A server that is behind the leader may have told us all that it has.
-        self.kept, self._sequence = found, min(read_seq, last_seq) if info.state.messages else last_seq
+        # A server that is behind the leader may have told us all that it has: not so if it tells the same again.
+        is_all = not info.state.messages or (last_seq, read_seq) == self._read_seqs
+        self.kept, self._sequence = found, last_seq if is_all else min(read_seq, last_seq)
+        self._read_seqs = last_seq, read_seq
         return changed
 
     async def _read(self, *, is_empty: bool) -> tuple[dict[str, Kept], int]:

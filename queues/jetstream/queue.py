@@ -257,10 +257,10 @@ class JetStream:
                 try:
                     own = call if first_id == call.id else rename(call, first_id)
                     await create(own)
-                    if (
-                        first_id != call.id
-                    ):  # the process that wrote the key may just have taken it back, for want of room
-                        await self._store.put_key(own)
+                    if first_id != call.id:
+                        # Who wrote the key may just have taken it back; without it the call is in all the same.
+                        with contextlib.suppress(QueueFull, QueueUnavailable):
+                            await self._store.put_key(own)
                     return build_call(own, accept(own))
                 except CallExists:
                     found = await self._store.load(first_id)

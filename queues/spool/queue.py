@@ -237,15 +237,13 @@ class Spool:
         gone, also when the caller is cancelled, unless the call got into the queue all the same.
         """
         put = Put(call, build_headers(call.headers), self._limits)
-        if abs(self._offset_s() - self._known_offset_s) > SET_BACK_S:  # first what waits follows the clock
-            steps = self._write(self._follow_clock), self._write(put)
-            known_s, earlier = await asyncio.gather(*steps, return_exceptions=True)
-            if isinstance(known_s, float):  # else the next look tries again
-                self._known_offset_s = known_s
-            if isinstance(earlier, BaseException):
-                raise earlier
-        else:
-            earlier = await self._write(put)
+        if abs(self._offset_s() - self._known_offset_s) > SET_BACK_S:
+            try:  # before it is in: it is not to be taken along
+                self._known_offset_s = await self._write(self._follow_clock)
+            except BaseException:
+                await self.drop_body(call.body)
+                raise
+        earlier = await self._write(put)
         return build_accepted(call) if earlier is None else earlier
 
     async def get(self, call_id: str) -> Call | None:
