@@ -19,7 +19,7 @@ from enum import Enum
 from ..calls.destinations import destination_of
 from ..calls.model import Kind, Lease, Renewal
 from ..queues import Queue
-from ..watchdog import FaashoundError, log
+from ..watchdog import FaashoundError, Trouble, log
 from .shares import Slots
 
 RENEWALS_COUNT = 3  # in the time of one lease: two may fail before it runs out
@@ -77,7 +77,7 @@ class InFlightTable:
         self._slots = slots
         self._entries: dict[int, InFlight] = {}
         self._renewed_s = _boot_s()
-        self._trouble = ""  # of the last renewal
+        self._trouble = Trouble(log.error)  # of the last renewal
         self._cancelled_early: frozenset[str] = frozenset()  # calls of this worker that its claim has not returned yet
 
     def add(self, lease: Lease) -> InFlight:
@@ -142,11 +142,10 @@ class InFlightTable:
         try:
             renewal = await self._queue.renew(leases, lease_s) if leases else NOTHING_NEW
         except FaashoundError as error:  # it is tried again at the next look
-            if str(error) != self._trouble:
-                log.error(f"leases could not be renewed: {error}")
-            self._trouble = str(error)
+            self._trouble.tell(f"leases could not be renewed: {error}")
             return False
-        self._renewed_s, self._trouble = began_s, ""
+        self._renewed_s = began_s
+        self._trouble.over()
         for fence in renewal.lost & self._entries.keys():
             entry = self._entries[fence]
             if entry.recording or entry.ended_by is not None:  # we have given it up ourselves
