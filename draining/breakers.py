@@ -45,8 +45,8 @@ MAX_ERROR_CHARS = 200
 
 
 @dataclass(frozen=True, slots=True)
-class Trouble:
-    """What is known of a destination that was not reached when last tried; `opened_s` is None while it is closed."""
+class Breaker:
+    """The breaker of a destination that was not reached when last tried; `opened_s` is None while it is closed."""
 
     since_s: float
     failures_count: int = 0
@@ -54,7 +54,7 @@ class Trouble:
     opened_s: float | None = None
     pause_s: float = FIRST_PAUSE_S
 
-    def after_failure(self, error: str, started_s: float, now_s: float) -> Trouble:
+    def after_failure(self, error: str, started_s: float, now_s: float) -> Breaker:
         """Return what is known after one more attempt that was begun at `started_s`.
 
         One that was begun before the breaker opened is no probe: it says nothing that was not known.
@@ -77,33 +77,33 @@ class Trouble:
 
 
 class Breakers:
-    """The destinations in trouble; `probes_count` of them at once are probed at most."""
+    """The destinations that were not reached when last tried; `probes_count` of them at once are probed at most."""
 
     def __init__(self, probes_count: int) -> None:
         self._probes_count = probes_count
-        self._troubles: OrderedDict[str, Trouble] = OrderedDict()  # the one that failed longest ago comes first
+        self._breakers: OrderedDict[str, Breaker] = OrderedDict()  # the one that failed longest ago comes first
 
     def on_failure(self, destination: str, error: str, started_s: float, now_s: float) -> bool:
         """It was not reached; tell whether that has opened its breaker."""
-        before = self._troubles.get(destination, Trouble(now_s))
+        before = self._breakers.get(destination, Breaker(now_s))
         after = before.after_failure(error, started_s, now_s)
-        self._troubles[destination] = after
-        self._troubles.move_to_end(destination)
-        if len(self._troubles) > MAX_KEPT_COUNT:
-            self._troubles.popitem(last=False)
+        self._breakers[destination] = after
+        self._breakers.move_to_end(destination)
+        if len(self._breakers) > MAX_KEPT_COUNT:
+            self._breakers.popitem(last=False)
         return before.opened_s is None and after.opened_s is not None
 
     def on_answer(self, destination: str) -> bool:
         """It has answered; tell whether that has closed its breaker."""
-        trouble = self._troubles.pop(destination, None)
-        return trouble is not None and trouble.opened_s is not None
+        breaker = self._breakers.pop(destination, None)
+        return breaker is not None and breaker.opened_s is not None
 
     def capacities(self, held: Mapping[str, int], now_s: float) -> dict[str, int]:
         """Return how many callbacks a claim may take for each destination held back; `held` are on their way."""
         waiting = [
-            (trouble.probe_s, name)
-            for name, trouble in self._troubles.items()
-            if trouble.opened_s is not None and not trouble.is_given_up(now_s)
+            (breaker.probe_s, name)
+            for name, breaker in self._breakers.items()
+            if breaker.opened_s is not None and not breaker.is_given_up(now_s)
         ]
         capacities = dict.fromkeys((name for _, name in waiting), 0)
         left_count = self._probes_count - sum(name in held for name in capacities)
@@ -112,19 +112,19 @@ class Breakers:
 
     def objection(self, destination: str, now_s: float) -> str | None:
         """Return why a callback that was claimed is not to be sent now; None if it is."""
-        trouble = self._troubles.get(destination)
-        if trouble is None or not trouble.is_given_up(now_s):
+        breaker = self._breakers.get(destination)
+        if breaker is None or not breaker.is_given_up(now_s):
             return None
         return (
-            f"not tried: {destination} could not be reached for {now_s - trouble.since_s:.0f} s,"
-            f" {trouble.failures_count} times in a row ({trouble.error})"
+            f"not tried: {destination} could not be reached for {now_s - breaker.since_s:.0f} s,"
+            f" {breaker.failures_count} times in a row ({breaker.error})"
         )
 
     def next_probe_s(self, now_s: float) -> float | None:
         """Return when the next pause ends; None if there is none."""
-        return min((each.probe_s for each in self._troubles.values() if each.probe_s > now_s), default=None)
+        return min((each.probe_s for each in self._breakers.values() if each.probe_s > now_s), default=None)
 
     @property
     def open_count(self) -> int:
         """How many destinations are held back."""
-        return sum(trouble.opened_s is not None for trouble in self._troubles.values())
+        return sum(breaker.opened_s is not None for breaker in self._breakers.values())
