@@ -1297,12 +1297,9 @@ def fields_bytes(headers: Headers) -> int:
     return sum(len(name) + len(value) + 4 for name, value in headers)
 
 
-def field_value(headers: Headers, name: bytes) -> bytes | None:
-    """Return the first value of `name` (lower case) or None."""
-    for key, value in headers:
-        if key == name:
-            return value
-    return None
+def first_values(headers: Headers) -> dict[bytes, bytes]:
+    """Return the first value of each name."""
+    return dict(reversed(headers))
 
 
 _HOP_BY_HOP = frozenset(
@@ -1321,10 +1318,11 @@ def end_to_end(headers: Headers, *dropped: bytes) -> list[Header]:
     `dropped` are names in lower case; names in `headers` may be in any case.
     """
     left_out = _ends_here(dropped)
-    named = [value for name, value in headers if name.lower() == b"connection"]
-    if named:
-        left_out = left_out.union(option.strip().lower() for option in b",".join(named).split(b","))
-    return [(name, value) for name, value in headers if name.lower() not in left_out]
+    names = [name.lower() for name, _ in headers]
+    if b"connection" in names:
+        named = b",".join(value for name, (_, value) in zip(names, headers, strict=True) if name == b"connection")
+        left_out = left_out.union(option.strip().lower() for option in named.split(b","))
+    return [field for name, field in zip(names, headers, strict=True) if name not in left_out]
 
 
 def tokens_of(headers: Headers, name: bytes) -> list[bytes]:
@@ -1462,10 +1460,14 @@ class Request:
     peer: str = ""
     refusal: FaashoundError | None = None
     abort: Callable[[], None] = lambda: None
+    _first: dict[bytes, bytes] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._first = first_values(self.headers)
 
     def header(self, name: bytes) -> bytes | None:
         """Return the first value of `name`, given in lower case."""
-        return field_value(self.headers, name)
+        return self._first.get(name)
 
     def decoded_path(self) -> bytes:
         """Return the path with its percent escapes resolved, as Go's URL.Path (bytes: it need not be UTF-8)."""
@@ -1841,7 +1843,7 @@ class ServerWire(Wire):
 
     def _feed_plain(self, data: bytes) -> bool:
         head = parse_plain_head(data, _REQUEST_LINE)
-        has_host = head is not None and sum(name == b"host" for name, _ in head.headers) == 1
+        has_host = head is not None and [name for name, _ in head.headers].count(b"host") == 1
         return head is not None and has_host and self._take_plain(head, data)
 
     def next_event(self) -> tuple[bytes, bytes, Headers] | bytes | WireEvent:
@@ -1873,21 +1875,20 @@ class ServerWire(Wire):
     ) -> tuple[bytes, bytes, Headers]:
         if len(method) + len(target) + 14 + fields_bytes(headers) > MAX_HEAD_BYTES:
             raise HeadTooLarge
-        names = {name for name, _ in headers}
-        if b"transfer-encoding" in names:
-            if b"content-length" in names:
+        first = first_values(headers)
+        if b"transfer-encoding" in first:
+            if b"content-length" in first:
                 raise BadRequest("bad request: Content-Length together with Transfer-Encoding (RFC 9112 6.1)")
             if version < b"1.1":
                 raise BadRequest("bad request: Transfer-Encoding in HTTP/1.0 (RFC 9112 6.1)")
-        if b"host" in names and not _HOST.fullmatch(field_value(headers, b"host") or b""):
+        if not _HOST.fullmatch(first.get(b"host", b"")):
             raise BadRequest("bad request: invalid Host")
-        expect = field_value(headers, b"expect") if b"expect" in names else None
-        if expect is not None and expect.lower() != b"100-continue":
+        if first.get(b"expect", b"100-continue").lower() != b"100-continue":
             raise ExpectationFailed("unknown Expect; allowed: 100-continue")
         self.head_request = method == b"HEAD"
         if version < b"1.1":  # RFC 9110 7.8: a server ignores its Upgrade
             headers = [field for field in headers if field[0] != b"upgrade"]
-        is_persistent = version == b"1.1" and names.isdisjoint(_PERSISTENCE_FIELDS)
+        is_persistent = version == b"1.1" and _PERSISTENCE_FIELDS.isdisjoint(first)
         self._is_plain = is_persistent and not self.head_request
         return method, target, headers
 
@@ -2991,10 +2992,10 @@ class ServerConnection(Connection):
             self._advance()
 
     def _begin(self, method: bytes, target: bytes, headers: Headers) -> None:
-        path, query, host = split_target(target, field_value(headers, b"host") or b"")
-        length_text = field_value(headers, b"content-length")
-        chunked = field_value(headers, b"transfer-encoding") is not None
-        body = Body(None if chunked else int(length_text or 0), self._on_drained)
+        first = first_values(headers)
+        path, query, host = split_target(target, first.get(b"host", b""))
+        length = None if b"transfer-encoding" in first else int(first.get(b"content-length", 0))
+        body = Body(length, self._on_drained)
         self._request = Request(method.decode(), target, path, query, host, headers, body, self._peer, abort=self._cut)
         self._handled = False
         self._enter(Phase.BODY)
@@ -3078,7 +3079,7 @@ class ServerConnection(Connection):
         self._alarm.set(None if limit_s == math.inf else self._loop.time() + limit_s)
         close = self._server.draining or self._refusal is not None or not self._wire.peer_done
         headers = response.headers
-        if field_value(headers, b"date") is None:  # that of a function's server tells caches the answer's age
+        if b"date" not in dict(headers):  # that of a function's server tells caches the answer's age
             headers = (*headers, (b"Date", self._server.date()))
         # The length that is told to a HEAD is the function's own, if any, and never that of the body that has come.
         body = response.body if self._wire.head_request else body_if_complete(response.body)
@@ -3532,11 +3533,12 @@ class ClientResponse:
         self.status = status
         self.headers = headers
         self.body = body
+        self._first = first_values(headers)
         self._connection = connection
 
     def header(self, name: bytes) -> bytes | None:
         """Return the first value of `name`, given in lower case."""
-        return field_value(self.headers, name)
+        return self._first.get(name)
 
     def send(self, body: Body, stall_s: float) -> asyncio.Task[None]:
         """After a 101: send what comes out of `body`, and its end; the server has `stall_s` to take each piece.
@@ -3815,7 +3817,7 @@ class ClientConnection(Connection):
     def _on_head(self, status: int, headers: Headers) -> None:
         if status == 101:
             self._alarm.set(None)
-        length = field_value(headers, b"content-length") if status != 101 else None
+        length = first_values(headers).get(b"content-length") if status != 101 else None
         self._body = Body(None if length is None else int(length), self._on_drained, self.abort)
         if self._head is not None and not self._head.done():
             self._head.set_result(ClientResponse(status, headers, self._body, self))

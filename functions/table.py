@@ -198,14 +198,14 @@ class Functions:
         `text` may be anything a stranger sends.  A function found by the pattern is made for the occasion; nothing is
         remembered of it.
         """
+        listed = self._table.get(FunctionName(text if "." in text else f"{text}.{DEFAULT_NAMESPACE}"))
+        if listed is not None or self._pattern is None:
+            return listed
         try:
             name = parse_function_name(text)
         except BadFunctionName:
             return None
-        listed = self._table.get(name)
-        if listed or self._pattern is None or name.namespace not in self._namespaces:
-            return listed
-        return Function(name, url=_fill(self._pattern, name))
+        return Function(name, url=_fill(self._pattern, name)) if name.namespace in self._namespaces else None
 
     def __contains__(self, name: object) -> bool:
         """Whether the table lists a function of this whole name, wherever the pattern leads."""

@@ -64,6 +64,8 @@ def json_response(status: int, value: object, headers: Sequence[Header] = ()) ->
 
 def allow(request: Request, *methods: str) -> None:
     """Raise MethodNotAllowed unless the request's method is one of `methods`, or HEAD where GET is (RFC 9110 9.3.2)."""
-    allowed = [each for method in methods for each in (("GET", "HEAD") if method == "GET" else (method,))]
+    allowed = list(methods)
+    if "GET" in methods:
+        allowed.insert(methods.index("GET") + 1, "HEAD")
     if request.method not in allowed:
         raise MethodNotAllowed(allowed)

@@ -26,6 +26,7 @@ its cache what it has got for another purpose, and tells the purpose only to thi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from ..watchdog import Header, Request, Response
 from .answers import NotFound
@@ -50,11 +51,12 @@ INERT_TYPES = frozenset(
 OF_RESULTS: tuple[Header, ...] = ((b"Content-Security-Policy", b"sandbox"), (b"X-Content-Type-Options", b"nosniff"))
 
 
-def _host_of(request: Request) -> tuple[bytes, bytes]:
+@lru_cache(maxsize=256)
+def split_host(host: bytes) -> tuple[bytes, bytes]:
     """Return the name in Host, in lower case, and what follows it: a colon and a port, or nothing."""
-    name, colon, port = request.host.rpartition(b":")
+    name, colon, port = host.rpartition(b":")
     if not colon or not port.isdigit():
-        name, colon, port = request.host, b"", b""
+        name, colon, port = host, b"", b""
     return name.lower(), colon + port
 
 
@@ -64,7 +66,7 @@ def place_of_pages(request: Request) -> Response | None:
     Browsers tell this machine what they want an answer for (https://www.w3.org/TR/fetch-metadata).  Behind a proxy
     there is no such place that we know of.
     """
-    name, port = _host_of(request)
+    name, port = split_host(request.host)
     is_shown = request.method in ("GET", "HEAD") and request.header(b"sec-fetch-mode") == b"navigate"
     if not is_shown or name not in OUR_HOSTS or any(request.header(each) is not None for each in OF_PROXIES):
         return None
@@ -78,7 +80,7 @@ def fields_for_browsers(request: Request, fields: Sequence[Header], *, is_truste
     kept = [field for field in fields if field[0].lower() not in OF_THE_ORIGIN]
     types = [value for name, value in kept if name.lower() == b"content-type"]
     is_inert = len(types) == 1 and types[0].partition(b";")[0].strip().lower() in INERT_TYPES
-    is_at_home = is_trusted or _host_of(request)[0] == PLACE_OF_PAGES
+    is_at_home = is_trusted or split_host(request.host)[0] == PLACE_OF_PAGES
     return kept if is_at_home or is_inert else [*kept, SANDBOX_FIELD]
 
 
@@ -100,7 +102,7 @@ def check_place(request: Request) -> None:
     functions.  https://w3c.github.io/ServiceWorker/#service-worker-script-request
     """
     area, _, below = request.path.removeprefix(b"/").partition(b"/")
-    if _host_of(request)[0] == PLACE_OF_PAGES and area != b"function":
+    if split_host(request.host)[0] == PLACE_OF_PAGES and area != b"function":
         raise NotFound("not found; allowed: /function/NAME")
     if request.header(b"service-worker") is not None and (area != b"function" or b"/" not in below):
         raise ForeignPage("a service worker of a function is below /function/NAME/")

@@ -35,12 +35,12 @@ class LoopDetected(FaashoundError):
 
 def forwarded(request: Request) -> list[Header]:
     """Return the fields that tell the function who asked: X-Forwarded-For, -Host and -Proto."""
-    before = [value for name, value in request.headers if name == b"x-forwarded-for"]
-    chain = b", ".join(part for part in (*before, request.peer.encode()) if part)
-    fields = [(b"X-Forwarded-For", chain)] if chain else []
-    fields.append((b"X-Forwarded-Host", request.header(b"x-forwarded-host") or request.host))
-    fields.append((b"X-Forwarded-Proto", request.header(b"x-forwarded-proto") or b"http"))
-    return [field for field in fields if field[1]]
+    peer, host = request.peer.encode(), request.header(b"x-forwarded-host") or request.host
+    before = _values(request, b"x-forwarded-for")
+    chain = b", ".join([part for part in (*before, peer) if part])
+    fields = ((b"X-Forwarded-For", chain), (b"X-Forwarded-Host", host))
+    proto = request.header(b"x-forwarded-proto") or b"http"
+    return [*(field for field in fields if field[1]), (b"X-Forwarded-Proto", proto)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class OurVia:
 
     def has_passed(self, request: Request) -> bool:
         """Tell whether a request has come through this deployment before."""
-        return any(self.pseudonym in re.split(rb"[\s,]+", value.lower()) for value in _entries(request))
+        return any(self.pseudonym in re.split(rb"[\s,]+", value.lower()) for value in _values(request, b"via"))
 
     def check(self, request: Request) -> None:
         """Raise LoopDetected for a request that has come through this deployment before."""
@@ -63,14 +63,15 @@ class OurVia:
 
     def extend(self, request: Request) -> Header:
         """Return the Via of a request as it is passed on; one that was here before (a worker's) stays as it is."""
-        entries = _entries(request)
+        entries = _values(request, b"via")
         if not entries or not self.has_passed(request):
-            entries.append(b"1.1 " + self.pseudonym)
+            entries = [*entries, b"1.1 " + self.pseudonym]
         return b"Via", b", ".join(entries)
 
 
-def _entries(request: Request) -> list[bytes]:
-    return [value for name, value in request.headers if name == b"via"]
+def _values(request: Request, name: bytes) -> list[bytes]:
+    """Return all values of a field; of one that is not there, which is the usual case, for next to nothing."""
+    return [] if request.header(name) is None else [value for each, value in request.headers if each == name]
 
 
 class RequestIds(NamedTuple):

@@ -16,10 +16,11 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 from ..calls.callbacks import CallbackPolicy
 from ..calls.ids import new_call_id
-from ..calls.model import Call, NewCall, QueueUnavailable
+from ..calls.model import NewCall, QueueUnavailable
 from ..functions.table import Function, Functions
 from ..queues import Queue
 from ..watchdog import (
@@ -89,8 +90,7 @@ def parse_key(request: Request) -> str | None:
     return text
 
 
-@dataclass(frozen=True, slots=True)
-class Times:
+class Times(NamedTuple):
     """When a call is accepted, due, and no longer wanted, in seconds since the epoch."""
 
     accepted_s: float
@@ -185,7 +185,7 @@ class Submissions:
                 **reason,
             )
 
-    async def _submit(self, request: Request, name: str, rest: bytes) -> Call:
+    async def _submit(self, request: Request, name: str, rest: bytes) -> NewCall:
         """Return the call as the queue has taken it."""
         allow(request, "POST")
         function = self.functions.lookup(name)
@@ -197,19 +197,17 @@ class Submissions:
         if request.body.length is not None and request.body.length > limit_bytes:
             raise BodyTooLarge(limit_bytes)
         dropped = await self.gate.admit(request, function)
-        build_call = self._parse(request, function, rest, dropped)
+        call = await self._build(request, function, rest, dropped)
         try:
-            taken = await self._put(await self._store(request, rest, build_call))
+            taken = await self._put(call)
         except QueueUnavailable:
             self.health.queue_refused(time.monotonic())
             raise
         self.health.queue_took()
         return taken
 
-    def _parse(
-        self, request: Request, function: Function, rest: bytes, dropped: tuple[bytes, ...]
-    ) -> Callable[..., NewCall]:
-        """Return what builds the call that a request asks for, once given its `body`; all else has been checked.
+    async def _build(self, request: Request, function: Function, rest: bytes, dropped: tuple[bytes, ...]) -> NewCall:
+        """Return the call that a request asks for, its body stored; before that all else has been checked.
 
         Its function does not get the fields in `dropped`.
         """
@@ -220,20 +218,25 @@ class Submissions:
             self.policy.check_url(callback_url)
         ids = RequestIds(call_id, format_start_time(times.accepted_s))
         fields = fields_passed_on(request, ids, self.via, *_SUBMISSION_FIELDS, *dropped)
-        return partial(
-            NewCall,
+        digest = None if request.header(b"idempotency-key") is None else RequestDigest(request, rest)
+        body = body_if_complete(request.body)
+        return NewCall(
             id=call_id,
             function=function.name,
             queue=function.queue,
             method=request.method,
             path=rest.decode(),
             query=request.query.decode(),
-            headers=tuple((name.decode(), value.decode("latin-1")) for name, value in fields),
+            headers=tuple([(name.decode(), value.decode("latin-1")) for name, value in fields]),
+            body=await self.queue.store_body(
+                body if digest is None else digest.passing(body), self.settings.max_body_bytes
+            ),
             callback_url=callback_url,
             due_s=times.due_s,
             expires_s=times.expires_s,
             idempotency_key=key,
             accepted_s=times.accepted_s,
+            body_digest=None if digest is None else digest.hex(),
         )
 
     def _identify(self, request: Request) -> tuple[str, str | None]:
@@ -248,17 +251,9 @@ class Submissions:
         given = (request.header(b"x-call-id") or b"").decode("latin-1").lower()
         return given if is_call_id(given) else new_call_id(), parse_key(request)
 
-    async def _store(self, request: Request, rest: bytes, build_call: Callable[..., NewCall]) -> NewCall:
-        """Store a request's body and return its call."""
-        limit_bytes, body = self.settings.max_body_bytes, body_if_complete(request.body)
-        if parse_key(request) is None:
-            return build_call(body=await self.queue.store_body(body, limit_bytes))
-        digest = RequestDigest(request, rest)
-        stored = await self.queue.store_body(digest.passing(body), limit_bytes)
-        return build_call(body=stored, body_digest=digest.hex())
-
-    async def _put(self, call: NewCall) -> Call:
+    async def _put(self, call: NewCall) -> NewCall:
         try:
-            return await self._put_limit.run(self.queue.put(call))
+            with self._put_limit:
+                return await self.queue.put(call)
         except TimeoutError:  # it may still get in; a caller that asks again with the same id learns so by a 409
             raise QueueUnavailable(f"the queue has not taken the call within {MAX_PUT_S:g}s") from None

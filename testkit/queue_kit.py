@@ -17,6 +17,7 @@ from nats.js.errors import NotFoundError
 from faashound.calls.ids import new_call_id
 from faashound.calls.model import INLINE_BYTES, Attempt, Call, Lease, NewCall, QueueFull, RunEnd, State, StoredBody
 from faashound.calls.names import FunctionName, parse_function_name
+from faashound.calls.steps import accept, build_call
 from faashound.queues import Queue
 from faashound.queues.jetstream import bodies as jetstream_bodies
 from faashound.queues.jetstream.connection import Connection, Options, Write, connect
@@ -39,6 +40,11 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now_s
+
+
+def accepted(call: NewCall) -> Call:
+    """A new call as the queue is to have it."""
+    return build_call(call, accept(call))
 
 
 class Desk(ABC):
@@ -84,7 +90,11 @@ class Desk(ABC):
         return bytes(range(256)) * (self.inline_bytes // 256 + 1)
 
     def put(self, function: str = "f", **changes: Any) -> Call:
-        return self.do(self.queue.put(self.new_call(function, **changes)))
+        """Put a call and return it as it is in the queue."""
+        put = self.do(self.queue.put(self.new_call(function, **changes)))
+        found = self.do(self.queue.get(put.id))
+        assert found is not None
+        return found
 
     def new_call(self, function: str = "f", **changes: Any) -> NewCall:
         return new_call(function, **{"due_s": self.clock.now_s, "accepted_s": self.clock.now_s, **changes})

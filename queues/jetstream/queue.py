@@ -204,11 +204,11 @@ class JetStream:
 
     # -- submitting and following calls
 
-    async def put(self, call: NewCall) -> Call:
-        """Queue a call; the stream has acknowledged it when this returns, or QueueUnavailable after WRITE_S in all."""
+    async def put(self, call: NewCall) -> NewCall:
+        """Queue a call and return it; the stream has acknowledged it by then, or QueueUnavailable after WRITE_S."""
         return await self._accept(call, self._create)
 
-    async def _accept(self, call: NewCall, create: Callable[[NewCall], Awaitable[None]]) -> Call:
+    async def _accept(self, call: NewCall, create: Callable[[NewCall], Awaitable[None]]) -> NewCall:
         self._check_open()
         try:
             async with asyncio.timeout(WRITE_S):
@@ -216,13 +216,13 @@ class JetStream:
         except TimeoutError:
             raise QueueUnavailable(f"NATS has not acknowledged the call within {WRITE_S:g} s") from None
 
-    async def _put(self, call: NewCall, create: Callable[[NewCall], Awaitable[None]]) -> Call:
+    async def _put(self, call: NewCall, create: Callable[[NewCall], Awaitable[None]]) -> NewCall:
         try:
             await self._flows.check_room(flows_of(call))
             await self._take_room(call)
             if call.idempotency_key is None:
                 await create(call)
-                return build_call(call, accept(call))
+                return call
             earlier = await self._put_keyed(call, call.idempotency_key, create)
         except (CallExists, KeyReused, QueueFull, TooManyQueued):
             await self.drop_body(call.body)
@@ -243,7 +243,7 @@ class JetStream:
         except RevisionChanged:
             raise CallExists(f"the call id {call.id} is in use") from None
 
-    async def _put_keyed(self, call: NewCall, key: str, create: Callable[[NewCall], Awaitable[None]]) -> Call:
+    async def _put_keyed(self, call: NewCall, key: str, create: Callable[[NewCall], Awaitable[None]]) -> NewCall:
         """The call that the key stands for from now on.
 
         The key is written first and decides the call's id.  A process that finds a key without a call puts the call
@@ -618,7 +618,7 @@ class JetStream:
 
     # -- for migrations
 
-    async def put_held(self, call: NewCall) -> Call:
+    async def put_held(self, call: NewCall) -> NewCall:
         """Queue a call that does not run before `let_go`; as `put` otherwise."""
         return await self._accept(dataclasses.replace(call, due_s=HELD_S), self._create_held)
 

@@ -90,7 +90,7 @@ from .owners import boot_s, is_dead, lock_owner, read_boot_id, remove_dead_owner
 from .parts import Parts, open_parts
 from .puts import Put
 from .reads import Outlook, Page
-from .rows import build_accepted, build_headers, find_call
+from .rows import build_headers, find_call
 from .transaction import Transaction
 from .writer import Writer
 
@@ -228,8 +228,8 @@ class Spool:
 
     # -- submitting and following calls
 
-    async def put(self, call: NewCall) -> Call:
-        """Queue a call; it is on disk when this returns.
+    async def put(self, call: NewCall) -> NewCall:
+        """Queue a call and return it; it is on disk when this returns.
 
         The same idempotency key for the same function, while that call is remembered: the earlier Call is returned
         and the new body dropped. Raises KeyReused when that was another request, CallExists when the id is in use,
@@ -244,7 +244,7 @@ class Spool:
                 await self.drop_body(call.body)
                 raise
         earlier = await self._write(put)
-        return build_accepted(call) if earlier is None else earlier
+        return call if earlier is None else earlier
 
     async def get(self, call_id: str) -> Call | None:
         """The call, or None."""

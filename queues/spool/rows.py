@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import itertools
 import json
-import operator
 import sqlite3
 from collections.abc import Sequence
-from dataclasses import fields
 from functools import lru_cache
+from json.encoder import encode_basestring_ascii
 from typing import Any, NamedTuple, cast
 
 from ...calls.destinations import destination_of
@@ -32,7 +31,6 @@ from ...calls.model import (
     CallUnknown,
     Headers,
     Lease,
-    NewCall,
     State,
     StoredBody,
 )
@@ -99,12 +97,10 @@ def _read_history(db: sqlite3.Connection, seq: int) -> tuple[Attempt, ...]:
     return tuple(itertools.starmap(Attempt, rows))
 
 
-_encode_json = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps would make an encoder for each call
-
-
 def build_headers(headers: Headers) -> str:
-    """Return header fields as they are stored."""
-    return _encode_json(headers) if headers else "[]"
+    """Return header fields as they are stored, in JSON: pairs of text, for which no encoder has to be made."""
+    quoted = encode_basestring_ascii
+    return f"[{','.join([f'[{quoted(name)},{quoted(value)}]' for name, value in headers])}]"
 
 
 def parse_headers(text: str | None) -> Headers:
@@ -161,14 +157,6 @@ def _parse_callback(row: sqlite3.Row) -> Callback | None:
         row["callback_status"],
         row["callback_error"],
     )
-
-
-_accepted_values = operator.attrgetter(*(field.name for field in fields(NewCall)))  # Call begins with the same fields
-
-
-def build_accepted(call: NewCall) -> Call:
-    """Return the Call that a NewCall has just become: what `steps.build_call` makes of it, in half the time."""
-    return Call(*_accepted_values(call))
 
 
 # --------------------------------------------------------------------------------------------------------------------

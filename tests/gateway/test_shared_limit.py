@@ -17,8 +17,8 @@ def test_limit_ends_each_task_when_its_own_time_is_over() -> None:
     async def one(limit: SharedLimit, delay_s: float) -> float:
         await asyncio.sleep(delay_s)
         began_s = time.monotonic()
-        with pytest.raises(TimeoutError):
-            await limit.run(asyncio.sleep(LONG_S))
+        with pytest.raises(TimeoutError), limit:
+            await asyncio.sleep(LONG_S)
         return time.monotonic() - began_s
 
     async def all_of_them() -> list[float]:
@@ -30,14 +30,19 @@ def test_limit_ends_each_task_when_its_own_time_is_over() -> None:
 
 def test_limit_hands_on_what_the_work_brings() -> None:
     async def scenario() -> str:
-        return await SharedLimit(LIMIT_S).run(asyncio.sleep(0, "done"))
+        with SharedLimit(LIMIT_S):
+            return await asyncio.sleep(0, "done")
 
     assert asyncio.run(scenario()) == "done"
 
 
 def test_limit_leaves_a_cancellation_alone_when_somebody_else_wants_it() -> None:
+    async def limited() -> None:
+        with SharedLimit(LONG_S):
+            await asyncio.sleep(LONG_S)
+
     async def scenario() -> asyncio.Task[None]:
-        task = asyncio.create_task(SharedLimit(LONG_S).run(asyncio.sleep(LONG_S)))
+        task = asyncio.create_task(limited())
         await asyncio.sleep(0)
         task.cancel()
         await asyncio.wait([task])
@@ -50,8 +55,9 @@ def test_limit_may_be_used_again_by_the_same_task() -> None:
     async def scenario() -> None:
         limit = SharedLimit(LIMIT_S)
         for _ in range(2):
-            with pytest.raises(TimeoutError):
-                await limit.run(asyncio.sleep(LONG_S))
-        await limit.run(asyncio.sleep(0))
+            with pytest.raises(TimeoutError), limit:
+                await asyncio.sleep(LONG_S)
+        with limit:
+            await asyncio.sleep(0)
 
     asyncio.run(scenario())

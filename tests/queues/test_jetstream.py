@@ -339,7 +339,10 @@ def test_key_is_free_again_when_its_call_is_deleted(options: Options) -> None:
         await queue.cancel(call.id)
         assert await queue.purge(state=State.CANCELLED) == 1
         assert await queue.get(call.id) is None
-        assert (await queue.put(call)).state is State.QUEUED  # the same id too
+        await queue.put(call)  # the same id too
+        again = await queue.get(call.id)
+        assert again is not None
+        assert again.state is State.QUEUED
 
     with_queues(options, 1, scenario)
 

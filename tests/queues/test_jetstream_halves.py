@@ -19,11 +19,11 @@ import uvloop
 
 from faashound.calls.model import (
     Attempt,
-    Call,
     CallbackState,
     CallUnknown,
     Lease,
     LeaseLost,
+    NewCall,
     QueueFull,
     QueueUnavailable,
     RunEnd,
@@ -332,7 +332,7 @@ def test_call_does_not_run_again_when_it_is_kept_for_less_than_its_lease(
 # -- a dead letter that one deletes and another queues again
 
 
-async def bury(queue: JetStream, owner: str, **changes: Any) -> Call:
+async def bury(queue: JetStream, owner: str, **changes: Any) -> NewCall:
     """A dead letter with a body that is stored apart."""
     body = await queue.store_body(bytes(50_000))
     call = await queue.put(new_call(due_s=0.0, body=body, **changes))

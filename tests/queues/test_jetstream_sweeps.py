@@ -14,7 +14,7 @@ import pytest
 import uvloop
 
 from faashound.calls.ids import new_call_id
-from faashound.calls.model import Attempt, Call, NewCall, QueueFull, RunEnd, State
+from faashound.calls.model import Attempt, NewCall, QueueFull, RunEnd, State
 from faashound.queues.jetstream import bodies as bodies_module
 from faashound.queues.jetstream import flows as flows_module
 from faashound.queues.jetstream import people as people_module
@@ -43,12 +43,12 @@ def with_queues(options: Options, count: int, scenario: Callable[..., Awaitable[
     return uvloop.run(run())
 
 
-async def put_expired(queue: JetStream, **changes: Any) -> Call:
+async def put_expired(queue: JetStream, **changes: Any) -> NewCall:
     """A call that a sweep is to end."""
     return await queue.put(new_call(due_s=0.0, expires_s=time.time() - 1, **changes))
 
 
-async def damage(connection: Connection, call: Call) -> None:
+async def damage(connection: Connection, call: NewCall) -> None:
     """Have something else stand where the call waits."""
     names = connection.names
     await connection.purge(names.queue, names.waiting_of("call", call.id))

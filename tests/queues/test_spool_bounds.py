@@ -85,7 +85,7 @@ def test_puts_in_a_group_are_refused_each_for_itself_when_there_is_room_for_some
         return await asyncio.gather(*puts, return_exceptions=True)
 
     outcomes = Counter(type(outcome).__name__ for outcome in desk.do(scenario()))
-    assert outcomes == {"Call": 20, "TooManyQueued": 10}
+    assert outcomes == {"NewCall": 20, "TooManyQueued": 10}
     assert waiting(desk) == {"f.openfaas-fn": (10, 0), "g.openfaas-fn": (10, 0)}
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from faashound.calls.model import INLINE_BYTES, Attempt, Call, LeaseLost, RunEnd, State
 from faashound.queues.spool.limits import ORPHAN_S
-from faashound.queues.spool.rows import build_accepted
+from testkit.queue_kit import accepted
 from testkit.spool_kit import LEASE_S, QUEUE, START_S, Desk, Remote, inline, new_call
 
 LONG_S = 20.0
@@ -138,7 +138,7 @@ def prepare(remote: Remote, method: str) -> tuple[Call, tuple[object, ...], dict
     """A call in the state that `method` needs, as it is then, and what to pass to the method."""
     new = new_call(callback_url="http://caller/")
     if method == "put":
-        return build_accepted(new), (new,), {}
+        return accepted(new), (new,), {}
     call: Call = remote.call("put", new)
     (lease,) = remote.call("claim", [QUEUE], remote.owner, LEASE_S, 1)
     attempt = Attempt(START_S, START_S, 500, "failed")
@@ -156,4 +156,4 @@ def test_what_was_acknowledged_survives_a_kill(desk: Desk, remote: Remote) -> No
     remote.kill()
     desk.do(desk.spool.close())
     spool = desk.open()
-    assert [desk.do(spool.get(call.id)) for call in calls] == calls
+    assert [desk.do(spool.get(call.id)) for call in calls] == [accepted(call) for call in calls]

@@ -33,7 +33,7 @@ from faashound.draining.shares import Slots
 from faashound.queues.spool.queue import Spool
 from faashound.watchdog import OutOfResources, PeerGone, Unreachable, UpstreamTimeout, log, parse_url
 from testkit.harness import free_port, run, wait_until
-from testkit.queue_kit import QUEUE, finish, inline, new_call
+from testkit.queue_kit import QUEUE, accepted, finish, inline, new_call
 from testkit.system import (
     NOTES_RUN,
     Received,
@@ -339,7 +339,7 @@ def test_attempt_is_no_invocation_when_its_body_could_not_be_opened(tmp_path: Pa
         functions = KnownFunctions(connections.to_functions, gateway, RetryPolicy(), direct=True)
         caller = Caller(queue, connections, functions, CallLimits(0.0, 1 << 20), InvocationCounters(registry))
         with few_descriptors(0):
-            outcome = await caller.attempt(call, KnownAddress(parse_url("http://127.0.0.1:9")))
+            outcome = await caller.attempt(accepted(call), KnownAddress(parse_url("http://127.0.0.1:9")))
         await connections.close()
         await queue.close()
         return outcome
