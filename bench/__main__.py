@@ -76,7 +76,7 @@ def parse_loopback_url(text: str) -> str:
         loopback = False
     if parts.scheme != "http" or not loopback:
         raise argparse.ArgumentTypeError(f"{text}: allowed: http:// and a loopback address")
-    return text
+    return text.rstrip("/")
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:

@@ -110,7 +110,7 @@ def measure_enqueue(plan: Plan, report: Report) -> None:
         for _ in range(plan.rounds_count):
             for connections_count in CONNECTIONS:
                 for name, url in urls.items():
-                    target = f"{url.rstrip('/')}/async-function/{FUNCTION}"
+                    target = f"{url}/async-function/{FUNCTION}"
                     load = run_wrk(plan.script, target, connections_count, plan.seconds)
                     loads[name, connections_count].append(load)
     for connections_count in CONNECTIONS:

@@ -6,7 +6,6 @@ import asyncio
 import re
 import threading
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -20,6 +19,7 @@ from .load import BODY, run_wrk
 from .report import Report, at_most, ratios
 from .watchdogs import Plan
 
+OURS = "ours"
 CALLS_COUNT = 50  # of each kind, in a round
 REST_S = 0.02  # between two calls: nothing of the one before is left to do
 CALLBACK_WITHIN_S = 10.0
@@ -144,25 +144,38 @@ async def read_message(reader: asyncio.StreamReader) -> bytes:
 
 def measure_mixed(plan: Plan, report: Report) -> None:
     """A function that answers at once, while another has many callers of 1 s and the queue is drained at full speed."""
-    quick: list[float] = []
+    rounds: dict[str, list[float]] = {name: [] for name in (OURS, *plan.peer_gateways)}
     left: list[float] = []
     with trivial(plan) as function:
         text = f'[quick]\nurl = "{function.url}"\n[slow]\nfprocess = "sleep 1"\n[{FUNCTION}]\nfprocess = "cat"\n'
         for turn in range(plan.rounds_count):
             queue = plan.directory / f"queue-mixed-{turn}"
             asyncio.run(fill(queue, round(DRAINED_PER_S * (plan.seconds + SETTLE_S)), 0.0))
-            with gateway(plan, text, queue, worker="local", worker_metrics_port="0") as program, ExitStack() as stack:
-                arguments = plan.script, f"{program.url}/function/slow", SLOW_CALLERS_COUNT, plan.seconds + 2
-                callers = threading.Thread(target=run_wrk, args=arguments)
-                callers.start()
-                stack.callback(callers.join)
-                time.sleep(SETTLE_S)
-                quick.append(run_wrk(plan.script, f"{program.url}/function/quick", 1, plan.seconds).p99_s * 1e3)
+            with gateway(plan, text, queue, worker="local", worker_metrics_port="0") as program:
+                rounds[OURS].append(quick_p99_ms(plan, program.url))
                 left.append(asyncio.run(count_queued(queue)))
+            for url in plan.peer_gateways:
+                run_wrk(plan.script, f"{url}/async-function/{FUNCTION}", SLOW_CALLERS_COUNT, 1)  # for it to drain
+                rounds[url].append(quick_p99_ms(plan, url))
     what = f"quick function, 1 caller, beside {SLOW_CALLERS_COUNT} of 1 s and a queue that is drained"
-    report.add("9 latency", f"{what}, p99", "ms", quick, at_most(15))
+    report.add("9 latency", f"{what}, p99", "ms", rounds[OURS], at_most(15))
+    for url in plan.peer_gateways:
+        report.add("9 latency", f"{url}, the same, p99", "ms", rounds[url])
+        report.add("9 latency", f"ours to {url}, p99", "x", ratios(rounds[OURS], rounds[url]), at_most(1.5))
     if not min(left):
         report.remark(f"{what}: the queue was empty before the end")
+
+
+def quick_p99_ms(plan: Plan, url: str) -> float:
+    """Return the p99 of the quick function, while the slow one has its callers."""
+    arguments = plan.script, f"{url}/function/slow", SLOW_CALLERS_COUNT, plan.seconds + 2
+    callers = threading.Thread(target=run_wrk, args=arguments)
+    callers.start()
+    try:
+        time.sleep(SETTLE_S)
+        return run_wrk(plan.script, f"{url}/function/quick", 1, plan.seconds).p99_s * 1e3
+    finally:
+        callers.join()
 
 
 async def count_queued(queue: Path) -> int:
