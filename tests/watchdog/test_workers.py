@@ -320,6 +320,13 @@ def test_workers_are_as_many_as_processors_when_auto() -> None:
         assert len(workers_of(program)) == (count if count > 1 else 0)
 
 
+def test_workers_are_none_beside_the_first_process_when_auto_and_there_is_one_processor() -> None:
+    only = str(min(os.sched_getaffinity(0)))
+    with Program("watchdog", {"fprocess": "cat", "workers": "auto"}, prefix=["taskset", "-c", only]) as program:
+        assert http_request(program.port, "POST", body=b"x").body == b"x"
+        assert workers_of(program) == set()
+
+
 def test_port_is_free_for_the_next_when_the_first_process_was_killed() -> None:
     with watchdog("cat") as first:
         assert http_request(first.port, "POST", body=b"x").body == b"x"

@@ -367,6 +367,23 @@ def test_lease_that_was_given_up_is_not_told_to_be_lost(tmp_path: Path, capfd: p
     assert "the lease was lost" not in capfd.readouterr().err
 
 
+def test_renewal_that_fails_is_told_once_while_it_lasts(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    async def scenario() -> list[bool]:
+        queue = await Spool.open(tmp_path / "spool")
+        await queue.put(new_call())
+        owner = await queue.enlist()
+        (lease,) = await queue.claim([QUEUE], owner, 60.0, 1)
+        table = InFlightTable(queue, owner, {"call": Slots(1), "callback": Slots(1)})
+        table.add(lease)
+        renewed = [await table.renew_if_due(60.0, 0.0)]
+        await queue.close()
+        return renewed + [await table.renew_if_due(60.0, 0.0) for _ in range(3)]
+
+    assert asyncio.run(scenario()) == [True, False, False, False]
+    log.flush()
+    assert capfd.readouterr().err.count("leases could not be renewed: the queue is closed") == 1
+
+
 OUTCOMES = {
     "timed out": (UpstreamTimeout("late"), OutcomeKind.TIMED_OUT, "late"),
     "cannot connect": (Unreachable("refused"), OutcomeKind.UNREACHABLE, "refused"),
