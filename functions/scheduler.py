@@ -175,8 +175,8 @@ class Scheduler:
             body_digest=hashlib.sha256(tick.key.encode()).hexdigest(),
         )
         try:
-            await self._queue.put(call)
-            log.info(f"Queued the scheduled call of {function.name.short}", call_id=call.id)
+            if await self._queue.put(call) is call:  # else it was in the queue: another gateway has put it
+                log.info(f"Queued the scheduled call of {function.name.short}", call_id=call.id)
         except (CallExists, KeyReused):  # another gateway has put it, or we had before a restart
             await self._queue.drop_body(body)
 

@@ -20,6 +20,7 @@ from ..watchdog import FaashoundError
 from .addresses import parse_host_name, parse_numeric_host
 
 SHOWN_CHARS = 100  # of a name in an error's text
+MAX_HOST_BYTES = 255 + len(".:65535")  # of a Host field that may be a name (RFC 1035 2.3.4); what is longer is not kept
 
 
 class UnknownHost(FaashoundError):
@@ -59,6 +60,8 @@ def host_name(host: bytes) -> str | None:
 
 def is_own_name(host: bytes, names: Collection[str]) -> bool:
     """Tell whether a Host field names this machine to itself, an address, or one of `names`, in lower case."""
+    if len(host) > MAX_HOST_BYTES:
+        return False
     name = host_name(host)
     return name is None or name == "localhost" or name.endswith(".localhost") or name in names
 
@@ -66,7 +69,7 @@ def is_own_name(host: bytes, names: Collection[str]) -> bool:
 def check_own_name(host: bytes, names: Collection[str], program: str) -> None:
     """Raise UnknownHost, which says what is allowed, for a Host field that is no own name of this `program`."""
     if not is_own_name(host, names):
-        name = (host_name(host) or "")[:SHOWN_CHARS]
+        name = (host_name(host[:MAX_HOST_BYTES]) or "")[:SHOWN_CHARS]
         raise UnknownHost(f"{name!r} is no name of this {program}; allowed: localhost, addresses, and allowed_hosts")
 
 

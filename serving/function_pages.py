@@ -26,7 +26,6 @@ its cache what it has got for another purpose, and tells the purpose only to thi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 from ..watchdog import Header, Request, Response
 from .answers import NotFound
@@ -51,7 +50,6 @@ INERT_TYPES = frozenset(
 OF_RESULTS: tuple[Header, ...] = ((b"Content-Security-Policy", b"sandbox"), (b"X-Content-Type-Options", b"nosniff"))
 
 
-@lru_cache(maxsize=256)
 def split_host(host: bytes) -> tuple[bytes, bytes]:
     """Return the name in Host, in lower case, and what follows it: a colon and a port, or nothing."""
     name, colon, port = host.rpartition(b":")
@@ -102,7 +100,7 @@ def check_place(request: Request) -> None:
     functions.  https://w3c.github.io/ServiceWorker/#service-worker-script-request
     """
     area, _, below = request.path.removeprefix(b"/").partition(b"/")
-    if split_host(request.host)[0] == PLACE_OF_PAGES and area != b"function":
+    if area != b"function" and split_host(request.host)[0] == PLACE_OF_PAGES:
         raise NotFound("not found; allowed: /function/NAME")
     if request.header(b"service-worker") is not None and (area != b"function" or b"/" not in below):
         raise ForeignPage("a service worker of a function is below /function/NAME/")

@@ -72,7 +72,6 @@ from ...calls.steps import (
     Event,
     Record,
     accept,
-    build_call,
     cancel,
     end_callback,
     end_run,
@@ -261,7 +260,7 @@ class JetStream:
                         # Who wrote the key may just have taken it back; without it the call is in all the same.
                         with contextlib.suppress(QueueFull, QueueUnavailable):
                             await self._store.put_key(own)
-                    return build_call(own, accept(own))
+                    return own
                 except CallExists:
                     found = await self._store.load(first_id)
                 except QueueFull:  # keys without calls would be what leaves no room for good

@@ -41,7 +41,7 @@ def status(system: System, method: str, path: str, headers: Mapping[str, str], b
         *((b"faas.internal", True), (b"FAAS.internal.:8080", True)),
         *((b"rebind.example", False), (b"rebind.example:8080", False), (b"localhost.rebind.example", False)),
         *((b"127.0.0.1.rebind.example", False), (b"xlocalhost", False), (b"1.faas.internal", False)),
-        *((b"127.0.0.1.", True), (b"2130706433", False), (b"a" * 300, False)),
+        *((b"127.0.0.1.", True), (b"2130706433", False), (b"a" * 300, False), (b"a" * 300 + b".localhost", False)),
         *((b"0.0.0.0:8080", False), (b"[::]:8080", False), (b"[::ffff:7f00:1]:8080", False)),
     ],
 )
