@@ -450,3 +450,11 @@ def test_systemd_finds_the_services_hardened(units: Path, name: str) -> None:
     unit = str(units / name.replace("@.", "@9001."))
     threshold = f"--threshold={round(EXPOSURE_AT_MOST * 10)}"
     said([tool("systemd-analyze"), "security", "--offline=true", "--no-pager", threshold, unit])
+
+
+@pytest.mark.parametrize("name", ["faashound-gateway.service", "faashound-worker.service"])
+def test_services_with_a_spool_run_as_a_user_that_an_operator_can_be(name: str) -> None:
+    """The directory of a dynamic user is below one that only root may enter, and a spool is for its owner alone."""
+    lines = (DEPLOY / "systemd" / name).read_text(encoding="utf-8").splitlines()
+    assert {"User=faashound", "StateDirectory=faashound"} <= set(lines)
+    assert not any(line.startswith("DynamicUser=") for line in lines)
