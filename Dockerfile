@@ -27,14 +27,15 @@ ENV PATH=/opt/faashound/bin:$PATH host=0.0.0.0 queue_url=spool:/var/lib/faashoun
 WORKDIR /var/lib/faashound
 USER 65532:65532
 
+# Healthy is what answers, 503 included: a swarm kills what is not, and that mends no full disk and brings back no broker.
 FROM runtime AS worker
 EXPOSE 8083
 HEALTHCHECK --interval=10s --timeout=5s --start-period=20s \
-    CMD ["python3", "-c", "from os import environ; from urllib.request import urlopen; urlopen(f'http://127.0.0.1:{environ.get(\"metrics_port\", 8083)}/healthz', timeout=2)"]
+    CMD ["python3", "-c", "from os import environ; from http.client import HTTPConnection; c = HTTPConnection('127.0.0.1', environ.get('metrics_port', 8083), timeout=2); c.request('GET', '/healthz'); c.getresponse()"]
 ENTRYPOINT ["fworker"]
 
 FROM runtime AS gateway
 EXPOSE 8080 8082
 HEALTHCHECK --interval=10s --timeout=5s --start-period=20s \
-    CMD ["python3", "-c", "from os import environ; from urllib.request import urlopen; urlopen(f'http://127.0.0.1:{environ.get(\"port\", 8080)}/healthz', timeout=2)"]
+    CMD ["python3", "-c", "from os import environ; from http.client import HTTPConnection; c = HTTPConnection('127.0.0.1', environ.get('port', 8080), timeout=2); c.request('GET', '/healthz'); c.getresponse()"]
 ENTRYPOINT ["fgateway"]

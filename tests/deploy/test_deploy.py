@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import socket
+import stat
+import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from ipaddress import ip_address
@@ -16,11 +20,14 @@ import yaml
 
 from faashound import watchdog, worker
 from faashound.queues.nats_settings import NatsSettings
+from faashound.queues.settings import parse_positive_size
+from faashound.queues.spool.directory import open_directory
 from faashound.serving import settings as gateway
-from faashound.watchdog import parse_duration
-from testkit.harness import ROOT, said
+from faashound.watchdog import parse_duration, parse_settings
+from testkit.harness import ROOT, SOON_S, free_port, said, wait_until
+from testkit.nats_servers import Cluster
 from testkit.needed import tool
-from testkit.system import System
+from testkit.system import Receiver, System, always
 
 DEPLOY = ROOT / "deploy"
 KUBERNETES_VERSION = "1.30"
@@ -158,6 +165,69 @@ def test_callers_outwait_the_functions_that_they_call(deployment: str) -> None:
             assert service.value("drain_timeout") > longest_s
 
 
+# Compose.
+
+COMPOSED = pytest.mark.parametrize(
+    "files", [(), ("compose.examples.yml",), ("compose.spool.yml",)], ids=lambda files: "+".join(files)
+)
+
+
+@COMPOSED
+def test_compose_starts_every_service_again_when_the_machine_does(files: tuple[str, ...]) -> None:
+    for name, service in compose_services("compose.yml", *files).items():
+        assert service.get("restart") == "unless-stopped", name
+
+
+def test_compose_stops_the_broker_after_those_who_record_in_it_what_they_end() -> None:
+    services = compose_services("compose.yml")
+    users = {
+        name for name, service in services.items() if "nats" in service.get("environment", {}).get("queue_url", "")
+    }
+    assert users == {"gateway", "worker"}
+    assert all("nats" in services[name].get("depends_on", {}) for name in users)
+
+
+def test_compose_worker_calls_through_the_gateway_as_it_shares_no_network_with_functions() -> None:
+    services = compose_services("compose.yml")
+    of_functions = {network for name in services if name.startswith("fn-") for network in services[name]["networks"]}
+    assert of_functions.isdisjoint(services["worker"]["networks"])
+    assert services["worker"]["environment"].get("invoke") == "gateway"
+
+
+# Images.
+
+HEALTH_CHECKS = dict(
+    re.findall(
+        r"^FROM runtime AS (\w+)$.*?^HEALTHCHECK .*?CMD (\[.*?\])$",
+        (ROOT / "Dockerfile").read_text(encoding="utf-8"),
+        re.MULTILINE | re.DOTALL,
+    )
+)
+
+
+def is_content(program: str, port: int) -> bool:
+    """Run the health check of a program's image against `port`; tell whether it finds the program healthy."""
+    command = [word.replace("python3", sys.executable) for word in json.loads(HEALTH_CHECKS[program])]
+    variable = {"gateway": "port", "worker": "metrics_port"}[program]
+    return subprocess.run(command, env={variable: str(port)}, stderr=subprocess.DEVNULL, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("program", ["gateway", "worker"])
+@pytest.mark.parametrize("status", [200, 503])
+def test_image_is_healthy_while_its_program_answers_whatever_it_says_of_its_queue(program: str, status: int) -> None:
+    """A swarm kills what is not: results that wait for room would be lost, and their functions run again."""
+    with Receiver(always(status)) as receiver:
+        wait_until(lambda: is_content(program, receiver.port), SOON_S, "it is healthy")
+        assert {request.path for request in receiver.received()} == {"/healthz"}
+
+
+@pytest.mark.parametrize("program", ["gateway", "worker"])
+def test_image_is_unhealthy_when_its_program_does_not_answer(program: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # connected by the kernel, and accepted by nothing
+        assert not is_content(program, silent.getsockname()[1])
+    assert not is_content(program, free_port())
+
+
 # Who may reach what.
 
 
@@ -165,17 +235,13 @@ def is_loopback(address: str) -> bool:
     return ip_address(address).is_loopback
 
 
-@pytest.mark.parametrize(
-    "files", [(), ("compose.examples.yml",), ("compose.spool.yml",)], ids=lambda files: "+".join(files)
-)
+@COMPOSED
 def test_compose_publishes_on_loopback_only(files: tuple[str, ...]) -> None:
     for name, service in compose_services("compose.yml", *files).items():
         assert all(is_loopback(port["host_ip"]) for port in service.get("ports", ())), name
 
 
-@pytest.mark.parametrize(
-    "files", [(), ("compose.examples.yml",), ("compose.spool.yml",)], ids=lambda files: "+".join(files)
-)
+@COMPOSED
 def test_compose_gateway_keeps_to_its_names_and_pages_though_it_cannot_see_that_it_is_on_loopback(
     files: tuple[str, ...],
 ) -> None:
@@ -272,6 +338,79 @@ def test_pods_are_hardened_limited_and_probed(overlay: str) -> None:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
+def test_kubernetes_restarts_nothing_for_the_state_of_its_queue(overlay: str) -> None:
+    """/healthz is 503 on a full disk and without NATS: calls go elsewhere, and what waits for the queue is kept."""
+    for name, pod in pods(overlay):
+        (container,) = pod["containers"]
+        if name in ("gateway", "worker"):
+            readiness = container["readinessProbe"]["httpGet"]
+            assert readiness["path"] == "/healthz"
+            assert container["livenessProbe"].get("tcpSocket") == {"port": readiness["port"]}, name
+
+
+def mount_as_kubelet(volume: Path, policy: str) -> None:
+    """Do to a volume what kubelet does for an `fsGroup` before each start of a pod; its group is ours already."""
+    wanted = stat.S_ISGID | 0o770
+    if policy == "OnRootMismatch" and volume.stat().st_mode & wanted == wanted:
+        return
+    for path in (volume, *volume.rglob("*")):
+        path.chmod(path.stat().st_mode | (wanted if path.is_dir() else 0o660))
+
+
+def test_spool_is_trusted_again_when_the_next_pod_has_its_volume(tmp_path: Path) -> None:
+    security = dict(pods("base"))["gateway"]["securityContext"]
+    assert security["fsGroup"] == security["runAsGroup"]  # who may write to a volume that is root's at first
+    for _ in range(3):
+        mount_as_kubelet(tmp_path, security.get("fsGroupChangePolicy", "Always"))
+        open_directory(tmp_path / "spool").close()
+
+
+EMPTY_PART, STORE_PART = (
+    0.95,
+    0.75,
+)  # of a volume that is free in a new ext4; of that, what nats-server gives to streams
+
+
+def test_streams_of_a_queue_find_room_on_the_volume_of_a_nats_server() -> None:
+    (servers,) = (resource for resource in resources("async") if resource["kind"] == "StatefulSet")
+    (claim,) = servers["spec"]["volumeClaimTemplates"]
+    volume_bytes = parse_positive_size(claim["spec"]["resources"]["requests"]["storage"] + "B")
+    with Cluster() as cluster, System(settings={"queue_url": cluster.servers[0].url, "worker": "none"}):
+        facts = wait_until(lambda: cluster.servers[0].ask("jsz"), SOON_S, "the server tells what it holds")
+    assert 0 < facts["reserved_storage"] < volume_bytes * EMPTY_PART * STORE_PART
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_monitoring_may_reach_all_that_gateways_and_workers_count(overlay: str) -> None:
+    for service in of_kubernetes(overlay):
+        if service.program in ("gateway", "worker"):
+            assert metrics_ports(service) <= ports_for_monitoring(overlay, service.name), service.name
+
+
+def metrics_ports(service: Service) -> set[int]:
+    """Return the ports at which a program, and the worker beside it, have metrics."""
+    if service.program == "worker":
+        return {parse_settings(worker.Settings, service.environment).metrics_port}
+    settings = parse_settings(gateway.Settings, service.environment)
+    return {settings.metrics_port, *([settings.local_worker_metrics_port] if settings.runs_worker else [])}
+
+
+def ports_for_monitoring(overlay: str, app: str) -> set[int]:
+    (policy,) = (
+        resource["spec"]
+        for resource in resources(overlay)
+        if resource["kind"] == "NetworkPolicy" and resource["spec"]["podSelector"] == {"matchLabels": {"app": app}}
+    )
+    source = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+    return {each["port"] for rule in policy["ingress"] if rule.get("from") == [source] for each in rule["ports"]}
+
+
+def test_workers_in_kubernetes_call_through_the_gateway_as_nothing_else_may_reach_functions() -> None:
+    (one,) = (service for service in of_kubernetes("async") if service.program == "worker")
+    assert one.environment.get("invoke") == "gateway"
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
 def test_only_the_gateway_may_reach_functions(overlay: str) -> None:
     (policy,) = (
         resource
@@ -311,3 +450,11 @@ def test_systemd_finds_the_services_hardened(units: Path, name: str) -> None:
     unit = str(units / name.replace("@.", "@9001."))
     threshold = f"--threshold={round(EXPOSURE_AT_MOST * 10)}"
     said([tool("systemd-analyze"), "security", "--offline=true", "--no-pager", threshold, unit])
+
+
+@pytest.mark.parametrize("name", ["faashound-gateway.service", "faashound-worker.service"])
+def test_services_with_a_spool_run_as_a_user_that_an_operator_can_be(name: str) -> None:
+    """The directory of a dynamic user is below one that only root may enter, and a spool is for its owner alone."""
+    lines = (DEPLOY / "systemd" / name).read_text(encoding="utf-8").splitlines()
+    assert {"User=faashound", "StateDirectory=faashound"} <= set(lines)
+    assert not any(line.startswith("DynamicUser=") for line in lines)
