@@ -124,6 +124,11 @@ class Writer:
         self._gathered.append(_Operation(run, future, alone, joins, bytes_count, may_wait))
         return future
 
+    @property
+    def is_gathering(self) -> bool:
+        """Whether there is something already to which the thread has not been given this turn of the loop."""
+        return bool(self._gathered)
+
     def hand_over(self) -> None:
         """Give the thread what this turn of the loop has brought: one by one, the first would go to the disk alone."""
         gathered, self._gathered = self._gathered, []

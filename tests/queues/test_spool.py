@@ -23,6 +23,7 @@ from faashound.calls.model import (
     CallExists,
     QueueDamaged,
     QueueUnavailable,
+    RunEnd,
     State,
 )
 from faashound.queues.spool import queue as spool_queue
@@ -30,7 +31,7 @@ from faashound.queues.spool.limits import DATABASE, STEP_COUNT
 from faashound.queues.spool.notifier import WakeUp
 from testkit.harness import eventually, wait_until
 from testkit.needed import want_root
-from testkit.queue_kit import LEASE_S, inline, read_all
+from testkit.queue_kit import LEASE_S, QUEUE, inline, read_all
 from testkit.spool_kit import START_S, Desk, as_spool, new_call, writer_has_all
 
 NOBODY = 65534
@@ -195,6 +196,32 @@ def test_claim_is_asked_for_again_when_expired_calls_took_its_turn(desk: Desk) -
     assert desk.claim(1) == []
     assert desk.do(desk.spool.wait_for_work(0))
     assert [lease.call.function.name for lease in desk.claim(1)] == ["b"]
+
+
+def test_end_that_comes_during_a_claim_shares_the_commit_of_the_next_claim(desk: Desk) -> None:
+    for _ in range(3):
+        desk.put()
+    lease = desk.claim_one()
+
+    async def claim_twice() -> None:
+        for _ in range(2):
+            assert len(await desk.spool.claim([QUEUE], desk.owner, LEASE_S, 1)) == 1
+
+    async def scenario() -> int:
+        before = (await desk.spool.stats()).commit_count
+        with (desk.directory / "writer.lock").open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            claiming = asyncio.create_task(claim_twice())
+            await writer_has_all(desk.spool)  # and waits for the lock
+            ending = asyncio.create_task(desk.spool.finish(lease, RunEnd(State.DONE, desk.attempt(), 200, 0.1)))
+            for _ in range(3):
+                await asyncio.sleep(0)  # what is not held back is submitted by then
+        await claiming
+        await ending
+        return (await desk.spool.stats()).commit_count - before
+
+    assert desk.do(scenario()) == 2
+    assert desk.get(lease.call.id).state is State.DONE
 
 
 # -- leases
