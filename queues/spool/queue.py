@@ -258,6 +258,7 @@ class Spool:
         """The call once it is final, or as it is after `timeout_s`; CallUnknown if there is none (any more)."""
         ended = self._loop.create_future()
         self._waiters.setdefault(call_id, set()).add(ended)
+        self._notifier.hear_of_ends(True)  # before the look at the call: what ends after that is told
         try:
             call = await self.get(call_id)
             if call is not None and call.state not in FINAL:
@@ -268,6 +269,8 @@ class Spool:
             waiting.discard(ended)
             if not waiting:
                 self._waiters.pop(call_id, None)
+            if not self._waiters and not self._closed:
+                self._notifier.hear_of_ends(False)
         if call is None:
             raise CallUnknown(f"no call has the id {call_id}")
         return call

@@ -28,7 +28,7 @@ from faashound.calls.model import (
 )
 from faashound.queues.spool import queue as spool_queue
 from faashound.queues.spool.limits import DATABASE, STEP_COUNT
-from faashound.queues.spool.notifier import WakeUp
+from faashound.queues.spool.notifier import Notifier, WakeUp
 from testkit.harness import eventually, wait_until
 from testkit.needed import want_root
 from testkit.queue_kit import LEASE_S, QUEUE, inline, read_all
@@ -268,6 +268,33 @@ def test_notifier_whose_process_has_died_is_removed(desk: Desk) -> None:
         return not stale.exists()
 
     wait_until(is_gone_after_a_put, LONG_S, "the notifier is removed")
+
+
+def test_notifier_is_woken_by_ends_only_while_it_wants_to_be(tmp_path: Path) -> None:
+    directory_fd = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    with contextlib.closing(Notifier(directory_fd)) as one, contextlib.closing(Notifier(directory_fd)) as other:
+
+        def heard(wake_up: int) -> int:
+            one.wake(wake_up)
+            return other.read()
+
+        assert heard(WakeUp.FINISHED) == WakeUp.NOTHING
+        other.hear_of_ends(True)
+        assert heard(WakeUp.FINISHED) == WakeUp.FINISHED
+        other.hear_of_ends(False)
+        assert heard(WakeUp.FINISHED) == WakeUp.NOTHING
+        assert heard(WakeUp.FINISHED | WakeUp.WORK) == WakeUp.FINISHED | WakeUp.WORK
+    os.close(directory_fd)
+
+
+def test_notifier_of_an_earlier_version_is_woken_by_ends(desk: Desk) -> None:
+    desk.put()
+    lease = desk.claim_one()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier:
+        notifier.bind(str(desk.directory / "bells" / "1-earlier.sock"))
+        desk.finish(lease)
+        notifier.settimeout(LONG_S)
+        assert notifier.recv(1) == bytes([WakeUp.FINISHED])
 
 
 def test_queue_in_a_directory_with_a_long_name_is_woken(tmp_path: Path) -> None:
