@@ -888,7 +888,7 @@ class Log:
             self._put(json.dumps(record, default=str))
             return
         origin = f"{self._origin}: " if self._origin else ""
-        shown = "".join(f" {name}={_quoted(value)}" for name, value in fields.items())
+        shown = "".join([f" {name}={_quoted(value)}" for name, value in fields.items()])
         self._put(escape_line(f"{self._second[1]}{origin}{'' if level == 'info' else level + ': '}{text}{shown}"))
 
     def _put(self, line: str) -> None:
@@ -1162,6 +1162,7 @@ Headers = Sequence[Header]
 _TEXT = r"[\x21-\x7e\x80-\xff]"
 _VALUE = rf"(?:{_TEXT}++(?:[ \t]++{_TEXT}++)*+)?"
 _FIELD_LINE = re.compile(rf"(?P<field_name>{h11._abnf.token}):[ \t]*+(?P<field_value>{_VALUE})[ \t]*+".encode())
+_FIELD_LINES = re.compile(rf"(?<=\r\n)({h11._abnf.token}):[ \t]*+({_VALUE})[ \t]*+(?=\r\n)".encode())
 _TARGET = r"(?:/[\x21\x22\x24-\x7e]*|[Hh][Tt][Tt][Pp][Ss]?://[\x21\x22\x24-\x7e]+|(?<=^OPTIONS )\*)"
 
 
@@ -1578,15 +1579,14 @@ def parse_plain_head(data: bytes, start_line: re.Pattern[bytes]) -> PlainHead | 
     size = data.find(b"\r\n\r\n") + 4
     if not 4 <= size <= MAX_HEAD_BYTES:
         return None
-    first, *lines = data[: size - 4].split(b"\r\n")
-    start, headers, length = start_line.fullmatch(first), [], None
-    if start is None or len(lines) > MAX_FIELDS_COUNT:
+    end = data.find(b"\r\n")
+    start, lines = start_line.fullmatch(data, 0, end), data[end : size - 2]
+    found, headers, length = _FIELD_LINES.findall(lines), [], None
+    # A match is within one line, all of it: as many as there are ends of lines, less that of the first, are all.
+    if start is None or len(found) != lines.count(b"\r\n") - 1 or len(found) > MAX_FIELDS_COUNT:
         return None
-    for line in lines:
-        found = _FIELD_LINE.fullmatch(line)
-        if found is None:
-            return None
-        name, value = found[1].lower(), found[2]
+    for given, value in found:
+        name = given.lower()
         if name == b"content-length":
             if length is not None or not _LENGTH.fullmatch(value):
                 return None

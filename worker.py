@@ -76,6 +76,7 @@ from .queues.commands import cancel_calls, dead_letters
 from .queues.migrate import migrate_queue
 from .queues.settings import SharedSettings, parse_positive_size
 from .watchdog import (
+    Alarm,
     FaashoundError,
     ListenSockets,
     Signals,
@@ -218,7 +219,8 @@ class Worker:
         self._slots: Mapping[Kind, Slots] = {kind: Slots(settings.max_inflight) for kind in KINDS}
         self._in_flight = InFlightTable(queue, owner, self._slots)
         self._recorder = Recorder(queue, self._in_flight)
-        self._wake_up = asyncio.Event()  # there is a free slot, or maybe work, or an end: look again
+        self._wake_up = asyncio.Event()  # there is a free slot, or maybe work: look again
+        self._alarm = Alarm(asyncio.get_running_loop(), self._wake_up.set)  # it will be time to look again
         self._has_claimed = asyncio.Event()  # what the queue has told of: it may be asked what else there is
         self._stopping = False
         self._last_error = ""
@@ -252,6 +254,7 @@ class Worker:
                 if helper.done():
                     helper.result()  # none of them ends but by a fault of ours
         finally:
+            self._alarm.stop_handle()
             for helper in helpers:
                 helper.cancel()
             await self._connections.close()
@@ -267,7 +270,7 @@ class Worker:
 
     def show_metrics(self) -> None:
         """Bring up to date what is not counted as it happens."""
-        self.metrics.show(self._limits, self._breakers.open_count)
+        self.metrics.show(self._limits, self._breakers.open_count, self._in_flight.counts())
 
     async def _drain(self) -> None:
         """Let what runs finish within drain_timeout, and hand back the rest."""
@@ -283,6 +286,8 @@ class Worker:
     async def _claim(self) -> bool:
         """Start as much as there is and as there are slots for; tell whether to look again at once."""
         wishes = [(kind, wanted) for kind in KINDS if (wanted := self._wanted(kind)) is not None]
+        if not wishes:
+            return False
         lease_s = self._settings.ack_wait_s
         try:
             if not await self._in_flight.renew_if_due(lease_s, lease_s / 2):  # a claim would take back what has run out
@@ -332,9 +337,8 @@ class Worker:
         now_s = time.monotonic()
         changes_s = [slots.lends_at_s for slots in self._slots.values()]
         changes_s += [self._breakers.next_probe_s(now_s), now_s + PAUSE_S if self._last_error else None]
-        with suppress(TimeoutError):
-            async with asyncio.timeout_at(min((at_s for at_s in changes_s if at_s is not None), default=None)):
-                await self._wake_up.wait()
+        self._alarm.set(min((at_s for at_s in changes_s if at_s is not None), default=None))
+        await self._wake_up.wait()
 
     async def _wait_for_work(self) -> None:
         """Pass on, for ever, that the queue has work; if it is in trouble, ask again after a moment.
@@ -366,12 +370,10 @@ class Worker:
         entry = self._in_flight.add(lease)
         entry.task = asyncio.create_task(self._see_to_end(entry))
         entry.task.add_done_callback(partial(self._on_end, entry))
-        self.metrics.in_flight[lease.kind].inc()
 
     def _on_end(self, entry: InFlight, task: asyncio.Task[None]) -> None:
-        self._in_flight.remove(entry)
-        self.metrics.in_flight[entry.lease.kind].dec()
-        self._wake_up.set()
+        if self._in_flight.remove(entry):
+            self._wake_up.set()
         if not task.cancelled() and task.exception() is not None:
             error = task.exception()
             reason = str(error) if isinstance(error, FaashoundError) else repr(error)  # a fault of ours
@@ -418,14 +420,16 @@ class Worker:
         if isinstance(step, HandBack):
             await self._hand_back(lease)
             return
-        await self._make_room(entry)
+        self._make_room(entry)
         await self._recorder.end_run(lease, step, attempt_record(started_s, now_s, outcome, step), outcome)
 
-    async def _make_room(self, entry: InFlight) -> None:
-        """Let another call take the place of one that was answered, claimed in the commit that records the outcome."""
+    def _make_room(self, entry: InFlight) -> None:
+        """Let another call take the place of one that was answered.
+
+        It is claimed in this turn of the loop, and so in the commit that records the outcome.
+        """
         self._in_flight.free(entry)
         self._wake_up.set()
-        await asyncio.sleep(0)  # the claim is submitted now, the outcome right behind it
 
     async def _dead_letter(self, lease: Lease, step: Dead) -> None:
         """End a call that is not made any more."""

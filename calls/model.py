@@ -10,10 +10,9 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import dataclass
-from enum import Enum
 from typing import Literal
 
-from ..watchdog import FaashoundError
+from ..watchdog import FaashoundError, IdentityEnum
 from .names import FunctionName
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -119,7 +118,7 @@ Headers = tuple[tuple[str, str], ...]
 Kind = Literal["call", "callback"]
 
 
-class State(Enum):
+class State(IdentityEnum):
     """Where a call stands. The last four are final."""
 
     QUEUED = "queued"
@@ -133,7 +132,7 @@ class State(Enum):
 FINAL = frozenset({State.DONE, State.DEAD, State.CANCELLED, State.EXPIRED})
 
 
-class CallbackState(Enum):
+class CallbackState(IdentityEnum):
     """Where the delivery of a call's outcome stands."""
 
     PENDING = "pending"

@@ -37,7 +37,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..watchdog import FaashoundError, parse_count, parse_duration
 from .model import Headers, StoredBody
@@ -59,8 +59,7 @@ class OutcomeKind(Enum):
     HELD_BACK = "held back"  # only callbacks: the destination has not been reached for long, and is not tried now
 
 
-@dataclass(frozen=True, slots=True)
-class AttemptOutcome:
+class AttemptOutcome(NamedTuple):
     """What one attempt gave.  `status`, `retry_after` and `internal` belong to ANSWERED, `error` to the others.
 
     `retry_after` is the field as received, `internal` tells whether X-OpenFaaS-Internal stands in the answer.  The rest
@@ -89,6 +88,11 @@ class AttemptOutcome:
         if self.kind is OutcomeKind.UNREACHABLE or (self.internal and self.status in (502, 503)):
             return 503
         return self.status
+
+    @property
+    def is_refusal(self) -> bool:
+        """Whether the function has more calls than it takes."""
+        return self.status in (429, 503)
 
     @property
     def has_answer(self) -> bool:
@@ -195,8 +199,9 @@ def is_poison(attempts_made: int, policy: RetryPolicy, errors: Sequence[str | No
     workers would go on for ever.  `errors` are those of the attempts before, or of the last of them: after one that
     had an outcome there is another, also where fewer are allowed by now than have been made.
     """
-    was_lost = all(error == LOST_ERROR for error in errors[-LOST_RUNS_COUNT - 1 :])
-    return was_lost and attempts_made > max(policy.max_attempts, 1) + LOST_RUNS_COUNT
+    if attempts_made <= max(policy.max_attempts, 1) + LOST_RUNS_COUNT:
+        return False
+    return all(error == LOST_ERROR for error in errors[-LOST_RUNS_COUNT - 1 :])
 
 
 def poison_step(attempts_made: int) -> Dead:
@@ -417,7 +422,7 @@ class Concurrency:
 
     def after(self, outcome: AttemptOutcome, started_s: float, now_s: float) -> Concurrency:
         """Return the limit after an attempt from `started_s` to `now_s` (one monotonic clock)."""
-        if outcome.status in (429, 503):
+        if outcome.is_refusal:
             is_new = started_s >= self.cut_s
             return dataclasses.replace(self, limit=max(self.limit / 2, 1.0), cut_s=now_s) if is_new else self
         if outcome.has_answer:

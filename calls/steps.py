@@ -33,9 +33,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from enum import Enum
 from typing import NamedTuple
 
+from ..watchdog import IdentityEnum
 from .model import (
     FINAL,
     HISTORY_COUNT,
@@ -62,7 +62,7 @@ from .model import (
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class Event(Enum):
+class Event(IdentityEnum):
     """What can happen to a call or to a callback."""
 
     CLAIM = "claim"

@@ -13,7 +13,6 @@ dropped.  Of one that breaks off, what came is kept.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from dataclasses import dataclass
 
@@ -31,6 +30,7 @@ from ..watchdog import (
     SentBody,
     Unreachable,
     UpstreamTimeout,
+    body_if_complete,
     log,
 )
 from .bodies import ReceivedBody, sendable
@@ -83,7 +83,7 @@ class Caller:
                 outcome = await self._store(call, response)
         except Exception as error:  # noqa: BLE001 - an attempt's boundary: what it raises is recorded, whatever it is
             outcome = outcome_of_error(error, call.id)
-        return dataclasses.replace(outcome, duration_s=time.monotonic() - started)
+        return outcome._replace(duration_s=time.monotonic() - started)
 
     async def _send_directly(
         self, call: Call, body: SentBody, upstream: KnownAddress, deadline_s: float | None
@@ -127,8 +127,10 @@ class Caller:
     async def _store(self, call: Call, response: ClientResponse) -> AttemptOutcome:
         """Store an answer, or what comes of it; where that fails the function has run all the same: an outcome too."""
         limit_bytes, received = self._limits.max_result_bytes, ReceivedBody(response.body)
+        whole = body_if_complete(response.body)
         try:
-            body = await self._queue.store_result(aiter(received), limit_bytes, response.body.length)
+            pieces = whole if isinstance(whole, bytes) else aiter(received)
+            body = await self._queue.store_result(pieces, limit_bytes, response.body.length)
         except BodyTooLarge:
             text = f"the answer is longer than max_result, which is {limit_bytes} bytes"
             return AttemptOutcome(OutcomeKind.UNSTORED, error=text)
@@ -137,10 +139,9 @@ class Caller:
             # same is no reason to run the function again: it has run, and the caller was promised that once is enough.
             return AttemptOutcome(OutcomeKind.UNSTORED, error=f"the answer could not be stored: {error}")
         headers = kept_headers(response.headers, call.headers)
-        outcome = outcome_of_response(response)
         if received.error is not None:
-            outcome = outcome_of_part(received.error, received.bytes_count)
-        return dataclasses.replace(outcome, body=body, headers=headers)
+            return outcome_of_part(received.error, received.bytes_count)._replace(body=body, headers=headers)
+        return outcome_of_response(response, body, headers)
 
 
 def call_fields(call: Call) -> list[Header]:

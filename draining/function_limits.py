@@ -23,7 +23,11 @@ class FunctionLimits:
 
     def learn(self, function: FunctionName, outcome: AttemptOutcome, started_s: float, now_s: float) -> None:
         """Take note of how a call from `started_s` to `now_s` (monotonic) was answered."""
-        before = self._limits.get(function) or Concurrency.start(self._ceiling)
+        before = self._limits.get(function)
+        if before is None:
+            if not outcome.is_refusal:  # nearly always: what has the ceiling cannot have more
+                return
+            before = Concurrency.start(self._ceiling)
         after = before.after(outcome, started_s, now_s)
         self._limits.pop(function, None)
         if after.limit < after.ceiling:

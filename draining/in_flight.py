@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -83,7 +84,7 @@ class InFlightTable:
     def add(self, lease: Lease) -> InFlight:
         """Take a lease in, with a slot.  An earlier one on the same work has run out unnoticed, and is ended."""
         for earlier in self._entries.values():
-            if (earlier.lease.kind, earlier.lease.call.id) == (lease.kind, lease.call.id):
+            if earlier.lease.call.id == lease.call.id and earlier.lease.kind == lease.kind:
                 earlier.end(EarlyEnd.LOST)
         flow = lease.call.function if lease.kind == "call" else destination_of(lease.call.callback_url or "")
         entry = self._entries[lease.fence] = InFlight(lease, flow)
@@ -92,10 +93,10 @@ class InFlightTable:
             entry.end(EarlyEnd.CANCELLED)
         return entry
 
-    def remove(self, entry: InFlight) -> None:
-        """Forget a lease whose work is over, and free its slot."""
+    def remove(self, entry: InFlight) -> bool:
+        """Forget a lease whose work is over, and free its slot; tell whether it held one still."""
         del self._entries[entry.lease.fence]
-        self.free(entry)
+        return self.free(entry)
 
     def begin_recording(self, lease: Lease) -> None:
         """Take note that an outcome is on its way to the queue: a renewal that crosses it finds the lease ended."""
@@ -108,16 +109,22 @@ class InFlightTable:
             entry.holds_slot = True
             self._slots[lease.kind].take(entry.flow)
 
-    def free(self, entry: InFlight) -> None:
-        """Free the slot of work that needs it no more, if it holds one."""
-        if entry.holds_slot:
-            entry.holds_slot = False
-            self._slots[entry.lease.kind].give_back(entry.flow, time.monotonic())
+    def free(self, entry: InFlight) -> bool:
+        """Free the slot of work that needs it no more, if it holds one; tell whether it did."""
+        if not entry.holds_slot:
+            return False
+        entry.holds_slot = False
+        self._slots[entry.lease.kind].give_back(entry.flow, time.monotonic())
+        return True
 
     @property
     def tasks(self) -> list[asyncio.Task[None]]:
         """The tasks of all that is at work."""
         return [entry.task for entry in self._entries.values() if entry.task is not None]
+
+    def counts(self) -> Counter[Kind]:
+        """Return how many there are of each kind of work."""
+        return Counter(entry.lease.kind for entry in self._entries.values())
 
     def end_all(self) -> None:
         """Hand back at once whatever is at work."""

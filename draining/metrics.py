@@ -48,7 +48,7 @@ class WorkerMetrics:
         in_flight = prometheus_client.Gauge(
             "worker_in_flight", "Calls and callbacks at work", ("kind",), registry=self.registry
         )
-        self.in_flight: Mapping[Kind, prometheus_client.Gauge] = {
+        self._in_flight: Mapping[Kind, prometheus_client.Gauge] = {
             "call": in_flight.labels("call"),
             "callback": in_flight.labels("callback"),
         }
@@ -62,8 +62,12 @@ class WorkerMetrics:
         """Count an attempt at a callback."""
         self._callbacks.labels(str(outcome.status or outcome.kind.value)).inc()
 
-    def show(self, limits: Iterable[tuple[FunctionName, int]], held_back_count: int) -> None:
-        """Set the limits of the functions that are held below the worker's own, and count destinations in trouble."""
+    def show(
+        self, limits: Iterable[tuple[FunctionName, int]], held_back_count: int, in_flight: Mapping[Kind, int]
+    ) -> None:
+        """Set the limits of the functions that are held below the worker's own, and what else is counted only here."""
+        for kind, gauge in self._in_flight.items():
+            gauge.set(in_flight.get(kind, 0))
         self._limits.clear()
         for function, limit in limits:
             self._limits.labels(self._labels.of(function)).set(limit)
@@ -95,8 +99,10 @@ class InvocationCounters:
             registry=registry,
         )
         self._started_of = lru_cache(MAX_KNOWN_COUNT)(self._started.labels)
-        self._total_of = lru_cache(MAX_KNOWN_COUNT)(self._total.labels)
-        self._seconds_of = lru_cache(MAX_KNOWN_COUNT)(self._seconds.labels)
+        self._ended_of = lru_cache(MAX_KNOWN_COUNT)(self._find_ended)
+
+    def _find_ended(self, label: str, status: int) -> tuple[prometheus_client.Counter, prometheus_client.Histogram]:
+        return self._total.labels(label, str(status)), self._seconds.labels(label, str(status))
 
     def begin(self, function: FunctionName) -> str:
         """Count the start of an invocation; return the label that `end` is to be given."""
@@ -109,8 +115,9 @@ class InvocationCounters:
         if not status:
             self._started_of(label).dec()
             return
-        self._total_of(label, str(status)).inc()
-        self._seconds_of(label, str(status)).observe(duration_s)
+        total, seconds = self._ended_of(label, status)
+        total.inc()
+        seconds.observe(duration_s)
 
 
 class Labels:

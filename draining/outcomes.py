@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 
 from ..calls.callbacks import CallbackRefused
-from ..calls.model import Attempt, Call, Headers, QueueDamaged, QueueFull, QueueUnavailable
+from ..calls.model import Attempt, Call, Headers, QueueDamaged, QueueFull, QueueUnavailable, StoredBody
 from ..calls.retries import AttemptOutcome, Dead, Done, HandBack, OutcomeKind, RetryAt, Step
 from ..watchdog import (
     ClientResponse,
@@ -23,6 +23,7 @@ from ..watchdog import (
 from ..watchdog import Headers as RawHeaders
 
 _ID_FIELDS = ("x-call-id", "x-start-time")  # the gateway's word on a call, whatever its function answers
+_ID_NAMES = tuple(name.encode() for name in _ID_FIELDS)
 REFUSED_TEXT = "refused: not allowed by callback_allow"  # which names lead to inner addresses is not for strangers
 
 
@@ -37,13 +38,15 @@ def decoded(value: bytes | None) -> str | None:
     return None if value is None else value.decode("latin-1")
 
 
-def outcome_of_response(response: ClientResponse) -> AttemptOutcome:
-    """Return what the rules need to know of an answer."""
+def outcome_of_response(response: ClientResponse, body: StoredBody, headers: Headers) -> AttemptOutcome:
+    """Return what the rules need to know of an answer, and what was stored of it."""
     return AttemptOutcome(
         OutcomeKind.ANSWERED,
         response.status,
         decoded(response.header(b"retry-after")),
         response.header(b"x-openfaas-internal") is not None,
+        body=body,
+        headers=headers,
     )
 
 
@@ -74,9 +77,9 @@ def outcome_of_error(error: Exception, call_id: str) -> AttemptOutcome:
 
 def kept_headers(answered: RawHeaders, submitted: Headers) -> Headers:
     """Return the fields of an answer that are stored with it: the function's, and the ids that the call came with."""
-    fields = end_to_end(answered, *(name.encode() for name in _ID_FIELDS))
-    ids = (field for field in submitted if field[0].lower() in _ID_FIELDS)
-    return (*((name.decode(), value.decode("latin-1")) for name, value in fields), *ids)
+    fields = end_to_end(answered, *_ID_NAMES)
+    ids = [field for field in submitted if field[0].lower() in _ID_FIELDS]
+    return (*[(name.decode(), value.decode("latin-1")) for name, value in fields], *ids)
 
 
 def attempt_record(started_s: float, finished_s: float, outcome: AttemptOutcome, step: Step) -> Attempt:
@@ -91,10 +94,15 @@ CALLBACK_STEPS = {Done: "delivered", RetryAt: "to be tried again", Dead: "given 
 
 def log_call_step(call: Call, step: Step, outcome: AttemptOutcome) -> None:
     """Log what follows from an attempt at a call."""
-    fields: dict[str, object] = {"call_id": call.id, "function": call.function, "attempt": call.attempts}
-    if isinstance(step, RetryAt):
-        fields["in"] = f"{max(step.due_s - time.time(), 0.0):.3f}s"
-    log.info(f"{CALL_STEPS[type(step)]} - Duration: {outcome.duration_s:f}s", **fields, outcome=outcome)
+    wait = {"in": f"{max(step.due_s - time.time(), 0.0):.3f}s"} if isinstance(step, RetryAt) else {}
+    log.info(
+        f"{CALL_STEPS[type(step)]} - Duration: {outcome.duration_s:f}s",
+        call_id=call.id,
+        function=call.function,
+        attempt=call.attempts,
+        **wait,
+        outcome=outcome,
+    )
 
 
 def log_callback_step(call: Call, step: Step, outcome: AttemptOutcome) -> None:

@@ -46,7 +46,7 @@ class Recorder:
             case Dead(_, status, with_answer):
                 if not with_answer:
                     await drop(self._queue, outcome.body)
-                    outcome = dataclasses.replace(outcome, body=None, headers=())
+                    outcome = outcome._replace(body=None, headers=())
                 await self._finish(lease, run_end(State.DEAD, status, attempt, outcome))
 
     async def end_delivery(self, lease: Lease, step: Done | RetryAt | Dead, attempt: Attempt) -> None:

@@ -46,6 +46,8 @@ class Allotment:
 
     def narrowed(self, *others: Mapping[str, int]) -> Allotment:
         """Return what is left when the capacities of `others` hold as well."""
+        if not any(others):
+            return self
         capacities = dict(self.capacities)
         for other in others:
             for flow, capacity in other.items():
@@ -98,6 +100,7 @@ class Slots:
 
     def __init__(self, slots_count: int) -> None:
         self.held: Counter[str] = Counter()
+        self._held_count = 0
         self._slots_count = slots_count
         self._may_wait = True  # anything at all
         self._may_be_owed = True  # anything of a flow below its share
@@ -111,9 +114,11 @@ class Slots:
     def take(self, flow: str) -> None:
         """One more slot is held."""
         self.held[flow] += 1
+        self._held_count += 1
 
     def give_back(self, flow: str, now_s: float) -> None:
         """A slot is free again."""
+        self._held_count -= 1
         self.held[flow] -= 1
         if not self.held[flow]:
             del self.held[flow]
@@ -122,7 +127,7 @@ class Slots:
 
     def next_claim(self, now_s: float) -> Allotment | None:
         """Return the claim to make now, None if no slot is free, or nothing that may wait."""
-        if self.held.total() >= self._slots_count:
+        if self._held_count >= self._slots_count:
             self._full_since_s = now_s if self._full_since_s is None else self._full_since_s
             return self._next_loan(now_s)
         self._full_since_s = None
@@ -168,5 +173,5 @@ class Slots:
         """When slots are lent, if they are all held and a flow may want one; else None."""
         if self._full_since_s is None or not (self._may_wait and self._may_be_owed):
             return None
-        can_lend = _left_to_lend(self._slots_count, self.held.total()) > 0
+        can_lend = _left_to_lend(self._slots_count, self._held_count) > 0
         return self._full_since_s + LEND_AFTER_S if can_lend else None

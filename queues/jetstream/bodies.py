@@ -69,7 +69,7 @@ class Bodies:
         return StoredBody(total, None, name)
 
     async def store_result(
-        self, chunks: AsyncIterator[bytes], limit_bytes: int | None, length: int | None
+        self, chunks: AsyncIterator[bytes] | bytes, limit_bytes: int | None, length: int | None
     ) -> StoredBody:
         """As `store`, but what finds no room waits for it, however long; one result after another.
 

@@ -183,7 +183,7 @@ class JetStream:
         return await self._bodies.store(chunks, limit_bytes)
 
     async def store_result(
-        self, chunks: AsyncIterator[bytes], limit_bytes: int | None = None, length: int | None = None
+        self, chunks: AsyncIterator[bytes] | bytes, limit_bytes: int | None = None, length: int | None = None
     ) -> StoredBody:
         """As `store_body`, for what a function has answered: it waits for room, however long."""
         self._check_open()

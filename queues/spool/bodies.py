@@ -66,16 +66,15 @@ class Bodies:
     async def store(self, chunks: AsyncIterator[bytes] | bytes, limit_bytes: int | None = None) -> StoredBody:
         """See `Spool.store_body`."""
         if isinstance(chunks, bytes) and len(chunks) <= INLINE_BYTES:
-            if limit_bytes is not None and len(chunks) > limit_bytes:
-                raise BodyTooLarge(limit_bytes)
-            return StoredBody(len(chunks), chunks, None)
-        source = _once(chunks) if isinstance(chunks, bytes) else chunks
-        return await self._store(source, limit_bytes, BodyFile(self._directory.bodies_fd), self._write_body)
+            return _inline(chunks, limit_bytes)
+        return await self._store(_pieces(chunks), limit_bytes, BodyFile(self._directory.bodies_fd), self._write_body)
 
     async def store_result(
-        self, chunks: AsyncIterator[bytes], limit_bytes: int | None = None, length: int | None = None
+        self, chunks: AsyncIterator[bytes] | bytes, limit_bytes: int | None = None, length: int | None = None
     ) -> StoredBody:
         """See `Spool.store_result`."""
+        if isinstance(chunks, bytes) and len(chunks) <= INLINE_BYTES:
+            return _inline(chunks, limit_bytes)
         if length is not None and limit_bytes is not None and length > limit_bytes:
             raise BodyTooLarge(limit_bytes)
         turn = contextlib.AsyncExitStack()  # from a wait until there is ample room; not if all of it is taken at once
@@ -97,7 +96,8 @@ class Bodies:
 
         async with turn:
             try:
-                return await self._store(chunks, limit_bytes, BodyFile(self._directory.bodies_fd, length or 0), write)
+                file = BodyFile(self._directory.bodies_fd, length or 0)
+                return await self._store(_pieces(chunks), limit_bytes, file, write)
             except BodyTooLarge:
                 raise
             except FaashoundError as error:
@@ -209,6 +209,17 @@ class Bodies:
     async def drop_orphans(self, files: Collection[str]) -> int:
         """Remove files that no row names, except those that are being written; return how many."""
         return await self._in_thread(partial(unlink_orphans, self._directory.bodies_fd, files))
+
+
+def _inline(body: bytes, limit_bytes: int | None) -> StoredBody:
+    """A body that is short enough for a row."""
+    if limit_bytes is not None and len(body) > limit_bytes:
+        raise BodyTooLarge(limit_bytes)
+    return StoredBody(len(body), body, None)
+
+
+def _pieces(chunks: AsyncIterator[bytes] | bytes) -> AsyncIterator[bytes]:
+    return _once(chunks) if isinstance(chunks, bytes) else chunks
 
 
 async def _once(body: bytes) -> AsyncIterator[bytes]:

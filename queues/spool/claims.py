@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ...calls.model import CallbackState, Kind, Lease, Renewal, State
 from ...calls.steps import Event, next_callback_state, next_state
@@ -22,8 +22,7 @@ from .statements import CALL_FLOWS, CALLBACK_FLOWS, SQL_READY_CALLBACKS, FlowSta
 from .transaction import Transaction
 
 
-@dataclass(frozen=True, slots=True)
-class Claimant:
+class Claimant(NamedTuple):
     """Who claims, when, and for how long: the wall clock decides what is due, the boot clock when the lease ends."""
 
     owner: str
@@ -42,8 +41,7 @@ def _lease(tx: Transaction, seq: int, kind: Kind, claimant: Claimant) -> Lease:
     return Lease(read_call(tx.db, seq), kind, claimant.owner, cursor.lastrowid)
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
+class Wanted(NamedTuple):
     """How much a claim may take: from which queues, how many in all, and how many of each flow named in `capacity`."""
 
     queues: tuple[str, ...]
@@ -97,6 +95,8 @@ def pick(
         count = min(count, wanted.capacity.get(flow[1], count))
         return [(seq, flow) for (seq,) in db.execute(statements.due, (*flow, now_s, count))]
 
+    if len(flows) == 1:
+        return due(flows[0], wanted.limit)
     share = -(-wanted.limit // len(flows))
     heads = {flow: due(flow, share) for flow in flows}
     if sum(map(len, heads.values())) < wanted.limit:  # some flows are short: the others get their part

@@ -16,9 +16,6 @@ import secrets
 import shlex
 import stat
 import time
-from collections.abc import (
-    Iterator,
-)
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +45,19 @@ class LockHeld(QueueUnavailable):
     """`writer.lock` could not be had in time; the text names the process that holds it."""
 
 
+class WriterLock:
+    """A turn at writing, to be had by `with`."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def __enter__(self) -> None:
+        _take_writer_lock(self._fd)
+
+    def __exit__(self, *exc_info: object) -> None:
+        fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+
 TOKEN_CHARS = 32  # at least; ours have 43, which are 256 bits
 
 
@@ -74,17 +84,12 @@ class SpoolDirectory:
         except FileNotFoundError:
             return False
 
-    @contextlib.contextmanager
-    def writer_lock(self) -> Iterator[None]:
-        """Hold `writer.lock`: every write, checkpoint and owner look-up happens inside.
+    def writer_lock(self) -> WriterLock:
+        """Return what holds `writer.lock` by `with`: every write, checkpoint and owner look-up happens inside.
 
         LockHeld if it cannot be had: the process that holds it may be suspended, or stuck on a disk.
         """
-        _take_writer_lock(self.lock_fd)
-        try:
-            yield
-        finally:
-            fcntl.flock(self.lock_fd, fcntl.LOCK_UN)
+        return WriterLock(self.lock_fd)
 
     def close(self) -> None:
         for fd in (self.root_fd, self.lock_fd, self.bodies_fd, self.owners_fd, self.notifiers_fd):

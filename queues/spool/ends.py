@@ -7,7 +7,8 @@ to the step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 
 from ...calls import steps
 from ...calls.model import Attempt, Call, Kind, Lease, LeaseLost, RunEnd, State
@@ -71,6 +72,13 @@ def release(tx: Transaction, lease: Lease, now_s: float) -> None:
         return
     stored = leased(lease, _end_lease(tx, lease, "callback"))
     save(tx, stored, steps.release(stored.record, now_s))
+
+
+def release_all(tx: Transaction, leases: Iterable[Lease], now_s: float) -> None:
+    """Hand back what was claimed for nobody, as far as it was."""
+    for lease in leases:
+        with suppress(LeaseLost):
+            release(tx, lease, now_s)
 
 
 def end_callback(tx: Transaction, lease: Lease, attempt: Attempt, event: Event, due_s: float | None = None) -> None:

@@ -48,7 +48,7 @@ def expire_stale(tx: Transaction, now_s: float, before_s: float) -> int:
 
 def _expire(tx: Transaction, sql: str, values: dict[str, float], now_s: float, error: str) -> int:
     rows = [seq for (seq,) in tx.db.execute(sql, values)]
-    for stored in read_stored(tx.db, rows):
+    for stored in read_stored(tx.db, rows) if rows else ():
         save(tx, stored, steps.expire(stored.record, now_s, error), now_s)
     return len(rows)
 

@@ -82,6 +82,7 @@ from ...watchdog import FaashoundError, log
 from . import claims, ends, housekeeping, reads
 from .bodies import Bodies
 from .claims import Claimant, Claimed, Flow, Wanted
+from .directory import LockHeld
 from .errors import disk_error
 from .housekeeping import START, Dropped, DropStep, Position
 from .limits import DATABASE, FILE_CHUNK_BYTES, IDLE_S, ORPHAN_S, RECLAIM_S, SET_BACK_S, STOOD_STILL_S
@@ -122,6 +123,9 @@ class Spool:
         self._slept_s = boot_s() - time.monotonic()
         self._known_offset_s = self._offset_s()  # that the file knew of when it was last told
         self._call_seen_s = self._callback_seen_s = -1e300  # what was due by then has been claimed or reported
+        self._claims_count = 0  # under way
+        self._lock_error: LockHeld | None = None  # of the last one
+        self._claim_ended = asyncio.Event()  # one of them; it is set for those who wait, and for nobody who comes later
         self._work = asyncio.Event()
         self._cancel = asyncio.Event()
         self._waiters: dict[str, set[asyncio.Future[None]]] = {}
@@ -203,7 +207,7 @@ class Spool:
         return await self._bodies.store(chunks, limit_bytes)
 
     async def store_result(
-        self, chunks: AsyncIterator[bytes], limit_bytes: int | None = None, length: int | None = None
+        self, chunks: AsyncIterator[bytes] | bytes, limit_bytes: int | None = None, length: int | None = None
     ) -> StoredBody:
         """As `store_body`, for what a function has answered: it waits for room, however long.
 
@@ -254,6 +258,7 @@ class Spool:
         """The call once it is final, or as it is after `timeout_s`; CallUnknown if there is none (any more)."""
         ended = self._loop.create_future()
         self._waiters.setdefault(call_id, set()).add(ended)
+        self._notifier.hear_of_ends(True)  # before the look at the call: what ends after that is told
         try:
             call = await self.get(call_id)
             if call is not None and call.state not in FINAL:
@@ -264,6 +269,8 @@ class Spool:
             waiting.discard(ended)
             if not waiting:
                 self._waiters.pop(call_id, None)
+            if not self._waiters and not self._closed:
+                self._notifier.hear_of_ends(False)
         if call is None:
             raise CallUnknown(f"no call has the id {call_id}")
         return call
@@ -345,24 +352,28 @@ class Spool:
         claimant: Claimant,
     ) -> list[Lease]:
         asked_s = boot_s()
+        leases: list[Lease] = []
 
         def work(tx: Transaction) -> list[Lease]:
+            nonlocal leases
             self._reclaim_sometimes(tx, asked_s)
             leases, self._last_flow[kind] = claim(tx, wanted, self._last_flow[kind], claimant)
             return leases
 
-        future = self._write(work)
+        self._claims_count, self._lock_error = self._claims_count + 1, None
         try:
-            return await asyncio.shield(future)
-        except asyncio.CancelledError:
-            future.add_done_callback(self._on_unwanted)
+            return await self._write(work)
+        except LockHeld as error:
+            self._lock_error = error
             raise
-
-    def _on_unwanted(self, future: asyncio.Future[list[Lease]]) -> None:
-        if future.cancelled() or future.exception() is not None or self._closed:
-            return
-        for lease in future.result():
-            self._write(partial(ends.release, lease=lease, now_s=self._now()))
+        except asyncio.CancelledError:
+            if not self._closed:  # behind the claim, if that is under way: the writer does one after the other
+                self._write(lambda tx: ends.release_all(tx, leases, self._now()))
+            raise
+        finally:
+            self._claims_count -= 1
+            self._claim_ended.set()
+            self._claim_ended.clear()
 
     async def renew(self, leases: Sequence[Lease], lease_s: float) -> Renewal:
         """Let the leases last `lease_s` seconds from now; tell which are lost and which calls to cancel."""
@@ -411,6 +422,17 @@ class Spool:
 
     # -- ending a lease on a call: LeaseLost if it has ended, or another worker has it by now
 
+    async def _end(self, run: Callable[[Transaction], T], *, body: StoredBody | None = None) -> T:
+        """Write how something ended; behind a claim under way, where the writer would do it alone, with the next claim.
+
+        A worker claims again as soon as it has what it has claimed: so a call takes one commit, and not two.
+        """
+        if self._claims_count and not self._writer.is_gathering:
+            await self._claim_ended.wait()
+            if self._lock_error is not None:  # as the writer has it: it has waited for the same process
+                raise self._lock_error
+        return await self._write(run, body=body)
+
     async def finish(self, lease: Lease, end: RunEnd) -> None:
         """The call has ended, also when a cancel came too late. On LeaseLost the result's file is dropped."""
         result, excerpt = end.result, None  # an inline body is its own excerpt, as long as it is kept
@@ -418,7 +440,7 @@ class Spool:
             excerpt = await self._bodies.read_excerpt(result)
         step = partial(ends.finish, lease=lease, end=end, excerpt=excerpt, now_s=self._now())
         try:
-            files = await self._write(step, body=result)
+            files = await self._end(step, body=result)
         except LeaseLost:
             if result is not None:
                 await self.drop_body(result)
@@ -428,7 +450,7 @@ class Spool:
     async def retry(self, lease: Lease, *, attempt: Attempt, due_s: float, excerpt: bytes | None = None) -> State:
         """Back into the queue until `due_s`; or CANCELLED, if asked for. `excerpt`: how the failed response begins."""
         kept = None if excerpt is None else excerpt[:EXCERPT_BYTES]
-        return await self._write(partial(ends.retry, lease=lease, attempt=attempt, due_s=due_s, excerpt=kept))
+        return await self._end(partial(ends.retry, lease=lease, attempt=attempt, due_s=due_s, excerpt=kept))
 
     async def release(self, lease: Lease) -> None:
         """Hand back a call or a callback that was not tried: at once, in its old place, the attempt not counted."""
@@ -442,15 +464,15 @@ class Spool:
 
     async def callback_done(self, lease: Lease, attempt: Attempt) -> None:
         """The outcome was delivered."""
-        await self._write(partial(ends.end_callback, lease=lease, attempt=attempt, event=Event.SUCCEED))
+        await self._end(partial(ends.end_callback, lease=lease, attempt=attempt, event=Event.SUCCEED))
 
     async def callback_retry(self, lease: Lease, attempt: Attempt, due_s: float) -> None:
         """The delivery failed and is to be tried again at `due_s`."""
-        await self._write(partial(ends.end_callback, lease=lease, attempt=attempt, event=Event.RETRY, due_s=due_s))
+        await self._end(partial(ends.end_callback, lease=lease, attempt=attempt, event=Event.RETRY, due_s=due_s))
 
     async def callback_dead(self, lease: Lease, attempt: Attempt) -> None:
         """The delivery has failed for good; kept until an operator requeues or purges it, or `Bounds` are passed."""
-        await self._write(partial(ends.end_callback, lease=lease, attempt=attempt, event=Event.GIVE_UP))
+        await self._end(partial(ends.end_callback, lease=lease, attempt=attempt, event=Event.GIVE_UP))
 
     # -- waiting
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from ...calls.model import Backlog, Call, CallbackState, Changes, State, Stats
 from ...calls.names import FunctionName
-from .rows import SQL_CALL_LISTED, find_seq, parse_call, read_rows
+from .rows import SQL_CALL_LISTED, find_seq, parse_call
 from .statements import (
     SQL_CALLBACK_COUNT,
     SQL_DEAD_COUNT,
@@ -98,8 +98,8 @@ def list_calls(db: sqlite3.Connection, wanted: Page) -> list[Call]:
 
 def read_listed(db: sqlite3.Connection, found: Sequence[int]) -> list[Call]:
     """The calls of some rows, in their order, as lists have them; rows that are gone are left out."""
-    rows = read_rows(db, f"{SQL_CALL_LISTED} WHERE calls.seq IN (SELECT value FROM json_each(?))", (json.dumps(found),))
-    by_seq = {row["seq"]: parse_call(row, ()) for row in rows}
+    rows = db.execute(f"{SQL_CALL_LISTED} WHERE calls.seq IN (SELECT value FROM json_each(?))", (json.dumps(found),))
+    by_seq = {row[0]: parse_call(row, ()) for row in rows.fetchall()}
     return [by_seq[seq] for seq in found if seq in by_seq]
 
 

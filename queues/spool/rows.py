@@ -43,44 +43,36 @@ from .transaction import Transaction
 # Calls
 # --------------------------------------------------------------------------------------------------------------------
 
+# In the order in which `parse_call` takes them: a look at a row by the names of its columns goes through all of them.
 _SQL_CALL = """
-    SELECT calls.*, requests.method, {long}, requests.body_digest, requests.bytes_count, requests.file,
-        results.bytes_count AS result_bytes_count, results.file AS result_file,
-        callbacks.state AS callback_state, callbacks.attempts AS callback_attempts, callbacks.due_s AS callback_due_s,
-        callbacks.status AS callback_status, callbacks.error AS callback_error
+    SELECT calls.seq, {long}, calls.id, function, calls.queue, method, requests.bytes_count, requests.file,
+        calls.due_s, expires_s, idempotency_key, accepted_s, body_digest,
+        calls.state, calls.attempts, started_s, finished_s, calls.status, calls.error, duration_s, cancel_requested,
+        results.bytes_count, results.file,
+        callbacks.state, callbacks.attempts, callbacks.due_s, callbacks.status, callbacks.error
     FROM calls JOIN requests USING (seq) LEFT JOIN results USING (seq) LEFT JOIN callbacks USING (seq)
 """
 
 SQL_CALL = _SQL_CALL.format(
-    long="requests.path, requests.query, requests.callback_url, requests.headers, requests.inline,"
-    " results.headers AS result_headers, results.inline AS result_inline,"
-    f" coalesce(results.excerpt, substr(results.inline, 1, {EXCERPT_BYTES})) AS excerpt"
+    long="EXISTS (SELECT 1 FROM attempts WHERE attempts.seq = calls.seq), path, query, callback_url, requests.headers,"
+    " requests.inline, results.headers, results.inline,"
+    f" coalesce(results.excerpt, substr(results.inline, 1, {EXCERPT_BYTES}))"
 )
 
 # A list leaves out what callers may make long: a thousand calls with 40 KB of header fields each would be 40 MB.
-SQL_CALL_LISTED = _SQL_CALL.format(
-    long="'' AS path, '' AS query, NULL AS callback_url, NULL AS headers, NULL AS inline,"
-    " NULL AS result_headers, NULL AS result_inline, NULL AS excerpt"
-)
-
-
-def read_rows(db: sqlite3.Connection, sql: str, values: Sequence[object]) -> list[sqlite3.Row]:
-    """Return the rows of a query, with the names of their columns."""
-    cursor = db.cursor()
-    cursor.row_factory = sqlite3.Row
-    return cursor.execute(sql, values).fetchall()
+SQL_CALL_LISTED = _SQL_CALL.format(long="0, '', '', NULL, NULL, NULL, NULL, NULL, NULL")
 
 
 def read_call(db: sqlite3.Connection, seq: int) -> Call:
     """Return the call of a row that is there."""
-    (row,) = read_rows(db, SQL_CALL + "WHERE calls.seq = ?", (seq,))
-    return parse_call(row, _read_history(db, seq))
+    (row,) = db.execute(SQL_CALL + "WHERE calls.seq = ?", (seq,)).fetchall()
+    return _read_whole(db, row)
 
 
 def find_call(db: sqlite3.Connection, call_id: str) -> Call | None:
     """Return the call with an id, or None."""
-    for row in read_rows(db, SQL_CALL + "WHERE calls.id = ?", (call_id,)):
-        return parse_call(row, _read_history(db, row["seq"]))
+    for row in db.execute(SQL_CALL + "WHERE calls.id = ?", (call_id,)).fetchall():
+        return _read_whole(db, row)
     return None
 
 
@@ -92,9 +84,17 @@ def find_seq(db: sqlite3.Connection, call_id: str) -> int:
     return cast(int, row[0])
 
 
+def _read_whole(db: sqlite3.Connection, row: Sequence[Any]) -> Call:
+    seq, has_history, *_ = row
+    return parse_call(row, _read_history(db, seq) if has_history else ())
+
+
 def _read_history(db: sqlite3.Connection, seq: int) -> tuple[Attempt, ...]:
     rows = db.execute("SELECT started_s, finished_s, status, error FROM attempts WHERE seq = ? ORDER BY number", (seq,))
     return tuple(itertools.starmap(Attempt, rows))
+
+
+_decode_json = json.JSONDecoder().decode  # json.loads looks at all its options first
 
 
 def build_headers(headers: Headers) -> str:
@@ -105,57 +105,43 @@ def build_headers(headers: Headers) -> str:
 
 def parse_headers(text: str | None) -> Headers:
     """Return stored header fields."""
-    return tuple((name, value) for name, value in json.loads(text)) if text and text != "[]" else ()
+    return tuple(map(tuple, _decode_json(text))) if text and text != "[]" else ()
 
 
-def parse_call(row: sqlite3.Row, history: tuple[Attempt, ...]) -> Call:
+def parse_call(row: Sequence[Any], history: tuple[Attempt, ...]) -> Call:
     """Return the call that a row of `SQL_CALL` is."""
+    _, _, path, query, callback_url, headers, inline, result_headers, result_inline, excerpt, *short = row
+    call_id, function, queue, method, bytes_count, file, due_s, expires_s, key, accepted_s, digest, *facts = short
+    state, attempts, started_s, finished_s, status, error, duration_s, cancel_requested, *ended = facts
+    result_bytes_count, result_file, *callback = ended
     return Call(
-        id=row["id"],
-        function=FunctionName(row["function"]),
-        queue=row["queue"],
-        method=row["method"],
-        path=row["path"],
-        query=row["query"],
-        headers=parse_headers(row["headers"]),
-        body=StoredBody(row["bytes_count"], row["inline"], row["file"]),
-        callback_url=row["callback_url"],
-        due_s=row["due_s"],
-        expires_s=row["expires_s"],
-        idempotency_key=row["idempotency_key"],
-        accepted_s=row["accepted_s"],
-        body_digest=row["body_digest"],
-        state=State(row["state"]),
-        attempts=row["attempts"],
-        started_s=row["started_s"],
-        finished_s=row["finished_s"],
-        status=row["status"],
-        error=row["error"],
-        duration_s=row["duration_s"],
-        cancel_requested=bool(row["cancel_requested"]),
-        result=_parse_result(row),
-        result_headers=parse_headers(row["result_headers"]),
-        excerpt=row["excerpt"],
-        callback=_parse_callback(row),
-        history=history,
-    )
-
-
-def _parse_result(row: sqlite3.Row) -> StoredBody | None:
-    if row["result_bytes_count"] is None:
-        return None
-    return StoredBody(row["result_bytes_count"], row["result_inline"], row["result_file"])
-
-
-def _parse_callback(row: sqlite3.Row) -> Callback | None:
-    if row["callback_state"] is None:
-        return None
-    return Callback(
-        CallbackState(row["callback_state"]),
-        row["callback_attempts"],
-        row["callback_due_s"],
-        row["callback_status"],
-        row["callback_error"],
+        call_id,
+        FunctionName(function),
+        queue,
+        method,
+        path,
+        query,
+        parse_headers(headers),
+        StoredBody(bytes_count, inline, file),
+        callback_url,
+        due_s,
+        expires_s,
+        key,
+        accepted_s,
+        digest,
+        State(state),
+        attempts,
+        started_s,
+        finished_s,
+        status,
+        error,
+        duration_s,
+        bool(cancel_requested),
+        None if result_bytes_count is None else StoredBody(result_bytes_count, result_inline, result_file),
+        parse_headers(result_headers),
+        excerpt,
+        None if callback[0] is None else _build_callback(*callback),
+        history,
     )
 
 

@@ -124,6 +124,11 @@ class Writer:
         self._gathered.append(_Operation(run, future, alone, joins, bytes_count, may_wait))
         return future
 
+    @property
+    def is_gathering(self) -> bool:
+        """Whether there is something already to which the thread has not been given this turn of the loop."""
+        return bool(self._gathered)
+
     def hand_over(self) -> None:
         """Give the thread what this turn of the loop has brought: one by one, the first would go to the disk alone."""
         gathered, self._gathered = self._gathered, []
@@ -158,24 +163,25 @@ class Writer:
     def _next_group(self) -> list[Sequence[_Operation] | None]:
         """What waits: up to GROUP_COUNT operations, and what came in the same turn as the last of them."""
         groups = [self._waiting.get()]
-        with contextlib.suppress(queue.Empty):
-            while sum(len(group or ()) for group in groups) < GROUP_COUNT:
-                groups.append(self._waiting.get_nowait())
+        while not self._waiting.empty() and sum(len(group or ()) for group in groups) < GROUP_COUNT:
+            groups.append(self._waiting.get_nowait())  # there is no other thread that takes any
         return groups
 
     def _take_waiting(self) -> list[Sequence[_Operation] | None]:
         """What has come during the turn under way."""
         groups = []
-        with contextlib.suppress(queue.Empty):
-            while True:
-                groups.append(self._waiting.get_nowait())
+        while not self._waiting.empty():
+            groups.append(self._waiting.get_nowait())
         return groups
 
     def _drop_refused(self, group: Sequence[_Operation]) -> None:
         """The bodies of refused calls go before their callers know: on a full disk each would keep it full."""
         told = [operation for operation in group if operation.error is not None or operation.answer is not None]
+        files = [file for operation in told if (file := operation.refused_file) is not None]
+        if not files:
+            return
         try:
-            unlink_bodies(self._directory.bodies_fd, filter(None, (operation.refused_file for operation in told)))
+            unlink_bodies(self._directory.bodies_fd, files)
         except OSError as error:  # then `sweep` finds them
             log.warning(f"the body of a refused call cannot be removed: {reason_of(error)}")
 

@@ -111,7 +111,7 @@ def worker_metrics() -> Iterable[Metric]:
     outcome = AttemptOutcome(OutcomeKind.ANSWERED, 200)
     metrics.attempt(CAT, outcome)
     metrics.callback(outcome)
-    metrics.show([(CAT, 1)], 1)
+    metrics.show([(CAT, 1)], 1, {})
     return metrics.registry.collect()
 
 

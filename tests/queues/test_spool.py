@@ -23,14 +23,15 @@ from faashound.calls.model import (
     CallExists,
     QueueDamaged,
     QueueUnavailable,
+    RunEnd,
     State,
 )
 from faashound.queues.spool import queue as spool_queue
 from faashound.queues.spool.limits import DATABASE, STEP_COUNT
-from faashound.queues.spool.notifier import WakeUp
+from faashound.queues.spool.notifier import Notifier, WakeUp
 from testkit.harness import eventually, wait_until
 from testkit.needed import want_root
-from testkit.queue_kit import LEASE_S, accepted, inline, read_all
+from testkit.queue_kit import LEASE_S, QUEUE, accepted, inline, read_all
 from testkit.spool_kit import START_S, Desk, as_spool, new_call, writer_has_all
 
 NOBODY = 65534
@@ -197,6 +198,32 @@ def test_claim_is_asked_for_again_when_expired_calls_took_its_turn(desk: Desk) -
     assert [lease.call.function.name for lease in desk.claim(1)] == ["b"]
 
 
+def test_end_that_comes_during_a_claim_shares_the_commit_of_the_next_claim(desk: Desk) -> None:
+    for _ in range(3):
+        desk.put()
+    lease = desk.claim_one()
+
+    async def claim_twice() -> None:
+        for _ in range(2):
+            assert len(await desk.spool.claim([QUEUE], desk.owner, LEASE_S, 1)) == 1
+
+    async def scenario() -> int:
+        before = (await desk.spool.stats()).commit_count
+        with (desk.directory / "writer.lock").open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            claiming = asyncio.create_task(claim_twice())
+            await writer_has_all(desk.spool)  # and waits for the lock
+            ending = asyncio.create_task(desk.spool.finish(lease, RunEnd(State.DONE, desk.attempt(), 200, 0.1)))
+            for _ in range(3):
+                await asyncio.sleep(0)  # what is not held back is submitted by then
+        await claiming
+        await ending
+        return (await desk.spool.stats()).commit_count - before
+
+    assert desk.do(scenario()) == 2
+    assert desk.get(lease.call.id).state is State.DONE
+
+
 # -- leases
 
 
@@ -241,6 +268,33 @@ def test_notifier_whose_process_has_died_is_removed(desk: Desk) -> None:
         return not stale.exists()
 
     wait_until(is_gone_after_a_put, LONG_S, "the notifier is removed")
+
+
+def test_notifier_is_woken_by_ends_only_while_it_wants_to_be(tmp_path: Path) -> None:
+    directory_fd = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    with contextlib.closing(Notifier(directory_fd)) as one, contextlib.closing(Notifier(directory_fd)) as other:
+
+        def heard(wake_up: int) -> int:
+            one.wake(wake_up)
+            return other.read()
+
+        assert heard(WakeUp.FINISHED) == WakeUp.NOTHING
+        other.hear_of_ends(True)
+        assert heard(WakeUp.FINISHED) == WakeUp.FINISHED
+        other.hear_of_ends(False)
+        assert heard(WakeUp.FINISHED) == WakeUp.NOTHING
+        assert heard(WakeUp.FINISHED | WakeUp.WORK) == WakeUp.FINISHED | WakeUp.WORK
+    os.close(directory_fd)
+
+
+def test_notifier_of_an_earlier_version_is_woken_by_ends(desk: Desk) -> None:
+    desk.put()
+    lease = desk.claim_one()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier:
+        notifier.bind(str(desk.directory / "bells" / "1-earlier.sock"))
+        desk.finish(lease)
+        notifier.settimeout(LONG_S)
+        assert notifier.recv(1) == bytes([WakeUp.FINISHED])
 
 
 def test_queue_in_a_directory_with_a_long_name_is_woken(tmp_path: Path) -> None:

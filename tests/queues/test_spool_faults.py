@@ -622,6 +622,28 @@ def test_writes_that_come_while_another_waits_for_the_lock_fail_with_it_and_name
     assert desk.get(desk.put().id).state is State.QUEUED
 
 
+def test_end_that_comes_while_a_claim_waits_for_the_lock_fails_with_it(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(directory, "LOCK_S", 60.0)
+    desk.put()
+    lease = desk.claim_one()
+
+    async def scenario() -> list[object]:
+        claiming = asyncio.create_task(desk.spool.claim([QUEUE], desk.owner, LEASE_S, 1))
+        await writer_has_all(desk.spool)
+        ending = asyncio.create_task(desk.spool.callback_done(lease, desk.attempt()))
+        await asyncio.sleep(0)
+        monkeypatch.setattr(directory, "LOCK_S", 0.5)
+        return [*await asyncio.gather(claiming, ending, return_exceptions=True)]
+
+    with (desk.directory / "writer.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        error, other = desk.do(scenario())
+    assert isinstance(error, QueueUnavailable)
+    assert other is error
+
+
 def test_queue_can_be_closed_while_its_lock_is_held(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(directory, "LOCK_S", 0.2)
 

@@ -44,6 +44,18 @@ def test_body_over_the_limit_is_refused_and_removed(desk: Desk, limit_bytes: int
     assert desk.do(desk.queue.store_body(bytes(limit_bytes), limit_bytes)).bytes_count == limit_bytes
 
 
+@pytest.mark.parametrize("size", [0, 10, INLINE_BYTES, INLINE_BYTES + 1, 5 * INLINE_BYTES])
+def test_result_that_has_come_whole_is_stored_or_refused(desk: Desk, size: int) -> None:
+    result = os.urandom(size)
+    stored = desk.do(desk.queue.store_result(result, size))
+    assert stored.bytes_count == size
+    assert desk.do(read_all(desk.queue, stored)) == result
+    desk.do(desk.queue.drop_body(stored))
+    with pytest.raises(BodyTooLarge, match=str(size)):
+        desk.do(desk.queue.store_result(result + b"x", size))
+    assert desk.bodies() == set()
+
+
 async def something_is_stored(desk: Desk) -> None:
     await eventually(desk.stored_bodies, LONG_S, "a body is stored")
 
