@@ -201,7 +201,6 @@ class Writer:
         self._lock_error = None
         wake_ups: list[int | None] = []
         together: list[_Operation] = []
-        bytes_count = 0
         for operation in group:
             if operation.future.cancelled():
                 operation.error = QueueUnavailable("its caller has gone")
@@ -209,11 +208,8 @@ class Writer:
                 wake_ups.append(self._guard([operation], partial(self._run_alone, operation)))
             else:
                 together.append(operation)
-                bytes_count += operation.bytes_count
-        if together and self._reserve.has_room(bytes_count):
-            wake_ups.append(self._guard(together, partial(self._commit, together)))
-        else:
-            _fail(together, QueueFull(DISK_FULL))
+        if together:
+            wake_ups.append(self._guard(together, partial(self._commit_if_room, together)))
         failed = [operation for operation in group if operation.error is not None]
         refused = [operation for operation in failed if isinstance(operation.error, QueueFull)]
         if refused:
@@ -226,10 +222,10 @@ class Writer:
         others = [operation for operation in group if not isinstance(operation.run, Put)]
         wake_ups = [self._guard([operation], partial(self._work_without_room, operation)) for operation in others]
         self._guard((), self.tidy)
-        if puts and self._reserve.has_room(sum(operation.bytes_count for operation in puts)):
+        if puts:
             for operation in puts:
                 operation.error = None
-            wake_ups.append(self._guard(puts, partial(self._commit, puts)))
+            wake_ups.append(self._guard(puts, partial(self._commit_if_room, puts)))
         self._reserve.tell()
         return wake_ups
 
@@ -291,7 +287,7 @@ class Writer:
             problem = disk_error(error)
         except LockHeld as error:
             problem = self._lock_error = error
-        except QueueUnavailable as error:
+        except (QueueFull, QueueUnavailable) as error:
             problem = error
         except MemoryError:
             problem = QueueUnavailable(NO_MEMORY)
@@ -309,6 +305,11 @@ class Writer:
         except FileNotFoundError:
             pass
         raise QueueUnavailable("the queue's file was moved or removed: restart what uses it")
+
+    def _commit_if_room(self, group: Sequence[_Operation]) -> int:
+        if not self._reserve.has_room(sum(operation.bytes_count for operation in group)):
+            raise QueueFull(DISK_FULL)
+        return self._commit(group)
 
     def _commit(self, group: Sequence[_Operation], *, short: bool = False) -> int:
         while True:

@@ -26,6 +26,7 @@ from faashound.calls.model import (
     QueueFull,
     QueueUnavailable,
     State,
+    StoredBody,
 )
 from faashound.calls.names import parse_function_name
 from faashound.calls.steps import EXPIRED_STATUS
@@ -35,7 +36,7 @@ from faashound.queues.spool.limits import BUSY_S, DATABASE, ORPHAN_S, STEP_COUNT
 from faashound.queues.spool.queue import Spool
 from faashound.queues.spool.schema import MIGRATIONS
 from testkit.disks import fill
-from testkit.harness import START_DEADLINE_S, clean_environment, crowding
+from testkit.harness import SOON_S, START_DEADLINE_S, clean_environment, crowding
 from testkit.needed import want_root
 from testkit.spool_kit import (
     LEASE_S,
@@ -365,6 +366,39 @@ def test_queue_whose_file_was_moved_takes_no_more_calls(desk: Desk) -> None:
     set_aside(desk.directory)
     with pytest.raises(QueueUnavailable, match="moved or removed"):
         desk.put()
+
+
+@pytest.mark.parametrize("body", [inline(b"in"), None], ids=["in a row", "in a file"])
+def test_queue_whose_path_cannot_be_followed_fails_each_step_and_works_again_afterwards(
+    small_disk: Path, body: StoredBody | None
+) -> None:
+    """On a small disk, where each call has a look at the room for the journal, by its path."""
+    parent = small_disk / "parent"
+    parent.mkdir()
+    desk = Desk(parent / "spool")
+    call = desk.put()
+    parent.rename(small_disk / "elsewhere")
+    parent.touch()
+
+    async def put() -> None:
+        await desk.spool.put(new_call(body=body or await desk.spool.store_body(BIG)))
+
+    async def at_once() -> list[object]:
+        steps = [put(), desk.spool.cancel(call.id), desk.spool.sweep(60, 60)]
+        async with asyncio.timeout(SOON_S):
+            return [*await asyncio.gather(*steps, return_exceptions=True)]
+
+    for _ in range(2):
+        outcomes = desk.do(at_once())
+        assert {type(outcome) for outcome in outcomes} == {QueueUnavailable}
+        assert str(desk.spool.trouble) == "the queue cannot use its disk: Not a directory"
+    assert list((small_disk / "elsewhere" / "spool" / "bodies").iterdir()) == []
+    parent.unlink()
+    (small_disk / "elsewhere").rename(parent)
+    assert desk.spool.trouble is None
+    desk.do(put())
+    assert desk.do(desk.spool.cancel(call.id)) is State.CANCELLED
+    desk.close()
 
 
 def test_creation_that_was_interrupted_is_begun_again(tmp_path: Path) -> None:
