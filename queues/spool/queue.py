@@ -168,9 +168,9 @@ class Spool:
         self._readers.close()
         self._writer.stop()
         self._notifier.close()
-        with contextlib.suppress(QueueUnavailable), self._directory.writer_lock():
+        with contextlib.suppress(QueueUnavailable, OSError), self._directory.writer_lock():
             for owner in self._owners:
-                os.unlink(owner, dir_fd=self._directory.owners_fd)  # an owner without a file is dead
+                os.unlink(owner, dir_fd=self._directory.owners_fd)  # an owner without a file, or its lock, is dead
         for fd in self._owners.values():
             os.close(fd)
         self._reserve.close()

@@ -401,6 +401,17 @@ def test_queue_whose_path_cannot_be_followed_fails_each_step_and_works_again_aft
     desk.close()
 
 
+def test_queue_goes_on_when_the_socket_of_a_dead_process_cannot_be_removed(desk: Desk) -> None:
+    (desk.directory / "bells" / "dead.sock").mkdir()  # refuses a connection as a dead one does, and `unlink`
+
+    async def put() -> None:
+        async with asyncio.timeout(SOON_S):
+            await desk.spool.put(new_call())
+
+    for _ in range(2):
+        desk.do(put())
+
+
 def test_creation_that_was_interrupted_is_begun_again(tmp_path: Path) -> None:
     directory = tmp_path / "spool"
     directory.mkdir()
@@ -684,6 +695,17 @@ def test_open_and_close_leave_no_descriptors_and_no_threads(tmp_path: Path) -> N
         [DATABASE, "bells", "bodies", "owners", "reserve", "token", "writer.lock"]
     )
     assert list((tmp_path / "spool" / "owners").iterdir()) == list((tmp_path / "spool" / "bells").iterdir()) == []
+
+
+def test_close_leaves_no_descriptors_and_no_threads_when_names_cannot_be_removed(tmp_path: Path) -> None:
+    Desk(tmp_path / "spool").close()
+    before = {*os.listdir("/proc/self/fd"), *threading.enumerate()}
+    desk = Desk(tmp_path / "spool")
+    for path in (*(desk.directory / "owners").iterdir(), *(desk.directory / "bells").iterdir()):
+        path.unlink()
+        path.mkdir()
+    desk.close()
+    assert {*os.listdir("/proc/self/fd"), *threading.enumerate()} <= before
 
 
 def test_failed_open_leaves_no_descriptors(tmp_path: Path) -> None:
