@@ -193,8 +193,15 @@ class Bodies:
             raise QueueDamaged(f"the file of a stored body is {left} bytes too short")
 
     async def drop(self, files: Collection[str]) -> int:
-        """Remove files that nothing names; return how many there were."""
-        return await self._in_thread(partial(unlink_bodies, self._directory.bodies_fd, files)) if files else 0
+        """Remove files that nothing names; return how many there were.
+
+        What cannot be removed is told and left: the commit behind which they go stands, and its caller is to know.
+        """
+        try:
+            return await self._in_thread(partial(unlink_bodies, self._directory.bodies_fd, files)) if files else 0
+        except (QueueFull, QueueUnavailable) as error:  # then `sweep` finds them
+            log.warning(f"the file of a body that nothing names cannot be removed: {error}")
+            return 0
 
     async def read_excerpt(self, body: StoredBody) -> bytes:
         """Return how a result in a file begins."""

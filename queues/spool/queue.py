@@ -222,7 +222,7 @@ class Spool:
         return self._bodies.open(body, chunk_bytes)
 
     async def drop_body(self, body: StoredBody) -> None:
-        """Remove the file of a body that no call names."""
+        """Remove the file of a body that no call names; one that cannot be removed now is found by `sweep`."""
         if body.file is not None:
             await self._bodies.drop([body.file])
 

@@ -387,6 +387,39 @@ def test_call_that_is_done_gives_its_payload_only_when_the_disk_is_short(small_d
     assert START_S  # the clock stands still
 
 
+def test_call_is_done_with_its_result_when_the_payload_that_made_room_cannot_be_removed(
+    small_disk: Path, desk: Desk
+) -> None:
+    call = desk.put(body=long_body(desk))
+    result = long_body(desk)
+    (lease,) = desk.claim(1)
+    keep_from_being_removed(desk, call.body)
+    fill(small_disk)
+    desk.release_reserve()
+    fill_but(small_disk, DISK_BYTES // 16)  # room for steps, none for the whole reserve
+    desk.do(desk.spool.finish(lease, RunEnd(State.DONE, desk.attempt(), 200, 0.1, result)))
+    found = desk.get(call.id)
+    assert (found.state, found.body.file, found.result) == (State.DONE, None, result)
+
+
+@pytest.mark.parametrize("step", ["requeue_dead", "purge"])
+def test_step_that_is_on_disk_is_told_as_done_when_a_file_cannot_be_removed(desk: Desk, step: str) -> None:
+    call = desk.put()
+    result = long_body(desk)
+    desk.do(desk.spool.finish(desk.claim_one(), RunEnd(State.DEAD, desk.attempt(), 500, 0.1, result)))
+    keep_from_being_removed(desk, result)
+    if step == "requeue_dead":
+        assert desk.do(desk.spool.requeue_dead(call.id)).state is State.QUEUED
+    else:
+        assert desk.do(desk.spool.purge(state=State.DEAD)) == 1
+
+
+def keep_from_being_removed(desk: Desk, body: StoredBody) -> None:
+    path = desk.directory / "bodies" / str(body.file)
+    path.unlink()
+    path.mkdir()
+
+
 def fill_but(directory: Path, left_bytes: int) -> None:
     ballast = fill(directory).rename(directory / "rest")
     os.truncate(ballast, max(0, ballast.stat().st_size - left_bytes))
