@@ -360,14 +360,12 @@ class Writer:
     def _run(self, operation: _Operation, tx: Transaction) -> None:
         try:
             operation.answer = operation.run(tx)
-        except sqlite3.Error as error:
-            if _is_disk_trouble(error):
-                raise
-            operation.error = error
         except OSError as error:
             operation.error = disk_error(error)
-        except Exception as error:  # noqa: BLE001 - a task's boundary: its caller gets it
-            operation.error = error
+        except Exception as error:
+            if _is_disk_trouble(error):
+                raise
+            operation.error = error  # its caller gets it
 
 
 def _operations_of(groups: Iterable[Sequence[_Operation] | None]) -> list[_Operation]:
@@ -382,5 +380,5 @@ def _fail(operations: Sequence[_Operation], error: Exception) -> Sequence[_Opera
 
 
 def _is_disk_trouble(error: Exception) -> bool:
-    """Tell whether the disk or the file is in trouble, not the operation."""
-    return type(error) in (sqlite3.OperationalError, sqlite3.InternalError, sqlite3.DatabaseError)
+    """Tell whether the disk, the file or the memory is in trouble, not the operation."""
+    return type(error) in (sqlite3.OperationalError, sqlite3.InternalError, sqlite3.DatabaseError, MemoryError)

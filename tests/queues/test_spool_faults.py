@@ -401,6 +401,38 @@ def test_queue_whose_path_cannot_be_followed_fails_each_step_and_works_again_aft
     desk.close()
 
 
+@pytest.mark.parametrize("count", [1, 2], ids=["one", "a group"])
+def test_queue_that_has_no_memory_says_so_and_takes_what_it_has_memory_for(tmp_path: Path, count: int) -> None:
+    program = f"""
+import asyncio
+from pathlib import Path
+from faashound.queues.spool.queue import Spool
+from testkit.spool_kit import inline, new_call, writer_connection
+async def main():
+    spool = await Spool.open(Path({str(tmp_path / "spool")!r}))
+    for limit_kib in range(8192, 0, -32):  # there is no way to raise it again
+        writer_connection(spool).execute(f"PRAGMA hard_heap_limit = {{limit_kib << 10}}").fetchone()
+        puts = [spool.put(new_call(body=inline(bytes(60_000)))) for _ in range({count})]
+        outcomes = await asyncio.gather(*puts, return_exceptions=True)
+        errors = [repr(outcome) for outcome in outcomes if isinstance(outcome, BaseException)]
+        if errors:
+            break
+    await spool.put(new_call())
+    print(*errors, sep="\\n")
+    await spool.close()
+asyncio.run(main())
+"""
+    said = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=START_DEADLINE_S * crowding(),
+        check=True,
+    ).stdout
+    assert said.splitlines() == ["QueueUnavailable('the queue cannot be used: no memory')"] * count
+
+
 def test_queue_goes_on_when_the_socket_of_a_dead_process_cannot_be_removed(desk: Desk) -> None:
     (desk.directory / "bells" / "dead.sock").mkdir()  # refuses a connection as a dead one does, and `unlink`
 
