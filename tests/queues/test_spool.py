@@ -25,7 +25,9 @@ from faashound.calls.model import (
     QueueUnavailable,
     State,
 )
+from faashound.queues.spool import directory
 from faashound.queues.spool import queue as spool_queue
+from faashound.queues.spool.directory import LockHeld
 from faashound.queues.spool.limits import DATABASE, STEP_COUNT
 from faashound.queues.spool.notifier import WakeUp
 from testkit.harness import eventually, wait_until
@@ -348,6 +350,16 @@ def test_body_that_cannot_be_read_for_a_moment_is_not_damaged(desk: Desk, troubl
     with trouble(desk), pytest.raises(QueueUnavailable):
         desk.do(read_all(desk.spool, body))
     assert desk.do(read_all(desk.spool, body)) == BIG
+
+
+def test_lock_that_is_held_is_told_as_that_when_its_holder_cannot_be_looked_up(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(directory, "LOCK_S", 0.2)
+    with (desk.directory / "writer.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with no_descriptors(desk), pytest.raises(LockHeld, match=r"held for 0\.2 s by a process that cannot be named"):
+            desk.do(desk.spool.put(new_call()))
 
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["alone", "in a group"])
