@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
@@ -21,6 +20,7 @@ from .directory import SpoolDirectory
 from .errors import DISK_FULL, NO_MEMORY, disk_error
 from .limits import AMPLE_BYTES, FILE_CHUNK_BYTES, ROOM_PAUSE_S
 from .reserve import Reserve
+from .threads import start_threads
 
 T = TypeVar("T")
 
@@ -34,7 +34,7 @@ class Bodies:
         self._directory = directory
         self._reserve = reserve
         self._tidy = tidy
-        self._threads = ThreadPoolExecutor(self.THREAD_COUNT, thread_name_prefix="spool-files")
+        self._threads = start_threads(self.THREAD_COUNT, "spool-files")
         self._result_lock = asyncio.Lock()  # of results that have found no room
         self._closed = False
 

@@ -141,7 +141,10 @@ class Spool:
         Brings an older file to the newest version. Raises QueueDamaged, naming file and remedy, for a file that is
         damaged, foreign or newer; QueueUnavailable, naming path and owner, when it may not be used.
         """
-        spool = cls(await asyncio.to_thread(open_parts, Path(directory), limits or QueueLimits()), now)
+        try:
+            spool = cls(await asyncio.to_thread(open_parts, Path(directory), limits or QueueLimits()), now)
+        except RuntimeError as error:  # no thread to be had
+            raise QueueUnavailable(f"the queue cannot be used: {error}") from error
         try:
             await spool.reclaim()
         except QueueFull:
