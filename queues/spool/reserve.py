@@ -53,7 +53,9 @@ class Reserve:
         with contextlib.suppress(FileNotFoundError):
             flags = os.O_RDWR | (os.O_CREAT if wanted_bytes else 0)
             self._fd = open_ours(directory.root_fd, directory.path / "reserve", flags)
-        if self._fd >= 0 and wanted_bytes:
+        if wanted_bytes is None:
+            self.whole_bytes = self.held_bytes
+        elif self._fd >= 0 and wanted_bytes:
             disk = os.fstatvfs(directory.root_fd)
             self.whole_bytes = min(wanted_bytes, disk.f_blocks * disk.f_frsize // RESERVE_PART)
 

@@ -199,6 +199,19 @@ def test_reserve_is_taken_up_again_when_there_is_room(small_disk: Path, desk: De
     assert stats.free_bytes > DISK_BYTES // 4
 
 
+def test_reserve_is_taken_up_again_by_an_operators_command_that_has_used_it(small_disk: Path, desk: Desk) -> None:
+    """It asks for none of its own, and takes what it finds for the whole."""
+    for _ in range(100):
+        desk.put(body=inline(bytes(4096)))
+    command = desk.do(Spool.open(desk.directory, limits=QueueLimits(reserve_bytes=None)))
+    reserve = desk.directory / "reserve"
+    fill(small_disk)
+    for call in desk.do(command.calls(limit=100)):
+        desk.do(command.cancel(call.id))
+        assert reserve.stat().st_size == DISK_BYTES // 8
+    desk.do(command.close())
+
+
 def test_reserve_of_another_process_is_respected(desk: Desk) -> None:
     desk.release_reserve()
     other = desk.open()
