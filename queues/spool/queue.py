@@ -201,7 +201,8 @@ class Spool:
 
         Up to INLINE_BYTES it stays in memory and goes into the row; beyond that into a file, on disk when this returns.
         The body must be named within ORPHAN_S, else `sweep` takes it for a crash's leftover. Raises BodyTooLarge above
-        `limit_bytes`. On any error, also when cancelled, nothing is left of the body.
+        `limit_bytes`. On any error, also when cancelled, nothing is left of the body; or, if the queue has been closed
+        meanwhile, what `sweep` finds.
         """
         return await self._bodies.store(chunks, limit_bytes)
 
@@ -237,7 +238,8 @@ class Spool:
         The same idempotency key for the same function, while that call is remembered: the earlier Call is returned
         and the new body dropped. Raises KeyReused when that was another request, CallExists when the id is in use,
         TooManyQueued when the function has as many calls or bytes waiting as it may. Whatever this raises, the body is
-        gone, also when the caller is cancelled, unless the call got into the queue all the same.
+        gone, also when the caller is cancelled, unless the call got into the queue all the same. A queue that is closed
+        leaves it to `sweep`.
         """
         put = Put(call, build_headers(call.headers), self._limits)
         if abs(self._offset_s() - self._known_offset_s) > SET_BACK_S:
