@@ -598,10 +598,10 @@ class Spool:
         stats = await self._read(partial(reads.count_calls, now_s=self._now(), commit_count=self._writer.commit_count))
         try:
             disk = await asyncio.to_thread(os.fstatvfs, self._directory.root_fd)
+            free_bytes = disk.f_bavail * disk.f_frsize
+            return replace(stats, free_bytes=free_bytes, reserve_bytes=self._reserve.held_bytes)
         except OSError as error:
             raise disk_error(error) from error
-        free_bytes = disk.f_bavail * disk.f_frsize
-        return replace(stats, free_bytes=free_bytes, reserve_bytes=self._reserve.held_bytes)
 
     @property
     def trouble(self) -> str | None:

@@ -80,6 +80,14 @@ class Reserve:
         return disk.f_bavail * disk.f_frsize
 
     @property
+    def is_ample(self) -> bool:
+        """Whether there is room for whatever comes; False where the disk cannot be looked at."""
+        try:
+            return self.free_bytes >= AMPLE_BYTES
+        except OSError:
+            return False
+
+    @property
     def journal_pages(self) -> int:
         """After how many the journal is to be written back; SQLite's own 1000 where the reserve has room for them."""
         return min(1000, self.whole_bytes // 2 // PAGE_BYTES) if self.whole_bytes else 1000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -289,6 +290,31 @@ def test_result_waits_for_room_and_is_stored_whole(small_disk: Path, desk: Desk)
         storing = asyncio.create_task(desk.spool.store_result(in_pieces(result)))
         await wait_for_want_of_room(desk)
         assert not storing.done()
+        ballast.unlink()
+        return await storing
+
+    assert desk.do(read(desk, scenario())) == result
+
+
+def test_result_waits_on_while_its_disk_answers_nothing(
+    small_disk: Path, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = os.urandom(DISK_BYTES // 2)
+    ballast = fill(small_disk)
+    asked: list[int] = []
+
+    def fail(fd: int) -> None:
+        asked.append(fd)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    async def has_asked_again() -> bool:
+        return len(asked) > 2
+
+    async def scenario() -> StoredBody:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fstatvfs", fail)
+            storing = asyncio.create_task(desk.spool.store_result(in_pieces(result)))
+            await eventually(has_asked_again, LONG_S, "the result has asked for room more than once")
         ballast.unlink()
         return await storing
 
