@@ -257,7 +257,7 @@ class Writer:
 
     def tidy(self, *, refill: bool = True) -> None:
         """Give the journal's room back, to the reserve; what cannot be done now is done behind a later step."""
-        with contextlib.suppress(sqlite3.Error, OSError):
+        with contextlib.suppress(sqlite3.Error, OSError, MemoryError):
             truncate_journal(self._db)
             if refill:
                 self._reserve.refill()
