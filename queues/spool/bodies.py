@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
@@ -19,8 +18,9 @@ from ...watchdog import BodyTooLarge, FaashoundError, log
 from .body_files import BodyFile, list_old_bodies, open_body_file, read_excerpt, unlink_bodies, unlink_orphans
 from .directory import SpoolDirectory
 from .errors import DISK_FULL, NO_MEMORY, disk_error
-from .limits import AMPLE_BYTES, FILE_CHUNK_BYTES, ROOM_PAUSE_S
+from .limits import FILE_CHUNK_BYTES, ROOM_PAUSE_S
 from .reserve import Reserve
+from .threads import start_threads
 
 T = TypeVar("T")
 
@@ -34,7 +34,7 @@ class Bodies:
         self._directory = directory
         self._reserve = reserve
         self._tidy = tidy
-        self._threads = ThreadPoolExecutor(self.THREAD_COUNT, thread_name_prefix="spool-files")
+        self._threads = start_threads(self.THREAD_COUNT, "spool-files")
         self._result_lock = asyncio.Lock()  # of results that have found no room
         self._closed = False
 
@@ -90,7 +90,7 @@ class Bodies:
                     log.warning(f"a result waits to be stored: {error}")
                 has_turn = has_turn or (not length and await self._take_turn(turn))
                 await self._wait_and_write(work, length or 0)
-            if has_turn and self._reserve.free_bytes >= AMPLE_BYTES:  # the function may take hours over its rest
+            if has_turn and self._reserve.is_ample:  # the function may take hours over its rest
                 await turn.aclose()
                 has_turn = False
 
@@ -107,7 +107,7 @@ class Bodies:
 
     async def _take_turn(self, turn: contextlib.AsyncExitStack) -> bool:
         """Wait for the turn of results; False if none is needed, since there is ample room by now."""
-        while not self._closed and self._reserve.free_bytes < AMPLE_BYTES:
+        while not self._closed and not self._reserve.is_ample:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(ROOM_PAUSE_S):
                     await turn.enter_async_context(self._result_lock)
@@ -122,8 +122,12 @@ class Bodies:
                 raise QueueFull(DISK_FULL)
         await self._in_thread(work)
 
-    async def _write_result(self, work: Callable[[], None]) -> None:
+    async def _write_result(self, work: Callable[[], None], needed_bytes: int | None = None) -> None:
+        """Do `work`; for `needed_bytes`, which found no room, with the results' half of the reserve if that helps."""
+
         def write() -> None:
+            if needed_bytes is not None and self._reserve.free_bytes + self._reserve.whole_bytes // 2 >= needed_bytes:
+                self._reserve.release(0.5)
             if not self._reserve.has_half:  # the journal's half is let go of just now: it is not for us
                 raise QueueFull(DISK_FULL)
             work()
@@ -133,10 +137,8 @@ class Bodies:
     async def _wait_and_write(self, work: Callable[[], None], length: int) -> None:
         """Do `work`, which goes on where it stopped, until it succeeds."""
         while True:
-            if self._reserve.free_bytes + self._reserve.whole_bytes // 2 >= length:
-                self._reserve.release(0.5)
             try:
-                return await self._write_result(work)
+                return await self._write_result(work, length)
             except (QueueFull, QueueUnavailable):
                 if self._closed:
                     raise
@@ -193,8 +195,15 @@ class Bodies:
             raise QueueDamaged(f"the file of a stored body is {left} bytes too short")
 
     async def drop(self, files: Collection[str]) -> int:
-        """Remove files that nothing names; return how many there were."""
-        return await self._in_thread(partial(unlink_bodies, self._directory.bodies_fd, files)) if files else 0
+        """Remove files that nothing names; return how many there were.
+
+        What cannot be removed is told and left: the commit behind which they go stands, and its caller is to know.
+        """
+        try:
+            return await self._in_thread(partial(unlink_bodies, self._directory.bodies_fd, files)) if files else 0
+        except (QueueFull, QueueUnavailable) as error:  # then `sweep` finds them
+            log.warning(f"the file of a body that nothing names cannot be removed: {error}")
+            return 0
 
     async def read_excerpt(self, body: StoredBody) -> bytes:
         """Return how a result in a file begins."""

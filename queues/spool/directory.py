@@ -117,10 +117,13 @@ def _take_writer_lock(lock_fd: int) -> None:
 def _lock_holder(lock_fd: int) -> str:
     """Who holds a flock, as /proc/locks has it (proc(5))."""
     inode = str(os.fstat(lock_fd).st_ino)
-    with open("/proc/locks", encoding="ascii") as file:
-        for fields in map(str.split, file):
-            if fields[1] == "FLOCK" and fields[5].rpartition(":")[2] == inode:
-                return f"process {fields[4]}"
+    try:
+        with open("/proc/locks", encoding="ascii") as file:
+            for fields in map(str.split, file):
+                if fields[1] == "FLOCK" and fields[5].rpartition(":")[2] == inode:
+                    return f"process {fields[4]}"
+    except OSError:  # no descriptors, or no such file where /proc is a part of one
+        return "a process that cannot be named"
     return "a process that /proc/locks does not show"
 
 

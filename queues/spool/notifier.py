@@ -92,7 +92,7 @@ class Notifier:
                 pass  # full: its process has not read what was sent before
             except (ConnectionRefusedError, FileNotFoundError):  # its process has died
                 self._drop(name)
-                with contextlib.suppress(FileNotFoundError):
+                with contextlib.suppress(OSError):  # the next wake-up tries again: a full disk may refuse even this
                     os.unlink(name, dir_fd=self._notifiers_fd)
             except OSError as error:
                 problem = f"cannot wake the process behind {name}: {reason_of(error)}"
@@ -130,5 +130,5 @@ class Notifier:
         self._own.close()
         for other in self._others.values():
             other.close()
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # then those who wake us in vain remove it
             os.unlink(self.name, dir_fd=self._notifiers_fd)

@@ -145,7 +145,10 @@ class Spool:
         Brings an older file to the newest version. Raises QueueDamaged, naming file and remedy, for a file that is
         damaged, foreign or newer; QueueUnavailable, naming path and owner, when it may not be used.
         """
-        spool = cls(await asyncio.to_thread(open_parts, Path(directory), limits or QueueLimits()), now)
+        try:
+            spool = cls(await asyncio.to_thread(open_parts, Path(directory), limits or QueueLimits()), now)
+        except RuntimeError as error:  # no thread to be had
+            raise QueueUnavailable(f"the queue cannot be used: {error}") from error
         try:
             await spool.reclaim()
         except QueueFull:
@@ -172,9 +175,9 @@ class Spool:
         self._readers.close()
         self._writer.stop()
         self._notifier.close()
-        with contextlib.suppress(QueueUnavailable), self._directory.writer_lock():
+        with contextlib.suppress(QueueUnavailable, OSError), self._directory.writer_lock():
             for owner in self._owners:
-                os.unlink(owner, dir_fd=self._directory.owners_fd)  # an owner without a file is dead
+                os.unlink(owner, dir_fd=self._directory.owners_fd)  # an owner without a file, or its lock, is dead
         for fd in self._owners.values():
             os.close(fd)
         self._reserve.close()
@@ -202,7 +205,8 @@ class Spool:
 
         Up to INLINE_BYTES it stays in memory and goes into the row; beyond that into a file, on disk when this returns.
         The body must be named within ORPHAN_S, else `sweep` takes it for a crash's leftover. Raises BodyTooLarge above
-        `limit_bytes`. On any error, also when cancelled, nothing is left of the body.
+        `limit_bytes`. On any error, also when cancelled, nothing is left of the body; or, if the queue has been closed
+        meanwhile, what `sweep` finds.
         """
         return await self._bodies.store(chunks, limit_bytes)
 
@@ -226,7 +230,7 @@ class Spool:
         return self._bodies.open(body, chunk_bytes)
 
     async def drop_body(self, body: StoredBody) -> None:
-        """Remove the file of a body that no call names."""
+        """Remove the file of a body that no call names; one that cannot be removed now is found by `sweep`."""
         if body.file is not None:
             await self._bodies.drop([body.file])
 
@@ -238,7 +242,8 @@ class Spool:
         The same idempotency key for the same function, while that call is remembered: the earlier Call is returned
         and the new body dropped. Raises KeyReused when that was another request, CallExists when the id is in use,
         TooManyQueued when the function has as many calls or bytes waiting as it may. Whatever this raises, the body is
-        gone, also when the caller is cancelled, unless the call got into the queue all the same.
+        gone, also when the caller is cancelled, unless the call got into the queue all the same. A queue that is closed
+        leaves it to `sweep`.
         """
         put = Put(call, build_headers(call.headers), self._limits)
         if abs(self._offset_s() - self._known_offset_s) > SET_BACK_S:
@@ -615,10 +620,10 @@ class Spool:
         stats = await self._read(partial(reads.count_calls, now_s=self._now(), commit_count=self._writer.commit_count))
         try:
             disk = await asyncio.to_thread(os.fstatvfs, self._directory.root_fd)
+            free_bytes = disk.f_bavail * disk.f_frsize
+            return replace(stats, free_bytes=free_bytes, reserve_bytes=self._reserve.held_bytes)
         except OSError as error:
             raise disk_error(error) from error
-        free_bytes = disk.f_bavail * disk.f_frsize
-        return replace(stats, free_bytes=free_bytes, reserve_bytes=self._reserve.held_bytes)
 
     @property
     def trouble(self) -> str | None:

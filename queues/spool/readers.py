@@ -8,13 +8,13 @@ import sqlite3
 from collections.abc import (
     Callable,
 )
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
 from ...calls.model import QueueUnavailable
 from .database import connect
 from .errors import NO_MEMORY, sqlite_error
+from .threads import start_threads
 
 T = TypeVar("T")
 
@@ -25,12 +25,12 @@ class Readers:
     THREAD_COUNT = 2
 
     def __init__(self, path: Path) -> None:
+        self._threads = start_threads(self.THREAD_COUNT, "spool-reader")
         self._idle: queue.SimpleQueue[sqlite3.Connection] = queue.SimpleQueue()
         for _ in range(self.THREAD_COUNT):
             db = connect(path)
             db.execute("PRAGMA query_only = ON")
             self._idle.put(db)
-        self._threads = ThreadPoolExecutor(self.THREAD_COUNT, thread_name_prefix="spool-reader")
 
     async def run(self, read: Callable[[sqlite3.Connection], T]) -> T:
         """What `read` returns, from one consistent view of the queue."""

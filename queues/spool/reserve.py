@@ -53,7 +53,9 @@ class Reserve:
         with contextlib.suppress(FileNotFoundError):
             flags = os.O_RDWR | (os.O_CREAT if wanted_bytes else 0)
             self._fd = open_ours(directory.root_fd, directory.path / "reserve", flags)
-        if self._fd >= 0 and wanted_bytes:
+        if wanted_bytes is None:
+            self.whole_bytes = self.held_bytes
+        elif self._fd >= 0 and wanted_bytes:
             disk = os.fstatvfs(directory.root_fd)
             self.whole_bytes = min(wanted_bytes, disk.f_blocks * disk.f_frsize // RESERVE_PART)
 
@@ -78,20 +80,34 @@ class Reserve:
         return disk.f_bavail * disk.f_frsize
 
     @property
+    def is_ample(self) -> bool:
+        """Whether there is room for whatever comes; False where the disk cannot be looked at."""
+        try:
+            return self.free_bytes >= AMPLE_BYTES
+        except OSError:
+            return False
+
+    @property
     def journal_pages(self) -> int:
         """After how many the journal is to be written back; SQLite's own 1000 where the reserve has room for them."""
         return min(1000, self.whole_bytes // 2 // PAGE_BYTES) if self.whole_bytes else 1000
 
     def has_room(self, bytes_count: int) -> bool:
-        """Whether so much may be written: to the journal, and from there to its place. No promise, but a good guess."""
+        """Whether so much may be written: to the journal, and from there to its place. No promise, but a good guess.
+
+        Raises QueueUnavailable where the disk cannot be looked at.
+        """
         now_s = time.monotonic()
         if now_s < self._ample_until_s and bytes_count < AMPLE_BYTES // 4:
             return True
         if self._full_since_s is not None:
             self.tell()
-        fits = self._fits(bytes_count)
-        if fits and self._fits(AMPLE_BYTES):
-            self._ample_until_s = now_s + AMPLE_S
+        try:
+            fits = self._fits(bytes_count)
+            if fits and self._fits(AMPLE_BYTES):
+                self._ample_until_s = now_s + AMPLE_S
+        except OSError as error:
+            raise disk_error(error) from error
         return fits
 
     def _fits(self, bytes_count: int) -> bool:
@@ -134,9 +150,12 @@ class Reserve:
 
     def trouble(self) -> str | None:
         """What keeps calls from being taken, for people; None if nothing does."""
-        if self._fits(PAGE_BYTES):  # what a small call takes
-            return None
-        return f"{DISK_FULL}: {self.free_bytes} bytes are free, and new calls are refused until there are more"
+        try:
+            if self._fits(PAGE_BYTES):  # what a small call takes
+                return None
+            return f"{DISK_FULL}: {self.free_bytes} bytes are free, and new calls are refused until there are more"
+        except OSError as error:
+            return str(disk_error(error))
 
     def tell(self) -> None:
         """A line in the log when that changes, not for each call that is refused, and no more than two in TOLD_S."""
@@ -145,7 +164,7 @@ class Reserve:
             self._full_since_s = now_s
             log.error(trouble)
         elif trouble is None and self._full_since_s is not None and now_s - self._full_since_s > TOLD_S:
-            log.info(f"the queue has room again: calls were refused in the last {now_s - self._full_since_s:.0f} s")
+            log.info(f"the queue takes calls again: they were refused in the last {now_s - self._full_since_s:.0f} s")
             self._full_since_s = None
 
     def close(self) -> None:

@@ -207,7 +207,6 @@ class Writer:
         self._lock_error = None
         wake_ups: list[int | None] = []
         together: list[_Operation] = []
-        bytes_count = 0
         for operation in group:
             if operation.future.cancelled():
                 operation.error = QueueUnavailable("its caller has gone")
@@ -215,11 +214,8 @@ class Writer:
                 wake_ups.append(self._guard([operation], partial(self._run_alone, operation)))
             else:
                 together.append(operation)
-                bytes_count += operation.bytes_count
-        if together and self._reserve.has_room(bytes_count):
-            wake_ups.append(self._guard(together, partial(self._commit, together)))
-        else:
-            _fail(together, QueueFull(DISK_FULL))
+        if together:
+            wake_ups.append(self._guard(together, partial(self._commit_if_room, together)))
         failed = [operation for operation in group if operation.error is not None]
         refused = [operation for operation in failed if isinstance(operation.error, QueueFull)]
         if refused:
@@ -232,10 +228,10 @@ class Writer:
         others = [operation for operation in group if not isinstance(operation.run, Put)]
         wake_ups = [self._guard([operation], partial(self._work_without_room, operation)) for operation in others]
         self._guard((), self.tidy)
-        if puts and self._reserve.has_room(sum(operation.bytes_count for operation in puts)):
+        if puts:
             for operation in puts:
                 operation.error = None
-            wake_ups.append(self._guard(puts, partial(self._commit, puts)))
+            wake_ups.append(self._guard(puts, partial(self._commit_if_room, puts)))
         self._reserve.tell()
         return wake_ups
 
@@ -267,7 +263,7 @@ class Writer:
 
     def tidy(self, *, refill: bool = True) -> None:
         """Give the journal's room back, to the reserve; what cannot be done now is done behind a later step."""
-        with contextlib.suppress(sqlite3.Error, OSError):
+        with contextlib.suppress(sqlite3.Error, OSError, MemoryError):
             truncate_journal(self._db)
             if refill:
                 self._reserve.refill()
@@ -297,7 +293,7 @@ class Writer:
             problem = disk_error(error)
         except LockHeld as error:
             problem = self._lock_error = error
-        except QueueUnavailable as error:
+        except (QueueFull, QueueUnavailable) as error:
             problem = error
         except MemoryError:
             problem = QueueUnavailable(NO_MEMORY)
@@ -315,6 +311,11 @@ class Writer:
         except FileNotFoundError:
             pass
         raise QueueUnavailable("the queue's file was moved or removed: restart what uses it")
+
+    def _commit_if_room(self, group: Sequence[_Operation]) -> int:
+        if not self._reserve.has_room(sum(operation.bytes_count for operation in group)):
+            raise QueueFull(DISK_FULL)
+        return self._commit(group)
 
     def _commit(self, group: Sequence[_Operation], *, short: bool = False) -> int:
         while True:
@@ -365,14 +366,12 @@ class Writer:
     def _run(self, operation: _Operation, tx: Transaction) -> None:
         try:
             operation.answer = operation.run(tx)
-        except sqlite3.Error as error:
-            if _is_disk_trouble(error):
-                raise
-            operation.error = error
         except OSError as error:
             operation.error = disk_error(error)
-        except Exception as error:  # noqa: BLE001 - a task's boundary: its caller gets it
-            operation.error = error
+        except Exception as error:
+            if _is_disk_trouble(error):
+                raise
+            operation.error = error  # its caller gets it
 
 
 def _operations_of(groups: Iterable[Sequence[_Operation] | None]) -> list[_Operation]:
@@ -387,5 +386,5 @@ def _fail(operations: Sequence[_Operation], error: Exception) -> Sequence[_Opera
 
 
 def _is_disk_trouble(error: Exception) -> bool:
-    """Tell whether the disk or the file is in trouble, not the operation."""
-    return type(error) in (sqlite3.OperationalError, sqlite3.InternalError, sqlite3.DatabaseError)
+    """Tell whether the disk, the file or the memory is in trouble, not the operation."""
+    return type(error) in (sqlite3.OperationalError, sqlite3.InternalError, sqlite3.DatabaseError, MemoryError)

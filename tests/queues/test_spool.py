@@ -10,6 +10,7 @@ import resource
 import shutil
 import socket
 import subprocess
+import threading
 import tracemalloc
 from collections import deque
 from collections.abc import Iterator
@@ -26,9 +27,12 @@ from faashound.calls.model import (
     RunEnd,
     State,
 )
+from faashound.queues.spool import directory
 from faashound.queues.spool import queue as spool_queue
+from faashound.queues.spool.directory import LockHeld
 from faashound.queues.spool.limits import DATABASE, STEP_COUNT
 from faashound.queues.spool.notifier import Notifier, WakeUp
+from faashound.queues.spool.queue import Spool
 from testkit.harness import eventually, wait_until
 from testkit.needed import want_root
 from testkit.queue_kit import LEASE_S, QUEUE, accepted, inline, read_all
@@ -348,6 +352,19 @@ def no_descriptors(_: Desk) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def no_threads() -> Iterator[None]:
+    """No address space for the stack of another, but some for other needs: EAGAIN, as from a limit of tasks."""
+    stack_bytes = 256 << 20  # more than the C library keeps of threads that have ended
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    in_use_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    with contextlib.ExitStack() as stack:
+        stack.callback(threading.stack_size, threading.stack_size(stack_bytes))
+        resource.setrlimit(resource.RLIMIT_AS, (in_use_bytes + stack_bytes // 2, limits[1]))
+        stack.callback(resource.setrlimit, resource.RLIMIT_AS, limits)
+        yield
+
+
+@contextlib.contextmanager
 def moved_bodies(desk: Desk) -> Iterator[None]:
     """As when the disk of the bodies is not there for a moment."""
     bodies = desk.directory / "bodies"
@@ -402,6 +419,30 @@ def test_body_that_cannot_be_read_for_a_moment_is_not_damaged(desk: Desk, troubl
     with trouble(desk), pytest.raises(QueueUnavailable):
         desk.do(read_all(desk.spool, body))
     assert desk.do(read_all(desk.spool, body)) == BIG
+
+
+def test_queue_needs_no_thread_beside_those_that_it_was_opened_with(desk: Desk) -> None:
+    with no_threads():
+        body = desk.do(desk.spool.store_body(BIG))
+        call = desk.put(body=body)
+        assert desk.do(read_all(desk.spool, desk.get(call.id).body)) == BIG
+
+
+def test_queue_is_not_opened_without_the_threads_that_it_needs(desk: Desk, tmp_path: Path) -> None:
+    before = {*os.listdir("/proc/self/fd"), *threading.enumerate()}
+    with no_threads(), pytest.raises(QueueUnavailable, match="can't start new thread"):
+        desk.do(Spool.open(tmp_path / "other"))
+    assert {*os.listdir("/proc/self/fd"), *threading.enumerate()} <= before
+
+
+def test_lock_that_is_held_is_told_as_that_when_its_holder_cannot_be_looked_up(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(directory, "LOCK_S", 0.2)
+    with (desk.directory / "writer.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with no_descriptors(desk), pytest.raises(LockHeld, match=r"held for 0\.2 s by a process that cannot be named"):
+            desk.do(desk.spool.put(new_call()))
 
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["alone", "in a group"])

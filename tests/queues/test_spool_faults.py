@@ -26,6 +26,7 @@ from faashound.calls.model import (
     QueueFull,
     QueueUnavailable,
     State,
+    StoredBody,
 )
 from faashound.calls.names import parse_function_name
 from faashound.calls.steps import EXPIRED_STATUS
@@ -35,7 +36,7 @@ from faashound.queues.spool.limits import BUSY_S, DATABASE, ORPHAN_S, STEP_COUNT
 from faashound.queues.spool.queue import Spool
 from faashound.queues.spool.schema import MIGRATIONS
 from testkit.disks import fill
-from testkit.harness import START_DEADLINE_S, clean_environment, crowding
+from testkit.harness import SOON_S, START_DEADLINE_S, clean_environment, crowding
 from testkit.needed import want_root
 from testkit.spool_kit import (
     LEASE_S,
@@ -367,6 +368,82 @@ def test_queue_whose_file_was_moved_takes_no_more_calls(desk: Desk) -> None:
         desk.put()
 
 
+@pytest.mark.parametrize("body", [inline(b"in"), None], ids=["in a row", "in a file"])
+def test_queue_whose_path_cannot_be_followed_fails_each_step_and_works_again_afterwards(
+    small_disk: Path, body: StoredBody | None
+) -> None:
+    """On a small disk, where each call has a look at the room for the journal, by its path."""
+    parent = small_disk / "parent"
+    parent.mkdir()
+    desk = Desk(parent / "spool")
+    call = desk.put()
+    parent.rename(small_disk / "elsewhere")
+    parent.touch()
+
+    async def put() -> None:
+        await desk.spool.put(new_call(body=body or await desk.spool.store_body(BIG)))
+
+    async def at_once() -> list[object]:
+        steps = [put(), desk.spool.cancel(call.id), desk.spool.sweep(60, 60)]
+        async with asyncio.timeout(SOON_S):
+            return [*await asyncio.gather(*steps, return_exceptions=True)]
+
+    for _ in range(2):
+        outcomes = desk.do(at_once())
+        assert {type(outcome) for outcome in outcomes} == {QueueUnavailable}
+        assert str(desk.spool.trouble) == "the queue cannot use its disk: Not a directory"
+    assert list((small_disk / "elsewhere" / "spool" / "bodies").iterdir()) == []
+    parent.unlink()
+    (small_disk / "elsewhere").rename(parent)
+    assert desk.spool.trouble is None
+    desk.do(put())
+    assert desk.do(desk.spool.cancel(call.id)) is State.CANCELLED
+    desk.close()
+
+
+@pytest.mark.parametrize("count", [1, 2], ids=["one", "a group"])
+def test_queue_that_has_no_memory_says_so_and_takes_what_it_has_memory_for(tmp_path: Path, count: int) -> None:
+    program = f"""
+import asyncio
+from pathlib import Path
+from faashound.queues.spool.queue import Spool
+from testkit.spool_kit import inline, new_call, writer_connection
+async def main():
+    spool = await Spool.open(Path({str(tmp_path / "spool")!r}))
+    for limit_kib in range(8192, 0, -32):  # there is no way to raise it again
+        writer_connection(spool).execute(f"PRAGMA hard_heap_limit = {{limit_kib << 10}}").fetchone()
+        puts = [spool.put(new_call(body=inline(bytes(60_000)))) for _ in range({count})]
+        outcomes = await asyncio.gather(*puts, return_exceptions=True)
+        errors = [repr(outcome) for outcome in outcomes if isinstance(outcome, BaseException)]
+        if errors:
+            break
+    await spool.put(new_call())
+    print(*errors, sep="\\n")
+    await spool.close()
+asyncio.run(main())
+"""
+    said = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=START_DEADLINE_S * crowding(),
+        check=True,
+    ).stdout
+    assert said.splitlines() == ["QueueUnavailable('the queue cannot be used: no memory')"] * count
+
+
+def test_queue_goes_on_when_the_socket_of_a_dead_process_cannot_be_removed(desk: Desk) -> None:
+    (desk.directory / "bells" / "dead.sock").mkdir()  # refuses a connection as a dead one does, and `unlink`
+
+    async def put() -> None:
+        async with asyncio.timeout(SOON_S):
+            await desk.spool.put(new_call())
+
+    for _ in range(2):
+        desk.do(put())
+
+
 def test_creation_that_was_interrupted_is_begun_again(tmp_path: Path) -> None:
     directory = tmp_path / "spool"
     directory.mkdir()
@@ -672,6 +749,17 @@ def test_open_and_close_leave_no_descriptors_and_no_threads(tmp_path: Path) -> N
         [DATABASE, "bells", "bodies", "owners", "reserve", "token", "writer.lock"]
     )
     assert list((tmp_path / "spool" / "owners").iterdir()) == list((tmp_path / "spool" / "bells").iterdir()) == []
+
+
+def test_close_leaves_no_descriptors_and_no_threads_when_names_cannot_be_removed(tmp_path: Path) -> None:
+    Desk(tmp_path / "spool").close()
+    before = {*os.listdir("/proc/self/fd"), *threading.enumerate()}
+    desk = Desk(tmp_path / "spool")
+    for path in (*(desk.directory / "owners").iterdir(), *(desk.directory / "bells").iterdir()):
+        path.unlink()
+        path.mkdir()
+    desk.close()
+    assert {*os.listdir("/proc/self/fd"), *threading.enumerate()} <= before
 
 
 def test_failed_open_leaves_no_descriptors(tmp_path: Path) -> None:

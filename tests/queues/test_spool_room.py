@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -199,6 +200,19 @@ def test_reserve_is_taken_up_again_when_there_is_room(small_disk: Path, desk: De
     assert stats.free_bytes > DISK_BYTES // 4
 
 
+def test_reserve_is_taken_up_again_by_an_operators_command_that_has_used_it(small_disk: Path, desk: Desk) -> None:
+    """It asks for none of its own, and takes what it finds for the whole."""
+    for _ in range(100):
+        desk.put(body=inline(bytes(4096)))
+    command = desk.do(Spool.open(desk.directory, limits=QueueLimits(reserve_bytes=None)))
+    reserve = desk.directory / "reserve"
+    fill(small_disk)
+    for call in desk.do(command.calls(limit=100)):
+        desk.do(command.cancel(call.id))
+        assert reserve.stat().st_size == DISK_BYTES // 8
+    desk.do(command.close())
+
+
 def test_reserve_of_another_process_is_respected(desk: Desk) -> None:
     desk.release_reserve()
     other = desk.open()
@@ -276,6 +290,31 @@ def test_result_waits_for_room_and_is_stored_whole(small_disk: Path, desk: Desk)
         storing = asyncio.create_task(desk.spool.store_result(in_pieces(result)))
         await wait_for_want_of_room(desk)
         assert not storing.done()
+        ballast.unlink()
+        return await storing
+
+    assert desk.do(read(desk, scenario())) == result
+
+
+def test_result_waits_on_while_its_disk_answers_nothing(
+    small_disk: Path, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = os.urandom(DISK_BYTES // 2)
+    ballast = fill(small_disk)
+    asked: list[int] = []
+
+    def fail(fd: int) -> None:
+        asked.append(fd)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    async def has_asked_again() -> bool:
+        return len(asked) > 2
+
+    async def scenario() -> StoredBody:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fstatvfs", fail)
+            storing = asyncio.create_task(desk.spool.store_result(in_pieces(result)))
+            await eventually(has_asked_again, LONG_S, "the result has asked for room more than once")
         ballast.unlink()
         return await storing
 
@@ -385,6 +424,39 @@ def test_call_that_is_done_gives_its_payload_only_when_the_disk_is_short(small_d
     assert [body.bytes_count for body in kept] == [1000] * 3
     assert desk.get(calls[1].id).result == inline(b"out")
     assert START_S  # the clock stands still
+
+
+def test_call_is_done_with_its_result_when_the_payload_that_made_room_cannot_be_removed(
+    small_disk: Path, desk: Desk
+) -> None:
+    call = desk.put(body=long_body(desk))
+    result = long_body(desk)
+    (lease,) = desk.claim(1)
+    keep_from_being_removed(desk, call.body)
+    fill(small_disk)
+    desk.release_reserve()
+    fill_but(small_disk, DISK_BYTES // 16)  # room for steps, none for the whole reserve
+    desk.do(desk.spool.finish(lease, RunEnd(State.DONE, desk.attempt(), 200, 0.1, result)))
+    found = desk.get(call.id)
+    assert (found.state, found.body.file, found.result) == (State.DONE, None, result)
+
+
+@pytest.mark.parametrize("step", ["requeue_dead", "purge"])
+def test_step_that_is_on_disk_is_told_as_done_when_a_file_cannot_be_removed(desk: Desk, step: str) -> None:
+    call = desk.put()
+    result = long_body(desk)
+    desk.do(desk.spool.finish(desk.claim_one(), RunEnd(State.DEAD, desk.attempt(), 500, 0.1, result)))
+    keep_from_being_removed(desk, result)
+    if step == "requeue_dead":
+        assert desk.do(desk.spool.requeue_dead(call.id)).state is State.QUEUED
+    else:
+        assert desk.do(desk.spool.purge(state=State.DEAD)) == 1
+
+
+def keep_from_being_removed(desk: Desk, body: StoredBody) -> None:
+    path = desk.directory / "bodies" / str(body.file)
+    path.unlink()
+    path.mkdir()
 
 
 def fill_but(directory: Path, left_bytes: int) -> None:
