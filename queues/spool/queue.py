@@ -78,7 +78,7 @@ from ...calls.model import (
 )
 from ...calls.names import FunctionName
 from ...calls.steps import Event
-from ...watchdog import FaashoundError, log
+from ...watchdog import log
 from . import claims, ends, housekeeping, reads
 from .bodies import Bodies
 from .claims import Claimant, Claimed, Flow, Wanted
@@ -93,6 +93,7 @@ from .puts import Put
 from .reads import Outlook, Page
 from .rows import build_headers, find_call
 from .transaction import Transaction
+from .waiters import Waiters
 from .writer import Writer
 
 T = TypeVar("T")
@@ -128,9 +129,7 @@ class Spool:
         self._claim_ended = asyncio.Event()  # one of them; it is set for those who wait, and for nobody who comes later
         self._work = asyncio.Event()
         self._cancel = asyncio.Event()
-        self._waiters: dict[str, set[asyncio.Future[None]]] = {}
-        self._waiters_changed = False
-        self._waiters_task: asyncio.Task[None] | None = None
+        self._waiters = Waiters(self._read, self._notifier)
         self._closed = False
         self._loop.add_reader(self._notifier.fileno(), self._on_notified)
 
@@ -165,8 +164,7 @@ class Spool:
         self._closed = True
         self._bodies.refuse()
         self._loop.remove_reader(self._notifier.fileno())
-        if self._waiters_task is not None:
-            self._waiters_task.cancel()
+        self._waiters.close()
         self._writer.hand_over()
         await asyncio.to_thread(self._close)
 
@@ -261,21 +259,11 @@ class Spool:
 
     async def wait(self, call_id: str, timeout_s: float) -> Call:
         """The call once it is final, or as it is after `timeout_s`; CallUnknown if there is none (any more)."""
-        ended = self._loop.create_future()
-        self._waiters.setdefault(call_id, set()).add(ended)
-        self._notifier.hear_of_ends(True)  # before the look at the call: what ends after that is told
-        try:
+        with self._waiters.waiting(call_id) as ended:
             call = await self.get(call_id)
             if call is not None and call.state not in FINAL:
                 await asyncio.wait([ended], timeout=timeout_s)
                 call = await self.get(call_id)
-        finally:
-            waiting = self._waiters.get(call_id, set())
-            waiting.discard(ended)
-            if not waiting:
-                self._waiters.pop(call_id, None)
-            if not self._waiters and not self._closed:
-                self._notifier.hear_of_ends(False)
         if call is None:
             raise CallUnknown(f"no call has the id {call_id}")
         return call
@@ -545,24 +533,8 @@ class Spool:
             self._work.set()
         if wake_up & WakeUp.CANCEL:
             self._cancel.set()
-        if wake_up & WakeUp.FINISHED and self._waiters:
-            self._waiters_changed = True
-            if self._waiters_task is None or self._waiters_task.done():
-                self._waiters_task = self._loop.create_task(self._settle_waiters())
-
-    async def _settle_waiters(self) -> None:
-        """One look for all who wait, however many calls end meanwhile."""
-        while self._waiters_changed and self._waiters and not self._closed:
-            self._waiters_changed = False
-            try:
-                ended = await self._read(partial(reads.find_ended, call_ids=tuple(self._waiters)))
-            except FaashoundError as error:
-                log.error(f"cannot look for finished calls: {error}")
-                return
-            for call_id in ended:
-                for future in self._waiters.pop(call_id, ()):
-                    if not future.done():
-                        future.set_result(None)
+        if wake_up & WakeUp.FINISHED:
+            self._waiters.look()
 
     # -- for people
 
