@@ -244,7 +244,7 @@ class Gateway:
         found = (
             "draining" if self.draining else None,
             trouble_of(self.queue),
-            *self.health.problems(time.monotonic()),
+            *self.health.problems(),
         )
         problems = [problem for problem in found if problem is not None]
         if problems:
@@ -485,7 +485,7 @@ async def run_functions(stack: AsyncExitStack, common: Common, queue: Queue, hea
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, control.look_now)
     scheduler = None
     if settings.schedules == "on":
-        scheduler = Scheduler(local.table, queue, common.kept(SCHEDULES_FILE))
+        scheduler = Scheduler(local.table, queue, common.kept(SCHEDULES_FILE), on_refused=health.queue_refused)
         common.on_change.append(scheduler.wake)
         health.keep_running(stack, scheduler.run())
     local.on_change = common.changed
