@@ -313,7 +313,7 @@ class Stats:
     """The queue in figures. Pending callbacks include those on their way; `commit_count` is of this open queue alone.
 
     `waiting` are the calls that are queued and the callbacks that are pending, by the name of their queue.
-    `free_bytes` of the queue's disk, and `reserve_bytes` of the room that is kept for ending calls; None: not known.
+    `free_bytes` of the queue's disk, and `reserve_bytes` that are to be kept there for ending calls; None: not known.
     """
 
     by_state: Mapping[State, int]

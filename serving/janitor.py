@@ -86,6 +86,6 @@ class Janitor:
         if is_scarce and not self._is_scarce:
             log.warning(
                 f"the queue's disk is nearly full: {stats.free_bytes} bytes are free, besides the {stats.reserve_bytes}"
-                " that are kept for ending calls (queue_reserve); new calls will be refused"
+                " that are to be kept for ending calls (queue_reserve); new calls will be refused"
             )
         self._is_scarce = is_scarce

@@ -156,5 +156,5 @@ def queue_metrics(stats: Stats) -> Iterator[Metric]:
         yield GaugeMetricFamily("gateway_queue_free_bytes", "Room on the queue's disk", value=stats.free_bytes)
     if stats.reserve_bytes is not None:
         yield GaugeMetricFamily(
-            "gateway_queue_reserve_bytes", "Room that is kept for ending calls", value=stats.reserve_bytes
+            "gateway_queue_reserve_bytes", "Room that is to be kept for ending calls", value=stats.reserve_bytes
         )

@@ -596,7 +596,7 @@ class Spool:
         except OSError as error:
             raise disk_error(error) from error
         free_bytes = disk.f_bavail * disk.f_frsize
-        return replace(stats, free_bytes=free_bytes, reserve_bytes=self._reserve.held_bytes)
+        return replace(stats, free_bytes=free_bytes, reserve_bytes=self._reserve.target_bytes)
 
     @property
     def trouble(self) -> str | None:
