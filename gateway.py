@@ -336,7 +336,8 @@ async def serve(common: Common, context: WorkerContext) -> int:
             follows = not common.environ.get("queues")
             if follows:  # those of functions that were deployed before, too
                 environ["queues"] = ",".join(sorted(common.start.drained_queues(common.local.table.values())))
-            workers = LocalWorkers(supervisor, environ, gateway.health.worker_trouble, follows=follows)
+            on_trouble, on_restart = gateway.health.worker_trouble, gateway.metrics.worker_restarted
+            workers = LocalWorkers(supervisor, environ, on_trouble, on_restart, follows=follows)
             follow = partial(follow_queues, workers, common.local, gateway.control_plane.history)
             follow()
             common.on_change.append(follow)

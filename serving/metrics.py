@@ -38,6 +38,7 @@ class GatewayMetrics:
         self._slot = slot
         self._answered: set[str] = set()
         self._stats: Stats | None = None
+        self.worker_restarted(0)  # or the first one would be no increase to who reads it
         self._end_cut()
 
     def _end_cut(self) -> None:
@@ -81,6 +82,10 @@ class GatewayMetrics:
         """Count dead letters that `keep_dead` has ended."""
         self._slot.values("dropped", 1)[0] += count
 
+    def worker_restarted(self, count: int = 1) -> None:
+        """Count that a worker beside us, which has ended, was started again."""
+        self._slot.values("restarts", 1)[0] += count
+
     def called_directly(self, name: str, count: int) -> None:
         """Count calls that a worker has made where the function answers; its own metrics tell more of them."""
         self._slot.values(f"{DIRECT} {name}", 1)[0] += count
@@ -117,10 +122,14 @@ class GatewayMetrics:
         dropped = CounterMetricFamily(
             "gateway_queue_dropped_letters", "Dead letters and undelivered results that keep_dead has ended"
         )
+        restarts = CounterMetricFamily(
+            "gateway_local_worker_restarts", "Workers beside the gateway that have ended and were started again"
+        )
         counters: Mapping[str, CounterMetricFamily | GaugeMetricFamily] = {
             "started": started,
             "submitted": submitted,
             "dropped": dropped,
+            "restarts": restarts,
             TROUBLE_KEY: trouble,
         }
         for key, numbers in self._slot.scoreboard.counters.totals().items():
@@ -131,7 +140,7 @@ class GatewayMetrics:
                 seconds.add_metric(label, buckets, sum_s)
             elif kind not in (DIRECT, ASKED):  # one is in the workers' own metrics, the other no figure of OpenFaaS'
                 counters[kind].add_metric(label, numbers[0])
-        yield from (total, started, seconds, submitted, dropped, trouble)
+        yield from (total, started, seconds, submitted, dropped, restarts, trouble)
         if self._stats is not None:
             yield from queue_metrics(self._stats)
 

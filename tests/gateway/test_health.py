@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 from contextlib import AsyncExitStack
 from functools import partial
@@ -103,7 +104,7 @@ def test_worker_that_runs_hides_no_trouble_of_another() -> None:
             return ManagedProcess(program)
 
     supervisor, health = Listing(), Health(Slot(Scoreboard()))
-    workers = LocalWorkers(supervisor, {}, health.worker_trouble, follows=True)
+    workers = LocalWorkers(supervisor, {}, health.worker_trouble, lambda: None, follows=True)
     workers.follow(("another-queue",))
     first, later = (program.on_trouble for program in supervisor.programs)
     first("exited with status 1")
@@ -213,6 +214,15 @@ def test_gateway_is_unhealthy_while_its_worker_cannot_start_and_healthy_again_af
             call_id = system.submit("cat")
             assert system.ended(call_id, 40)["state"] == "done"
             wait_until(partial(is_healthy, system), 15, "healthy")
+
+
+def test_every_restart_of_the_local_worker_is_counted() -> None:
+    with System(settings={"metrics_port": str(free_port()), "workers": "2"}) as system:
+        assert "gateway_local_worker_restarts_total 0.0" in system.metrics(), "from the start, or it would not increase"
+        for count in (1, 2):
+            os.kill(system.worker_pid(), signal.SIGKILL)
+            told = f"gateway_local_worker_restarts_total {count:.1f}"
+            wait_until(lambda told=told: told in system.metrics(), SOON_S, told)
 
 
 def test_gateway_is_unhealthy_when_its_queue_does_not_take_calls() -> None:
