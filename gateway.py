@@ -333,7 +333,7 @@ async def serve(common: Common, context: WorkerContext) -> int:
         stack.push_async_callback(supervisor.stop, 0.0)
         if isinstance(gateway.control_plane, ControlPlane) and common.start.worker is not None:
             environ = {**common.start.worker, "gateway_url": local_url(sockets.own) or ""}
-            follows = not common.environ.get("queues")
+            follows = common.start.follows_queues
             if follows:  # those of functions that were deployed before, too
                 environ["queues"] = ",".join(sorted(common.start.drained_queues(common.local.table.values())))
             on_trouble, on_restart = gateway.health.worker_trouble, gateway.metrics.worker_restarted

@@ -27,6 +27,10 @@ from testkit.system import System
 RENAMED = '[resize]\nfprocess = "cat"\nannotations."com.openfaas.queue" = "{}"'
 
 
+def tells(system: System, text: str) -> bool:
+    return text in system.metrics()
+
+
 def is_healthy(system: System) -> bool:
     return system.request("GET", "/healthz").status == 200
 
@@ -221,8 +225,7 @@ def test_every_restart_of_the_local_worker_is_counted() -> None:
         assert "gateway_local_worker_restarts_total 0.0" in system.metrics(), "from the start, or it would not increase"
         for count in (1, 2):
             os.kill(system.worker_pid(), signal.SIGKILL)
-            told = f"gateway_local_worker_restarts_total {count:.1f}"
-            wait_until(lambda told=told: told in system.metrics(), SOON_S, told)
+            wait_until(partial(tells, system, f"gateway_local_worker_restarts_total {count}.0"), SOON_S, "it is told")
 
 
 def test_gateway_is_unhealthy_when_its_queue_does_not_take_calls() -> None:
@@ -268,6 +271,13 @@ def test_gateway_tells_of_calls_in_a_queue_that_no_function_names_any_more(tmp_p
     with System(RENAMED.format("images"), {"queues": "images,pictures"}, tmp_path / "spool") as third:
         third.ended(third.submit("resize"))
         assert "nothing here drains" not in third.log()
+
+
+def test_gateway_tells_of_calls_in_a_queue_that_its_worker_was_not_told_to_drain() -> None:
+    with System(RENAMED.format("pictures"), {"queues": "faas-request,images", "keep_results": "1s"}) as system:
+        system.submit("resize", b"", {"X-Delay": "1h"})
+        line = system.wait_log("warning: nothing here drains the queue pictures")
+        assert "wait in it: 1; a worker with queues=pictures makes them" in line
 
 
 def test_health_of_the_worker_is_its_own_matter_without_a_local_one() -> None:
