@@ -3,6 +3,7 @@
     metrics = GatewayMetrics(slot)
     label = metrics.begin(function, listed=True)
     metrics.end(label, 200, duration_s)
+    await QueueFigures(queue, metrics).refresh()
     await serve_metrics(metrics, request)                    # all processes of the gateway together
 
 Contract: counting is an addition in memory that the processes share; nothing is looked up or waited for.  A duration
@@ -11,19 +12,22 @@ is the time until the head of an answer has come; a streamed body, or a switched
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Mapping
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from ..calls.model import State, Stats
 from ..functions.table import Function
-from ..watchdog import CLIENT_GONE_STATUS, Histogram, Slot, cumulated
+from ..queues import Queue
+from ..watchdog import CLIENT_GONE_STATUS, FaashoundError, Histogram, Slot, Trouble, cumulated, log
 from .figures import read_counters
 from .health import TROUBLE_KEY
 
 DIRECT = "direct"  # the key of calls that workers make past the gateway
 ASKED = "asked"  # and of those that were passed on to a function that is run here
 OTHER = "other"  # no function's whole name, which has a namespace
+FIGURES_S = 2.0  # for the queue's figures: who scrapes waits ten seconds, and takes a gateway that is later for dead
 MAX_LABELS_COUNT = 1000  # functions that function_url finds and that have metrics of their own
 
 
@@ -143,6 +147,38 @@ class GatewayMetrics:
         yield from (total, started, seconds, submitted, dropped, restarts, trouble)
         if self._stats is not None:
             yield from queue_metrics(self._stats)
+
+
+class QueueFigures:
+    """Asks the queue for its figures when the metrics are read; those that come late are shown to the next reader."""
+
+    def __init__(self, queue: Queue, metrics: GatewayMetrics) -> None:
+        self._queue = queue
+        self._metrics = metrics
+        self._asking: asyncio.Task[None] | None = None
+        self._trouble = Trouble(log.warning)
+
+    async def refresh(self) -> None:
+        """Have the queue's figures shown, those of before where it has not told them within FIGURES_S."""
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(self._ask())
+        done, _ = await asyncio.wait((self._asking,), timeout=FIGURES_S)
+        for task in done:
+            task.result()
+
+    async def _ask(self) -> None:
+        try:
+            self._metrics.show_queue(await self._queue.stats())
+        except FaashoundError as error:  # the other figures matter most when the queue is in trouble
+            self._trouble.tell(f"no figures of the queue: {error}")
+        else:
+            self._trouble.over()
+
+    async def close(self) -> None:
+        """Ask no more."""
+        if self._asking is not None:
+            self._asking.cancel()
+            await asyncio.wait((self._asking,))
 
 
 def queue_metrics(stats: Stats) -> Iterator[Metric]:

@@ -12,13 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from faashound.calls.model import QueueDamaged, QueueFull, QueueUnavailable, TooManyQueued
+from faashound.calls.model import QueueDamaged, QueueFull, QueueUnavailable, Stats, TooManyQueued
 from faashound.functions.supervisor import ManagedProcess, ManagedProgram, Supervisor
+from faashound.queues.spool.queue import Spool
 from faashound.serving import health as health_module
+from faashound.serving import metrics as metrics_module
 from faashound.serving.health import Health
 from faashound.serving.janitor import is_nearly_full, stray_queues
 from faashound.serving.local_workers import LocalWorkers
-from faashound.serving.metrics import GatewayMetrics
+from faashound.serving.metrics import GatewayMetrics, QueueFigures
 from faashound.watchdog import FaashoundError, Scoreboard, Slot, log
 from testkit.disks import fill
 from testkit.harness import SOON_S, eventually, free_port, http_request, wait_until
@@ -194,6 +196,40 @@ def test_gateway_tells_of_a_disk_that_is_nearly_full_while_it_still_takes_calls(
         system.submit("cat", b"x")
         ballast.unlink()
         wait_until(lambda: system.request("GET", "/healthz").text == "OK", 10, "there is room again")
+
+
+def test_figures_that_are_late_are_shown_to_the_next_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics_module, "FIGURES_S", 0.01)
+
+    class SlowSpool(Spool):
+        """Tells its figures when it may."""
+
+        async def stats(self) -> Stats:
+            asked.append(None)
+            await may_tell.wait()
+            return await super().stats()
+
+    asked, may_tell = list[None](), asyncio.Event()
+
+    async def test() -> None:
+        spool, metrics = await SlowSpool.open(tmp_path / "spool"), GatewayMetrics(Slot(Scoreboard()))
+        figures = QueueFigures(spool, metrics)
+
+        async def is_shown() -> bool:
+            await figures.refresh()
+            return any(metric.name == "gateway_queue_calls" for metric in metrics.collect())
+
+        for _ in range(3):
+            assert not await is_shown()
+        assert len(asked) == 1
+        may_tell.set()
+        await eventually(is_shown, SOON_S, "the figures")
+        may_tell.clear()
+        await figures.refresh()
+        await figures.close()
+        await spool.close()
+
+    asyncio.run(test())
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
