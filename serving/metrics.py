@@ -194,9 +194,12 @@ def queue_metrics(stats: Stats) -> Iterator[Metric]:
     yield GaugeMetricFamily(
         "gateway_queue_dead_callbacks", "Results that could not be delivered", value=stats.callback_dead_count
     )
-    yield GaugeMetricFamily(
-        "gateway_queue_oldest_due_seconds", "How long the oldest due call has waited", value=stats.oldest_due_age_s or 0
+    ages = GaugeMetricFamily(
+        "gateway_queue_oldest_due_seconds", "How long the oldest due call has waited, by queue", labels=("queue",)
     )
+    for name in stats.waiting:
+        ages.add_metric((name,), stats.oldest_due_ages_s.get(name, 0.0))
+    yield ages
     if stats.free_bytes is not None:
         yield GaugeMetricFamily("gateway_queue_free_bytes", "Room on the queue's disk", value=stats.free_bytes)
     if stats.reserve_bytes is not None:
