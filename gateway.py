@@ -84,7 +84,7 @@ from .serving.invocation_counts import InvocationCounts, load_counts
 from .serving.invocations import Invocations
 from .serving.janitor import Janitor
 from .serving.local_workers import LocalWorkers
-from .serving.metrics import GatewayMetrics
+from .serving.metrics import GatewayMetrics, QueueFigures
 from .serving.operations import NotOffered, Operations
 from .serving.pages import PLACE, Pages
 from .serving.proxying import build_via
@@ -124,7 +124,6 @@ from .watchdog import (
     ServerTimeouts,
     Signals,
     Slot,
-    Trouble,
     WorkerContext,
     bind_sockets,
     connection_limits,
@@ -166,6 +165,7 @@ class Gateway:
     access: Access
     health: Health
     metrics: GatewayMetrics
+    figures: QueueFigures
     invocations: Invocations
     submissions: Submissions
     call_status: CallStatus
@@ -173,7 +173,6 @@ class Gateway:
     control_plane: ControlPlane | ControlPlaneElsewhere
     pages: Pages | None
     draining: bool = False
-    figures_trouble: Trouble = field(default_factory=lambda: Trouble(log.warning))
 
     async def __call__(self, request: Request) -> Response:
         """Answer one request; cancelled when the client has gone."""
@@ -244,7 +243,7 @@ class Gateway:
         found = (
             "draining" if self.draining else None,
             trouble_of(self.queue),
-            *self.health.problems(time.monotonic()),
+            *self.health.problems(),
         )
         problems = [problem for problem in found if problem is not None]
         if problems:
@@ -255,12 +254,7 @@ class Gateway:
         """Answer GET /metrics, on a port of its own, which others may know by other names than they call us by."""
         if self.access.pages.on_loopback:
             self.access.check_host(request)
-        try:
-            self.metrics.show_queue(await self.queue.stats())
-        except FaashoundError as error:  # the other figures matter most when the queue is in trouble
-            self.figures_trouble.tell(f"no figures of the queue: {error}")
-        else:
-            self.figures_trouble.over()
+        await self.figures.refresh()
         return await serve_metrics(self.metrics, request)
 
     def drain(self) -> None:
@@ -333,10 +327,11 @@ async def serve(common: Common, context: WorkerContext) -> int:
         stack.push_async_callback(supervisor.stop, 0.0)
         if isinstance(gateway.control_plane, ControlPlane) and common.start.worker is not None:
             environ = {**common.start.worker, "gateway_url": local_url(sockets.own) or ""}
-            follows = not common.environ.get("queues")
+            follows = common.start.follows_queues
             if follows:  # those of functions that were deployed before, too
                 environ["queues"] = ",".join(sorted(common.start.drained_queues(common.local.table.values())))
-            workers = LocalWorkers(supervisor, environ, gateway.health.worker_trouble, follows=follows)
+            on_trouble, on_restart = gateway.health.worker_trouble, gateway.metrics.worker_restarted
+            workers = LocalWorkers(supervisor, environ, on_trouble, on_restart, follows=follows)
             follow = partial(follow_queues, workers, common.local, gateway.control_plane.history)
             follow()
             common.on_change.append(follow)
@@ -441,11 +436,14 @@ async def assemble(stack: AsyncExitStack, common: Common, slot: Slot) -> Gateway
     gate = FunctionGate(access)
     invocations = Invocations(settings, functions, gate, via, metrics)
     stack.push_async_callback(invocations.close)
+    figures = QueueFigures(queue, metrics)
+    stack.push_async_callback(figures.close)
     return Gateway(
         queue,
         access,
         health,
         metrics,
+        figures,
         invocations,
         Submissions(settings, functions, queue, policy, access, gate, via, metrics, health),
         CallStatus(queue, access, slot.share_of(settings.max_long_polls), settings.max_long_polls),
@@ -485,7 +483,7 @@ async def run_functions(stack: AsyncExitStack, common: Common, queue: Queue, hea
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, control.look_now)
     scheduler = None
     if settings.schedules == "on":
-        scheduler = Scheduler(local.table, queue, common.kept(SCHEDULES_FILE))
+        scheduler = Scheduler(local.table, queue, common.kept(SCHEDULES_FILE), on_refused=health.queue_refused)
         common.on_change.append(scheduler.wake)
         health.keep_running(stack, scheduler.run())
     local.on_change = common.changed

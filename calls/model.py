@@ -312,18 +312,24 @@ class Stats:
     """The queue in figures. Pending callbacks include those on their way; `commit_count` is of this open queue alone.
 
     `waiting` are the calls that are queued and the callbacks that are pending, by the name of their queue.
-    `free_bytes` of the queue's disk, and `reserve_bytes` of the room that is kept for ending calls; None: not known.
+    `oldest_due_ages_s` tells how long the oldest due call of a queue has waited, where there is one.
+    `free_bytes` of the queue's disk, and `reserve_bytes` that are to be kept there for ending calls; None: not known.
     """
 
     by_state: Mapping[State, int]
     by_function: Mapping[tuple[FunctionName, State], int]
     waiting: Mapping[str, int]
-    oldest_due_age_s: float | None
+    oldest_due_ages_s: Mapping[str, float]
     callback_pending_count: int
     callback_dead_count: int
     commit_count: int
     free_bytes: int | None = None
     reserve_bytes: int | None = None
+
+    @property
+    def oldest_due_age_s(self) -> float | None:
+        """How long the oldest due call of all has waited; None if none is due."""
+        return max(self.oldest_due_ages_s.values(), default=None)
 
 
 @dataclass(frozen=True, slots=True)

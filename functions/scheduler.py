@@ -49,6 +49,7 @@ class Scheduler:
     """Puts a call into `queue` for each tick of the functions of `table`, which may change at any time.
 
     `state` is a file that says how far it has looked; None: what comes while no gateway runs is never made up for.
+    `on_refused` is told what a look was broken off by.
     """
 
     def __init__(
@@ -57,11 +58,13 @@ class Scheduler:
         queue: Queue,
         state: Path | None = None,
         now: Callable[[], float] = time.time,
+        on_refused: Callable[[FaashoundError], None] = lambda error: None,
     ) -> None:
         self._table = table
         self._queue = queue
         self._state = state
         self._now = now
+        self._on_refused = on_refused
         self._known: dict[str, Seen] = {}
         self._parsed: dict[FunctionName, tuple[Mapping[str, str], Schedule]] = {}
         self._full: set[str] = set()  # expressions whose function has as many calls waiting as it may
@@ -81,6 +84,7 @@ class Scheduler:
                 await self.look()
                 self._trouble.over()
             except FaashoundError as error:
+                self._on_refused(error)
                 self._trouble.tell(f"a scheduled call could not be queued, it is tried again: {error}")
             wait_s = min(max(self._next_s() - self._now(), 0.0), LOOK_S)
             with suppress(TimeoutError):

@@ -77,7 +77,7 @@ class ManagedProgram:
     It inherits `listener` as systemd hands it (sd_listen_fds(3)), writes its stderr to `stderr_fd` if that is given,
     else to ours, and is started in `directory`, or where we were.  One that the fork server starts sees the directory
     `secrets` where OpenFaaS has them.  `on_trouble` is told why it ended when it ends again before it has lived for
-    PROVEN_AFTER_S, and "" once it has.
+    PROVEN_AFTER_S, and "" once it has; `on_restart` is called each time that it is started again.
     """
 
     name: str
@@ -88,6 +88,7 @@ class ManagedProgram:
     directory: str | None = None
     secrets: str | None = None
     on_trouble: Callable[[str], None] = lambda trouble: None
+    on_restart: Callable[[], None] = lambda: None
 
     @property
     def told_environ(self) -> dict[str, str]:
@@ -268,6 +269,7 @@ class Supervisor:
             log.error(f"{program.name} {process.last_exit}; next start in {delay_s:g} s")
             await asyncio.sleep(delay_s)
             process.restart_count += 1
+            program.on_restart()
 
 
 def read_status(pidfd: int) -> int:

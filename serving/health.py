@@ -2,8 +2,8 @@
 
     health = Health(slot)
     health.worker_trouble("exited with status 1")           # "" once it works
-    health.queue_refused(now_s)                              # and queue_took() when it takes a call again
-    health.problems(now_s)                                   # [] while all works
+    health.queue_refused(error)                              # and queue_took() when it takes a call again
+    health.problems()                                        # [] while all works
     health.warnings()                                        # what will not work soon
     health.keep_running(stack, janitor.run())                # a warning for good, should it end by a fault of ours
 
@@ -22,7 +22,8 @@ from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from typing import Any
 
-from ..watchdog import Slot, log
+from ..calls.model import QueueDamaged, QueueFull, QueueUnavailable
+from ..watchdog import FaashoundError, Slot, log
 
 QUEUE_MEMORY_S = 30.0  # longer than balancers let pass between two probes
 TROUBLE_KEY = "trouble"  # of the shared counts: 1 while the part that follows does not work, or soon will not
@@ -35,7 +36,8 @@ class Health:
 
     def __init__(self, slot: Slot) -> None:
         self._slot = slot
-        self._refused_s: float | None = None
+        self._refused: asyncio.TimerHandle | None = None  # the end of our memory of it
+        self._is_full = False
         for key in (_QUEUE, _WORK):
             slot.values(key, 1)[0] = 0.0
         if slot.is_first:
@@ -50,15 +52,25 @@ class Health:
         """Note whether the queue will soon have no room for calls."""
         self._slot.values(_ROOM, 1)[0] = float(truth)
 
-    def queue_refused(self, now_s: float) -> None:
-        """Note that the queue could not take a call, for a reason that holds for every call."""
-        self._refused_s = now_s
+    def queue_refused(self, error: FaashoundError) -> None:
+        """Note that the queue could not take a call, if what it raised holds for every call.
+
+        A full one counts for the metrics alone: another call may be small enough, and where none is the queue itself
+        says so (trouble_of).  A timer ends it, and no look at us: /healthz may be asked by nothing.
+        """
+        if not isinstance(error, QueueUnavailable | QueueDamaged | QueueFull):
+            return
+        if self._refused is not None:
+            self._refused.cancel()
+        self._refused = asyncio.get_running_loop().call_later(QUEUE_MEMORY_S, self.queue_took)
+        self._is_full = isinstance(error, QueueFull)
         self._slot.values(_QUEUE, 1)[0] = 1.0
 
     def queue_took(self) -> None:
         """Note that the queue has taken a call."""
-        if self._refused_s is not None:
-            self._refused_s = None
+        if self._refused is not None:
+            self._refused.cancel()
+            self._refused = None
             self._slot.values(_QUEUE, 1)[0] = 0.0
 
     def keep_running(self, stack: AsyncExitStack, work: Coroutine[Any, Any, None]) -> None:
@@ -78,11 +90,10 @@ class Health:
             log.exception("work in the background has ended")
             self._slot.values(_WORK, 1)[0] = 1.0
 
-    def problems(self, now_s: float) -> list[str]:
+    def problems(self) -> list[str]:
         """Return what does not work, a line each."""
-        if self._refused_s is not None and now_s - self._refused_s > QUEUE_MEMORY_S:
-            self.queue_took()
-        problems = [] if self._refused_s is None else ["the queue does not take calls; see the log"]
+        refuses = self._refused is not None and not self._is_full
+        problems = ["the queue does not take calls; see the log"] if refuses else []
         if self._is_noted(_WORKER):
             problems.append("the local worker does not keep running, asynchronous calls wait; see the log")
         return problems

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 
 from ..calls.model import Bounds, Stats
 from ..queues import Queue
-from ..watchdog import FaashoundError, log
+from ..watchdog import FaashoundError, Trouble, log
 from .health import Health
 from .metrics import GatewayMetrics
 from .settings import Settings
@@ -51,34 +51,42 @@ class Janitor:
         self._drained = drained
         self._metrics = metrics
         self._health = health
-        self._stray_names: Collection[str] = ()
+        self._stray_names: set[str] = set()  # those told of
+        self._trouble = Trouble(log.warning)
         self._is_scarce = False
 
     async def run(self) -> None:
         """Go round until cancelled, at least as often as the shortest time that a result is kept."""
         shortest_s = min(self._settings.results_kept_s, self._settings.retention_s)
         while True:
-            try:
-                await self._go_round()
-            except FaashoundError as error:
-                log.warning(f"housekeeping in the queue failed: {error}")
+            await self.look()
             await asyncio.sleep(min(ROUND_EVERY_S, max(shortest_s, 1.0)))
+
+    async def look(self) -> None:
+        """Go round once."""
+        try:
+            await self._go_round()
+            self._trouble.over()
+        except FaashoundError as error:
+            self._trouble.tell(f"housekeeping in the queue failed: {error}")
 
     async def _go_round(self) -> None:
         swept = await self._queue.sweep(self._settings.results_kept_s, self._settings.retention_s, self._bounds)
         self._metrics.dropped(swept.dead_count)
         stats = await self._queue.stats()
-        self._tell_of_stray_queues(stray_queues(stats.waiting, self._drained()))
+        self._tell_of_stray_queues(stats.waiting, self._drained())
         self._tell_of_room(stats)
 
-    def _tell_of_stray_queues(self, stray: Mapping[str, int]) -> None:
-        """Log which queues have calls that may wait for ever, when others have than in the last round."""
-        for name, count in stray.items() if stray.keys() != set(self._stray_names) else ():
-            log.warning(
-                f"nothing here drains the queue {name}, which no function names any more: calls and callbacks that wait"
-                f" in it: {count}; a worker with queues={name} makes them"
-            )
-        self._stray_names = stray.keys()
+    def _tell_of_stray_queues(self, waiting: Mapping[str, int], drained: Collection[str]) -> None:
+        """Log which queues have calls that may wait for ever, once: a worker elsewhere may empty one time and again."""
+        self._stray_names.difference_update(drained)
+        for name, count in stray_queues(waiting, drained).items():
+            if name not in self._stray_names:
+                log.warning(
+                    f"nothing here drains the queue {name}: calls and callbacks that wait in it: {count}; a worker with"
+                    f" queues={name} makes them"
+                )
+            self._stray_names.add(name)
 
     def _tell_of_room(self, stats: Stats) -> None:
         is_scarce = is_nearly_full(stats.free_bytes, stats.reserve_bytes)
@@ -86,6 +94,6 @@ class Janitor:
         if is_scarce and not self._is_scarce:
             log.warning(
                 f"the queue's disk is nearly full: {stats.free_bytes} bytes are free, besides the {stats.reserve_bytes}"
-                " that are kept for ending calls (queue_reserve); new calls will be refused"
+                " that are to be kept for ending calls (queue_reserve); new calls will be refused"
             )
         self._is_scarce = is_scarce

@@ -1,6 +1,6 @@
 """The queue workers beside a gateway: one that is started with it, and one more for each set of queues that came later.
 
-    workers = LocalWorkers(supervisor, environ, on_trouble, follows=True)
+    workers = LocalWorkers(supervisor, environ, on_trouble, on_restart, follows=True)
     workers.follow(queues)                                   # whenever the functions have changed
 
 Contract: what drains a queue goes on when others are added, so no call is cut and none waits; after a restart of the
@@ -23,11 +23,18 @@ class LocalWorkers:
     """Starts workers with `environ`; `follows` tells whether queues that come later are theirs too."""
 
     def __init__(
-        self, supervisor: Supervisor, environ: Mapping[str, str], on_trouble: Callable[[str], None], *, follows: bool
+        self,
+        supervisor: Supervisor,
+        environ: Mapping[str, str],
+        on_trouble: Callable[[str], None],
+        on_restart: Callable[[], None],
+        *,
+        follows: bool,
     ) -> None:
         self._supervisor = supervisor
         self._environ = environ
         self._on_trouble = on_trouble
+        self._on_restart = on_restart
         self._follows = follows
         self._drained = set(parse_settings(WorkerSettings, environ).queues)
         self.later_count = 0  # of those beside the first: they have no port that tells what they count
@@ -47,8 +54,9 @@ class LocalWorkers:
         self._start(f"the worker of {told}", environ)
 
     def _start(self, name: str, environ: Mapping[str, str]) -> None:
-        on_trouble = partial(self._note, name)
-        self._supervisor.start(ManagedProgram(name, WORKER_COMMAND, environ, on_trouble=on_trouble))
+        on_trouble, on_restart = partial(self._note, name), self._on_restart
+        program = ManagedProgram(name, WORKER_COMMAND, environ, on_trouble=on_trouble, on_restart=on_restart)
+        self._supervisor.start(program)
 
     def _note(self, name: str, trouble: str) -> None:
         """One of them has trouble, or none any more: all is well only when none has."""

@@ -3,6 +3,7 @@
     metrics = GatewayMetrics(slot)
     label = metrics.begin(function, listed=True)
     metrics.end(label, 200, duration_s)
+    await QueueFigures(queue, metrics).refresh()
     await serve_metrics(metrics, request)                    # all processes of the gateway together
 
 Contract: counting is an addition in memory that the processes share; nothing is looked up or waited for.  A duration
@@ -11,19 +12,22 @@ is the time until the head of an answer has come; a streamed body, or a switched
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Mapping
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from ..calls.model import State, Stats
 from ..functions.table import Function
-from ..watchdog import CLIENT_GONE_STATUS, Histogram, Slot, cumulated
+from ..queues import Queue
+from ..watchdog import CLIENT_GONE_STATUS, FaashoundError, Histogram, Slot, Trouble, cumulated, log
 from .figures import read_counters
 from .health import TROUBLE_KEY
 
 DIRECT = "direct"  # the key of calls that workers make past the gateway
 ASKED = "asked"  # and of those that were passed on to a function that is run here
 OTHER = "other"  # no function's whole name, which has a namespace
+FIGURES_S = 2.0  # for the queue's figures: who scrapes waits ten seconds, and takes a gateway that is later for dead
 MAX_LABELS_COUNT = 1000  # functions that function_url finds and that have metrics of their own
 
 
@@ -38,6 +42,7 @@ class GatewayMetrics:
         self._slot = slot
         self._answered: set[str] = set()
         self._stats: Stats | None = None
+        self.worker_restarted(0)  # or the first one would be no increase to who reads it
         self._end_cut()
 
     def _end_cut(self) -> None:
@@ -81,6 +86,10 @@ class GatewayMetrics:
         """Count dead letters that `keep_dead` has ended."""
         self._slot.values("dropped", 1)[0] += count
 
+    def worker_restarted(self, count: int = 1) -> None:
+        """Count that a worker beside us, which has ended, was started again."""
+        self._slot.values("restarts", 1)[0] += count
+
     def called_directly(self, name: str, count: int) -> None:
         """Count calls that a worker has made where the function answers; its own metrics tell more of them."""
         self._slot.values(f"{DIRECT} {name}", 1)[0] += count
@@ -117,10 +126,14 @@ class GatewayMetrics:
         dropped = CounterMetricFamily(
             "gateway_queue_dropped_letters", "Dead letters and undelivered results that keep_dead has ended"
         )
+        restarts = CounterMetricFamily(
+            "gateway_local_worker_restarts", "Workers beside the gateway that have ended and were started again"
+        )
         counters: Mapping[str, CounterMetricFamily | GaugeMetricFamily] = {
             "started": started,
             "submitted": submitted,
             "dropped": dropped,
+            "restarts": restarts,
             TROUBLE_KEY: trouble,
         }
         for key, numbers in self._slot.scoreboard.counters.totals().items():
@@ -131,9 +144,41 @@ class GatewayMetrics:
                 seconds.add_metric(label, buckets, sum_s)
             elif kind not in (DIRECT, ASKED):  # one is in the workers' own metrics, the other no figure of OpenFaaS'
                 counters[kind].add_metric(label, numbers[0])
-        yield from (total, started, seconds, submitted, dropped, trouble)
+        yield from (total, started, seconds, submitted, dropped, restarts, trouble)
         if self._stats is not None:
             yield from queue_metrics(self._stats)
+
+
+class QueueFigures:
+    """Asks the queue for its figures when the metrics are read; those that come late are shown to the next reader."""
+
+    def __init__(self, queue: Queue, metrics: GatewayMetrics) -> None:
+        self._queue = queue
+        self._metrics = metrics
+        self._asking: asyncio.Task[None] | None = None
+        self._trouble = Trouble(log.warning)
+
+    async def refresh(self) -> None:
+        """Have the queue's figures shown, those of before where it has not told them within FIGURES_S."""
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(self._ask())
+        done, _ = await asyncio.wait((self._asking,), timeout=FIGURES_S)
+        for task in done:
+            task.result()
+
+    async def _ask(self) -> None:
+        try:
+            self._metrics.show_queue(await self._queue.stats())
+        except FaashoundError as error:  # the other figures matter most when the queue is in trouble
+            self._trouble.tell(f"no figures of the queue: {error}")
+        else:
+            self._trouble.over()
+
+    async def close(self) -> None:
+        """Ask no more."""
+        if self._asking is not None:
+            self._asking.cancel()
+            await asyncio.wait((self._asking,))
 
 
 def queue_metrics(stats: Stats) -> Iterator[Metric]:
@@ -149,12 +194,15 @@ def queue_metrics(stats: Stats) -> Iterator[Metric]:
     yield GaugeMetricFamily(
         "gateway_queue_dead_callbacks", "Results that could not be delivered", value=stats.callback_dead_count
     )
-    yield GaugeMetricFamily(
-        "gateway_queue_oldest_due_seconds", "How long the oldest due call has waited", value=stats.oldest_due_age_s or 0
+    ages = GaugeMetricFamily(
+        "gateway_queue_oldest_due_seconds", "How long the oldest due call has waited, by queue", labels=("queue",)
     )
+    for name in stats.waiting:
+        ages.add_metric((name,), stats.oldest_due_ages_s.get(name, 0.0))
+    yield ages
     if stats.free_bytes is not None:
         yield GaugeMetricFamily("gateway_queue_free_bytes", "Room on the queue's disk", value=stats.free_bytes)
     if stats.reserve_bytes is not None:
         yield GaugeMetricFamily(
-            "gateway_queue_reserve_bytes", "Room that is kept for ending calls", value=stats.reserve_bytes
+            "gateway_queue_reserve_bytes", "Room that is to be kept for ending calls", value=stats.reserve_bytes
         )

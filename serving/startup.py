@@ -50,11 +50,15 @@ MAX_TOLD_COUNT = 20  # functions listed in the log at the start, a line each
 
 @dataclass(frozen=True, slots=True)
 class StartConfiguration:
-    """A gateway to be started.  `worker` is the environment of the worker beside it, but for its gateway_url."""
+    """A gateway to be started.  `worker` is the environment of the worker beside it, but for its gateway_url.
+
+    `follows_queues` tells whether that worker drains every queue that a function names, and not those of an operator.
+    """
 
     settings: Settings
     functions: Mapping[FunctionName, Function]
     worker: Mapping[str, str] | None
+    follows_queues: bool
 
     @property
     def worker_settings(self) -> WorkerSettings | None:
@@ -62,9 +66,11 @@ class StartConfiguration:
         return None if self.worker is None else parse_settings(WorkerSettings, self.worker)
 
     def drained_queues(self, functions: Iterable[Function]) -> frozenset[str]:
-        """Return the queues that `functions` name or the worker beside us drains."""
+        """Return the queues that the worker beside us drains; those that `functions` name, where it is elsewhere."""
         worker = self.worker_settings
-        return function_queues(functions).union(() if worker is None else worker.queues)
+        if worker is None:
+            return function_queues(functions)
+        return frozenset(worker.queues).union(function_queues(functions) if self.follows_queues else ())
 
 
 def load_start(environ: Mapping[str, str]) -> StartConfiguration:
@@ -88,7 +94,7 @@ def load_start(environ: Mapping[str, str]) -> StartConfiguration:
         problems += error.problems
     if problems or settings is None:
         raise BadSettings(dict.fromkeys(problems))  # what both programs read is told once
-    return StartConfiguration(settings, functions, worker)
+    return StartConfiguration(settings, functions, worker, follows_queues=not environ.get("queues"))
 
 
 def load_functions(environ: Mapping[str, str]) -> dict[FunctionName, Function]:

@@ -197,11 +197,10 @@ class Submissions:
         if request.body.length is not None and request.body.length > limit_bytes:
             raise BodyTooLarge(limit_bytes)
         dropped = await self.gate.admit(request, function)
-        call = await self._build(request, function, rest, dropped)
         try:
-            taken = await self._put(call)
-        except QueueUnavailable:
-            self.health.queue_refused(time.monotonic())
+            taken = await self._put(await self._build(request, function, rest, dropped))
+        except FaashoundError as error:
+            self.health.queue_refused(error)
             raise
         self.health.queue_took()
         return taken

@@ -276,7 +276,7 @@ class People:
             by_state=by_state,
             by_function={key: count for key, count in by_function.items() if count > 0},
             waiting=Counter({queue: count for queue, count in by_queue.items() if count > 0}),
-            oldest_due_age_s=await self._oldest_age_s(waiting, {call_id for call_id, _, _ in running}),
+            oldest_due_ages_s=await self._oldest_ages_s(waiting, {call_id for call_id, _, _ in running}),
             callback_pending_count=sum(count for name, count in waiting.items() if name.kind == "callback"),
             callback_dead_count=sum(undelivered),
             commit_count=self._connection.commit_count,
@@ -342,17 +342,18 @@ class People:
         ended[State.DONE] -= len(running)
         return ended
 
-    async def _oldest_age_s(self, waiting: dict[FlowName, int], running: set[str]) -> float | None:
-        """How long the oldest call that is due has waited, by the first message of each flow that does not run."""
+    async def _oldest_ages_s(self, waiting: dict[FlowName, int], running: set[str]) -> dict[str, float]:
+        """How long the oldest due call of each queue has waited, by the first messages of each flow that do not run."""
         flows = [name for name, count in waiting.items() if count and name.kind == "call"]
         fronts = await gather_in_steps(
             lambda name: self._connection.read_batch(self._names.filter(name), 1, FRONT_COUNT), flows
         )
-        found = (readable(parse_waiting, stored.data) for front in fronts for stored in front)
-        calls = [call for call in found if call is not None]
-        due = [call.due_s for call in calls if call.id not in running]
-        oldest_s = min(due, default=float("inf"))
-        return self._now() - oldest_s if oldest_s <= self._now() else None
+        now_s, ages_s = self._now(), dict[str, float]()
+        for name, front in zip(flows, fronts, strict=True):
+            for call in (readable(parse_waiting, stored.data) for stored in front):
+                if call is not None and call.id not in running and call.due_s <= now_s:
+                    ages_s[name.queue] = max(now_s - call.due_s, ages_s.get(name.queue, 0.0))
+        return ages_s
 
     # -- housekeeping
 

@@ -593,7 +593,7 @@ class Spool:
         try:
             disk = await asyncio.to_thread(os.fstatvfs, self._directory.root_fd)
             free_bytes = disk.f_bavail * disk.f_frsize
-            return replace(stats, free_bytes=free_bytes, reserve_bytes=self._reserve.held_bytes)
+            return replace(stats, free_bytes=free_bytes, reserve_bytes=self._reserve.target_bytes)
         except OSError as error:
             raise disk_error(error) from error
 

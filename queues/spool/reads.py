@@ -134,13 +134,16 @@ def count_calls(db: sqlite3.Connection, now_s: float, commit_count: int) -> Stat
         by_function[FunctionName(function), State(state)] = count
         by_state[State(state)] += count
     callbacks = dict(db.execute("SELECT state, count(*) FROM callbacks GROUP BY state").fetchall())
-    waiting = Counter(dict(db.execute("SELECT queue, count(*) FROM calls WHERE state = 'queued' GROUP BY queue")))
+    queued = db.execute(
+        "SELECT queue, count(*), min(due_s) FROM calls WHERE state = 'queued' GROUP BY queue"
+    ).fetchall()
+    waiting = Counter({queue: count for queue, count, _ in queued})
     waiting.update(dict(db.execute("SELECT queue, count(*) FROM callbacks WHERE state = 'pending' GROUP BY queue")))
     return Stats(
         by_state=by_state,
         by_function=by_function,
         waiting=waiting,
-        oldest_due_age_s=_oldest_age_s(db, now_s),
+        oldest_due_ages_s={queue: now_s - due_s for queue, _, due_s in queued if due_s <= now_s},
         callback_pending_count=callbacks.get("pending", 0) + callbacks.get("running", 0),
         callback_dead_count=callbacks.get("dead", 0),
         commit_count=commit_count,

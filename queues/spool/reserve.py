@@ -75,6 +75,11 @@ class Reserve:
         return os.fstat(self._fd).st_size if self._fd >= 0 else 0
 
     @property
+    def target_bytes(self) -> int:
+        """What is to be kept, also while it is let go of; the whole is known to the programs that set its size."""
+        return max(self.whole_bytes, self.held_bytes)
+
+    @property
     def free_bytes(self) -> int:
         disk = os.fstatvfs(self._directory.root_fd)
         return disk.f_bavail * disk.f_frsize

@@ -68,6 +68,37 @@ def test_alerts_fire_when_they_should_and_not_else() -> None:
     said([tool("promtool"), "test", "rules", str(PROMETHEUS / "alerts.test.yml")])
 
 
+@pytest.mark.parametrize(
+    ("queued_count", "running_count", "workers_count"),
+    [
+        pytest.param(640, 0, 0, id="delayed calls alone"),
+        pytest.param(640, 8, 1, id="delayed calls, and few others"),
+        pytest.param(640, 32, 4, id="two workers have all that they may have"),
+        pytest.param(640, 128, 16, id="and eight have"),
+        pytest.param(40, 32, 2.25, id="little waits"),
+    ],
+)
+def test_workers_are_scaled_by_what_waits_but_to_twice_what_is_busy_at_most(
+    tmp_path: Path, queued_count: int, running_count: int, workers_count: float
+) -> None:
+    scaled = yaml.safe_load((ROOT / "deploy" / "kubernetes" / "scaling" / "worker.yaml").read_text(encoding="utf-8"))
+    asked = scaled["spec"]["triggers"][0]["metadata"]
+    counts = {"queued": queued_count, "running": running_count}
+    series = [
+        {"series": f'gateway_queue_calls{{instance="{each}", state="{state}"}}', "values": count}
+        for state, count in counts.items()
+        for each in "ab"
+    ]
+    wanted = {
+        "expr": asked["query"],
+        "eval_time": "1m",
+        "exp_samples": [{"value": workers_count * int(asked["threshold"])}],
+    }
+    path = tmp_path / "scaling.test.yml"
+    path.write_text(yaml.safe_dump({"tests": [{"input_series": series, "promql_expr_test": [wanted]}]}))
+    said([tool("promtool"), "test", "rules", str(path)])
+
+
 def test_every_alert_says_what_is_wrong_and_how_bad_it_is() -> None:
     for rule in (rule for group in ALERTS for rule in group["rules"]):
         assert rule["labels"]["severity"] in ("warning", "critical"), rule

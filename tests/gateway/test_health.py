@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 from contextlib import AsyncExitStack
 from functools import partial
@@ -11,11 +12,16 @@ from pathlib import Path
 
 import pytest
 
+from faashound.calls.model import QueueDamaged, QueueFull, QueueUnavailable, Stats, TooManyQueued
 from faashound.functions.supervisor import ManagedProcess, ManagedProgram, Supervisor
-from faashound.serving.health import QUEUE_MEMORY_S, Health
+from faashound.queues.spool.queue import Spool
+from faashound.serving import health as health_module
+from faashound.serving import metrics as metrics_module
+from faashound.serving.health import Health
 from faashound.serving.janitor import is_nearly_full, stray_queues
 from faashound.serving.local_workers import LocalWorkers
-from faashound.watchdog import Scoreboard, Slot, log
+from faashound.serving.metrics import GatewayMetrics, QueueFigures
+from faashound.watchdog import FaashoundError, Scoreboard, Slot, log
 from testkit.disks import fill
 from testkit.harness import SOON_S, eventually, free_port, http_request, wait_until
 from testkit.system import System
@@ -23,32 +29,73 @@ from testkit.system import System
 RENAMED = '[resize]\nfprocess = "cat"\nannotations."com.openfaas.queue" = "{}"'
 
 
+def tells(system: System, text: str) -> bool:
+    return text in system.metrics()
+
+
 def is_healthy(system: System) -> bool:
     return system.request("GET", "/healthz").status == 200
 
 
 def test_health_has_no_problems_at_first() -> None:
-    assert Health(Slot(Scoreboard())).problems(0.0) == []
+    assert Health(Slot(Scoreboard())).problems() == []
 
 
-def test_queue_that_refuses_is_a_problem_until_it_takes_a_call_or_nobody_has_asked_it_for_long() -> None:
-    health = Health(Slot(Scoreboard()))
-    health.queue_refused(0.0)
-    assert health.problems(1.0) == ["the queue does not take calls; see the log"]
-    health.queue_took()
-    assert health.problems(1.0) == []
-    health.queue_refused(2.0)
-    assert health.problems(2.0 + QUEUE_MEMORY_S)
-    assert health.problems(3.0 + QUEUE_MEMORY_S) == []
+def shown(slot: Slot) -> float:
+    """What the metrics have of the queue's trouble."""
+    (row,) = (metric for metric in GatewayMetrics(slot).collect() if metric.name == "gateway_trouble")
+    return next(float(sample.value) for sample in row.samples if sample.labels == {"part": "queue"})
+
+
+@pytest.mark.parametrize("error", [QueueUnavailable("the disk is away"), QueueDamaged("no database")])
+def test_queue_that_refuses_is_a_problem_until_it_takes_a_call(error: FaashoundError) -> None:
+    async def scenario() -> None:
+        slot = Slot(Scoreboard())
+        health = Health(slot)
+        health.queue_refused(error)
+        assert (health.problems(), shown(slot)) == (["the queue does not take calls; see the log"], 1.0)
+        health.queue_took()
+        assert (health.problems(), shown(slot)) == ([], 0.0)
+
+    asyncio.run(scenario())
+
+
+def test_queue_is_believed_to_work_again_when_it_was_not_asked_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health_module, "QUEUE_MEMORY_S", 0.1)
+    slot = Slot(Scoreboard())
+
+    async def is_forgotten() -> bool:
+        return shown(slot) == 0.0
+
+    async def scenario() -> None:
+        health = Health(slot)
+        health.queue_refused(QueueUnavailable("the disk is away"))
+        assert shown(slot) == 1.0
+        await eventually(is_forgotten, SOON_S, "the metrics have forgotten it, and nobody has asked for health")
+        assert health.problems() == []
+
+    asyncio.run(scenario())
+
+
+def test_full_queue_is_told_by_the_metrics_and_a_call_that_is_refused_for_itself_by_nothing() -> None:
+    async def scenario() -> None:
+        slot = Slot(Scoreboard())
+        health = Health(slot)
+        health.queue_refused(TooManyQueued("max_queued"))
+        assert (health.problems(), shown(slot)) == ([], 0.0)
+        health.queue_refused(QueueFull("no room for so long a body"))
+        assert (health.problems(), shown(slot)) == ([], 1.0)
+
+    asyncio.run(scenario())
 
 
 def test_every_process_knows_of_the_worker_that_the_first_one_runs() -> None:
     board = Scoreboard(2)
     first, second = Health(Slot(board)), Health(Slot(board, 1))
     first.worker_trouble("exited with status 1")
-    assert second.problems(0.0) == first.problems(0.0) != []
+    assert second.problems() == first.problems() != []
     first.worker_trouble("")
-    assert second.problems(0.0) == []
+    assert second.problems() == []
 
 
 def test_worker_that_runs_hides_no_trouble_of_another() -> None:
@@ -63,17 +110,17 @@ def test_worker_that_runs_hides_no_trouble_of_another() -> None:
             return ManagedProcess(program)
 
     supervisor, health = Listing(), Health(Slot(Scoreboard()))
-    workers = LocalWorkers(supervisor, {}, health.worker_trouble, follows=True)
+    workers = LocalWorkers(supervisor, {}, health.worker_trouble, lambda: None, follows=True)
     workers.follow(("another-queue",))
     first, later = (program.on_trouble for program in supervisor.programs)
     first("exited with status 1")
     later("")
-    assert health.problems(0.0)
+    assert health.problems()
     later("exited with status 1")
     first("")
-    assert health.problems(0.0)
+    assert health.problems()
     later("")
-    assert health.problems(0.0) == []
+    assert health.problems() == []
 
 
 def test_work_in_the_background_that_dies_is_told_at_once_and_its_end_is_waited_for(
@@ -108,7 +155,7 @@ def test_work_in_the_background_that_dies_is_told_at_once_and_its_end_is_waited_
     assert second.warnings() == [
         "work in the background has ended by a fault, and a restart brings it back; see the log"
     ]
-    assert second.problems(0.0) == []
+    assert second.problems() == []
     assert "ZeroDivisionError" in capfd.readouterr().err
 
 
@@ -131,7 +178,7 @@ def test_every_process_warns_of_the_room_that_the_first_one_looks_at() -> None:
     first, second = Health(Slot(board)), Health(Slot(board, 1))
     first.queue_is_nearly_full(True)
     assert second.warnings() == ["the queue's disk is nearly full; see the log"]
-    assert second.problems(0.0) == []
+    assert second.problems() == []
     first.queue_is_nearly_full(False)
     assert second.warnings() == []
 
@@ -149,6 +196,40 @@ def test_gateway_tells_of_a_disk_that_is_nearly_full_while_it_still_takes_calls(
         system.submit("cat", b"x")
         ballast.unlink()
         wait_until(lambda: system.request("GET", "/healthz").text == "OK", 10, "there is room again")
+
+
+def test_figures_that_are_late_are_shown_to_the_next_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics_module, "FIGURES_S", 0.01)
+
+    class SlowSpool(Spool):
+        """Tells its figures when it may."""
+
+        async def stats(self) -> Stats:
+            asked.append(None)
+            await may_tell.wait()
+            return await super().stats()
+
+    asked, may_tell = list[None](), asyncio.Event()
+
+    async def test() -> None:
+        spool, metrics = await SlowSpool.open(tmp_path / "spool"), GatewayMetrics(Slot(Scoreboard()))
+        figures = QueueFigures(spool, metrics)
+
+        async def is_shown() -> bool:
+            await figures.refresh()
+            return any(metric.name == "gateway_queue_calls" for metric in metrics.collect())
+
+        for _ in range(3):
+            assert not await is_shown()
+        assert len(asked) == 1
+        may_tell.set()
+        await eventually(is_shown, SOON_S, "the figures")
+        may_tell.clear()
+        await figures.refresh()
+        await figures.close()
+        await spool.close()
+
+    asyncio.run(test())
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
@@ -175,6 +256,14 @@ def test_gateway_is_unhealthy_while_its_worker_cannot_start_and_healthy_again_af
             wait_until(partial(is_healthy, system), 15, "healthy")
 
 
+def test_every_restart_of_the_local_worker_is_counted() -> None:
+    with System(settings={"metrics_port": str(free_port()), "workers": "2"}) as system:
+        assert "gateway_local_worker_restarts_total 0.0" in system.metrics(), "from the start, or it would not increase"
+        for count in (1, 2):
+            os.kill(system.worker_pid(), signal.SIGKILL)
+            wait_until(partial(tells, system, f"gateway_local_worker_restarts_total {count}.0"), SOON_S, "it is told")
+
+
 def test_gateway_is_unhealthy_when_its_queue_does_not_take_calls() -> None:
     with System(settings={"worker": "none", "metrics_port": str(free_port())}) as system:
         system.submit("cat", b"")
@@ -185,6 +274,26 @@ def test_gateway_is_unhealthy_when_its_queue_does_not_take_calls() -> None:
         answer = system.request("GET", "/healthz")
         assert (answer.status, answer.text) == (503, "the queue does not take calls; see the log\n")
         assert 'gateway_trouble{part="queue"} 1.0' in system.metrics()
+
+
+def test_metrics_tell_of_a_full_disk_that_a_call_was_refused_for(small_disk: Path) -> None:
+    settings = {"worker": "none", "metrics_port": str(free_port())}
+    with System(settings=settings, spool=small_disk / "spool") as system:
+        fill(small_disk)
+        for body in (b"x", bytes(200_000)):  # the one is refused by its row, the other by its file
+            assert system.request("POST", "/async-function/cat", body).status == 507
+            assert 'gateway_trouble{part="queue"} 1.0' in system.metrics()
+
+
+def test_metrics_tell_of_a_scheduled_call_that_the_queue_does_not_take(tmp_path: Path) -> None:
+    ticking = '[cat]\nfprocess = "cat"\nannotations.topic = "cron-function"\nannotations.schedule = "@every 1s"'
+    with System(ticking, {"worker": "none", "metrics_port": str(free_port())}, tmp_path / "spool") as system:
+        system.wait_log("Queued the scheduled call of cat")
+        for name in ("spool.sqlite3", "spool.sqlite3-wal", "spool.sqlite3-shm"):
+            (system.spool / name).rename(system.spool / f"{name}.away")
+        system.wait_log("a scheduled call could not be queued")
+        wait_until(lambda: 'gateway_trouble{part="queue"} 1.0' in system.metrics(), SOON_S, "the metrics tell")
+        assert not is_healthy(system)
 
 
 def test_gateway_tells_of_calls_in_a_queue_that_no_function_names_any_more(tmp_path: Path) -> None:
@@ -198,6 +307,13 @@ def test_gateway_tells_of_calls_in_a_queue_that_no_function_names_any_more(tmp_p
     with System(RENAMED.format("images"), {"queues": "images,pictures"}, tmp_path / "spool") as third:
         third.ended(third.submit("resize"))
         assert "nothing here drains" not in third.log()
+
+
+def test_gateway_tells_of_calls_in_a_queue_that_its_worker_was_not_told_to_drain() -> None:
+    with System(RENAMED.format("pictures"), {"queues": "faas-request,images", "keep_results": "1s"}) as system:
+        system.submit("resize", b"", {"X-Delay": "1h"})
+        line = system.wait_log("warning: nothing here drains the queue pictures")
+        assert "wait in it: 1; a worker with queues=pictures makes them" in line
 
 
 def test_health_of_the_worker_is_its_own_matter_without_a_local_one() -> None:

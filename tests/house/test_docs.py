@@ -99,8 +99,8 @@ def gateway_metrics() -> Iterable[Metric]:
     metrics.end(metrics.begin(Function(CAT), listed=True), 200, 0.1)
     metrics.submitted(202)
     metrics.dropped(1)
-    Health(slot).queue_refused(0.0)
-    metrics.show_queue(Stats(dict.fromkeys(State, 1), {}, {"faas-request": 1}, 1.0, 0, 1, 1, 1, 1))
+    Health(slot).queue_is_nearly_full(False)
+    metrics.show_queue(Stats(dict.fromkeys(State, 1), {}, {"faas-request": 1}, {"faas-request": 1.0}, 0, 1, 1, 1, 1))
     return metrics.collect()
 
 

@@ -190,6 +190,7 @@ def test_reserve_is_taken_up_again_when_there_is_room(small_disk: Path, desk: De
     with pytest.raises(QueueFull):
         desk.put()
     assert "bytes are free" in str(desk.spool.trouble)
+    assert desk.do(desk.spool.stats()).reserve_bytes == DISK_BYTES // 8, "what is to be kept, or 0 were enough"
     for path in (ballast, small_disk / "more"):
         path.unlink(missing_ok=True)
     desk.put()

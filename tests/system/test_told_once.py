@@ -7,6 +7,8 @@ import contextlib
 import os
 import socket
 import sqlite3
+import time
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -22,8 +24,12 @@ from faashound.queues.spool import database
 from faashound.queues.spool.limits import DATABASE
 from faashound.queues.spool.notifier import Notifier, WakeUp
 from faashound.queues.spool.queue import Spool
+from faashound.serving.health import Health
 from faashound.serving.history import History, Sources
-from faashound.watchdog import Client, Response, Scoreboard, Server, ServerTimeouts, Slot, parse_url
+from faashound.serving.janitor import Janitor
+from faashound.serving.metrics import GatewayMetrics
+from faashound.serving.settings import Settings
+from faashound.watchdog import Client, Response, Scoreboard, Server, ServerTimeouts, Slot, parse_settings, parse_url
 from testkit.harness import SOON_S, eventually, free_port
 from testkit.scripted import body_of
 from testkit.spool_kit import new_call
@@ -77,6 +83,46 @@ def test_queue_that_has_no_figures_is_told_once(tmp_path: Path, capfd: pytest.Ca
 
     run(test())
     assert len(lines(capfd, "no figures of the queue")) == 1
+
+
+def janitor_of(spool: Spool, drained: Collection[str]) -> Janitor:
+    slot = Slot(Scoreboard())
+    return Janitor(spool, parse_settings(Settings, {}), lambda: drained, GatewayMetrics(slot), Health(slot))
+
+
+def test_queue_that_cannot_be_swept_is_told_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    async def test() -> None:
+        spool = await Spool.open(tmp_path / "spool")
+        janitor = janitor_of(spool, ())
+        await spool.close()
+        for _ in range(LOOKS_COUNT):
+            await janitor.look()
+
+    run(test())
+    assert len(lines(capfd, "housekeeping in the queue failed")) == 1
+
+
+def test_queue_that_another_worker_empties_time_and_again_is_told_once_until_ours_drains_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    drained: set[str] = set()
+
+    async def test() -> None:
+        spool = await Spool.open(tmp_path / "spool")
+        janitor = janitor_of(spool, drained)
+        for count in (1, 2):
+            for _ in range(LOOKS_COUNT):
+                await spool.put(new_call(due_s=time.time()))
+                await janitor.look()
+                await spool.cancel_queued()
+                await janitor.look()
+            assert len(lines(capfd, "nothing here drains the queue faas-request")) == 1, count
+            drained.add("faas-request")
+            await janitor.look()
+            drained.clear()
+        await spool.close()
+
+    run(test())
 
 
 def test_state_of_schedules_that_cannot_be_kept_is_told_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

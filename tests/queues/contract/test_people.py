@@ -223,3 +223,10 @@ def test_stats_count_calls_and_callbacks(desk: Desk) -> None:
     assert (stats.by_state[State.QUEUED], stats.by_state[State.DEAD]) == (2, 0)
     assert (stats.callback_pending_count, stats.callback_dead_count, stats.oldest_due_age_s) == (1, 1, 7.0)
     assert dict(stats.waiting) == {"faas-request": 3}, "two calls and a callback"
+
+
+def test_stats_tell_how_old_each_queue_is(desk: Desk) -> None:
+    for queue, due_s in (("pictures", START_S - 20), ("pictures", START_S - 10), ("films", START_S - 5)):
+        desk.put("f", queue=queue, due_s=due_s)
+    desk.put("g", queue="books", due_s=START_S + 99)
+    assert desk.do(desk.queue.stats()).oldest_due_ages_s == {"pictures": 20.0, "films": 5.0}
