@@ -295,6 +295,8 @@ class Worker:
             self._tell_slots()
             self._note_error(error)
             return False
+        if self._last_error:
+            log.info(f"the queue cannot be asked for work: {self._last_error}: over")
         self._last_error = ""
         return any(again)
 

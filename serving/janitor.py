@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 
 from ..calls.model import Bounds, Stats
 from ..queues import Queue
-from ..watchdog import FaashoundError, log
+from ..watchdog import FaashoundError, Trouble, log
 from .health import Health
 from .metrics import GatewayMetrics
 from .settings import Settings
@@ -57,11 +57,13 @@ class Janitor:
     async def run(self) -> None:
         """Go round until cancelled, at least as often as the shortest time that a result is kept."""
         shortest_s = min(self._settings.results_kept_s, self._settings.retention_s)
+        trouble = Trouble(log.warning)
         while True:
             try:
                 await self._go_round()
+                trouble.over()
             except FaashoundError as error:
-                log.warning(f"housekeeping in the queue failed: {error}")
+                trouble.tell(f"housekeeping in the queue failed: {error}")
             await asyncio.sleep(min(ROUND_EVERY_S, max(shortest_s, 1.0)))
 
     async def _go_round(self) -> None:
