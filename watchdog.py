@@ -2506,21 +2506,21 @@ class Roster:
 
 
 class Trouble:
-    """What keeps something from its work at each look: told once, and again when it is another or was over between."""
+    """What keeps something from its work at each look: told once, and its end; what is another is told anew."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
         self._write = write
         self._told = ""
 
     def tell(self, text: str) -> None:
-        """It is there (still)."""
+        """It is there (still); without a text, it is over."""
         if text != self._told:
-            self._write(text)
+            (self._write if text else log.info)(text or f"{self._told}: over")
         self._told = text
 
     def over(self) -> None:
         """It is there no longer."""
-        self._told = ""
+        self.tell("")
 
 
 class Listener:

@@ -11,9 +11,9 @@ with a callback is delivered (draining/delivery.py) as a step of its own: that i
 
 What it promises: delivery is at least once, and once without faults; a lease is renewed while the function runs, so
 calls may take as long as they like; what a worker held when it died is taken over.  On SIGTERM it claims nothing
-more, finishes what runs within drain_timeout, and hands back the rest.  What it refuses to do: decide (the rules are
-in calls/retries.py), judge addresses (calls/callbacks.py), know how the queue is kept (queues/), or forget an outcome
-because the queue's disk is full for a while.
+more, finishes what runs within drain_timeout, and hands back the rest; on SIGHUP it reads callback_secret_file again.
+What it refuses to do: decide (the rules are in calls/retries.py), judge addresses (calls/callbacks.py), know how the
+queue is kept (queues/), or forget an outcome because the queue's disk is full for a while.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import asyncio
 import dataclasses
 import os
 import random
+import signal
 import sys
 import time
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
@@ -300,6 +301,8 @@ class Worker:
             self._tell_slots()
             self._note_error(error)
             return False
+        if self._last_error:
+            log.info(f"the queue cannot be asked for work: {self._last_error}: over")
         self._last_error = ""
         return any(again)
 
@@ -488,6 +491,7 @@ async def serve(settings: Settings, environ: Mapping[str, str], sockets: ListenS
     watch_parent_death(loop, parent_death_fd(environ), signals.stop_now)
     policy = build_policy([settings.gateway_url], settings.callback_allow)
     rules = CallbackRules(policy, read_signer(settings.callback_secret_file), settings.callback_timeout_s)
+    loop.add_signal_handler(signal.SIGHUP, rules.read_secrets, settings.callback_secret_file)
     async with AsyncExitStack() as stack:
         limits = QueueLimits(settings.queue_reserve_bytes)
         queue = await open_queue(settings.queue_url, settings, limits=limits)

@@ -39,13 +39,23 @@ ANSWER_READ_BYTES = (
 )  # of the answer to a callback, which says nothing to us, but whose sender wants to be rid of it
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class CallbackRules:
     """Where callbacks may go, what signs them (None: nothing does), and how long one may take."""
 
     policy: CallbackPolicy
     signer: Signer | None
     timeout_s: float
+
+    def read_secrets(self, path: str | None) -> None:
+        """Sign with what a file has by now, if there is one; with what it had before if that is wrong."""
+        try:
+            self.signer = read_signer(path)
+        except CannotStart as error:
+            log.error(f"callbacks are signed as before: {error}")
+            return
+        if path is not None:
+            log.info(f"callbacks are signed with the secrets that {path} has now")
 
 
 class Deliverer:

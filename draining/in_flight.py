@@ -164,13 +164,15 @@ class InFlightTable:
 
     async def watch_cancels(self, timeout_s: float) -> None:
         """End a run as soon as its cancellation is asked for, for ever; the queue is asked each `timeout_s` anyhow."""
+        trouble = Trouble(log.error)
         while True:
             await self._queue.wait_for_cancel(timeout_s)
             try:
                 cancelled = await self._queue.cancelled_ids(self._owner)
             except FaashoundError as error:
-                log.error(f"cancellations could not be read: {error}")
+                trouble.tell(f"cancellations could not be read: {error}")
                 continue
+            trouble.over()
             self._end_cancelled(cancelled)
             self._cancelled_early = cancelled - {entry.lease.call.id for entry in self._entries.values()}
 

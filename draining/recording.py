@@ -77,6 +77,8 @@ class Recorder:
         while True:
             try:
                 await record()
+                if last_error:
+                    log.info(f"the outcome cannot be recorded yet: {last_error}: over", call_id=lease.call.id)
                 return
             except (QueueUnavailable, QueueFull) as error:
                 if str(error) != last_error:

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from ..calls.names import FunctionName
-from ..watchdog import BACKLOG, Client, FaashoundError, Url, log, parse_count, parse_workers, reason_of
+from ..watchdog import BACKLOG, Client, FaashoundError, Trouble, Url, log, parse_count, parse_workers, reason_of
 from .logs import LogPipe, LogStore
 from .scaling import Load, Scale, parse_scale
 from .supervisor import ManagedProcess, ManagedProgram, Supervisor, lift
@@ -89,6 +89,7 @@ class Endpoint:
         self._logs = logs
         self._count_made = count_made
         self._load = Load()
+        self._trouble = Trouble(log.error)  # of the last start
         self._log_pipe: LogPipe | None = None
         self._supervisor: Supervisor | None = None
         self._listener: socket.socket
@@ -181,6 +182,7 @@ class Endpoint:
         while len(self.processes) < count:
             fd = None if self._log_pipe is None else self._log_pipe.fd
             self.processes.append(self._supervisor.start(self._program_of(self.function, self._listener, fd)))
+        self._trouble.over()
 
     def _shrink(self, count: int) -> None:
         busiest_first = sorted(self.processes, key=self._count_calls, reverse=True)
@@ -322,8 +324,8 @@ class Endpoint:
         try:
             self.wake()
         except OSError as error:
-            log.error(
-                f"{self.function.name.short} cannot be started: {reason_of(error)}; next start in {WAKE_AGAIN_S:g} s"
+            self._trouble.tell(
+                f"{self.function.name.short} cannot be started: {reason_of(error)}; tried every {WAKE_AGAIN_S:g} s"
             )
             self._watch(False)  # what waits would call us again and again
             self._wake_again = asyncio.get_running_loop().call_later(WAKE_AGAIN_S, self.wake_or_tell)
@@ -353,7 +355,7 @@ class Endpoint:
         try:
             self._grow(count)
         except OSError as error:  # the next look tries again
-            log.error(f"{self.function.name.short} gets no more watchdogs now: {reason_of(error)}")
+            self._trouble.tell(f"{self.function.name.short} gets no more watchdogs now: {reason_of(error)}")
         if count < len(self.processes):
             self._shrink(count)
         self._look_at_load_later()

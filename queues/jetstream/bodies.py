@@ -97,13 +97,14 @@ class Bodies:
 
         async with waits:
             try:
-                return await self.store(chunks, limit_bytes, write)
-            except BodyTooLarge:
-                raise
+                stored = await self.store(chunks, limit_bytes, write)
             except FaashoundError as error:
-                if not waited or self.closed:
+                if isinstance(error, BodyTooLarge) or not waited or self.closed:
                     raise
                 raise ResultLost(f"the answer broke off while it waited for room in the queue: {error}") from error
+        if waited:
+            log.info("a result that waited to be stored is stored")
+        return stored
 
     @contextlib.asynccontextmanager
     async def _signs(self, name: str) -> AsyncIterator[None]:

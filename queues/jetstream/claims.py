@@ -25,11 +25,10 @@ from ...calls.model import (
     QueueUnavailable,
 )
 from ...calls.steps import Hold, Record, claim, expire, is_expired, requeue_callback, requeue_dead, take_back
-from ...watchdog import log
 from .connection import RevisionChanged
 from .flows import LOOK_LEASE_S, MIN_LEASE_S, Delivery, Flows, Wanted
 from .owners import Held, Owners
-from .records import REVIVES_HEADER, Standing, join, parse_waiting
+from .records import REVIVES_HEADER, Standing, join, parse_waiting, tell_damaged
 from .store import Store
 
 UNKNOWN_S = 1.0  # before an owner that could not be asked is asked again
@@ -184,7 +183,7 @@ class Claims:
                 except RevisionChanged:
                     standing = await self._store.load(delivery.call_id)
         except QueueDamaged as error:  # it keeps no other from its run
-            log.error(str(error), call_id=delivery.call_id)
+            tell_damaged(f"{error}: at message {delivery.revision}", call_id=delivery.call_id)
             await self._flows.nak(delivery, DAMAGED_S)
             return None
         except (QueueUnavailable, QueueFull):

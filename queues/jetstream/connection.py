@@ -15,6 +15,7 @@ import contextlib
 import itertools
 import json
 import re
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -40,6 +41,7 @@ CONNECT_S = 10.0
 WRITE_S = 10.0  # longest wait for an acknowledgement; a leader that dies is replaced within 4 to 9 s
 TRY_S = 2.0  # of one try within it
 RETRY_PAUSE_S = 0.1
+REASONS_COUNT = 32  # why there is no connection, each told once
 PAGE_COUNT = 200  # messages that are read together
 STEP_COUNT = 64  # things that are asked for at the same time
 
@@ -168,15 +170,16 @@ class Reporter:
 
     def __init__(self) -> None:
         self.last = "no answer"
+        self._told: deque[str] = deque(maxlen=REASONS_COUNT)  # several servers fail for reasons of their own, in turns
         self.closing = False
         self.on_return: list[Callable[[], None]] = []
 
     async def on_error(self, error: Exception) -> None:
         """An error of the client that no call of ours gets."""
-        text = _reason_of(error)
-        if text != self.last:
-            log.warning(f"NATS: {text}")
-        self.last = text
+        self.last = _reason_of(error)
+        if self.last not in self._told:
+            log.warning(f"NATS: {self.last}")
+            self._told.append(self.last)
 
     async def on_disconnect(self) -> None:
         """The connection is gone."""
@@ -186,6 +189,7 @@ class Reporter:
     async def on_reconnect(self) -> None:
         """There is one again."""
         self.last = "no answer"
+        self._told.clear()
         log.info("connected to NATS again")
         for told in self.on_return:
             told()

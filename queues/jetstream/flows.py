@@ -25,7 +25,7 @@ from nats.errors import Error as NatsError
 from nats.js.errors import NotFoundError
 
 from ...calls.model import QueueFull, QueueUnavailable, TooManyQueued
-from ...watchdog import log
+from ...watchdog import Trouble, log
 from .connection import TRY_S, Connection, Write, parse_status
 from .subjects import TIMERS, FlowKind, FlowName, Names, parse_token
 
@@ -75,7 +75,7 @@ class Flow:
     polls: list[Callable[[], None]] = field(default_factory=list)  # told of each message
     acked: str = ""  # the last message that was acknowledged
     watched: bool = False
-    trouble: str = ""  # why it cannot be asked, as the log was told
+    trouble: Trouble = field(default_factory=lambda: Trouble(log.error))  # why it cannot be asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +121,7 @@ def deal(ring: Iterable[Flow], wanted: Wanted, left: dict[str, int], count: int)
 def tell_trouble(failed: Mapping[Flow, Exception]) -> None:
     """Log which flows cannot be asked, each once while its trouble lasts."""
     for flow, error in failed.items():
-        if flow.trouble != str(error):
-            flow.trouble = str(error)
-            log.error(f"what waits for {flow.name.name} in the queue {flow.name.queue} cannot be fetched: {error}")
+        flow.trouble.tell(f"what waits for {flow.name.name} in the queue {flow.name.queue} cannot be fetched: {error}")
 
 
 class Flows:
@@ -346,7 +344,7 @@ class Flows:
             elif isinstance(outcome, BaseException):
                 raise outcome
             else:
-                flow.trouble = ""
+                flow.trouble.over()
                 failed.pop(flow, None)
             if outcome:
                 dry.add(flow)

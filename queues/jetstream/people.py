@@ -28,12 +28,11 @@ from ...calls.model import (
 from ...calls.names import FunctionName
 from ...calls.steps import expire, may_forget, may_purge
 from ...calls.views import CallFilter
-from ...watchdog import log
 from .bodies import Bodies
 from .connection import PAGE_COUNT, STEP_COUNT, WRITE_S, Connection, RevisionChanged, Stored, gather_in_steps
 from .flows import Delivery, Flows, Wanted
 from .owners import Owners
-from .records import Kept, Standing, join, parse_record, parse_waiting, readable
+from .records import Kept, Standing, join, read_record, read_waiting, tell_damaged
 from .store import Store
 from .subjects import PLACES, TIMERS, UNDELIVERED, FlowName, Place, parse_token
 
@@ -189,7 +188,7 @@ class People:
                 batch = page[start : start + STEP_COUNT]
                 records = await asyncio.gather(*map(self._store.find_record, map(_id_of, batch)))
                 for stored, kept in zip(batch, records, strict=True):
-                    if (accepted := readable(parse_waiting, stored.data)) is not None:
+                    if (accepted := read_waiting(stored)) is not None:
                         yield join(kept, accepted).call
 
     async def _ended(
@@ -198,7 +197,7 @@ class People:
         subjects = [self._names.records_at(place, function) for place in places_of(states)]
         async for page in self._walk_back(self._names.records, subjects, below):
             for stored in page:
-                kept = readable(parse_record, stored)
+                kept = read_record(stored)
                 if kept is not None and kept.accepted is not None and kept.record.state in states:
                     yield Standing(kept.accepted, kept.record, kept.revision, kept.place)
 
@@ -350,7 +349,7 @@ class People:
         )
         now_s, ages_s = self._now(), dict[str, float]()
         for name, front in zip(flows, fronts, strict=True):
-            for call in (readable(parse_waiting, stored.data) for stored in front):
+            for call in map(read_waiting, front):
                 if call is not None and call.id not in running and call.due_s <= now_s:
                     ages_s[name.queue] = max(now_s - call.due_s, ages_s.get(name.queue, 0.0))
         return ages_s
@@ -383,7 +382,7 @@ class People:
         try:
             return await self._expire_readable(timer)
         except QueueDamaged as error:  # the other calls expire all the same
-            log.error(f"it cannot be told whether the call {timer.call_id} has expired: {error}")
+            tell_damaged(f"it cannot be told whether the call {timer.call_id} has expired: {error}")
             await self._flows.nak(timer, TIMER_PAUSE_S)
             return False
 
@@ -439,7 +438,7 @@ class People:
         try:
             standing = None if call_id is None else await self._store.load(call_id)
         except QueueDamaged as error:
-            log.error(f"the body of a call that cannot be read is kept: {error}")
+            tell_damaged(f"the body of a call that cannot be read is kept: {error}", call_id=str(call_id))
             return {file}
         answer = None if standing is None else standing.record.answer
         named = [standing and standing.accepted.body, answer and answer.result]

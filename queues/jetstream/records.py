@@ -12,6 +12,7 @@ inside a member are as long as they are.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -38,9 +39,9 @@ from .subjects import PLACES, UNDELIVERED, Place, parse_token
 
 Json = dict[str, Any]
 S = TypeVar("S")
-T = TypeVar("T")
 
 REVIVES_HEADER = "Faashound-Revives"  # the revision of a dead record that this message queues again
+DAMAGED_COUNT = 1000  # of what cannot be read, that is remembered to have been told of
 HELD_S = 1e12  # the due time of a call that is held back: no clock will show it
 
 _NEW_PLAIN = tuple(each.name for each in fields(NewCall) if each.name not in ("headers", "body"))
@@ -127,13 +128,28 @@ def parse_waiting(data: bytes | memoryview) -> NewCall:
         raise QueueDamaged(f"a message of the queue cannot be read: {_flaw(error)}") from error
 
 
-def readable(parse: Callable[[T], S], given: T) -> S | None:
-    """Return what `parse` makes of a message, None of one that is damaged: lists and sweeps pass over it."""
+def read_waiting(stored: Stored) -> NewCall | None:
+    """Return the call of a message, None of one that is damaged: lists and sweeps pass over it."""
+    return _readable(lambda each: parse_waiting(each.data), stored)
+
+
+def read_record(stored: Stored) -> Kept | None:
+    """Return the record of a message, as `read_waiting` the call."""
+    return _readable(parse_record, stored)
+
+
+def _readable(parse: Callable[[Stored], S], stored: Stored) -> S | None:
     try:
-        return parse(given)
+        return parse(stored)
     except QueueDamaged as error:
-        log.error(str(error))
+        tell_damaged(f"{error}: {stored.subject}, number {stored.revision} of its stream")
         return None
+
+
+@functools.lru_cache(maxsize=DAMAGED_COUNT)
+def tell_damaged(text: str, **fields: str) -> None:
+    """Log what cannot be read, once: every look comes by it, until an operator removes it."""
+    log.error(text, **fields)
 
 
 def build_record(standing: Standing, *, whole: bool) -> bytes:

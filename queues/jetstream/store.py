@@ -36,7 +36,7 @@ from .records import (
     parse_record,
     parse_waiting,
     place_of,
-    readable,
+    read_record,
 )
 from .subjects import FlowName, Place
 
@@ -127,7 +127,7 @@ class Store:
     async def walk(self, place: Place, function: FunctionName | None = None) -> AsyncIterator[Kept]:
         """Yield the records of a place, oldest change first."""
         async for stored in self._connection.walk(self._names.records_at(place, function)):
-            if (kept := readable(parse_record, stored)) is not None:
+            if (kept := read_record(stored)) is not None:
                 yield kept
 
     # -- writing

@@ -97,13 +97,14 @@ class Bodies:
         async with turn:
             try:
                 file = BodyFile(self._directory.bodies_fd, length or 0)
-                return await self._store(_pieces(chunks), limit_bytes, file, write)
-            except BodyTooLarge:
-                raise
+                stored = await self._store(_pieces(chunks), limit_bytes, file, write)
             except FaashoundError as error:
-                if not waited or self._closed:
+                if isinstance(error, BodyTooLarge) or not waited or self._closed:
                     raise
                 raise ResultLost(f"the answer broke off while it waited for room in the queue: {error}") from error
+        if waited:
+            log.info("a result that waited to be stored is stored")
+        return stored
 
     async def _take_turn(self, turn: contextlib.AsyncExitStack) -> bool:
         """Wait for the turn of results; False if none is needed, since there is ample room by now."""

@@ -92,6 +92,6 @@ def damaged_error(path: Path, why: str) -> QueueDamaged:
     """Return the error for a file that is damaged or foreign, with what an operator may do."""
     program = f"from faashound.queues.spool.directory import set_aside; set_aside({str(path.parent)!r})"
     return QueueDamaged(
-        f"{path} {why}. It has been left as it is. Restore a backup, or start with an empty queue after"
+        f"{path} {why}. It has been left as it is. Start with an empty queue, or with a copy put in its place, after"
         f" {shlex.join([sys.executable, '-c', program])}"  # many a machine has no `python`, and this one knows us
     )

@@ -97,10 +97,7 @@ class Notifier:
             except OSError as error:
                 problem = f"cannot wake the process behind {name}: {reason_of(error)}"
                 self._drop(name)
-        if problem:
-            self._trouble.tell(problem)
-        else:
-            self._trouble.over()
+        self._trouble.tell(problem)
 
     def _look_around(self) -> None:
         """Bring the names up to date: listing the directory for every commit would cost more than sending."""

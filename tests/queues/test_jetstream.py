@@ -64,7 +64,7 @@ from faashound.queues.jetstream.records import (
 from faashound.queues.jetstream.subjects import FlowName, Names, build_token, parse_token
 from faashound.queues.nats_settings import NatsSettings
 from faashound.queues.urls import NatsUrl, parse_queue_url
-from faashound.watchdog import BadSettings, CannotStart, PeerGone, parse_settings
+from faashound.watchdog import BadSettings, CannotStart, PeerGone, log, parse_settings
 from testkit.harness import ROOT, crowding
 from testkit.nats_servers import Cluster, Proxy
 from testkit.needed import tool
@@ -979,6 +979,8 @@ def test_results_wait_for_room_and_are_stored_one_after_another(
         await queue.close()
 
     uvloop.run(scenario())
+    log.flush()
+    assert capfd.readouterr().err.count("a result that waited to be stored is stored") == 2
 
 
 def test_result_that_breaks_off_while_it_waits_is_told_from_one_that_never_came(

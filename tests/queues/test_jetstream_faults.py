@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import gc
 import time
 import uuid
@@ -24,8 +25,9 @@ import uvloop
 from faashound.calls.model import FINAL, Lease, LeaseLost, QueueFull, QueueUnavailable, State
 from faashound.queues.jetstream.connection import WRITE_S, Options, connect
 from faashound.queues.jetstream.queue import JetStream
+from faashound.watchdog import log
 from testkit.harness import crowding, eventually
-from testkit.nats_servers import Cluster, Proxy
+from testkit.nats_servers import Cluster, NatsServer, Proxy
 from testkit.queue_kit import QUEUE, finish, inline, new_call
 
 LEASE_S = 12.0
@@ -362,6 +364,40 @@ def test_queue_goes_on_when_the_leader_of_a_consumer_is_killed(cluster: Cluster)
         await asyncio.to_thread(cluster.wait_until_healthy)
 
     check("kill -9 of a consumer's leader", faulty(cluster, kill_leader))
+
+
+def test_outage_is_told_once_for_each_of_its_reasons(capfd: pytest.CaptureFixture[str]) -> None:
+    """Servers that fail differently are tried in turns, some times a second."""
+    tries_count = 0
+
+    async def turn_away(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal tries_count
+        tries_count += 1
+        writer.close()
+
+    def is_tried_again() -> bool:
+        return tries_count > 5
+
+    async def scenario(server: NatsServer, options: Options) -> None:
+        nonlocal tries_count
+        other = await asyncio.start_server(turn_away, "127.0.0.1", 0)
+        url = f"nats://127.0.0.1:{other.sockets[0].getsockname()[1]}"
+        connection = await connect(dataclasses.replace(options, servers=(url, *options.servers)))
+        for _ in range(2):
+            server.kill()
+            tries_count = 0
+            await until(is_tried_again, "it is tried again and again")
+            server.start()
+            await until(lambda: connection.client.is_connected, "a connection")
+        await connection.close()
+        other.close()
+
+    with Cluster() as cluster:
+        uvloop.run(scenario(cluster.servers[0], cluster.options("t")))
+    log.flush()
+    told = Counter(line.partition(" NATS: ")[2] for line in capfd.readouterr().err.splitlines() if " NATS: " in line)
+    assert len(told) > 1
+    assert max(told.values()) <= 2, told
 
 
 async def leader_of_consumer(options: Options, stream: str) -> str:

@@ -33,6 +33,8 @@ from faashound.calls.steps import LOST_ERROR
 from faashound.queues.jetstream import queue as queue_module
 from faashound.queues.jetstream.connection import Connection, Options, Write, connect
 from faashound.queues.jetstream.queue import JetStream
+from faashound.queues.jetstream.subjects import FlowName
+from faashound.watchdog import log
 from testkit.harness import crowding, eventually
 from testkit.nats_servers import Cluster
 from testkit.queue_kit import LEASE_S, QUEUE, fill, finish, inline, new_call, read_all
@@ -594,10 +596,19 @@ def test_flow_whose_consumer_cannot_be_made_keeps_no_other_from_its_turn(capfd: 
             more = await gateway.put(new_call("f", due_s=0.0))
             assert await waiting
             assert [each.call.id for each in await worker.claim([QUEUE], owner, LEASE_S, 8)] == [more.id]
+        connection = await connect(options)
+        names, g = connection.names, "g.openfaas-fn"
+        await connection.insist(f"CONSUMER.DELETE.{names.queue}.{names.consumer(FlowName('call', QUEUE, g))}")
+        await connection.close()
+        assert [each.call.function.short for each in await worker.claim([QUEUE], owner, LEASE_S, 8, {g: 0})] == ["h"]
 
     with Cluster(config=ONE_TOO_FEW) as cluster:
-        with_two(cluster.options("p"), scenario)
-    assert capfd.readouterr().err.count("what waits for h.openfaas-fn in the queue faas-request cannot be fetched") == 1
+        options = cluster.options("p")
+        with_two(options, scenario)
+    log.flush()
+    text = "what waits for h.openfaas-fn in the queue faas-request cannot be fetched"
+    told = [line for line in capfd.readouterr().err.splitlines() if text in line]
+    assert [line.endswith(": over") for line in told] == [False, True]
 
 
 def test_claim_tells_that_the_stream_is_gone(options: Options) -> None:

@@ -20,6 +20,7 @@ from faashound.queues.jetstream import flows as flows_module
 from faashound.queues.jetstream import people as people_module
 from faashound.queues.jetstream.connection import Connection, Options, Write, connect
 from faashound.queues.jetstream.queue import JetStream
+from faashound.watchdog import log
 from testkit.harness import eventually
 from testkit.queue_kit import QUEUE, fill, finish, inline, new_call, read_all
 
@@ -67,6 +68,29 @@ def test_sweep_expires_all_calls_but_one_that_cannot_be_read(
         assert expired.state is State.EXPIRED
         assert capfd.readouterr().err.count(f"whether the call {odd.id} has expired") == 1
         assert await connection.count(connection.names.timer(odd.id)) == 1  # it may be mended
+
+    with_queues(options, 1, scenario)
+
+
+def test_message_that_cannot_be_read_is_told_once_with_its_place(
+    options: Options, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async def scenario(connection: Connection, queue: JetStream) -> None:
+        odd, call = await queue.put(new_call(due_s=0.0)), await queue.put(new_call(due_s=0.0))
+        await damage(connection, odd)
+        names, record = connection.names, connection.names.record("dead", "odd", odd.function)
+        await connection.publish(Write(record, b"?"))
+        for _ in range(3):
+            assert (await queue.stats()).oldest_due_age_s is not None
+            assert [each.id for each in await queue.calls()] == [call.id]
+        log.flush()
+        told = [line for line in capfd.readouterr().err.splitlines() if "cannot be read" in line]
+        for subject in (names.waiting("call", odd.id, QUEUE, odd.function), record):
+            stored = await connection.load(subject)
+            assert stored is not None
+            (line,) = (line for line in told if f"{subject}, number {stored.revision} of its stream" in line)
+            assert f"error: {'the record of call odd' if subject == record else 'a message of the queue'}" in line
+        assert len(told) == 2
 
     with_queues(options, 1, scenario)
 

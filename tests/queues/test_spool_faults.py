@@ -343,7 +343,7 @@ def test_command_that_a_refusal_tells_sets_the_queue_aside_where_no_python_is_on
     (directory / DATABASE).write_bytes(b"not a queue")
     with pytest.raises(QueueDamaged) as refused:
         asyncio.run(use(directory))
-    command = str(refused.value).partition("start with an empty queue after ")[2]
+    command = str(refused.value).partition("put in its place, after ")[2]
     subprocess.run(["/bin/sh", "-c", command], env=clean_environment({"PATH": "/nowhere"}), check=True)
     (aside,) = directory.glob(f"{DATABASE}.damaged-*")
     assert aside.read_bytes() == b"not a queue"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +14,8 @@ import pytest
 
 from faashound.calls.model import INLINE_BYTES, Attempt, Call, LeaseLost, RunEnd, State
 from faashound.queues.spool.limits import ORPHAN_S
-from testkit.queue_kit import accepted
+from testkit.harness import ROOT
+from testkit.queue_kit import accepted, read_all
 from testkit.spool_kit import LEASE_S, QUEUE, START_S, Desk, Remote, inline, new_call
 
 LONG_S = 20.0
@@ -157,3 +160,26 @@ def test_what_was_acknowledged_survives_a_kill(desk: Desk, remote: Remote) -> No
     desk.do(desk.spool.close())
     spool = desk.open()
     assert [desk.do(spool.get(call.id)) for call in calls] == [accepted(call) for call in calls]
+
+
+def test_copy_is_made_while_the_system_runs_and_put_back_as_the_page_says(tmp_path: Path) -> None:
+    desk = Desk(tmp_path / "spool")
+    section = (
+        (ROOT / "docs" / "operations.md").read_text(encoding="utf-8").partition("## Copies")[2].partition("\n## ")[0]
+    )
+    make, put_back = (
+        block.replace("/var/lib/faashound/spool", str(desk.directory)).replace("/copies", str(tmp_path / "copies"))
+        for block in re.findall("```sh\n(.*?)```", section, re.DOTALL)
+    )
+    (tmp_path / "copies").mkdir()
+    call = desk.put(body=desk.do(desk.spool.store_body(BIG)))
+    subprocess.run(["/bin/sh", "-ec", make], check=True)
+    desk.do(desk.spool.cancel(call.id))
+    later = desk.put()
+    desk.close()
+    subprocess.run(["/bin/sh", "-ec", put_back], check=True)
+    restored = Desk(desk.directory)
+    (lease,) = restored.claim(2)
+    assert restored.do(read_all(restored.spool, lease.call.body)) == BIG
+    assert restored.do(restored.spool.get(later.id)) is None
+    restored.close()

@@ -26,7 +26,7 @@ from faashound.calls.model import (
 )
 from faashound.queues.spool.limits import AMPLE_BYTES
 from faashound.queues.spool.queue import Spool
-from faashound.watchdog import PeerGone
+from faashound.watchdog import PeerGone, log
 from testkit.disks import fill, mount_small_disk
 from testkit.harness import eventually
 from testkit.queue_kit import read_all, results_wait
@@ -351,6 +351,8 @@ def test_results_that_wait_are_stored_one_after_another(
         return await asyncio.gather(*storing)
 
     assert [len(found) for found in desk.do(scenario())] == [size] * count
+    log.flush()
+    assert capfd.readouterr().err.count("a result that waited to be stored is stored") == count
 
 
 def test_result_whose_function_is_slow_keeps_no_other_waiting_once_there_is_ample_room(

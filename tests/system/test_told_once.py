@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import itertools
 import os
 import socket
 import sqlite3
+import sys
 import time
 from collections.abc import Collection
 from pathlib import Path
@@ -18,7 +21,10 @@ from faashound.calls.retries import RetryPolicy
 from faashound.draining import known_functions
 from faashound.draining.gateway_access import GatewayAccess
 from faashound.draining.known_functions import KnownFunctions
+from faashound.functions import endpoint as endpoints
+from faashound.functions.endpoint import Endpoint
 from faashound.functions.scheduler import Scheduler
+from faashound.functions.supervisor import ManagedProgram, Supervisor
 from faashound.functions.table import Function
 from faashound.queues.spool import database
 from faashound.queues.spool.limits import DATABASE
@@ -29,7 +35,18 @@ from faashound.serving.history import History, Sources
 from faashound.serving.janitor import Janitor
 from faashound.serving.metrics import GatewayMetrics
 from faashound.serving.settings import Settings
-from faashound.watchdog import Client, Response, Scoreboard, Server, ServerTimeouts, Slot, parse_settings, parse_url
+from faashound.watchdog import (
+    Client,
+    Response,
+    Scoreboard,
+    Server,
+    ServerTimeouts,
+    Slot,
+    Trouble,
+    log,
+    parse_settings,
+    parse_url,
+)
 from testkit.harness import SOON_S, eventually, free_port
 from testkit.scripted import body_of
 from testkit.spool_kit import new_call
@@ -40,7 +57,23 @@ LOOKS_COUNT = 4
 
 def lines(capfd: pytest.CaptureFixture[str], text: str) -> list[str]:
     """Return the lines of the log with a text, since the last time."""
+    log.flush()
     return [line for line in capfd.readouterr().err.splitlines() if text in line]
+
+
+def begins_and_ends(capfd: pytest.CaptureFixture[str], text: str) -> list[bool]:
+    """Return of each line with a text, since the last time, whether it tells that it is over."""
+    return [line.endswith(": over") for line in lines(capfd, text)]
+
+
+def test_end_of_a_trouble_is_told_once_and_only_of_one_that_was_told(capfd: pytest.CaptureFixture[str]) -> None:
+    trouble = Trouble(log.warning)
+    trouble.over()
+    for _ in range(LOOKS_COUNT):
+        trouble.tell("no room in the shed")
+    for _ in range(LOOKS_COUNT):
+        trouble.over()
+    assert begins_and_ends(capfd, "the shed") == [False, True]
 
 
 def test_gateway_that_is_away_is_told_once_for_each_function(
@@ -133,13 +166,13 @@ def test_state_of_schedules_that_cannot_be_kept_is_told_once(tmp_path: Path, cap
         scheduler = Scheduler({F: Function(F, url="http://h", annotations=annotations)}, spool, tmp_path / "no" / "s")
         for _ in range(LOOKS_COUNT):
             await scheduler.look()
-        assert len(lines(capfd, "how far schedules were looked at")) == 1
+        assert begins_and_ends(capfd, "how far schedules were looked at") == [False]
         (tmp_path / "no").mkdir()
         await scheduler.look()
         (tmp_path / "no" / "s").unlink()
         (tmp_path / "no").rmdir()
         await scheduler.look()
-        assert len(lines(capfd, "how far schedules were looked at")) == 1
+        assert begins_and_ends(capfd, "how far schedules were looked at") == [True, False]
         await spool.close()
 
     run(test())
@@ -157,6 +190,7 @@ def test_processes_that_cannot_be_woken_are_told_once(tmp_path: Path, capfd: pyt
     (line,) = lines(capfd, "cannot wake")
     assert line.endswith("too many open files")
     one.wake(WakeUp.WORK)
+    assert begins_and_ends(capfd, "cannot wake") == [True]
     assert third.read() != WakeUp.NOTHING
     for notifier in (one, other, third):
         notifier.close()
@@ -181,7 +215,53 @@ def test_queue_that_cannot_be_written_is_told_once(
         await spool.close()
 
     run(test())
-    assert len(lines(capfd, "cannot be written")) == 2
+    assert begins_and_ends(capfd, "cannot be written") == [False, True] * 2
+
+
+WATCHDOGS = {"the first": (0, "f cannot be started"), "one more": (1, "f gets no more watchdogs now")}
+
+
+@pytest.mark.parametrize(("running_count", "text"), WATCHDOGS.values(), ids=WATCHDOGS)
+def test_watchdog_that_cannot_be_started_is_told_once(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, running_count: int, text: str
+) -> None:
+    monkeypatch.setattr(endpoints, "WAKE_AGAIN_S", 0.01)
+    monkeypatch.setattr(endpoints, "LOAD_LOOK_S", 0.01)
+    labels = {"com.openfaas.scale.zero": "false", "com.openfaas.scale.max": "2"}
+    calls = itertools.count(0, 10_000)  # so many since the last look: two watchdogs are wanted
+    outcomes: list[bool] = []
+    lacking = True
+
+    def program_of(function: Function, listener: socket.socket, stderr_fd: int | None) -> ManagedProgram:
+        outcomes.append(not lacking or len(outcomes) < running_count)
+        if not outcomes[-1]:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return ManagedProgram("sleeper", ("/bin/sleep", "60"), {})
+
+    async def attempts(wanted: bool, count: int) -> None:
+        async def made() -> bool:
+            return outcomes.count(wanted) >= count
+
+        await eventually(made, SOON_S, "the attempts")
+
+    async def test() -> None:
+        nonlocal lacking
+        sys.audit("tests.starts_a_process")
+        supervisor = Supervisor()
+        endpoint = Endpoint(Function(F, labels=labels), tmp_path / "s", program_of, None, lambda name: next(calls))
+        endpoint.open()
+        try:
+            endpoint.start(supervisor)
+            await attempts(False, LOOKS_COUNT)
+            lacking = False
+            await attempts(True, 2)
+        finally:
+            endpoint.stop_watching()
+            await supervisor.stop(SOON_S)
+            endpoint.close_socket()
+
+    run(test())
+    assert begins_and_ends(capfd, text) == [False, True]
 
 
 def test_connections_that_cannot_be_accepted_are_told_once_with_the_remedy(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import signal
 import threading
@@ -284,3 +285,31 @@ def test_callback_is_signed_for_the_hosts_of_the_secrets_only(tmp_path: Path) ->
         "127.0.0.1": True,
         "localhost": False,
     }
+
+
+def test_worker_reads_its_secrets_again_at_sighup_and_keeps_them_if_the_file_is_wrong(tmp_path: Path) -> None:
+    path, other_secret = tmp_path / "secrets", f"whsec_{base64.b64encode(bytes(24)).decode()}"
+    path.write_text(SIGNING_SECRET)
+    with Receiver() as receiver, System(settings={"callback_secret_file": str(path)}) as system:
+
+        def verify(secret: str, count: int) -> None:
+            system.submit("cat", b"{}", {"X-Callback-Url": receiver.url()})
+            got = receiver.wait_for(count)[-1]
+            standardwebhooks.Webhook(secret).verify(got.body, dict(got.headers))
+
+        verify(SIGNING_SECRET, 1)
+        pid = system.worker_pid()
+        for text, told in ((other_secret, "are signed with the secrets that"), ("short", "are signed as before")):
+            path.write_text(text)
+            os.kill(pid, signal.SIGHUP)
+            system.wait_log(told)
+        verify(other_secret, 2)
+        assert system.worker_pid() == pid
+
+
+def test_worker_without_secrets_lives_on_at_sighup() -> None:
+    with System(settings={"worker": "none"}) as system, Worker(system) as worker:
+        worker.process.send_signal(signal.SIGHUP)
+        assert system.ended(system.submit("cat"))["state"] == "done"
+        worker.terminate()
+        assert worker.wait_exit() == 0

@@ -32,7 +32,7 @@ from faashound.draining.outcomes import REFUSED_TEXT, outcome_of_error
 from faashound.draining.shares import Slots
 from faashound.queues.spool.queue import Spool
 from faashound.watchdog import OutOfResources, PeerGone, Unreachable, UpstreamTimeout, log, parse_url
-from testkit.harness import free_port, run, wait_until
+from testkit.harness import SOON_S, Program, eventually, free_port, run, wait_until
 from testkit.queue_kit import QUEUE, accepted, finish, inline, new_call
 from testkit.system import (
     NOTES_RUN,
@@ -241,8 +241,25 @@ def test_outcome_is_recorded_when_the_queue_comes_back_and_the_call_does_not_run
         (system.temporary / "go").touch()
         system.wait_log("the outcome cannot be recorded yet")
         (system.spool / "away").rename(path)
+        wait_for_end_of(system, "the outcome cannot be recorded yet")
         status = system.ended(call_id)
         assert (status["state"], status["attempts"], runs(system)) == ("done", 1, [call_id])
+
+
+def test_worker_tells_that_the_queue_can_be_asked_for_work_again() -> None:
+    with System(settings={"worker": "none"}) as system, Worker(system, {"ack_wait": "1s"}) as worker:
+        path = system.spool / "spool.sqlite3"
+        path.rename(system.spool / "away")
+        worker.wait_log("the queue cannot be asked for work")
+        (system.spool / "away").rename(path)
+        wait_for_end_of(worker, "the queue cannot be asked for work")
+
+
+def wait_for_end_of(program: Program, text: str) -> None:
+    """Wait until the log tells that a trouble is over."""
+    wait_until(
+        lambda: any(text in line and ": over" in line for line in program.log_lines()), SOON_S, f"the end of {text!r}"
+    )
 
 
 def fill(path: Path) -> None:
@@ -382,6 +399,36 @@ def test_renewal_that_fails_is_told_once_while_it_lasts(tmp_path: Path, capfd: p
     assert asyncio.run(scenario()) == [True, False, False, False]
     log.flush()
     assert capfd.readouterr().err.count("leases could not be renewed: the queue is closed") == 1
+
+
+def test_cancellations_that_cannot_be_read_are_told_once_while_it_lasts(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class CountingSpool(Spool):
+        """A spool that counts how often it was asked which calls are cancelled."""
+
+        looks_count = 0
+
+        async def cancelled_ids(self, owner: str) -> frozenset[str]:
+            self.looks_count += 1
+            return await super().cancelled_ids(owner)
+
+    async def scenario() -> None:
+        queue = await CountingSpool.open(tmp_path / "spool")
+        assert isinstance(queue, CountingSpool)
+        table = InFlightTable(queue, await queue.enlist(), {"call": Slots(1), "callback": Slots(1)})
+        await queue.close()
+        watching = asyncio.create_task(table.watch_cancels(0.001))
+
+        async def has_looked() -> bool:
+            return queue.looks_count > 4
+
+        await eventually(has_looked, SOON_S, "it looks again and again")
+        watching.cancel()
+
+    asyncio.run(scenario())
+    log.flush()
+    assert capfd.readouterr().err.count("cancellations could not be read: the queue is closed") == 1
 
 
 OUTCOMES = {
