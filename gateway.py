@@ -326,6 +326,7 @@ async def serve(common: Common, context: WorkerContext) -> int:
             settings.max_connections, settings.max_connections_per_address, DESCRIPTORS_EACH_COUNT, context.slot
         )
         server = Server(gateway, timeouts, slot=context.slot, limits=limits)
+        await finished_first(functions_known(common.local, context.slot), signals.first.wait())
         for sock in sockets.own:
             server.listen(sock)
         context.on_serving()
@@ -348,6 +349,15 @@ async def serve(common: Common, context: WorkerContext) -> int:
             metrics_server.stop_accepting()
         await supervisor.stop(0.0)
         return await drain_all(server, signals, common.local, settings.upstream_timeout_s, context.slot)
+
+
+async def functions_known(local: LocalFunctions, slot: Slot) -> None:
+    """Wait until the process that runs the functions has told which there are, and whom they let in.
+
+    Its socket is there from then on, also while it is replaced: what it has told is as good as before.
+    """
+    while not slot.is_first and not (local.directory / CONTROL_SOCKET).exists():  # noqa: ASYNC110 - as in `worker_gone`
+        await asyncio.sleep(OTHERS_POLL_S)
 
 
 def follow_queues(workers: LocalWorkers, local: LocalFunctions, history: History) -> None:
