@@ -28,7 +28,7 @@ from ..watchdog import FaashoundError, in_thread, log, reason_of
 from .bucket import BucketDocuments, BucketShelves
 from .deployments import BadDeployment, Deployment, Deployments, Rules, name_of, parse_deployment
 from .documents import Documents, DocumentShelves, hold_state
-from .local import LocalFunctions, UnknownFunction
+from .local import LocalFunctions, UnknownFunction, with_annotations
 from .namespaces import (
     Namespace,
     NamespaceExists,
@@ -180,8 +180,9 @@ class Control:
             self._deployed = before  # so that the next try knows what serves
             raise
         for name in (before.keys() & self._deployed.keys()) - self._declared.keys():
-            if not self._local.serves(self._deployed[name].function):  # it did not get healthy here
-                self._deployed[name] = before[name]
+            old, new = before[name], self._deployed[name].function
+            if not self._local.serves(new):  # it did not get healthy here
+                self._deployed[name] = dataclasses.replace(old, function=with_annotations(old.function, new))
         if postponed:
             raise FaashoundError("; ".join(postponed))
 
