@@ -342,6 +342,7 @@ class Control:
         deployment = await in_thread(parse_deployment, document, self._current_rules(), created_s, namespace)
 
         async def store() -> None:
+            await self._keep_namespace(deployment.function.name.namespace)
             await in_thread(deployments.store, deployment)
 
         await self._local.put(deployment.function, store)
@@ -408,11 +409,19 @@ class Control:
             self.find_namespace(space)
             if space in self._rules.namespaces:
                 raise NamespaceInUse(f"{space} is always there, or by the setting namespaces")
-            held = [f"the function {each.name.name}" for each in self._functions_in(space)]
+            kept = await in_thread(self._want_deployments().names)  # those that do not serve now, too
+            names = dict.fromkeys((*self._local.table, *map(FunctionName, kept)))
+            held = [f"the function {each.name}" for each in names if each.namespace == space]
             held += [f"the secret {each}" for _, each in self._want_secrets().names(space)]
             if held:
                 raise NamespaceInUse(f"{space} is not empty: {', '.join(held[:MAX_TOLD_COUNT])}")
             await in_thread(namespaces.delete, space)
+
+    async def _keep_namespace(self, name: str) -> None:
+        """Have a namespace for good that is there by functions of the file only."""
+        namespaces = self._want_namespaces()
+        if name not in self._rules.namespaces and name not in namespaces.names():
+            await in_thread(namespaces.store, Namespace(name))
 
     def _want_namespaces(self) -> Namespaces:
         if self._namespaces is None:
@@ -453,9 +462,9 @@ class Control:
         async with self._changing:
             secrets = self._want_secrets()
             space, name = parse_secret_name(document, namespace)
-            functions = self._functions_in(space)
-            users = [each.name for each in functions if name in (*each.secrets, each.exposure.secret)]
-            await in_thread(secrets.delete, space, name, users)
+            users = [each.name for each in self._functions_in(space) if name in (*each.secrets, each.exposure.secret)]
+            users += await in_thread(self._want_deployments().users, space, name)  # those that do not serve now, too
+            await in_thread(secrets.delete, space, name, tuple(dict.fromkeys(users)))
             return space, name
 
     def _functions_in(self, namespace: str) -> list[Function]:
