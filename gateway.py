@@ -470,6 +470,7 @@ async def run_functions(stack: AsyncExitStack, common: Common, queue: Queue, hea
     settings, local = common.start.settings, common.local
     off = deploying_is_off(settings)
     rules = Rules(
+        common.start.file.images,
         namespaces=frozenset((DEFAULT_NAMESPACE, *known_namespaces(settings))),
         path=common.environ.get("PATH"),
         ignores_limits=settings.limits == "ignore",
@@ -570,7 +571,7 @@ def run(start: StartConfiguration, environ: Mapping[str, str]) -> int:
     check_deploying_is_safe(settings, sockets.own)
     state = open_state(settings)
     logs = open_logs(settings, state)
-    local = LocalFunctions(start.functions, environ=environ, hidden=hidden_names(), logs=logs)
+    local = LocalFunctions(start.file.functions, environ=environ, hidden=hidden_names(), logs=logs)
     local.open()
     before = load_counts(None if state is None else state / INVOCATIONS_FILE)
     common = Common(start, local, logs, sockets, environ, state, before)

@@ -39,7 +39,7 @@ from .namespaces import (
 )
 from .schedules import CRON_TOPIC, SCHEDULE, TOPIC
 from .secrets import SecretFiles, Secrets, parse_secret_name, parse_secret_value
-from .table import BadFunctions, Function, UnreadableFunctions, read_functions, read_images
+from .table import BadFunctions, Function, FunctionsFile, UnreadableFunctions, read_functions
 
 if TYPE_CHECKING:  # which wants nats-py, an extra
     from ..queues.jetstream.bucket import Bucket
@@ -122,6 +122,7 @@ class Control:
             self._cleanup.enter_context(hold_state(state))
         kept = _Kept.open(state, bucket)
         self._declared: Mapping[FunctionName, Function] = dict(local.table)
+        self._images = self._rules.images
         self._deployed: dict[FunctionName, Deployment] = {}
         self._bucket = bucket
         self._deployments, self._secrets, self._namespaces = kept.deployments, kept.secrets, kept.namespaces
@@ -143,9 +144,11 @@ class Control:
             await self._local.apply(self._in_force())
 
     async def _load(self) -> None:
-        """Know what is deployed by now."""
+        """Know what is deployed by now; what serves and is kept, but is no good any more here, stays as it is."""
         if self._deployments is not None:
-            self._deployed = await in_thread(self._deployments.load, self._current_rules())
+            found = await in_thread(self._deployments.load, self._current_rules())
+            kept = await in_thread(self._deployments.names)
+            self._deployed = {name: each for name, each in self._deployed.items() if name in kept} | found
 
     async def follow_bucket(self) -> None:
         """Apply what other gateways change, for ever; while the bucket cannot be asked, what is known holds."""
@@ -171,9 +174,6 @@ class Control:
             await in_thread(self._files.refresh_all)
         before = self._deployed
         await self._load()
-        stored = set(self._deployments.names()) if self._deployments is not None else set[str]()
-        unusable = {name: each for name, each in before.items() if name in stored and name not in self._deployed}
-        self._deployed |= unusable
         try:
             postponed = await self._local.apply(self._in_force())
         except OSError:
@@ -237,7 +237,7 @@ class Control:
         async with self._changing:
             self._applied = self._stat()  # before it is read: what changes meanwhile is seen as a change
             try:
-                declared = await in_thread(self._read_file)
+                file = await in_thread(self._read_file)
             except UnreadableFunctions as error:
                 self._try_again(f"the functions file is not applied, and is tried again: {'; '.join(error.problems)}")
                 return False
@@ -245,18 +245,21 @@ class Control:
                 for problem in error.problems:
                     log.error(f"the functions file is not applied: {problem}")
                 return False
-            before, self._declared = self._declared, declared
+            before = self._declared, self._images, self._deployed
+            self._declared, self._images = file.functions, file.images
             try:
+                if file.images != before[1]:
+                    await self._load()
                 postponed = await self._local.apply(self._in_force())
             except OSError:
-                self._declared = before
+                self._declared, self._images, self._deployed = before
                 raise
             if postponed:
                 self._try_again(f"not all of the functions file is applied, and is tried again: {'; '.join(postponed)}")
                 return True
             self._told_trouble = ""
             await self._tell_missing_secrets()
-            for function in declared.values():
+            for function in self._declared.values():
                 _tell_idle_schedule(function)
             return True
 
@@ -274,7 +277,7 @@ class Control:
     def _kept_secrets(self) -> frozenset[tuple[str, str]]:
         return frozenset(() if self._secrets is None else self._secrets.names())
 
-    def _read_file(self) -> Mapping[FunctionName, Function]:
+    def _read_file(self) -> FunctionsFile:
         return read_functions(self._file, missing_ok=self._file_is_optional)
 
     def _in_force(self) -> dict[FunctionName, Function]:
@@ -352,13 +355,9 @@ class Control:
             log.warning(f"{deployment.function.name.short} has limits that are not kept (limits=ignore)")
 
     def _current_rules(self) -> Rules:
-        try:
-            images = read_images(self._file)
-        except (OSError, ValueError, RecursionError):
-            images = {}
         return dataclasses.replace(
             self._rules,
-            images=images,
+            images=self._images,
             secrets=self._kept_secrets(),
             namespaces=frozenset(self.namespace_names()),
         )

@@ -417,6 +417,36 @@ def test_changed_function_is_applied_when_there_are_descriptors_again(tmp_path: 
     assert str(log).count("the old version of f goes on") == 1
 
 
+IMAGE = '[images]\n"shop/echo" = {{ fprocess = "/bin/sh", environment = {{ V = "{}" }} }}\n'
+
+
+def test_images_are_those_of_the_file_in_force_and_hold_for_what_is_deployed(tmp_path: Path, log: Log) -> None:
+    file, document = tmp_path / "functions.toml", {"service": "f", "image": "shop/echo"}
+
+    async def test() -> None:
+        async with controlled(tmp_path, IMAGE.format(1)) as (control, local):
+            await control.create(document)
+            for bad in ("[images", '[images]\n"shop/echo" = 5\n', IMAGE.format(2) + "[cat]\n"):
+                file.write_text(bad)
+                assert not await control.reload()
+                await control.update({**document, "envVars": {"W": bad}})
+                assert (await call(local, "f", b"echo $V")).body == b"1\n"
+            file.write_text(IMAGE.format(3))
+            assert await control.reload()
+            assert (await call(local, "f", b"echo $V")).body == b"3\n"
+            file.write_text("")
+            assert await control.reload()
+            assert (await call(local, "f", b"echo $V")).body == b"3\n"
+        async with controlled(tmp_path) as (control, local):
+            assert not local.table
+            file.write_text(IMAGE.format(4))
+            assert await control.reload()
+            assert (await call(local, "f", b"echo $V")).body == b"4\n"
+
+    run(test())
+    assert "the deployed function f.openfaas-fn is disabled" in log
+
+
 def test_deployed_functions_stay_when_the_file_changes(tmp_path: Path) -> None:
     async def test() -> None:
         async with controlled(tmp_path) as (control, local):
