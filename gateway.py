@@ -338,7 +338,7 @@ async def serve(common: Common, context: WorkerContext) -> int:
             if follows:  # those of functions that were deployed before, too
                 environ["queues"] = ",".join(sorted(common.start.drained_queues(common.local.table.values())))
             workers = LocalWorkers(supervisor, environ, gateway.health.worker_trouble, follows=follows)
-            follow = partial(follow_queues, workers, common.local, gateway.control_plane.history)
+            follow = partial(follow_queues, signals, workers, common.local, gateway.control_plane.history)
             follow()
             common.on_change.append(follow)
         await signals.first.wait()
@@ -360,8 +360,10 @@ async def functions_known(local: LocalFunctions, slot: Slot) -> None:
         await asyncio.sleep(OTHERS_POLL_S)
 
 
-def follow_queues(workers: LocalWorkers, local: LocalFunctions, history: History) -> None:
+def follow_queues(signals: Signals, workers: LocalWorkers, local: LocalFunctions, history: History) -> None:
     """Have the queues drained that the functions name by now."""
+    if signals.first.is_set():  # one that is started now would not be told to drain, and cut when the others have
+        return
     workers.follow(function_queues(local.table.values()))
     history.misses_workers = workers.later_count > 0
 
