@@ -310,7 +310,7 @@ class LocalFunctions:
             raise
         old = self._endpoints.get(function.name)
         if old is not None and old.scaled_count:
-            new.scaled_count = old.scaled_count
+            new.scaled_count = min(old.scaled_count, new.scale.max_count)
             new.wake_or_tell()  # one serves, and it is stored: for the others it is tried again
         self._serve_by({function.name: new}, {**self.table, function.name: function})
 
