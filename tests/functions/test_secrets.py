@@ -44,6 +44,20 @@ def secret(value: str = "s3cret", name: str = "token") -> dict[str, Any]:
     return {"name": name, "value": value}
 
 
+def test_secret_may_have_the_longest_name_that_is_allowed(tmp_path: Path) -> None:
+    name = "n" * 253
+
+    async def test() -> None:
+        async with controlled(tmp_path) as (control, local):
+            await control.create_secret(secret("first", name))
+            await control.create(shell(secrets=[name]))
+            assert (await call(local, "f", READ)).body == b"first" + name.encode() + b"\n"
+            await control.update_secret(secret("second", name))
+            assert (await call(local, "f", READ)).body == b"second" + name.encode() + b"\n"
+
+    run(test())
+
+
 def test_function_finds_its_own_secrets_and_a_changed_one_at_the_next_call(tmp_path: Path, log: Log) -> None:
     async def test() -> None:
         async with controlled(tmp_path) as (control, local):
