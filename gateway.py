@@ -444,7 +444,7 @@ async def assemble(stack: AsyncExitStack, common: Common, slot: Slot) -> Gateway
             events,
         )
         if not slot.is_alone:
-            serve_control_plane(stack, control_plane, local.directory / CONTROL_SOCKET)
+            serve_control_plane(stack, control_plane, local.directory / CONTROL_SOCKET, settings)
         janitor = Janitor(queue, settings, lambda: start.drained_queues(local.table.values()), metrics, health)
         health.keep_running(stack, janitor.run())
     else:
