@@ -45,6 +45,7 @@ url = "{}"
 
 ["resize.prod"]
 fprocess = "sh -c 'sleep 60'"
+secrets = ["token"]
 """
 JSON_FIELD = "Content-Type: application/json"
 NOT_LOGGED_IN = {"Authorization": "Bearer "}  # what faas-cli sends without a login
@@ -116,7 +117,7 @@ def test_client_lists_the_functions_of_a_namespace(system: System, query: str, n
 @pytest.mark.parametrize("path", ["resize.prod", "resize?namespace=prod", "resize.prod?namespace=openfaas-fn"])
 def test_client_describes_a_function_of_a_namespace(system: System, path: str) -> None:
     found = ask(system, f"/system/function/{path}")
-    assert (found["name"], found["namespace"]) == ("resize", "prod")
+    assert (found["name"], found["namespace"], found["secrets"]) == ("resize", "prod", ["token"])
 
 
 @pytest.mark.parametrize("path", ["nobody", "resize", "cat?namespace=prod", "cat.prod", "a/b"])
