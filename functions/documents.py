@@ -65,7 +65,7 @@ class Shelves(Protocol):
         """Return the spaces that there are."""
 
     def space(self, name: str) -> Store:
-        """Return the documents of a space, which is made if need be."""
+        """Return the documents of a space, which is made if need be.  Raises NotStored."""
 
 
 class Documents:
@@ -136,6 +136,10 @@ class DocumentShelves:
     def space(self, name: str) -> Documents:
         """See `Shelves`."""
         if name not in self._spaces:
+            try:
+                (self._directory / name).mkdir(mode=0o700, exist_ok=True)
+            except OSError as error:
+                raise NotStored(f"cannot be stored: {error.strerror}") from None
             self._spaces[name] = Documents(self._directory / name)
         return self._spaces[name]
 
