@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,10 +138,14 @@ class Control:
     async def start(self) -> None:
         """Have what was deployed before, and what the file says by now."""
         await self._load()
-        for name in self._deployed.keys() & self._declared.keys():
-            log.warning(f"the functions file declares {name.short}: what was deployed under this name is not served")
+        self._tell_hidden(self._declared.keys())
         if not await self.reload():  # it was right when we were started: those of it go on, and so do those deployed
             await self._local.apply(self._in_force())
+
+    def _tell_hidden(self, names: Set[FunctionName]) -> None:
+        """Log which of `names`, that the file declares, are deployed as well."""
+        for name in names & self._deployed.keys():
+            log.warning(f"the functions file declares {name.short}: what was deployed under this name is not served")
 
     async def _load(self) -> None:
         """Know what is deployed by now; what serves and is kept, but is no good any more here, stays as it is."""
@@ -183,6 +187,7 @@ class Control:
             old, new = before[name], self._deployed[name].function
             if not self._local.serves(new):  # it did not get healthy here
                 self._deployed[name] = dataclasses.replace(old, function=with_annotations(old.function, new))
+        self._tell_hidden(self._declared.keys() - before.keys())
         if postponed:
             raise FaashoundError("; ".join(postponed))
 
@@ -254,6 +259,7 @@ class Control:
             except OSError:
                 self._declared, self._images, self._deployed = before
                 raise
+            self._tell_hidden(self._declared.keys() - before[0].keys())
             if postponed:
                 self._try_again(f"not all of the functions file is applied, and is tried again: {'; '.join(postponed)}")
                 return True

@@ -247,6 +247,19 @@ def test_file_wins_over_what_was_deployed_under_its_name(tmp_path: Path, log: Lo
     assert "what was deployed under this name is not served" in log
 
 
+def test_file_that_comes_to_declare_what_was_deployed_says_so_once(tmp_path: Path, log: Log) -> None:
+    async def test() -> None:
+        async with controlled(tmp_path) as (control, _):
+            await control.create(shell())
+            for text in ('[f]\nfprocess = "cat"\n', '[f]\nfprocess = "env"\n'):
+                write_file(tmp_path, text)
+                assert await control.reload()
+
+    run(test())
+    told = "the functions file declares f: what was deployed under this name is not served"
+    assert str(log).count(told) == 1
+
+
 def test_bad_update_changes_nothing(tmp_path: Path) -> None:
     async def test() -> None:
         async with controlled(tmp_path) as (control, local):
