@@ -151,7 +151,7 @@ class Control:
         """Know what is deployed by now; what serves and is kept, but is no good any more here, stays as it is."""
         if self._deployments is not None:
             found = await in_thread(self._deployments.load, self._current_rules())
-            kept = await in_thread(self._deployments.names)
+            kept = set(await in_thread(self._deployments.names))
             self._deployed = {name: each for name, each in self._deployed.items() if name in kept} | found
 
     async def follow_bucket(self) -> None:
