@@ -320,6 +320,7 @@ async def serve(common: Common, context: WorkerContext) -> int:
             settings.max_connections, settings.max_connections_per_address, DESCRIPTORS_EACH_COUNT, context.slot
         )
         server = Server(gateway, timeouts, slot=context.slot, limits=limits)
+        await finished_first(functions_known(common.local, context.slot), signals.first.wait())
         for sock in sockets.own:
             server.listen(sock)
         context.on_serving()
@@ -332,7 +333,7 @@ async def serve(common: Common, context: WorkerContext) -> int:
                 environ["queues"] = ",".join(sorted(common.start.drained_queues(common.local.table.values())))
             on_trouble, on_restart = gateway.health.worker_trouble, gateway.metrics.worker_restarted
             workers = LocalWorkers(supervisor, environ, on_trouble, on_restart, follows=follows)
-            follow = partial(follow_queues, workers, common.local, gateway.control_plane.history)
+            follow = partial(follow_queues, signals, workers, common.local, gateway.control_plane.history)
             follow()
             common.on_change.append(follow)
         await signals.first.wait()
@@ -345,8 +346,19 @@ async def serve(common: Common, context: WorkerContext) -> int:
         return await drain_all(server, signals, common.local, settings.upstream_timeout_s, context.slot)
 
 
-def follow_queues(workers: LocalWorkers, local: LocalFunctions, history: History) -> None:
+async def functions_known(local: LocalFunctions, slot: Slot) -> None:
+    """Wait until the process that runs the functions has told which there are, and whom they let in.
+
+    Its socket is there from then on, also while it is replaced: what it has told is as good as before.
+    """
+    while not slot.is_first and not (local.directory / CONTROL_SOCKET).exists():  # noqa: ASYNC110 - as in `worker_gone`
+        await asyncio.sleep(OTHERS_POLL_S)
+
+
+def follow_queues(signals: Signals, workers: LocalWorkers, local: LocalFunctions, history: History) -> None:
     """Have the queues drained that the functions name by now."""
+    if signals.first.is_set():  # one that is started now would not be told to drain, and cut when the others have
+        return
     workers.follow(function_queues(local.table.values()))
     history.misses_workers = workers.later_count > 0
 
@@ -427,7 +439,7 @@ async def assemble(stack: AsyncExitStack, common: Common, slot: Slot) -> Gateway
             events,
         )
         if not slot.is_alone:
-            serve_control_plane(stack, control_plane, local.directory / CONTROL_SOCKET)
+            serve_control_plane(stack, control_plane, local.directory / CONTROL_SOCKET, settings)
         janitor = Janitor(queue, settings, lambda: start.drained_queues(local.table.values()), metrics, health)
         health.keep_running(stack, janitor.run())
     else:
@@ -458,6 +470,7 @@ async def run_functions(stack: AsyncExitStack, common: Common, queue: Queue, hea
     settings, local = common.start.settings, common.local
     off = deploying_is_off(settings)
     rules = Rules(
+        common.start.file.images,
         namespaces=frozenset((DEFAULT_NAMESPACE, *known_namespaces(settings))),
         path=common.environ.get("PATH"),
         ignores_limits=settings.limits == "ignore",
@@ -558,7 +571,7 @@ def run(start: StartConfiguration, environ: Mapping[str, str]) -> int:
     check_deploying_is_safe(settings, sockets.own)
     state = open_state(settings)
     logs = open_logs(settings, state)
-    local = LocalFunctions(start.functions, environ=environ, hidden=hidden_names(), logs=logs)
+    local = LocalFunctions(start.file.functions, environ=environ, hidden=hidden_names(), logs=logs)
     local.open()
     before = load_counts(None if state is None else state / INVOCATIONS_FILE)
     common = Common(start, local, logs, sockets, environ, state, before)

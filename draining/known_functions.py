@@ -36,7 +36,7 @@ from .gateway_access import DIRECT_CALLS, GatewayAccess
 KEPT_S = 5.0  # how long the gateway's word, or its silence, is believed before it is asked again
 UNREACHABLE_S = 30.0  # how long an address at which nothing answered is not tried again
 DESCRIPTION_TIMEOUT_S = 5.0
-DESCRIPTION_BYTES = 1 << 20
+DESCRIPTION_BYTES = 16 << 20  # one of 2 MiB may be deployed, and is told up to three times as long: ж in 6 bytes, not 2
 MAX_KNOWN_COUNT = 1000
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from ..watchdog import FaashoundError, in_thread, log, reason_of
 from .bucket import BucketDocuments, BucketShelves
 from .deployments import BadDeployment, Deployment, Deployments, Rules, name_of, parse_deployment
 from .documents import Documents, DocumentShelves, hold_state
-from .local import LocalFunctions, UnknownFunction
+from .local import LocalFunctions, UnknownFunction, with_annotations
 from .namespaces import (
     Namespace,
     NamespaceExists,
@@ -39,7 +39,7 @@ from .namespaces import (
 )
 from .schedules import CRON_TOPIC, SCHEDULE, TOPIC
 from .secrets import SecretFiles, Secrets, parse_secret_name, parse_secret_value
-from .table import BadFunctions, Function, UnreadableFunctions, read_functions, read_images
+from .table import BadFunctions, Function, FunctionsFile, UnreadableFunctions, read_functions
 
 if TYPE_CHECKING:  # which wants nats-py, an extra
     from ..queues.jetstream.bucket import Bucket
@@ -122,6 +122,7 @@ class Control:
             self._cleanup.enter_context(hold_state(state))
         kept = _Kept.open(state, bucket)
         self._declared: Mapping[FunctionName, Function] = dict(local.table)
+        self._images = self._rules.images
         self._deployed: dict[FunctionName, Deployment] = {}
         self._bucket = bucket
         self._deployments, self._secrets, self._namespaces = kept.deployments, kept.secrets, kept.namespaces
@@ -137,15 +138,21 @@ class Control:
     async def start(self) -> None:
         """Have what was deployed before, and what the file says by now."""
         await self._load()
-        for name in self._deployed.keys() & self._declared.keys():
-            log.warning(f"the functions file declares {name.short}: what was deployed under this name is not served")
+        self._tell_hidden(self._declared.keys())
         if not await self.reload():  # it was right when we were started: those of it go on, and so do those deployed
             await self._local.apply(self._in_force())
 
+    def _tell_hidden(self, names: Set[FunctionName]) -> None:
+        """Log which of `names`, that the file declares, are deployed as well."""
+        for name in names & self._deployed.keys():
+            log.warning(f"the functions file declares {name.short}: what was deployed under this name is not served")
+
     async def _load(self) -> None:
-        """Know what is deployed by now."""
+        """Know what is deployed by now; what serves and is kept, but is no good any more here, stays as it is."""
         if self._deployments is not None:
-            self._deployed = await in_thread(self._deployments.load, self._current_rules())
+            found = await in_thread(self._deployments.load, self._current_rules())
+            kept = set(await in_thread(self._deployments.names))
+            self._deployed = {name: each for name, each in self._deployed.items() if name in kept} | found
 
     async def follow_bucket(self) -> None:
         """Apply what other gateways change, for ever; while the bucket cannot be asked, what is known holds."""
@@ -171,17 +178,16 @@ class Control:
             await in_thread(self._files.refresh_all)
         before = self._deployed
         await self._load()
-        stored = set(self._deployments.names()) if self._deployments is not None else set[str]()
-        unusable = {name: each for name, each in before.items() if name in stored and name not in self._deployed}
-        self._deployed |= unusable
         try:
             postponed = await self._local.apply(self._in_force())
         except OSError:
             self._deployed = before  # so that the next try knows what serves
             raise
         for name in (before.keys() & self._deployed.keys()) - self._declared.keys():
-            if not self._local.serves(self._deployed[name].function):  # it did not get healthy here
-                self._deployed[name] = before[name]
+            old, new = before[name], self._deployed[name].function
+            if not self._local.serves(new):  # it did not get healthy here
+                self._deployed[name] = dataclasses.replace(old, function=with_annotations(old.function, new))
+        self._tell_hidden(self._declared.keys() - before.keys())
         if postponed:
             raise FaashoundError("; ".join(postponed))
 
@@ -236,7 +242,7 @@ class Control:
         async with self._changing:
             self._applied = self._stat()  # before it is read: what changes meanwhile is seen as a change
             try:
-                declared = await in_thread(self._read_file)
+                file = await in_thread(self._read_file)
             except UnreadableFunctions as error:
                 self._try_again(f"the functions file is not applied, and is tried again: {'; '.join(error.problems)}")
                 return False
@@ -244,18 +250,22 @@ class Control:
                 for problem in error.problems:
                     log.error(f"the functions file is not applied: {problem}")
                 return False
-            before, self._declared = self._declared, declared
+            before = self._declared, self._images, self._deployed
+            self._declared, self._images = file.functions, file.images
             try:
+                if file.images != before[1]:
+                    await self._load()
                 postponed = await self._local.apply(self._in_force())
             except OSError:
-                self._declared = before
+                self._declared, self._images, self._deployed = before
                 raise
+            self._tell_hidden(self._declared.keys() - before[0].keys())
             if postponed:
                 self._try_again(f"not all of the functions file is applied, and is tried again: {'; '.join(postponed)}")
                 return True
             self._told_trouble = ""
             await self._tell_missing_secrets()
-            for function in declared.values():
+            for function in self._declared.values():
                 _tell_idle_schedule(function)
             return True
 
@@ -273,7 +283,7 @@ class Control:
     def _kept_secrets(self) -> frozenset[tuple[str, str]]:
         return frozenset(() if self._secrets is None else self._secrets.names())
 
-    def _read_file(self) -> Mapping[FunctionName, Function]:
+    def _read_file(self) -> FunctionsFile:
         return read_functions(self._file, missing_ok=self._file_is_optional)
 
     def _in_force(self) -> dict[FunctionName, Function]:
@@ -341,6 +351,7 @@ class Control:
         deployment = await in_thread(parse_deployment, document, self._current_rules(), created_s, namespace)
 
         async def store() -> None:
+            await self._keep_namespace(deployment.function.name.namespace)
             await in_thread(deployments.store, deployment)
 
         await self._local.put(deployment.function, store)
@@ -350,13 +361,9 @@ class Control:
             log.warning(f"{deployment.function.name.short} has limits that are not kept (limits=ignore)")
 
     def _current_rules(self) -> Rules:
-        try:
-            images = read_images(self._file)
-        except (OSError, ValueError, RecursionError):
-            images = {}
         return dataclasses.replace(
             self._rules,
-            images=images,
+            images=self._images,
             secrets=self._kept_secrets(),
             namespaces=frozenset(self.namespace_names()),
         )
@@ -407,11 +414,19 @@ class Control:
             self.find_namespace(space)
             if space in self._rules.namespaces:
                 raise NamespaceInUse(f"{space} is always there, or by the setting namespaces")
-            held = [f"the function {each.name.name}" for each in self._functions_in(space)]
+            kept = await in_thread(self._want_deployments().names)  # those that do not serve now, too
+            names = dict.fromkeys((*self._local.table, *map(FunctionName, kept)))
+            held = [f"the function {each.name}" for each in names if each.namespace == space]
             held += [f"the secret {each}" for _, each in self._want_secrets().names(space)]
             if held:
                 raise NamespaceInUse(f"{space} is not empty: {', '.join(held[:MAX_TOLD_COUNT])}")
             await in_thread(namespaces.delete, space)
+
+    async def _keep_namespace(self, name: str) -> None:
+        """Have a namespace for good that is there by functions of the file only."""
+        namespaces = self._want_namespaces()
+        if name not in self._rules.namespaces and name not in namespaces.names():
+            await in_thread(namespaces.store, Namespace(name))
 
     def _want_namespaces(self) -> Namespaces:
         if self._namespaces is None:
@@ -452,9 +467,9 @@ class Control:
         async with self._changing:
             secrets = self._want_secrets()
             space, name = parse_secret_name(document, namespace)
-            functions = self._functions_in(space)
-            users = [each.name for each in functions if name in (*each.secrets, each.exposure.secret)]
-            await in_thread(secrets.delete, space, name, users)
+            users = [each.name for each in self._functions_in(space) if name in (*each.secrets, each.exposure.secret)]
+            users += await in_thread(self._want_deployments().users, space, name)  # those that do not serve now, too
+            await in_thread(secrets.delete, space, name, tuple(dict.fromkeys(users)))
             return space, name
 
     def _functions_in(self, namespace: str) -> list[Function]:

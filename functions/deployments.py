@@ -266,11 +266,21 @@ class _Reader:
         known = {each for namespace, each in self._rules.secrets if namespace == space}
         missing = [each for each in names if each not in known]
         self.problems += [f"secrets: there is no {each[:200]!r} in {space}" for each in missing]
-        with suppress(BadExposure):  # which has been told
-            token = parse_exposure(annotations).secret
-            if token is not None and token not in known:
-                self.problems.append(f"annotations: {AUTH_ANNOTATION}: there is no secret {token} in {space}")
+        token = _token_of(annotations)
+        if token is not None and token not in known:
+            self.problems.append(f"annotations: {AUTH_ANNOTATION}: there is no secret {token} in {space}")
         return tuple(dict.fromkeys(names))
+
+    def needed_secrets(self) -> set[str | None]:
+        """Return the names of all secrets that the document means, whatever else is wrong with it."""
+        return {*self._names("secrets"), _token_of(self._texts("annotations"))}
+
+
+def _token_of(annotations: Mapping[str, str]) -> str | None:
+    """Return the name of the secret by which callers are let in, if there is one; what is wrong is told elsewhere."""
+    with suppress(BadExposure):
+        return parse_exposure(annotations).secret
+    return None
 
 
 def find_image(image: str, images: Mapping[str, Image]) -> Image | None:
@@ -298,7 +308,8 @@ class Deployments:
             try:
                 if isinstance(content, OSError):
                     raise content
-                deployment = _parse_stored(content, rules)
+                stored = _parse_stored(content)
+                deployment = parse_deployment(stored["deployment"], rules, parse_time(stored["created_s"]))
             except (OSError, ValueError, BadDeployment) as error:
                 place = self._documents.place(name)
                 log.error(f"the deployed function {name} is disabled: {place}: {reason_of(error, place)}")
@@ -309,6 +320,19 @@ class Deployments:
     def names(self) -> list[str]:
         """Return the whole names of all that are kept, whether or not they can be used."""
         return self._documents.names()
+
+    def users(self, namespace: str, secret: str) -> list[FunctionName]:
+        """Return the functions that need a secret, whether or not they can be used; one that is damaged needs none."""
+        found = []
+        for name, content in self._documents.read_all():
+            with suppress(OSError, ValueError):
+                if isinstance(content, OSError):
+                    raise content
+                document, user = _parse_stored(content)["deployment"], FunctionName(name)
+                needed = _Reader(document, Rules()).needed_secrets() if isinstance(document, dict) else ()
+                if user.namespace == namespace and secret in needed:
+                    found.append(user)
+        return found
 
     def store(self, deployment: Deployment) -> None:
         """Keep a deployment, in place of an older one of its name; raises NotStored."""
@@ -322,9 +346,9 @@ class Deployments:
         self._documents.delete(str(name))
 
 
-def _parse_stored(content: bytes, rules: Rules) -> Deployment:
-    """Return the deployment in a document; raises BadDeployment, or ValueError if it is none of ours."""
+def _parse_stored(content: bytes) -> dict[str, Any]:
+    """Return what a document holds, `deployment` and `created_s`; ValueError if it is none of ours."""
     stored = parse_document(content)
     if not isinstance(stored, dict) or not {"deployment", "created_s"} <= stored.keys():
         raise ValueError("not a document of ours")
-    return parse_deployment(stored["deployment"], rules, parse_time(stored["created_s"]))
+    return stored

@@ -27,6 +27,7 @@ from ..calls.names import is_label
 from ..watchdog import CannotStart, FaashoundError
 
 _NEW = ".new"  # behind the name of a file that is being written; no document's name begins with a dot
+MAX_NAME_BYTES = 255  # of a file (NAME_MAX)
 
 
 class NotStored(FaashoundError):
@@ -64,7 +65,7 @@ class Shelves(Protocol):
         """Return the spaces that there are."""
 
     def space(self, name: str) -> Store:
-        """Return the documents of a space, which is made if need be."""
+        """Return the documents of a space, which is made if need be.  Raises NotStored."""
 
 
 class Documents:
@@ -135,6 +136,10 @@ class DocumentShelves:
     def space(self, name: str) -> Documents:
         """See `Shelves`."""
         if name not in self._spaces:
+            try:
+                (self._directory / name).mkdir(mode=0o700, exist_ok=True)
+            except OSError as error:
+                raise NotStored(f"cannot be stored: {error.strerror}") from None
             self._spaces[name] = Documents(self._directory / name)
         return self._spaces[name]
 
@@ -183,9 +188,14 @@ def parse_time(value: object) -> float:
     return float(value)
 
 
+def name_of_new(name: str) -> str:
+    """Return what a file is called while it is written; long names that end differently have one in common."""
+    return f".{name}"[: MAX_NAME_BYTES - len(_NEW)] + _NEW
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Put `content` under the name `path`, whole or not at all, readable for its owner only.  Raises OSError."""
-    new = path.with_name(f".{path.name}{_NEW}")
+    new = path.with_name(name_of_new(path.name))
     fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         with open(fd, "wb") as file:

@@ -192,11 +192,12 @@ class LocalFunctions:
 
         A function that does not change keeps its processes.  One whose new version does not get healthy keeps the old
         version; the log says why.  So does one for whose new version the machine has no descriptors or no room: those
-        are returned, a text for each, since they are worth another try.  Raises OSError: nothing has changed.
+        are returned, a text for each, since they are worth another try.  Annotations, which say whom a function is
+        for, hold at once, whichever version serves.  Raises OSError: nothing has changed.
         """
         async with self._changing:
             rolling = [function for function in table.values() if self._is_other_version(function)]
-            kept = {function.name: self.table[function.name] for function in rolling}
+            kept = {function.name: with_annotations(self.table[function.name], function) for function in rolling}
             added = self._add_all([function for function in table.values() if self._is_new(function)])
             gone = [name for name in self._endpoints if name not in table or not table[name].local]
             changes = dict.fromkeys(gone) | {endpoint.function.name: endpoint for endpoint in added}
@@ -309,7 +310,7 @@ class LocalFunctions:
             raise
         old = self._endpoints.get(function.name)
         if old is not None and old.scaled_count:
-            new.scaled_count = old.scaled_count
+            new.scaled_count = min(old.scaled_count, new.scale.max_count)
             new.wake_or_tell()  # one serves, and it is stored: for the others it is tried again
         self._serve_by({function.name: new}, {**self.table, function.name: function})
 
@@ -393,6 +394,11 @@ class LocalFunctions:
         names = {"OPENFAAS_NAME": function.name.name, "OPENFAAS_NAMESPACE": function.name.namespace}
         log_settings = {} if self._logs is None else SETTINGS
         return {**self._base, **settings, **given, **names, **log_settings}
+
+
+def with_annotations(old: Function, new: Function) -> Function:
+    """Return the old version of a function, for whom the new one is."""
+    return dataclasses.replace(old, annotations=new.annotations)
 
 
 def _only_endpoints(changes: Mapping[FunctionName, Endpoint | None]) -> dict[FunctionName, Endpoint]:

@@ -23,9 +23,8 @@ import os
 import re
 import shutil
 import time
-import urllib.parse
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Collection, Iterable, Iterator
+from collections.abc import AsyncGenerator, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -107,12 +106,11 @@ class LogQuery:
         )
 
 
-def parse_log_query(query: bytes) -> LogQuery:
-    """Return what ?since=&tail=&follow=&call=&instance= ask for, as clients of OpenFaaS spell it.
+def parse_log_query(given: Mapping[str, str]) -> LogQuery:
+    """Return what the parameters since, tail, follow, call and instance ask for, as clients of OpenFaaS spell them.
 
     Raises BadLogQuery with every problem.  Other parameters are not looked at.
     """
-    given = dict(urllib.parse.parse_qsl(query.decode("latin-1")))
     problems: list[str] = []
     since_s = tail_count = None
     follow = False

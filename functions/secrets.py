@@ -26,7 +26,7 @@ from typing import Any
 
 from ..calls.names import DEFAULT_NAMESPACE, FunctionName, is_label
 from ..watchdog import FaashoundError, Identity, log, parse_user, reason_of
-from .documents import Shelves
+from .documents import Shelves, name_of_new
 from .namespaces import NAMESPACE_RULE
 from .secret_names import is_secret_name
 from .table import Function
@@ -207,7 +207,7 @@ class SecretFiles:
             with contextlib.suppress(FileNotFoundError):
                 (path / name).unlink()
             return
-        new = path / f".{name}.new"
+        new = path / name_of_new(name)
         new.unlink(missing_ok=True)  # the directory is the function's: what lies there may be its trap
         fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o400)
         with open(fd, "wb") as file:

@@ -1,6 +1,6 @@
 """Which functions exist, and where each answers: a file's table, or a name pattern.
 
-    table = read_functions(Path("functions.toml"))
+    table = read_functions(Path("functions.toml")).functions
     functions = Functions(table, pattern="http://{name}.{namespace}.svc:8080")
     functions.lookup("resize.prod").url                  # http://10.0.0.7:8080
 
@@ -277,8 +277,16 @@ class Image:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
-def read_functions(path: Path, *, missing_ok: bool = False) -> dict[FunctionName, Function]:
-    """Return the functions of the file at `path`, by whole name, in the file's order.
+@dataclass(frozen=True, slots=True)
+class FunctionsFile:
+    """What is in a functions file: functions by whole name, in its order, and what deployments may call an image."""
+
+    functions: Mapping[FunctionName, Function] = field(default_factory=dict)
+    images: Mapping[str, Image] = field(default_factory=dict)
+
+
+def read_functions(path: Path, *, missing_ok: bool = False) -> FunctionsFile:
+    """Return what is in the file at `path`.
 
     With `missing_ok` (it is the default, not a file that was asked for) one that does not exist is an empty table.
     Raises BadFunctions with every problem in it.
@@ -287,17 +295,22 @@ def read_functions(path: Path, *, missing_ok: bool = False) -> dict[FunctionName
         text = path.read_text(encoding="utf-8-sig")  # editors on Windows begin it with a byte order mark
     except FileNotFoundError:
         if missing_ok:
-            return {}
+            return FunctionsFile()
         raise BadFunctions([f"{path}: there is no such file"]) from None
     except UnicodeDecodeError as error:
         raise BadFunctions([f"{path}: not UTF-8 at byte {error.start}"]) from None
     except OSError as error:
         raise UnreadableFunctions([f"{path}: {error.strerror}"]) from None
-    return parse_functions(text, str(path))
+    return parse_file(text, str(path))
 
 
 def parse_functions(text: str, source: str) -> dict[FunctionName, Function]:
-    """Return the functions that `text` describes; `source` is what error messages call it.  Raises BadFunctions."""
+    """Return the functions that `text` describes; see `parse_file`."""
+    return dict(parse_file(text, source).functions)
+
+
+def parse_file(text: str, source: str) -> FunctionsFile:
+    """Return what `text` describes; `source` is what error messages call it.  Raises BadFunctions."""
     try:
         document, lines = tomllib.loads(text), find_lines(text)
     except tomllib.TOMLDecodeError as error:  # its text ends with line and column
@@ -309,9 +322,10 @@ def parse_functions(text: str, source: str) -> dict[FunctionName, Function]:
         raise BadFunctions([f"{source}: values are nested too deep"]) from None
     report = _Report(source, lines)
     table: dict[FunctionName, Function] = {}
+    images: dict[str, Image] = {}
     for key, entry in document.items():
         if _is_images(key, entry):
-            _parse_images(entry, report)
+            images = {name: _parse_image((key, name), value, report) for name, value in entry.items()}
         elif isinstance(entry, dict):
             function = _parse_function(key, entry, report)
             if function.name in table:
@@ -321,25 +335,11 @@ def parse_functions(text: str, source: str) -> dict[FunctionName, Function]:
             report.add((key,), "a key outside of any function's table; write [NAME] above it")
     if report.found:
         raise BadFunctions(report.problems())
-    return table
-
-
-def read_images(path: Path) -> dict[str, Image]:
-    """Return the images of the file at `path`, which `read_functions` has found right."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        return {}
-    entry = tomllib.loads(text).get(IMAGES_TABLE, {})
-    return _parse_images(entry, _Report(str(path), find_lines(text))) if _is_images(IMAGES_TABLE, entry) else {}
+    return FunctionsFile(table, images)
 
 
 def _is_images(key: str, entry: object) -> bool:
     return key == IMAGES_TABLE and isinstance(entry, dict) and not {"url", *_COMMAND_KEYS} & entry.keys()
-
-
-def _parse_images(entry: Mapping[str, Any], report: _Report) -> dict[str, Image]:
-    return {name: _parse_image((IMAGES_TABLE, name), value, report) for name, value in entry.items()}
 
 
 def _parse_image(path: tuple[str, ...], value: Any, report: _Report) -> Image:

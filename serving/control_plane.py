@@ -33,6 +33,7 @@ from ..functions.table import Function, Functions
 from ..network.machine import network_identity
 from ..watchdog import (
     BACKLOG,
+    KEPT_S,
     VERSION,
     Client,
     ConnectionLimits,
@@ -56,6 +57,7 @@ from .function_views import ELSEWHERE, Replicas, Usage, describe_function, descr
 from .history import History
 from .invocation_counts import InvocationCounts
 from .operations import NotOffered, Operations
+from .settings import Settings
 from .usage import measure_usages
 
 EVERY_NAMESPACE = "*"
@@ -263,8 +265,11 @@ class ControlPlaneElsewhere:
         return Response(response.status, fields, response.body, length, math.inf, is_live=length is None)
 
 
-def serve_control_plane(stack: AsyncExitStack, control_plane: ControlPlane, path: Path) -> None:
-    """Answer the other processes of this gateway at a socket in a directory that is its user's alone."""
+def serve_control_plane(stack: AsyncExitStack, control_plane: ControlPlane, path: Path, settings: Settings) -> None:
+    """Answer the other processes of this gateway at a socket in a directory that is its user's alone.
+
+    They have the times that their clients have: who sends or reads slowly there does so here.
+    """
 
     async def answer(request: Request) -> Response:
         area, _, rest = request.path.removeprefix(b"/system/").partition(b"/")
@@ -279,6 +284,7 @@ def serve_control_plane(stack: AsyncExitStack, control_plane: ControlPlane, path
     listener.bind(str(path))
     listener.listen(BACKLOG)
     limits = ConnectionLimits(CONTROL_CONNECTIONS_COUNT, CONTROL_CONNECTIONS_COUNT)
-    server = Server(answer, ServerTimeouts(10.0, 10.0, 60.0), limits=limits)
+    timeouts = ServerTimeouts(settings.read_timeout_s, settings.write_timeout_s, 3 * KEPT_S)
+    server = Server(answer, timeouts, limits=limits)
     stack.callback(server.abort)
     server.listen(listener)

@@ -38,7 +38,7 @@ def parse_question(query: bytes) -> tuple[FunctionName, LogQuery]:
     except BadFunctionName as error:
         problems.append(f"name: {error}")
     try:
-        wanted = parse_log_query(query)
+        wanted = parse_log_query(parameters)
     except BadLogQuery as error:
         problems.append(str(error))
     if problems:

@@ -49,11 +49,12 @@ def describe_function(
 ) -> dict[str, object]:
     """Return a function's status as JSON members; `deployed` are those that come from its deployment, if it was."""
     settings = function.settings or {}
-    declared = {
+    declared: dict[str, object] = {
         "name": function.name.name,
         "namespace": function.name.namespace,
         "image": "process" if function.local else "remote",
         "envProcess": settings.get("fprocess") or settings.get("function_process", ""),
+        **({"secrets": list(function.secrets)} if function.secrets else {}),
     }
     status: dict[str, object] = {
         **(declared if deployed is None else deployed),

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from .. import queues
 from ..calls.names import FunctionName
 from ..functions.logs import LogStore
-from ..functions.table import DEFAULT_QUEUE, BadFunctions, Function, read_functions
+from ..functions.table import DEFAULT_QUEUE, BadFunctions, Function, FunctionsFile, read_functions
 from ..network.addresses import parse_literal
 from ..watchdog import (
     BadSettings,
@@ -56,7 +56,7 @@ class StartConfiguration:
     """
 
     settings: Settings
-    functions: Mapping[FunctionName, Function]
+    file: FunctionsFile
     worker: Mapping[str, str] | None
     follows_queues: bool
 
@@ -77,28 +77,28 @@ def load_start(environ: Mapping[str, str]) -> StartConfiguration:
     """Return what `environ` asks for; raises BadSettings with every problem in it, and in what it points to."""
     problems: list[str] = []
     settings: Settings | None = None
-    functions: dict[FunctionName, Function] = {}
+    file = FunctionsFile()
     try:
         settings = parse_settings(Settings, environ)
     except BadSettings as error:
         problems += error.problems
     try:
-        functions = load_functions(environ)
+        file = load_functions(environ)
     except BadFunctions as error:
         problems += error.problems
     runs_worker = environ.get("worker") != "none" if settings is None else settings.runs_worker
-    worker = worker_environment(environ, settings, functions) if runs_worker else None
+    worker = worker_environment(environ, settings, file.functions) if runs_worker else None
     try:
         parse_settings(WorkerSettings, worker or {})
     except BadSettings as error:
         problems += error.problems
     if problems or settings is None:
         raise BadSettings(dict.fromkeys(problems))  # what both programs read is told once
-    return StartConfiguration(settings, functions, worker, follows_queues=not environ.get("queues"))
+    return StartConfiguration(settings, file, worker, follows_queues=not environ.get("queues"))
 
 
-def load_functions(environ: Mapping[str, str]) -> dict[FunctionName, Function]:
-    """Return the functions of the file that `functions` names; raises BadFunctions."""
+def load_functions(environ: Mapping[str, str]) -> FunctionsFile:
+    """Return what is in the file that `functions` names; raises BadFunctions."""
     path = Path(environ.get("functions") or settings_table(Settings)["functions"].default or "")
     return read_functions(path, missing_ok=not environ.get("functions"))
 
@@ -237,7 +237,7 @@ def tell_what_is_served(start: StartConfiguration, sockets: Sequence[socket.sock
     url = local_url(sockets) or ""
     for warning in timeout_warnings(start):
         log.warning(warning)
-    names = list(start.functions)
+    names = list(start.file.functions)
     for name in names[:MAX_TOLD_COUNT]:
         log.info(f"Serving {url}/function/{name.short}")
     if len(names) > MAX_TOLD_COUNT:
@@ -258,7 +258,7 @@ def timeout_warnings(start: StartConfiguration) -> Iterator[str]:
         "upstream_timeout": start.settings.upstream_timeout_s,
         "call_timeout": worker.call_timeout_s if worker else 0,
     }
-    for name, function in start.functions.items():
+    for name, function in start.file.functions.items():
         limit_s = parse_duration((function.settings or {}).get("exec_timeout") or "0")
         for waiting, wait_s in waits_s.items():
             if wait_s and limit_s > wait_s:

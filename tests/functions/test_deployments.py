@@ -247,6 +247,19 @@ def test_file_wins_over_what_was_deployed_under_its_name(tmp_path: Path, log: Lo
     assert "what was deployed under this name is not served" in log
 
 
+def test_file_that_comes_to_declare_what_was_deployed_says_so_once(tmp_path: Path, log: Log) -> None:
+    async def test() -> None:
+        async with controlled(tmp_path) as (control, _):
+            await control.create(shell())
+            for text in ('[f]\nfprocess = "cat"\n', '[f]\nfprocess = "env"\n'):
+                write_file(tmp_path, text)
+                assert await control.reload()
+
+    run(test())
+    told = "the functions file declares f: what was deployed under this name is not served"
+    assert str(log).count(told) == 1
+
+
 def test_bad_update_changes_nothing(tmp_path: Path) -> None:
     async def test() -> None:
         async with controlled(tmp_path) as (control, local):
@@ -415,6 +428,36 @@ def test_changed_function_is_applied_when_there_are_descriptors_again(tmp_path: 
 
     run(test())
     assert str(log).count("the old version of f goes on") == 1
+
+
+IMAGE = '[images]\n"shop/echo" = {{ fprocess = "/bin/sh", environment = {{ V = "{}" }} }}\n'
+
+
+def test_images_are_those_of_the_file_in_force_and_hold_for_what_is_deployed(tmp_path: Path, log: Log) -> None:
+    file, document = tmp_path / "functions.toml", {"service": "f", "image": "shop/echo"}
+
+    async def test() -> None:
+        async with controlled(tmp_path, IMAGE.format(1)) as (control, local):
+            await control.create(document)
+            for bad in ("[images", '[images]\n"shop/echo" = 5\n', IMAGE.format(2) + "[cat]\n"):
+                file.write_text(bad)
+                assert not await control.reload()
+                await control.update({**document, "envVars": {"W": bad}})
+                assert (await call(local, "f", b"echo $V")).body == b"1\n"
+            file.write_text(IMAGE.format(3))
+            assert await control.reload()
+            assert (await call(local, "f", b"echo $V")).body == b"3\n"
+            file.write_text("")
+            assert await control.reload()
+            assert (await call(local, "f", b"echo $V")).body == b"3\n"
+        async with controlled(tmp_path) as (control, local):
+            assert not local.table
+            file.write_text(IMAGE.format(4))
+            assert await control.reload()
+            assert (await call(local, "f", b"echo $V")).body == b"4\n"
+
+    run(test())
+    assert "the deployed function f.openfaas-fn is disabled" in log
 
 
 def test_deployed_functions_stay_when_the_file_changes(tmp_path: Path) -> None:

@@ -201,7 +201,7 @@ from faashound.functions.local import LocalFunctions
 from faashound.functions.table import read_functions
 
 async def main():
-    local = LocalFunctions(read_functions(Path(sys.argv[1])), environ={}, watchdog=sys.argv[2:] or None)
+    local = LocalFunctions(read_functions(Path(sys.argv[1])).functions, environ={}, watchdog=sys.argv[2:] or None)
     local.open()
     local.start()
     while not all(status.pids for status in local.status().values()):

@@ -26,6 +26,7 @@ from faashound.functions.logs import (
     parse_record,
 )
 from faashound.functions.table import Function
+from faashound.serving.answers import parse_parameters
 from testkit.harness import crowding, eventually
 from tests.functions.conftest import Log
 from tests.functions.kit import DEADLINE_S, F, call_at, parse, run, running, until
@@ -126,6 +127,7 @@ def test_reader_passes_over_lines_that_are_damaged(tmp_path: Path) -> None:
         (b"", LogQuery()),
         (b"name=f&tail=-1&follow=0", LogQuery()),
         (b"tail=0", LogQuery()),  # "unlimited if <=0", faas-cli
+        (b"tail=5&tail=1", LogQuery(None, 5)),  # the first of each, as everywhere
         (b"tail=5&follow=true&call=a&instance=i", LogQuery(None, 5, True, "a", "i")),
         (b"since=2023-11-14T22:13:20Z", LogQuery(1_700_000_000.0)),
         (b"since=2023-11-14T23:13:20%2B01:00", LogQuery(1_700_000_000.0)),
@@ -133,18 +135,18 @@ def test_reader_passes_over_lines_that_are_damaged(tmp_path: Path) -> None:
     ],
 )
 def test_query_is_read_as_clients_spell_it(query: bytes, expected: LogQuery) -> None:
-    assert parse_log_query(query) == expected
+    assert parse_log_query(parse_parameters(query)) == expected
 
 
 @pytest.mark.parametrize("text", [b"2023-11-14T22:13:20", b"2023-11-14", b"1700000000", b"22:13:20Z"])
 def test_time_that_each_zone_has_of_its_own_is_refused(text: bytes) -> None:
     with pytest.raises(BadLogQuery, match=r"since: .*RFC 3339"):
-        parse_log_query(b"since=" + text)
+        parse_log_query(parse_parameters(b"since=" + text))
 
 
 def test_all_problems_of_a_query_are_told() -> None:
     with pytest.raises(BadLogQuery) as caught:
-        parse_log_query(b"since=yesterday&tail=x&follow=perhaps")
+        parse_log_query({"since": "yesterday", "tail": "x", "follow": "perhaps"})
     assert [problem.partition(":")[0] for problem in str(caught.value).splitlines()] == ["since", "tail", "follow"]
     assert caught.value.status == 422
 

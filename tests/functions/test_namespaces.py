@@ -21,6 +21,7 @@ from faashound.functions.namespaces import (
     UnknownNamespace,
     parse_namespace,
 )
+from faashound.functions.secrets import SecretInUse
 from tests.functions.conftest import Log
 from tests.functions.kit import run
 from tests.functions.test_deployments import controlled, shell
@@ -64,6 +65,62 @@ def test_namespace_is_removed_only_when_it_is_empty(tmp_path: Path) -> None:
                 await control.update_namespace(BLUE)
         async with controlled(tmp_path) as (control, _):
             assert control.namespace_names() == ["openfaas-fn"]
+
+    run(test())
+
+
+def test_disabled_function_holds_its_namespace_and_its_secrets(tmp_path: Path) -> None:
+    program = tmp_path / "program"
+
+    def provide() -> None:
+        program.write_text("#!/bin/sh\necho here")
+        program.chmod(0o755)
+
+    async def test() -> None:
+        provide()
+        async with controlled(tmp_path) as (control, _):
+            await control.create_namespace(BLUE)
+            for name in ("read", "token"):
+                await control.create_secret({"name": name, "value": "v"}, "blue")
+            annotations = {"com.faashound.auth": "token"}
+            given = shell(namespace="blue", envProcess=str(program), secrets=["read"], annotations=annotations)
+            await control.create(given)
+        program.unlink()
+        async with controlled(tmp_path) as (control, local):
+            assert not local.table
+            for name in ("read", "token"):
+                with pytest.raises(SecretInUse, match=f"{name} is in use by f.blue"):
+                    await control.delete_secret({"name": name}, "blue")
+            with pytest.raises(NamespaceInUse, match="blue is not empty: the function f, the secret read"):
+                await control.delete_namespace({}, "blue")
+        provide()
+        async with controlled(tmp_path) as (control, local):
+            assert list(local.table) == ["f.blue"]
+
+    run(test())
+
+
+def test_function_that_the_file_hides_holds_its_secrets(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with controlled(tmp_path) as (control, _):
+            await control.create_secret({"name": "s", "value": "v"})
+            await control.create(shell(secrets=["s"]))
+            (tmp_path / "functions.toml").write_text('[f]\nfprocess = "cat"\n')
+            assert await control.reload()
+            with pytest.raises(SecretInUse, match=r"s is in use by f$"):
+                await control.delete_secret({"name": "s"})
+
+    run(test())
+
+
+def test_namespace_that_a_declared_function_has_brought_stays_for_those_deployed_there(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with controlled(tmp_path, '["f.blue"]\nfprocess = "cat"\n') as (control, _):
+            await control.create(shell(service="g", namespace="blue"))
+        async with controlled(tmp_path) as (control, local):
+            assert list(local.table) == ["g.blue"]
+            await control.remove({"functionName": "g", "namespace": "blue"})
+            await control.delete_namespace({}, "blue")
 
     run(test())
 

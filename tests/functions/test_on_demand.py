@@ -205,6 +205,16 @@ def test_labels_that_change_hold_for_a_function_that_is_awake(
     run(test())
 
 
+def test_new_version_has_no_more_watchdogs_than_its_labels_allow() -> None:
+    async def test() -> None:
+        async with running(real(scaled({}))) as local:
+            await local.scale(F, 4)
+            await local.put(parse(scaled({"max": "2"}) + '\nenvironment = { V = "2" }')[F])
+            assert local.status()[F].wanted_count == 2
+
+    run(test())
+
+
 def test_function_that_sleeps_is_started_when_its_labels_say_so() -> None:
     async def test() -> None:
         async with running(real(scaled({}))) as local:

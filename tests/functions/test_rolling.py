@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import os
 from collections.abc import AsyncIterator
@@ -15,7 +16,7 @@ import pytest
 from faashound.functions.endpoint import NotHealthy
 from faashound.functions.local import LocalFunctions, UnknownFunction
 from faashound.functions.published import PublishedTable, publish
-from faashound.functions.table import parse_upstream
+from faashound.functions.table import Function, parse_upstream
 from faashound.watchdog import Client, NotReady, Url
 from tests.functions.conftest import Log
 from tests.functions.kit import CAT, F, call, exists, few_descriptors, parse, real, run, running, until
@@ -128,6 +129,21 @@ def test_old_version_serves_on_when_the_new_one_does_not_get_healthy(log: Log, m
 
     run(test())
     assert "the old version of f goes on" in log
+
+
+@pytest.mark.parametrize("is_refused", [False, True], ids=["healthy", "refused"])
+def test_annotations_hold_at_once_though_the_new_version_is_yet_to_get_healthy(is_refused: bool) -> None:
+    async def test() -> None:
+        async with running(real(version("old"))) as local:
+            seen: list[Function] = []
+            local.on_change = lambda: seen.append(local.table[F])
+            changed = (local_that_refuses(local) if is_refused else parse(version("new")))[F]
+            internal = dataclasses.replace(changed, annotations={"com.faashound.auth": "internal"})
+            await local.apply({**local.table, F: internal})
+            assert [each.exposure.is_internal for each in seen] == [True] * len(seen)
+            assert [each.environment["VERSION"] for each in seen] == ["old"] if is_refused else ["old", "new"]
+
+    run(test())
 
 
 def test_old_version_serves_on_when_the_other_processes_cannot_be_told_of_the_new_one() -> None:

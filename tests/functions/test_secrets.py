@@ -17,7 +17,7 @@ import pytest
 
 from faashound.calls.names import parse_function_name
 from faashound.functions.control import Control
-from faashound.functions.documents import Documents, DocumentShelves
+from faashound.functions.documents import Documents, DocumentShelves, NotStored
 from faashound.functions.endpoint import NotHealthy
 from faashound.functions.local import LocalFunctions
 from faashound.functions.secrets import (
@@ -42,6 +42,31 @@ READ = b"cat $secret_mount_path/*; ls $secret_mount_path"
 
 def secret(value: str = "s3cret", name: str = "token") -> dict[str, Any]:
     return {"name": name, "value": value}
+
+
+def test_secret_for_which_no_directory_can_be_made_is_not_stored(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with controlled(tmp_path) as (control, _):
+            await control.create_namespace({"name": "blue"})
+            (tmp_path / "secrets" / "blue").touch()
+            with pytest.raises(NotStored, match=r"^cannot be stored: File exists$"):
+                await control.create_secret(secret(), "blue")
+
+    run(test())
+
+
+def test_secret_may_have_the_longest_name_that_is_allowed(tmp_path: Path) -> None:
+    name = "n" * 253
+
+    async def test() -> None:
+        async with controlled(tmp_path) as (control, local):
+            await control.create_secret(secret("first", name))
+            await control.create(shell(secrets=[name]))
+            assert (await call(local, "f", READ)).body == b"first" + name.encode() + b"\n"
+            await control.update_secret(secret("second", name))
+            assert (await call(local, "f", READ)).body == b"second" + name.encode() + b"\n"
+
+    run(test())
 
 
 def test_function_finds_its_own_secrets_and_a_changed_one_at_the_next_call(tmp_path: Path, log: Log) -> None:

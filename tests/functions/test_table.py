@@ -16,6 +16,7 @@ from faashound.functions.table import (
     BadFunctions,
     Function,
     Functions,
+    FunctionsFile,
     Image,
     find_lines,
     parse_base_url,
@@ -23,7 +24,6 @@ from faashound.functions.table import (
     parse_functions,
     parse_upstream,
     read_functions,
-    read_images,
 )
 
 # --- URLs --------------------------------------------------------------------------------------------------------
@@ -300,7 +300,7 @@ def test_lines_are_found_whatever_keys_and_values_hold(pairs: list[tuple[str, st
 
 
 def test_missing_file_is_an_error_only_when_it_was_asked_for(tmp_path: Path) -> None:
-    assert read_functions(tmp_path / "none.toml", missing_ok=True) == {}
+    assert read_functions(tmp_path / "none.toml", missing_ok=True) == FunctionsFile()
     with pytest.raises(BadFunctions, match=r"none\.toml: there is no such file"):
         read_functions(tmp_path / "none.toml")
 
@@ -316,17 +316,17 @@ def test_unreadable_file_is_reported_by_name(tmp_path: Path, content: bytes | No
 def test_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     path = tmp_path / "f.toml"
     path.write_text('[f]\nurl = "http://h"\n', encoding="utf-8-sig")
-    assert list(read_functions(path)) == [F]
+    assert list(read_functions(path).functions) == [F]
 
 
 def test_file_is_read_in_its_order(tmp_path: Path) -> None:
     path = tmp_path / "f.toml"
     path.write_text('[z]\nurl = "http://z"\n[a]\nfprocess = "cat"\n', encoding="utf-8")
-    assert [function.name.short for function in Functions(read_functions(path))] == ["z", "a"]
+    assert [function.name.short for function in Functions(read_functions(path).functions)] == ["z", "a"]
 
 
 def test_examples_file_is_right() -> None:
-    table = read_functions(Path(__file__).parents[2] / "examples" / "functions.toml")
+    table = read_functions(Path(__file__).parents[2] / "examples" / "functions.toml").functions
     names = ["cat", "env", "wordcount", "slow", "flaky", "notify", "tokens", "counter", "site", "door"]
     assert [name.short for name in table] == names
     assert all(function.local for function in table.values())
@@ -342,8 +342,9 @@ def test_images_are_read_with_what_they_bring_along(tmp_path: Path) -> None:
             "shop/till" = { directory = "/srv/till", fprocess = "./till", max_inflight = 4, environment = { A = "1" } }
         """)
     )
-    assert read_functions(path) == {}
-    assert read_images(path) == {
+    file = read_functions(path)
+    assert file.functions == {}
+    assert file.images == {
         "functions/alpine": Image(),
         "shop/cart": Image("/srv/cart"),
         "shop/till": Image("/srv/till", {"fprocess": "./till", "max_inflight": "4"}, {"A": "1"}),

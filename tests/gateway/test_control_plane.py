@@ -9,8 +9,9 @@ import os
 import platform
 import re
 import signal
+import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -28,8 +29,9 @@ from faashound.serving.function_logs import FunctionLogs
 from faashound.serving.invocation_counts import InvocationCounts, load_counts
 from faashound.serving.metrics import GatewayMetrics
 from faashound.watchdog import VERSION, Body, Request, Scoreboard, Slot, Stream
-from testkit.harness import SOON_S, Answer, command_line_of, connect, eventually, read_until, run, wait_until
+from testkit.harness import SOON_S, Answer, command_line_of, connect, eventually, read_all, read_until, run, wait_until
 from testkit.system import Receiver, System
+from tests.gateway.test_drain import connection_beside, two_processes
 
 FUNCTIONS = """
 [cat]
@@ -43,7 +45,9 @@ url = "{}"
 
 ["resize.prod"]
 fprocess = "sh -c 'sleep 60'"
+secrets = ["token"]
 """
+JSON_FIELD = "Content-Type: application/json"
 NOT_LOGGED_IN = {"Authorization": "Bearer "}  # what faas-cli sends without a login
 
 
@@ -113,7 +117,7 @@ def test_client_lists_the_functions_of_a_namespace(system: System, query: str, n
 @pytest.mark.parametrize("path", ["resize.prod", "resize?namespace=prod", "resize.prod?namespace=openfaas-fn"])
 def test_client_describes_a_function_of_a_namespace(system: System, path: str) -> None:
     found = ask(system, f"/system/function/{path}")
-    assert (found["name"], found["namespace"]) == ("resize", "prod")
+    assert (found["name"], found["namespace"], found["secrets"]) == ("resize", "prod", ["token"])
 
 
 @pytest.mark.parametrize("path", ["nobody", "resize", "cat?namespace=prod", "cat.prod", "a/b"])
@@ -529,6 +533,18 @@ def test_client_that_follows_is_let_go_when_the_gateway_stops() -> None:
         read_until(client, b"\r\n\r\n")
         system.process.send_signal(signal.SIGTERM)
         assert system.wait_exit() == 0
+
+
+def test_slow_sender_has_the_read_timeout_whichever_process_it_has_come_to() -> None:
+    body = b'{"replicas": 1}'
+    head = "POST /system/scale-function/cat HTTP/1.1", "Host: localhost", f"Content-Length: {len(body)}", JSON_FIELD
+    with two_processes() as (system, first), ExitStack() as stack:
+        client = connection_beside(system, first, stack)
+        client.sendall("\r\n".join([*head, "Connection: close", "", ""]).encode() + body[:5])
+        end_s = time.monotonic() + 11
+        wait_until(lambda: time.monotonic() > end_s, 30, "longer than the processes let each other wait once")
+        client.sendall(body[5:])
+        assert read_all(client).startswith(b"HTTP/1.1 202 ")
 
 
 def test_functions_file_is_followed_at_sighup_and_when_it_changes(tmp_path: Path) -> None:

@@ -101,6 +101,23 @@ def test_second_signal_counts_in_a_process_that_has_not_seen_the_first_yet() -> 
         assert system.wait_exit() == 1
 
 
+def test_no_worker_is_started_for_queues_that_come_while_the_gateway_drains() -> None:
+    with System(FUNCTIONS) as system:
+        call_id = system.submit("wait")
+        system.wait_started()
+        system.terminate()
+        wait_until(lambda: "draining" in system.request("GET", "/healthz").text, 15.0, "it drains")
+        changed = f'{FUNCTIONS}annotations = {{ "com.openfaas.queue" = "later" }}\n'
+        Path(system.environment["functions"]).write_text(changed)
+        system.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: "later" in system.request("GET", "/system/function/cat").text, 15.0, "the file is applied")
+        (system.temporary / "go").touch()
+        assert system.wait_exit() == 0
+        assert "another worker" not in system.log()
+        assert "next start in" not in system.log()
+        assert [row["state"] for row in rows(system.spool, "SELECT state FROM calls WHERE id = ?", call_id)] == ["done"]
+
+
 def test_call_that_a_worker_elsewhere_makes_finishes_when_the_gateway_drains(called: System) -> None:
     called.terminate()
     called.wait_log("Exiting. Active connections: 0")  # none of ours: it calls the function where that is

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import signal
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -24,7 +25,7 @@ from faashound.serving.passwords import FREE_FAILURES_COUNT, MAX_LATE_COUNT
 from faashound.serving.proxying import build_via
 from faashound.serving.settings import Settings
 from faashound.watchdog import Body, Request, Scoreboard, Slot, Stream, parse_settings
-from testkit.harness import Answer, InBackground, wait_until
+from testkit.harness import SOON_S, Answer, InBackground, free_port, http_request, wait_until
 from testkit.system import System
 from tests.functions.kit import F, real, run, running, until
 
@@ -227,6 +228,37 @@ def test_disabled_function_answers_503_and_its_asynchronous_calls_wait_until_it_
         system.process.send_signal(signal.SIGHUP)
         assert [system.ended(each, 30)["attempts"] for each in calls] == [1] * 3
         assert call(system, "switch").text == "x"
+
+
+def test_no_process_answers_before_the_one_that_runs_the_functions_knows_their_tokens(tmp_path: Path) -> None:
+    ports, token = {"port": str(free_port()), "metrics_port": str(free_port())}, tmp_path / "caller-token"
+    os.mkfifo(token)  # so that the one that reads it starts for as long as we wish
+
+    def call_meanwhile() -> tuple[bool, Answer]:
+        fd = wait_until(lambda: opened_if_read(token), SOON_S, "the token is asked for")
+        calling = InBackground(partial(http_request, int(ports["port"]), "POST", "/function/keyed", bearer(LONG_TOKEN)))
+        for _ in range(10):  # the other process answers here as soon as it is all there
+            assert http_request(int(ports["metrics_port"]), "GET", "/metrics").status == 200
+        was_early = calling.done()
+        (tmp_path / "new").write_text(LONG_TOKEN)
+        (tmp_path / "new").rename(token)
+        os.write(fd, LONG_TOKEN.encode())
+        os.close(fd)
+        return was_early, calling.result()
+
+    text = f'[keyed]\nfprocess = "cat"\nannotations = {{ "com.faashound.auth" = "{token.name}" }}\n'
+    calling = InBackground(call_meanwhile)
+    with System(text, {"worker": "none", "workers": "2", "secret_mount_path": str(tmp_path), **ports}):
+        was_early, answer = calling.result()
+    assert (was_early, answer.status) == (False, 200)
+
+
+def opened_if_read(fifo: Path) -> int | None:
+    """Return a descriptor to write to a FIFO with, if a process has it open to read."""
+    try:
+        return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError:
+        return None
 
 
 AWAKE = 'fprocess = "cat"\nlabels = { com.openfaas.scale.max = "4", com.openfaas.scale.zero = "false" }\n'

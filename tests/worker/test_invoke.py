@@ -18,6 +18,7 @@ from faashound.calls.retries import RetryPolicy
 from faashound.draining.gateway_access import GatewayAccess
 from faashound.draining.known_functions import KnownAddress, KnownFunctions, parse_told_upstream
 from faashound.network.machine import network_identity
+from faashound.serving.operations import MAX_DOCUMENT_BYTES
 from faashound.watchdog import Client, Url, parse_url
 from testkit.harness import free_port, http_request, wait_until
 from testkit.system import Received, Receiver, Reply, System, Worker, always, functions_at, rows
@@ -162,6 +163,23 @@ def test_address_is_avoided_at_which_nothing_answers_though_the_gateway_tells_of
 
     with Receiver(tell) as receiver:
         asyncio.run(scenario(receiver))
+
+
+def test_worker_knows_a_function_whose_deployment_is_as_long_as_one_may_be() -> None:
+    annotations = {"com.faashound.disabled": "true", "note": "ж" * (MAX_DOCUMENT_BYTES // 2 - 200)}
+    document = {"service": "f", "image": "process", "envProcess": "cat", "annotations": annotations}
+    sent = json.dumps(document, ensure_ascii=False).encode()
+
+    async def is_disabled(port: int) -> bool:
+        client, gateway = Client(), GatewayAccess(parse_url(f"http://127.0.0.1:{port}"), "token")
+        functions = KnownFunctions(client, gateway, RetryPolicy(), direct=True)
+        known = await functions.get(parse_function_name("f"))
+        await client.close()
+        return known.is_disabled
+
+    with System("", {"deploy": "process", "worker": "none"}) as system:
+        assert system.request("POST", "/system/functions", sent, {"Content-Type": "application/json"}).status == 202
+        assert asyncio.run(is_disabled(system.port))
 
 
 def test_call_takes_the_gateways_way_when_its_function_is_no_longer_where_it_was(tmp_path: Path) -> None:
