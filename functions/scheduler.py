@@ -30,6 +30,7 @@ from .schedules import HEADERS, Expression, Schedule, Tick, due_ticks, parse_sch
 from .table import Function
 
 LOOK_S = 15.0  # the clock may be set: how long to sleep at most
+EARLY_S = 0.002  # by which a timer of the loop may ring before its time
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,26 +81,29 @@ class Scheduler:
         self._known = self._read_state()
         while True:
             self._changed.clear()
+            looked_s = self._now()
             try:
-                await self.look()
+                await self.look(looked_s)
                 self._trouble.over()
             except FaashoundError as error:
+                looked_s = self._now()
                 self._on_refused(error)
                 self._trouble.tell(f"a scheduled call could not be queued, it is tried again: {error}")
-            wait_s = min(max(self._next_s() - self._now(), 0.0), LOOK_S)
+            # What has come due during the look is due now, and a timer may ring a little before its time.
+            wait_s = min(max(self._next_s(looked_s) - self._now(), 0.0) + EARLY_S, LOOK_S)
             with suppress(TimeoutError):
                 async with asyncio.timeout(wait_s):  # wait_for swallows a cancellation that comes with the event
                     await self._changed.wait()
 
-    async def look(self) -> None:
-        """Put all that is due now; raises the queue's errors, and then what is left is due at the next look."""
-        now_s, seen = self._now(), dict[str, Seen]()
+    async def look(self, now_s: float) -> None:
+        """Put all that is due by now; raises the queue's errors, and then what is left is due at the next look."""
+        seen = dict[str, Seen]()
         for function, schedule in self._schedules():
             for expression in schedule.expressions:
                 key = key_of(function.name, expression)
                 known = self._known.get(key, Seen(now_s))
                 try:
-                    known = Seen(now_s, await self._put_due(function, schedule, expression, known))
+                    known = Seen(now_s, await self._put_due(function, schedule, expression, known, now_s))
                     self._full.discard(key)
                 except TooManyQueued as error:  # that is for this function alone: the others have their turn
                     self._tell_full(key, error)
@@ -114,10 +118,10 @@ class Scheduler:
         self._full.add(key)
 
     async def _put_due(
-        self, function: Function, schedule: Schedule, expression: Expression, known: Seen
+        self, function: Function, schedule: Schedule, expression: Expression, known: Seen, now_s: float
     ) -> float | None:
         """Put what is due of one expression; return the time of the last tick that was put."""
-        now_s, last_s = self._now(), known.last_s
+        last_s = known.last_s
         only = dataclasses.replace(schedule, expressions=(expression,))
         for tick in due_ticks(function.name, only, min(known.looked_s, now_s), now_s):
             if schedule.skips_overlap and await self._still_runs(tick, last_s):
@@ -155,9 +159,8 @@ class Scheduler:
             if known[1].expressions:
                 yield function, known[1]
 
-    def _next_s(self) -> float:
-        now_s = self._now()
-        times = (each.next_s(now_s) for _, schedule in self._schedules() for each in schedule.expressions)
+    def _next_s(self, looked_s: float) -> float:
+        times = (each.next_s(looked_s) for _, schedule in self._schedules() for each in schedule.expressions)
         return min(times, default=float("inf"))
 
     async def _put(self, function: Function, schedule: Schedule, tick: Tick) -> None:

@@ -30,6 +30,7 @@ from faashound.functions.schedules import (
 from faashound.functions.table import Function
 from faashound.queues import Queue, open_queue
 from faashound.queues.spool.queue import Spool
+from testkit.harness import SOON_S, eventually
 from tests.functions.kit import F, run, until
 
 BERLIN = ZoneInfo("Europe/Berlin")
@@ -224,7 +225,7 @@ def scheduled(schedule: str, **more: str) -> dict[FunctionName, Function]:
 async def looks(scheduler: Scheduler, clock: Clock, *times_s: float) -> None:
     for now_s in times_s:
         clock.now_s = now_s
-        await scheduler.look()
+        await scheduler.look(now_s)
 
 
 def test_each_tick_is_one_call_with_the_connectors_headers_and_its_body(tmp_path: Path) -> None:
@@ -255,7 +256,7 @@ def test_tick_is_one_call_when_two_gateways_see_it_and_the_clock_is_set_back(tmp
             one, other = Scheduler(table, queue, now=clock), Scheduler(table, queue, now=clock)
             for now_s in (NOON - 1, NOON + 0.1, NOON - 5, NOON + 0.2, NOON + 10, NOON, NOON + 11):
                 clock.now_s = now_s
-                await asyncio.gather(one.look(), other.look())
+                await asyncio.gather(one.look(now_s), other.look(now_s))
             assert len(await queued(queue)) == 2
 
     run(test())
@@ -339,6 +340,29 @@ def test_function_that_may_have_no_more_calls_keeps_no_other_from_its_ticks(
 
     run(test())
     assert capfd.readouterr().err.count("a scheduled call could not be queued") == 2, "once of each"
+
+
+def test_tick_that_comes_due_right_after_a_look_is_put_at_once(tmp_path: Path) -> None:
+    class Ticking(Clock):
+        """A clock that goes on by two milliseconds each time it is read, and stands still otherwise."""
+
+        def __call__(self) -> float:
+            self.now_s += 0.002
+            return self.now_s
+
+    async def test() -> None:
+        async with spool(tmp_path, time.time) as queue:
+            running = asyncio.create_task(Scheduler(scheduled("@every 10s"), queue, now=Ticking(NOON - 0.003)).run())
+
+            async def first() -> str | None:
+                return next(iter(await queued(queue)), None)
+
+            call = await queue.get(await eventually(first, SOON_S, "the tick was put"))
+            running.cancel()
+            assert call is not None
+            assert call.due_s == NOON
+
+    run(test())
 
 
 def test_running_scheduler_puts_a_call_when_its_time_comes(tmp_path: Path) -> None:

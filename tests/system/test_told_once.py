@@ -165,13 +165,13 @@ def test_state_of_schedules_that_cannot_be_kept_is_told_once(tmp_path: Path, cap
         spool = await Spool.open(tmp_path / "spool")
         scheduler = Scheduler({F: Function(F, url="http://h", annotations=annotations)}, spool, tmp_path / "no" / "s")
         for _ in range(LOOKS_COUNT):
-            await scheduler.look()
+            await scheduler.look(time.time())
         assert begins_and_ends(capfd, "how far schedules were looked at") == [False]
         (tmp_path / "no").mkdir()
-        await scheduler.look()
+        await scheduler.look(time.time())
         (tmp_path / "no" / "s").unlink()
         (tmp_path / "no").rmdir()
-        await scheduler.look()
+        await scheduler.look(time.time())
         assert begins_and_ends(capfd, "how far schedules were looked at") == [True, False]
         await spool.close()
 
