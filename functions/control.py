@@ -44,7 +44,7 @@ from .table import BadFunctions, Function, FunctionsFile, UnreadableFunctions, r
 if TYPE_CHECKING:  # which wants nats-py, an extra
     from ..queues.jetstream.bucket import Bucket
 
-MAX_TOLD_COUNT = 10  # of what a namespace holds that is to be removed
+MAX_TOLD_COUNT = 10  # in one text: of what a namespace holds that is to be removed, of what has changed
 
 
 LOOK_S = 1.0  # between two looks at the file; a change is applied when two looks have seen the same
@@ -88,6 +88,12 @@ class _Kept:
         )
 
 
+def _listed(names: Set[FunctionName]) -> str:
+    """Return names for a line of the log, which a thousand of them would fill."""
+    shown = sorted(name.short for name in names)[:MAX_TOLD_COUNT]
+    return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
+
+
 def _tell_idle_schedule(function: Function) -> None:
     """Log that a function is called by no schedule though it has one: connectors know their functions by a topic."""
     if SCHEDULE in function.annotations and TOPIC not in function.annotations:
@@ -97,9 +103,9 @@ def _tell_idle_schedule(function: Function) -> None:
 class Control:
     """The operations.  Without `state` nothing can be deployed and no secret be kept; the file is followed yet.
 
-    `file_is_optional`: a file that is not there is an empty one.  `operator_secrets` is a directory in which functions
-    of the file find the tokens of their callers besides.  With `bucket` all is kept there and not in `state`, and what
-    other gateways change is applied here by `follow_bucket`.  Obligation: `close`.  Raises CannotStart.
+    `file_is_optional`: a file that was never there is an empty one.  `operator_secrets` is a directory in which
+    functions of the file find the tokens of their callers besides.  With `bucket` all is kept there and not in `state`,
+    and what other gateways change is applied here by `follow_bucket`.  Obligation: `close`.  Raises CannotStart.
     """
 
     def __init__(
@@ -218,10 +224,23 @@ class Control:
 
     async def _reload_or_tell(self) -> None:
         """Apply the file; where the machine has no descriptors or no room for it, try again at the next look."""
+        before = self._declared
         try:
-            await self.reload()
+            if await self.reload():
+                self._tell_changes(before)
         except OSError as error:
             self._try_again(f"the functions file is not applied, and is tried again: {reason_of(error)}")
+
+    def _tell_changes(self, before: Mapping[FunctionName, Function]) -> None:
+        """Log what the file has brought, changed and taken away."""
+        changes = {
+            "new": self._declared.keys() - before.keys(),
+            "changed": {name for name, each in self._declared.items() if before.get(name, each) != each},
+            "gone": before.keys() - self._declared.keys(),
+        }
+        told = [f"{what}: {_listed(names)}" for what, names in changes.items() if names]
+        if told:
+            log.info(f"the functions file has changed; {'; '.join(told)}")
 
     def _try_again(self, trouble: str) -> None:
         """Read the file at the next look as well; say why, once."""
@@ -284,7 +303,8 @@ class Control:
         return frozenset(() if self._secrets is None else self._secrets.names())
 
     def _read_file(self) -> FunctionsFile:
-        return read_functions(self._file, missing_ok=self._file_is_optional)
+        # One that was there and has gone is not an empty one: a mount, or an editor, may bring it back.
+        return read_functions(self._file, missing_ok=self._file_is_optional and not self._declared)
 
     def _in_force(self) -> dict[FunctionName, Function]:
         return {**{name: each.function for name, each in self._deployed.items()}, **self._declared}

@@ -430,6 +430,33 @@ def test_changed_function_is_applied_when_there_are_descriptors_again(tmp_path: 
     assert str(log).count("the old version of f goes on") == 1
 
 
+def test_functions_go_on_when_their_file_is_gone_and_what_a_change_brings_and_takes_is_told(
+    tmp_path: Path, log: Log
+) -> None:
+    file = tmp_path / "functions.toml"
+
+    async def test() -> None:
+        two = "[f]\nfprocess = 'sh'\n[g]\nfprocess = 'sh'\n"
+        async with controlled(tmp_path, two) as (control, local):
+            following = asyncio.create_task(control.follow())
+
+            async def look_until(text: str) -> None:
+                control.look_now()
+                await until(lambda: text in str(log), text)
+
+            file.unlink()
+            await look_until(f"the functions file is not applied: {file}: there is no such file")
+            assert [name.short for name in local.table] == ["f", "g"]
+            file.write_text("[g]\nfprocess = 'sh'\nexec_timeout = '9s'\n[h]\nfprocess = 'sh'\n")
+            await look_until("the functions file has changed; new: h; changed: g; gone: f")
+            file.write_text("")
+            await look_until("the functions file has changed; gone: g, h")
+            assert not local.table
+            following.cancel()
+
+    run(test())
+
+
 IMAGE = '[images]\n"shop/echo" = {{ fprocess = "/bin/sh", environment = {{ V = "{}" }} }}\n'
 
 
