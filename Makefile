@@ -11,7 +11,7 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 STATE  := .run
-URL    := http://127.0.0.1:8080
+URL    := http://127.0.0.1:$(or $(port),8080)
 
 .PHONY: help run demo test coverage quick lint clean
 .DELETE_ON_ERROR:

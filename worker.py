@@ -278,7 +278,9 @@ class Worker:
         tasks = self._in_flight.tasks
         if tasks:
             log.info(f"draining: {len(tasks)} at work")
-            await asyncio.wait(tasks, timeout=self._settings.drain_timeout_s)
+            _, left = await asyncio.wait(tasks, timeout=self._settings.drain_timeout_s)
+            if left:
+                log.warning(f"drain_timeout is over: {len(left)} at work are cut, and go back into the queue")
             self.abandon()
             await asyncio.wait(tasks)
 

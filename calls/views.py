@@ -18,9 +18,10 @@ import urllib.parse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
-from ..watchdog import FaashoundError, is_secret_field, parse_positive_count
+from ..watchdog import FaashoundError, is_secret_field, parse_number
 from .model import Attempt, Call, CallbackState, Headers, State
 from .names import BadFunctionName, FunctionName, parse_function_name
 
@@ -162,7 +163,7 @@ def parse_call_filter(query: bytes) -> CallFilter:
         "function": ("function", _parse_function),
         "callback": ("callback", _parse_callback_state),
         "id": ("id_start", _parse_id_start),
-        "limit": ("limit_count", _parse_limit),
+        "limit": ("limit_count", partial(parse_number, low=1, high=MAX_LISTED_COUNT)),
         "before": ("before", str),
     }
     found: Json = {}
@@ -202,10 +203,3 @@ def _parse_id_start(text: str) -> str:
     if not _ID_START.fullmatch(text.lower()):
         raise ValueError(f"allowed: an id, or the {MIN_ID_CHARS} characters and more that it begins with")
     return text.lower()
-
-
-def _parse_limit(text: str) -> int:
-    count = parse_positive_count(text)
-    if count > MAX_LISTED_COUNT:
-        raise ValueError(f"allowed: up to {MAX_LISTED_COUNT}")
-    return count

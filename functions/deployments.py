@@ -115,9 +115,11 @@ def name_of(document: Mapping[str, Any], namespace: str = "", key: str = "servic
         problems.append(f"namespace: {space!r:.100}: allowed: {NAMESPACE_RULE}")
         space = DEFAULT_NAMESPACE
     try:
+        if name is None:
+            raise BadFunctionName("it is missing")
         if not isinstance(name, str) or "." in name:
             raise BadFunctionName(f"{name!r:.200} is no function's name")
-        found = parse_function_name(f"{name}.{space}")
+        found = parse_function_name(name, space)
     except BadFunctionName as error:
         problems.insert(0, f"{key}: {error}")
     if problems:

@@ -46,7 +46,7 @@ from ..watchdog import (
     Url,
     in_thread,
     log,
-    parse_positive_count,
+    parse_number,
     reason_of,
 )
 from .answers import BadField, allow, parse_parameters
@@ -277,14 +277,14 @@ def parse_question(query: bytes) -> tuple[FunctionName | None, int]:
     parameters = parse_parameters(query)
     text = parameters.get("minutes", str(WINDOW_MINUTES_COUNT))
     try:
-        minutes_count = parse_positive_count(text)
-        name = parameters.get("function")
-        wanted = None if name is None else parse_function_name(name)
-    except (ValueError, BadFunctionName) as error:
-        raise BadField(str(error)) from None
-    if minutes_count > MINUTES_COUNT:
-        raise BadField(f"minutes={text[:20]!r}: allowed: 1 to {MINUTES_COUNT}")
-    return wanted, minutes_count
+        minutes_count = parse_number(text, 1, MINUTES_COUNT)
+    except ValueError as error:
+        raise BadField(f"minutes={text[:20]!r}: {error}") from None
+    name = parameters.get("function")
+    try:
+        return None if name is None else parse_function_name(name), minutes_count
+    except BadFunctionName as error:
+        raise BadField(f"function: {error}") from None
 
 
 @dataclass(frozen=True, slots=True)

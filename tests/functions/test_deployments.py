@@ -84,7 +84,8 @@ def test_variables_are_divided_between_watchdog_and_program() -> None:
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"service": "Bad"}, "service: 'Bad.openfaas-fn' is no function's name"),
+        ({"service": "Bad"}, "service: 'Bad' is no function's name; allowed: 1 to 63"),
+        ({"service": None}, "service: it is missing"),
         ({"service": 1}, "service: 1 is no function's name"),
         ({"service": "a.b"}, "service: 'a.b' is no function's name"),
         ({"namespace": 7}, "namespace: 7: allowed: 1 to 63"),

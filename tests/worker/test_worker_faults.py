@@ -79,6 +79,7 @@ def test_worker_hands_back_what_does_not_finish_in_time_and_another_runs_it() ->
             system.wait_started(2)
             worker.terminate()
             assert worker.wait_exit() == 0
+            assert "drain_timeout is over: 1 at work are cut, and go back into the queue" in worker.log()
         status = system.status(call_id)
         assert (status["state"], status["attempts"]) == ("queued", 0)
         system.wait_idle()
