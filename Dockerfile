@@ -31,7 +31,7 @@ USER 65532:65532
 FROM runtime AS worker
 EXPOSE 8083
 HEALTHCHECK --interval=10s --timeout=5s --start-period=20s \
-    CMD ["python3", "-c", "from os import environ; from http.client import HTTPConnection; c = HTTPConnection('127.0.0.1', environ.get('metrics_port', 8083), timeout=2); c.request('GET', '/healthz'); c.getresponse()"]
+    CMD ["python3", "-c", "from os import environ; from http.client import HTTPConnection; port = int(environ.get('metrics_port') or 8083); c = HTTPConnection('127.0.0.1', port, timeout=2); port and (c.request('GET', '/healthz'), c.getresponse())"]
 ENTRYPOINT ["fworker"]
 
 FROM runtime AS gateway

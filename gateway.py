@@ -321,6 +321,8 @@ async def serve(common: Common, context: WorkerContext) -> int:
         )
         server = Server(gateway, timeouts, slot=context.slot, limits=limits)
         await finished_first(functions_known(common.local, context.slot), signals.first.wait())
+        if signals.first.is_set() and not context.slot.is_first:  # it may know no function, and others take its calls
+            return 0
         for sock in sockets.own:
             server.listen(sock)
         context.on_serving()

@@ -72,6 +72,10 @@ class QueueDamaged(FaashoundError):
     status = 503
 
 
+class CallDamaged(QueueDamaged):
+    """What is kept of one call cannot be read; all others are as they were."""
+
+
 class CallExists(FaashoundError):
     """The call id is in use."""
 

@@ -101,7 +101,7 @@ def log_call_step(call: Call, step: Step, outcome: AttemptOutcome) -> None:
         function=call.function,
         attempt=call.attempts,
         **wait,
-        outcome=outcome,
+        outcome=str(outcome),  # a NamedTuple would be a list in JSON, answer and all
     )
 
 
@@ -113,5 +113,5 @@ def log_callback_step(call: Call, step: Step, outcome: AttemptOutcome) -> None:
         call_id=call.id,
         function=call.function,
         attempt=attempts,
-        outcome=outcome,
+        outcome=str(outcome),
     )

@@ -304,7 +304,7 @@ class Control:
 
     def _read_file(self) -> FunctionsFile:
         # One that was there and has gone is not an empty one: a mount, or an editor, may bring it back.
-        return read_functions(self._file, missing_ok=self._file_is_optional and not self._declared)
+        return read_functions(self._file, missing_ok=self._file_is_optional and not (self._declared or self._images))
 
     def _in_force(self) -> dict[FunctionName, Function]:
         return {**{name: each.function for name, each in self._deployed.items()}, **self._declared}

@@ -131,6 +131,7 @@ class LocalFunctions:
 
         Call it once; `stop` must follow, or `close`.  Raises OSError, with nothing left open.
         """
+        self._opener_pid = os.getpid()
         with contextlib.ExitStack() as stack:
             self.directory = stack.enter_context(open_runtime_directory(self._environ))
             for name, function in self.table.items():
@@ -179,7 +180,12 @@ class LocalFunctions:
         self.close()
 
     def close(self) -> None:
-        """Close the sockets and remove the directory, as `stop` does, where it did not come to `start`.  Repeatable."""
+        """Close the sockets and remove the directory, as `stop` does, where it did not come to `start`.  Repeatable.
+
+        A process that was forked after `open` leaves them as they are: another one takes its place.
+        """
+        if os.getpid() != self._opener_pid:
+            return
         for endpoint in self._open:
             endpoint.close_socket()
         self._open.clear()

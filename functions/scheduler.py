@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from ..calls.model import FINAL, CallExists, KeyReused, NewCall, TooManyQueued
+from ..calls.model import FINAL, CallDamaged, CallExists, KeyReused, NewCall, TooManyQueued
 from ..calls.names import FunctionName
 from ..queues import Queue
 from ..watchdog import FaashoundError, Trouble, log, reason_of
@@ -68,7 +68,7 @@ class Scheduler:
         self._on_refused = on_refused
         self._known: dict[str, Seen] = {}
         self._parsed: dict[FunctionName, tuple[Mapping[str, str], Schedule]] = {}
-        self._full: set[str] = set()  # expressions whose function has as many calls waiting as it may
+        self._refused: set[str] = set()  # expressions that could not be put, which has been told
         self._trouble, self._state_trouble = Trouble(log.error), Trouble(log.warning)
         self._changed = asyncio.Event()
 
@@ -104,18 +104,18 @@ class Scheduler:
                 known = self._known.get(key, Seen(now_s))
                 try:
                     known = Seen(now_s, await self._put_due(function, schedule, expression, known, now_s))
-                    self._full.discard(key)
-                except TooManyQueued as error:  # that is for this function alone: the others have their turn
-                    self._tell_full(key, error)
+                    self._refused.discard(key)
+                except (TooManyQueued, CallDamaged) as error:  # that is for this function alone: the others have a turn
+                    self._tell_refused(key, error)
                 self._known[key] = seen[key] = known
         if seen or self._known:
             self._known = seen
             await asyncio.to_thread(self._write_state, seen)
 
-    def _tell_full(self, key: str, error: TooManyQueued) -> None:
-        if key not in self._full:
+    def _tell_refused(self, key: str, error: FaashoundError) -> None:
+        if key not in self._refused:
             log.error(f"a scheduled call could not be queued, it is tried again: {error}")
-        self._full.add(key)
+        self._refused.add(key)
 
     async def _put_due(
         self, function: Function, schedule: Schedule, expression: Expression, known: Seen, now_s: float

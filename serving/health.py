@@ -22,7 +22,7 @@ from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from typing import Any
 
-from ..calls.model import QueueDamaged, QueueFull, QueueUnavailable
+from ..calls.model import CallDamaged, QueueDamaged, QueueFull, QueueUnavailable
 from ..watchdog import FaashoundError, Slot, log
 
 QUEUE_MEMORY_S = 30.0  # longer than balancers let pass between two probes
@@ -58,7 +58,7 @@ class Health:
         A full one counts for the metrics alone: another call may be small enough, and where none is the queue itself
         says so (trouble_of).  A timer ends it, and no look at us: /healthz may be asked by nothing.
         """
-        if not isinstance(error, QueueUnavailable | QueueDamaged | QueueFull):
+        if isinstance(error, CallDamaged) or not isinstance(error, QueueUnavailable | QueueDamaged | QueueFull):
             return
         if self._refused is not None:
             self._refused.cancel()

@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
-from ...calls.model import QueueDamaged, QueueFull, QueueUnavailable, ResultLost, StoredBody
+from ...calls.model import CallDamaged, QueueFull, QueueUnavailable, ResultLost, StoredBody
 from ...watchdog import BodyTooLarge, FaashoundError, log
 from .connection import TTL_HEADER, Connection, Stored, Write, end_tasks
 
@@ -145,7 +145,7 @@ class Bodies:
                 return
             chunk = await self._read(self._names.subject("body", body.file, number))
             if chunk is None:
-                raise QueueDamaged(f"a stored body is {left} bytes too short")
+                raise CallDamaged(f"a stored body is {left} bytes too short")
             left -= len(chunk)
             for start in range(0, len(chunk), chunk_bytes):
                 yield chunk[start : start + chunk_bytes]

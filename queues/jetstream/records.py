@@ -26,6 +26,7 @@ from ...calls.model import (
     Call,
     Callback,
     CallbackState,
+    CallDamaged,
     NewCall,
     QueueDamaged,
     State,
@@ -125,7 +126,7 @@ def parse_waiting(data: bytes | memoryview) -> NewCall:
         facts["function"] = FunctionName(facts["function"])
         return NewCall(**_known(facts, _OF_CALL))
     except (KeyError, ValueError, TypeError) as error:
-        raise QueueDamaged(f"a message of the queue cannot be read: {_flaw(error)}") from error
+        raise CallDamaged(f"a message of the queue cannot be read: {_flaw(error)}") from error
 
 
 def read_waiting(stored: Stored) -> NewCall | None:
@@ -191,7 +192,7 @@ def parse_record(stored: Stored) -> Kept:
         accepted = parse_waiting(rest[:size]) if size else None
         record = Record(**(_known(facts, _OF_RECORD) | _parse_parts(facts, rest[size:])))
     except (KeyError, ValueError, TypeError) as error:
-        raise QueueDamaged(
+        raise CallDamaged(
             f"the record of call {call_id} (revision {stored.revision}) cannot be read: {_flaw(error)}"
         ) from error
     return Kept(call_id, FunctionName(parse_token(function)), accepted, record, stored.revision, cast(Place, place))

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from nats.aio.msg import Msg
 
 from ...calls.destinations import destination_of
-from ...calls.model import FINAL, CallUnknown, NewCall, QueueDamaged, QueueUnavailable, State
+from ...calls.model import FINAL, CallDamaged, CallUnknown, NewCall, QueueUnavailable, State
 from ...calls.names import FunctionName
 from ...calls.steps import Record
 from .bodies import Bodies
@@ -115,7 +115,7 @@ class Store:
             if kept is not None and kept.accepted is not None:
                 return self._as_kept(Standing(kept.accepted, kept.record, kept.revision, kept.place))
             await asyncio.sleep(READ_PAUSE_S)
-        raise QueueDamaged(f"the call {call_id} has a record, but its request is gone")
+        raise CallDamaged(f"the call {call_id} has a record, but its request is gone")
 
     def _as_kept(self, standing: Standing) -> Standing:
         """The servers may still have a result that has been kept long enough."""

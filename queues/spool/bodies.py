@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
@@ -20,7 +21,6 @@ from .directory import SpoolDirectory
 from .errors import DISK_FULL, NO_MEMORY, disk_error
 from .limits import FILE_CHUNK_BYTES, ROOM_PAUSE_S
 from .reserve import Reserve
-from .threads import start_threads
 
 T = TypeVar("T")
 
@@ -28,13 +28,17 @@ T = TypeVar("T")
 class Bodies:
     """Stored bodies; `tidy` is to give room back that the journal has."""
 
-    THREAD_COUNT = 4
-
-    def __init__(self, directory: SpoolDirectory, reserve: Reserve, tidy: Callable[[], Awaitable[None]]) -> None:
+    def __init__(
+        self,
+        directory: SpoolDirectory,
+        reserve: Reserve,
+        threads: ThreadPoolExecutor,
+        tidy: Callable[[], Awaitable[None]],
+    ) -> None:
         self._directory = directory
         self._reserve = reserve
         self._tidy = tidy
-        self._threads = start_threads(self.THREAD_COUNT, "spool-files")
+        self._threads = threads
         self._result_lock = asyncio.Lock()  # of results that have found no room
         self._closed = False
 

@@ -97,7 +97,8 @@ class Notifier:
             except OSError as error:
                 problem = f"cannot wake the process behind {name}: {reason_of(error)}"
                 self._drop(name)
-        self._trouble.tell(problem)
+        if problem or wake_up != WakeUp.FINISHED:  # else some were passed over, and may be out of reach yet
+            self._trouble.tell(problem)
 
     def _look_around(self) -> None:
         """Bring the names up to date: listing the directory for every commit would cost more than sending."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from .notifier import Notifier
 from .readers import Readers
 from .reserve import Reserve
 from .schema import SQLITE_VERSION
+from .threads import start_threads
+
+BODY_THREADS_COUNT = 4
 
 # --------------------------------------------------------------------------------------------------------------------
 # The Spool
@@ -31,7 +35,9 @@ class Parts:
     db: sqlite3.Connection
     reserve: Reserve
     readers: Readers
+    body_threads: ThreadPoolExecutor
     notifier: Notifier
+    undo: contextlib.ExitStack  # closes all of it, where no Spool comes of it that would
 
 
 def open_parts(path: Path, limits: QueueLimits) -> Parts:
@@ -51,10 +57,11 @@ def open_parts(path: Path, limits: QueueLimits) -> Parts:
                 reserve.open()
                 db.execute(f"PRAGMA wal_autocheckpoint = {reserve.journal_pages}")
             readers = stack.enter_context(contextlib.closing(Readers(directory.database)))
-            notifier = Notifier(directory.notifiers_fd)
-            stack.pop_all()
+            body_threads = stack.enter_context(start_threads(BODY_THREADS_COUNT, "spool-files"))
+            notifier = stack.enter_context(contextlib.closing(Notifier(directory.notifiers_fd)))
+            undo = stack.pop_all()
     except OSError as error:
         raise open_error(path, error) from error
     except sqlite3.Error as error:
         raise sqlite_error(error) from error
-    return Parts(limits, directory, token, db, reserve, readers, notifier)
+    return Parts(limits, directory, token, db, reserve, readers, body_threads, notifier, undo)

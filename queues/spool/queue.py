@@ -116,8 +116,8 @@ class Spool:
         self._boot = read_boot_id()
         self._loop = asyncio.get_running_loop()
         self._notifier = parts.notifier
+        self._bodies = Bodies(parts.directory, parts.reserve, parts.body_threads, self._tidy)
         self._writer = Writer(parts, self._on_wake_up)
-        self._bodies = Bodies(parts.directory, parts.reserve, self._tidy)
         self._owners: dict[str, int] = {}
         self._last_flow: dict[Kind, Flow] = {"call": ("", ""), "callback": ("", "")}
         self._reclaimed_s = self._woke_s = -RECLAIM_S
@@ -144,9 +144,13 @@ class Spool:
         Brings an older file to the newest version. Raises QueueDamaged, naming file and remedy, for a file that is
         damaged, foreign or newer; QueueUnavailable, naming path and owner, when it may not be used.
         """
+        undo = contextlib.ExitStack()
         try:
-            spool = cls(await asyncio.to_thread(open_parts, Path(directory), limits or QueueLimits()), now)
+            parts = await asyncio.to_thread(open_parts, Path(directory), limits or QueueLimits())
+            undo.enter_context(parts.undo)
+            spool = cls(parts, now)
         except RuntimeError as error:  # no thread to be had
+            undo.close()
             raise QueueUnavailable(f"the queue cannot be used: {error}") from error
         try:
             await spool.reclaim()
@@ -159,6 +163,8 @@ class Spool:
 
     async def close(self) -> None:
         """Finish the writes under way and let go of everything; leases still held become void. May be repeated."""
+        while self._claims_count and not self._closed:  # ends may wait behind it, and go before us then
+            await self._claim_ended.wait()
         if self._closed:
             return
         self._closed = True
@@ -345,28 +351,32 @@ class Spool:
         claimant: Claimant,
     ) -> list[Lease]:
         asked_s = boot_s()
-        leases: list[Lease] = []
 
         def work(tx: Transaction) -> list[Lease]:
-            nonlocal leases
             self._reclaim_sometimes(tx, asked_s)
             leases, self._last_flow[kind] = claim(tx, wanted, self._last_flow[kind], claimant)
             return leases
 
+        future = self._write(work)
         self._claims_count, self._lock_error = self._claims_count + 1, None
         try:
-            return await self._write(work)
+            leases = await asyncio.shield(future)
+            self._lock_error = None
+            return leases
         except LockHeld as error:
             self._lock_error = error
             raise
         except asyncio.CancelledError:
-            if not self._closed:  # behind the claim, if that is under way: the writer does one after the other
-                self._write(lambda tx: ends.release_all(tx, leases, self._now()))
+            future.add_done_callback(self._on_unwanted)
             raise
         finally:
             self._claims_count -= 1
             self._claim_ended.set()
             self._claim_ended.clear()
+
+    def _on_unwanted(self, future: asyncio.Future[list[Lease]]) -> None:
+        if not (future.cancelled() or future.exception() or self._closed):
+            self._write(partial(ends.release_all, leases=future.result(), now_s=self._now()))
 
     async def renew(self, leases: Sequence[Lease], lease_s: float) -> Renewal:
         """Let the leases last `lease_s` seconds from now; tell which are lost and which calls to cancel."""

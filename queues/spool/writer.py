@@ -280,10 +280,12 @@ class Writer:
         try:
             if self._lock_error is not None:
                 raise self._lock_error
+            before = self._db.total_changes
             with self._directory.writer_lock():
                 self._check_place()
                 done = work()
-            self._trouble.over()
+            if self._db.total_changes != before:  # what has written nothing would succeed on any disk
+                self._trouble.over()
             return done
         except sqlite3.Error as error:
             problem: Exception = sqlite_error(error)

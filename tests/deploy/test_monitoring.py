@@ -72,10 +72,10 @@ def test_alerts_fire_when_they_should_and_not_else() -> None:
     ("queued_count", "running_count", "workers_count"),
     [
         pytest.param(640, 0, 0, id="delayed calls alone"),
-        pytest.param(640, 8, 1, id="delayed calls, and few others"),
-        pytest.param(640, 32, 4, id="two workers have all that they may have"),
-        pytest.param(640, 128, 16, id="and eight have"),
-        pytest.param(40, 32, 2.25, id="little waits"),
+        pytest.param(640, 8, 0.5, id="delayed calls, and few others"),
+        pytest.param(640, 64, 4, id="two workers have all that they may have"),
+        pytest.param(640, 256, 16, id="and eight have"),
+        pytest.param(8, 64, 2.25, id="little waits"),
     ],
 )
 def test_workers_are_scaled_by_what_waits_but_to_twice_what_is_busy_at_most(

@@ -453,6 +453,10 @@ def test_functions_go_on_when_their_file_is_gone_and_what_a_change_brings_and_ta
             file.write_text("")
             await look_until("the functions file has changed; gone: g, h")
             assert not local.table
+            file.write_text(IMAGE.format(1))
+            assert await control.reload()
+            file.unlink()
+            assert not await control.reload(), "nor one that had images alone"
             following.cancel()
 
     run(test())

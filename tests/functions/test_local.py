@@ -292,3 +292,18 @@ def test_killed_gateway_takes_its_functions_with_it(tmp_path: Path) -> None:
     wait_until(lambda: not any(exists(each) for each in pids), DEADLINE_S, f"{pids} gone")
     with contextlib.suppress(OSError, http.client.HTTPException):
         assert calling.result().status != 200
+
+
+def test_directory_is_there_for_the_next_process_when_one_that_was_forked_closes() -> None:
+    local = real("[f]\nfprocess = 'sh'\n")
+    local.open()
+    try:
+        pid = os.fork()
+        if pid == 0:
+            local.close()
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert local.path(F).exists()
+    finally:
+        local.close()
+    assert not local.directory.exists()

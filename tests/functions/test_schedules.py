@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from faashound.calls.model import QueueLimits, State
+from faashound.calls.model import CallDamaged, NewCall, QueueLimits, State
 from faashound.calls.names import FunctionName, parse_function_name
 from faashound.functions.scheduler import Scheduler, key_of
 from faashound.functions.schedules import (
@@ -340,6 +340,30 @@ def test_function_that_may_have_no_more_calls_keeps_no_other_from_its_ticks(
 
     run(test())
     assert capfd.readouterr().err.count("a scheduled call could not be queued") == 2, "once of each"
+
+
+def test_function_whose_last_call_is_damaged_keeps_no_other_from_its_ticks(tmp_path: Path) -> None:
+    g = parse_function_name("g")
+    table = {**scheduled("@every 10s"), g: Function(g, url="http://h", annotations=cron("@every 10s"))}
+
+    class Damaged(Spool):
+        """A queue in which one message cannot be read, as NATS may have it."""
+
+        async def put(self, call: NewCall) -> NewCall:
+            if call.function == F:
+                raise CallDamaged("the record of the call before cannot be read")
+            return await super().put(call)
+
+    async def test() -> None:
+        clock = Clock(NOON - 1)
+        queue = await Damaged.open(tmp_path / "spool", now=clock)
+        try:
+            await looks(Scheduler(table, queue, now=clock), clock, NOON - 1, NOON + 0.1, NOON + 10)
+            assert [call.function for call in await queue.calls()] == [g, g]
+        finally:
+            await queue.close()
+
+    run(test())
 
 
 def test_tick_that_comes_due_right_after_a_look_is_put_at_once(tmp_path: Path) -> None:

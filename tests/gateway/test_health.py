@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from faashound.calls.model import QueueDamaged, QueueFull, QueueUnavailable, Stats, TooManyQueued
+from faashound.calls.model import CallDamaged, QueueDamaged, QueueFull, QueueUnavailable, Stats, TooManyQueued
 from faashound.functions.supervisor import ManagedProcess, ManagedProgram, Supervisor
 from faashound.queues.spool.queue import Spool
 from faashound.serving import health as health_module
@@ -81,8 +81,9 @@ def test_full_queue_is_told_by_the_metrics_and_a_call_that_is_refused_for_itself
     async def scenario() -> None:
         slot = Slot(Scoreboard())
         health = Health(slot)
-        health.queue_refused(TooManyQueued("max_queued"))
-        assert (health.problems(), shown(slot)) == ([], 0.0)
+        for error in (TooManyQueued("max_queued"), CallDamaged("the record of a call cannot be read")):
+            health.queue_refused(error)
+            assert (health.problems(), shown(slot)) == ([], 0.0)
         health.queue_refused(QueueFull("no room for so long a body"))
         assert (health.problems(), shown(slot)) == ([], 1.0)
 

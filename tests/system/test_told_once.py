@@ -187,6 +187,7 @@ def test_processes_that_cannot_be_woken_are_told_once(tmp_path: Path, capfd: pyt
     with few_descriptors(0):
         for _ in range(LOOKS_COUNT):
             one.wake(WakeUp.WORK)
+            one.wake(WakeUp.FINISHED)  # of which those that nobody waits at are not told
     (line,) = lines(capfd, "cannot wake")
     assert line.endswith("too many open files")
     one.wake(WakeUp.WORK)
@@ -211,11 +212,15 @@ def test_queue_that_cannot_be_written_is_told_once(
                 for _ in range(LOOKS_COUNT):
                     with pytest.raises(QueueUnavailable):
                         await spool.claim(["faas-request"], owner, 1.0, 1)
+            assert (
+                await spool.claim(["no-such-queue"], owner, 1.0, 1) == []
+            )  # which proves nothing, as it writes nothing
+            assert begins_and_ends(capfd, "cannot be written") == [False]
             await spool.put(new_call())
+            assert begins_and_ends(capfd, "cannot be written") == [True]
         await spool.close()
 
     run(test())
-    assert begins_and_ends(capfd, "cannot be written") == [False, True] * 2
 
 
 WATCHDOGS = {"the first": (0, "f cannot be started"), "one more": (1, "f gets no more watchdogs now")}

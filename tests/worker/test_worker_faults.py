@@ -21,14 +21,14 @@ from prometheus_client import CollectorRegistry
 
 from faashound.calls.callbacks import CallbackRefused, build_policy
 from faashound.calls.model import INLINE_BYTES, Attempt, QueueDamaged, QueueFull, QueueUnavailable, State
-from faashound.calls.retries import AttemptOutcome, Dead, OutcomeKind, Progress, RetryPolicy, next_step
+from faashound.calls.retries import AttemptOutcome, Dead, Done, OutcomeKind, Progress, RetryPolicy, next_step
 from faashound.draining.caller import Caller, CallLimits
 from faashound.draining.connections import Connections
 from faashound.draining.gateway_access import GatewayAccess
 from faashound.draining.in_flight import EarlyEnd, InFlightTable
 from faashound.draining.known_functions import KnownAddress, KnownFunctions
 from faashound.draining.metrics import InvocationCounters
-from faashound.draining.outcomes import REFUSED_TEXT, outcome_of_error
+from faashound.draining.outcomes import REFUSED_TEXT, log_call_step, log_callback_step, outcome_of_error
 from faashound.draining.shares import Slots
 from faashound.queues.spool.queue import Spool
 from faashound.watchdog import OutOfResources, PeerGone, Unreachable, UpstreamTimeout, log, parse_url
@@ -430,6 +430,21 @@ def test_cancellations_that_cannot_be_read_are_told_once_while_it_lasts(
     asyncio.run(scenario())
     log.flush()
     assert capfd.readouterr().err.count("cancellations could not be read: the queue is closed") == 1
+
+
+def test_line_of_a_call_has_no_part_of_its_answer_in_json(capfd: pytest.CaptureFixture[str]) -> None:
+    call = new_call()
+    answer = AttemptOutcome(OutcomeKind.ANSWERED, 200, body=inline(b"secret"), headers=(("Set-Cookie", "secret"),))
+    log.configure("json", None)
+    try:
+        log_call_step(accepted(call), Done(200), answer)
+        log_callback_step(accepted(call), Done(200), answer)
+        log.flush()
+    finally:
+        log.configure("text", None)
+    lines = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+    assert [line["outcome"] for line in lines] == ["status 200", "status 200"]
+    assert "secret" not in str(lines)
 
 
 OUTCOMES = {
