@@ -52,7 +52,8 @@ def gateway(plan: Plan, functions: str, queue: Path, **settings: str) -> Running
         "TMPDIR": str(directory),
     }
     argv = [sys.executable, "-m", "faashound.gateway"]
-    return Running(argv, fixed | {"queue_url": f"spool:{queue}"} | settings, port, plan.directory)
+    waits = {"queue_url": f"spool:{queue}", "max_queued": str(10 * plan.queued_count)}  # else a full one takes no more
+    return Running(argv, fixed | waits | settings, port, plan.directory)
 
 
 def elsewhere(url: str) -> str:
