@@ -52,8 +52,9 @@ def gateway(plan: Plan, functions: str, queue: Path, **settings: str) -> Running
         "TMPDIR": str(directory),
     }
     argv = [sys.executable, "-m", "faashound.gateway"]
-    waits = {"queue_url": f"spool:{queue}", "max_queued": str(10 * plan.queued_count)}  # else a full one takes no more
-    return Running(argv, fixed | waits | settings, port, plan.directory)
+    if "queue_url" not in settings:  # a full one has its limit in it already
+        fixed |= {"queue_url": f"spool:{queue}", "max_queued": str(10 * plan.queued_count)}
+    return Running(argv, fixed | settings, port, plan.directory)
 
 
 def elsewhere(url: str) -> str:
