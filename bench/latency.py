@@ -155,8 +155,9 @@ def measure_mixed(plan: Plan, report: Report) -> None:
             with gateway(plan, text, queue, worker="local", worker_metrics_port="0") as program:
                 rounds[OURS].append(quick_p99_ms(plan, program.url))
                 left.append(asyncio.run(count_queued(queue)))
-            for url in plan.peer_gateways:
-                with suppress(Unanswered):  # it may know no such functions
+        for url in plan.peer_gateways:  # behind ours, which its worker would be in the way of until its queue is empty
+            with suppress(Unanswered):  # it may know no such functions
+                for _ in range(plan.rounds_count):
                     run_wrk(plan.script, f"{url}/async-function/{FUNCTION}", SLOW_CALLERS_COUNT, 1)  # for it to drain
                     rounds[url].append(quick_p99_ms(plan, url))
     what = f"quick function, 1 caller, beside {SLOW_CALLERS_COUNT} of 1 s and a queue that is drained"
