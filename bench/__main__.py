@@ -100,7 +100,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="short rounds, few calls: to see that it works")
     parser.add_argument("--rounds", type=int, help="rounds of each measurement (5; 1 with --quick)")
-    parser.add_argument("--seconds", type=int, help="seconds of each run of load (3; 1 with --quick)")
+    parser.add_argument("--seconds", type=int, help="seconds of each run of load (2; 1 with --quick)")
     parser.add_argument("--queued", type=int, help="calls in the full spool (1000000; 20000 with --quick)")
     parser.add_argument("--json", type=Path, default=Path("bench.json"), metavar="PATH", help="where JSON goes")
     return parser.parse_args(argv)
@@ -111,7 +111,7 @@ def build_plan(arguments: argparse.Namespace, directory: Path) -> Plan:
     quick = arguments.quick
     return Plan(
         rounds_count=arguments.rounds or (1 if quick else 5),
-        seconds=arguments.seconds or (1 if quick else 3),
+        seconds=arguments.seconds or (1 if quick else 2),
         queued_count=arguments.queued or (20_000 if quick else 1_000_000),
         large_bytes=(32 if quick else 256) * MIB,
         calls_count=500 if quick else 4000,
