@@ -37,5 +37,5 @@ ENTRYPOINT ["fworker"]
 FROM runtime AS gateway
 EXPOSE 8080 8082
 HEALTHCHECK --interval=10s --timeout=5s --start-period=20s \
-    CMD ["python3", "-c", "from os import environ; from http.client import HTTPConnection; c = HTTPConnection('127.0.0.1', environ.get('port', 8080), timeout=2); c.request('GET', '/healthz'); c.getresponse()"]
+    CMD ["python3", "-c", "from os import environ; from http.client import HTTPConnection; c = HTTPConnection('127.0.0.1', int(environ.get('port') or 8080), timeout=2); c.request('GET', '/healthz'); c.getresponse()"]
 ENTRYPOINT ["fgateway"]

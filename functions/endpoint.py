@@ -290,11 +290,15 @@ class Endpoint:
         if self._ending:
             await asyncio.wait(self._ending)
 
-    def close_socket(self) -> None:
-        """Close the socket, and the pipe of its log.  Repeatable."""
+    def close_log(self) -> None:
+        """Close the pipe of its log, behind what is in it.  Repeatable."""
         if self._log_pipe is not None:
             self._log_pipe.close()
             self._log_pipe = None
+
+    def close_socket(self) -> None:
+        """Close the socket, and the pipe of its log.  Repeatable."""
+        self.close_log()
         self._listener.close()
         with contextlib.suppress(FileNotFoundError):
             self.path.unlink()

@@ -185,6 +185,8 @@ class LocalFunctions:
         A process that was forked after `open` leaves them as they are: another one takes its place.
         """
         if os.getpid() != self._opener_pid:
+            for endpoint in self._open:
+                endpoint.close_log()
             return
         for endpoint in self._open:
             endpoint.close_socket()

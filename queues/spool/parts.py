@@ -1,4 +1,4 @@
-"""What opening a queue yields: directory, file, reserve, readers and notifier, all of them or none."""
+"""What opening a queue yields: directory, file, reserve, readers, threads and notifier, all of them or none."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BODY_THREADS_COUNT = 4
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What opening a queue yields, before there is a thread or a socket."""
+    """What opening a queue yields, before anything is written or waited for."""
 
     limits: QueueLimits
     directory: SpoolDirectory

@@ -78,7 +78,7 @@ from ...calls.model import (
 )
 from ...calls.names import FunctionName
 from ...calls.steps import Event
-from ...watchdog import log
+from ...watchdog import log, reason_of
 from . import claims, ends, housekeeping, reads
 from .bodies import Bodies
 from .claims import Claimant, Claimed, Flow, Wanted
@@ -124,6 +124,7 @@ class Spool:
         self._slept_s = boot_s() - time.monotonic()
         self._known_offset_s = self._offset_s()  # that the file knew of when it was last told
         self._call_seen_s = self._callback_seen_s = -1e300  # what was due by then has been claimed or reported
+        self._takes_claims = True
         self._claims_count = 0  # under way
         self._lock_error: LockHeld | None = None  # of the last one
         self._claim_ended = asyncio.Event()  # one of them; it is set for those who wait, and for nobody who comes later
@@ -149,9 +150,9 @@ class Spool:
             parts = await asyncio.to_thread(open_parts, Path(directory), limits or QueueLimits())
             undo.enter_context(parts.undo)
             spool = cls(parts, now)
-        except RuntimeError as error:  # no thread to be had
+        except (RuntimeError, OSError) as error:  # no thread to be had, or no descriptor
             undo.close()
-            raise QueueUnavailable(f"the queue cannot be used: {error}") from error
+            raise QueueUnavailable(f"the queue cannot be used: {reason_of(error)}") from error
         try:
             await spool.reclaim()
         except QueueFull:
@@ -163,6 +164,7 @@ class Spool:
 
     async def close(self) -> None:
         """Finish the writes under way and let go of everything; leases still held become void. May be repeated."""
+        self._takes_claims = False
         while self._claims_count and not self._closed:  # ends may wait behind it, and go before us then
             await self._claim_ended.wait()
         if self._closed:
@@ -357,6 +359,8 @@ class Spool:
             leases, self._last_flow[kind] = claim(tx, wanted, self._last_flow[kind], claimant)
             return leases
 
+        if not self._takes_claims:
+            raise QueueUnavailable("the queue is closed")
         future = self._write(work)
         self._claims_count, self._lock_error = self._claims_count + 1, None
         try:
