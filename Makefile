@@ -6,9 +6,10 @@
 #   make quick   lint, types, and the tests that start no process
 #   make lint    lint and types only
 #   make clean   remove what these have made
-# PYTHON=python3.12 picks another interpreter than python3.
+# PYTHON=python3.12 picks another interpreter than python3, TEST_PROCESSES=4 how many run tests: most wait for something.
 
 PYTHON ?= python3
+TEST_PROCESSES ?= 3
 BIN    := .venv/bin
 STATE  := .run
 URL    := http://127.0.0.1:$(or $(port),8080)
@@ -30,11 +31,11 @@ demo: .venv/installed
 
 test: lint
 	@$(get_needed)
-	@$(BIN)/python -m pytest -q -n 3 --dist worksteal --timeout 600
+	@$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist worksteal --timeout 600
 
 coverage: lint
 	@$(get_needed)
-	@$(BIN)/python -m pytest -q -n 3 --dist worksteal --timeout 600 --cov --cov-report term
+	@$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist worksteal --timeout 600 --cov --cov-report term
 
 quick: lint
 	@$(BIN)/python -m pytest -q -n 2 --no-processes
