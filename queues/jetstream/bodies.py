@@ -22,6 +22,7 @@ from .connection import TTL_HEADER, Connection, Stored, Write, end_tasks
 
 INLINE_BYTES = 16 * 1024  # up to here a body is part of its message, and written again with the call's end
 CHUNK_BYTES = 128 * 1024  # longer bodies are cut into messages of this size (max_payload is 1 MiB, seldom less)
+LAND_S = 1.0  # for pieces of a body that is given up, and on their way
 CHUNKS_IN_FLIGHT_COUNT = 4  # of one body: bounds its memory
 ROOM_PAUSE_S = 1.0  # before a result that has no room is tried again
 ORPHAN_S = 3600.0  # a stored body that no call names after this time is a crash's leftover
@@ -55,7 +56,7 @@ class Bodies:
         at_once, write = (1, write) if write is not None else (CHUNKS_IN_FLIGHT_COUNT, self._connection.publish)
         async with self._signs(name), contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(self._discard, name)
-            stack.push_async_callback(end_tasks, tasks)
+            stack.push_async_callback(_end_writes, tasks)
             async for piece in _chain(first, pieces):
                 total += len(piece)
                 subject = self._names.subject("body", name, next(numbers))
@@ -196,6 +197,14 @@ class Bodies:
 
 def _is_young(stored: Stored) -> bool:
     return time.time() - stored.stored_s < ORPHAN_S
+
+
+async def _end_writes(tasks: set[asyncio.Future[object]]) -> None:
+    """End what writes pieces; one that is on its way already would arrive behind the purge of its body."""
+    if tasks:
+        await asyncio.wait(tasks, timeout=LAND_S)
+    await end_tasks(tasks)
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _once(body: bytes) -> AsyncIterator[bytes]:
