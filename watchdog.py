@@ -1161,8 +1161,8 @@ Headers = Sequence[Header]
 # What repeats gives nothing back (`++`, `*+`): a run that can be divided in two ways costs the square of its length.
 _TEXT = r"[\x21-\x7e\x80-\xff]"
 _VALUE = rf"(?:{_TEXT}++(?:[ \t]++{_TEXT}++)*+)?"
-_FIELD_LINE = re.compile(rf"(?P<field_name>{h11._abnf.token}):[ \t]*+(?P<field_value>{_VALUE})[ \t]*+".encode())
-_FIELD_LINES = re.compile(rf"(?<=\r\n)({h11._abnf.token}):[ \t]*+({_VALUE})[ \t]*+(?=\r\n)".encode())
+_FIELD = rf"(?P<field_name>{h11._abnf.token}):[ \t]*+(?P<field_value>{_VALUE})[ \t]*+"
+_FIELD_LINE, _FIELD_LINES = re.compile(_FIELD.encode()), re.compile(rf"(?<=\r\n){_FIELD}(?=\r\n)".encode())
 _TARGET = r"(?:/[\x21\x22\x24-\x7e]*|[Hh][Tt][Tt][Pp][Ss]?://[\x21\x22\x24-\x7e]+|(?<=^OPTIONS )\*)"
 
 
